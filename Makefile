@@ -1,0 +1,31 @@
+# Two commands do all the set-up on a fresh clone: `make train` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: install train test test-all lint types clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+train: install
+	$(BIN)/python -m trainer experiment=quickstart
+
+lint: install
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/pyright
+
+test: lint types
+	$(BIN)/python -m pytest -m 'not full'
+
+test-all: lint types
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv runs sweeps build *.egg-info .pytest_cache .ruff_cache .hypothesis
