@@ -1,0 +1,16 @@
+"""Sliding-window attention."""
+
+from models.attention.full import CAUSAL, Attention
+from models.masks import Reach
+from models.positions.position import Position
+
+
+class Sliding(Attention):
+    """See only the last `reach` tokens, oneself among them.
+
+    Source: Beltagy et al. 2020 (arXiv:2004.05150), Jiang et al. 2023 (arXiv:2310.06825). `reach` counts the query itself, as
+    Mistral's window does; flash-attn's left window is reach - 1.
+    """
+
+    def __init__(self, width: int, heads: int, kv_heads: int, position: Position, *, reach: int):
+        super().__init__(width, heads, kv_heads, position, mask=CAUSAL & Reach(reach))

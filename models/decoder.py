@@ -1,0 +1,72 @@
+"""A decoder: tokens in, logits or losses out. The road from config to loss passes here on its way to models/loss.py."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from models.block import Block
+from models.feedforward import SwiGLU
+from models.init import DEVIATION, Rule, normal
+from models.loss import token_losses
+from models.positions.position import Position
+from models.span import Span
+
+FACTOR = 16  # a model.ffn below this is a multiple of the width
+
+
+class Decoder(nn.Module):
+    """Blocks between an embedding and an output head.
+
+    Args:
+        vocabulary: number of different tokens.
+        width: of the residual stream.
+        mixers: one for each layer; each a module (x [B, T, width], span) -> [B, T, width].
+        ffn: hidden width of the feed-forward layers: below FACTOR a multiple of width (rounded up to whole 8s), else itself.
+        position: its embedding, if it has one, is added to the tokens'.
+        tie: use the embedding as the output head (Press & Wolf 2017, arXiv:1608.05859).
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        width: int,
+        mixers: Sequence[nn.Module],
+        ffn: float = 8 / 3,
+        *,
+        position: Position | None = None,
+        tie: bool = False,
+    ):
+        super().__init__()
+        hidden = hidden_width(ffn, width)
+        self.embed = nn.Embedding(vocabulary, width)
+        self.position = position.embedding(width) if position else None
+        self.blocks = nn.ModuleList(Block(width, mixer, SwiGLU(width, hidden)) for mixer in mixers)
+        self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, vocabulary, bias=False)
+        if tie:
+            self.head.weight = self.embed.weight
+
+    def initial(self) -> dict[str, Rule]:
+        """What adds to the residual stream starts smaller the more layers add to it (Radford et al. 2019)."""
+        small = normal(DEVIATION / (2 * len(self.blocks)) ** 0.5) if len(self.blocks) else normal()
+        outputs = ("feedforward.down.weight", "mixer.out.weight")
+        names = [f"blocks.{i}.{leaf}" for i in range(len(self.blocks)) for leaf in outputs]
+        there = {name for name, _ in self.named_parameters()}
+        return {name: small for name in names if name in there}
+
+    def forward(self, tokens: Tensor, span: Span, targets: Tensor | None = None) -> Tensor:
+        """[B, T] int64 -> logits [B, T, vocabulary], or with targets the losses [B, T] in nats (0 where IGNORE)."""
+        x = self.embed(tokens)
+        if self.position is not None:
+            x = x + self.position(span)
+        for block in self.blocks:
+            x = block(x, span)
+        x = self.norm(x)
+        return self.head(x) if targets is None else token_losses(x, self.head.weight, targets)
+
+
+def hidden_width(ffn: float, width: int) -> int:
+    """Hidden width of the feed-forward layers; a factor below FACTOR is a multiple of width, in whole 8s."""
+    if ffn <= 0 or (ffn >= FACTOR and ffn != int(ffn)):
+        raise ValueError(f"model.ffn={ffn} is neither a multiple of model.width (below {FACTOR}) nor a whole width")
+    return int(ffn) if ffn >= FACTOR else math.ceil(ffn * width / 8) * 8

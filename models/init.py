@@ -1,0 +1,60 @@
+"""Initial weights: each a pure function of (seed, parameter name), whatever the ranks, the order and the placement.
+
+A module may say what its parameters start from with a method `initial() -> {name: rule}`; names may reach into children
+("out.weight"). A rule takes (shape, generator) and returns float32. Without one, matrices are normal with a deviation of
+0.02 (Radford et al. 2019), norms are one, biases zero.
+"""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Rule = Callable[[torch.Size, torch.Generator], Tensor]
+
+DEVIATION = 0.02
+
+
+def normal(deviation: float = DEVIATION) -> Rule:
+    """Normal, mean 0."""
+    return lambda shape, generator: torch.randn(shape, generator=generator) * deviation
+
+
+def constant(value: float) -> Rule:
+    """The same value everywhere."""
+    return lambda shape, generator: torch.full(shape, value)
+
+
+def _rule(owner: nn.Module, leaf: str, dims: int) -> Rule:
+    if "norm" in type(owner).__name__.lower():
+        return constant(0.0 if leaf == "bias" else 1.0)
+    return constant(0.0) if leaf == "bias" or dims < 2 else normal()
+
+
+def rules(model: nn.Module) -> dict[str, Rule]:
+    """The rule of every parameter by its full name; an outer module's word counts more than an inner one's."""
+    found: dict[str, Rule] = {}
+    for name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            found[f"{name}.{leaf}".lstrip(".")] = _rule(module, leaf, parameter.dim())
+    for name, module in reversed(list(model.named_modules())):
+        for leaf, rule in getattr(module, "initial", dict)().items():
+            found[f"{name}.{leaf}".lstrip(".")] = rule
+    return found
+
+
+def initial_tensor(model: nn.Module, name: str, seed: int) -> Tensor:
+    """The whole parameter of that name as it is before step 1, float32 on the CPU."""
+    digest = hashlib.blake2b(f"{seed}/initial weights/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    with torch.device("cpu"):
+        return rules(model)[name](model.get_parameter(name).shape, generator)
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int) -> nn.Module:
+    """Fill every parameter of a model that is whole on this device."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_tensor(model, name, seed))
+    return model

@@ -1,0 +1,56 @@
+"""The CPU flash kernel of PyTorch, made safe: it takes blocks without parameters in their score.
+
+Four edges of `aten::_scaled_dot_product_flash_attention_for_cpu` are guarded here, each held by a test:
+an empty side kills the process (no such block is ever planned, and it is refused); a last dim that is not contiguous gives
+wrong numbers (made contiguous); a query that sees no key answers mass 0 (set to minus infinity); key and value widths must
+be equal (the narrower is filled with zeros). bfloat16 and float16 are computed in float32, which is faster here and exact.
+
+Letters: b rows, t queries, s keys, H query heads, G key heads, D key width, E value width.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.kernels.tile import Part, finite, wide
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _ready(x: Tensor, width: int) -> Tensor:
+    """[b, t, H, D] -> [b, H, t, width] as the kernel wants it: wide, filled up, contiguous in its last dim."""
+    x = F.pad(x.to(wide(x.dtype)), (0, width - x.shape[-1])).transpose(1, 2)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, triangle: bool, add: Tensor | None) -> Part:
+    """Attend q [b, t, H, D] to k [b, s, G, D], v [b, s, G, E]; `add` [b or 1, H or 1, t, s] holds -inf at unseen keys."""
+    if not (q.shape[1] and k.shape[1]):
+        raise ValueError(f"a block has queries and keys, got {q.shape[1]} and {k.shape[1]}")
+    width = max(q.shape[-1], v.shape[-1])
+    mean, mass = _forward(*(_ready(x, width) for x in (q, k, v)), 0.0, triangle, attn_mask=add, scale=scale)
+    mean, mass = mean[..., : v.shape[-1]].transpose(1, 2), mass.transpose(1, 2)
+    if add is not None:
+        blind = (add == -torch.inf).all(-1).transpose(1, 2).expand(mass.shape)
+        mass, mean = mass.masked_fill(blind, -torch.inf), mean.masked_fill(blind[..., None], 0)
+    return mean, mass
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    triangle: bool,
+    add: Tensor | None,
+    *,
+    d_mean: Tensor,
+    mean: Tensor,
+    mass: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v through one block, given the mean and mass over ALL keys; wide."""
+    width = max(q.shape[-1], v.shape[-1])
+    ready = [_ready(x, width) for x in (d_mean, q, k, v, mean)]
+    d_q, d_k, d_v = _backward(*ready, finite(mass).transpose(1, 2), 0.0, triangle, attn_mask=add, scale=scale)
+    return tuple(g.transpose(1, 2)[..., : x.shape[-1]] for g, x in ((d_q, q), (d_k, k), (d_v, v)))

@@ -1,0 +1,178 @@
+"""Attention over a plan: block after block, forward into one (mean, mass), backward into gradients.
+
+A ring calls these once for every rank whose keys arrive, into the same accumulators; one device calls them once.
+
+Letters: B rows, T queries, S keys, H heads, E value width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.kernels import tile
+from models.kernels.pick import pick
+from models.kernels.plan import LEAF, MASKED, TRIANGLE, Block, plan, split
+from models.masks import Mask, visible
+from models.scores import Score, Tensors
+from models.span import Span
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What is computed: a score under a mask, for these (global) heads; `general` insists on the general tile."""
+
+    score: Score
+    mask: Mask
+    heads: Tensor
+    general: bool = False
+
+
+def merge(a: tile.Part, b: tile.Part) -> tile.Part:
+    """Join two partial attentions over disjoint keys into one over their union.
+
+    Args:
+        a, b: mean [B, T, H, E] and mass [B, T, H] in nats; minus infinity where no key was seen.
+
+    Returns:
+        The same pair for the union; associative and commutative up to rounding. Nothing and nothing is nothing, never NaN.
+
+    Source: Milakov & Gimelshein 2018 (arXiv:1805.02867). Ours keeps the log of the sum, theirs the maximum and the sum.
+    """
+    mass = torch.logaddexp(a[1], b[1])
+    share = (b[1] - tile.finite(mass)).exp()
+    return torch.lerp(a[0], b[0], share[..., None]), mass
+
+
+def blank(query: Tensors, heads: int, width: int) -> tile.Part:
+    """The attention over no keys: mean 0 [B, T, H, E], mass minus infinity [B, T, H]."""
+    shape, dtype = (*query[0].shape[:2], heads), tile.wide(query[0].dtype)
+    mean = query[0].new_zeros(*shape, width, dtype=dtype)
+    return mean, query[0].new_full(shape, -torch.inf, dtype=dtype)
+
+
+def _blocks(what: Attention, at: Span, of: Span, side: int | None) -> list[Block]:
+    """The plan; cut into tiles of at most side x side where a kernel holds all scores of a block at once."""
+    blocks = plan(what.mask, at, of)
+    return blocks if side is None else [part for block in blocks for part in split(block, side)]
+
+
+def _rows(block: Block) -> tuple[slice, slice]:
+    return slice(block.r0, block.r1), slice(block.q0, block.q1)
+
+
+def _keys(block: Block) -> tuple[slice, slice]:
+    return slice(block.r0, block.r1), slice(block.k0, block.k1)
+
+
+def _add(what: Attention, block: Block, at: Span, of: Span, dtype: torch.dtype) -> tuple[bool, Tensor | None]:
+    """How a kernel is told what the block's queries see: its own causal flag, or a matrix to add to the scores."""
+    here, there = at.map(lambda t: t[_rows(block)]), of.map(lambda t: t[_keys(block)])
+    bias = what.score.bias(here, there, what.heads, dtype)
+    if block.kind != MASKED and bias is None:
+        return block.kind == TRIANGLE, None
+    seen = visible(what.mask, here, there, what.heads)
+    bias = torch.zeros((), dtype=dtype, device=seen.device) if bias is None else bias
+    return False, torch.where(seen, bias, -torch.inf)
+
+
+def _side(what: Attention) -> int | None:
+    """Blocks that only need the kernel's own flags may be of any size."""
+    return None if type(what.score).bias is Score.bias else LEAF
+
+
+def forward(
+    what: Attention, query: Tensors, payload: Tensors, params: Tensors, at: Span, of: Span, total: tile.Part
+) -> None:
+    """Attend to these keys too: `total` is changed in place."""
+    kernel = None if what.general else pick(query[0].device, what.score)
+    operands = what.score.operands(query, payload, params) if kernel else None
+    for block in _blocks(what, at, of, _side(what) if kernel else tile.SIDE):
+        rows, keys = _rows(block), _keys(block)
+        if kernel and operands:
+            q, k, v = operands[0][rows], operands[1][keys], operands[2][keys]
+            flag, add = _add(what, block, at, of, total[0].dtype)
+            part = kernel.forward(q, k, v, what.score.scale(q), flag, add)
+        else:
+            spans = at.map(lambda t, r=rows: t[r]), of.map(lambda t, r=keys: t[r])
+            part = tile.forward(
+                what.score, what.mask, [t[rows] for t in query], [t[keys] for t in payload], params, *spans, what.heads
+            )
+        mean, mass = merge((total[0][rows], total[1][rows]), part)
+        total[0][rows], total[1][rows] = mean, mass
+
+
+@dataclass
+class Gradients:
+    """Wide sums of the gradients of (*query, *payload, *params)."""
+
+    query: list[Tensor]
+    payload: list[Tensor]
+    params: list[Tensor]
+
+    @staticmethod
+    def zeros(query: Tensors, payload: Tensors, params: Tensors) -> "Gradients":
+        def blanks(some: Tensors) -> list[Tensor]:
+            return [torch.zeros_like(t, dtype=tile.wide(t.dtype), memory_format=torch.contiguous_format) for t in some]
+
+        return Gradients(blanks(query), blanks(payload), blanks(params))
+
+
+def backward(
+    what: Attention,
+    query: Tensors,
+    payload: Tensors,
+    params: Tensors,
+    at: Span,
+    of: Span,
+    *,
+    d_mean: Tensor,
+    total: tile.Part,
+    delta: Tensor,
+    into: Gradients,
+) -> None:
+    """Add what these keys contribute to every gradient; `total` is (mean, mass) over ALL keys."""
+    kernel = None if what.general else pick(query[0].device, what.score)
+    if kernel:
+        _kernel_backward(kernel, what, query, payload, params, at, of, d_mean=d_mean, total=total, into=into)
+        return
+    for block in _blocks(what, at, of, tile.SIDE):
+        rows, keys = _rows(block), _keys(block)
+        spans = at.map(lambda t, r=rows: t[r]), of.map(lambda t, r=keys: t[r])
+        some = [t[rows] for t in query], [t[keys] for t in payload], params
+        grads = tile.backward(
+            what.score, what.mask, *some, *spans, what.heads, d_mean=d_mean[rows], mass=total[1][rows], delta=delta[rows]
+        )
+        sums = [t[rows] for t in into.query] + [t[keys] for t in into.payload] + list(into.params)
+        for add_to, grad in zip(sums, grads, strict=True):
+            if grad is not None:
+                add_to += grad
+
+
+def _kernel_backward(kernel, what, query, payload, params, at, of, *, d_mean, total, into) -> None:
+    """As `backward`, by a kernel: through q, k and v, then from those to what they were made of."""
+    leaves = [t.detach().requires_grad_() for t in (*query, *payload, *params)]
+    queries, payloads = len(query), len(query) + len(payload)
+    with torch.enable_grad():
+        operands = what.score.operands(leaves[:queries], leaves[queries:payloads], leaves[payloads:])
+    same = all(any(x is y for y in leaves) for x in operands)
+    q, k, v = (x.detach() for x in operands)
+    sums = [torch.zeros_like(x, dtype=d_mean.dtype, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    if same:  # the operands are the tensors themselves: add straight into their sums
+        every = [*into.query, *into.payload, *into.params]
+        sums = [every[next(i for i, y in enumerate(leaves) if x is y)] for x in operands]
+    for block in _blocks(what, at, of, _side(what)):
+        rows, keys = _rows(block), _keys(block)
+        flag, add = _add(what, block, at, of, d_mean.dtype)
+        grads = kernel.backward(
+            q[rows], k[keys], v[keys], what.score.scale(q), flag, add,
+            d_mean=d_mean[rows], mean=total[0][rows], mass=total[1][rows],
+        )  # fmt: skip
+        for whole, part, grad in zip(sums, (rows, keys, keys), grads):
+            whole[part] += grad
+    if not same:
+        wanted = [g.to(x.dtype) for g, x in zip(sums, operands)]
+        grads = torch.autograd.grad(operands, leaves, wanted, allow_unused=True)
+        for add_to, grad in zip((*into.query, *into.payload, *into.params), grads, strict=True):
+            if grad is not None:
+                add_to += grad

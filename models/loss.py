@@ -1,0 +1,63 @@
+"""Cross-entropy in chunks of tokens: logits [tokens, vocabulary] never exist whole, forward or backward.
+
+Letters: N tokens (rows and positions together), W width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # the target of a token that has none
+
+CHUNK_SCORES = 1 << 22  # logits held at once
+
+
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """[B, T] nats per token, 0 where the target is IGNORE; float32, or float64 where `hidden` is.
+
+    Args:
+        hidden: [B, T, W] what the last layer gives.
+        weight: [V, W] of the output head.
+        targets: [B, T] int64.
+
+    The gradient is computed with the loss, chunk by chunk, and scaled in backward: every token's loss must therefore get
+    the same upstream gradient (a sum or a mean), which is checked.
+    """
+    return _TokenLosses.apply(hidden, weight, targets)
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        ctx.shape, shape = hidden.shape, targets.shape  # what is handed out is no view: FSDP2 hooks it
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+        losses = hidden.new_zeros(targets.shape, dtype=wide)
+        d_hidden = torch.empty_like(hidden) if wanted else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if wanted else None
+        step = max(1, CHUNK_SCORES // weight.shape[0])
+        for start in range(0, len(targets), step):
+            part = slice(start, start + step)
+            valid = targets[part] != IGNORE
+            target = targets[part].clamp_min(0)[:, None]
+            logits = (hidden[part] @ weight.T).to(wide)
+            mass = logits.logsumexp(-1)
+            losses[part] = (mass - logits.gather(1, target)[:, 0]) * valid
+            if d_hidden is not None and d_weight is not None:
+                slope = logits.sub_(mass[:, None]).exp_().scatter_add_(1, target, torch.full_like(mass, -1.0)[:, None])
+                slope = (slope * valid[:, None]).to(hidden.dtype)
+                d_hidden[part] = slope @ weight
+                d_weight += (slope.T @ hidden[part]).to(wide)
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.dtype = weight.dtype
+        return losses.reshape(shape).clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        d_hidden, d_weight = ctx.saved_tensors
+        scale = grad.flatten()[0] if grad.numel() else grad.new_zeros(())
+        if not bool((grad == scale).all()):
+            raise ValueError("token_losses takes one weight for all tokens; sum the losses, or scale their sum")
+        return (d_hidden * scale.to(d_hidden.dtype)).view(ctx.shape), (d_weight * scale).to(ctx.dtype), None

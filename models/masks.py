@@ -1,0 +1,245 @@
+"""Which key a query may see, as an algebra over addresses: `Causal() & SameDocument() & Reach(4096) | First(4)`.
+
+A mask is evaluated three ways, which a test holds equal:
+
+    dense    [B, H or 1, T, S] bool for any two Spans: the truth
+    outlook  NONE, SOME or ALL for two boxes of tokens: lets whole blocks be skipped, or computed without a mask
+    band     the visible range of pos_q - pos_k between two unbroken runs: what causal and window kernels take
+
+Padding is no mask's business: nothing sees it and it sees nothing (`dense` of the whole is cut by validity in `visible`).
+Masks are frozen dataclasses: hashable, without parameters, compared by value.
+
+Letters: B rows, H heads, T queries, S keys.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.span import PREFIX, Span
+
+NONE, SOME, ALL = 0, 1, 2  # outlooks: no key is visible to any query, it depends, every key to every query
+FAR = 1 << 62  # further than any two tokens are apart
+
+
+class Box(NamedTuple):
+    """Bounds of a set of tokens of one row; all inclusive. `run`: one document, positions rising by one."""
+
+    pos_low: int
+    pos_high: int
+    doc_low: int
+    doc_high: int
+    role_low: int
+    role_high: int
+    run: bool
+
+
+Band = tuple[int, int]  # lowest and highest visible pos_q - pos_k; empty where the first exceeds the second
+EVERY: Band = (-FAR, FAR)
+EMPTY: Band = (1, 0)
+
+
+def _apart(q: Span, k: Span) -> Tensor:
+    """[B, 1, T, S] int64: pos_q - pos_k."""
+    return (q.pos[:, :, None] - k.pos[:, None, :])[:, None]
+
+
+def _certain(no: bool, yes: bool) -> int:
+    return NONE if no else ALL if yes else SOME
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Everything sees everything; the parent of all masks."""
+
+    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
+        """[B, H or 1, T, S] bool: may this query see this key? `heads` [H] int64 are global head numbers."""
+        return torch.ones(q.shape[0], 1, q.shape[1], k.shape[1], dtype=torch.bool, device=q.pos.device)
+
+    def outlook(self, q: Box, k: Box) -> int:
+        """NONE, SOME or ALL; SOME is always safe."""
+        return ALL
+
+    def band(self, q: Box, k: Box) -> Band | None:
+        """Visible range of pos_q - pos_k between two runs, or None where that is no band."""
+        return EVERY
+
+    def __and__(self, other: "Mask") -> "Mask":
+        return Both(self, other)
+
+    def __or__(self, other: "Mask") -> "Mask":
+        return Either(self, other)
+
+    def __invert__(self) -> "Mask":
+        return Not(self)
+
+
+@dataclass(frozen=True)
+class Both(Mask):
+    """Seen by both of two masks."""
+
+    a: Mask
+    b: Mask
+
+    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
+        return self.a.dense(q, k, heads) & self.b.dense(q, k, heads)
+
+    def outlook(self, q: Box, k: Box) -> int:
+        return min(self.a.outlook(q, k), self.b.outlook(q, k))
+
+    def band(self, q: Box, k: Box) -> Band | None:
+        a, b = self.a.band(q, k), self.b.band(q, k)
+        if a is None or b is None:
+            return EMPTY if EMPTY in (a, b) else None
+        return max(a[0], b[0]), min(a[1], b[1])
+
+
+@dataclass(frozen=True)
+class Either(Mask):
+    """Seen by at least one of two masks."""
+
+    a: Mask
+    b: Mask
+
+    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
+        return self.a.dense(q, k, heads) | self.b.dense(q, k, heads)
+
+    def outlook(self, q: Box, k: Box) -> int:
+        return max(self.a.outlook(q, k), self.b.outlook(q, k))
+
+    def band(self, q: Box, k: Box) -> Band | None:
+        a, b = self.a.band(q, k), self.b.band(q, k)
+        if a is None or b is None:
+            return EVERY if EVERY in (a, b) else None
+        if a[0] > a[1] or b[0] > b[1]:
+            return b if a[0] > a[1] else a
+        touch = max(a[0], b[0]) <= min(a[1], b[1]) + 1  # their union is one band
+        return (min(a[0], b[0]), max(a[1], b[1])) if touch else None
+
+
+@dataclass(frozen=True)
+class Not(Mask):
+    """Seen where another mask does not see."""
+
+    a: Mask
+
+    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
+        return ~self.a.dense(q, k, heads)
+
+    def outlook(self, q: Box, k: Box) -> int:
+        return ALL - self.a.outlook(q, k)
+
+    def band(self, q: Box, k: Box) -> Band | None:
+        band = self.a.band(q, k)
+        return EMPTY if band == EVERY else EVERY if band is not None and band[0] > band[1] else None
+
+
+@dataclass(frozen=True)
+class Causal(Mask):
+    """Itself and what stands before it; a later token of the same document is unseen."""
+
+    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
+        return _apart(q, k) >= 0
+
+    def outlook(self, q: Box, k: Box) -> int:
+        return _certain(q.pos_high < k.pos_low, q.pos_low >= k.pos_high)
+
+    def band(self, q: Box, k: Box) -> Band | None:
+        return 0, FAR
+
+
+@dataclass(frozen=True)
+class SameDocument(Mask):
+    """Only tokens of the query's own document."""
+
+    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
+        return (q.doc[:, :, None] == k.doc[:, None, :])[:, None]
+
+    def outlook(self, q: Box, k: Box) -> int:
+        apart = q.doc_high < k.doc_low or k.doc_high < q.doc_low
+        return _certain(apart, q.doc_low == q.doc_high == k.doc_low == k.doc_high)
+
+    def band(self, q: Box, k: Box) -> Band | None:
+        return EVERY if q.doc_low == k.doc_low else EMPTY
+
+
+@dataclass(frozen=True)
+class Reach(Mask):
+    """The last `reach` tokens, the query itself among them, and everything later."""
+
+    reach: int
+
+    def __post_init__(self) -> None:
+        if self.reach < 1:
+            raise ValueError(f"reach is a number of tokens and counts the query itself; got {self.reach}, want 1 or more")
+
+    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
+        return _apart(q, k) < self.reach
+
+    def outlook(self, q: Box, k: Box) -> int:
+        return _certain(q.pos_low - k.pos_high >= self.reach, q.pos_high - k.pos_low < self.reach)
+
+    def band(self, q: Box, k: Box) -> Band | None:
+        return -FAR, self.reach - 1
+
+
+@dataclass(frozen=True)
+class First(Mask):
+    """The first `count` tokens of a document, seen from anywhere in it; nothing else."""
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            raise ValueError(f"a document cannot begin with {self.count} tokens; want 0 or more")
+
+    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
+        return (k.pos < self.count)[:, None, None].expand(-1, 1, q.shape[1], -1)
+
+    def outlook(self, q: Box, k: Box) -> int:
+        return _certain(k.pos_low >= self.count, k.pos_high < self.count)
+
+    def band(self, q: Box, k: Box) -> Band | None:
+        return {NONE: EMPTY, SOME: None, ALL: EVERY}[self.outlook(q, k)]
+
+
+@dataclass(frozen=True)
+class Prefix(Mask):
+    """Tokens whose role is PREFIX, seen from anywhere in their document; nothing else."""
+
+    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
+        return (k.role == PREFIX)[:, None, None].expand(-1, 1, q.shape[1], -1)
+
+    def outlook(self, q: Box, k: Box) -> int:
+        return _certain(not k.role_low <= PREFIX <= k.role_high, k.role_low == k.role_high == PREFIX)
+
+    def band(self, q: Box, k: Box) -> Band | None:
+        return {NONE: EMPTY, SOME: None, ALL: EVERY}[self.outlook(q, k)]
+
+
+@dataclass(frozen=True)
+class Chunk(Mask):
+    """Tokens of the query's own chunk: documents are counted off into chunks of `size` tokens."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"a chunk is a number of tokens; got {self.size}, want 1 or more")
+
+    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
+        return (q.pos[:, :, None] // self.size == k.pos[:, None, :] // self.size)[:, None]
+
+    def outlook(self, q: Box, k: Box) -> int:
+        q_low, q_high, k_low, k_high = (pos // self.size for pos in (q.pos_low, q.pos_high, k.pos_low, k.pos_high))
+        return _certain(q_high < k_low or k_high < q_low, q_low == q_high == k_low == k_high)
+
+    def band(self, q: Box, k: Box) -> Band | None:
+        return {NONE: EMPTY, SOME: None, ALL: EVERY}[self.outlook(q, k)]
+
+
+def visible(mask: Mask, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
+    """[B, H or 1, T, S] bool: what `mask` allows among tokens that are no padding."""
+    return mask.dense(q, k, heads) & q.valid()[:, None, :, None] & k.valid()[:, None, None, :]

@@ -1,0 +1,34 @@
+"""Rotary positions: queries and keys are turned by their own position, scores then depend on the distance alone."""
+
+import torch
+from torch import Tensor
+
+from models.positions.position import Position
+from models.span import Span
+
+
+class Rope(Position):
+    """Source: Su et al. 2021 (arXiv:2104.09864). Pairs are (i, i + D/2), as in NeoX and Llama, not (2i, 2i + 1).
+
+    Args:
+        base: the slowest pair takes about 2 pi base tokens to come round.
+    """
+
+    def __init__(self, base: float = 10_000.0):
+        if base <= 1:
+            raise ValueError(f"position.base is a wavelength in tokens and must be above 1; got {base}")
+        self.base = base
+
+    def speeds(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """[width / 2] radians per token, fastest first."""
+        if width % 2:
+            raise ValueError(f"rotary positions turn pairs of channels: the head width must be even, got {width}")
+        return self.base ** -(torch.arange(width // 2, device=device, dtype=dtype) / (width // 2))
+
+    def turn(self, x: Tensor, span: Span) -> Tensor:
+        """[B, T, H, D] turned; angles in float32, or float64 where x is, whatever x is computed in."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        angle = span.pos[..., None, None].to(wide) * self.speeds(x.shape[-1], x.device, wide)
+        a, b = x.chunk(2, -1)
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)

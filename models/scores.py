@@ -1,0 +1,64 @@
+"""What becomes of queries and keys before the softmax: the scale, and what is added to or done with the logits.
+
+A score owns no parameter: tables, sinks and slopes that are learned belong to the layer, which passes them as `params`.
+It says of each tensor it is given which dim counts heads (None: the tensor is the same for all heads), so that a driver
+may hand a rank some of the heads; `heads` are then the global numbers of those it got.
+
+Letters: B rows, T queries, S keys, H query heads, G key heads, D key width, E value width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from models.span import Span
+
+Tensors = Sequence[Tensor]
+
+
+class Score:
+    """Scaled dot product (Vaswani et al. 2017, arXiv:1706.03762); query (q,), payload (k, v).
+
+    Attributes:
+        query_heads, payload_heads, param_heads: for each tensor of the tuple, the dim that counts heads, or None.
+        plain: the logits are exactly `scale * q k` plus `bias`, so that a kernel that knows only those may compute them.
+    """
+
+    query_heads: tuple[int | None, ...] = (2,)
+    payload_heads: tuple[int | None, ...] = (2, 2)
+    param_heads: tuple[int | None, ...] = ()
+    plain = True
+
+    def __init__(self, scale: float | None = None):
+        self._scale = scale
+
+    def scale(self, q: Tensor) -> float:
+        """What the dot products are multiplied by; 1 / sqrt(D) unless the score was given another."""
+        return q.shape[-1] ** -0.5 if self._scale is None else self._scale
+
+    def operands(self, query: Tensors, payload: Tensors, params: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, T, H, D], k [B, S, G, D], v [B, S, G, E] with G dividing H; per token and differentiable."""
+        return query[0], payload[0], payload[1]
+
+    def bias(self, at: Span, of: Span, heads: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """[B or 1, H or 1, T, S] without parameters, added to the scaled logits; None where there is none."""
+        return None
+
+    def logits(self, query: Tensors, payload: Tensors, params: Tensors, at: Span, of: Span, heads: Tensor) -> Tensor:
+        """[B, H, T, S]: the general form, differentiable in every tensor. Masking comes later."""
+        q, k, _ = self.operands(query, payload, params)
+        logits = dots(q, k) * self.scale(q)
+        bias = self.bias(at, of, heads, logits.dtype)
+        return logits if bias is None else logits + bias
+
+    def sink(self, params: Tensors) -> Tensor | None:
+        """[H] logit of a key that every query sees and that carries no value, or None."""
+        return None
+
+
+def dots(q: Tensor, k: Tensor) -> Tensor:
+    """[B, H, T, S]: products of q [B, T, H, D] with k [B, S, G, D]; query head h reads key head h // (H / G)."""
+    share = q.shape[2] // k.shape[2]
+    logits = torch.einsum("btgrd,bsgd->bgrts", q.unflatten(2, (k.shape[2], share)), k)
+    return logits.flatten(1, 2)

@@ -1,0 +1,59 @@
+"""Where tokens sit: their position inside a document, which document, and what they are."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TEXT, PREFIX, GLOBAL, READ, WRITE = range(5)  # roles
+PADDING = -1  # the document number of tokens that are none
+
+
+@dataclass(frozen=True)
+class Span:
+    """The address of every token at hand, wherever the sequence was cut.
+
+    Model code reads addresses from here and never works them out from a rank, so the same forward pass is right for a
+    whole sequence, a shard, a zigzag of shards, or one decoded token.
+
+    Attributes:
+        pos: [B, T] int64, index of the token in its own document (0 opens one).
+        doc: [B, T] int64, number of the document within its row; PADDING marks tokens that nothing may see.
+        role: [B, T] int64, TEXT, PREFIX, GLOBAL, READ or WRITE.
+        cut: how the row was cut over ranks (a parallel.cut.Cut), or None where it was not. Opaque here.
+        plans: what models.kernels.plan worked out for these queries, kept so that layers with equal masks share it.
+    """
+
+    pos: Tensor
+    doc: Tensor
+    role: Tensor
+    cut: Any = None
+    plans: dict = field(default_factory=dict, compare=False, repr=False)
+
+    @staticmethod
+    def of(pos: Tensor, doc: Tensor, role: Tensor | None = None) -> "Span":
+        """A span of text; `role` defaults to TEXT everywhere."""
+        return Span(pos, doc, torch.full_like(pos, TEXT) if role is None else role)
+
+    @staticmethod
+    def line(rows: int, tokens: int, device: Any = None) -> "Span":
+        """One unbroken document per row."""
+        pos = torch.arange(tokens, device=device).expand(rows, tokens)
+        return Span.of(pos, torch.zeros_like(pos))
+
+    def map(self, move: Any) -> "Span":
+        """The span of the tokens that `move` picks or moves ([B, T] -> [B, T']); it forgets the cut."""
+        return Span(move(self.pos), move(self.doc), move(self.role))
+
+    def opens(self) -> Tensor:
+        """[B, T] bool: True where a document begins."""
+        return (self.pos == 0) & (self.doc != PADDING)
+
+    def valid(self) -> Tensor:
+        """[B, T] bool: False at padding."""
+        return self.doc != PADDING
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.pos.shape
