@@ -1,0 +1,118 @@
+"""A micro-batch cut over the ranks that share it: who holds what, and the addresses of everybody's tokens.
+
+A Span carries its Cut through the model untouched; drivers read it there, so no driver holds the state of a step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from models.span import PADDING, TEXT, Span
+from parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the rows at hand lie over ranks.
+
+    Attributes:
+        layouts: one for each row, or a single one for all rows; all give every rank equally many tokens.
+        rank: which part is held here.
+        spans: every rank's addresses, in rank order.
+        whole: the addresses of the whole rows, in global order, padding at the end.
+        kept: what drivers worked out from these addresses, for other layers and the backward pass.
+    """
+
+    layouts: tuple[Layout, ...]
+    rank: int
+    spans: tuple[Span, ...]
+    whole: Span
+    orders: list = field(default_factory=list, compare=False, repr=False)
+    kept: dict = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def ranks(self) -> int:
+        return self.layouts[0].ranks
+
+    def _order(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """[1 or B, length] indices: rank order to global order, and back."""
+        if not self.orders:
+            there = torch.stack([row.order() for row in self.layouts])
+            self.orders.append((there.to(device), there.argsort(1).to(device)))
+        return self.orders[0]
+
+    def joined(self, x: Tensor) -> Tensor:
+        """[B, length, ...] from the ranks' tokens laid end to end into global order."""
+        return _pick(x, self._order(x.device)[0])
+
+    def parted(self, x: Tensor) -> Tensor:
+        """[B, length, ...] from global order into the ranks' tokens laid end to end."""
+        return _pick(x, self._order(x.device)[1])
+
+    def index(self, rank: int, rows: int) -> Tensor:
+        """[rows, each] int64 on the CPU: global indices of the tokens of `rank`."""
+        index = torch.stack([row.index(rank) for row in self.layouts])
+        return index.expand(rows, -1)
+
+    def grouped(self, parts: int) -> "Group":
+        """This cut as `parts` neighbouring ranks see it once they have put their tokens together."""
+        if ("group", parts) not in self.kept:
+            spans = tuple(_laid(self.spans[i : i + parts]) for i in range(0, self.ranks, parts))
+            layouts, rank = tuple(row.grouped(parts) for row in self.layouts), self.rank // parts
+            cut = Cut(layouts, rank, spans, self.whole)
+            self.kept["group", parts] = Group(replace(spans[rank], cut=cut, plans={}))
+        return self.kept["group", parts]
+
+    def shard(self, x: Tensor, fill: float) -> Tensor:
+        """[B, tokens, ...] -> [B, each, ...]: the part of this rank."""
+        return _shard(self.layouts, x, self.rank, fill)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring ranks that hold their tokens together, end to end; `whole` carries the cut among such groups."""
+
+    whole: Span
+
+    def joined(self, x: Tensor) -> Tensor:
+        """[B, tokens, ...] as it is: the order of the group is that of its ranks laid end to end."""
+        return x
+
+    parted = joined
+
+
+def _laid(spans: Sequence[Span]) -> Span:
+    """Addresses of several ranks, end to end."""
+    return Span(*(torch.cat(some, 1) for some in zip(*((s.pos, s.doc, s.role) for s in spans))))
+
+
+def _pick(x: Tensor, index: Tensor) -> Tensor:
+    if len(index) == 1:
+        return x.index_select(1, index[0])
+    return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand_as(x))
+
+
+def _shard(layouts: Sequence[Layout], x: Tensor, rank: int, fill: float) -> Tensor:
+    if len(layouts) == 1:
+        return layouts[0].shard(x.transpose(0, 1), rank, fill).transpose(0, 1)
+    return torch.stack([layout.shard(row, rank, fill) for layout, row in zip(layouts, x, strict=True)])
+
+
+def cut_span(span: Span, layouts: Sequence[Layout], rank: int) -> Span:
+    """The addresses of this rank's tokens, carrying the Cut.
+
+    Args:
+        span: [B, tokens] addresses of the whole rows, as every rank has them.
+        layouts: one for each row, or a single one for all.
+    """
+    parts = []
+    for other in range(layouts[0].ranks):
+        pos, doc, role = (
+            _shard(layouts, x, other, fill) for x, fill in ((span.pos, 0), (span.doc, PADDING), (span.role, TEXT))
+        )
+        parts.append(Span(pos, doc, role))
+    cut = Cut(tuple(layouts), rank, tuple(parts), span)
+    cut = replace(cut, whole=_laid(parts).map(cut.joined))
+    return replace(parts[rank], cut=cut, plans={})

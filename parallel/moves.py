@@ -1,0 +1,151 @@
+"""The moves between ranks, over one group. Nothing else in drivers communicates, and every byte that is sent is counted.
+
+Public torch.distributed collectives only. Letters: B rows, c local tokens, P ranks, H heads.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Heads = tuple[int, int]  # first head and the one after the last
+
+
+class Wire:
+    """The ranks of a group, seen from one of them.
+
+    Attributes:
+        rank, size: this rank's number in the group, and how many there are.
+        sent: bytes handed to other ranks so far, by name of the move; shared with the wires of its grids.
+        heads: ranks that trade heads in the grid that was asked for, or None.
+        choices: which method serves which attention and why, where parallel.method=auto had to choose.
+    """
+
+    def __init__(self, group: Any):
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        self.sent: dict[str, int] = {}
+        self.heads: int | None = None
+        self.choices: dict[str, str] = {}
+        self.grids: dict[int, tuple[Wire, Wire]] = {}
+
+    def lay(self, heads_group: Any, ring_group: Any) -> "Grid":
+        """Make known a grid of this group's ranks: rank = ring rank x heads + heads rank."""
+        grid = Wire(heads_group), Wire(ring_group)
+        for side in grid:
+            side.sent = self.sent
+        assert (grid[1].rank, grid[0].rank) == divmod(self.rank, grid[0].size), "heads are the inner side of the grid"
+        return self.grids.setdefault(grid[0].size, grid)
+
+    def grid(self, heads: int) -> "Grid":
+        """(wire among the ranks that trade heads, wire of the ring); all ranks ask for the same grids in the same order."""
+        if heads not in self.grids:
+            first, inner = self.rank // heads * heads, self.rank % heads
+            sides = range(first, first + heads), range(inner, self.size, heads)
+            names = [[dist.get_global_rank(self.group, r) for r in side] for side in sides]
+            self.lay(*(dist.new_group(side, use_local_synchronization=True) for side in names))
+        return self.grids[heads]
+
+    def count(self, move: str, size: int) -> None:
+        """Note `size` bytes as sent."""
+        self.sent[move] = self.sent.get(move, 0) + size
+
+    def rotate(self, tensors: Sequence[Tensor], name: str = "rotate") -> "Arrival":
+        """Hand tensors to the next rank; what the rank before hands over has the same shapes. Starts, does not wait."""
+        to, source = (dist.get_global_rank(self.group, (self.rank + s) % self.size) for s in (1, -1))
+        out = [t.contiguous() for t in tensors]
+        into = [torch.empty_like(t) for t in out]
+        sends = [dist.P2POp(dist.isend, t, to, self.group) for t in out if t.numel()]
+        takes = [dist.P2POp(dist.irecv, t, source, self.group) for t in into if t.numel()]
+        self.count(name, sum(t.numel() * t.element_size() for t in out))
+        return Arrival(dist.batch_isend_irecv([*sends, *takes]) if sends else [], into, out)
+
+    def exchange(self, parts: Sequence[Tensor], sizes: Sequence[int], name: str = "exchange") -> list[Tensor]:
+        """Give parts[r] to rank r; flat results, the r-th with sizes[r] elements from rank r."""
+        sending = torch.cat([p.reshape(-1) for p in parts])
+        taken = sending.new_empty(sum(sizes))
+        counts = [p.numel() for p in parts]
+        dist.all_to_all_single(taken, sending, list(sizes), counts, group=self.group)
+        self.count(name, (sending.numel() - counts[self.rank]) * sending.element_size())
+        return list(taken.split(list(sizes)))
+
+
+Grid = tuple[Wire, Wire]  # the ranks that trade heads, and those of the ring
+
+
+class Arrival:
+    """Tensors under way; `wait` gives them. What was sent is kept alive until then."""
+
+    def __init__(self, works: Sequence[Any], into: list[Tensor], kept: list[Tensor]):
+        self.works, self.into, self.kept = works, into, kept
+
+    def wait(self) -> list[Tensor]:
+        for work in self.works:
+            work.wait()
+        return self.into
+
+
+def _deal(x: Tensor, wire: Wire, dim: int | None, shares: Sequence[Heads], move: str) -> Tensor:
+    """[B, c, .., H, ..] -> [B, P c, .., own share, ..]: to each rank its heads, from each rank its tokens."""
+    parts = [x if dim is None else x.narrow(dim, a, b - a) for a, b in shares]
+    shape = list(x.shape)
+    if dim is not None:
+        shape[dim] = shares[wire.rank][1] - shares[wire.rank][0]
+    size = torch.Size(shape).numel()
+    return torch.cat([p.view(shape) for p in wire.exchange(parts, [size] * wire.size, move)], 1)
+
+
+def _collect(x: Tensor, wire: Wire, dim: int | None, shares: Sequence[Heads], whole: torch.Size, move: str) -> Tensor:
+    """The adjoint of `_deal`: tokens go home, and where shares overlap what comes back is summed, wide."""
+    shapes = []
+    for a, b in shares:
+        shape = list(whole)
+        if dim is not None:
+            shape[dim] = b - a
+        shapes.append(torch.Size(shape))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = x.new_zeros(whole, dtype=wide)
+    parts = wire.exchange(x.chunk(wire.size, 1), [s.numel() for s in shapes], move)
+    for (a, b), shape, part in zip(shares, shapes, parts):
+        (total if dim is None else total.narrow(dim, a, b - a)).add_(part.view(shape))
+    return total.to(x.dtype)
+
+
+class _Deal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, wire: Wire, dim: int | None, shares: Sequence[Heads]) -> Tensor:
+        ctx.args, ctx.shape = (wire, dim, shares), x.shape
+        return _deal(x, wire, dim, shares, "deal")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        return _collect(grad, *ctx.args, ctx.shape, "deal backward"), None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, wire: Wire, dim: int, shares: Sequence[Heads]) -> Tensor:
+        ctx.args = wire, dim, shares
+        shape = list(x.shape)
+        shape[1], shape[dim] = x.shape[1] // wire.size, shares[-1][1]
+        return _collect(x, wire, dim, shares, torch.Size(shape), "collect")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        return _deal(grad, *ctx.args, "collect backward"), None, None, None
+
+
+def deal(x: Tensor, wire: Wire, dim: int | None, shares: Sequence[Heads]) -> Tensor:
+    """Trade heads for tokens: [B, c, .., H, ..] -> [B, P c, .., h, ..], ranks' tokens end to end.
+
+    Args:
+        dim: which dim of x counts heads; None where x has none, and every rank gets all of it.
+        shares: for each rank its heads; shares may overlap, and gradients are then summed.
+    """
+    return _Deal.apply(x, wire, dim, shares)
+
+
+def collect(x: Tensor, wire: Wire, dim: int, shares: Sequence[Heads]) -> Tensor:
+    """Trade tokens for heads, the way back: [B, P c, .., h, ..] -> [B, c, .., H, ..]; shares must not overlap."""
+    return _Collect.apply(x, wire, dim, shares)

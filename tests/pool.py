@@ -1,0 +1,105 @@
+"""Gloo ranks kept alive between tests, so that a distributed case costs milliseconds and not an import of torch.
+
+    ranks(3, worker, *args)    runs worker(env, *args) on three processes; returns their results in rank order
+
+A worker is a function at the top of a module. A failure in one rank fails the test with that rank's traceback, and the
+pool of that size is thrown away, because its ranks may be waiting in a collective.
+"""
+
+import atexit
+import os
+import socket
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT_S = 120
+
+
+@dataclass
+class Env:
+    """What a worker is told: its number, how many there are, and the group of exactly these ranks."""
+
+    rank: int
+    size: int
+
+    @property
+    def group(self) -> Any:
+        return dist.group.WORLD
+
+
+def _serve(rank: int, size: int, port: int, inbox: Any, outbox: Any) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    while (job := inbox.get()) is not None:
+        worker, args = job
+        try:
+            torch.manual_seed(0)
+            outbox.put((rank, True, worker(Env(rank, size), *args)))
+        except BaseException:  # told to the parent, which fails the test with it
+            outbox.put((rank, False, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+class Pool:
+    """`size` processes waiting for work."""
+
+    def __init__(self, size: int):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = mp.get_context("spawn")
+        self.inboxes = [context.Queue() for _ in range(size)]
+        self.outbox = context.Queue()
+        self.processes = [
+            context.Process(target=_serve, args=(r, size, port, self.inboxes[r], self.outbox), daemon=True)
+            for r in range(size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def run(self, worker: Any, args: tuple) -> list:
+        """Results in rank order; raises AssertionError with the traceback of the first rank that failed."""
+        for inbox in self.inboxes:
+            inbox.put((worker, args))
+        results = {}
+        for _ in self.processes:
+            rank, fine, value = self.outbox.get(timeout=TIMEOUT_S)
+            if not fine:
+                raise AssertionError(f"rank {rank} of {len(self.processes)} failed:\n{value}")
+            results[rank] = value
+        return [results[r] for r in range(len(self.processes))]
+
+    def close(self, politely: bool) -> None:
+        for inbox in self.inboxes:
+            if politely:
+                inbox.put(None)
+        for process in self.processes:
+            process.join(timeout=5 if politely else 0)
+            if process.is_alive():
+                process.kill()
+
+
+POOLS: dict[int, Pool] = {}
+
+
+def ranks(size: int, worker: Any, *args: Any) -> list:
+    """Run `worker(env, *args)` on `size` gloo ranks and return what each gave back."""
+    pool = POOLS.get(size) or POOLS.setdefault(size, Pool(size))
+    try:
+        return pool.run(worker, args)
+    except BaseException:
+        POOLS.pop(size).close(politely=False)
+        raise
+
+
+@atexit.register
+def _close() -> None:
+    for pool in POOLS.values():
+        pool.close(politely=True)
