@@ -1,0 +1,117 @@
+"""The token cache: a corpus is built by one process, once, while the others wait for it."""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainer.data.corpus import FACTS, FORMAT, Corpus, Damaged, write
+from trainer.data.faults import DataFault, Report
+from trainer.data.readers import File
+from trainer.data.sources import Local
+from trainer.data.tokenizers import Tokenizer
+
+LOG = logging.getLogger("longspan.data")
+TELL_S = 10  # seconds between two lines about how far the tokenising is
+
+
+def place(source: Local, files: list[File], tokenizer: Tokenizer) -> Path:
+    """The folder of the corpus of these files under this tokenizer, whether or not it exists."""
+    key = hashlib.blake2b(f"{FORMAT} {source.key(files)} {tokenizer.fingerprint}".encode(), digest_size=12).hexdigest()
+    root = os.path.expanduser(source.cache) if source.cache else _home()
+    return Path(root) / f"{type(source).__name__.lower()}-{key}"
+
+
+def _home() -> str:
+    """The user's cache folder (XDG base directories: an unset or relative variable counts as none)."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "longspan")
+
+
+def corpus_of(source: Local, tokenizer: Tokenizer) -> Corpus:
+    """The tokenised documents of a source, from the cache or tokenised now.
+
+    Any number of processes may call this at once: one builds, the others wait for its lock and then read. A corpus
+    appears under its name only when whole.
+
+    Raises:
+        ValueError: there are no files, a document cannot be read (or all were left out), or the cache has no room.
+    """
+    files = source.files()
+    folder = place(source, files, tokenizer)
+    found = _opened(folder)
+    if found is None:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(folder.with_suffix(".lock")):
+                found = _opened(folder) or _built(folder, source, files, tokenizer)
+        except OSError as error:
+            raise DataFault(
+                f"the token cache {folder} cannot be written ({error}); give a folder with data.cache"
+            ) from error
+    return found
+
+
+def _opened(folder: Path) -> Corpus | None:
+    try:
+        return Corpus(folder)
+    except FileNotFoundError:
+        return None
+    except Damaged as error:
+        LOG.warning("the token cache %s is damaged (%s): it is built again", folder, error)
+        return None
+
+
+def _built(folder: Path, source: Local, files: list[File], tokenizer: Tokenizer) -> Corpus:
+    """Called under the lock: whatever lies beside the folder under its name was left by a process that died."""
+    for old in [folder, *folder.parent.glob(f"{folder.name}.part-*")]:
+        shutil.rmtree(old, ignore_errors=True)
+    report = Report(source.on_error)
+    LOG.info("tokenising %d files into %s", len(files), folder)
+    part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
+    part.mkdir()
+    try:
+        facts = write(part, _told(source.documents(files, report)), tokenizer)
+        if not facts["documents"]:
+            raise DataFault(nothing(len(files), report))
+        with open(part / FACTS, "w", encoding="utf-8") as out:
+            json.dump(facts | {"report": report.facts()}, out)
+            out.flush()
+            os.fsync(out.fileno())
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return Corpus(folder)
+
+
+def _told(named: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """The same documents; says now and then how many there were."""
+    last = time.monotonic()
+    for number, document in enumerate(named):
+        if time.monotonic() - last > TELL_S:
+            last = time.monotonic()
+            LOG.info("%d documents tokenised so far", number)
+        yield document
+
+
+def nothing(files: int, report: Report) -> str:
+    """The message for data of which no document is left."""
+    return f"no document is left of {files} files ({report.text() or 'they hold no text'}); give other data"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that the operating system takes back when its holder dies."""
+    with open(path, "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            LOG.info("another process is tokenising the data; waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

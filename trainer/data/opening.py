@@ -1,0 +1,113 @@
+"""What the run calls: look at the data before any rank starts, and open it as a stream."""
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.data.cache import nothing, place
+from trainer.data.corpus import FACTS
+from trainer.data.dealing import Endless
+from trainer.data.endless import EndlessStream
+from trainer.data.faults import NONE_HELD_OUT, ONE_DOCUMENT, Report
+from trainer.data.readers import File, suffix_of
+from trainer.data.sources import Local, Source, build
+from trainer.data.split import SPLITS
+from trainer.data.stream import FiniteStream, Stream
+
+LOOK = 64 << 20  # bytes read by `check`
+GLANCE = 4  # documents of an endless source read by `check`
+
+
+def open_stream(
+    data: Mapping[str, Any] | Source,
+    *,
+    context_length: int,
+    rows: int,
+    seed: int,
+    split: str = "train",
+    lanes: bool = False,
+) -> Stream:
+    """The batches of a data node, for every rank alike.
+
+    Args:
+        data: the node: `_target_` and its settings.
+        context_length: tokens that a row predicts.
+        rows: rows in a batch, over all ranks.
+        seed: of the order of training documents.
+        split: train, or held_out for evaluation.
+        lanes: True = row i of a batch goes on where row i of the batch before ended, positions too (for a memory).
+
+    Raises ValueError for settings or data that cannot be read; the first call tokenises finite data.
+    """
+    for name, value in {"context_length": context_length, "rows": rows}.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value} is no number of {'rows' if name == 'rows' else 'tokens'}; give 1 or more")
+    if split not in SPLITS:
+        raise ValueError(f"split={split} is unknown; give train or held_out")
+    source = build(data)
+    settings = {"context_length": context_length, "rows": rows, "seed": seed, "split": split, "lanes": lanes}
+    if isinstance(source, Local):
+        return FiniteStream(source, **settings)
+    assert isinstance(source, Endless), f"{type(source).__name__} is neither Local nor Endless"
+    return EndlessStream(source, **settings)
+
+
+def check(data: Mapping[str, Any] | Source, *, evaluates: bool = False) -> list[str]:
+    """What is wrong with the data, found without tokenising it: a message each, none where all is well.
+
+    Reads the first 64 MB of files and stats the rest (nothing where the tokens are in the cache), or the first few
+    documents of a streamed data set. What lies further in is found while the data is tokenised, with the same message.
+
+    evaluates: whether the run will ask for held-out documents.
+    """
+    try:
+        source = build(data)
+    except ValueError as error:
+        return [str(error)]
+    found, tokenizer = [NONE_HELD_OUT] if evaluates and not source.held_out else [], None
+    try:
+        tokenizer = source.tokenizer()
+    except ValueError as error:
+        found.append(str(error))
+    try:
+        if isinstance(source, Local):
+            files = source.files()
+            count = None if tokenizer is None else _cached(place(source, files, tokenizer))
+            if count is None:
+                faults, count = _look(source, files)
+                found += faults
+            if evaluates and count == 1 and source.held_out:
+                found.append(ONE_DOCUMENT)
+        elif isinstance(source, Endless):
+            for _ in itertools.islice(source.texts(Report(source.on_error)), GLANCE):
+                pass
+    except ValueError as error:
+        found.append(str(error))
+    return found
+
+
+def _cached(folder: Path) -> int | None:
+    """How many documents the cache has; None where it has no corpus, or a damaged one."""
+    try:
+        return int(json.loads((folder / FACTS).read_text("utf-8"))["documents"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _look(source: Local, files: list[File]) -> tuple[list[str], int | None]:
+    """The faults of the first LOOK bytes, and how many documents there are in all where that was seen."""
+    report, left, documents = Report("skip"), LOOK, 0
+    for file in files:
+        if left <= 0:
+            break
+        documents += sum(1 for _ in source.documents([file], report, limit=left))
+        left -= file.size
+    count = documents if left > 0 or (len(files) == 1 and suffix_of(files[0].path) == ".txt") else None
+    if source.on_error == "raise" and report.left_out:
+        more = report.left_out - len(report.examples)
+        way_out = "mend or remove it, or leave such data out with data.on_error=skip"
+        messages = [f"{message}; {way_out}" for message in report.examples]
+        return [*messages, *([f"and {more} more faults of the data"] if more else [])], count
+    return ([nothing(len(files), report)] if count == 0 else []), count

@@ -1,0 +1,92 @@
+"""Where documents come from, in a fixed order: what every source has in common, and how one is built from a config."""
+
+import hashlib
+import importlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from trainer.data.faults import ON_ERROR, Report
+from trainer.data.readers import File, Reader, Reading, documents
+from trainer.data.tokenizers import Tokenizer, load
+
+
+class Source:
+    """Documents in a fixed order, and the settings that every source takes.
+
+    Args:
+        tokenizer: bytes, the path of a tokenizer.json or of a folder with one, or a name on the Hugging Face hub.
+        held_out: fraction of the documents kept from training, 0 <= held_out < 1.
+        on_error: raise = a document that cannot be read ends the run; skip = it is counted and left out.
+    """
+
+    def __init__(self, *, tokenizer: str, held_out: float, on_error: str):
+        if not isinstance(tokenizer, str) or not tokenizer:
+            raise ValueError(f"data.tokenizer={tokenizer!r} names no tokenizer; give bytes, a path or a hub name")
+        if isinstance(held_out, bool) or not isinstance(held_out, int | float) or not 0 <= held_out < 1:
+            raise ValueError(f"data.held_out={held_out} is no fraction of the documents; give 0 (none) up to below 1")
+        if on_error not in ON_ERROR:
+            raise ValueError(f"data.on_error={on_error} is unknown; give raise or skip")
+        self.tokenizer_name, self.held_out, self.on_error = tokenizer, float(held_out), on_error
+
+    def tokenizer(self) -> Tokenizer:
+        return load(self.tokenizer_name)
+
+
+class Local(Source):
+    """Finite data in files of this machine, tokenised once into a cache.
+
+    Args:
+        cache: folder for the tokens; null = longspan in the user's cache folder.
+    """
+
+    readers: Mapping[str, Reader] = {}  # for each suffix, how such a file is read
+    text_field = "text"
+
+    def __init__(self, *, tokenizer: str, held_out: float, on_error: str, cache: str | None):
+        super().__init__(tokenizer=tokenizer, held_out=held_out, on_error=on_error)
+        if cache is not None and not (isinstance(cache, str) and cache):
+            raise ValueError(f"data.cache={cache!r} is no folder; give a path, or null for the user's cache folder")
+        self.cache = cache
+
+    def files(self) -> list[File]:
+        """The files to read, in order. Raises ValueError where there are none, or one is of an unknown kind."""
+        raise NotImplementedError
+
+    def documents(self, files: list[File], report: Report, limit: int | None = None) -> Iterator[tuple[str, str]]:
+        """(name, text) of every document, in order; `limit` is the number of bytes after which to leave each file."""
+        for file in files:
+            yield from documents(file, Reading(self.text_field, report, limit), self.readers)
+
+    def key(self, files: list[File]) -> str:
+        """Changes whenever what is read from the files may change."""
+        seen = hashlib.blake2b(digest_size=16)
+        seen.update(repr((type(self).__name__, self.text_field, self.on_error)).encode())
+        for file in files:
+            seen.update(repr((file.path, file.name, file.size, file.stamp)).encode("utf-8", "surrogatepass"))
+        return seen.hexdigest()
+
+
+def build(data: Mapping[str, Any] | Source) -> Source:
+    """The source that a data node names by `_target_`, made with the node's other keys.
+
+    Raises ValueError for a class that cannot be had, an argument it does not take, or a value it refuses.
+    """
+    if isinstance(data, Source):
+        return data
+    settings = dict(data)
+    target = settings.pop("_target_", None)
+    module, _, name = str(target).rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"data._target_={target} cannot be imported ({error}); use data=stdlib, files or hub"
+        ) from error
+    if not (inspect.isclass(kind) and issubclass(kind, Source)):
+        raise ValueError(f"data._target_={target} is no source of documents; use data=stdlib, data=files or data=hub")
+    unknown = [key for key in settings if key not in inspect.signature(kind).parameters]
+    if unknown:
+        known = ", ".join(inspect.signature(kind).parameters)
+        raise ValueError(f"data.{unknown[0]} is not a setting of {target}; it takes {known}")
+    return kind(**settings)

@@ -1,0 +1,48 @@
+"""The standard library's own source code: real, long text on every machine."""
+
+import os
+import sysconfig
+
+from trainer.data.readers import File, whole
+from trainer.data.sources import Local
+
+ELSEWHERE = {"site-packages", "dist-packages", "__pycache__"}  # other people's code, and none
+
+
+class Stdlib(Local):
+    """Every *.py file of the running Python's library, sorted by path; a file is a document.
+
+    on_error: skip (the default) leaves out and counts the few files that are empty or not in UTF-8.
+    """
+
+    readers = {".py": whole}
+
+    def __init__(
+        self,
+        *,
+        tokenizer: str = "bytes",
+        held_out: float = 0.02,
+        on_error: str = "skip",
+        cache: str | None = None,
+    ):
+        super().__init__(tokenizer=tokenizer, held_out=held_out, on_error=on_error, cache=cache)
+
+    def files(self) -> list[File]:
+        root = sysconfig.get_path("stdlib")
+        found = sorted(_walk(root, ""), key=lambda file: file.name)
+        if not found:
+            raise ValueError(f"data=stdlib: {root} holds no *.py files (a zipped or stripped Python); use data=files")
+        return found
+
+
+def _walk(folder: str, prefix: str) -> list[File]:
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                if entry.name not in ELSEWHERE:
+                    found += _walk(entry.path, f"{prefix}{entry.name}/")
+            elif entry.name.endswith(".py") and entry.is_file():
+                facts = entry.stat()
+                found.append(File(entry.path, prefix + entry.name, facts.st_size, facts.st_mtime_ns))
+    return found
