@@ -1,0 +1,121 @@
+"""Engine that shards parameters, gradients and optimiser state over all ranks with torch's FSDP2.
+
+Every rank is a shard, whether it shares its sequence or not: parameters know nothing of context parallelism.
+Source: Zhao et al. 2023 (arXiv:2304.11277) for the idea. FSDP2 averages gradients; we make it add them (see Engine).
+"""
+
+from collections import Counter
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from models.span import Span
+from parallel.engines.engine import BuildOptimiser, Engine, blocks_of
+from parallel.engines.weights import materialise
+from parallel.mesh import Mesh
+
+
+class Fsdp(Engine):
+    """A block's parameters are gathered for its forward and its backward only.
+
+    Args:
+        reshard_after_forward: False keeps the gathered parameters from forward to backward: less traffic, more memory.
+        others: as Engine.
+
+    Between micro-batches the gradients stay whole and unsummed, and are reduced once, after the last.
+
+    Raises:
+        ValueError: torch.distributed was not started.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        optimiser: BuildOptimiser,
+        *,
+        precision: str = "float32",
+        seed: int = 0,
+        checkpointing: str = "none",
+        compile: bool = False,
+        reshard_after_forward: bool = True,
+    ):
+        super().__init__(
+            mesh, optimiser, precision=precision, seed=seed, checkpointing=checkpointing, compile=compile
+        )
+        if mesh.device_mesh is None:
+            raise ValueError("engine=fsdp needs started ranks, and there are none; use engine=single in one process")
+        self.reshard_after_forward = reshard_after_forward
+
+    def _place(self, model: nn.Module) -> nn.Module:
+        policy = MixedPrecisionPolicy()
+        if self.precision == "bfloat16":
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        options: dict[str, Any] = {"mesh": self.mesh.device_mesh, "mp_policy": policy}
+        for block in _separable(model):
+            fully_shard(block, reshard_after_forward=self.reshard_after_forward, **options)
+        fully_shard(model, reshard_after_forward=False, **options)  # backward begins with what the root gathered
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                _seal_spans(module)
+                # a sum, not a mean: gloo has no pre-multiplied sum, so the plain one is forced before the factor of 1
+                module.set_force_sum_reduction_for_comms(True)
+                module.set_gradient_divide_factor(1.0)
+        materialise(model, self.mesh.device, self.seed)
+        return model
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """See Engine.backward. All ranks must hand in the same number of micro-batches."""
+        sharded = cast(FSDPModule, self.model)
+        sharded.set_requires_gradient_sync(last)
+        sharded.set_is_last_backward(last)
+        loss.backward()
+
+
+class _Sealed:
+    """A Span that FSDP2 does not look into.
+
+    It would: FSDP2 walks through dataclasses among a module's arguments in search of tensors, and hands on rebuilt copies.
+    A Span keeps the plans of its layers and knows its cut: walking it is long or circular, and a copy's plans are lost.
+    """
+
+    def __init__(self, span: Span):
+        self.span = span
+
+
+def _seal_spans(module: nn.Module) -> None:
+    """Seal every Span before FSDP2's hooks see it, and open it again around the module's own forward."""
+    forward = module.forward
+
+    def opened(*args: Any, **kwargs: Any) -> Any:
+        return forward(*map(_open, args), **{key: _open(value) for key, value in kwargs.items()})
+
+    module.forward = opened
+    module.register_forward_pre_hook(_seal, prepend=True, with_kwargs=True)
+
+
+def _seal(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return tuple(map(_close, args)), {key: _close(value) for key, value in kwargs.items()}
+
+
+def _close(value: Any) -> Any:
+    return _Sealed(value) if isinstance(value, Span) else value
+
+
+def _open(value: Any) -> Any:
+    return value.span if isinstance(value, _Sealed) else value
+
+
+def _separable(model: nn.Module) -> list[nn.Module]:
+    """The blocks that own all their parameters; one that shares some with others is left to the root.
+
+    FSDP2 cannot have one parameter in two units.
+    """
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+
+    def apart(block: nn.Module) -> bool:
+        inside = Counter(id(p) for module in block.modules() for p in module.parameters(recurse=False))
+        return bool(inside) and all(owners[key] == count for key, count in inside.items())
+
+    return [block for block in blocks_of(model) if apart(block)]

@@ -1,0 +1,93 @@
+"""Sum gradients over ranks, measure them and clip them.
+
+A gradient is whole (the same on every rank after `add_up`) or sharded (a DTensor whose shards are disjoint). The norm
+counts every element of every parameter once: squares of shards are summed over the mesh that shards them, mesh by mesh,
+then combined.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+from parallel.engines.weights import local
+
+BUCKET_BYTES = 25 * 2**20
+
+
+def add_up(parameters: Sequence[nn.Parameter], group: ProcessGroup | None) -> None:
+    """Replace each gradient by its sum over the group; all ranks end with the same bits.
+
+    A parameter that got a gradient on some ranks only counts as zero on the others; one that got none anywhere keeps
+    None, so that the optimiser leaves it alone on any number of ranks.
+    """
+    if group is None or dist.get_world_size(group) == 1 or not parameters:
+        return
+    used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    dist.all_reduce(used, op=dist.ReduceOp.MAX, group=group)  # [parameters] -> [parameters]
+    for parameter, anywhere in zip(parameters, used.tolist()):
+        if anywhere and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for bucket in buckets([p.grad for p in parameters if p.grad is not None]):
+        flat = torch.cat([grad.flatten() for grad in bucket])
+        dist.all_reduce(flat, group=group)  # [elements] -> [elements]
+        for grad, summed in zip(bucket, flat.split([grad.numel() for grad in bucket])):
+            grad.copy_(summed.view_as(grad))
+
+
+def buckets(tensors: Sequence[Tensor], limit_bytes: int = BUCKET_BYTES) -> list[list[Tensor]]:
+    """Cut a list into runs of one dtype of at most `limit_bytes` (a larger tensor stands alone), in order."""
+    runs: list[list[Tensor]] = []
+    filled = 0
+    for tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if not runs or runs[-1][0].dtype != tensor.dtype or filled + size > limit_bytes:
+            runs.append([])
+            filled = 0
+        runs[-1].append(tensor)
+        filled += size
+    return runs
+
+
+@torch.no_grad()
+def clip(parameters: Sequence[nn.Parameter], max_norm: float | None, device: torch.device) -> float:
+    """Global L2 norm of the gradients before clipping; scales them down to `max_norm` where they exceed it.
+
+    Args:
+        max_norm: None or 0 only measures. All ranks must call; all get the same number.
+
+    The factor is max_norm / (norm + 1e-6), torch.nn.utils.clip_grad_norm_'s. A norm that is not finite is returned as it
+    is: look at it before the step.
+    """
+    if max_norm is not None and max_norm < 0:
+        raise ValueError(f"optim.clip={max_norm} is no norm; give a positive number, or 0 not to clip")
+    grads = [p.grad for p in parameters if p.grad is not None]
+    square = torch.zeros((), dtype=torch.float64, device=device)
+    for groups, members in _by_mesh(grads):
+        part = torch.nn.utils.get_total_norm([local(grad) for grad in members]).to(device, torch.float64).square()
+        for group in groups:
+            dist.all_reduce(part, group=group)  # [] -> []
+        square += part
+    norm = square.sqrt().item()
+    if max_norm and not norm + 1e-6 <= max_norm:
+        for grad in grads:
+            local(grad).mul_(max_norm / (norm + 1e-6))
+    return norm
+
+
+def _by_mesh(grads: Sequence[Tensor]) -> list[tuple[list[ProcessGroup], list[Tensor]]]:
+    """Gradients that are cut over the same groups together, with those groups (none for whole ones)."""
+    sets: dict[tuple, tuple[list[ProcessGroup], list[Tensor]]] = {}
+    for grad in grads:
+        cut = _cut_over(grad)
+        sets.setdefault(tuple(id(group) for group in cut), (cut, []))[1].append(grad)
+    return list(sets.values())
+
+
+def _cut_over(grad: Tensor) -> list[ProcessGroup]:
+    if not isinstance(grad, DTensor):
+        return []
+    return [grad.device_mesh.get_group(axis) for axis, at in enumerate(grad.placements) if at.is_shard()]

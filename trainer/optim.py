@@ -1,0 +1,88 @@
+"""The optimiser: AdamW, with weight decay only where a parameter is a matrix that multiplies activations."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101); conf/optim names it and its settings.
+
+    Args:
+        learning_rate: at the peak of the schedule.
+        betas: how slowly the two moments forget.
+        weight_decay: per step, times the learning rate; see `decayed` for what it acts on.
+        clip: largest global norm of the gradient; 0 = no clipping.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    learning_rate: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "eps"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be a positive number")
+        for name in ("weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be 0 (off) or a positive number")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas={list(self.betas)} must be two numbers from 0 up to, not with, 1")
+
+    def __call__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> torch.optim.AdamW:
+        """The torch optimiser over `parameters`, whose names are those of `model`; its state exists from the start.
+
+        Fused on GPUs. On CPUs one parameter at a time: the fused kernel's last bits depend on where a tensor was cut
+        (6 of 10007 elements after 5 steps, in 770 pieces against one), and foreach is slower than the plain loop there.
+        """
+        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        decays = decayed(model)
+        groups = [
+            {"params": [p for name, p in trained.items() if name in decays], "weight_decay": self.weight_decay},
+            {"params": [p for name, p in trained.items() if name not in decays], "weight_decay": 0.0},
+        ]
+        fused = all(parameter.device.type == "cuda" for parameter in trained.values())
+        optimiser = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=self.learning_rate,
+            betas=self.betas,
+            eps=self.eps,
+            fused=fused,
+            foreach=False,
+        )
+        for parameter in trained.values():
+            optimiser.state[parameter] = _nothing_yet(parameter, fused)
+        return optimiser
+
+
+def decayed(model: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay acts on.
+
+    Those of two or more dims, except embeddings and what a module lists in its `undecayed` (decay rates, biases by
+    head, tables of positions). Norms, biases, gates and sinks have one dim. Embeddings are left out as in OLMo 2
+    (arXiv:2501.00656): decay shrinks them, and with them grow the gradients of the first layers. A tied embedding
+    counts as an embedding.
+    """
+    left_out: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, nn.Embedding) or name in getattr(module, "undecayed", ()):
+                left_out.add(id(parameter))
+    return {name for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in left_out}
+
+
+def _nothing_yet(parameter: nn.Parameter, fused: bool) -> dict[str, Tensor]:
+    """AdamW's state before the first step, as torch would make it during that step."""
+    return {
+        "step": torch.zeros((), device=parameter.device if fused else "cpu", dtype=torch.float32),
+        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format).detach(),
+        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format).detach(),
+    }
