@@ -1,0 +1,55 @@
+"""The pictures of a run: which are drawn, and that their curves are the rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trainer.logs import report
+
+
+def write(directory: Path, steps: int, evaluations: int) -> None:
+    directory.mkdir()
+    rows = [{"step": s, "loss": 1 + 1 / s, "tokens": 64 * s} for s in range(1, steps + 1)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bars = [{"begin": 2**b // 2, "end": 2**b, "loss": 3.0 - b / 4} for b in range(5)]
+    rows = [{"step": 10 * e, "name": "held_out", "value": 2.0, "by_position": bars} for e in range(1, evaluations + 1)]
+    (directory / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved, by file name."""
+    kept, save = {}, report._save
+    monkeypatch.setattr(report, "_save", lambda figure, path: kept.setdefault(path.name, figure) and save(figure, path))
+    return kept
+
+
+def test_both_pictures_are_drawn_from_the_rows(tmp_path, figures):
+    write(tmp_path / "my_run", steps=120, evaluations=3)
+    made = report.plots(tmp_path / "my_run")
+    assert [path.name for path in made] == ["loss.png", "loss_by_position.png"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 10_000 for path in made)
+    axes = figures["loss.png"].axes[0]
+    raw, smooth, held_out = axes.get_lines()
+    assert list(raw.get_xdata()) == list(range(1, 121))
+    assert list(raw.get_ydata()) == [1 + 1 / s for s in range(1, 121)]
+    assert smooth.get_ydata()[60] == pytest.approx(sum(1 + 1 / s for s in range(59, 64)) / 5)
+    assert list(held_out.get_xdata()) == [10, 20, 30]
+    assert "my_run" in axes.get_title(loc="left")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "loss (nats per token)")
+    by_position = figures["loss_by_position.png"].axes[0]
+    assert [line.get_label() for line in by_position.get_lines()] == ["step 10", "step 20", "step 30"]
+    assert list(by_position.get_lines()[-1].get_ydata()) == [3.0, 2.75, 2.5, 2.25, 2.0]
+
+
+def test_a_run_of_one_step_without_evaluation_has_one_picture(tmp_path):
+    write(tmp_path / "one", steps=1, evaluations=0)
+    assert [path.name for path in report.plots(tmp_path / "one")] == ["loss.png"]
+    (tmp_path / "none").mkdir()
+    assert report.plots(tmp_path / "none") == []
+
+
+def test_smoothing_keeps_a_straight_line_where_it_is():
+    line = [float(value) for value in range(10)]
+    assert report._smooth(line, 3) == pytest.approx(line)

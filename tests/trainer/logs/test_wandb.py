@@ -1,0 +1,174 @@
+"""W&B gets every metric, keeps its id, shows no secret, and never stops or holds up a run."""
+
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import wandb
+
+from tests.trainer.logs import wandb_file
+from trainer.logs import wandb as ours
+from trainer.logs.jsonl import Row
+from trainer.logs.report import plots
+
+KEY = "0123456789" * 4
+
+
+def row(step: int) -> Row:
+    return Row(step, 3.0 / step, 64 * step, 1000.0, 0.5, 1.25, 1e-3, 10**9, None if step == 2 else 0.25)
+
+
+@pytest.fixture(autouse=True)
+def nobody(monkeypatch, tmp_path):
+    """A user without W&B settings, and a service process that ends with the test."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_DIR", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    yield
+    wandb.teardown()
+
+
+def begin(directory: Path, said: list, **settings) -> ours.Wandb:
+    settings = {"mode": "auto", "project": "longspan", "name": "r", "config": {}} | settings
+    return ours.Wandb(directory, say=said.append, **settings)
+
+
+def offline(directory: Path) -> list[Path]:
+    """The files of offline runs, after W&B's own process has written all of them."""
+    wandb.teardown()
+    return sorted(directory.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_an_offline_file_holds_every_metric_and_no_secret(tmp_path):
+    said, config = [], {"data": {"tokenizer": "bytes", "hf_token": "s3cret", "path": "https://me:s3cret@host/x"}}
+    run = begin(tmp_path, said, config=config | {"batch_tokens": 64})
+    for step in (1, 2, 3):
+        run.step(row(step))
+    run.evaluation(3, "held_out", 2.5)
+    place = run.place
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0, "tokens": 64}\n')
+    run.finish({"best_loss": 1.0}, plots(tmp_path))
+    [path] = offline(tmp_path)
+    found = wandb_file.read(path)
+    assert said == [] and place == str(path.parent)
+    history = {step: {} for step in (1, 2, 3)}
+    for part in found.history:
+        history.setdefault(part.get("step", 0), {}).update(part)
+    for step in (1, 2, 3):
+        for name, value in row(step)._asdict().items():
+            assert history[step].get(name) == value, (step, name)
+        assert history[step]["_step"] == step
+        assert history[step]["by_tokens/loss"] == 3.0 / step
+    assert history[3]["evaluation/held_out"] == 2.5
+    assert found.summary["best_loss"] == 1.0
+    assert found.axes["*"] == "step" and found.axes["by_tokens/*"] == found.axes["evaluation/*"] == "tokens"
+    assert list(path.parent.glob("files/media/images/report/loss*.png"))
+    assert found.config["data"] == {"tokenizer": "bytes", "hf_token": "***", "path": "https://***@host/x"}
+    assert found.config["batch_tokens"] == 64
+    assert b"s3cret" not in path.read_bytes()
+
+
+def test_a_resumed_run_keeps_its_id(tmp_path):
+    first = begin(tmp_path, [])
+    first.step(row(1))
+    first.finish({})
+    time.sleep(1.1)  # W&B names directories by the second
+    second = begin(tmp_path, [])
+    second.finish({})
+    elsewhere = begin(tmp_path / "moved", [], identity=first.identity)
+    elsewhere.finish({})
+    assert first.identity == second.identity == elsewhere.identity == ours.identity_of(tmp_path)
+    assert {wandb_file.read(path).identity for path in offline(tmp_path)} == {first.identity}
+    assert len(offline(tmp_path)) == 2
+
+
+def silent_server() -> tuple[socket.socket, str]:
+    """A server that takes connections and never answers."""
+    server = socket.create_server(("127.0.0.1", 0))
+    return server, f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("mode", ["auto", "online"])
+def test_with_a_key_and_no_network_the_run_goes_on_offline_soon_and_says_so_once(tmp_path, monkeypatch, mode):
+    server, address = silent_server()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", address)
+    said, begun = [], time.monotonic()
+    run = begin(tmp_path, said, mode=mode, init_timeout_s=2.0)
+    run.step(row(1))
+    run.finish({})
+    assert time.monotonic() - begun < 15
+    assert len(said) == 1 and "cannot be reached" in said[0] and "offline" in said[0]
+    assert wandb_file.read(offline(tmp_path)[0]).history[0]["loss"] == 3.0
+    server.close()
+
+
+def test_a_server_that_answers_nonsense_is_left_after_the_timeout(tmp_path, monkeypatch):
+    server, address = silent_server()
+
+    def nonsense() -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            connection.recv(1000)
+            connection.sendall(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            connection.close()
+
+    threading.Thread(target=nonsense, daemon=True).start()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", address)
+    said, begun = [], time.monotonic()
+    run = begin(tmp_path, said, init_timeout_s=1.0)
+    run.step(row(1))
+    run.finish({})
+    server.close()
+    assert time.monotonic() - begun < 20
+    assert len(said) == 1 and "did not answer" in said[0]
+    assert wandb_file.read(offline(tmp_path)[0]).history[0]["loss"] == 3.0
+
+
+def test_online_without_a_key_is_offline_and_says_so(tmp_path):
+    said = []
+    begin(tmp_path, said, mode="online").finish({})
+    assert len(said) == 1 and "no key" in said[0]
+    assert offline(tmp_path)
+
+
+def test_a_key_in_the_netrc_file_counts(tmp_path, monkeypatch):
+    server, address = silent_server()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / ".netrc").write_text(f"machine {address[7:]} login user password {KEY}\n")
+    (tmp_path / "home" / ".netrc").chmod(0o600)
+    monkeypatch.setenv("WANDB_BASE_URL", address)
+    said = []
+    begin(tmp_path, said, mode="auto", init_timeout_s=0.5).finish({})
+    assert len(said) == 1 and "cannot be reached" in said[0]
+    server.close()
+
+
+def test_an_error_of_wandb_switches_it_off_and_is_said_once(tmp_path, monkeypatch):
+    said = []
+    run = begin(tmp_path, said)
+
+    def fail(*args, **settings):
+        raise RuntimeError("the pipe is gone\nwith a long story")
+
+    monkeypatch.setattr(run.run, "log", fail)
+    for step in (1, 2):
+        run.step(row(step))
+    run.evaluation(2, "held_out", 1.0)
+    run.finish({"best_loss": 1.0})
+    assert said == ["W&B: switched off for the rest of this run (the pipe is gone); metrics.jsonl has everything"]
+    assert run.place is None
+
+
+def test_a_directory_that_cannot_be_written_switches_it_off(tmp_path):
+    (tmp_path / "wandb").write_text("in the way")
+    said = []
+    run = begin(tmp_path, said)
+    run.step(row(1))
+    assert len(said) == 1 and "switched off" in said[0]

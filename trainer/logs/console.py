@@ -1,0 +1,140 @@
+"""What a user sees while a run goes on: a progress bar on a terminal, a plain line every few seconds elsewhere."""
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from trainer.logs.jsonl import EVALUATION, METRICS, Row
+
+INTERVAL_S = 5.0
+
+
+def count(number: float) -> str:
+    """A number for people: 950, 12.3k, 4.56M."""
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 0:05, 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Console:
+    """Prints for the whole run; made on rank 0, and silent on the others.
+
+    Args:
+        steps: the last step's number.
+        first: the step that the run goes on from; 0 at the very beginning.
+        speaks: whether this rank prints at all.
+        file: where to; a terminal gets the bar.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        *,
+        first: int = 0,
+        speaks: bool = True,
+        file: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.steps, self.first, self.speaks, self.clock = steps, first, speaks, clock
+        self.file = file or sys.stdout
+        self.begin = self.last = clock()
+        self.bar: Progress | None = None
+        self.task = TaskID(0)
+        if speaks and self.file.isatty():
+            self.bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[told]}"),
+                TimeRemainingColumn(compact=True),
+                console=Terminal(file=self.file),
+                expand=True,
+            )
+            self.task = self.bar.add_task("", total=steps, completed=first, told="")
+
+    def say(self, text: str) -> None:
+        """One line (or several) for the user, above the bar."""
+        if not self.speaks:
+            return
+        if self.bar is not None:
+            self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self.file, flush=True)
+
+    def go_on_from(self, step: int) -> None:
+        """The run was resumed: `step` steps were done before, and time counts from now."""
+        self.first, self.begin = step, self.clock()
+        if self.bar is not None:
+            self.bar.reset(self.task, total=self.steps, completed=step, told="")
+
+    def step(self, row: Row) -> None:
+        """A step is done. The first and the last always print; in between a line every few seconds."""
+        if not self.speaks:
+            return
+        told = f"loss {row.loss:.4f}  {count(row.tokens_per_second)} tokens/s"
+        now = self.clock()
+        if self.bar is not None:
+            self.bar.start()
+            self.bar.update(self.task, completed=row.step, told=told)
+            if row.step == self.steps:
+                self.bar.stop()
+            return
+        if row.step in (self.first + 1, self.steps) or now - self.last >= INTERVAL_S:
+            self.last = now
+            width = len(str(self.steps))
+            left = (now - self.begin) / (row.step - self.first) * (self.steps - row.step)
+            self.say(f"step {row.step:{width}d}/{self.steps}  {told}  {duration(left)} left")
+
+    def close(self) -> None:
+        """Leave the terminal as it was; safe to call twice."""
+        if self.bar is not None:
+            self.bar.stop()
+
+    def finish(
+        self, directory: Path, *, stopped: str | None = None, wandb: str | None = None, more: Sequence[str] = ()
+    ) -> None:
+        """The last screen: where everything lies, and what to try next.
+
+        Args:
+            directory: of the run; only what is there is listed.
+            stopped: why the run ended before its last step, or None.
+            wandb: where the W&B run is: an address, or the directory of an offline run.
+            more: commands to try, before ours.
+        """
+        self.close()
+        checkpoints = sorted(path for path in (directory / "checkpoints").glob("step_*") if path.is_dir())
+        plots = sorted((directory / "report").glob("*.png"))
+        places = [
+            ("metrics", [directory / METRICS]),
+            ("evaluation", [directory / EVALUATION]),
+            ("checkpoint", checkpoints[-1:]),
+            ("sample", [directory / "sample.txt"]),
+            ("plots", plots),
+        ]
+        found = [(name, str(path)) for name, paths in places for path in paths if path.exists()]
+        if wandb:
+            found.append(("W&B", wandb))
+        head = f"stopped: {stopped}" if stopped else "finished"
+        lines = ["", f"{head} after {duration(self.clock() - self.begin)}; {directory} holds"]
+        lines += [f"  {name:<11} {path}" for name, path in found]
+        run = shlex.quote(str(directory))
+        next_ = [*more, f"python -m scripts.report {run}"]
+        if stopped:
+            next_ = [f"python -m trainer run_dir={run} ...   with the same settings goes on from there", *next_]
+        if wandb and Path(wandb).is_dir():
+            next_.append(f"wandb sync {shlex.quote(wandb)}")
+        self.say("\n".join([*lines, "try next", *(f"  {command}" for command in next_)]))

@@ -1,0 +1,140 @@
+"""Rows of a run on disk, an object a line: metrics.jsonl and evaluation.jsonl.
+
+Evaluations have rows {"step", "name", "value"} and whatever the value is made of, for example `by_position`.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+METRICS, EVALUATION = "metrics.jsonl", "evaluation.jsonl"
+
+
+class Row(NamedTuple):
+    """One line of metrics.jsonl.
+
+    step counts from 1; loss in nats per token, the language loss alone; tokens trained on since the beginning;
+    grad_norm before clipping; peak_memory_bytes of the fullest rank; mfu a share of 1 (trainer/logs/meters.py), None
+    where the peak of the device is not known.
+    """
+
+    step: int
+    loss: float
+    tokens: int
+    tokens_per_second: float
+    step_seconds: float
+    grad_norm: float
+    learning_rate: float
+    peak_memory_bytes: int
+    mfu: float | None
+
+
+class Lines:
+    """A file of JSON lines, appended and flushed line by line.
+
+    Args:
+        path: made when missing. A last line that a killed run left half-written is dropped on opening.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and not _ends_well(self.path):
+            _rewrite(self.path, list(read(self.path)))
+        self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open for the life of a run)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row. NaN and infinities are written as null, for JSON has no such numbers."""
+        self.file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+
+    def truncate_after(self, step: int) -> int:
+        """Drop rows of later steps (a run resumed from `step` writes them again); how many were dropped."""
+        rows = list(read(self.path))
+        kept = [row for row in rows if row["step"] <= step]
+        if len(kept) < len(rows):
+            self.file.close()
+            _rewrite(self.path, kept)
+            self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        return len(rows) - len(kept)
+
+    def close(self) -> None:
+        """Flush to the disk."""
+        if not self.file.closed:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+
+
+class Metrics(Lines):
+    """metrics.jsonl of a run directory."""
+
+    def __init__(self, directory: Path | str):
+        super().__init__(Path(directory) / METRICS)
+
+    def add(self, row: Row) -> None:
+        """Append the row of a step."""
+        self.write(row._asdict())
+
+
+class Evaluations(Lines):
+    """evaluation.jsonl of a run directory."""
+
+    def __init__(self, directory: Path | str):
+        super().__init__(Path(directory) / EVALUATION)
+
+    def add(self, step: int, name: str, value: float, **made_of: Any) -> None:
+        """Append one value and what it is made of (JSON)."""
+        self.write({"step": step, "name": name, "value": value, **made_of})
+
+
+def read(path: Path | str) -> Iterator[dict[str, Any]]:
+    """The rows of a file, without a last line that is half-written; nothing where there is no file.
+
+    Raises:
+        ValueError: a line before the last is no JSON object with a step.
+    """
+    if not Path(path).exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                whole = isinstance(row, dict) and "step" in row
+            except ValueError:
+                whole = False
+            if not line.endswith("\n"):
+                return
+            if not whole:
+                raise ValueError(f"line {number} of {path} is no JSON object with a step; mend or remove that line")
+            yield row
+
+
+def _ends_well(path: Path) -> bool:
+    with open(path, "rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Put a new file in the place of the old by one rename: a kill leaves the old or the new."""
+    beside = path.with_name(f".{path.name}.tmp")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

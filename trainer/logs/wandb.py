@@ -1,0 +1,211 @@
+"""Weights & Biases, which never stops or slows a run: without a key or a network it writes to <run_dir>/wandb/ instead.
+
+Only rank 0 imports this module, and only when `wandb.mode` is not disabled. Metrics keep the names of metrics.jsonl and
+have `step` as their x-axis; `by_tokens/loss` and everything under `evaluation/` have `tokens`.
+"""
+
+import netrc
+import os
+import re
+import secrets
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import wandb
+
+from trainer.logs.jsonl import Row
+
+PROBE_S, FINISH_S = 3.0, 30.0
+SECRET = re.compile(r"(^|[_.-])(api_?key|secret|password|passwd|credentials?|token)$", re.I)
+IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+@")
+IDENTITY = "run_id"
+
+
+def without_secrets(value: Any) -> Any:
+    """A config fit to be shown: secrets by the names of their keys, and passwords inside addresses, become ***."""
+    if isinstance(value, dict):
+        hidden = {key for key, item in value.items() if SECRET.search(str(key)) and item is not None}
+        return {key: "***" if key in hidden else without_secrets(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(item) for item in value]
+    return IN_ADDRESS.sub("***@", value) if isinstance(value, str) else value
+
+
+def identity_of(directory: Path | str) -> str | None:
+    """The id that a run directory's W&B run has, if it ever had one."""
+    path = Path(directory) / "wandb" / IDENTITY
+    return path.read_text(encoding="ascii").strip() or None if path.is_file() else None
+
+
+class Wandb:
+    """The W&B run of a run directory.
+
+    Args:
+        directory: of the run; files go into its wandb/.
+        mode: auto (online when a key is found, else offline), online or offline.
+        init_timeout_s: the longest wait for the server at the start; then the run is offline.
+        config: of the run; uploaded without secrets.
+        identity: the run's id from its checkpoint; None = the run directory's own, or a new one.
+        say: takes a line for the user.
+
+    No method raises because of W&B: the first error is said, and from then on nothing more is sent.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        *,
+        mode: str,
+        project: str,
+        name: str,
+        config: dict[str, Any],
+        init_timeout_s: float = 10.0,
+        identity: str | None = None,
+        say: Callable[[str], None] = print,
+    ):
+        self.directory, self.say = Path(directory), say
+        self.run: Any = None
+        self.tokens = 0
+        self.identity = identity or secrets.token_hex(4)
+        # W&B's reports about itself would hold the process up at its end, for many seconds, when the server does not answer.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        try:
+            self.identity = identity or identity_of(directory) or self.identity
+            (self.directory / "wandb").mkdir(parents=True, exist_ok=True)
+            (self.directory / "wandb" / IDENTITY).write_text(self.identity + "\n", encoding="ascii")
+            mode = self._mode(mode, min(PROBE_S, init_timeout_s))
+            if mode == "offline":  # for W&B's own telemetry too, which would wait for the network when the process ends
+                wandb.setup(wandb.Settings(silent=True, mode="offline"))
+            self._open(mode, init_timeout_s, project=project, name=name, config=without_secrets(config))
+        except Exception as error:
+            self._lost(error)
+
+    def _mode(self, mode: str, wait_s: float) -> str:
+        """What is possible of what is wished; a difference is said."""
+        known = wandb.setup(wandb.Settings(silent=True)).settings  # reads WANDB_* and W&B's own settings files
+        if mode == "auto" and known.mode in ("offline", "disabled", "dryrun"):
+            return "disabled" if known.mode == "disabled" else "offline"
+        if mode not in ("auto", "online"):
+            return mode
+        if not (known.api_key or getattr(known, "identity_token_file", None) or _in_netrc(known.base_url)):
+            if mode == "online":
+                self.say("W&B: wandb.mode=online, but there is no key; going on offline (`wandb login` stores a key)")
+            return "offline"
+        if (why := unreachable(known.base_url, wait_s)) is not None:
+            self.say(f"W&B: {known.base_url} cannot be reached ({why}); going on offline, `wandb sync` sends it later")
+            return "offline"
+        return "online"
+
+    def _open(self, mode: str, wait_s: float, **run: Any) -> None:
+        settings = {"silent": True, "console": "off", "init_timeout": wait_s, "disable_git": True, "save_code": False}
+        settings |= {"finish_timeout": FINISH_S} if "finish_timeout" in wandb.Settings.model_fields else {}
+        wishes = {"dir": str(self.directory), "id": self.identity, "resume": "allow", **run}
+        try:
+            self.run = wandb.init(mode=mode, settings=wandb.Settings(**settings), **wishes)  # type: ignore[arg-type]
+        except Exception as error:
+            if mode != "online":
+                raise
+            self.say(f"W&B: the server did not answer ({_brief(error)}); going on offline, `wandb sync` sends it later")
+            wandb.teardown(exit_code=1)  # its service holds on to the id of the run that did not open
+            wandb.setup(wandb.Settings(silent=True, mode="offline"))
+            self.run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **wishes)
+        self.run.define_metric("step", hidden=True)
+        self.run.define_metric("*", step_metric="step")
+        for name in ("by_tokens/*", "evaluation/*"):
+            self.run.define_metric(name, step_metric="tokens")
+
+    def _lost(self, error: Exception) -> None:
+        self.run = None
+        self.say(f"W&B: switched off for the rest of this run ({_brief(error)}); metrics.jsonl has everything")
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        if self.run is None:
+            return
+        try:
+            self.run.log({"step": step, "tokens": self.tokens, **values}, step=step)
+        except Exception as error:
+            self._lost(error)
+
+    def step(self, row: Row) -> None:
+        """Send the row of a step."""
+        self.tokens = row.tokens
+        values = {name: value for name, value in row._asdict().items() if value is not None}
+        self._log(row.step, {**values, "by_tokens/loss": row.loss})
+
+    def evaluation(self, step: int, name: str, value: float) -> None:
+        """Send one value of an evaluation."""
+        self._log(step, {f"evaluation/{name}": value})
+
+    @property
+    def place(self) -> str | None:
+        """Where to look: the run's address, or the directory that `wandb sync` takes; None when switched off."""
+        if self.run is None:
+            return None
+        return str(Path(self.run.dir).parent) if self.run.offline else self.run.url
+
+    def finish(self, summary: dict[str, Any], images: Sequence[Path] = (), *, exit_code: int = 0) -> None:
+        """Send the summary and the pictures, and close the run; waits at most half a minute for the network."""
+        if self.run is None:
+            return
+        run, trouble = self.run, []
+
+        def close() -> None:
+            try:
+                pictures = {f"report/{image.stem}": wandb.Image(str(image)) for image in images}
+                if pictures:
+                    run.log(pictures)
+                run.summary.update(summary)
+                run.finish(exit_code=exit_code)
+            except Exception as error:
+                trouble.append(error)
+
+        thread = threading.Thread(target=close, daemon=True)
+        thread.start()
+        thread.join(FINISH_S + 5)
+        if trouble:
+            self._lost(trouble[0])
+        elif thread.is_alive():
+            self.say(f"W&B: the server is slow; `wandb sync` sends what it lacks from {self.directory / 'wandb'}")
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _in_netrc(address: str) -> bool:
+    """Whether the user's netrc file has a key for this server, or for W&B's own."""
+    for path in (Path.home() / ".netrc", Path.home() / "_netrc"):
+        try:
+            hosts = netrc.netrc(path).hosts
+        except (OSError, netrc.NetrcParseError):
+            continue
+        if urlsplit(address).netloc in hosts or "api.wandb.ai" in hosts:
+            return True
+    return False
+
+
+def unreachable(address: str, wait_s: float) -> str | None:
+    """Why no server answers at an address, or None when one does; takes at most `wait_s` seconds."""
+    found: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(address, timeout=wait_s):
+                found.append(None)
+        except urllib.error.HTTPError:
+            found.append(None)  # an answer, if an unfriendly one
+        except Exception as error:
+            reason = getattr(error, "reason", error)  # certificates are W&B's own affair: it may know more of them
+            found.append(None if isinstance(reason, ssl.SSLError) else str(reason))
+
+    thread = threading.Thread(target=ask, daemon=True)  # a name server that does not answer knows no timeout
+    thread.start()
+    thread.join(wait_s)
+    return found[0] if found else f"no answer in {wait_s:g} s"
