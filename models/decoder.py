@@ -1,6 +1,5 @@
 """A decoder: tokens in, logits or losses out. The road from config to loss passes here on its way to models/loss.py."""
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -12,8 +11,6 @@ from models.loss import token_losses
 from models.positions.position import Position
 from models.span import Span
 
-FACTOR = 16  # a model.ffn below this is a multiple of the width
-
 
 class Decoder(nn.Module):
     """Blocks between an embedding and an output head.
@@ -22,7 +19,7 @@ class Decoder(nn.Module):
         vocabulary: number of different tokens.
         width: of the residual stream.
         mixers: one for each layer; each a module (x [B, T, width], span) -> [B, T, width].
-        ffn: hidden width of the feed-forward layers: below FACTOR a multiple of width (rounded up to whole 8s), else itself.
+        ffn: hidden width of the feed-forward layers.
         position: its embedding, if it has one, is added to the tokens'.
         tie: use the embedding as the output head (Press & Wolf 2017, arXiv:1608.05859).
     """
@@ -32,16 +29,15 @@ class Decoder(nn.Module):
         vocabulary: int,
         width: int,
         mixers: Sequence[nn.Module],
-        ffn: float = 8 / 3,
+        ffn: int,
         *,
         position: Position | None = None,
         tie: bool = False,
     ):
         super().__init__()
-        hidden = hidden_width(ffn, width)
         self.embed = nn.Embedding(vocabulary, width)
         self.position = position.embedding(width) if position else None
-        self.blocks = nn.ModuleList(Block(width, mixer, SwiGLU(width, hidden)) for mixer in mixers)
+        self.blocks = nn.ModuleList(Block(width, mixer, SwiGLU(width, ffn)) for mixer in mixers)
         self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, vocabulary, bias=False)
         if tie:
             self.head.weight = self.embed.weight
@@ -63,10 +59,3 @@ class Decoder(nn.Module):
             x = block(x, span)
         x = self.norm(x)
         return self.head(x) if targets is None else token_losses(x, self.head.weight, targets)
-
-
-def hidden_width(ffn: float, width: int) -> int:
-    """Hidden width of the feed-forward layers; a factor below FACTOR is a multiple of width, in whole 8s."""
-    if ffn <= 0 or (ffn >= FACTOR and ffn != int(ffn)):
-        raise ValueError(f"model.ffn={ffn} is neither a multiple of model.width (below {FACTOR}) nor a whole width")
-    return int(ffn) if ffn >= FACTOR else math.ceil(ffn * width / 8) * 8

@@ -132,7 +132,7 @@ class Console:
         lines = ["", f"{head} after {duration(self.clock() - self.begin)}; {directory} holds"]
         lines += [f"  {name:<11} {path}" for name, path in found]
         run = shlex.quote(str(directory))
-        next_ = [*more, f"python -m scripts.report {run}"]
+        next_ = [*more]
         if stopped:
             next_ = [f"python -m trainer run_dir={run} ...   with the same settings goes on from there", *next_]
         if wandb and Path(wandb).is_dir():

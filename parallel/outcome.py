@@ -1,0 +1,64 @@
+"""How a launch ended, in one message: the first cause, not its echoes in the other ranks."""
+
+import json
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+FAILED = 1
+SAVED = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}  # exit status: stopped by it, state saved
+NO_TIME = {signal.SIGTERM: "stopped", signal.SIGINT: "interrupted", signal.SIGHUP: "hung up"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The exit status of a run, and what to tell the user (nothing when all went well)."""
+
+    code: int
+    message: str = ""
+
+
+def told(path: Path) -> Outcome | None:
+    """What rank 0 left at an orderly end; None when no rank came to one."""
+    return Outcome(*json.loads(path.read_text())) if path.is_file() else None
+
+
+def of_success(path: Path) -> Outcome:
+    """All ranks ended with 0."""
+    return told(path) or Outcome(0)
+
+
+def of_signal(path: Path, number: signal.Signals) -> Outcome:
+    """The launcher was asked to stop; the ranks heard SIGTERM, whatever the launcher heard."""
+    left = told(path)
+    if left is None:
+        return Outcome(FAILED, f"{NO_TIME[number]} by {number.name} before there was anything to save")
+    return Outcome(SAVED[number], left.message) if left.code == SAVED[signal.SIGTERM] else left
+
+
+def of_failure(failures: dict[int, ProcessFailure], ranks: int) -> Outcome:
+    """A fault if there is one, else a death by signal, else the first traceback that is no echo of a lost connection."""
+    found = sorted(failures.items(), key=lambda item: item[1].timestamp)
+    words = {rank: _word(failure) for rank, failure in found}
+    for rank, _ in found:
+        if "fault" in words[rank]:
+            return Outcome(words[rank]["fault"], words[rank]["text"])
+    for rank, failure in found:
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
+            name = signal.Signals(-failure.exitcode).name
+            hint = "; the machine may be out of memory" if name == "SIGKILL" else ""
+            return Outcome(FAILED, f"rank {rank} of {ranks} was killed by {name}{hint}")
+    for rank, _ in sorted(found, key=lambda item: words[item[0]].get("echo", False)):
+        if "text" in words[rank]:
+            return Outcome(FAILED, f"rank {rank} of {ranks} failed:\n{words[rank]['text'].rstrip()}")
+    rank, failure = found[0]
+    return Outcome(FAILED, f"rank {rank} of {ranks} ended with exit status {failure.exitcode}")
+
+
+def _word(failure: ProcessFailure) -> dict[str, Any]:
+    """What a rank wrote with `parallel.launch.confess`."""
+    message = failure.error_file_data.get("message") if isinstance(failure.error_file_data, dict) else None
+    return message.get("extraInfo", {}) if isinstance(message, dict) else {}

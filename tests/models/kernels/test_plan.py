@@ -1,0 +1,90 @@
+"""A plan holds every visible pair once, calls blocks by their right kind, and costs what is visible."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.kernels import plan as planning
+from models.kernels.plan import FULL, MASKED, TRIANGLE, plan, split
+from models.masks import Causal, Mask, Not, Reach, SameDocument, visible
+from models.span import Span
+
+MASKS = {
+    "causal": Causal() & SameDocument(),
+    "sliding": Causal() & SameDocument() & Reach(5),
+    "documents": SameDocument(),
+    "causal without documents": Causal(),
+    "two bands": Causal() & SameDocument() & (Reach(3) | Not(Reach(9))),
+    "everything": Mask(),
+}
+
+
+def row(lengths, padding=0):
+    pos = torch.cat([torch.arange(n) for n in lengths] + [torch.zeros(padding, dtype=torch.long)])
+    doc = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)] + [torch.full((padding,), -1)])
+    return pos, doc
+
+
+def painted(blocks, mask, at, of):
+    """[B, T, S] how often each pair is computed and seen."""
+    seen = visible(mask, at, of)[:, 0].expand(-1, at.shape[1], of.shape[1])
+    count = torch.zeros(at.shape[0], at.shape[1], of.shape[1], dtype=torch.long)
+    for b in blocks:
+        part = (slice(b.r0, b.r1), slice(b.q0, b.q1), slice(b.k0, b.k1))
+        whole = torch.ones_like(count[part], dtype=torch.bool)
+        kind = {FULL: whole, TRIANGLE: whole.tril(), MASKED: seen[part]}[b.kind]
+        assert b.kind != TRIANGLE or b.q1 - b.q0 == b.k1 - b.k0
+        count[part] += kind
+    return count, seen
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=6), min_size=1, max_size=3),
+    mask=st.sampled_from(sorted(MASKS)),
+    leaf=st.sampled_from([1, 4, 16]),
+    cut=st.integers(0, 60),
+    side=st.sampled_from([3, 1000]),
+)
+def test_every_visible_pair_is_computed_once_and_no_other(lengths, mask, leaf, cut, side):
+    before, planning.LEAF = planning.LEAF, leaf
+    try:
+        size = max(map(sum, lengths))
+        rows = [row(some, size - sum(some)) for some in lengths]
+        span = Span.of(torch.stack([p for p, _ in rows]), torch.stack([d for _, d in rows]))
+        queries, keys = span.map(lambda t: t[:, cut:]), span.map(lambda t: t[:, : size - cut // 2])
+        blocks = [part for block in plan(MASKS[mask], queries, keys) for part in split(block, side)]
+        count, seen = painted(blocks, MASKS[mask], queries, keys)
+        assert torch.equal(count, seen.long())
+    finally:
+        planning.LEAF = before
+
+
+def test_zigzag_runs_of_one_document_need_neither_mask_nor_waste():
+    pos = torch.cat([torch.arange(0, 1024), torch.arange(3072, 4096)])[None]
+    here = Span.of(pos, torch.zeros_like(pos))
+    there = Span.of(torch.arange(1024, 3072)[None], torch.zeros(1, 2048, dtype=torch.long))
+    mask = MASKS["causal"]
+    assert {b.kind for b in plan(mask, here, here)} == {FULL, TRIANGLE}
+    assert [b[2:] for b in plan(mask, here, there)] == [(1024, 2048, 0, 2048, FULL)]
+
+
+@pytest.mark.parametrize("tokens", [8192, 32768])
+def test_a_window_costs_in_proportion_to_its_length(tokens):
+    at = Span.line(1, tokens)
+    mask = Causal() & SameDocument() & Reach(512)
+    area = sum((b.q1 - b.q0) * (b.k1 - b.k0) for b in plan(mask, at, at))
+    assert area <= 2.1 * tokens * 512
+
+
+def test_an_empty_pair_costs_nothing():
+    early, late = Span.line(1, 700), Span.of(torch.arange(700, 900)[None], torch.zeros(1, 200, dtype=torch.long))
+    other = Span.of(torch.arange(700)[None], torch.ones(1, 700, dtype=torch.long))
+    assert plan(MASKS["causal"], early, late) == []
+    assert plan(MASKS["causal"], late, other) == []
+
+
+def test_layers_with_equal_masks_share_a_plan():
+    at = Span.line(1, 64)
+    assert plan(Causal() & SameDocument(), at, at) is plan(Causal() & SameDocument(), at, at)

@@ -1,0 +1,19 @@
+"""The road from config to loss is as short as the README says: each file imports the next."""
+
+from pathlib import Path
+
+from tests.test_architecture import ROOT, imports
+
+
+
+def leads(here, there):
+    target = ".".join(Path(there).with_suffix("").parts)
+    return target in set(imports(ROOT / here))
+
+
+def test_each_file_of_the_road_imports_the_next():
+    assert '"trainer.run"' in (ROOT / "trainer/__main__.py").read_text()
+    assert leads("trainer/run.py", "trainer/loop.py")
+    assert leads("trainer/run.py", "trainer/build.py")
+    assert "models.decoder.Decoder" in (ROOT / "conf/model/decoder.yaml").read_text()
+    assert leads("models/decoder.py", "models/loss.py")

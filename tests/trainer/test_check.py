@@ -1,0 +1,190 @@
+"""Every wish that cannot be honoured is refused with the wish, the fact and a way out, and all of them together."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from trainer import check as asking
+from trainer.check import check
+from trainer.compose import compose
+from trainer.prepare import wish
+
+SMALL = ["context_length=64", "batch_tokens=128"]
+
+
+def faults(*words: str) -> list[str]:
+    asked = compose([*SMALL, *words])
+    return asked.faults if asked.config is None else check(asked.config, asked.given, asked.mended, asked.faults)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "machine", lambda: (2, 0))
+
+
+def test_a_good_wish_has_no_fault() -> None:
+    assert faults("parallel.context=2", "parallel.data=2", "mixer=sliding", "mixer.reach=8") == []
+
+
+WRONG = [
+    # words, and what the one message must say: the wish, the fact, the way out
+    ("parallel.contxt=2", ["parallel.contxt=2", "no such setting", "parallel.context"]),
+    ("+parallel.contxt=2", ["parallel.contxt=2", "no such setting", "parallel.context"]),
+    ("heads=2", ["heads=2", "model.heads"]),
+    ("mixer=slidng", ["mixer=slidng", "mixer=sliding", "multi_query"]),
+    ("model=ful", ["model=ful", "model=full"]),
+    ("mixer.reach=4", ["mixer", "no mixer is chosen", "mixer=NAME"]),
+    ("mixer=sliding mixer.raech=4", ["mixer.raech=4", "Sliding", "mixer.reach"]),
+    ("mixer=sliding mixer.reach=0", ["reach", "0"]),
+    ("position.bas=4", ["position.bas=4", "Rope", "position.base"]),
+    ("model.wdth=4", ["model.wdth=4", "Decoder", "model.width"]),
+    ("data.tokenzer=bytes", ["data.tokenzer=bytes", "data.tokenizer"]),
+    ("data.tokenizer=nowhere/at/all.json", ["nowhere/at/all.json"]),
+    ("data=files data.path=nowhere/*.txt", ["nowhere/*.txt"]),
+    ("model._target_=models.decoder.Decodr", ["models.decoder.Decodr", "Decoder"]),
+    ("model._target_=models.nowhere.Decoder", ["models.nowhere.Decoder"]),
+    ("steps=many", ["steps=many", "whole number", "steps=100"]),
+    ("steps=true", ["steps=true", "number"]),
+    ("steps=0", ["steps=0", "at least 1"]),
+    ("optim.learning_rate=-1", ["optim.learning_rate=-1", "more than 0"]),
+    ("optim.learning_rate=nan", ["optim.learning_rate=nan"]),
+    ("optim.betas=[0.9]", ["optim.betas=[0.9]", "list of two"]),
+    ("schedule.final=7", ["final", "7"]),
+    ("precision=float16", ["precision=float16", "bfloat16"]),
+    ("parallel.micro_batch=0", ["parallel.micro_batch=0", "auto", "at least 1"]),
+    ("parallel.micro_batch=3", ["parallel.micro_batch=3", "2 rows", "parallel.micro_batch=2"]),
+    ("name=a/b", ["name=a/b", "slash"]),
+    ("steps=1,2", ["steps=1,2", "one run"]),
+    ("-m", ["-m", "one by one"]),
+    ("--multirun", ["--multirun", "one by one"]),
+    ("hydra.run.dir=x", ["hydra.run.dir=x", "run_dir=PATH"]),
+    ("steps", ["steps", "KEY=VALUE"]),
+    ("~steps", ["steps is not set"]),
+    ("batch_tokens=100", ["batch_tokens=100", "context_length=64", "batch_tokens=64"]),
+    ("model.heads=3", ["model.width=128", "model.heads=3", "model.width=129"]),
+    ("model.kv_heads=3", ["model.kv_heads=3", "model.heads=4"]),
+    ("model.kv_heads=2 mixer=multi_query", ["model.kv_heads=2", "nothing in this model takes it"]),
+    ("model.max_length=64", ["model.max_length=64", "nothing in this model takes it"]),
+    ("model.max_length=32", ["context_length=64", "32"]),
+    ("model.vocabulary=7", ["model.vocabulary=7", "257"]),
+    ("model.pattern=[fll]", ["model.pattern", "fll", "full"]),
+    ("model=decoder", ["model.pattern", "mixer=full"]),
+    ("parallel.context=8 parallel.method=heads", ["parallel.method=heads", "8 query heads", "model.heads=4", "method=ring"]),
+    ("parallel.context=4 parallel.data=5", ["20 ranks", "2 cores", "launch.oversubscribe=true"]),
+    ("parallel.heads=2", ["parallel.heads=2", "parallel.method=usp", "null"]),
+    ("parallel.tensor=2", ["parallel.tensor=2", "scope", "parallel.context=2"]),
+    ("parallel.pipeline=2", ["parallel.pipeline=2", "scope"]),
+    ("parallel.experts=2", ["parallel.experts=2", "is built yet", "parallel.experts=1"]),
+    ("memory.name=segments", ["memory=segments", "not built", "memory=none"]),
+    ("memory.length=5", ["memory.length=5", "memory=none"]),
+    ("match=flops", ["match=flops", "not built", "match=none"]),
+    ("launch.name=slurm", ["launch=slurm", "not built", "launch=local"]),
+    ("engine.checkpointing=selective", ["engine.checkpointing=selective", "engine.checkpointing=full"]),
+    ("engine.zero=2", ["engine.zero=2", "engine=deepspeed", "engine=single"]),
+    ("engine.reshard_after_forward=true", ["engine.reshard_after_forward=true", "engine=fsdp"]),
+    ("data.held_out=0", ["data.held_out=0", "evaluation.every=0"]),
+    ("resume=nowhere", ["resume=nowhere", "no such directory"]),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), WRONG, ids=[words for words, _ in WRONG])
+def test_a_wish_that_cannot_be_honoured_is_refused_in_one_message(words: str, said: list[str]) -> None:
+    found = faults(*words.split())
+    assert len(found) == 1, found
+    for each in said:
+        assert each in found[0]
+
+
+def test_what_is_not_built_yet_is_refused_with_the_nearest_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "METHODS", {"ring": None})
+    monkeypatch.setattr(asking, "POLICIES", {"zigzag": None})
+    found = faults("parallel.method=fetch", "parallel.layout=balanced", "parallel.context=2")
+    assert len(found) == 2
+    assert "parallel.method=fetch is not built yet; use parallel.method=ring" in found[0]
+    assert "parallel.layout=balanced is not built yet; use parallel.layout=zigzag" in found[1]
+
+
+@pytest.mark.parametrize(("heads", "ring"), [(2, 3), (4, 2), (None, 4), (4, None)])
+def test_under_usp_heads_times_ring_is_the_context(heads, ring, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "METHODS", {"ring": None, "usp": None})
+    words = [f"parallel.{key}={size}" for key, size in (("heads", heads), ("ring", ring)) if size]
+    found = faults("parallel.context=4", "parallel.method=usp", *words)
+    assert len(found) == 1
+    assert "parallel.context" in found[0]
+
+
+def test_deepspeed_is_refused_in_float64() -> None:
+    assert any("precision=float64" in each for each in faults("engine=deepspeed", "precision=float64"))
+
+
+def test_more_ranks_than_gpus_are_refused_where_there_are_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "machine", lambda: (64, 2))
+    assert "2 GPUs" in faults("parallel.context=3")[0]
+    assert faults("parallel.context=2") == []
+
+
+def test_oversubscribing_is_allowed_when_it_is_wished() -> None:
+    assert faults("parallel.context=4", "parallel.data=5", "launch.oversubscribe=true") == []
+
+
+def test_under_torchrun_the_ranks_must_be_those_of_the_config() -> None:
+    asked = compose([*SMALL, "parallel.context=2"]).config
+    assert asked is not None
+    assert check(asked, started=2) == []
+    assert "torchrun started 3" in check(asked, started=3)[0]
+
+
+def test_faults_of_every_kind_are_shown_together() -> None:
+    found = faults("stepz=3", "mixer=slidng", "optim.learning_rate=-1", "batch_tokens=100", "model.kv_heads=3", "foo")
+    for each in ("stepz", "slidng", "learning_rate=-1", "batch_tokens=100", "kv_heads=3", "foo"):
+        assert sum(each in fault for fault in found) == 1
+    assert len(found) == 6
+
+
+def test_nothing_more_is_said_of_a_value_that_was_a_fault_already() -> None:
+    assert faults("batch_tokens=none_at_all") == [
+        "batch_tokens=none_at_all: a whole number is needed; for example batch_tokens=8192"
+    ]
+
+
+def test_checking_leaves_the_default_device_alone() -> None:
+    assert faults() == []
+    assert torch.empty(1).device.type == "cpu"
+
+
+def command(*words: str) -> tuple[int, str, str, float]:
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "trainer", *words], capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr, time.monotonic() - began
+
+
+def test_a_refused_command_ends_with_2_and_messages_only(tmp_path) -> None:
+    code, out, err, seconds = command("parallel.contxt=2", "+model.heads=3", "mixer=slidng", f"run_dir={tmp_path / 'run'}")
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 3
+    assert not (tmp_path / "run").exists()
+    assert seconds < 60  # under 4 s on a quiet machine; this one may be shared
+
+
+def test_a_dry_run_says_what_would_be_started_and_starts_nothing(tmp_path) -> None:
+    code, out, err, _ = command("launch.dry_run=true", "parallel.context=2", f"run_dir={tmp_path / 'run'}")
+    assert (code, err) == (0, "")
+    assert "ranks    2" in out
+    assert str(tmp_path / "run") in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_names_groups_and_keys_with_their_defaults() -> None:
+    code, out, _, _ = command("--help")
+    assert code == 0
+    for each in ("mixer=", "multi_query", "parallel.context (1)", "experiment=quickstart", "Exit status"):
+        assert each in out
+
+
+def test_a_wish_is_the_config_when_nothing_is_wrong() -> None:
+    assert wish([*SMALL, "seed=7"]).seed == 7

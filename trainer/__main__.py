@@ -1,0 +1,136 @@
+"""python -m trainer KEY=VALUE ...: compose and check once, then start the ranks; or be one of them.
+
+the command        compose -> check -> run directory -> ranks (parallel/launch.py) -> exit status
+each rank          read the directory's config.yaml -> join the others -> trainer/run.py
+under torchrun     every process is a rank already: rank 0 checks and makes the directory, the others are told
+"""
+
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from parallel import launch, outcome
+from parallel.lifeline import die_with
+from trainer import directory, prepare
+from trainer.config import BUG, DONE, Config, Fault
+from trainer.help import text
+
+RANK_OF = "--rank-of"  # hidden: RUN_DIR, then the launcher's process number
+WISH, HEARD = "wish", "heard"  # under torchrun: keys of the store that the ranks meet at
+RUN = "trainer.run"  # imported in the ranks alone, so that a wish is refused quickly
+
+
+def main(words: Sequence[str]) -> int:
+    """Do what the command line says; returns the exit status."""
+    try:
+        if words[:1] == [RANK_OF]:
+            return as_rank(Path(words[1]), int(words[2]))
+        if any(word in ("-h", "--help") for word in words):
+            print(text())
+            return DONE
+        return within(words) if launch.within_torchrun() else command(words)
+    except Fault as fault:
+        if str(fault):
+            print(fault, file=sys.stderr)
+        return fault.code
+    except KeyboardInterrupt:
+        return outcome.SAVED[signal.SIGINT]
+
+
+def command(words: Sequence[str]) -> int:
+    """Check, then start the ranks and wait for them."""
+    config = prepare.wish(words)
+    arguments = ["-u", "-m", "trainer", RANK_OF]
+    if config.launch.dry_run:
+        print(prepare.plan(config, [*arguments, "RUN_DIR", "LAUNCHER"]))
+        return DONE
+    config, path = prepare.settle(config)
+    with directory.lock(path):
+        prepare.claim(config, path)
+        end = launch.start(
+            [*arguments, str(path), str(os.getpid())],
+            ranks=config.parallel.ranks,
+            scratch=path / directory.SCRATCH,
+            max_restarts=config.launch.max_restarts,
+            grace_s=config.launch.grace_s,
+        )
+    if end.message:
+        print(end.message, file=sys.stderr)
+    return end.code
+
+
+def as_rank(path: Path, launcher: int) -> int:
+    """Be a rank of the run in `path`; whatever ends it is told to the launcher, which shows it once."""
+    die_with(launcher)
+    if launch.word_left():
+        return DONE  # an earlier attempt ended in order, and the launcher knows how
+    try:
+        config = directory.read(path)
+        with directory.presence(path):
+            ranks = launch.initialise(config.launch.timeout_s)
+            return launch.leave(run(config, ranks, path))
+    except Fault as fault:
+        return confess(fault, fault.code)
+    except BaseException as error:  # a bug, told with its traceback
+        return confess(error, None)
+
+
+def run(config: Config, ranks: launch.Ranks, path: Path) -> int:
+    """The run itself. The group is taken down only at an orderly end, or living ranks would wait for dead ones."""
+    code = importlib.import_module(RUN).run(config, ranks, path)
+    dist.destroy_process_group()
+    return code
+
+
+def confess(error: BaseException, code: int | None) -> int:
+    """End a rank that failed, at once: whatever hangs in the background hangs on a peer that will not answer."""
+    launch.confess(error, code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(BUG if code is None else code)
+
+
+def within(words: Sequence[str]) -> int:
+    """Be a rank under somebody's torchrun. Rank 0 settles the wish before the group exists, for the wish sets its timeout."""
+    die_with(os.getppid())
+    (rank, size), store = launch.place(), launch.meet()
+    with ExitStack() as held:
+        if rank == 0:
+            store.set(WISH, json.dumps(_settled(words, size, held)))
+        told = json.loads(store.get(WISH))
+        if "fault" in told:
+            store.add(HEARD, 1)
+            while rank == 0 and store.add(HEARD, 0) < size:  # the store may live in this process
+                time.sleep(0.05)
+            raise Fault(told["fault"] if rank == 0 else "", told["code"])
+        config, path = Config.model_validate(told["config"]), Path(told["path"])
+        held.enter_context(directory.presence(path))
+        try:
+            return run(config, launch.initialise(config.launch.timeout_s, store), path)
+        except BaseException as error:
+            launch.confess(error, error.code if isinstance(error, Fault) else None)
+            raise
+
+
+def _settled(words: Sequence[str], size: int, held: ExitStack) -> dict[str, Any]:
+    """What rank 0 tells the others: the config and its directory, which is locked while `held` lasts; or a fault."""
+    try:
+        config, path = prepare.settle(prepare.wish(words, started=size))
+        held.enter_context(directory.lock(path))
+        prepare.claim(config, path)
+    except Fault as fault:
+        return {"fault": str(fault), "code": fault.code}
+    return {"config": directory.plain(config), "path": str(path)}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,213 @@
+"""From a node of the config to an object: find the class, bind the settings to its signature, build it.
+
+A size on offer (width, heads, position, ...) is given to every constructor whose signature has it, unless the node
+sets it itself. So a mixer asks for what it needs by naming it, and a new mixer needs no edit here.
+"""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from trainer.config import Config, Fault, Model, Node
+
+TARGET = "_target_"
+
+
+def find_class(target: str, where: str) -> type:
+    """The class that a dotted name stands for; Fault when there is none."""
+    home, _, name = target.rpartition(".")
+    try:
+        module = importlib.import_module(home)
+    except (ImportError, ValueError) as error:
+        raise Fault(f"{where}.{TARGET}={target}: {error}; name a class as package.module.Class") from error
+    found = getattr(module, name, None)
+    if not isinstance(found, type):
+        known = [key for key, value in vars(module).items() if isinstance(value, type) and value.__module__ == home]
+        raise Fault(f"{where}.{TARGET}={target}: {home} has no class {name}{nearest(name, known)}")
+    return found
+
+
+def nearest(word: str, known: Any) -> str:
+    """'; did you mean X?' or '; known: A, B' for a message about an unknown word."""
+    known = sorted({str(each) for each in known})
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; known: {', '.join(known)}" if known else ""
+
+
+def parameters(kind: type) -> dict[str, inspect.Parameter]:
+    """The named parameters of a constructor; what it swallows by ** does not count as known."""
+    swallowed = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {key: each for key, each in inspect.signature(kind).parameters.items() if each.kind not in swallowed}
+
+
+def is_node(value: Any) -> bool:
+    return isinstance(value, Mapping) and TARGET in value
+
+
+def plain(node: Node | Mapping[str, Any]) -> dict[str, Any]:
+    """A node as {"_target_": ..., settings}."""
+    return {TARGET: node.target, **node.settings()} if isinstance(node, Node) else dict(node)
+
+
+def judge(node: Node | Mapping[str, Any], offers: Mapping[str, Any], where: str) -> list[str]:
+    """What keeps a node from being built: unknown class, unknown settings, settings that are missing."""
+    asked = plain(node)
+    try:
+        kind = find_class(asked.pop(TARGET), where)
+    except Fault as fault:
+        return [str(fault)]
+    known = parameters(kind)
+    sizes = Model.model_fields.keys() - {"target"} if where == "model" else set()
+    free = [f"{where}.{key}" for key in (set(known) - set(offers)) | sizes] or [f"{where}.{key}" for key in known]
+    faults = [
+        f"{where}.{key}={value}: {kind.__name__} has no such setting{nearest(f'{where}.{key}', free)}"
+        for key, value in asked.items()
+        if key not in known
+    ]
+    for key, each in known.items():
+        if each.default is inspect.Parameter.empty and key not in asked and key not in offers:
+            faults.append(f"{where}.{key}: {kind.__name__} needs it and it is not set; write {where}.{key}=VALUE")
+    for key, value in asked.items():
+        for place, inner in _inner(value, f"{where}.{key}"):
+            faults += judge(inner, offers, place)
+    return faults
+
+
+def _inner(value: Any, where: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """The nodes that a setting holds, itself or in a list."""
+    if is_node(value):
+        return [(where, value)]
+    if isinstance(value, list | tuple):
+        return [found for i, each in enumerate(value) for found in _inner(each, f"{where}.{i}")]
+    return []
+
+
+def taken(node: Node | Mapping[str, Any], offers: Mapping[str, Any], where: str = "node") -> dict[str, Any]:
+    """The sizes on offer that the node's constructor takes and the node does not set itself."""
+    asked = plain(node)
+    known = parameters(find_class(asked[TARGET], where))
+    return {key: value for key, value in offers.items() if key in known and key not in asked}
+
+
+def build(node: Node | Mapping[str, Any], offers: Mapping[str, Any], where: str = "node") -> Any:
+    """Build what a node says.
+
+    Args:
+        node: `_target_` and settings; a setting that is itself a node, or a list with nodes, is built first.
+        offers: sizes given to those constructors that have a parameter of that name.
+        where: the node's place in the config, for messages.
+
+    Raises:
+        Fault: unknown class or setting, or the constructor's own ValueError, with `where` in front.
+    """
+    if faults := judge(node, offers, where):
+        raise Fault("\n".join(faults))
+    asked = plain(node)
+    kind = find_class(asked.pop(TARGET), where)
+    settings = {key: _value(value, offers, f"{where}.{key}") for key, value in asked.items()}
+    try:
+        return kind(**taken(node, offers, where), **settings)
+    except (ValueError, TypeError) as error:
+        raise Fault(f"{where}: {error}") from error
+
+
+def _value(value: Any, offers: Mapping[str, Any], where: str) -> Any:
+    if is_node(value):
+        return build(value, offers, where)
+    if isinstance(value, list | tuple):
+        return [_value(each, offers, f"{where}.{i}") for i, each in enumerate(value)]
+    return value
+
+
+def labels(config: Config) -> list[str]:
+    """The label of every layer's mixer; 'mixer' where `mixer=` replaces the pattern."""
+    if config.mixer is not None:
+        return ["mixer"] * config.model.layers
+    pattern = config.model.pattern
+    if not pattern:
+        raise Fault("model.pattern is empty and mixer= is not set; choose one, for example mixer=full")
+    for label in pattern:
+        if label not in config.model.mixers:
+            raise Fault(f"model.pattern names {label}, which model.mixers lacks{nearest(label, config.model.mixers)}")
+    return [pattern[layer % len(pattern)] for layer in range(config.model.layers)]
+
+
+def mixer_node(config: Config, label: str) -> tuple[str, Node]:
+    """Where a label's node stands in the config, and the node."""
+    if config.mixer is not None:
+        return "mixer", config.mixer
+    return f"model.mixers.{label}", config.model.mixers[label]
+
+
+def offered(config: Config, vocabulary: int) -> dict[str, Any]:
+    """The sizes that every constructor of the model may take, by name."""
+    model = config.model
+    return {
+        "width": model.width,
+        "ffn": ffn_width(config),
+        "layers": model.layers,
+        "heads": model.heads,
+        "kv_heads": model.kv_heads or model.heads,
+        "vocabulary": model.vocabulary or vocabulary,
+        "max_length": model.max_length,
+        "context_length": config.context_length,
+        "seed": config.seed,
+    }
+
+
+def ffn_width(config: Config) -> int:
+    """The width of the feed-forward layers: model.ffn itself, or that multiple of the width, rounded up to eights."""
+    asked, width = config.model.ffn, config.model.width
+    if asked is None:
+        asked = 4.0
+    if isinstance(asked, int):
+        return asked
+    return -(-round(asked * width) // 8) * 8
+
+
+def model_node(config: Config) -> dict[str, Any]:
+    """The model's node without what is offered to it: its sizes and its mixers."""
+    return {key: value for key, value in plain(config.model).items() if key not in Model.model_fields}
+
+
+def build_model(config: Config, vocabulary: int) -> nn.Module:
+    """The model of a run, for one device; under `torch.device("meta")` it takes no memory.
+
+    Every layer gets a position object of its own, so that no module is shared between layers.
+
+    Raises:
+        Fault: any setting that no constructor takes, or that a constructor refuses.
+    """
+    offers = offered(config, vocabulary)
+    mixers = []
+    for layer, label in enumerate(labels(config)):
+        where, node = mixer_node(config, label)
+        place = build(config.position, offers, "position")
+        mixers.append(build(node, {**offers, "position": place, "layer": layer}, where))
+    place = build(config.position, offers, "position")
+    return build(model_node(config), {**offers, "position": place, "mixers": mixers}, "model")
+
+
+def sizes_taken(config: Config, vocabulary: int) -> dict[str, dict[str, Any]]:
+    """For the log: by place in the config, the sizes on offer that the class there takes."""
+    offers = offered(config, vocabulary)
+    inside = {**offers, "position": config.position.target.rpartition(".")[2]}
+    places = dict(mixer_node(config, label) for label in labels(config))
+    return {
+        "position": taken(config.position, offers, "position"),
+        **{where: taken(node, inside, where) for where, node in places.items()},
+        "model": taken(model_node(config), inside, "model"),
+    }
+
+
+def build_engine(config: Config, mesh: Any, optimiser: Any) -> Any:
+    """The engine of a run, with those of its settings that are set."""
+    settings = {key: value for key, value in plain(config.engine).items() if key != "name" and value is not None}
+    offers = {"mesh": mesh, "optimiser": optimiser, "precision": config.precision, "seed": config.seed}
+    return build(settings, offers, "engine")

@@ -1,0 +1,255 @@
+"""Whether a config can be honoured, before any rank starts: every fault at once, each with the fact and a way out.
+
+Cheap questions come first, but all are asked. What is not built yet is refused by name here, in one table a setting.
+"""
+
+import importlib.util
+from collections.abc import Callable, Collection, Iterator
+
+import torch
+
+from parallel.launch import attempt, machine
+from parallel.layout import POLICIES
+from parallel.spread import METHODS
+from trainer import build, directory
+from trainer.config import Config, Fault
+from trainer.data.opening import check as look_at
+from trainer.data.sources import build as build_source
+
+RANKS_PER_CORE = 8
+MEMORIES = ("none",)
+MATCHES = ("none",)
+CHECKPOINTING = ("none", "full")
+LAUNCHES = ("local",)
+
+
+def check(
+    config: Config,
+    given: Collection[str] = (),
+    mended: Collection[str] = (),
+    known: Collection[str] = (),
+    started: int | None = None,
+) -> list[str]:
+    """Every fault of a config, as messages.
+
+    Args:
+        config: what to judge.
+        given: keys and groups that the user set by hand; only those can be wishes that nobody takes.
+        mended: keys whose value was a fault already and was put back; nothing more is said of them.
+        known: messages found before; they come first.
+        started: ranks that an outer torchrun has started already; None when this machine starts them.
+    """
+    faults = list(known)
+    carried = machinery(config) if started is None else torchrun(config, started)
+    answers = (each(config) for each in (sizes, built, spreading, engine, directory.judge, nodes, data))
+    for answer in (carried, *answers):
+        faults += [each for each in answer if not any(key in each for key in mended)]
+    if len(faults) == len(known):
+        faults += model(config, given)
+    return list(dict.fromkeys(faults))
+
+
+def demand(config: Config) -> None:
+    """Raise one Fault with everything that `check` finds."""
+    if faults := check(config):
+        raise Fault("\n".join(faults))
+
+
+def sizes(config: Config) -> Iterator[str]:
+    """Sizes that have to fit one another."""
+    model, rows = config.model, config.batch_tokens / config.context_length
+    if rows != int(rows):
+        low = max(1, int(rows)) * config.context_length
+        yield (
+            f"batch_tokens={config.batch_tokens} is no multiple of context_length={config.context_length}; "
+            f"use batch_tokens={low}, or another context_length"
+        )
+    if model.width % model.heads:
+        near = -(-model.width // model.heads) * model.heads
+        yield (
+            f"model.width={model.width} does not divide among model.heads={model.heads}; "
+            f"use model.width={near}, or a divisor of the width as heads"
+        )
+    if model.kv_heads and model.heads % model.kv_heads:
+        fit = [n for n in range(1, model.heads + 1) if model.heads % n == 0]
+        yield (
+            f"model.kv_heads={model.kv_heads} does not divide model.heads={model.heads}; "
+            f"use model.kv_heads={min(fit, key=lambda n: abs(n - (model.kv_heads or 1)))}"
+        )
+    if model.max_length and config.context_length > model.max_length:
+        yield _too_long(config, model.max_length, f"model.max_length={model.max_length}")
+    if rows == int(rows) and isinstance(config.parallel.micro_batch, int):
+        each = -(-int(rows) // config.parallel.data)
+        if config.parallel.micro_batch > each:
+            yield (
+                f"parallel.micro_batch={config.parallel.micro_batch}, but a step has {each} rows for each data rank "
+                f"(batch_tokens / context_length / parallel.data); use parallel.micro_batch={each}"
+            )
+
+
+def _too_long(config: Config, limit: int, who: str) -> str:
+    return (
+        f"context_length={config.context_length} is longer than {who} allows; "
+        f"use context_length={limit}, or position=rope, which has no limit"
+    )
+
+
+def built(config: Config) -> Iterator[str]:
+    """What has a name already but is not built yet."""
+    parallel = config.parallel
+    tables: list[tuple[str, str, Collection[str], str]] = [
+        ("parallel.method", parallel.method, ("auto", *METHODS), "ring"),
+        ("parallel.layout", parallel.layout, tuple(POLICIES), "zigzag"),
+        ("memory", config.memory.name, MEMORIES, "none"),
+        ("match", config.match, MATCHES, "none"),
+        ("engine.checkpointing", config.engine.checkpointing, CHECKPOINTING, "full"),
+        ("launch", config.launch.name, LAUNCHES, "local"),
+    ]
+    for key, wish, there, instead in tables:
+        if wish not in there:
+            yield f"{key}={wish} is not built yet; use {key}={instead} (there is: {', '.join(there)})"
+    if parallel.experts > 1:
+        yield f"parallel.experts={parallel.experts}: no model with experts is built yet; use parallel.experts=1"
+    for key, wish in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline)):
+        if wish != 1:
+            yield (
+                f"parallel.{key}={wish}: {key} parallelism is out of Longspan's scope; use parallel.{key}=1, share the "
+                f"sequence with parallel.context={wish}, and the parameters with engine=fsdp"
+            )
+    if config.memory.name == "none" and config.memory.length:
+        yield f"memory.length={config.memory.length}, but memory=none carries nothing; use memory.length=0"
+
+
+def spreading(config: Config) -> Iterator[str]:
+    """Whether a sequence can be shared as asked."""
+    parallel = config.parallel
+    heads, context = config.model.heads, parallel.context
+    if parallel.method == "heads" and context > heads:
+        yield (
+            f"parallel.method=heads over {context} ranks needs {context} query heads, but model.heads={heads}; "
+            f"use parallel.method=ring, or parallel.context={heads}"
+        )
+    grid = {key: size for key, size in (("heads", parallel.heads), ("ring", parallel.ring)) if size is not None}
+    if parallel.method != "usp":
+        for key, size in grid.items():
+            yield (
+                f"parallel.{key}={size} means something under parallel.method=usp only, "
+                f"but parallel.method={parallel.method}; use parallel.{key}=null"
+            )
+    elif len(grid) < 2:
+        yield f"parallel.method=usp needs parallel.heads and parallel.ring; their product must be parallel.context={context}"
+    elif parallel.heads and parallel.ring and parallel.heads * parallel.ring != context:
+        yield (
+            f"parallel.heads={parallel.heads} x parallel.ring={parallel.ring} is {parallel.heads * parallel.ring}, but "
+            f"parallel.context={context}; use parallel.context={parallel.heads * parallel.ring}"
+        )
+
+
+def machinery(config: Config) -> Iterator[str]:
+    """Whether this machine can carry the ranks."""
+    ranks, (cores, gpus) = config.parallel.ranks, machine()
+    wish = f"parallel.context={config.parallel.context} x parallel.data={config.parallel.data} is {ranks} ranks"
+    if gpus and ranks > gpus:
+        yield f"{wish}, but this machine has {gpus} GPUs; use at most {gpus} ranks, or start torchrun on several machines"
+    if not gpus and ranks > RANKS_PER_CORE * cores and not config.launch.oversubscribe:
+        yield (
+            f"{wish}, but {cores} cores carry {RANKS_PER_CORE * cores} at {RANKS_PER_CORE} ranks per core; "
+            "use fewer ranks, or launch.oversubscribe=true"
+        )
+
+
+def torchrun(config: Config, started: int) -> Iterator[str]:
+    """Whether an outer torchrun started the ranks that the config means."""
+    parallel = config.parallel
+    if parallel.ranks != started:
+        yield (
+            f"parallel.context={parallel.context} x parallel.data={parallel.data} is {parallel.ranks} ranks, but torchrun "
+            f"started {started}; start {parallel.ranks}, or change one of the two"
+        )
+    if attempt()[1] and config.run_dir is None:
+        yield "run_dir=null with torchrun --max-restarts: the ranks could not find their run again; give run_dir=PATH"
+    if config.launch.max_restarts:
+        yield f"launch.max_restarts={config.launch.max_restarts}: torchrun starts the ranks; give --max-restarts to torchrun"
+
+
+def engine(config: Config) -> Iterator[str]:
+    """Whether the engine is there and its settings are its own."""
+    asked = config.engine
+    there = importlib.util.find_spec(asked.target.rpartition(".")[0] or asked.target)
+    if there is None:
+        yield f"engine={asked.name} is not built yet; use engine=fsdp"
+    if asked.name == "deepspeed" and config.precision == "float64":
+        yield "precision=float64: DeepSpeed has no float64; use engine=fsdp or engine=single, or precision=float32"
+    for key, value, owner in (
+        ("zero", asked.zero, "deepspeed"),
+        ("reshard_after_forward", asked.reshard_after_forward, "fsdp"),
+    ):
+        if value is not None and asked.name != owner:
+            shown = str(value).lower()
+            yield f"engine.{key}={shown} is a setting of engine={owner}, but engine={asked.name}; use engine={owner}"
+
+
+def nodes(config: Config) -> Iterator[str]:
+    """Whether every node's settings are those of its class."""
+    offers = dict.fromkeys(build.offered(config, 1), None)
+    within = {**offers, "position": None, "layer": None}
+    yield from build.judge(config.position, offers, "position")
+    if config.mixer is not None:
+        yield from build.judge(config.mixer, within, "mixer")
+    for label, node in config.model.mixers.items():
+        yield from build.judge(node, within, f"model.mixers.{label}")
+    try:
+        build.labels(config)
+    except Fault as fault:
+        yield str(fault)
+    yield from build.judge(build.model_node(config), {**within, "mixers": None}, "model")
+    for where, node in (("optim", config.optim), ("schedule", config.schedule)):
+        if faults := build.judge(node, {}, where):
+            yield from faults
+        else:
+            yield from _tried(lambda where=where, node=node: build.build(node, {}, where))
+
+
+def _tried(attempt: Callable[[], object]) -> Iterator[str]:
+    try:
+        attempt()
+    except (Fault, ValueError) as error:
+        yield str(error)
+
+
+def data(config: Config) -> Iterator[str]:
+    """Whether the data is there and can be read, as far as a quick look tells."""
+    node = build.plain(config.data)
+    if config.evaluation.every and node.get("held_out") == 0:
+        yield "data.held_out=0 keeps nothing to evaluate on; use data.held_out=0.02, or evaluation.every=0"
+    if faults := build.judge(node, {}, "data"):
+        yield from faults
+    else:
+        yield from look_at(node)
+
+
+def model(config: Config, given: Collection[str]) -> Iterator[str]:
+    """Whether the model can be built, and takes what was asked for; it is built without memory."""
+    tokens, asked = build_source(build.plain(config.data)).tokenizer().vocabulary, config.model.vocabulary
+    if asked is not None and asked < tokens:
+        yield (
+            f"model.vocabulary={asked}, but the tokenizer data.tokenizer has {tokens} tokens; "
+            f"use model.vocabulary={tokens} or null"
+        )
+    try:
+        place = build.build(config.position, build.offered(config, tokens), "position")
+        with torch.device("meta"):
+            built_model = build.build_model(config, tokens)
+    except Fault as fault:
+        yield str(fault)
+        return
+    for who in (place, built_model):
+        limit = getattr(who, "max_length", None)
+        if limit is not None and limit < config.context_length:
+            yield _too_long(config, limit, f"{type(who).__name__} (max_length={limit})")
+    taken = [name for each in build.sizes_taken(config, tokens).values() for name in each]
+    for key, value in {"kv_heads": config.model.kv_heads, "max_length": config.model.max_length}.items():
+        if value is not None and key not in taken:
+            yield f"model.{key}={value}, but nothing in this model takes it; use model.{key}=null, or another mixer"
+    if "position" in given and "position" not in taken:
+        yield f"position={config.position.target}, but nothing in this model takes a position; leave position= out"

@@ -1,0 +1,253 @@
+"""From the command line to a Config: Hydra composes the groups once, the model of the knobs judges every key.
+
+All faults are collected. A setting that cannot be used is put back to its default, so that the remaining checks still
+run and the user sees everything at once.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, get_args
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from trainer.build import nearest
+from trainer.config import Config, Fault, Node
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+MANY = ("-m", "--multirun")
+FACTS = {
+    "int": "a whole number is needed",
+    "float": "a number is needed",
+    "finite_number": "a finite number is needed",
+    "bool": "true or false is needed",
+    "string": "a text is needed",
+    "list": "a list is needed, as [a,b]",
+    "tuple": "a list of two is needed, as [a,b]",
+    "too_short": "it is empty",
+    "dict": "a group of settings is needed",
+    "model": "a group of settings is needed",
+}
+
+
+@dataclass
+class Wish:
+    """What the command line asked for."""
+
+    config: Config | None
+    faults: list[str] = field(default_factory=list)
+    given: frozenset[str] = frozenset()  # keys and groups that were set by hand
+    mended: frozenset[str] = frozenset()  # keys put back to their default, because their value is a fault
+
+
+def choices(group: str) -> list[str]:
+    """The names of a group, as in mixer=NAME."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def groups() -> list[str]:
+    """The groups that can be chosen, as in NAME=..."""
+    return sorted(path.name for path in CONF.iterdir() if path.is_dir() and any(path.glob("*.yaml")))
+
+
+def compose(overrides: Sequence[str]) -> Wish:
+    """Compose `KEY=VALUE` settings over conf/train.yaml.
+
+    Returns:
+        A Wish; its config is None only where nothing can be composed at all.
+    """
+    faults: list[str] = []
+    chosen, values, given = _sort(overrides, faults)
+    try:
+        tree = _plain([*chosen, *values])
+    except Fault as fault:
+        return Wish(None, [*faults, str(fault)], frozenset(given))
+    try:
+        return Wish(Config.model_validate(tree), faults, frozenset(given))
+    except ValidationError as error:
+        wrong = error
+    defaults = _defaults(tuple(chosen))
+    mended = set()
+    for key, errors in _by_key(wrong, tree).items():
+        usual = _at(defaults, key)
+        if key == "mixer._target_":  # settings of a mixer that nobody chose
+            key = "mixer"
+            if not any(fault.startswith("mixer=") for fault in faults):
+                names = ", ".join(choices("mixer"))
+                faults.append(f"mixer={tree['mixer']}: no mixer is chosen; write mixer=NAME as well, one of {names}")
+        else:
+            faults.append(_explain(key, errors, usual, tree))
+        if errors[0]["type"] != "extra_forbidden":
+            mended.add(key)
+        _mend(tree, key, usual)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError:
+        config = None
+    return Wish(config, faults, frozenset(given), frozenset(mended))
+
+
+def _sort(overrides: Sequence[str], faults: list[str]) -> tuple[list[str], list[str], set[str]]:
+    """Group choices, values and the keys that were given; what cannot be read becomes a fault."""
+    parser = OverridesParser.create()
+    chosen, values, given = [], [], set()
+    for text in overrides:
+        if text in MANY:
+            faults.append(f"{text}: one command starts one run; sweeps are not built yet, so start the runs one by one")
+            continue
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            faults.append(f"{text}: a setting is written KEY=VALUE, for example steps=100; see python -m trainer --help")
+            continue
+        fault = _misuse(override, text)
+        if fault:
+            faults.append(fault)
+            continue
+        key = override.key_or_group
+        given.add(key)
+        if (CONF / key).is_dir() or override.package or override.is_delete():
+            chosen.append(text.lstrip("+"))
+        else:
+            # forced in here: whether a key is known is judged by Config and by the signatures, in one place
+            values.append("++" + text.lstrip("+"))
+    return chosen, values, given
+
+
+def _misuse(override: Override, text: str) -> str | None:
+    key, value = override.key_or_group, override.value()
+    if override.is_sweep_override():
+        return f"{text}: one command starts one run; sweeps are not built yet, so give one value (a list is [a,b])"
+    if key == "hydra" or key.startswith("hydra."):
+        return f"{text}: Hydra only composes here and has no say in the run; its directory is run_dir=PATH"
+    if not (CONF / key).is_dir() or override.is_delete() or override.package:
+        return None
+    wanted = value if isinstance(value, list) else [value]
+    for each in wanted:
+        if each is not None and not (CONF / key / f"{each}.yaml").is_file():
+            known = choices(key)
+            close = difflib.get_close_matches(str(each), known, n=1, cutoff=0.5)
+            hint = f"did you mean {key}={close[0]}? " if close else ""
+            return f"{text}: there is no {key} of that name; {hint}known: {', '.join(known)}"
+    return None
+
+
+@lru_cache(maxsize=8)
+def _defaults(chosen: tuple[str, ...]) -> dict[str, Any]:
+    """What the groups that were chosen say, for examples in messages; conf/train.yaml alone where they do not compose."""
+    try:
+        return _plain(list(chosen))
+    except Fault:
+        return _plain([])
+
+
+def _plain(overrides: list[str]) -> dict[str, Any]:
+    """The composed, resolved tree as plain data; `engine=auto` is decided by the number of ranks."""
+    try:
+        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+            tree = hydra_compose("train", overrides)
+        if OmegaConf.select(tree, "engine.name") == "auto":
+            ranks = [OmegaConf.select(tree, f"parallel.{key}") for key in ("context", "data")]
+            engine = "single" if all(each in (None, 1) for each in ranks) else "fsdp"
+            set_by_hand = {key: value for key, value in tree.engine.items() if key != "name"}
+            tree.engine = OmegaConf.merge(OmegaConf.load(CONF / "engine" / f"{engine}.yaml"), set_by_hand)
+        if missing := OmegaConf.missing_keys(tree):
+            raise Fault("\n".join(f"{key} is not set; write {key}=VALUE" for key in sorted(missing)))
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise Fault(" ".join(str(error).split())) from error
+    assert isinstance(plain, dict)
+    plain.pop("experiment", None)
+    return plain  # type: ignore[return-value]
+
+
+def _by_key(error: ValidationError, tree: Any) -> dict[str, list[Any]]:
+    """The errors of each key; the branches of a union fall together under their key."""
+    found: dict[str, list[Any]] = {}
+    for each in error.errors(include_url=False):
+        path, here = [], tree
+        for part in each["loc"]:
+            if isinstance(here, dict) and (part in here or each["type"] == "missing"):
+                path.append(str(part))
+                here = here.get(part)
+            elif isinstance(part, int):
+                each["type"] = "tuple" if each["type"] == "missing" else each["type"]
+        found.setdefault(".".join(path), []).append(each)
+    return found
+
+
+def _explain(key: str, errors: list[Any], usual: Any, tree: Any) -> str:
+    value, kind = _at(tree, key), errors[0]["type"]
+    if kind == "extra_forbidden":
+        return f"{key}={_short(value)}: there is no such setting{_nearest_key(key)}"
+    example = "" if usual is None or isinstance(usual, dict) else f"; for example {key}={_short(usual)}"
+    if kind == "missing":
+        return f"{key} is not set{example or f'; write {key}=VALUE'}"
+    facts = dict.fromkeys(_fact(each) for each in errors)
+    return f"{key}={_short(value)}: {' or '.join(facts)}{example}"
+
+
+def _fact(error: Any) -> str:
+    kind, told = error["type"], error.get("ctx", {})
+    if kind == "literal_error":
+        return f"choose {told['expected']}"
+    bounds = {"greater_than_equal": "at least", "greater_than": "more than", "less_than_equal": "at most"}
+    for name, words in {**bounds, "less_than": "less than"}.items():
+        if kind == name:
+            return f"it must be {words} {next(iter(told.values()))}"
+    if kind == "string_pattern_mismatch":
+        return "letters, digits and . _ = , + - only, and no blank or slash"
+    for name, words in FACTS.items():
+        if kind == name or kind.startswith(f"{name}_"):
+            return words
+    return error["msg"].removeprefix("Value error, ")
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _mend(tree: Any, key: str, usual: Any) -> None:
+    *road, last = key.split(".")
+    for part in road:
+        tree = tree[part]
+    if usual is None:
+        tree.pop(last, None)
+    else:
+        tree[last] = usual
+
+
+def known_keys(part: type[BaseModel] = Config, prefix: str = "") -> Iterable[str]:
+    """Every dotted key that Config knows, nodes' own settings left out."""
+    for name, info in part.model_fields.items():
+        key = f"{prefix}{info.alias or name}"
+        yield key
+        for kind in (info.annotation, *get_args(info.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel) and kind is not Node:
+                yield from known_keys(kind, f"{key}.")
+
+
+def _nearest_key(key: str) -> str:
+    known = [each for each in known_keys() if not each.endswith("_target_")]
+    leaf = key.rpartition(".")[2]
+    if same := [each for each in known if each.rpartition(".")[2] == leaf]:
+        return f"; did you mean {' or '.join(same)}?"
+    beside = [each for each in known if each.rpartition(".")[0] == key.rpartition(".")[0]]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else nearest(key, beside)

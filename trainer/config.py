@@ -1,0 +1,209 @@
+"""The knobs of a run: every key, its type, its range and its choices, in one frozen model.
+
+A *node* is a part of the config that names a class by `_target_`. Its own keys are the arguments of that class's
+constructor, so a node accepts any key here and `trainer/build.py` binds them to the signature. Everything else is
+listed below, and an unknown key is an error.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+# Exit statuses. 129, 130 and 143 (parallel.outcome.SAVED): stopped by SIGHUP, SIGINT or SIGTERM after saving.
+DONE, BUG, BAD_WISH, BAD_RUN = 0, 1, 2, 3
+
+
+class Fault(Exception):
+    """What the user can mend, in the user's words: shown without a traceback.
+
+    code: the exit status; 2 = the wish cannot be honoured (found before the ranks start), 3 = data, disk or network
+    failed while running.
+    """
+
+    def __init__(self, message: str, code: int = BAD_WISH):
+        super().__init__(message)
+        self.code = code
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number, not true or false")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_bool)]
+Real = Annotated[float, BeforeValidator(_no_bool)]
+Count = Annotated[Whole, Field(ge=1)]
+Natural = Annotated[Whole, Field(ge=0)]
+Positive = Annotated[Real, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[Real, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+class Part(BaseModel):
+    """A group of knobs: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=())
+
+
+class Node(Part):
+    """A class named by `_target_`, with settings of its own that its constructor's signature judges."""
+
+    model_config = ConfigDict(extra="allow", populate_by_name=True, serialize_by_alias=True)
+
+    target: str = Field(alias="_target_", min_length=3, description="the class to build")
+
+    def settings(self) -> dict[str, Any]:
+        """Every key of the node but `_target_`, as plain data."""
+        return self.model_dump(by_alias=True, exclude={"target"})
+
+
+class Model(Node):
+    """The whole model; `pattern` lists labels of `mixers` and is repeated or cut to `layers`."""
+
+    width: Count = Field(description="features of the residual stream")
+    layers: Count = Field(description="blocks")
+    heads: Count = Field(description="query heads, offered to every mixer")
+    kv_heads: Count | None = Field(default=None, description="key-value heads; null = as many as heads")
+    ffn: Count | Positive | None = Field(
+        default=None, description="feed-forward width; 2.75 = a multiple of width, 352 = itself"
+    )
+    vocabulary: Count | None = Field(default=None, description="tokens known; null = the tokenizer's")
+    max_length: Count | None = Field(default=None, description="longest document position the model may meet; null = any")
+    pattern: list[str] = Field(default=[], description="labels of mixers, repeated or cut to layers")
+    mixers: dict[str, Node] = Field(default={}, description="the mixers that pattern names")
+
+
+class Memory(Part):
+    """What is carried from one row to the next."""
+
+    name: str = Field(default="none", description="none, segments, tokens, lookup or compressive")
+    length: Natural = Field(default=0, description="tokens carried")
+
+
+class Data(Node):
+    """Documents and tokens; further keys belong to the source that `_target_` names."""
+
+
+class Optim(Node):
+    """What turns a gradient into a step."""
+
+    target: str = Field(default="trainer.optim.AdamW", alias="_target_", min_length=3, description="the class to build")
+    learning_rate: Positive = Field(description="peak learning rate; the schedule scales it")
+    betas: tuple[Share, Share] = Field(description="decay of the first and second moment")
+    eps: Positive = Field(description="added to the root of the second moment")
+    weight_decay: Annotated[Real, Field(ge=0, allow_inf_nan=False)] = Field(description="decoupled, on matrices only")
+    clip: Annotated[Real, Field(ge=0, allow_inf_nan=False)] = Field(description="largest gradient norm; 0 = never clip")
+
+
+class Schedule(Node):
+    """Learning rate over steps."""
+
+
+class Parallel(Part):
+    """How a run is spread; ranks = context x data."""
+
+    context: Count = Field(default=1, description="ranks that share one sequence")
+    data: Count = Field(default=1, description="groups that read different rows")
+    experts: Count = Field(default=1, description="ranks that share the experts")
+    micro_batch: Literal["auto"] | Count = Field(default="auto", description="rows per rank and forward")
+    method: Literal["auto", "ring", "heads", "fetch", "usp"] = Field(
+        default="auto", description="how softmax attention is spread"
+    )
+    layout: Literal["zigzag", "contiguous", "balanced"] = Field(default="zigzag", description="which tokens a rank holds")
+    heads: Count | None = Field(default=None, description="under usp: ranks among which heads are divided")
+    ring: Count | None = Field(default=None, description="under usp: ranks of the ring; heads x ring = context")
+    tensor: Count = Field(default=1, description="tensor parallelism: out of scope, only 1")
+    pipeline: Count = Field(default=1, description="pipeline parallelism: out of scope, only 1")
+
+    @property
+    def ranks(self) -> int:
+        return self.context * self.data
+
+
+class Engine(Node):
+    """Where parameters, gradients and optimiser state live. All keys stand here: an engine's module may be slow to import."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Literal["single", "fsdp", "deepspeed"] = Field(description="single, fsdp or deepspeed")
+    zero: Annotated[Whole, Field(ge=0, le=3)] | None = Field(
+        default=None, description="DeepSpeed's stage; only engine=deepspeed"
+    )
+    reshard_after_forward: bool | None = Field(default=None, description="free gathered weights at once; only engine=fsdp")
+    checkpointing: Literal["none", "full", "selective"] = Field(default="none", description="activations computed twice")
+    compile: bool = Field(default=False, description="torch.compile, block by block")
+
+
+class Launch(Part):
+    """How ranks are started."""
+
+    name: Literal["local", "multinode", "slurm"] = Field(default="local", description="where ranks are started")
+    max_restarts: Natural = Field(default=0, description="times that all ranks are started again after one died")
+    oversubscribe: bool = Field(default=False, description="allow more than 8 ranks per core")
+    dry_run: bool = Field(default=False, description="say what would be started, and leave")
+    timeout_s: Positive = Field(default=600, description="longest wait in one collective")
+    grace_s: Count = Field(default=60, description="time to save after SIGTERM, before SIGKILL")
+
+
+class Log(Part):
+    """The console and metrics.jsonl."""
+
+    every: Count = Field(default=1, description="steps between two rows; the first and last are always logged")
+
+
+class Wandb(Part):
+    """Weights & Biases."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = Field(default="auto", description="auto = online with a key")
+    project: str = Field(default="longspan", min_length=1, description="project on the server")
+    init_timeout_s: Positive = Field(default=10, description="wait for the server, then offline")
+
+
+class Checkpoint(Part):
+    """When the state is saved."""
+
+    every: Natural = Field(description="steps between two; 0 = never, not at the end either")
+    keep: Count = Field(default=2, description="newest ones kept")
+    asynchronous: bool = Field(default=True, description="write while training goes on")
+
+
+class Evaluation(Part):
+    """Held-out loss and a generated sample."""
+
+    every: Natural = Field(description="steps between two; 0 = never, not at the end either")
+    batches: Count = Field(default=4, description="held-out batches each time")
+    generate: Natural = Field(default=0, description="tokens of the sample; 0 = none")
+    prompt: str = Field(default="", description="what the sample begins with")
+
+
+class Config(Part):
+    """A whole run, checked; the same in every rank."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=,+-]*$", max_length=128, description="name of the run")
+    steps: Count = Field(description="optimiser steps")
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = Field(description="of weights, order of data, dropout")
+    context_length: Count = Field(description="tokens in one packed row")
+    batch_tokens: Count = Field(description="tokens in one optimiser step, over all ranks")
+    precision: Literal["float32", "float64", "bfloat16"] = Field(description="type of the arithmetic")
+    run_dir: str | None = Field(default=None, min_length=1, description="null = a fresh runs/NAME-DATE-TIME")
+    resume: str = Field(default="auto", min_length=1, description="auto, never, or a run directory or checkpoint")
+    match: Literal["none", "parameters", "flops"] = Field(default="none", description="fit the width to a reference model")
+    model: Model
+    mixer: Node | None = Field(default=None, description="one mixer for all layers; replaces model.pattern")
+    position: Node
+    memory: Memory = Memory()
+    data: Data
+    optim: Optim
+    schedule: Schedule
+    parallel: Parallel = Parallel()
+    engine: Engine
+    launch: Launch = Launch()
+    log: Log = Log()
+    wandb: Wandb = Wandb()
+    checkpoint: Checkpoint
+    evaluation: Evaluation
+
+    @property
+    def rows(self) -> int:
+        """Packed rows in one optimiser step, over all ranks."""
+        return self.batch_tokens // self.context_length

@@ -1,0 +1,204 @@
+"""The directory of a run: one writer at a time, and a record of what was asked for and where it ran."""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from trainer.config import Config, Fault
+
+CONFIG, ENVIRONMENT, LOCK, RANKS_LOCK, SCRATCH = "config.yaml", "environment.json", ".lock", ".ranks.lock", ".launch"
+FREE = ("parallel", "engine", "launch", "log", "logs", "wandb", "checkpoint", "evaluation", "resume", "run_dir", "steps")
+PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf", "pydantic", "datasets", "pyarrow", "tokenizers", "wandb")
+PACKAGES += ("deepspeed", "flash-attn", "flash-linear-attention", "triton", "liger-kernel")
+DYING_S = 6.0  # ranks whose launcher was killed are gone within this time
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The config as it is written: plain data under the names that the command line uses."""
+    return config.model_dump(mode="json", by_alias=True)
+
+
+def read(directory: Path) -> Config:
+    """The config that a run directory records."""
+    return Config.model_validate(yaml.safe_load((directory / CONFIG).read_text()))
+
+
+def holds_run(directory: Path) -> bool:
+    return (directory / CONFIG).is_file()
+
+
+def fresh(name: str, root: Path = Path("runs")) -> Path:
+    """A directory name that is not taken: runs/NAME-DATE-TIME, numbered where two runs start in one second."""
+    first = root / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    number, path = 1, first
+    while path.exists():
+        number += 1
+        path = first.with_name(f"{first.name}-{number}")
+    return path
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, old value, new value) for every leaf in which two plain configs differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            yield from differences(old.get(key), new.get(key), f"{prefix}{key}.")
+    elif old != new:
+        yield prefix.rstrip("."), old, new
+
+
+def judge(config: Config) -> list[str]:
+    """What keeps a config from using its run directory: another run in it, or none where one is asked for."""
+    faults = []
+    if config.run_dir is not None:
+        directory = Path(config.run_dir)
+        if directory.exists() and not directory.is_dir():
+            return [f"run_dir={directory}: it is a file; name a directory"]
+        if holds_run(directory):
+            if config.resume == "never":
+                return [f"resume=never, but run_dir={directory} holds a run; choose another run_dir, or resume=auto"]
+            faults += other_run(config, directory)
+    if config.resume not in ("auto", "never"):
+        faults += _judge_source(config)
+    return faults
+
+
+def _judge_source(config: Config) -> list[str]:
+    """The faults of resume=PATH, a run directory or one of its checkpoints."""
+    source = Path(config.resume)
+    if not source.is_dir():
+        return [f"resume={source}: there is no such directory; name a run directory or a checkpoint, or resume=auto"]
+    run = source if (source / "checkpoints").is_dir() else source.parent.parent
+    if source != run and source.parent.name != "checkpoints":
+        return [f"resume={source}: it holds no checkpoints/; name a run directory, or a step_... folder of one"]
+    return other_run(config, run) if holds_run(run) else []
+
+
+def other_run(config: Config, directory: Path) -> list[str]:
+    """One message for each setting in which the run in `directory` is another run than `config`."""
+    try:
+        old = plain(read(directory))
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        return [f"{directory / CONFIG} cannot be read ({str(error).splitlines()[0]}); choose another run_dir"]
+    return [
+        f"{key}={_word(new)}: the run in {directory} has {key}={_word(was)}; use that value, or another run_dir"
+        for key, was, new in differences(old, plain(config))
+        if key.partition(".")[0] not in (*FREE, "name")
+    ]
+
+
+def _word(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@contextmanager
+def lock(directory: Path) -> Iterator[None]:
+    """Be the one launcher of this directory for as long as the context lasts.
+
+    Raises:
+        Fault: another process runs here, or ranks of a killed launcher do not end.
+    """
+    with _opened(directory / LOCK) as launcher, _opened(directory / RANKS_LOCK) as ranks:
+        if not _take(launcher, fcntl.LOCK_EX, 0.0):
+            owner = (directory / LOCK).read_text().strip() or "another process"
+            raise Fault(f"run_dir={directory} is in use by {owner}; wait for it, or choose another run_dir")
+        os.ftruncate(launcher, 0)
+        os.pwrite(launcher, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+        if not _take(ranks, fcntl.LOCK_EX, DYING_S):
+            raise Fault(f"run_dir={directory}: ranks of an earlier launch still run here; end them, or choose another")
+        fcntl.flock(ranks, fcntl.LOCK_UN)
+        yield
+
+
+@contextmanager
+def presence(directory: Path) -> Iterator[None]:
+    """In a rank: while this lasts no other launcher may start in the directory, even if ours is gone."""
+    with _opened(directory / RANKS_LOCK) as file:
+        _take(file, fcntl.LOCK_SH, DYING_S)
+        yield
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _take(file: int, kind: int, patience_s: float) -> bool:
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.1)
+
+
+def make(directory: Path) -> None:
+    """Make the directory; Fault when the disk will not have it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Fault(f"run_dir={directory} cannot be made: {error.strerror}; choose another run_dir") from error
+
+
+def record(directory: Path, config: Config) -> None:
+    """Write config.yaml (resolved) and environment.json; each is replaced whole."""
+    _replace(directory / CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+    _replace(directory / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def environment() -> dict[str, Any]:
+    """What a run depends on beside its config. No environment variable is recorded: some hold secrets."""
+    installed = {}
+    for name in PACKAGES:
+        try:
+            installed[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            installed[name] = None
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [platform.processor() or "cpu"]
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "diff": _git("diff", "HEAD"),
+        "python": sys.version.split()[0],
+        "packages": installed,
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cores": os.cpu_count(),
+        "devices": devices,
+        "command": sys.argv,
+    }
+
+
+def _git(*words: str) -> str | None:
+    """What git says of the code that runs, or None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

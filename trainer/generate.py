@@ -1,0 +1,45 @@
+"""A sample from the model in training, on the sharded model: every token is a forward pass over all before it.
+
+Slow and exact; a cache belongs to models/cache/. All ranks call it and all get the same text.
+"""
+
+import hashlib
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.data.tokenizers import Tokenizer
+from trainer.share import Share, line
+
+TEMPERATURE = 0.8
+
+
+@torch.no_grad()
+def generate(model: nn.Module, share: Share, tokenizer: Tokenizer, prompt: str, count: int, *, seed: int, step: int) -> str:
+    """`prompt` and `count` tokens after it; ends early where the model ends its document.
+
+    Each token is drawn by a number that is a pure function of (seed, step, place), whatever the ranks.
+    """
+    tokens = [int(t) for t in tokenizer.encode(prompt)] or [tokenizer.end_of_text]
+    for place in range(count):
+        logits = _last_logits(model, share, tokens)
+        digest = hashlib.blake2b(f"{seed}/sample/{step}/{place}".encode(), digest_size=8).digest()
+        draw = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        weights = (logits / TEMPERATURE).softmax(-1)
+        token = int(torch.multinomial(weights, 1, generator=draw))
+        if token == tokenizer.end_of_text:
+            break
+        tokens.append(token)
+    return tokenizer.decode(tokens)
+
+
+def _last_logits(model: nn.Module, share: Share, tokens: list[int]) -> Tensor:
+    """[V] float64 on the CPU: what the model says comes after `tokens`; from the rank that holds the last one."""
+    piece = share.piece(line(tokens, share.mesh.device))
+    logits = model(piece.tokens, piece.span).to(torch.float64)
+    last = piece.span.valid() & (piece.span.pos == len(tokens) - 1)
+    found = torch.where(last[..., None], logits, 0.0).sum((0, 1))
+    if share.mesh.context_group is not None:
+        dist.all_reduce(found, group=share.mesh.context_group)
+    return found.cpu()

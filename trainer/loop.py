@@ -1,0 +1,149 @@
+"""The loop: read a batch, add up the gradient of its micro-batches, step; log, evaluate, save; stop when asked to.
+
+Every rank walks through the same steps and takes every decision together with the others.
+"""
+
+import math
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from models.span import Span
+from parallel.engines.engine import Engine
+from parallel.mesh import Mesh
+from trainer.checkpoint import Checkpoints
+from trainer.config import BAD_RUN, Config, Fault
+from trainer.data.stream import Stream
+from trainer.evaluation import Evaluated
+from trainer.logs.jsonl import Row
+from trainer.logs.meters import Meter, peak_memory_bytes
+from trainer.share import Share
+from trainer.state import Progress
+
+
+class Stop:
+    """Whether a signal asked the run to save and leave; asked together, so that all ranks leave at the same place."""
+
+    def __init__(self, mesh: Mesh, signals: Any):
+        self.mesh, self.signals, self.caught = mesh, tuple(signals), 0
+
+    @contextmanager
+    def listening(self) -> Iterator["Stop"]:
+        """Take note of signals instead of dying of them."""
+        before = {number: signal.signal(number, self._note) for number in self.signals}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.caught = number
+
+    def asked(self) -> bool:
+        """True on every rank when any of them caught a signal; collective."""
+        word = torch.tensor(float(self.caught), device=self.mesh.device)
+        if self.mesh.world_group is not None:
+            dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.mesh.world_group)
+        self.caught = int(word.item())
+        return self.caught > 0
+
+
+@dataclass
+class Loop:
+    """What a run is made of. `train` walks; the callables say what happens beside a step."""
+
+    config: Config
+    mesh: Mesh
+    engine: Engine
+    stream: Stream
+    share: Share
+    checkpoints: Checkpoints
+    schedule: Callable[[int, int], float]
+    flops: Callable[[Span], float]
+    meter: Meter
+    stop: Stop
+    log: Callable[[Row], None]
+    evaluate: Callable[[Progress], Evaluated | None]
+    saved: int = -1
+
+    def train(self, progress: Progress) -> Progress:
+        """Steps until the last, or until a signal; `progress` is where the run stands afterwards."""
+        while progress.step < self.config.steps and not self.stop.asked():
+            self._step(progress)
+            last = progress.step == self.config.steps
+            with self.meter.pause():
+                if _due(self.config.evaluation.every, progress.step, last):
+                    self.evaluate(progress)
+                if _due(self.config.checkpoint.every, progress.step, last):
+                    self.save(progress)
+                self.checkpoints.poll()
+        with self.meter.pause():
+            if self.stop.caught and self.config.checkpoint.every and progress.step > max(self.saved, 0):
+                self.save(progress)
+            self.checkpoints.finish()
+        return progress
+
+    def save(self, progress: Progress) -> None:
+        """A checkpoint of where the run stands."""
+        self.checkpoints.save(progress.step, self.engine.state(), progress.extra())
+        self.saved = progress.step
+
+    def _step(self, progress: Progress) -> None:
+        """One optimiser step."""
+        batch, cursor = self.stream.read(progress.cursor)
+        valid = batch.predictions()
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for piece, last in self.share(batch):
+            with self.engine.forward_precision():
+                losses = self.engine.model(piece.tokens, piece.span, piece.targets)
+            total += losses.detach().sum(dtype=torch.float64)
+            self.engine.backward(losses.sum() / max(valid, 1), last=last)
+        norm = self.engine.clip(self.config.optim.clip)
+        step, rate = progress.step + 1, self.config.optim.learning_rate * self.schedule(progress.step + 1, self.config.steps)
+        loss = self._mean(total, valid)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise Fault(
+                f"step {step}: the loss is {loss} and the gradient norm {norm}; the step was not taken and the last checkpoint "
+                "is intact; lower optim.learning_rate, or begin again with another precision or seed",
+                BAD_RUN,
+            )
+        self.engine.step(rate)
+        progress.step, progress.cursor, progress.tokens = step, cursor, progress.tokens + valid
+        self.meter.add(valid, self.flops(batch.span()))
+        if _due(self.config.log.every, step, step in (1, self.config.steps)):
+            self.log(self._row(progress, loss, norm, rate))
+
+    def _mean(self, total: torch.Tensor, valid: int) -> float:
+        """The loss of the step over all ranks, nats per token."""
+        if self.mesh.world_group is not None:
+            dist.all_reduce(total, group=self.mesh.world_group)
+        return total.item() / max(valid, 1)
+
+    def _row(self, progress: Progress, loss: float, norm: float, rate: float) -> Row:
+        """What metrics.jsonl says of a step; memory is that of the fullest rank."""
+        memory = torch.tensor(float(peak_memory_bytes(self.mesh.device)), dtype=torch.float64, device=self.mesh.device)
+        if self.mesh.world_group is not None:
+            dist.all_reduce(memory, op=dist.ReduceOp.MAX, group=self.mesh.world_group)
+        read = self.meter.read()
+        return Row(
+            step=progress.step,
+            loss=loss,
+            tokens=progress.tokens,
+            tokens_per_second=read.tokens_per_second,
+            step_seconds=read.step_seconds,
+            grad_norm=norm,
+            learning_rate=rate,
+            peak_memory_bytes=int(memory.item()),
+            mfu=read.mfu,
+        )
+
+
+def _due(every: int, step: int, last: bool) -> bool:
+    """Whether something that happens every so many steps happens now; 0 is never, not at the end either."""
+    return every > 0 and (step % every == 0 or last)

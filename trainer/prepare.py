@@ -1,0 +1,56 @@
+"""What happens before the ranks start: the wish is composed and judged, and its directory found."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer import directory
+from trainer.check import check
+from trainer.compose import compose
+from trainer.config import Config, Fault
+
+
+def wish(words: Sequence[str], started: int | None = None) -> Config:
+    """The checked config of a command line.
+
+    started: the ranks that somebody's torchrun has started already; None when they are ours to start.
+
+    Raises:
+        Fault: everything that is wrong with the wish, a line each.
+    """
+    asked = compose(words)
+    if asked.config is None:
+        raise Fault("\n".join(asked.faults))
+    if faults := check(asked.config, asked.given, asked.mended, asked.faults, started):
+        raise Fault("\n".join(faults))
+    return asked.config
+
+
+def settle(config: Config) -> tuple[Config, Path]:
+    """The config with its run directory filled in, and that directory, made."""
+    path = Path(config.run_dir) if config.run_dir else directory.fresh(config.name)
+    directory.make(path)
+    return config.model_copy(update={"run_dir": str(path)}), path.resolve()
+
+
+def claim(config: Config, path: Path) -> None:
+    """Write the run's record, once the directory is locked; Fault when another run got there first."""
+    if faults := directory.judge(config):
+        raise Fault("\n".join(faults))
+    directory.record(path, config)
+
+
+def plan(config: Config, command: Sequence[str]) -> str:
+    """What launch.dry_run says instead of starting."""
+    spread = f"parallel.context={config.parallel.context} x parallel.data={config.parallel.data}"
+    run_dir = config.run_dir or f"{directory.fresh(config.name)} (a fresh one)"
+    rows = f"{config.rows} rows of {config.context_length}"
+    return "\n".join(
+        [
+            f"ranks    {config.parallel.ranks} = {spread}, engine={config.engine.name}",
+            f"command  {' '.join([sys.executable, *command])}",
+            f"run_dir  {run_dir}",
+            f"steps    {config.steps}, each of {config.batch_tokens} tokens in {rows}",
+            "nothing was started (launch.dry_run=true)",
+        ]
+    )

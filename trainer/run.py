@@ -1,0 +1,252 @@
+"""A run, as every rank lives it: build the parts, go on from where the run stood, train, and say where everything lies."""
+
+import errno
+import importlib
+import signal
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from models.sizes import count_flops, count_parameters
+from parallel.engines.engine import Engine
+from parallel.launch import Ranks
+from parallel.mesh import Mesh, build_mesh
+from parallel.outcome import SAVED
+from parallel.place import place
+from trainer import directory as directories
+from trainer.archive import Archive
+from trainer.build import build, build_model, find_class, plain, sizes_taken
+from trainer.checkpoint import Checkpoints
+from trainer.config import BAD_RUN, DONE, Config, Fault
+from trainer.data.opening import open_stream
+from trainer.data.stream import Stream
+from trainer.evaluation import Evaluated, evaluate
+from trainer.generate import generate
+from trainer.logs.console import Console
+from trainer.logs.jsonl import Evaluations, Metrics, Row
+from trainer.logs.meters import Meter, Peak, peak
+from trainer.logs.report import plots
+from trainer.loop import Loop, Stop
+from trainer.share import Share
+from trainer.state import Progress, restore
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+NEXT = (  # what the last screen offers
+    "python -m trainer experiment=quickstart mixer=sliding mixer.reach=256   another architecture",
+    "python -m trainer experiment=quickstart parallel.context=4              the same losses over four ranks",
+    "python -m trainer --help                                                every setting",
+)
+LOGGER = "trainer.logs.wandb"  # imported on rank 0 alone, and only when it is wanted
+
+
+def run(config: Config, ranks: Ranks, directory: Path) -> int:
+    """Train as the config says; returns the exit status."""
+    parallel = config.parallel
+    mesh = build_mesh(parallel.context, parallel.data, heads=parallel.heads, ring=parallel.ring, device=ranks.device)
+    console = Console(config.steps, speaks=mesh.rank == 0)
+    with Stop(mesh, SAVED).listening() as stop:
+        try:
+            return Run(config, mesh, directory, console, stop).whole()
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            what = f"the disk under {directory} is full" if full else f"{error.filename or directory}: {error.strerror}"
+            way = "mend that and give the same command again"
+            raise Fault(f"the run ended: {what}; the last whole checkpoint is intact; {way}", BAD_RUN) from error
+        finally:
+            console.close()
+
+
+class Run:
+    """The parts of a run, made in the order in which they need each other."""
+
+    def __init__(self, config: Config, mesh: Mesh, directory: Path, console: Console, stop: Stop):
+        self.config, self.mesh, self.directory, self.console, self.stop = config, mesh, directory, console, stop
+        self.first = mesh.rank == 0
+        self.stream = self._stream("train")
+        self.held_out = self._stream("held_out") if config.evaluation.every else None
+        console.say(f"data: {self.stream.describe(config.steps)}")
+        self.share = Share(
+            mesh,
+            rows=config.rows,
+            context_length=config.context_length,
+            micro_batch=config.parallel.micro_batch,
+            policy=config.parallel.layout,
+        )
+        console.say(f"share: {self.share.describe()}")
+        self.engine = self._engine()
+        self.checkpoints = Checkpoints(
+            directory / "checkpoints",
+            keep=config.checkpoint.keep,
+            group=mesh.world_group,
+            asynchronous=config.checkpoint.asynchronous,
+            say=console.say,
+        )
+
+    def _stream(self, split: str) -> Stream:
+        config = self.config
+        try:
+            return open_stream(
+                plain(config.data),
+                context_length=config.context_length,
+                rows=config.rows,
+                seed=config.seed,
+                split=split,
+            )
+        except ValueError as error:
+            raise Fault(str(error), BAD_RUN) from error
+
+    def _engine(self) -> Engine:
+        """The model, placed and with its initial weights, in the engine that trains it."""
+        config = self.config
+        with torch.device("meta"):
+            model = build_model(config, self.stream.vocabulary)
+        parameters, self.flops = count_parameters(model), count_flops(model)
+        for where, taken in sizes_taken(config, self.stream.vocabulary).items():
+            self.console.say(f"{where}: {', '.join(f'{key}={value}' for key, value in taken.items())}")
+        kind = find_class(config.engine.target, "engine")
+        settings = {key: value for key, value in config.engine.settings().items() if key not in ("name", "zero")}
+        if config.engine.name != "fsdp":
+            settings.pop("reshard_after_forward", None)
+        optimiser = build(config.optim, {}, "optim")
+        engine = kind(self.mesh, optimiser, precision=config.precision, seed=config.seed, **settings)
+        self.wire = place(model, engine, method=config.parallel.method)
+        self.console.say(f"model: {parameters.total:,} parameters; engine {config.engine.name}, {config.precision}")
+        return engine
+
+    def _resume(self) -> Progress:
+        """Where the run goes on: the directory's newest whole checkpoint, the one that resume= names, or the beginning."""
+        place = self.checkpoints.latest()
+        if place is None and self.config.resume not in ("auto", "never"):
+            place = self._named(Path(self.config.resume))
+        if place is None:
+            return Progress(self.stream.start())
+        progress = restore(self.checkpoints, place, self.engine)
+        self.checkpoints.forget_after(progress.step)
+        self.console.say(f"resumed from {place} at step {progress.step}")
+        return progress
+
+    def _named(self, source: Path) -> Path:
+        """The checkpoint that resume=PATH means: itself, or the newest whole one of a run directory."""
+        if not (source / "checkpoints").is_dir():
+            return source
+        archive = Archive(source / "checkpoints", group=self.mesh.world_group, say=self.console.say)
+        try:
+            place = archive.latest()
+        finally:
+            archive.close()
+        if place is None:
+            raise Fault(f"resume={source}: it holds no checkpoint yet; name another run, or resume=auto", BAD_RUN)
+        return place
+
+    def whole(self) -> int:
+        """From the first step that is left to the last screen."""
+        config = self.config
+        progress = self._resume()
+        self.console.go_on_from(progress.step)
+        self._open_logs(progress)
+        meter = Meter(self._peak, self.mesh.size)
+        self.console.say(meter.convention())
+        loop = Loop(
+            config=config,
+            mesh=self.mesh,
+            engine=self.engine,
+            stream=self.stream,
+            share=self.share,
+            checkpoints=self.checkpoints,
+            schedule=build(config.schedule, {}, "schedule"),
+            flops=self.flops.training,
+            meter=meter,
+            stop=self.stop,
+            log=self._log,
+            evaluate=self._evaluate,
+            saved=progress.step,
+        )
+        loop.train(progress)
+        self.checkpoints.close()
+        return self._close(progress)
+
+    @cached_property
+    def _peak(self) -> Peak:
+        """Measured on rank 0 alone, which is the only one that tells."""
+        return peak(self.mesh.device, DTYPES[self.config.precision]) if self.first else Peak(None, "only rank 0 tells")
+
+    def _open_logs(self, progress: Progress) -> None:
+        """Rank 0's files, cut back to where the run stands, and its W&B run."""
+        self.wandb: Any = None
+        if not self.first:
+            return
+        self.metrics, self.evaluations = Metrics(self.directory), Evaluations(self.directory)
+        for lines in (self.metrics, self.evaluations):
+            lines.truncate_after(progress.step)
+        if self.config.wandb.mode != "disabled":
+            self.wandb = importlib.import_module(LOGGER).Wandb(
+                self.directory,
+                mode=self.config.wandb.mode,
+                project=self.config.wandb.project,
+                name=self.config.name,
+                config=directories.plain(self.config),
+                init_timeout_s=self.config.wandb.init_timeout_s,
+                identity=progress.wandb_id,
+                say=self.console.say,
+            )
+            progress.wandb_id = self.wandb.identity
+
+    def _log(self, row: Row) -> None:
+        """A step is done; after the first, what parallel.method=auto chose is known."""
+        if self.wire is not None and self.wire.choices:
+            for choice, many in Counter(self.wire.choices.values()).items():
+                self.console.say(f"share: {many} of {len(self.wire.choices)} attentions by {choice}")
+            self.wire.choices.clear()
+        self.console.step(row)
+        if self.first:
+            self.metrics.add(row)
+        if self.wandb is not None:
+            self.wandb.step(row)
+
+    def _evaluate(self, progress: Progress) -> Evaluated | None:
+        """Held-out loss, and a sample where one is asked for; nothing when a signal came in the middle."""
+        config = self.config
+        assert self.held_out is not None
+        self.engine.model.eval()
+        found = evaluate(self.engine.model, self.share, self.held_out, config.evaluation.batches, self.stop.asked)
+        if found is not None:
+            progress.best["held_out_loss"] = min(found.loss, progress.best.get("held_out_loss", found.loss))
+            self.console.say(f"step {progress.step}: held-out loss {found.loss:.4f} over {found.tokens} tokens")
+            if self.first:
+                made_of = {"tokens": found.tokens, "by_position": found.by_position}
+                self.evaluations.add(progress.step, "held_out_loss", found.loss, **made_of)
+            if self.wandb is not None:
+                self.wandb.evaluation(progress.step, "held_out_loss", found.loss)
+            if config.evaluation.generate and progress.step == config.steps:
+                self._sample(progress.step)
+        self.engine.model.train()
+        return found
+
+    def _sample(self, step: int) -> None:
+        """Write what the model makes of the prompt."""
+        wish = self.config.evaluation
+        text = generate(
+            self.engine.model, self.share, self.stream.tokenizer, wish.prompt, wish.generate, seed=self.config.seed, step=step
+        )
+        if self.first:
+            (self.directory / "sample.txt").write_text(text, encoding="utf-8")
+        self.console.say("sample:\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
+
+    def _close(self, progress: Progress) -> int:
+        """Close the logs, draw the plots, and print the last screen."""
+        caught = signal.Signals(self.stop.caught) if self.stop.caught and progress.step < self.config.steps else None
+        if self.first:
+            self.metrics.close()
+            self.evaluations.close()
+            images = plots(self.directory, title=self.config.name)
+            where = self.wandb.place if self.wandb is not None else None
+            if self.wandb is not None:
+                self.wandb.finish({"step": progress.step, "tokens": progress.tokens, **progress.best}, images)
+            self.console.finish(self.directory, stopped=caught.name if caught else None, wandb=where, more=NEXT)
+        if self.mesh.world_group is not None:
+            dist.barrier(group=self.mesh.world_group)
+        return SAVED[caught] if caught else DONE

@@ -1,0 +1,41 @@
+"""Where a run stands: what a checkpoint holds beside tensors, and how a run goes on from one."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from parallel.engines.engine import Engine
+from trainer.archive import Archive, Saved
+from trainer.config import BAD_RUN, Fault
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: optimiser steps taken.
+        tokens: trained on since the beginning.
+        cursor: of the training data, for the next step.
+        wandb_id: of the W&B run, so that a resumed run goes on in it; None without one.
+    """
+
+    cursor: dict[str, Any]
+    step: int = 0
+    tokens: int = 0
+    wandb_id: str | None = None
+    best: dict[str, float] = field(default_factory=dict)
+
+    def extra(self) -> dict[str, Any]:
+        """As a checkpoint holds it."""
+        return asdict(self)
+
+
+def restore(archive: Archive, place: Path, engine: Engine) -> Progress:
+    """Put the engine into the state of a checkpoint, whatever ranks wrote it, and say how far it had come."""
+    saved: Saved = archive.load(place, engine.state())
+    engine.load(saved.state)
+    try:
+        return Progress(**saved.extra)
+    except TypeError as error:
+        raise Fault(f"cannot resume from {place}: it was written by another version of Longspan ({error})", BAD_RUN) from error
