@@ -248,8 +248,7 @@ def model(config: Config, given: Collection[str]) -> Iterator[str]:
         if limit is not None and limit < config.context_length:
             yield _too_long(config, limit, f"{type(who).__name__} (max_length={limit})")
     taken = [name for each in build.sizes_taken(config, tokens).values() for name in each]
-    for key, value in {"kv_heads": config.model.kv_heads, "max_length": config.model.max_length}.items():
-        if value is not None and key not in taken:
-            yield f"model.{key}={value}, but nothing in this model takes it; use model.{key}=null, or another mixer"
+    if config.model.max_length is not None and "max_length" not in taken:  # a limit; sizes are offers, which the log lists
+        yield f"model.max_length={config.model.max_length}, but nothing in this model takes it; use model.max_length=null"
     if "position" in given and "position" not in taken:
         yield f"position={config.position.target}, but nothing in this model takes a position; leave position= out"

@@ -1,0 +1,242 @@
+"""Does this config keep the promise? Proved on the user's own model, made small in size but not in kind, before step 1.
+
+    parity      losses and every gradient, cut over the ranks, against one device (float64)
+    causality   a later token changed: nothing before it moves
+    documents   a document changed: nothing in another one moves
+    padding     what stands in padding changed: nothing moves
+    reach       a token changed: something after it does move (else the three above would prove nothing)
+
+`scripts/doctor.py` prints the table. The doctor is itself tested: `doctor.break=` sabotages one driver and must be caught.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.init import initial_tensor
+from models.loss import IGNORE
+from models.masks import visible
+from models.mixing.softmax import Softmax
+from models.span import Span
+from parallel.cut import cut_span
+from parallel.layout import layouts
+from parallel.mesh import Mesh
+from parallel.spread import DRIVERS, spread
+from trainer.build import build_model
+from trainer.config import Config
+from trainer.directory import plain
+
+TOKENS, VOCABULARY, HEAD_WIDTH = 121, 29, 8
+BOUND = 1e-11  # of a tensor's largest magnitude, in float64
+COUNTS_TOKENS = ("reach", "size", "block", "length", "every", "top")  # settings of mixers that shrink with the row
+BREAKS = ("mask", "scale", "leak", "order")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table: `figure` must stay under `bound` (or, for `reach`, above it)."""
+
+    check: str
+    what: str
+    figure: float
+    bound: float
+    fine: bool
+    note: str = ""
+
+
+def small(config: Config) -> Config:
+    """The same kinds of layers, heads and method, in a model that fits in a moment."""
+    ratio = TOKENS / config.context_length
+    tree = copy.deepcopy(plain(config))
+    model = tree["model"]
+    pattern = len(model["pattern"]) if tree["mixer"] is None else 1
+    model |= {"width": HEAD_WIDTH * model["heads"], "ffn": 2 * HEAD_WIDTH * model["heads"], "vocabulary": None}
+    model["layers"] = min(model["layers"], max(2, pattern))
+    for node in [*model["mixers"].values(), *([tree["mixer"]] if tree["mixer"] else [])]:
+        for key in COUNTS_TOKENS:
+            if node.get(key) and ratio < 1:
+                node[key] = _fewer(node[key], ratio)
+    tree |= {"context_length": TOKENS, "batch_tokens": 2 * TOKENS, "precision": "float64"}
+    return Config.model_validate(tree)
+
+
+def _fewer(value: Any, ratio: float) -> Any:
+    return [_fewer(v, ratio) for v in value] if isinstance(value, list) else max(2, round(value * ratio))
+
+
+def rows() -> Span:
+    """Two packed rows of uneven documents, one of a single token, and some padding."""
+    pos, doc = torch.zeros(2, TOKENS, dtype=torch.long), torch.full((2, TOKENS), -1)
+    for row, lengths in enumerate(([37, 1, 52, 23], [5, 90, 19])):
+        start = 0
+        for number, length in enumerate(lengths):
+            pos[row, start : start + length] = torch.arange(length)
+            doc[row, start : start + length] = number
+            start += length
+    return Span.of(pos, doc)
+
+
+def built(config: Config) -> nn.Module:
+    """The small model with weights large enough for every term to count (a layer that starts at 0 would hide its faults)."""
+    model = build_model(config, VOCABULARY).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = initial_tensor(model, name, 1).double()
+            spread_out = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)), dtype=torch.float64)
+            parameter.copy_(noise + spread_out * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1))
+    return model
+
+
+class Examination:
+    """One model on one device and the same model cut over the ranks of `mesh`; every rank does the same.
+
+    Args:
+        config: the user's own.
+        mesh: ranks that all share one sequence.
+        sabotage: one of BREAKS, or None.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, sabotage: str | None = None):
+        self.config, self.mesh, self.span = small(config), mesh, rows()
+        self.one, self.many = built(self.config), built(self.config)
+        grid = (mesh.heads_group, mesh.ring_group) if mesh.heads_group is not None else None
+        spread(self.many, mesh.context_group, config.parallel.method, grid=grid)
+        if sabotage is not None:
+            _sabotage(self.many, sabotage)
+        self.layouts = layouts(config.parallel.layout, self.span, mesh.context_size, heads=mesh.heads_size)
+        generator = torch.Generator().manual_seed(3)
+        self.tokens = torch.randint(VOCABULARY, self.span.shape, generator=generator)
+        ends = torch.roll(self.span.doc, -1, 1) != self.span.doc
+        ends[:, -1] = True
+        self.targets = torch.where(ends | ~self.span.valid(), IGNORE, torch.roll(self.tokens, -1, 1))
+
+    def findings(self) -> Iterator[Finding]:
+        """Every line of the table, the same on every rank."""
+        yield from self._parity()
+        before = self._logits(self.tokens)
+        yield from self._probe(before)
+
+    def _cut(self, x: Tensor, fill: float) -> tuple[Tensor, Span]:
+        here = cut_span(self.span, self.layouts, self.mesh.context_rank)
+        return here.cut.shard(x, fill), here
+
+    def _parity(self) -> Iterator[Finding]:
+        want = self.one(self.tokens, self.span, self.targets)
+        want.sum().backward()
+        tokens, here = self._cut(self.tokens, 0)
+        got = self.many(tokens, here, here.cut.shard(self.targets, IGNORE))
+        got.sum().backward()
+        yield self._line("parity", "losses", _relative(got.detach(), here.cut.shard(want.detach(), 0)))
+        worst, where = 0.0, "no parameter"
+        for (name, a), b in zip(self.one.named_parameters(), self.many.named_parameters(), strict=True):
+            grad = torch.zeros_like(b[1]) if b[1].grad is None else b[1].grad
+            dist.all_reduce(grad, group=self.mesh.context_group)
+            error = _relative(grad, torch.zeros_like(a) if a.grad is None else a.grad)
+            worst, where = max((worst, where), (error, name))
+        count = sum(1 for _ in self.one.parameters())
+        yield self._line("parity", f"gradients of {count} parameters", worst, note=f"worst: {where}" if worst else "")
+
+    @torch.no_grad()
+    def _logits(self, tokens: Tensor) -> Tensor:
+        """[B, T, V] on every rank: what the cut model says of the whole rows."""
+        part, here = self._cut(tokens, 0)
+        logits = self.many(part, here)
+        every = [torch.zeros_like(logits) for _ in range(self.mesh.context_size)]
+        dist.all_gather(every, logits.contiguous(), group=self.mesh.context_group)
+        return here.cut.joined(torch.cat(every, 1))[:, :TOKENS]
+
+    def _probe(self, before: Tensor) -> Iterator[Finding]:
+        """Change something, and look at what moves."""
+        doc, pos = self.span.doc, self.span.pos
+        victim = (doc == 1) & (pos == 20) if (doc[1] == 1).sum() > 20 else doc == 1
+        victim[0] = (doc[0] == 2) & (pos[0] == 20)
+        moved = self._moved(victim, before)
+        same = torch.stack([doc[row] == doc[row][victim[row]][0] for row in range(len(doc))])
+        earlier = same & (pos < 20)
+        ahead = self._sees_ahead()
+        if ahead:
+            note = f"not asked: {ahead} looks ahead by design"
+            yield Finding("causality", "tokens before a changed one", 0.0, BOUND, True, note)
+        else:
+            yield self._line("causality", "tokens before a changed one", _largest(moved, earlier))
+        yield self._line("documents", "tokens of other documents", _largest(moved, ~same & self.span.valid()))
+        after = _largest(moved, same & (pos > 20))
+        yield Finding("reach", "tokens after a changed one", after, 1e-9, after > 1e-9, "must move")
+        whole = (doc == doc[:, :1]) & self.span.valid()
+        moved = self._moved(whole, before)
+        yield self._line("documents", "after a whole document changed", _largest(moved, ~whole & self.span.valid()))
+        moved = self._moved(~self.span.valid(), before)
+        yield self._line("padding", "every token", _largest(moved, self.span.valid()))
+
+    def _moved(self, victims: Tensor, before: Tensor) -> Tensor:
+        """[B, T] how far the logits move when the victims become other tokens; what is not finite moved infinitely."""
+        after = self._logits(torch.where(victims, (self.tokens + 7) % VOCABULARY, self.tokens))
+        return (after - before).abs().amax(-1).nan_to_num(nan=torch.inf) / before.abs().max()
+
+    def _sees_ahead(self) -> str:
+        """The mixers whose own mask shows a later token of the same document."""
+        span, found = Span.line(1, 64), []
+        for name, leaf in self.one.named_modules():
+            if isinstance(leaf, Softmax):
+                seen = visible(leaf.mask, span, span, torch.arange(self.config.model.heads))
+                if (seen & (span.pos[:, None, :, None] < span.pos[:, None, None, :])).any():
+                    found.append(type(self.one.get_submodule(name.rpartition(".")[0])).__name__)
+        return ", ".join(sorted(set(found)))
+
+    def _line(self, check: str, what: str, figure: float, note: str = "") -> Finding:
+        worst = torch.tensor(figure if figure == figure else float("inf"), dtype=torch.float64)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.mesh.context_group)
+        return Finding(check, what, worst.item(), BOUND, worst.item() < BOUND, note)
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    if not got.numel():
+        return 0.0
+    return ((got - want).abs().max() / want.abs().max().clamp_min(1e-12)).item()
+
+
+def _largest(moved: Tensor, where: Tensor) -> float:
+    return moved[where].max().item() if where.any() else 0.0
+
+
+def _sabotage(model: nn.Module, kind: str) -> None:
+    """Break the first driver that there is, in one of four ways."""
+    drivers = [m for m in model.modules() if hasattr(m, "core") and isinstance(m.core, tuple(DRIVERS))]
+    if not drivers:
+        raise ValueError(f"doctor.break={kind} needs a driver to break, and this model has none")
+    driver, forward = drivers[0], drivers[0].forward
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(_bent(a, kind) for a in args)
+        out = forward(*args, **{key: _bent(value, kind) for key, value in kwargs.items()})
+        return out * 1.001 if kind == "scale" else out
+
+    driver.forward = broken
+
+
+def _bent(value: Any, kind: str) -> Any:
+    """A Span that lies: all positions equal (mask), all documents one (leak), or the ranks' parts exchanged (order)."""
+    if not isinstance(value, Span) or kind == "scale":
+        return value
+    if kind == "order":
+        cut = value.cut
+        turned = replace(cut, layouts=tuple(replace(r, runs=(*r.runs[1:], r.runs[0])) for r in cut.layouts), orders=[])
+        spans = (*cut.spans[1:], cut.spans[0])
+        return replace(value, cut=replace(turned, spans=spans), plans={})
+    lie = _flat if kind == "mask" else _one_document
+    cut = replace(value.cut, spans=tuple(map(lie, value.cut.spans)), whole=lie(value.cut.whole))
+    return replace(lie(value), cut=cut)
+
+
+def _flat(span: Span) -> Span:
+    return Span(torch.zeros_like(span.pos), span.doc, span.role)
+
+
+def _one_document(span: Span) -> Span:
+    pos = torch.arange(span.shape[1]).expand_as(span.pos)
+    return Span(torch.where(span.valid(), pos, 0), torch.where(span.valid(), 0, -1), span.role)
