@@ -1,0 +1,38 @@
+"""A learned sink: every head may give part of its attention to nothing."""
+
+import torch
+from torch import Tensor, nn
+
+from models.attention.full import CAUSAL, Attention
+from models.attention.scoring import Sunk
+from models.masks import Reach
+from models.mixing.softmax import Softmax
+from models.positions.position import Position
+
+
+class _WithSink(nn.Module):
+    """A position's tables, if it has any, and after them the sink logits."""
+
+    def __init__(self, tables: nn.Module | None, heads: int):
+        super().__init__()
+        self.inner, self.logit = tables, nn.Parameter(torch.zeros(heads))
+
+    def forward(self) -> tuple[Tensor, ...]:
+        return (*(self.inner() if self.inner is not None else ()), self.logit)
+
+
+class SinkLogit(Attention):
+    """A key without a value stands beside every query's keys; its logit is learned, one for each head.
+
+    The same as multiplying the output by sigmoid(mass - logit). Logits start at 0: softmax "off by one".
+
+    Args:
+        reach: see only the last `reach` tokens; null: all that came before.
+
+    Source: OpenAI 2025, gpt-oss (arXiv:2508.10925); Miller 2023, "Attention is off by one".
+    """
+
+    def __init__(self, width: int, heads: int, kv_heads: int, position: Position, *, reach: int | None = None):
+        mask = CAUSAL if reach is None else CAUSAL & Reach(reach)
+        super().__init__(width, heads, kv_heads, position, mask=mask)
+        self.mix, self.tables = Softmax(mask, Sunk(self.mix.score)), _WithSink(self.tables, heads)

@@ -1,0 +1,32 @@
+"""Rotary positions pressed together, to reach further than they were trained."""
+
+import torch
+from torch import Tensor
+
+from models.positions.rope import Rope
+
+
+class Interpolated(Rope):
+    """Every pair turns `factor` times slower: position p turns as far as p / factor did.
+
+    Args:
+        factor: how many times longer documents may be.
+        base: of the rotary positions that were trained.
+
+    Source: Chen et al. 2023 (arXiv:2306.15595).
+    """
+
+    def __init__(self, factor: float, base: float = 10_000.0):
+        super().__init__(base)
+        self.factor = stretch(factor)
+
+    def speeds(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """[width / 2] radians per token, fastest first."""
+        return super().speeds(width, device, dtype) / self.factor
+
+
+def stretch(factor: float) -> float:
+    """The factor, if positions can be stretched by it."""
+    if factor < 1:
+        raise ValueError(f"position.factor={factor} would shorten the context; use 1 or more, or position=rope")
+    return factor

@@ -1,0 +1,61 @@
+"""Sinusoidal positions: a wave for every pair of channels, added to the token embeddings.
+
+Letters: B rows, T tokens.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from models.init import DEVIATION
+from models.positions.position import Position
+from models.span import Span
+
+
+class Sinusoidal(Position):
+    """Channel 2i holds sin(p / base^(2i / width)), channel 2i + 1 the cosine.
+
+    Args:
+        base: wavelengths run from 2 pi to 2 pi base tokens.
+        amplitude: of the waves. The paper has 1 and multiplies embeddings of deviation 1 / sqrt(width) by sqrt(width);
+            here embeddings are left as they are and start with a deviation of 0.02, so waves of 0.02 keep the proportion.
+
+    Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.5.
+    """
+
+    def __init__(self, base: float = 10_000.0, amplitude: float = DEVIATION):
+        if base <= 1:
+            raise ValueError(f"position.base is a wavelength in tokens and must be above 1; got {base}")
+        if amplitude <= 0:
+            raise ValueError(f"position.amplitude={amplitude} leaves no positions; use a positive number, or position=none")
+        self.base, self.amplitude = base, amplitude
+
+    def embedding(self, width: int) -> nn.Module | None:
+        """A module (span) -> [B, T, width] without parameters."""
+        return Waves(width, self.base, self.amplitude)
+
+
+class Waves(nn.Module):
+    """(span) -> [B, T, width]: the waves at every token's position.
+
+    float32; where a model is asked to be float64 (`.double()`), so are the waves.
+    """
+
+    precision: Tensor
+
+    def __init__(self, width: int, base: float, amplitude: float):
+        super().__init__()
+        self.width, self.base, self.amplitude = width, base, amplitude
+        self.register_buffer("precision", torch.zeros(()), persistent=False)
+
+    def forward(self, span: Span) -> Tensor:
+        """[B, T, width], in the dtype that the model was given."""
+        wide = torch.promote_types(self.precision.dtype, torch.float32)
+        waves = sinusoid(span.pos.to(wide), self.width, self.base)
+        return (torch.stack(waves, -1).flatten(-2)[..., : self.width] * self.amplitude).to(self.precision.dtype)
+
+
+def sinusoid(distance: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:
+    """[...] -> sines and cosines, each [..., width / 2 rounded up], fastest wave first."""
+    pair = torch.arange(-(-width // 2), device=distance.device, dtype=distance.dtype)
+    angle = distance[..., None] * base ** -(2 * pair / width)
+    return angle.sin(), angle.cos()
