@@ -22,13 +22,14 @@ class Score:
 
     Attributes:
         query_heads, payload_heads, param_heads: for each tensor of the tuple, the dim that counts heads, or None.
+        biased: `bias` gives something, which a kernel must then hold for a whole block at once.
         plain: the logits are exactly `scale * q k` plus `bias`, so that a kernel that knows only those may compute them.
     """
 
     query_heads: tuple[int | None, ...] = (2,)
     payload_heads: tuple[int | None, ...] = (2, 2)
     param_heads: tuple[int | None, ...] = ()
-    plain = True
+    plain, biased = True, False
 
     def __init__(self, scale: float | None = None):
         self._scale = scale

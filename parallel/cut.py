@@ -85,7 +85,8 @@ class Group:
 
 def _laid(spans: Sequence[Span]) -> Span:
     """Addresses of several ranks, end to end."""
-    return Span(*(torch.cat(some, 1) for some in zip(*((s.pos, s.doc, s.role) for s in spans))))
+    pos, doc, role = (torch.cat(some, 1) for some in zip(*((s.pos, s.doc, s.role) for s in spans)))
+    return Span(pos, doc, role)
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class Arrival:
         return self.into
 
 
-def _deal(x: Tensor, wire: Wire, dim: int | None, shares: Sequence[Heads], move: str) -> Tensor:
+def _deal(x: Tensor, wire: Wire, dim: int | None, shares: Sequence[Heads], *, move: str) -> Tensor:
     """[B, c, .., H, ..] -> [B, P c, .., own share, ..]: to each rank its heads, from each rank its tokens."""
     parts = [x if dim is None else x.narrow(dim, a, b - a) for a, b in shares]
     shape = list(x.shape)
@@ -96,7 +96,7 @@ def _deal(x: Tensor, wire: Wire, dim: int | None, shares: Sequence[Heads], move:
     return torch.cat([p.view(shape) for p in wire.exchange(parts, [size] * wire.size, move)], 1)
 
 
-def _collect(x: Tensor, wire: Wire, dim: int | None, shares: Sequence[Heads], whole: torch.Size, move: str) -> Tensor:
+def _collect(x: Tensor, wire: Wire, dim: int | None, shares: Sequence[Heads], whole: torch.Size, *, move: str) -> Tensor:
     """The adjoint of `_deal`: tokens go home, and where shares overlap what comes back is summed, wide."""
     shapes = []
     for a, b in shares:
@@ -115,12 +115,12 @@ def _collect(x: Tensor, wire: Wire, dim: int | None, shares: Sequence[Heads], wh
 class _Deal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, wire: Wire, dim: int | None, shares: Sequence[Heads]) -> Tensor:
-        ctx.args, ctx.shape = (wire, dim, shares), x.shape
-        return _deal(x, wire, dim, shares, "deal")
+        ctx.args = wire, dim, shares, x.shape
+        return _deal(x, wire, dim, shares, move="deal")
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        return _collect(grad, *ctx.args, ctx.shape, "deal backward"), None, None, None
+        return _collect(grad, *ctx.args, move="deal backward"), None, None, None
 
 
 class _Collect(torch.autograd.Function):
@@ -129,11 +129,11 @@ class _Collect(torch.autograd.Function):
         ctx.args = wire, dim, shares
         shape = list(x.shape)
         shape[1], shape[dim] = x.shape[1] // wire.size, shares[-1][1]
-        return _collect(x, wire, dim, shares, torch.Size(shape), "collect")
+        return _collect(x, wire, dim, shares, torch.Size(shape), move="collect")
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        return _deal(grad, *ctx.args, "collect backward"), None, None, None
+        return _deal(grad, *ctx.args, move="collect backward"), None, None, None
 
 
 def deal(x: Tensor, wire: Wire, dim: int | None, shares: Sequence[Heads]) -> Tensor:

@@ -59,7 +59,7 @@ def main(words: Sequence[str]) -> int:
     told = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         arguments = (plain(config), ranks, os.path.join(folder, "meeting"), sabotage, told)
-        mp.start_processes(examine, arguments, nprocs=ranks, start_method="spawn")
+        mp.spawn(examine, arguments, nprocs=ranks)
     findings = told.get()
     method = f"{config.parallel.method}, {config.parallel.layout}"
     show(findings, f"{config.name}: one device against {ranks} ranks ({method}), float64")

@@ -5,7 +5,6 @@ from pathlib import Path
 from tests.test_architecture import ROOT, imports
 
 
-
 def leads(here, there):
     target = ".".join(Path(there).with_suffix("").parts)
     return target in set(imports(ROOT / here))

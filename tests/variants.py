@@ -4,13 +4,79 @@ from collections.abc import Callable
 
 from torch import nn
 
+from models.attention.bidirectional import Bidirectional
+from models.attention.bigbird import BigBird
+from models.attention.chunked import Chunked
+from models.attention.compressed import Compressed
+from models.attention.differential import Differential
 from models.attention.full import Attention, MultiHead, MultiQuery
+from models.attention.gated import Gated
 from models.attention.latent import Latent
+from models.attention.longformer import Longformer
+from models.attention.lsh import Lsh
+from models.attention.prefix import PrefixAttention
+from models.attention.qk_norm import QKNorm
+from models.attention.sink_logit import SinkLogit
+from models.attention.sinks import Sinks
 from models.attention.sliding import Sliding
+from models.attention.softcap import Softcap
+from models.convolution.hyena import Hyena
+from models.convolution.short import ShortConv
+from models.init import normal
+from models.positions.alibi import Alibi
+from models.positions.interpolated import Interpolated
+from models.positions.learned import Learned
 from models.positions.none import NoPosition
+from models.positions.ntk import Ntk
+from models.positions.position import Position
+from models.positions.relative import Relative
 from models.positions.rope import Rope
+from models.positions.sinusoidal import Sinusoidal
+from models.positions.t5 import T5
+from models.positions.yarn import Yarn
+from models.recurrent.delta import DeltaNet, GatedDeltaNet
+from models.recurrent.gated_linear import GatedLinear
+from models.recurrent.linear import LinearAttention
+from models.recurrent.mamba2 import Mamba2
+from models.recurrent.performer import Performer
+from models.recurrent.retention import Retention
+from models.recurrent.rwkv6 import Rwkv6
+from models.recurrent.rwkv7 import Rwkv7
+from models.recurrent.shift import ChannelMix
 
 WIDTH, HEADS = 24, 6
+
+
+class Placed(nn.Module):
+    """Full attention whose positions are added to what comes in."""
+
+    def __init__(self, position: Position):
+        super().__init__()
+        self.position, self.inner = position.embedding(WIDTH), Attention(WIDTH, HEADS, 3, position)
+
+    def forward(self, x, span):
+        return self.inner(x + self.position(span), span)
+
+
+class Contrast(Differential):
+    """Weights large enough that a pair's two maps differ; else lambda's gradient is a difference of nearly equal sums."""
+
+    def initial(self):
+        return {**super().initial(), "q.weight": normal(0.1), "k.weight": normal(0.1)}
+
+
+class Taught(nn.Module):
+    """Compressed attention with its indexer's loss added to what comes out, so that its gradients are compared too."""
+
+    def __init__(self, step: int):
+        super().__init__()
+        settings = {"block": 3, "top": 2, "reach": 4, "index_heads": 3, "index_channels": 6, "groups": 2, "turned": 2}
+        self.inner = Compressed(WIDTH, HEADS, Rope(), **settings, dense_steps=1)
+        self.inner.begin(step)
+
+    def forward(self, x, span):
+        return self.inner(x, span) + self.inner.auxiliary["indexer"][..., None]
+
 
 VARIANTS: dict[str, Callable[[], nn.Module]] = {
     "full": lambda: Attention(WIDTH, HEADS, 3, Rope()),
@@ -19,4 +85,45 @@ VARIANTS: dict[str, Callable[[], nn.Module]] = {
     "sliding": lambda: Sliding(WIDTH, HEADS, 2, Rope(), reach=7),
     "no_position": lambda: Attention(WIDTH, HEADS, 2, NoPosition()),
     "latent": lambda: Latent(WIDTH, HEADS, Rope(), latent=10, query_latent=9, content=4, turned=2, value=3),
+    "longformer": lambda: Longformer(WIDTH, HEADS, 3, Rope(), 1, 2, reach=[2, 4], gaps=[1, 1, 1, 2, 3, 2], first=1, every=8),
+    "longformer_symmetric": lambda: Longformer(WIDTH, HEADS, 6, Rope(), 0, 1, reach=5, first=2, symmetric=True),
+    "bigbird": lambda: BigBird(WIDTH, HEADS, 3, Rope(), 1, 5, block=3, random=2),
+    "bigbird_symmetric": lambda: BigBird(WIDTH, HEADS, 6, Rope(), 1, 5, block=3, random=1, per_head=False, symmetric=True),
+    "bidirectional": lambda: Bidirectional(WIDTH, HEADS, 3, Rope()),
+    "prefix": lambda: PrefixAttention(WIDTH, HEADS, 3, Rope(), length=5),
+    "sinks": lambda: Sinks(WIDTH, HEADS, 2, Rope(), reach=6, first=3),
+    "sink_logit": lambda: SinkLogit(WIDTH, HEADS, 2, Rope(), reach=9),
+    "chunked": lambda: Chunked(WIDTH, HEADS, 3, Rope(), size=8),
+    "softcap": lambda: Softcap(WIDTH, HEADS, 3, Rope(), cap=0.3),
+    "qk_norm": lambda: QKNorm(WIDTH, HEADS, 3, Rope()),
+    "gated": lambda: Gated(WIDTH, HEADS, 2, Rope()),
+    "differential": lambda: Contrast(WIDTH, HEADS, 2, Rope(), layer=1),
+    "yarn": lambda: Attention(WIDTH, HEADS, 3, Yarn(4.0, 16)),
+    "ntk": lambda: Attention(WIDTH, HEADS, 3, Ntk(4.0)),
+    "interpolated": lambda: Attention(WIDTH, HEADS, 3, Interpolated(4.0)),
+    "alibi": lambda: Attention(WIDTH, HEADS, 3, Alibi()),
+    "t5": lambda: Attention(WIDTH, HEADS, 3, T5(8, 20)),
+    "relative": lambda: Attention(WIDTH, HEADS, 3, Relative(clamp=30)),
+    "sinusoidal": lambda: Placed(Sinusoidal()),
+    "learned": lambda: Placed(Learned(64)),
+    "bidirectional_t5": lambda: Bidirectional(WIDTH, HEADS, 3, T5(8, 20, both=True)),
+    "sink_logit_relative": lambda: SinkLogit(WIDTH, HEADS, 2, Relative()),
+    "softcap_alibi": lambda: Softcap(WIDTH, HEADS, 3, Alibi(), cap=0.3),
+    "differential_t5": lambda: Contrast(WIDTH, HEADS, 2, T5(8, 20), layer=1),
+    "differential_alibi": lambda: Contrast(WIDTH, HEADS, 6, Alibi(), layer=8),
+    "lsh": lambda: Lsh(WIDTH, HEADS, Rope(), 1, 3, 51, size=3, rounds=2, buckets=4),
+    "compressed": lambda: Taught(step=2),
+    "compressed_dense": lambda: Taught(step=1),
+    "linear": lambda: LinearAttention(WIDTH, HEADS),
+    "performer": lambda: Performer(WIDTH, HEADS, 1, 2, features=10),
+    "retention": lambda: Retention(WIDTH, HEADS),
+    "gated_linear": lambda: GatedLinear(WIDTH, HEADS, rank=5),
+    "rwkv6": lambda: Rwkv6(WIDTH, HEADS, 1, 3, rank=5),
+    "rwkv7": lambda: Rwkv7(WIDTH, HEADS, 1, 3, rank=5),
+    "channel_mix": lambda: ChannelMix(WIDTH, 30, depth=0.5),
+    "delta": lambda: DeltaNet(WIDTH, HEADS),
+    "gated_delta": lambda: GatedDeltaNet(WIDTH, HEADS, reflect=True),
+    "mamba2": lambda: Mamba2(WIDTH, HEADS, state=5),
+    "short_conv": lambda: ShortConv(WIDTH),
+    "hyena": lambda: Hyena(WIDTH, 51, order=3, filter_width=8, bands=3),
 }

@@ -10,7 +10,7 @@ import torch
 
 from parallel.launch import attempt, machine
 from parallel.layout import POLICIES
-from parallel.spread import METHODS
+from parallel.spread import METHODS, refusals
 from trainer import build, directory
 from trainer.config import Config, Fault
 from trainer.data.opening import check as look_at
@@ -243,6 +243,8 @@ def model(config: Config, given: Collection[str]) -> Iterator[str]:
     except Fault as fault:
         yield str(fault)
         return
+    if config.parallel.context > 1:
+        yield from refusals(built_model, config.parallel.method)
     for who in (place, built_model):
         limit = getattr(who, "max_length", None)
         if limit is not None and limit < config.context_length:

@@ -97,7 +97,7 @@ class Loop:
     def _step(self, progress: Progress) -> None:
         """One optimiser step."""
         batch, cursor = self.stream.read(progress.cursor)
-        valid = batch.predictions()
+        valid = self.share.valid(batch)
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for piece, last in self.share(batch):
             with self.engine.forward_precision():

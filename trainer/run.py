@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from models.attention.prefix import PrefixAttention
 from models.sizes import count_flops, count_parameters
 from parallel.engines.engine import Engine
 from parallel.launch import Ranks
@@ -69,15 +70,16 @@ class Run:
         self.stream = self._stream("train")
         self.held_out = self._stream("held_out") if config.evaluation.every else None
         console.say(f"data: {self.stream.describe(config.steps)}")
+        self.engine = self._engine()
         self.share = Share(
             mesh,
             rows=config.rows,
             context_length=config.context_length,
             micro_batch=config.parallel.micro_batch,
             policy=config.parallel.layout,
+            prefix=max((m.length for m in self.engine.model.modules() if isinstance(m, PrefixAttention)), default=0),
         )
         console.say(f"share: {self.share.describe()}")
-        self.engine = self._engine()
         self.checkpoints = Checkpoints(
             directory / "checkpoints",
             keep=config.checkpoint.keep,

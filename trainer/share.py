@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.loss import IGNORE
-from models.span import Span
+from models.span import PREFIX, Span
 from parallel.cut import cut_span
 from parallel.layout import layouts
 from parallel.mesh import Mesh
@@ -39,10 +39,11 @@ class Share:
         context_length: T.
         micro_batch: rows that a rank computes at once, or "auto": as many as AUTO_TOKENS allows.
         policy: name of the layout.
+        prefix: first tokens of each document that the model sees at once (a prefix-LM): they are nobody's targets.
     """
 
-    def __init__(self, mesh: Mesh, *, rows: int, context_length: int, micro_batch: int | str, policy: str):
-        self.mesh, self.policy = mesh, policy
+    def __init__(self, mesh: Mesh, *, rows: int, context_length: int, micro_batch: int | str, policy: str, prefix: int = 0):
+        self.mesh, self.policy, self.prefix = mesh, policy, prefix
         self.each = -(-rows // mesh.data_size)
         held = -(-context_length // mesh.context_size)
         fits = max(1, AUTO_TOKENS.get(mesh.device.type, AUTO_TOKENS["cuda"]) // held)
@@ -57,10 +58,19 @@ class Share:
             start = number * self.micro_batch
             yield self.piece(mine.part(start, start + self.micro_batch)), number == self.pieces - 1
 
+    def targets(self, batch: Batch) -> Tensor:
+        """[R, T] int64: the next token of the same document, IGNORE where there is none or where it is in plain sight."""
+        seen = (batch.pos[:, 1:] < self.prefix) | (batch.role[:, 1:] == PREFIX)
+        return torch.where(seen, IGNORE, batch.targets())
+
+    def valid(self, batch: Batch) -> int:
+        """How many tokens of a whole batch are predicted, over all ranks."""
+        return int((self.targets(batch) != IGNORE).sum())
+
     def piece(self, batch: Batch) -> Piece:
         """All rows of a batch, cut over the context ranks."""
         device, span = self.mesh.device, batch.span()
-        tokens, targets = batch.inputs().to(device), batch.targets().to(device)
+        tokens, targets = batch.inputs().to(device), self.targets(batch).to(device)
         span = span.map(lambda t: t.to(device))
         if self.mesh.context_size == 1:
             return Piece(tokens, span, targets)

@@ -15,7 +15,7 @@ class Wrapped(Score):
 
     def __init__(self, inner: Score):
         super().__init__()
-        self.inner, self.plain = inner, inner.plain
+        self.inner, self.plain, self.biased = inner, inner.plain, inner.biased
         self.query_heads, self.payload_heads, self.param_heads = inner.query_heads, inner.payload_heads, inner.param_heads
 
     def scale(self, q: Tensor) -> float:

@@ -74,8 +74,15 @@ def chunks(at: Span, size: int, runs: Runs | None = None) -> Chunks:
     return at.plans[key]
 
 
+def on_host(at: Span) -> tuple[np.ndarray, np.ndarray]:
+    """pos and doc [B, T]; on the meta device, where only shapes count, one document for each row."""
+    if at.pos.is_meta:
+        return np.tile(np.arange(at.shape[1]), (at.shape[0], 1)), np.zeros(at.shape, dtype=np.int64)
+    return at.pos.cpu().numpy(), at.doc.cpu().numpy()
+
+
 def _build(at: Span, size: int, lengths: tuple[tuple[int, ...], ...]) -> Chunks:
-    pos, doc = at.pos.cpu().numpy(), at.doc.cpu().numpy()
+    pos, doc = on_host(at)
     rows = [_row(p, d != PADDING, size, each) for p, d, each in zip(pos, doc, lengths, strict=True)]
     count = max(len(origins) for _, origins, _, _ in rows)
     slots = np.full((len(rows), count * size), -1)
@@ -122,12 +129,12 @@ class _Pick(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(index, back)
+        ctx.save_for_backward(back)
         return _pick(x, index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        index, back = ctx.saved_tensors
+        (back,) = ctx.saved_tensors
         return _pick(grad, back), None, None
 
 

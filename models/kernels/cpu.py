@@ -20,8 +20,10 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 def _ready(x: Tensor, width: int) -> Tensor:
     """[b, t, H, D] -> [b, H, t, width] as the kernel wants it: wide, filled up, contiguous in its last dim."""
-    x = F.pad(x.to(wide(x.dtype)), (0, width - x.shape[-1])).transpose(1, 2)
-    return x if x.stride(-1) == 1 else x.contiguous()
+    x = x.to(wide(x.dtype))
+    if width > x.shape[-1]:  # padding by nothing would copy
+        x = F.pad(x, (0, width - x.shape[-1]))
+    return (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, triangle: bool, add: Tensor | None) -> Part:

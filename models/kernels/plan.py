@@ -5,7 +5,7 @@ are halved until the mask can say NONE (skipped), ALL (one call without a mask),
 (one call with the kernel's own causal flag). What is left are blocks of at most LEAF x LEAF that need a dense mask.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -128,15 +128,14 @@ def _half(size: int) -> int:
 def _join(blocks: list[tuple[int, int, int, int, str]]) -> list[tuple[int, int, int, int, str]]:
     """Join full blocks that lie side by side along the keys, then along the queries; join masked ones along the keys."""
     for here, there in ((0, 2), (2, 0)):
-        joined: list[tuple[int, int, int, int, str]] = []
+        joined: list[Any] = []
         for block in sorted(blocks, key=lambda b: (b[4], b[here], b[here + 1], b[there])):
-            last = joined[-1] if joined else None
+            last: Any = joined[-1] if joined else None
             same = last is not None and last[4] == block[4] and last[here : here + 2] == block[here : here + 2]
-            free = block[4] == FULL or (block[4] == MASKED and here == 0 and last is not None and block[3] - last[2] <= 4 * LEAF)
+            near = last is not None and here == 0 and block[3] - last[2] <= 4 * LEAF
+            free = block[4] == FULL or (block[4] == MASKED and near)
             if last is not None and same and free and last[there + 1] == block[there]:
-                wide = list(last)
-                wide[there + 1] = block[there + 1]
-                joined[-1] = (wide[0], wide[1], wide[2], wide[3], last[4])
+                joined[-1] = (*last[: there + 1], block[there + 1], *last[there + 2 :])
             else:
                 joined.append(block)
         blocks = joined

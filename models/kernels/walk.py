@@ -5,14 +5,16 @@ A ring calls these once for every rank whose keys arrive, into the same accumula
 Letters: B rows, T queries, S keys, H heads, E value width.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.kernels import tile
+from models.kernels import careful, tile
 from models.kernels.pick import pick
-from models.kernels.plan import LEAF, MASKED, TRIANGLE, Block, plan, split
+from models.kernels.plan import FULL, LEAF, MASKED, TRIANGLE, Block, plan, split
 from models.masks import Mask, visible
 from models.scores import Score, Tensors
 from models.span import Span
@@ -51,12 +53,6 @@ def blank(query: Tensors, heads: int, width: int) -> tile.Part:
     return mean, query[0].new_full(shape, -torch.inf, dtype=dtype)
 
 
-def _blocks(what: Attention, at: Span, of: Span, side: int | None) -> list[Block]:
-    """The plan; cut into tiles of at most side x side where a kernel holds all scores of a block at once."""
-    blocks = plan(what.mask, at, of)
-    return blocks if side is None else [part for block in blocks for part in split(block, side)]
-
-
 def _rows(block: Block) -> tuple[slice, slice]:
     return slice(block.r0, block.r1), slice(block.q0, block.q1)
 
@@ -78,28 +74,46 @@ def _add(what: Attention, block: Block, at: Span, of: Span, dtype: torch.dtype) 
 
 def _side(what: Attention) -> int | None:
     """Blocks that only need the kernel's own flags may be of any size."""
-    return None if type(what.score).bias is Score.bias else LEAF
+    return LEAF if what.score.biased else None
 
 
-def forward(
-    what: Attention, query: Tensors, payload: Tensors, params: Tensors, at: Span, of: Span, total: tile.Part
-) -> None:
+def _take(total: tile.Part, rows: tuple[slice, slice], part: tile.Part) -> None:
+    """`merge` of these rows of `total` with a part, in place."""
+    mean, mass = total[0][rows], total[1][rows]
+    joint = torch.logaddexp(mass, part[1])
+    mean.lerp_(part[0], (part[1] - tile.finite(joint)).exp_()[..., None])
+    mass.copy_(joint)
+
+
+def _parts(what: Attention, at: Span, of: Span, kernel: Any, tensors: Sequence[Tensor]) -> Iterator[tuple[Any, Block]]:
+    """(who computes it, block) for all blocks; blocks that hide something go to `careful` where not all is finite."""
+    blocks = plan(what.mask, at, of)
+    doubtful = any(block.kind != FULL for block in blocks) and not careful.sound(tensors)
+    side = tile.SIDE if kernel is None else _side(what)
+    for block in blocks:
+        if doubtful and block.kind != FULL:
+            yield from ((careful, part) for part in split(block, tile.SIDE))
+        elif side is None:
+            yield kernel, block
+        else:
+            yield from ((kernel or tile, part) for part in split(block, side))
+
+
+def forward(what: Attention, query: Tensors, payload: Tensors, params: Tensors, at: Span, of: Span, total: tile.Part) -> None:
     """Attend to these keys too: `total` is changed in place."""
     kernel = None if what.general else pick(query[0].device, what.score)
     operands = what.score.operands(query, payload, params) if kernel else None
-    for block in _blocks(what, at, of, _side(what) if kernel else tile.SIDE):
+    for who, block in _parts(what, at, of, kernel, (*query, *payload)):
         rows, keys = _rows(block), _keys(block)
-        if kernel and operands:
+        if kernel and operands and who is kernel:
             q, k, v = operands[0][rows], operands[1][keys], operands[2][keys]
             flag, add = _add(what, block, at, of, total[0].dtype)
             part = kernel.forward(q, k, v, what.score.scale(q), flag, add)
         else:
             spans = at.map(lambda t, r=rows: t[r]), of.map(lambda t, r=keys: t[r])
-            part = tile.forward(
-                what.score, what.mask, [t[rows] for t in query], [t[keys] for t in payload], params, *spans, what.heads
-            )
-        mean, mass = merge((total[0][rows], total[1][rows]), part)
-        total[0][rows], total[1][rows] = mean, mass
+            some = [t[rows] for t in query], [t[keys] for t in payload]
+            part = who.forward(what.score, what.mask, *some, params, *spans, what.heads)
+        _take(total, rows, part)
 
 
 @dataclass
@@ -133,46 +147,57 @@ def backward(
 ) -> None:
     """Add what these keys contribute to every gradient; `total` is (mean, mass) over ALL keys."""
     kernel = None if what.general else pick(query[0].device, what.score)
-    if kernel:
-        _kernel_backward(kernel, what, query, payload, params, at, of, d_mean=d_mean, total=total, into=into)
-        return
-    for block in _blocks(what, at, of, tile.SIDE):
+    operands = _Operands(what, query, payload, params, into) if kernel else None
+    for who, block in _parts(what, at, of, kernel, (*query, *payload, d_mean, delta)):
         rows, keys = _rows(block), _keys(block)
-        spans = at.map(lambda t, r=rows: t[r]), of.map(lambda t, r=keys: t[r])
-        some = [t[rows] for t in query], [t[keys] for t in payload], params
-        grads = tile.backward(
-            what.score, what.mask, *some, *spans, what.heads, d_mean=d_mean[rows], mass=total[1][rows], delta=delta[rows]
-        )
-        sums = [t[rows] for t in into.query] + [t[keys] for t in into.payload] + list(into.params)
+        if kernel and operands and who is kernel:
+            (q, k, v), sums = operands.of(rows, keys)
+            flag, add = _add(what, block, at, of, d_mean.dtype)
+            grads = kernel.backward(
+                q, k, v, what.score.scale(q), flag, add, d_mean=d_mean[rows], mean=total[0][rows], mass=total[1][rows]
+            )
+        else:
+            spans = at.map(lambda t, r=rows: t[r]), of.map(lambda t, r=keys: t[r])
+            some = [t[rows] for t in query], [t[keys] for t in payload], params
+            grads = who.backward(
+                what.score, what.mask, *some, *spans, what.heads, d_mean=d_mean[rows], mass=total[1][rows], delta=delta[rows]
+            )
+            sums = [t[rows] for t in into.query] + [t[keys] for t in into.payload] + list(into.params)
         for add_to, grad in zip(sums, grads, strict=True):
             if grad is not None:
                 add_to += grad
+    if operands:
+        operands.close()
 
 
-def _kernel_backward(kernel, what, query, payload, params, at, of, *, d_mean, total, into) -> None:
-    """As `backward`, by a kernel: through q, k and v, then from those to what they were made of."""
-    leaves = [t.detach().requires_grad_() for t in (*query, *payload, *params)]
-    queries, payloads = len(query), len(query) + len(payload)
-    with torch.enable_grad():
-        operands = what.score.operands(leaves[:queries], leaves[queries:payloads], leaves[payloads:])
-    same = all(any(x is y for y in leaves) for x in operands)
-    q, k, v = (x.detach() for x in operands)
-    sums = [torch.zeros_like(x, dtype=d_mean.dtype, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    if same:  # the operands are the tensors themselves: add straight into their sums
-        every = [*into.query, *into.payload, *into.params]
-        sums = [every[next(i for i, y in enumerate(leaves) if x is y)] for x in operands]
-    for block in _blocks(what, at, of, _side(what)):
-        rows, keys = _rows(block), _keys(block)
-        flag, add = _add(what, block, at, of, d_mean.dtype)
-        grads = kernel.backward(
-            q[rows], k[keys], v[keys], what.score.scale(q), flag, add,
-            d_mean=d_mean[rows], mean=total[0][rows], mass=total[1][rows],
-        )  # fmt: skip
-        for whole, part, grad in zip(sums, (rows, keys, keys), grads):
-            whole[part] += grad
-    if not same:
-        wanted = [g.to(x.dtype) for g, x in zip(sums, operands)]
-        grads = torch.autograd.grad(operands, leaves, wanted, allow_unused=True)
-        for add_to, grad in zip((*into.query, *into.payload, *into.params), grads, strict=True):
+class _Operands:
+    """q, k and v of a kernel's backward pass, the sums of their gradients, and the way from those to what they were made of."""
+
+    def __init__(self, what: Attention, query: Tensors, payload: Tensors, params: Tensors, into: Gradients):
+        self.leaves = [t.detach().requires_grad_() for t in (*query, *payload, *params)]
+        queries, payloads = len(query), len(query) + len(payload)
+        with torch.enable_grad():
+            made = what.score.operands(self.leaves[:queries], self.leaves[queries:payloads], self.leaves[payloads:])
+        self.made, self.every = made, [*into.query, *into.payload, *into.params]
+        self.same = all(any(x is y for y in self.leaves) for x in made)
+        self.operands = tuple(x.detach() for x in made)
+        if self.same:  # the operands are the tensors themselves: add straight into their sums
+            self.sums = [self.every[next(i for i, y in enumerate(self.leaves) if x is y)] for x in made]
+        else:
+            dtype = tile.wide(made[0].dtype)
+            self.sums = [torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in self.operands]
+
+    def of(self, rows: tuple[slice, slice], keys: tuple[slice, slice]) -> tuple[list[Tensor], list[Tensor]]:
+        """(q, k, v) of a block, and where their gradients are summed."""
+        where = rows, keys, keys
+        return [x[w] for x, w in zip(self.operands, where)], [x[w] for x, w in zip(self.sums, where)]
+
+    def close(self) -> None:
+        """Carry the sums on to what the operands were made of."""
+        if self.same:
+            return
+        wanted = [g.to(x.dtype) for g, x in zip(self.sums, self.made)]
+        grads = torch.autograd.grad(self.made, self.leaves, wanted, allow_unused=True)
+        for add_to, grad in zip(self.every, grads, strict=True):
             if grad is not None:
                 add_to += grad

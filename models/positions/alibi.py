@@ -33,6 +33,8 @@ class Alibi(Position):
 class AlibiScore(Score):
     """Scaled dot product less slope x distance, by global head number; `heads` says how many there are in all."""
 
+    biased = True
+
     def __init__(self, heads: int):
         super().__init__()
         self.slopes = slopes(heads)

@@ -92,4 +92,4 @@ def _aligned(arrived: list[tuple[Tensor, Tensor | None]], dims: tuple[int | None
     )
     if even and len(set(counts)) <= 1:
         return [t for t, _ in arrived]
-    return [t if dim is None else t.index_select(dim, reads) for (t, reads), dim in zip(arrived, dims)]
+    return [t if dim is None or reads is None else t.index_select(dim, reads) for (t, reads), dim in zip(arrived, dims)]

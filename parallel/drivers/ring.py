@@ -81,10 +81,9 @@ class _Ring(torch.autograd.Function):
                 d_mean=d_mean, total=total, delta=delta, into=into,
             )  # fmt: skip
 
-        here, returning = list(payload), None
-        coming = wire.rotate(here, "ring backward") if wire.size > 1 else None
+        returning, coming = None, wire.rotate(payload, "ring backward") if wire.size > 1 else None
         for step in range(1, wire.size):
-            here = coming.wait()
+            here = coming.wait() if coming else []
             coming = wire.rotate(here, "ring backward") if step < wire.size - 1 else None
             into.payload = walk.Gradients.zeros((), payload, ()).payload
             add(here, (wire.rank - step) % wire.size)

@@ -1,6 +1,8 @@
 """One mixer on one device against the same mixer cut over ranks: outputs and every gradient."""
 
-from typing import Any
+from functools import lru_cache
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -9,14 +11,50 @@ from torch import Tensor, nn
 from models.init import initialise
 from models.span import Span
 from parallel.cut import cut_span
-from parallel.layout import layouts
-from parallel.spread import spread
+from parallel.layout import POLICIES, layouts
+from parallel.spread import METHODS, spread
+from tests.pool import ranks
 from tests.variants import VARIANTS, WIDTH
 
 LENGTHS = [[13, 1, 24, 9], [3, 40, 1, 1]]  # documents of two rows, uneven, one of a single token; the rest is padding
 TOKENS = 51  # divides by nothing that the ranks might like
+SIZES = (2, 3, 4)  # numbers of ranks
+EXACT = {torch.float64: 1e-11, torch.float32: 2e-5}  # allowed difference, relative to the tensor's largest magnitude
 GRID_HEADS = {2: 2, 3: 1, 4: 2}  # under usp: ranks that trade heads, by number of ranks
 GRIDS: dict[int, tuple] = {}  # of this rank's process, made once
+
+
+class Case(NamedTuple):
+    """One mixer under one way of cutting."""
+
+    name: str
+    method: str
+    policy: str
+    size: int
+
+    def __str__(self) -> str:
+        return "-".join(map(str, self))
+
+
+def covering() -> list[Case]:
+    """Each mixer once with every method, every layout and every number of ranks, together in all combinations."""
+    cases = []
+    for row, name in enumerate(VARIANTS):
+        for turn, method in enumerate(METHODS):
+            policy, size = list(POLICIES)[(turn + row) % len(POLICIES)], SIZES[(turn + row // 3) % len(SIZES)]
+            cases.append(Case(name, method, policy, size))
+    return cases
+
+
+def everything() -> list[Case]:
+    """The whole product."""
+    return [Case(*each) for each in product(VARIANTS, METHODS, POLICIES, SIZES)]
+
+
+def differences(case: Case) -> dict[torch.dtype, float]:
+    """Worst relative difference of any rank, by dtype."""
+    found = ranks(case.size, compare, *case[:3])
+    return {dtype: max(each[dtype] for each in found) for dtype in EXACT}
 
 
 def packed(lengths: list[list[int]] = LENGTHS, tokens: int = TOKENS) -> Span:
@@ -52,34 +90,51 @@ def relative(got: Tensor, want: Tensor) -> float:
     return ((got - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
 
 
-def compare(env: Any, name: str, method: str, policy: str, dtype: torch.dtype) -> float:
-    """Worst relative difference over the output, the input's gradient and every parameter's gradient."""
-    span = packed()
-    generator = torch.Generator().manual_seed(2)
+@lru_cache(maxsize=2)
+def given(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What comes in, and the weight of what goes out (none at padding)."""
+    span, generator = packed(), torch.Generator().manual_seed(2)
     x, weight = (torch.randn(*span.shape, WIDTH, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-    x, weight = x * 3, weight * span.valid()[..., None]
+    return x * 3, weight * span.valid()[..., None]
 
-    one, many = build(name, dtype), build(name, dtype)
-    names = list(many.state_dict())
-    side = GRID_HEADS[env.size] if method == "usp" else 1
+
+@lru_cache(maxsize=4)
+def truth(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """On one device: the output, the input's gradient, and every parameter's."""
+    x, weight = given(dtype)
+    one, whole = build(name, dtype), x.clone().requires_grad_()
+    want = one(whole, packed())
+    (want * weight).sum().backward()
+    assert whole.grad is not None
+    return want.detach(), whole.grad, {key: p.grad for key, p in one.named_parameters() if p.grad is not None}
+
+
+def compare(env: Any, name: str, method: str, policy: str) -> dict[torch.dtype, float]:
+    """Worst relative difference over the output, the input's gradient and every parameter's gradient, by dtype."""
+    return {dtype: max(_compare(env, name, method, policy, dtype).values()) for dtype in EXACT}
+
+
+def _compare(env: Any, name: str, method: str, policy: str, dtype: torch.dtype) -> dict[str, float]:
+    (x, weight), (want, d_x, d_parameters) = given(dtype), truth(name, dtype)
+    many, span = build(name, dtype), packed()
+    names, side = list(many.state_dict()), GRID_HEADS[env.size] if method == "usp" else 1
     spread(many, env.group, method, grid=grid(env, side) if method == "usp" else None)
     assert list(many.state_dict()) == names
 
-    whole = x.clone().requires_grad_()
-    want = one(whole, span)
-    (want * weight).sum().backward()
-
     here = cut_span(span, layouts(policy, span, env.size, heads=side), env.rank)
-    part = here.cut.shard(x, 0).requires_grad_()
+    shard, valid = here.cut.shard, here.valid()[..., None]
+    part = shard(x, 0).requires_grad_()
     got = many(part, here)
-    (got * here.cut.shard(weight, 0)).sum().backward()
+    assert got.isfinite().all(), "outputs at padding are nobody's business, but finite"
+    (got * shard(weight, 0)).sum().backward()
+    assert part.grad is not None and part.grad.isfinite().all()
 
-    valid = here.valid()[..., None]
-    shard = here.cut.shard
-    worst = [relative(got * valid, shard(want.detach(), 0) * valid)]
-    worst.append(relative(part.grad * valid, shard(whole.grad, 0) * valid))
-    for (parameter, a), b in zip(one.named_parameters(), many.parameters(), strict=True):
-        assert b.grad is not None, f"{parameter} has no gradient"
-        dist.all_reduce(b.grad, group=env.group)
-        worst.append(relative(b.grad, a.grad))
-    return max(worst)
+    worst = {"output": relative(got * valid, shard(want, 0) * valid)}
+    worst["input"] = relative(part.grad * valid, shard(d_x, 0) * valid)
+    worst["padding"] = part.grad.masked_select(~valid).abs().sum().item()
+    for key, parameter in many.named_parameters():
+        assert (parameter.grad is None) == (key not in d_parameters), f"{key} has no gradient"
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad, group=env.group)
+            worst[key] = relative(parameter.grad, d_parameters[key])
+    return worst

@@ -1,0 +1,102 @@
+"""Multi-head latent attention: keys and values are kept, and sent, as one small latent a token."""
+
+import torch
+from torch import Tensor, nn
+
+from models.attention.full import CAUSAL
+from models.attention.turning import only_turns
+from models.mixing.softmax import Softmax
+from models.positions.position import Position
+from models.scores import Score, Tensors
+from models.span import Span
+
+
+class LatentScore(Score):
+    """Expands latents into keys and values where they are used, so that only latents travel.
+
+    query (q [B, T, H, N + R],), payload (latent [B, S, L], turned [B, S, R]), params (up [H, N + E, L],), where N is the
+    width without and R the width with a position, and E the width of the values. All heads share the turned part.
+
+    Args:
+        content: N.
+    """
+
+    payload_heads = (None, None)
+    param_heads = (0,)
+
+    def __init__(self, content: int):
+        super().__init__()
+        self.content = content
+
+    def operands(self, query: Tensors, payload: Tensors, params: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+        latent, turned = payload
+        expanded = torch.einsum("bsl,hel->bshe", latent, params[0])
+        key, value = expanded[..., : self.content], expanded[..., self.content :]
+        return query[0], torch.cat([key, turned[:, :, None].expand(*key.shape[:3], -1)], -1), value
+
+
+class Latent(nn.Module):
+    """Causal attention within a document over keys and values that are expanded from a shared latent.
+
+    Args:
+        width: of what comes in and goes out.
+        heads: query heads; each has keys and values of its own, expanded from the latent.
+        position: must turn queries and keys, or do nothing (rope, yarn, none, ...): only `turned` channels are given to it.
+        latent: width of what is kept of a token for keys and values; null = two head widths.
+        query_latent: width that queries are squeezed through; null = not squeezed.
+        content: channels of a head's query and key that know no position; null = width / heads.
+        turned: channels of a head's query, and of the one key part that all heads share, that the position turns;
+            null = half of width / heads, made even.
+        value: channels of a head's value; null = width / heads.
+
+    A token costs latent + turned numbers, in a cache or on the wire, instead of 2 x heads x head width.
+
+    Source: DeepSeek-AI 2024 (arXiv:2405.04434, section 2.1). As there, a norm stands between squeezing and expanding and the
+    scale counts content and turned channels. Ours pairs channels (i, i + R/2), theirs (2i, 2i + 1): a fixed permutation.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        position: Position,
+        *,
+        latent: int | None = None,
+        query_latent: int | None = None,
+        content: int | None = None,
+        turned: int | None = None,
+        value: int | None = None,
+    ):
+        super().__init__()
+        each = max(1, width // heads)
+        sizes = {
+            "latent": 2 * each if latent is None else latent,
+            "content": each if content is None else content,
+            "turned": max(2, each // 4 * 2) if turned is None else turned,
+            "value": each if value is None else value,
+        }
+        for name, size in {**sizes, "query_latent": 1 if query_latent is None else query_latent}.items():
+            if size < 1:
+                raise ValueError(f"{name} is a number of channels and must be 1 or more; got {size}")
+        self.placing = only_turns(position, "latent", heads, sizes["turned"])
+        self.heads, self.sizes = heads, sizes
+        query = heads * (sizes["content"] + sizes["turned"])
+        self.squeeze_q = None if query_latent is None else nn.Linear(width, query_latent, bias=False)
+        self.norm_q = None if query_latent is None else nn.RMSNorm(query_latent, eps=1e-6)
+        self.q = nn.Linear(width if query_latent is None else query_latent, query, bias=False)
+        self.squeeze = nn.Linear(width, sizes["latent"] + sizes["turned"], bias=False)
+        self.norm = nn.RMSNorm(sizes["latent"], eps=1e-6)
+        self.up = nn.Linear(sizes["latent"], heads * (sizes["content"] + sizes["value"]), bias=False)
+        self.out = nn.Linear(heads * sizes["value"], width, bias=False)
+        self.mix = Softmax(CAUSAL, LatentScore(sizes["content"]))
+
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        """[B, T, width] -> [B, T, width]."""
+        content, turned = self.sizes["content"], self.sizes["turned"]
+        squeezed = x if self.squeeze_q is None or self.norm_q is None else self.norm_q(self.squeeze_q(x))
+        q = self.q(squeezed).unflatten(-1, (self.heads, content + turned))
+        q = torch.cat([q[..., :content], self.placing.turn(q[..., content:], span)], -1)
+        latent, key = self.squeeze(x).split([self.sizes["latent"], turned], -1)
+        key = self.placing.turn(key[:, :, None], span)[:, :, 0]
+        up = self.up.weight.unflatten(0, (self.heads, content + self.sizes["value"]))
+        return self.out(self.mix((q,), (self.norm(latent), key), (up,), at=span).flatten(-2))

@@ -1,0 +1,102 @@
+"""Hyena: gates between convolutions as long as the sequence, their filters written by a small network of the distance.
+
+Letters: B rows, T tokens, L taps.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from models.convolution.short import Taps, uniform
+from models.init import Rule, constant
+from models.mixing.convolution import Convolution
+from models.span import Span
+
+FAST, SLOW = math.log(100) / 0.3, math.log(100) / 1.5  # decay over context_length: to 1 % within 0.3 and 1.5 of it
+
+
+class Filter(nn.Module):
+    """A filter per channel as a function of the distance: sines of a small network, faded out by a decay per channel.
+
+    Args:
+        channels: how many filters.
+        length: taps; the distance is told to the network in units of it.
+        hidden: width of the network.
+        bands: frequencies in its input.
+        speed: of the sines, learned from there.
+    """
+
+    def __init__(self, channels: int, length: int, hidden: int, bands: int, speed: float):
+        super().__init__()
+        self.length, self.bands, self.speed = length, bands, speed
+        sizes = [1 + 2 * bands, hidden, hidden]
+        self.sizes, self.layers = sizes, nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:]))
+        self.frequency = nn.Parameter(torch.empty(hidden))
+        self.last = nn.Linear(hidden, channels, bias=False)
+
+    def initial(self) -> dict[str, Rule]:
+        rules: dict[str, Rule] = {"frequency": constant(self.speed), "last.weight": uniform(self.last.in_features**-0.5)}
+        for i, size in enumerate(self.sizes[:-1]):
+            bound = uniform(size**-0.5)
+            rules |= {f"layers.{i}.weight": bound, f"layers.{i}.bias": bound}
+        return rules
+
+    def forward(self) -> Tensor:
+        """[L, channels]."""
+        weight = self.last.weight
+        time = torch.arange(self.length, device=weight.device, dtype=weight.dtype)[:, None] / self.length
+        waves = torch.linspace(1e-4, max(self.bands - 1, 1e-4), self.bands, device=weight.device, dtype=weight.dtype)
+        angle = 2 * math.pi * time * waves
+        x = torch.cat([time, angle.cos(), -angle.sin()], -1)
+        for layer in self.layers:
+            x = (self.frequency * layer(x)).sin()
+        fade = torch.linspace(SLOW, FAST, len(weight), device=weight.device, dtype=weight.dtype)
+        return self.last(x) * (-time * fade).exp()
+
+
+class Hyena(nn.Module):
+    """v <- gate * v, then v <- filter (*) v + bias * v, for `order` gates; documents do not mix.
+
+    Args:
+        width: of what comes in and goes out.
+        context_length: longest document in tokens, the length of the filters.
+        order: gates; one long filter fewer.
+        taps: of the short filter before.
+        filter_width, bands, speed: see Filter.
+
+    Source: Poli et al. 2023 (arXiv:2302.10866). Where its code cuts longer sequences off in silence, a document longer than
+    the filter is an error; gates and filters alternate in the order of that code, the first gate multiplying last.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        context_length: int,
+        *,
+        order: int = 2,
+        taps: int = 3,
+        filter_width: int = 64,
+        bands: int = 16,
+        speed: float = 10.0,
+    ):
+        super().__init__()
+        if order < 2:
+            raise ValueError(f"order={order} has no long filter; a Hyena layer has order - 1 of them, choose 2 or more")
+        self.order, self.inner = order, nn.Linear(width, (order + 1) * width, bias=False)
+        self.short = Taps((order + 1) * width, taps)
+        self.filter = Filter((order - 1) * width, context_length, filter_width, bands, speed)
+        self.bias, self.mix = nn.Parameter(torch.empty(order - 1, width)), Convolution()
+        self.out = nn.Linear(width, width, bias=False)
+
+    def initial(self) -> dict[str, Rule]:
+        return {"bias": lambda shape, generator: torch.randn(shape, generator=generator)}
+
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        """[B, T, width] -> [B, T, width]."""
+        *gates, value = self.short(self.inner(x), span).chunk(self.order + 1, -1)
+        filters = self.filter().chunk(self.order - 1, -1)
+        for gate, taps, bias in zip(reversed(gates[1:]), filters, self.bias, strict=True):
+            value = gate * value
+            value = self.mix((value,), (taps,), at=span) + bias * value
+        return self.out(gates[0] * value)

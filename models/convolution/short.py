@@ -1,0 +1,64 @@
+"""Short convolutions: a filter of a few taps per channel, alone between two gates, or as a part of other layers."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.init import Rule
+from models.mixing.window import Window
+from models.span import Span
+
+
+def uniform(bound: float) -> Rule:
+    """Uniform between -bound and bound."""
+    return lambda shape, generator: (torch.rand(shape, generator=generator) * 2 - 1) * bound
+
+
+class Taps(nn.Module):
+    """A learned causal filter for each channel.
+
+    Args:
+        width: channels.
+        taps: tokens that it reads, the newest among them.
+    """
+
+    def __init__(self, width: int, taps: int):
+        super().__init__()
+        if taps < 1:
+            raise ValueError(f"taps={taps} is no number of tokens to read; oneself counts, want 1 or more")
+        self.weight, self.mix = nn.Parameter(torch.empty(taps, width)), Window()
+
+    def initial(self) -> dict[str, Rule]:
+        return {"weight": uniform(len(self.weight) ** -0.5)}
+
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        """[B, T, width] -> [B, T, width]."""
+        return self.mix((x,), (self.weight.to(x.dtype),), at=span)
+
+
+class SiluTaps(Taps):
+    """Taps and then silu, as linear-time layers have them on queries, keys and values."""
+
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        return F.silu(super().forward(x, span))
+
+
+class ShortConv(nn.Module):
+    """out(gate_after * filter(gate_before * x)): mixes a few neighbours, knows nothing further away.
+
+    Args:
+        width: of what comes in and goes out.
+        taps: tokens that it reads, oneself among them.
+
+    Source: the gated short block of Liquid AI's LFM2 (2025); the shift of H3 (Fu et al. 2022, arXiv:2212.14052).
+    """
+
+    def __init__(self, width: int, *, taps: int = 3):
+        super().__init__()
+        self.inner, self.taps = nn.Linear(width, 3 * width, bias=False), Taps(width, taps)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        """[B, T, width] -> [B, T, width]."""
+        before, after, value = self.inner(x).chunk(3, -1)
+        return self.out(after * self.taps(before * value, span))

@@ -1,0 +1,137 @@
+"""Convolution: a causal filter per channel, as long as the sequence. Contributions of disjoint tokens add up.
+
+Documents are convolved each for itself, so none can touch another: pieces of equal padded length go through one FFT.
+A leaf without parameters. Letters: B rows, T tokens, S source tokens, C channels, L taps.
+"""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.kernels.chunks import on_host
+from models.scores import Tensors
+from models.span import PADDING, Span
+
+
+class Piece(NamedTuple):
+    """A stretch of one document: tokens [start, start + length) of a row, the first of which has position pos."""
+
+    row: int
+    start: int
+    length: int
+    doc: int
+    pos: int
+
+
+class Pair(NamedTuple):
+    """Tokens `into` that hear tokens `of`; `shift` = how far the first of `into` lies after the first of `of`."""
+
+    length: int  # to which both are padded
+    shift: int
+    into: Piece
+    of: Piece
+
+
+class Convolution(nn.Module):
+    """y_t = sum_{j <= t} filter_j x_{t-j} within a document, by FFT; float32, or float64 where x is.
+
+    Source: Poli et al. 2023 (arXiv:2302.10866). Ours knows documents, and convolves any two stretches of one document.
+    """
+
+    def forward(self, payload: Tensors, params: Tensors, *, at: Span) -> Tensor:
+        """[B, T, C]; payload (x [B, T, C],), params (filter [L, C],).
+
+        Raises:
+            ValueError: a document has more tokens than the filter has taps.
+        """
+        return self.partial(payload, params, at=at, of=at)
+
+    def partial(self, payload: Tensors, params: Tensors, *, at: Span, of: Span) -> Tensor:
+        """[B, T, C]: what the tokens of payload [B, S, C], addressed by `of`, give to those addressed by `at`."""
+        (x,), (taps,) = payload, params
+        wide = torch.promote_types(x.dtype, torch.float32)
+        key = ("convolution", id(of))
+        if key not in at.plans:
+            at.plans[key] = (of, _pairs(at, of))  # `of` is kept, so that its id stays its own
+        x_flat, taps = x.flatten(0, 1).to(wide), taps.to(wide)
+        size = at.shape[0] * at.shape[1]
+        wheres, parts = [], []
+        for length, shift, group in _groups(at.plans[key][1]):
+            if shift + max(pair.into.length for pair in group) > len(taps):
+                raise ValueError(
+                    f"the filter has {len(taps)} taps and a document more tokens; raise context_length to the longest row"
+                )
+            here = _places(((p.of.row * of.shape[1] + p.of.start, p.of.length) for p in group), length).to(x.device)
+            into = _places(((p.into.row * at.shape[1] + p.into.start, p.into.length) for p in group), length).flatten()
+            source = x_flat[here.clamp_min(0)].masked_fill((here < 0)[..., None], 0)
+            told = (into >= 0).nonzero()[:, 0]
+            wheres.append(into[told].to(x.device))
+            parts.append(_convolve(source, taps, shift).flatten(0, 1).index_select(0, told.to(x.device)))
+        out = x_flat.new_zeros(size, x.shape[2])
+        if parts:
+            out = out.index_add(0, torch.cat(wheres), torch.cat(parts))
+        return out.view(*at.shape, x.shape[2]).to(x.dtype)
+
+
+def _convolve(x: Tensor, taps: Tensor, shift: int) -> Tensor:
+    """[G, n, C]: n outputs beginning `shift` tokens after the first of the n inputs x [G, n, C]."""
+    length = x.shape[1]
+    low = max(0, shift - length + 1)
+    cut = taps[low : shift + length].T
+    size = 2 * length  # what wraps round falls on outputs that are not read
+    spectrum = torch.fft.rfft(x.mT, size) * torch.fft.rfft(cut, size)
+    first = shift - low
+    return torch.fft.irfft(spectrum, size)[..., first : first + length].mT
+
+
+def _pieces(at: Span) -> list[Piece]:
+    pos, doc = on_host(at)
+    found = []
+    for row, (p, d) in enumerate(zip(pos, doc)):
+        edges = [0, *(1 + np.flatnonzero((np.diff(p) != 1) | (np.diff(d) != 0))).tolist(), len(p)]
+        for a, b in zip(edges[:-1], edges[1:]):
+            if b > a and d[a] != PADDING:
+                found.append(Piece(row, a, b - a, int(d[a]), int(p[a])))
+    return found
+
+
+def _pairs(at: Span, of: Span) -> list[Pair]:
+    """Every two pieces of one document of which the first is not wholly before the second."""
+    sources: dict[tuple[int, int], list[Piece]] = {}
+    for piece in _pieces(of):
+        sources.setdefault((piece.row, piece.doc), []).append(piece)
+    pairs = []
+    for into in _pieces(at):
+        for source in sources.get((into.row, into.doc), ()):
+            shift = into.pos - source.pos
+            if shift + into.length > 0:
+                pairs.append(_pair(into, source, shift))
+    return sorted(pairs, key=lambda pair: pair[:2])
+
+
+def _pair(into: Piece, of: Piece, shift: int) -> Pair:
+    if shift < 0:  # the earliest of `into` hear nothing
+        into = into._replace(start=into.start - shift, length=into.length + shift, pos=into.pos - shift)
+    return Pair(_padded(max(into.length, of.length)), max(0, shift), into, of)
+
+
+def _padded(length: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, ...: lengths that are quick to transform."""
+    power = 1 << max(0, length - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and length <= power * 3 // 4 else power
+
+
+def _groups(pairs: list[Pair]) -> Iterator[tuple[int, int, list[Pair]]]:
+    for (length, shift), group in groupby(pairs, key=lambda pair: pair[:2]):
+        yield length, shift, list(group)
+
+
+def _places(stretches: Iterator[tuple[int, int]], length: int) -> Tensor:
+    """[G, length] int64 on the CPU: start, start + 1, ... for as long as each stretch is, then -1."""
+    starts, lengths = (torch.tensor(x, device="cpu")[:, None] for x in zip(*stretches))
+    steps = torch.arange(length, device="cpu")
+    return torch.where(steps < lengths, starts + steps, -1)

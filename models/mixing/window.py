@@ -1,0 +1,51 @@
+"""Window: the few tokens just before. A driver needs only to lend the tokens that lie before a run.
+
+A leaf without parameters. Letters: B rows, T tokens, C channels, J taps.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.scores import Tensors
+from models.span import PADDING, Span
+
+
+class Window(nn.Module):
+    """A causal filter per channel, y_t = sum_j taps_j x_{t-j}, that reads no other document and no padding.
+
+    A token shift is the window with taps (0, 1). What is masked is replaced, not multiplied by 0.
+    """
+
+    def forward(self, payload: Tensors, params: Tensors, *, at: Span) -> Tensor:
+        """[B, T, C].
+
+        Args:
+            payload: (x [B, T, C],).
+            params: (taps [J, C],), the j-th for the token j places back.
+            at: addresses of x; a token is read only if it lies just where its address says.
+        """
+        (x,), (taps,) = payload, params
+        out = taps[0] * torch.where(at.valid()[..., None], x, 0)
+        for j in range(1, min(len(taps), x.shape[1])):
+            out = out + taps[j] * back(x, at, j)
+        return out
+
+    def recur(self, payload: Tensors, params: Tensors, *, at: Span, tail: Tensor, tail_at: Span) -> tuple[Tensor, Tensor]:
+        """As forward with the tokens `tail` [B, J - 1, C] just before; also gives the tail that comes next."""
+        whole = torch.cat([tail, payload[0]], 1)
+        pos, doc, role = (torch.cat(ends, 1) for ends in zip(*((s.pos, s.doc, s.role) for s in (tail_at, at))))
+        both = Span(pos, doc, role)
+        skip = tail.shape[1]
+        return self((whole,), params, at=both)[:, skip:], whole[:, whole.shape[1] - skip :]
+
+
+def back(x: Tensor, at: Span, distance: int) -> Tensor:
+    """[B, T, C]: x as it was `distance` tokens before, 0 where that is another document or nothing."""
+
+    def late(y: Tensor) -> Tensor:
+        return y[:, : y.shape[1] - distance]
+
+    same = (at.doc[:, distance:] == late(at.doc)) & (at.pos[:, distance:] - late(at.pos) == distance)
+    same = same & (at.doc[:, distance:] != PADDING)
+    return F.pad(torch.where(same[..., None], late(x), 0), (0, 0, distance, 0))

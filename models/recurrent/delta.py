@@ -1,0 +1,93 @@
+"""The delta rule: a state that is corrected, key by key, toward what it should have answered.
+
+Letters: B rows, T tokens, H heads, D head width.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.convolution.short import SiluTaps
+from models.init import Rule
+from models.mixing.scan import Scan
+from models.recurrent.linear import head_width
+from models.span import Span
+
+
+class DeltaNet(nn.Module):
+    """S_t = (1 - b k k') S_{t-1} + b k v, with unit keys and queries, short convolutions, and a norm per head.
+
+    Args:
+        width: of what comes in and goes out.
+        heads: they divide width.
+        taps: of the short convolutions.
+        reflect: let b reach 2 and not 1, so that a token can turn the state over (Grazzi et al. 2024, arXiv:2411.12537).
+
+    Source: Schlag et al. 2021 (arXiv:2102.11174), Yang et al. 2024 (arXiv:2406.06484).
+    """
+
+    def __init__(self, width: int, heads: int, *, taps: int = 4, reflect: bool = False):
+        super().__init__()
+        self.heads, self.head_width, self.most = heads, head_width(width, heads), 2.0 if reflect else 1.0
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.q_taps, self.k_taps, self.v_taps = (SiluTaps(width, taps) for _ in range(3))
+        self.step = nn.Linear(width, heads, bias=False)
+        self.norm, self.mix = nn.RMSNorm(self.head_width, eps=1e-5), Scan()
+
+    def decay(self, x: Tensor) -> Tensor:
+        """[B, T, 1 or H] nats: what is forgotten at every token, at most 0."""
+        return x.new_zeros(*x.shape[:2], 1)
+
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        """[B, T, width] -> [B, T, width]."""
+        return self.out(self.recall(x, span).flatten(-2))
+
+    def recall(self, x: Tensor, span: Span) -> Tensor:
+        """[B, T, H, D]: what the state answers, normed."""
+        q, k, v = (
+            taps(project(x), span).unflatten(-1, (self.heads, -1))
+            for project, taps in ((self.q, self.q_taps), (self.k, self.k_taps), (self.v, self.v_taps))
+        )
+        wide = torch.promote_types(x.dtype, torch.float32)
+        q, k = F.normalize(q.to(wide), dim=-1) * self.head_width**-0.5, F.normalize(k.to(wide), dim=-1)
+        step = (self.most * self.step(x).to(wide).sigmoid())[..., None]
+        decay = self.decay(x).to(wide)
+        payload = k, step * v.to(wide), decay, k * decay.exp()[..., None], -step * k
+        return self.norm(self.mix((q,), payload, at=span).to(x.dtype))
+
+
+class GatedDeltaNet(DeltaNet):
+    """S_t = g_t (1 - b k k') S_{t-1} + b k v: forgets all at a pace that the token sets, then corrects; with an output gate.
+
+    Source: Yang et al. 2024 (arXiv:2412.06464); its keys are narrower and its values wider than width, here both are as wide.
+    """
+
+    def __init__(self, width: int, heads: int, *, taps: int = 4, reflect: bool = False):
+        super().__init__(width, heads, taps=taps, reflect=reflect)
+        self.forget, self.gate = nn.Linear(width, heads, bias=False), nn.Linear(width, width, bias=False)
+        self.pace, self.delay = nn.Parameter(torch.empty(heads)), nn.Parameter(torch.empty(heads))
+
+    def initial(self) -> dict[str, Rule]:
+        return {"pace": paces, "delay": delays}
+
+    def decay(self, x: Tensor) -> Tensor:
+        """[B, T, H] nats."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return -self.pace.to(wide).exp() * F.softplus(self.forget(x).to(wide) + self.delay)
+
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        """[B, T, width] -> [B, T, width]."""
+        return self.out(self.recall(x, span).flatten(-2) * F.silu(self.gate(x)))
+
+
+def paces(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Logs of uniform numbers between 1 and 16, as Mamba-2 starts its decays."""
+    return (1 + 15 * torch.rand(shape, generator=generator)).log()
+
+
+def delays(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """What softplus makes time steps of, log-uniform between 0.001 and 0.1, as Mamba starts them."""
+    step = (math.log(1e-3) + math.log(100) * torch.rand(shape, generator=generator)).exp()
+    return step + torch.log(-torch.expm1(-step))

@@ -1,0 +1,78 @@
+"""Toeplitz: the input goes round, every rank adds what the arriving block gives to its own outputs.
+
+The filter between two blocks is a Toeplitz matrix, applied by FFT. For fewer channels than ranks; with more, Channels does
+each transform once and not once a rank.
+
+Source: block overlap-add, as in StripedHyena 2 (Ku et al. 2025, arXiv:2503.01868). Ours is one autograd function that keeps
+only what is local and sends the blocks round again in backward.
+Letters: B rows, T local tokens, C channels, L taps.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.mixing.convolution import Convolution
+from models.scores import Tensors
+from models.span import Span
+from parallel.moves import Wire
+
+
+class Toeplitz(nn.Module):
+    """Stands in for a Convolution whose tokens lie over the ranks of `wire`."""
+
+    def __init__(self, core: Convolution, wire: Wire):
+        super().__init__()
+        self.core, self.wire = core, wire
+
+    def forward(self, payload: Tensors, params: Tensors, *, at: Span) -> Tensor:
+        """As Convolution.forward, over every rank's tokens; at.cut says who holds which."""
+        return _Toeplitz.apply(self.core, self.wire, at, payload[0], params[0])
+
+
+class _Toeplitz(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, core: Convolution, wire: Wire, at: Span, x: Tensor, taps: Tensor) -> Tensor:
+        ctx.core, ctx.wire, ctx.at = core, wire, at
+        ctx.save_for_backward(x, taps)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        here, out = x, x.new_zeros(x.shape, dtype=wide)
+        for step in range(wire.size):
+            coming = wire.rotate([here], "toeplitz") if step < wire.size - 1 else None
+            source = at.cut.spans[(wire.rank - step) % wire.size]
+            out += core.partial((here.to(wide),), (taps,), at=at, of=source)
+            here = coming.wait()[0] if coming else here
+        return out.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        core, wire, at = ctx.core, ctx.wire, ctx.at
+        x, taps = ctx.saved_tensors
+        wide = torch.promote_types(x.dtype, torch.float32)
+        grad, d_taps = grads[0].to(wide), taps.new_zeros(taps.shape, dtype=wide)
+
+        def pull(block: Tensor, source: int) -> Tensor:
+            """The gradient of a block; that of the taps is added up."""
+            leaves = [block.to(wide).detach().requires_grad_(), taps.to(wide).detach().requires_grad_()]
+            with torch.enable_grad():
+                out = core.partial(leaves[:1], leaves[1:], at=at, of=at.cut.spans[source])
+            if not out.requires_grad:  # no token of the block stands before one of ours
+                return torch.zeros_like(leaves[0])
+            d_block, d_here = torch.autograd.grad(out, leaves, grad)
+            d_taps.add_(d_here)
+            return d_block
+
+        here, returning = x, None
+        coming = wire.rotate([here], "toeplitz backward") if wire.size > 1 else None
+        for step in range(1, wire.size):
+            here = coming.wait()[0] if coming else here
+            coming = wire.rotate([here], "toeplitz backward") if step < wire.size - 1 else None
+            found = pull(here, (wire.rank - step) % wire.size)
+            if returning is not None:
+                found = found + returning.wait()[0]
+            returning = wire.rotate([found], "toeplitz gradients")
+        d_x = pull(x, wire.rank)
+        if returning is not None:
+            d_x = d_x + returning.wait()[0]
+        return None, None, None, d_x.to(x.dtype), d_taps.to(taps.dtype)

@@ -1,0 +1,99 @@
+"""LSH attention against a loop over rounds, and the two things it promises: causality, and full attention in the limit."""
+
+import pytest
+import torch
+
+from models.attention.lsh import ALONE, Lsh
+from models.init import initialise
+from models.positions.none import NoPosition
+from models.positions.rope import Rope
+from models.positions.t5 import T5
+from models.span import Span
+
+
+def _layer(position=None, **settings) -> Lsh:
+    return initialise(Lsh(12, 3, position or NoPosition(), 0, 5, 32, **settings), seed=0).double()
+
+
+def _two_documents() -> Span:
+    pos = torch.cat([torch.arange(19), torch.arange(9), torch.zeros(2, dtype=torch.long)])
+    doc = torch.cat([torch.zeros(19), torch.ones(9), torch.full((2,), -1.0)]).long()
+    return Span.of(pos[None], doc[None])
+
+
+def _loop(layer: Lsh, x: torch.Tensor, span: Span) -> torch.Tensor:
+    """Round by round over sets of keys, merged by mass with shared keys counted once, as the paper writes it."""
+    q, v = layer.qk(x).unflatten(-1, (3, 4))[0], layer.v(x).unflatten(-1, (3, 4))[0]
+    bucket, out = layer.hashed(q[None])[0], torch.zeros_like(q)
+    pos, doc = span.pos[0].tolist(), span.doc[0].tolist()
+    for h in range(3):
+        for t in range(len(pos)):
+            if doc[t] < 0:
+                continue
+            shown = []
+            for n in range(bucket.shape[-1]):
+                mates = [s for s in range(len(pos)) if doc[s] == doc[t] and bucket[s, h, n] == bucket[t, h, n]]
+                mine = mates.index(t) // layer.size
+                shown.append({s for i, s in enumerate(mates) if pos[s] <= pos[t] and i // layer.size in (mine, mine - 1)})
+            masses, means = [], []
+            for keys in map(sorted, shown):
+                times = torch.tensor([sum(s in other for other in shown) for s in keys]).double()
+                logits = torch.stack([q[t, h] @ q[s, h] / q[s, h].norm() + (ALONE if s == t else 0) for s in keys])
+                logits = logits - times.log()
+                masses.append(logits.logsumexp(0))
+                means.append((logits.softmax(0)[:, None] * v[keys, h]).sum(0))
+            out[t, h] = (torch.stack(masses).softmax(0)[:, None] * torch.stack(means)).sum(0)
+    return layer.out(out.flatten(-2))[None]
+
+
+def test_it_is_the_papers_merge_of_rounds():
+    layer, span = _layer(size=2, rounds=3, buckets=4), _two_documents()
+    x = torch.randn(1, 30, 12, dtype=torch.float64) * 3
+    valid = span.valid()[..., None]
+    torch.testing.assert_close(layer(x, span) * valid, _loop(layer, x, span) * valid, rtol=0, atol=1e-12)
+
+
+def test_a_token_that_sees_nothing_else_gives_its_own_value():
+    layer, span = _layer(size=4), Span.line(2, 1)
+    x = torch.randn(2, 1, 12, dtype=torch.float64)
+    torch.testing.assert_close(layer(x, span), layer.out(layer.v(x)), rtol=0, atol=1e-14)
+
+
+def test_a_later_token_never_pushes_an_earlier_key_out_of_sight():
+    layer, span = _layer(Rope(), size=2, rounds=2, buckets=4), Span.line(1, 32)
+    x = torch.randn(1, 32, 12, dtype=torch.float64) * 3
+    before = layer(x, span)
+    for moved in (8, 20, 31):
+        y = x.clone()
+        y[:, moved] = torch.randn(12, dtype=torch.float64) * 3
+        assert torch.equal(layer(y, span)[:, :moved], before[:, :moved])
+        assert not torch.equal(layer(y, span)[:, moved:], before[:, moved:])
+
+
+def test_more_rounds_come_nearer_to_full_attention():
+    x, span = torch.randn(1, 64, 12, dtype=torch.float64) * 20, Span.line(1, 64)
+    full = _layer(size=64, rounds=40, buckets=2)(x, span)
+    errors = [(_layer(size=64, rounds=r, buckets=16)(x, span) - full).norm().item() for r in (1, 4, 16)]
+    assert errors[0] > 1.5 * errors[1] > 2 * errors[2]
+
+
+def test_hashes_depend_on_seed_and_layer():
+    q = torch.randn(1, 50, 3, 4, dtype=torch.float64)
+    settings = {"size": 4, "buckets": 8}
+    one, same = (Lsh(12, 3, NoPosition(), 0, 5, 32, **settings).hashed(q) for _ in range(2))
+    assert torch.equal(one, same)
+    for layer, seed in ((1, 5), (0, 6)):
+        assert (Lsh(12, 3, NoPosition(), layer, seed, 32, **settings).hashed(q) != one).float().mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("position", "settings", "message"),
+    [
+        (T5(), {}, "T5 shapes scores; use position=rope"),
+        (Rope(), {"buckets": 5}, "even number"),
+        (Rope(), {"size": 0}, "size=0"),
+    ],
+)
+def test_what_cannot_be_is_refused(position, settings, message):
+    with pytest.raises(ValueError, match=message):
+        Lsh(12, 3, position, 0, 0, 32, **settings)

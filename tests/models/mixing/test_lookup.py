@@ -1,0 +1,62 @@
+"""A store of some of a row's tokens: what is picked, found and best."""
+
+import torch
+
+from models.masks import Causal, SameDocument
+from models.mixing.lookup import SUMMARY, BlockEnds, Lookup, find, moved, take
+from models.span import Span
+
+
+def _rows() -> Span:
+    pos = torch.tensor([[0, 1, 2, 3, 0, 1, 0], [0, 1, 0, 1, 2, 0, 0]])
+    doc = torch.tensor([[0, 0, 0, 0, 1, 1, -1], [0, 0, 1, 1, 1, -1, -1]])
+    return Span.of(pos, doc)
+
+
+def test_picked_tokens_keep_their_addresses_and_rows_are_filled_up():
+    picked = Lookup().pick(_rows(), BlockEnds(2))
+    assert picked.index.tolist() == [[1, 3, 5], [1, 3, 0]]
+    assert picked.span.pos.tolist() == [[1, 3, 1], [1, 1, 0]]
+    assert picked.span.doc.tolist() == [[0, 0, 1], [0, 1, -1]]
+    assert (picked.span.role == SUMMARY).all()
+    assert picked.joint.shape == (2, 10) and torch.equal(picked.joint.pos[:, 7:], picked.span.pos)
+
+
+def test_a_row_without_a_complete_block_has_an_empty_store():
+    picked = Lookup().pick(Span.line(1, 3), BlockEnds(4))
+    assert picked.span.doc.tolist() == [[-1]]
+
+
+def test_tokens_are_found_by_address_in_any_order():
+    among = _rows().map(lambda t: t.flip(1))
+    index, there = find(_rows(), among)
+    assert torch.equal(there, _rows().valid())
+    assert torch.equal(take(among.pos, index)[there], _rows().pos[there])
+    assert not find(moved(_rows(), 10), among)[1].any()
+
+
+def _score(query, keys):
+    return torch.einsum("btc,bsc->bts", query[0], keys[0])
+
+
+def test_the_best_are_the_best_and_ties_go_to_the_earlier():
+    at, store = _rows(), Lookup()
+    q, k = (torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    k[0, 2] = k[0, 0]  # two keys alike
+    scores, found = store.best(_score, (q,), (k,), Causal() & SameDocument(), at=at, of=at, count=3)
+    for b in range(2):
+        for t in range(7):
+            mates = [s for s in range(t + 1) if at.doc[b, s] == at.doc[b, t] >= 0]
+            mates.sort(key=lambda s, b=b, t=t: -(q[b, t].double() @ k[b, s].double()).item())
+            want = [at.pos[b, s].item() for s in mates[:3]]
+            assert found[b, t].tolist() == want + [-1] * (3 - len(want))
+            assert (scores[b, t, len(want) :] == -torch.inf).all()
+
+
+def test_a_choice_does_not_depend_on_how_many_queries_are_looked_at_together(monkeypatch):
+    at, store = Span.line(2, 33), Lookup()
+    q, k = (torch.randn(2, 33, 3) for _ in range(2))
+    want = store.best(_score, (q,), (k,), Causal(), at=at, of=at, count=4)
+    monkeypatch.setattr("models.mixing.lookup.CHUNK_SCORES", 200)
+    got = store.best(_score, (q,), (k,), Causal(), at=at, of=at, count=4)
+    assert torch.equal(got[1], want[1])

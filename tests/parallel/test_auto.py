@@ -1,0 +1,61 @@
+"""parallel.method=auto: each attention gets the driver that sends least, the same on all ranks, and stays exact."""
+
+import torch
+from torch import nn
+
+from models.attention.full import CAUSAL
+from models.masks import Reach
+from models.mixing.softmax import Softmax
+from models.span import Span
+from parallel.balance import visible_keys
+from parallel.cut import cut_span
+from parallel.drivers.auto import Auto, remote_share
+from parallel.layout import layouts
+from parallel.spread import spread
+from tests.parallel.parity import packed, relative
+from tests.pool import ranks
+
+
+def choices(env, policy, heads):
+    """What each of two attentions gets, and how far it then is from one device."""
+    span, wide, near = packed(), Softmax(CAUSAL), Softmax(CAUSAL & Reach(3))
+    model = nn.ModuleDict({"wide": wide, "near": near})
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(*span.shape, heads, 4, dtype=torch.float64) for _ in range(3))
+    want = {key: leaf((q,), (k, v), at=span) for key, leaf in model.items()}
+    wire = spread(model, env.group, "auto")
+    here = cut_span(span, layouts(policy, span, env.size), env.rank)
+    shard, valid = here.cut.shard, here.valid()[..., None, None]
+    worst = 0.0
+    for key, driver in model.items():
+        assert isinstance(driver, Auto)
+        got = driver((shard(q, 0),), (shard(k, 0), shard(v, 0)), at=here)
+        worst = max(worst, relative(got * valid, shard(want[key], 0) * valid))
+    return wire.choices, worst
+
+
+def test_the_choice_and_its_reason_are_said_and_are_the_same_on_all_ranks():
+    for found, worst in ranks(2, choices, "contiguous", 4):
+        assert found["wide"].startswith("heads: 4 heads divide among 2 ranks")
+        assert found["near"].startswith("fetch: its mask needs")
+        assert worst < 1e-12
+    for found, worst in ranks(3, choices, "zigzag", 4):
+        assert found["wide"].startswith("ring: ") and "do not divide among 3 ranks" in found["wide"]
+        assert worst < 1e-12
+
+
+def test_where_heads_run_out_the_grid_is_made():
+    for found, worst in ranks(4, choices, "zigzag", 2):
+        assert found["wide"].startswith("usp: heads over 2 ranks x ring of 2")
+        assert worst < 1e-12
+
+
+def test_the_choice_does_not_look_at_the_documents():
+    def share(span, mask):
+        cut = cut_span(span, layouts("contiguous", span, 4), 0).cut
+        return remote_share(mask, cut, cut, 1)
+
+    near = CAUSAL & Reach(4)
+    assert share(packed([[1] * 48], 48), near) == share(Span.line(1, 48), near) == 3 / 36
+    assert share(Span.line(1, 48), CAUSAL) == 1.0
+    assert int(visible_keys(Span.line(1, 48), near).max()) == 4

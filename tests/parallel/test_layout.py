@@ -1,0 +1,83 @@
+"""Layouts as lists of integers: who holds which tokens, whatever the length, the ranks and the documents."""
+
+import pytest
+import torch
+
+from models.span import Span
+from parallel.cut import cut_span
+from parallel.layout import POLICIES, layout, layouts
+from tests.parallel.parity import packed
+
+
+def held(policy, tokens, ranks, heads=1):
+    found = layout(policy, tokens, ranks, heads)
+    return [found.index(rank).tolist() for rank in range(ranks)]
+
+
+def test_contiguous_gives_stretches():
+    assert held("contiguous", 7, 3) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+
+
+def test_zigzag_gives_an_early_and_a_late_stretch():
+    assert held("zigzag", 12, 3) == [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]
+    assert held("zigzag", 5, 2) == [[0, 1, 6, 7], [2, 3, 4, 5]]
+
+
+def test_balanced_deals_the_heaviest_chunk_to_whoever_has_least():
+    # chunks of one token; a causal token i sees i + 1 keys: 8 7 | 6 5 | 4 3 | 2 1 are dealt back and forth
+    assert held("balanced", 8, 2) == [[0, 3, 4, 7], [1, 2, 5, 6]]
+
+
+def test_balanced_looks_at_each_rows_own_documents():
+    span = packed([[5, 3], [8]], 8)
+    rows = layouts("balanced", span, 2)
+    assert [[row.index(r).tolist() for r in range(2)] for row in rows] == [
+        [[4, 5, 6, 7], [0, 1, 2, 3]],
+        [[0, 3, 4, 7], [1, 2, 5, 6]],
+    ]
+
+
+def test_under_usp_each_part_of_the_ring_is_cut_again():
+    assert held("zigzag", 16, 4, heads=2) == [[0, 1, 2, 3], [12, 13, 14, 15], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert held("zigzag", 16, 4, heads=4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+
+
+def test_ranks_that_trade_heads_hold_what_the_ring_says():
+    for policy in POLICIES:
+        whole, parts = layout(policy, 48, 3), layout(policy, 48, 6, heads=2)
+        for rank in range(3):
+            assert torch.equal(parts.grouped(2).index(rank), whole.index(rank)), policy
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_token_has_one_place_and_ranks_hold_equally_many(policy, heads):
+    for tokens in (1, 2, 5, 51, 1000):
+        for ranks in (heads, 2 * heads, 4 * heads):
+            parts = held(policy, tokens, ranks, heads)
+            assert len({len(part) for part in parts}) == 1
+            places = sorted(place for part in parts for place in part)
+            assert places == list(range(len(places))), "each place of the axis once"
+            x = torch.arange(tokens)
+            found = layout(policy, tokens, ranks, heads)
+            assert found.unshard([found.shard(x, r, -1) for r in range(ranks)]).tolist() == x.tolist()
+
+
+def test_a_group_of_ranks_sees_the_cut_of_the_ring():
+    span = packed()
+    for policy in POLICIES:
+        parts = [cut_span(span, layouts(policy, span, 6, heads=2), r) for r in range(6)]
+        groups = [part.cut.grouped(2).whole for part in parts]
+        for rank, group in enumerate(groups):
+            ends = [parts[rank // 2 * 2].doc, parts[rank // 2 * 2 + 1].doc]
+            assert torch.equal(group.doc, torch.cat(ends, 1))
+            assert (group.cut.rank, group.cut.ranks) == (rank // 2, 3)
+            assert torch.equal(group.cut.whole.pos[:, : span.shape[1]], span.pos)
+        assert parts[0].cut.grouped(2) is parts[0].cut.grouped(2), "plans kept on it must be found again"
+
+
+def test_wishes_that_cannot_be_met_are_refused():
+    with pytest.raises(ValueError, match=r"parallel.layout=spiral is none that there is; choose one of contiguous"):
+        layout("spiral", 8, 2)
+    with pytest.raises(ValueError, match=r"parallel.heads=3 does not divide the 4 ranks"):
+        layouts("balanced", Span.line(1, 8), 4, heads=3)

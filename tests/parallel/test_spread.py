@@ -1,0 +1,62 @@
+"""Spreading swaps leaves and nothing else, and says at once what it cannot do."""
+
+import pytest
+from torch import nn
+
+from models.attention.full import CAUSAL
+from models.mixing.softmax import Softmax
+from models.scores import Score
+from parallel.drivers.ring import Ring
+from parallel.drivers.usp import Usp
+from parallel.spread import refusals, spread
+from tests.parallel.parity import grid
+from tests.pool import ranks
+
+
+class Headless(Score):
+    """Queries without heads."""
+
+    query_heads = (None,)
+    payload_heads = (None, None)
+
+
+def swapped(env, method, score, **rest):
+    if rest.pop("gridded", False):
+        rest["grid"] = grid(env, 2)
+    model = nn.ModuleDict({"outer": nn.ModuleDict({"mix": Softmax(CAUSAL, score), "other": nn.Linear(2, 2)})})
+    names = list(model.state_dict())
+    try:
+        wire = spread(model, env.group, method, **rest)
+    except ValueError as error:
+        return str(error)
+    assert list(model.state_dict()) == names and isinstance(model["outer"]["other"], nn.Linear)
+    return type(model["outer"]["mix"]).__name__, wire.heads
+
+
+def test_a_leaf_becomes_its_driver():
+    assert ranks(4, swapped, "ring", None) == [(Ring.__name__, None)] * 4
+
+
+def test_usp_takes_the_grid_of_the_mesh_or_makes_its_own():
+    def asked(**rest):
+        return ranks(4, swapped_usp, rest)
+
+    assert asked(gridded=True) == [(Usp.__name__, 2)] * 4
+    assert asked(heads=2) == [(Usp.__name__, 2)] * 4
+
+
+def swapped_usp(env, rest):
+    return swapped(env, "usp", None, **rest)
+
+
+def test_what_cannot_be_is_said_at_once():
+    assert "choose one of auto, ring, heads, fetch, usp" in ranks(4, swapped, "telepathy", None)[0]
+    assert "needs parallel.heads and parallel.ring" in ranks(4, swapped, "usp", None)[0]
+    said = ranks(4, swapped, "heads", Headless())[0]
+    assert said == "parallel.method=heads trades heads, but the queries of outer.mix have none; use ring or fetch"
+
+
+@pytest.mark.parametrize("method, count", [("ring", 0), ("fetch", 0), ("auto", 0), ("heads", 1), ("usp", 1)])
+def test_the_check_can_ask_before_any_rank_starts(method, count):
+    model = nn.ModuleDict({"a": Softmax(CAUSAL, Headless()), "b": Softmax(CAUSAL)})
+    assert len(refusals(model, method)) == count

@@ -1,0 +1,86 @@
+"""Scans and layers against the plain-torch forms of flash-linear-attention (float32, so 1e-5)."""
+
+import pytest
+import torch
+from fla.ops.delta_rule.naive import delta_rule_recurrence
+from fla.ops.generalized_delta_rule.dplr.naive import dplr_recurrence
+from fla.ops.gla.naive import naive_recurrent_gla
+from fla.ops.linear_attn.naive import naive_recurrent_linear_attn
+from fla.ops.retention.naive import naive_retention
+from fla.ops.rwkv6.recurrent_naive import naive_recurrent_rwkv6
+from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
+from torch.nn import functional as F
+
+from models.mixing.scan import Scan
+from models.recurrent.linear import weighted_mean
+from models.recurrent.retention import fading
+from models.span import Span
+from tests.models.mixing.scans import inputs
+from tests.parallel.parity import relative
+
+T, HEADS, D, E = 70, 3, 8, 6
+SPAN = Span.line(2, T)
+CLOSE = 1e-5
+
+
+def given(kind):
+    return inputs(kind, SPAN, heads=HEADS, keys=D, values=E, dtype=torch.float32, strength=0.3)
+
+
+def first(x):
+    """Heads first, as some of the references want it."""
+    return x.transpose(1, 2)
+
+
+def linear():
+    (q,), (k, v, _) = given("none")
+    q, k = F.elu(q) + 1, F.elu(k) + 1
+    return weighted_mean(Scan(), q, k, v, SPAN), naive_recurrent_linear_attn(q, k, v, normalize=True)[0]
+
+
+def retention():
+    (q,), (k, v, _) = given("none")
+    fade = torch.tensor(fading(HEADS)).expand(2, T, HEADS)
+    return Scan()((q * D**-0.5,), (k, v, fade), at=SPAN), first(naive_retention(first(q), first(k), first(v)))
+
+
+def scalar_gate():
+    (q,), (k, v, decay) = given("scalar")
+    return Scan()((q,), (k, v, decay), at=SPAN), naive_recurrent_simple_gla(q, k, v, decay, scale=1.0)
+
+
+def vector_gate():
+    (q,), (k, v, decay) = given("vector")
+    return Scan()((q * D**-0.5,), (k, v, decay), at=SPAN), naive_recurrent_gla(q, k, v, decay)[0]
+
+
+def rwkv6():
+    (q,), (k, v, decay) = given("vector")
+    bonus = torch.randn(HEADS, D)
+    want = naive_recurrent_rwkv6(*map(first, (q, k, v, decay)), bonus, scale=1.0)[0]
+    now = (q * bonus * k).sum(-1, keepdim=True) * v
+    return Scan(before=True)((q,), (k, v, decay), at=SPAN) + now, first(want)
+
+
+def delta():
+    (q,), (k, v, decay) = given("none")
+    step = torch.rand(2, T, HEADS)
+    want = delta_rule_recurrence(*map(first, (q, k, v)), first(step))[0]
+    got = Scan()((q * D**-0.5,), (k, step[..., None] * v, decay, k, -step[..., None] * k), at=SPAN)
+    return got, first(want)
+
+
+def low_rank():
+    (q,), (k, v, decay, a, b) = given("vector delta")
+    want = dplr_recurrence(*map(first, (q, k, v, a, b, decay)))[0]
+    return Scan()((q * D**-0.5,), (k, v, decay, a, b), at=SPAN), first(want)
+
+
+CASES = [linear, retention, scalar_gate, vector_gate, rwkv6, delta, low_rank]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_a_scan_equals_the_reference(case):
+    got, want = case()
+    want = want[0] if isinstance(want, tuple) else want
+    assert got.shape == want.shape and relative(got, want) < CLOSE
