@@ -93,6 +93,9 @@ class Optim(Node):
     eps: Positive = Field(description="added to the root of the second moment")
     weight_decay: Annotated[Real, Field(ge=0, allow_inf_nan=False)] = Field(description="decoupled, on matrices only")
     clip: Annotated[Real, Field(ge=0, allow_inf_nan=False)] = Field(description="largest gradient norm; 0 = never clip")
+    auxiliary_weight: Annotated[Real, Field(ge=0, allow_inf_nan=False)] = Field(
+        1.0, description="of the losses that layers have beside the language loss"
+    )
 
 
 class Schedule(Node):

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from models.auxiliary import auxiliary, begin
 from models.span import Span
 from parallel.engines.engine import Engine
 from parallel.mesh import Mesh
@@ -98,15 +100,20 @@ class Loop:
         """One optimiser step."""
         batch, cursor = self.stream.read(progress.cursor)
         valid = self.share.valid(batch)
-        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        sums: dict[str, Tensor] = {}
+        begin(self.engine.model, progress.step + 1)
         for piece, last in self.share(batch):
             with self.engine.forward_precision():
                 losses = self.engine.model(piece.tokens, piece.span, piece.targets)
-            total += losses.detach().sum(dtype=torch.float64)
-            self.engine.backward(losses.sum() / max(valid, 1), last=last)
+            found = {"loss": losses.sum(), **auxiliary(self.engine.model)}
+            for name, value in found.items():
+                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=value.device)) + value.detach()
+            beside = sum((v for name, v in found.items() if name != "loss"), torch.zeros_like(found["loss"]))
+            self.engine.backward((found["loss"] + self.config.optim.auxiliary_weight * beside) / max(valid, 1), last=last)
         norm = self.engine.clip(self.config.optim.clip)
         step, rate = progress.step + 1, self.config.optim.learning_rate * self.schedule(progress.step + 1, self.config.steps)
-        loss = self._mean(total, valid)
+        means = self._means(sums, valid)
+        loss = means.pop("loss")
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Fault(
                 f"step {step}: the loss is {loss} and the gradient norm {norm}; the step was not taken and the last checkpoint "
@@ -117,15 +124,16 @@ class Loop:
         progress.step, progress.cursor, progress.tokens = step, cursor, progress.tokens + valid
         self.meter.add(valid, self.flops(batch.span()))
         if _due(self.config.log.every, step, step in (1, self.config.steps)):
-            self.log(self._row(progress, loss, norm, rate))
+            self.log(self._row(progress, loss, norm, rate, means))
 
-    def _mean(self, total: torch.Tensor, valid: int) -> float:
-        """The loss of the step over all ranks, nats per token."""
+    def _means(self, sums: dict[str, Tensor], valid: int) -> dict[str, float]:
+        """Every loss of the step over all ranks, nats per predicted token; all ranks have the same names."""
+        values = torch.stack([sums[name] for name in sorted(sums)])
         if self.mesh.world_group is not None:
-            dist.all_reduce(total, group=self.mesh.world_group)
-        return total.item() / max(valid, 1)
+            dist.all_reduce(values, group=self.mesh.world_group)
+        return dict(zip(sorted(sums), (values / max(valid, 1)).tolist()))
 
-    def _row(self, progress: Progress, loss: float, norm: float, rate: float) -> Row:
+    def _row(self, progress: Progress, loss: float, norm: float, rate: float, auxiliary: dict[str, float]) -> Row:
         """What metrics.jsonl says of a step; memory is that of the fullest rank."""
         memory = torch.tensor(float(peak_memory_bytes(self.mesh.device)), dtype=torch.float64, device=self.mesh.device)
         if self.mesh.world_group is not None:
@@ -141,6 +149,7 @@ class Loop:
             learning_rate=rate,
             peak_memory_bytes=int(memory.item()),
             mfu=read.mfu,
+            auxiliary=auxiliary or None,
         )
 
 

@@ -16,6 +16,7 @@ class AdamW:
         betas: how slowly the two moments forget.
         weight_decay: per step, times the learning rate; see `decayed` for what it acts on.
         clip: largest global norm of the gradient; 0 = no clipping.
+        auxiliary_weight: of the losses that layers have beside the language loss (models/auxiliary.py).
 
     Raises:
         ValueError: a number out of its range.
@@ -26,12 +27,13 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
+    auxiliary_weight: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be a positive number")
-        for name in ("weight_decay", "clip"):
+        for name in ("weight_decay", "clip", "auxiliary_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be 0 (off) or a positive number")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

@@ -28,8 +28,8 @@ class Rwkv7(nn.Module):
         layer, layers: which layer this is, for the initial weights.
         rank: of the low-rank maps to decay, rate and gate.
 
-    Source: Peng et al. 2025 (arXiv:2503.14456). The state here is transposed (keys in rows). The values of the first layer are
-    mixed in where the caller hands them over, see `forward`.
+    Source: Peng et al. 2025 (arXiv:2503.14456). The state here is transposed (keys in rows). Ours leaves out the mixing of the
+    first layer's values into those of later layers; every layer uses its own.
     """
 
     def __init__(self, width: int, heads: int, layer: int, layers: int, *, rank: int = 32):

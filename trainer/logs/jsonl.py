@@ -18,7 +18,7 @@ class Row(NamedTuple):
 
     step counts from 1; loss in nats per token, the language loss alone; tokens trained on since the beginning;
     grad_norm before clipping; peak_memory_bytes of the fullest rank; mfu a share of 1 (trainer/logs/meters.py), None
-    where the peak of the device is not known.
+    where the peak of the device is not known; auxiliary: losses of layers beside the language loss, left out where none is.
     """
 
     step: int
@@ -30,6 +30,7 @@ class Row(NamedTuple):
     learning_rate: float
     peak_memory_bytes: int
     mfu: float | None
+    auxiliary: dict[str, float] | None = None
 
 
 class Lines:
@@ -76,7 +77,7 @@ class Metrics(Lines):
 
     def add(self, row: Row) -> None:
         """Append the row of a step."""
-        self.write(row._asdict())
+        self.write({key: value for key, value in row._asdict().items() if key != "auxiliary" or value is not None})
 
 
 class Evaluations(Lines):

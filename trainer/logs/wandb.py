@@ -135,7 +135,8 @@ class Wandb:
     def step(self, row: Row) -> None:
         """Send the row of a step."""
         self.tokens = row.tokens
-        values = {name: value for name, value in row._asdict().items() if value is not None}
+        values = {name: value for name, value in row._asdict().items() if value is not None and name != "auxiliary"}
+        values |= {f"auxiliary/{name}": value for name, value in (row.auxiliary or {}).items()}
         self._log(row.step, {**values, "by_tokens/loss": row.loss})
 
     def evaluation(self, step: int, name: str, value: float) -> None:
