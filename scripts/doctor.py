@@ -4,13 +4,14 @@ Takes the overrides of the run. Prints a table; exit status 1 when a line of it 
 doctor.break=mask|scale|leak|order sabotages one driver for the occasion: the doctor must then find a fault.
 """
 
+import multiprocessing
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
 
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import torch.multiprocessing.spawn as mp
 from rich.console import Console
 from rich.table import Table
 
@@ -56,7 +57,7 @@ def main(words: Sequence[str]) -> int:
         print(fault, file=sys.stderr)
         return BAD_WISH
     ranks = config.parallel.context if config.parallel.context > 1 else RANKS
-    told = mp.get_context("spawn").SimpleQueue()
+    told = multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         arguments = (plain(config), ranks, os.path.join(folder, "meeting"), sabotage, told)
         mp.spawn(examine, arguments, nprocs=ranks)

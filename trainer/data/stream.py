@@ -8,6 +8,8 @@ import hashlib
 from abc import ABC, abstractmethod
 from typing import Any
 
+import numpy as np
+
 from trainer.config import BAD_WISH
 from trainer.data.batch import Batch
 from trainer.data.cache import corpus_of
@@ -61,6 +63,9 @@ class Stream(ABC):
 class FiniteStream(Stream):
     """Rows of local documents: an epoch after an epoch, each in an order of its own, without end.
 
+    Documents are laid end to end in the epoch's order and the rows of that are dealt in another order of the epoch: else the
+    rows of one long document would fill whole batches. Under `lanes` rows go on where rows ended instead.
+
     Held-out documents keep one order whatever the seed, are read once, and are followed by rows of padding: the first
     N batches are the same in every evaluation of every run.
     """
@@ -85,6 +90,7 @@ class FiniteStream(Stream):
         said = f"{self.corpus.facts['fingerprint']} {shape}"
         self.fingerprint = hashlib.blake2b(said.encode(), digest_size=12).hexdigest()
         self._epochs: dict[int, Concatenation] = {}
+        self._orders: dict[int, np.ndarray] = {}
 
     def start(self) -> Cursor:
         return {"rows": 0, "fingerprint": self.fingerprint}
@@ -98,7 +104,17 @@ class FiniteStream(Stream):
 
     def _row(self, number: int) -> Row:
         epoch, row = divmod(number, self.epoch_rows) if self.endless else (0, number)
+        if row < self.epoch_rows:
+            row = int(self._order(epoch)[row])
         return self._epoch(epoch).row(row, goes_on=False)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """[epoch_rows] the order in which an epoch's rows are read."""
+        if epoch not in self._orders:
+            rows = np.arange(self.epoch_rows, dtype=np.uint64)
+            kept = {number: self._orders[number] for number in self._orders if number == epoch - 1}
+            self._orders = kept | {epoch: arrange(rows, self.seed if self.endless else 0, epoch)}
+        return self._orders[epoch]
 
     def _lane_row(self, number: int) -> Row:
         """Lane i of an epoch's rows reads an i-th part of them, one after another; a shorter part ends in padding."""

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -47,13 +48,22 @@ def test_every_token_is_predicted_exactly_once_per_epoch(opened, words, context,
 def test_rows_overlap_by_one_token_and_spell_the_documents(opened, words):
     found = words(20)
     stream = opened(found, context_length=9, rows=1)
-    read, _ = batches(stream, stream.epoch_rows)
+    dealt, _ = batches(stream, stream.epoch_rows)
+    read = [dealt[place] for place in np.argsort(stream._order(0))]  # as they were laid end to end
     for before, after in itertools.pairwise(read):
         assert before.tokens[0, -1] == after.tokens[0, 0]
     ids = [t for batch in read for t, d in zip(batch.tokens[0, :-1].tolist(), batch.doc[0, :-1].tolist()) if d >= 0]
     ids += [256] * (ids[-1] != 256)
     spelt = "".join(chr(i) if i < 256 else "|" for i in ids)
     assert sorted(spelt[:-1].split("|")) == sorted(found)
+
+
+def test_rows_are_dealt_in_another_order_each_epoch(opened, words):
+    stream = opened(words(60, longest=90), context_length=9, rows=1)
+    orders = [stream._order(epoch).tolist() for epoch in (0, 1)]
+    assert orders[0] != orders[1] and all(sorted(o) == list(range(stream.epoch_rows)) for o in orders)
+    neighbours = sum(b == a + 1 for a, b in itertools.pairwise(orders[0]))
+    assert neighbours < stream.epoch_rows / 4
 
 
 def test_documents_and_positions_are_right_at_every_border(opened, words):
