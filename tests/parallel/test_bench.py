@@ -1,11 +1,14 @@
 """The bench measures what it says: the same work on one device and on many, with the bytes of the formula."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from parallel.bench import Sizes, documents, measure, parse
-from parallel.measure import peak_bytes
 from tests.pool import ranks
+from tests.test_architecture import ROOT
 
 
 def rows(env, sizes):
@@ -35,16 +38,24 @@ def test_documents_fill_the_row():
     assert torch.equal(span.pos == 0, torch.cat([span.doc.new_ones(1, 1), span.doc.diff()], 1) == 1)
 
 
+PEAK = """
+import torch
+from parallel.measure import peak_bytes
+
+def step():
+    held = torch.ones({size} // 4)
+    del held
+    torch.ones({size} // 8)
+
+print(peak_bytes(step))
+"""
+
+
 def test_the_peak_is_what_a_step_holds_at_once():
-    size = 64 << 20
-
-    def step():
-        held = torch.ones(size // 4)
-        del held
-        torch.ones(size // 8)
-
-    found = peak_bytes(step)
-    assert found is None or 0.95 * size <= found < 1.5 * size, "pages, not bytes"
+    size = 64 << 20  # in a process of its own: elsewhere the allocator may still hold what other tests left
+    told = subprocess.run([sys.executable, "-c", PEAK.format(size=size)], capture_output=True, text=True, check=True, cwd=ROOT)
+    found = told.stdout.split()[-1]
+    assert found == "None" or 0.95 * size <= int(found) < 1.4 * size, "pages, not bytes"
 
 
 @pytest.mark.parametrize(

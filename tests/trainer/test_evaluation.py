@@ -26,8 +26,14 @@ def decoder():
     return initialise(Decoder(257, 16, mixers, 24), 5).double()
 
 
+@pytest.fixture
+def folder(tmp_path):
+    write_documents(tmp_path / "text")
+    return tmp_path
+
+
 def stream(folder):
-    data = {"_target_": "trainer.data.files.Files", "path": write_documents(folder / "text"), "held_out": 0.2}
+    data = {"_target_": "trainer.data.files.Files", "path": str(folder / "text" / "*.txt"), "held_out": 0.2}
     data["cache"] = str(folder / "cache")
     return open_stream(data, context_length=61, rows=3, seed=0, split="held_out")
 
@@ -50,24 +56,24 @@ def in_rank(env, folder, context):
 
 
 @pytest.mark.parametrize(("size", "context"), [(3, 3), (2, 1)])
-def test_it_is_the_same_on_any_ranks(size, context, tmp_path):
-    want = evaluate(decoder(), share(Mesh.alone()), stream(tmp_path), 4, never)
+def test_it_is_the_same_on_any_ranks(size, context, folder):
+    want = evaluate(decoder(), share(Mesh.alone()), stream(folder), 4, never)
     text = generate(decoder(), share(Mesh.alone()), Bytes(), "the cat", 12, seed=3, step=7)
-    for found, sample in ranks(size, in_rank, tmp_path, context):
+    for found, sample in ranks(size, in_rank, folder, context):
         assert found.tokens == want.tokens and abs(found.loss - want.loss) < 1e-12
         assert [b["tokens"] for b in found.by_position] == [b["tokens"] for b in want.by_position]
         assert sample == text and text.startswith("the cat")
 
 
-def test_positions_add_up_to_the_loss(tmp_path):
-    found = evaluate(decoder(), share(Mesh.alone()), stream(tmp_path), 4, never)
+def test_positions_add_up_to_the_loss(folder):
+    found = evaluate(decoder(), share(Mesh.alone()), stream(folder), 4, never)
     assert sum(b["tokens"] for b in found.by_position) == found.tokens
     assert abs(sum(b["tokens"] * b["loss"] for b in found.by_position) / found.tokens - found.loss) < 1e-12
     assert all(a["end"] == b["begin"] for a, b in zip(found.by_position, found.by_position[1:]))
 
 
-def test_it_is_the_plain_mean_over_valid_targets(tmp_path):
-    held_out, model = stream(tmp_path), decoder()
+def test_it_is_the_plain_mean_over_valid_targets(folder):
+    held_out, model = stream(folder), decoder()
     batch, _ = held_out.read(held_out.start())
     with torch.no_grad():
         losses = model(batch.inputs(), batch.span(), batch.targets())
@@ -75,8 +81,8 @@ def test_it_is_the_plain_mean_over_valid_targets(tmp_path):
     assert abs(evaluate(model, share(Mesh.alone()), held_out, 1, never).loss - losses[valid].mean().item()) < 1e-12
 
 
-def test_a_signal_ends_it(tmp_path):
-    assert evaluate(decoder(), share(Mesh.alone()), stream(tmp_path), 4, lambda: True) is None
+def test_a_signal_ends_it(folder):
+    assert evaluate(decoder(), share(Mesh.alone()), stream(folder), 4, lambda: True) is None
 
 
 def test_buckets_double():
