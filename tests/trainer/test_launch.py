@@ -39,7 +39,7 @@ try:
     total = torch.tensor([1 + ranks.rank])
     dist.all_reduce(total)
     told = ("up", ranks.rank, ranks.size, ranks.local_size, ranks.backend, "sum", total.item(), "attempt", n, os.getpid())
-    os.write(1, (" ".join(map(str, told)) + "\n").encode())  # in one piece: two ranks share the pipe
+    os.write(1, (" ".join(map(str, told)) + chr(10)).encode())  # in one piece: two ranks share the pipe
     if n == 0 and ranks.rank == 1:
         if what == "bug": raise RuntimeError("a bug of rank one")
         if what == "fault": raise Fault("the disk is full; make room", 3)
