@@ -30,7 +30,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, triangle: bool, add: 
     """Attend q [b, t, H, D] to k [b, s, G, D], v [b, s, G, E]; `add` [b or 1, H or 1, t, s] holds -inf at unseen keys."""
     if not (q.shape[1] and k.shape[1]):
         raise ValueError(f"a block has queries and keys, got {q.shape[1]} and {k.shape[1]}")
-    width = max(q.shape[-1], v.shape[-1])
+    width, add = max(q.shape[-1], v.shape[-1]), None if add is None else add.to(wide(q.dtype))
     mean, mass = _forward(*(_ready(x, width) for x in (q, k, v)), 0.0, triangle, attn_mask=add, scale=scale)
     mean, mass = mean[..., : v.shape[-1]].transpose(1, 2), mass.transpose(1, 2)
     if add is not None:
@@ -52,7 +52,7 @@ def backward(
     mass: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v through one block, given the mean and mass over ALL keys; wide."""
-    width = max(q.shape[-1], v.shape[-1])
+    width, add = max(q.shape[-1], v.shape[-1]), None if add is None else add.to(wide(q.dtype))
     ready = [_ready(x, width) for x in (d_mean, q, k, v, mean)]
     d_q, d_k, d_v = _backward(*ready, finite(mass).transpose(1, 2), 0.0, triangle, attn_mask=add, scale=scale)
     return tuple(g.transpose(1, 2)[..., : x.shape[-1]] for g, x in ((d_q, q), (d_k, k), (d_v, v)))

@@ -1,15 +1,28 @@
-"""Which kernel computes an attention: one table, from what is wanted to who does it."""
+"""Which kernel computes an attention: one table, from what is wanted to who does it.
+
+Not in the table are float64 on a GPU, devices of other makers, and scores that are more than a scaled dot product and a bias:
+they have the general tile. Whether a block comes with a matrix to add, a module sorts out within itself.
+"""
 
 from types import ModuleType
 
 import torch
 
-from models.kernels import cpu
+from models.kernels import cpu, cuda
 from models.scores import Score
 
+TABLE: dict[tuple[str, torch.dtype], ModuleType] = {
+    ("cpu", torch.float64): cpu,
+    ("cpu", torch.float32): cpu,
+    ("cpu", torch.bfloat16): cpu,
+    ("cpu", torch.float16): cpu,
+    ("cuda", torch.float32): cuda,
+    ("cuda", torch.bfloat16): cuda,
+    ("cuda", torch.float16): cuda,
+}
 
-def pick(device: torch.device, score: Score) -> ModuleType | None:
+
+def pick(device: torch.device, dtype: torch.dtype, score: Score) -> ModuleType | None:
     """The module whose `forward` and `backward` take blocks of this score on this device; None means the general tile."""
-    if not score.plain:
-        return None
-    return {"cpu": cpu}.get(device.type)
+    foreign = device.type == "cuda" and torch.version.hip is not None  # PyTorch calls AMD's devices cuda too
+    return TABLE.get((device.type, dtype)) if score.plain and not foreign else None

@@ -62,9 +62,12 @@ def _keys(block: Block) -> tuple[slice, slice]:
 
 
 def _add(what: Attention, block: Block, at: Span, of: Span, dtype: torch.dtype) -> tuple[bool, Tensor | None]:
-    """How a kernel is told what the block's queries see: its own causal flag, or a matrix to add to the scores."""
+    """How a kernel is told what the block's queries see: its own causal flag, or a matrix to add to the scores.
+
+    The matrix is wide where it carries numbers; where it only hides keys it has the dtype of the queries, which is exact.
+    """
     here, there = at.map(lambda t: t[_rows(block)]), of.map(lambda t: t[_keys(block)])
-    bias = what.score.bias(here, there, what.heads, dtype)
+    bias = what.score.bias(here, there, what.heads, tile.wide(dtype))
     if block.kind != MASKED and bias is None:
         return block.kind == TRIANGLE, None
     seen = visible(what.mask, here, there, what.heads)
@@ -101,13 +104,13 @@ def _parts(what: Attention, at: Span, of: Span, kernel: Any, tensors: Sequence[T
 
 def forward(what: Attention, query: Tensors, payload: Tensors, params: Tensors, at: Span, of: Span, total: tile.Part) -> None:
     """Attend to these keys too: `total` is changed in place."""
-    kernel = None if what.general else pick(query[0].device, what.score)
+    kernel = None if what.general else pick(query[0].device, query[0].dtype, what.score)
     operands = what.score.operands(query, payload, params) if kernel else None
     for who, block in _parts(what, at, of, kernel, (*query, *payload)):
         rows, keys = _rows(block), _keys(block)
         if kernel and operands and who is kernel:
             q, k, v = operands[0][rows], operands[1][keys], operands[2][keys]
-            flag, add = _add(what, block, at, of, total[0].dtype)
+            flag, add = _add(what, block, at, of, q.dtype)
             part = kernel.forward(q, k, v, what.score.scale(q), flag, add)
         else:
             spans = at.map(lambda t, r=rows: t[r]), of.map(lambda t, r=keys: t[r])
@@ -146,13 +149,13 @@ def backward(
     into: Gradients,
 ) -> None:
     """Add what these keys contribute to every gradient; `total` is (mean, mass) over ALL keys."""
-    kernel = None if what.general else pick(query[0].device, what.score)
+    kernel = None if what.general else pick(query[0].device, query[0].dtype, what.score)
     operands = _Operands(what, query, payload, params, into) if kernel else None
     for who, block in _parts(what, at, of, kernel, (*query, *payload, d_mean, delta)):
         rows, keys = _rows(block), _keys(block)
         if kernel and operands and who is kernel:
             (q, k, v), sums = operands.of(rows, keys)
-            flag, add = _add(what, block, at, of, d_mean.dtype)
+            flag, add = _add(what, block, at, of, q.dtype)
             grads = kernel.backward(
                 q, k, v, what.score.scale(q), flag, add, d_mean=d_mean[rows], mean=total[0][rows], mass=total[1][rows]
             )
