@@ -108,7 +108,8 @@ class Run:
             model = build_model(config, self.stream.vocabulary)
         parameters, self.flops = count_parameters(model), count_flops(model)
         for where, taken in sizes_taken(config, self.stream.vocabulary).items():
-            self.console.say(f"{where}: {', '.join(f'{key}={value}' for key, value in taken.items())}")
+            if taken:
+                self.console.say(f"{where}: {', '.join(f'{key}={value}' for key, value in taken.items())}")
         kind = find_class(config.engine.target, "engine")
         settings = {key: value for key, value in config.engine.settings().items() if key not in ("name", "zero")}
         if config.engine.name != "fsdp":
