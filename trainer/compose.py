@@ -188,6 +188,9 @@ def _by_key(error: ValidationError, tree: Any) -> dict[str, list[Any]]:
 def _explain(key: str, errors: list[Any], usual: Any, tree: Any) -> str:
     value, kind = _at(tree, key), errors[0]["type"]
     if kind == "extra_forbidden":
+        while isinstance(value, dict) and value:  # an unknown group: name what was written of it
+            inner, value = next(iter(value.items()))
+            key = f"{key}.{inner}"
         return f"{key}={_short(value)}: there is no such setting{_nearest_key(key)}"
     example = "" if usual is None or isinstance(usual, dict) else f"; for example {key}={_short(usual)}"
     if kind == "missing":

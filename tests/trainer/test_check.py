@@ -192,3 +192,7 @@ def test_a_wish_is_the_config_when_nothing_is_wrong() -> None:
 def test_a_size_on_offer_that_no_mixer_takes_is_no_fault() -> None:
     """A sweep gives the same sizes to every architecture; the log lists what each took."""
     assert faults("model.kv_heads=2", "mixer=multi_query") == []
+
+
+def test_a_setting_of_an_unknown_group_is_named_as_it_was_written() -> None:
+    assert faults("modl.width=3") == ["modl.width=3: there is no such setting; did you mean model.width?"]
