@@ -23,6 +23,7 @@ class Span:
         role: [B, T] int64, TEXT, PREFIX, GLOBAL, READ or WRITE.
         cut: how the row was cut over ranks (a parallel.cut.Cut), or None where it was not. Opaque here.
         plans: what models.kernels.plan worked out for these queries, kept so that layers with equal masks share it.
+        past: what the rows before left in these lanes (a models.past.Past), or None where nothing is carried.
     """
 
     pos: Tensor
@@ -30,6 +31,7 @@ class Span:
     role: Tensor
     cut: Any = None
     plans: dict = field(default_factory=dict, compare=False, repr=False)
+    past: Any = field(default=None, compare=False, repr=False)
 
     @staticmethod
     def of(pos: Tensor, doc: Tensor, role: Tensor | None = None) -> "Span":

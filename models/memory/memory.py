@@ -1,0 +1,32 @@
+"""What `memory=` in the config names: how a decoder carries what came before from row to row of a lane."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.span import Span
+
+Through = Callable[[Tensor, Span], Tensor]  # x [B, T, width] through all layers of a decoder
+
+
+class Memory:
+    """No memory; the parent of all. Built from the config, one for the whole model; owns no parameter itself."""
+
+    carries = False  # whether rows are read in lanes and a Past is held between them
+
+    def around(self, mixer: nn.Module, **sizes: Any) -> nn.Module:
+        """A layer's mixer as it is with this memory.
+
+        Args:
+            mixer: as built for a decoder without memory.
+            sizes: on offer, as to a mixer: width, layer, layers, heads, kv_heads, seed, ...
+
+        Raises:
+            ValueError: this memory has no exact form around such a mixer; says what to use.
+        """
+        return mixer
+
+    def stack(self, width: int) -> nn.Module | None:
+        """A module (x [B, T, width], span, through all layers) -> [B, T, width] around all layers; None: there is none."""
+        return None
