@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from models.block import Block
-from models.feedforward import SwiGLU
+from models.block import ValueBlock, block
 from models.init import DEVIATION, Rule, normal
 from models.loss import token_losses
+from models.memory.memory import Memory
 from models.positions.position import Position
 from models.span import Span
 
@@ -19,9 +19,10 @@ class Decoder(nn.Module):
         vocabulary: number of different tokens.
         width: of the residual stream.
         mixers: one for each layer; each a module (x [B, T, width], span) -> [B, T, width].
-        ffn: hidden width of the feed-forward layers.
+        feedforwards: one for each layer; likewise (x, span) -> [B, T, width].
         position: its embedding, if it has one, is added to the tokens'.
         tie: use the embedding as the output head (Press & Wolf 2017, arXiv:1608.05859).
+        memory: what stands around all layers, if it has anything that does; the mixers have theirs in them already.
     """
 
     def __init__(
@@ -29,15 +30,17 @@ class Decoder(nn.Module):
         vocabulary: int,
         width: int,
         mixers: Sequence[nn.Module],
-        ffn: int,
+        feedforwards: Sequence[nn.Module],
         *,
         position: Position | None = None,
         tie: bool = False,
+        memory: Memory | None = None,
     ):
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
         self.position = position.embedding(width) if position else None
-        self.blocks = nn.ModuleList(Block(width, mixer, SwiGLU(width, ffn)) for mixer in mixers)
+        self.blocks = nn.ModuleList(block(width, *parts) for parts in zip(mixers, feedforwards, strict=True))
+        self.memory = memory.stack(width) if memory else None
         self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, vocabulary, bias=False)
         if tie:
             self.head.weight = self.embed.weight
@@ -55,7 +58,16 @@ class Decoder(nn.Module):
         x = self.embed(tokens)
         if self.position is not None:
             x = x + self.position(span)
-        for block in self.blocks:
-            x = block(x, span)
+        x = self._through(x, span) if self.memory is None else self.memory(x, span, self._through)
         x = self.norm(x)
         return self.head(x) if targets is None else token_losses(x, self.head.weight, targets)
+
+    def _through(self, x: Tensor, span: Span) -> Tensor:
+        """[B, T, width] -> [B, T, width]: all layers."""
+        values: Tensor | None = None  # of the first layer that shares them
+        for each in self.blocks:
+            if isinstance(each, ValueBlock):
+                x, values = each(x, span, values)
+            else:
+                x = each(x, span)
+        return x

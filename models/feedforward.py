@@ -1,7 +1,9 @@
-"""The gated feed-forward layer."""
+"""The gated feed-forward layer. Every feed-forward layer is called with (x, span): some look at their neighbours."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from models.span import Span
 
 
 class SwiGLU(nn.Module):
@@ -9,14 +11,14 @@ class SwiGLU(nn.Module):
 
     Args:
         width: of what comes in and goes out.
-        hidden: of what lies between.
+        ffn: width of what lies between.
     """
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, ffn: int):
         super().__init__()
-        self.gate, self.up = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.gate, self.up = nn.Linear(width, ffn, bias=False), nn.Linear(width, ffn, bias=False)
+        self.down = nn.Linear(ffn, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, width] -> [B, T, width]."""
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        """[B, T, width] -> [B, T, width]; the addresses make no difference."""
         return self.down(F.silu(self.gate(x)) * self.up(x))

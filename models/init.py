@@ -26,6 +26,18 @@ def constant(value: float) -> Rule:
     return lambda shape, generator: torch.full(shape, value)
 
 
+def orthogonal(gain: float = 1.0) -> Rule:
+    """Rows, or columns where they are fewer, of length `gain` and at right angles; Saxe et al. 2013 (arXiv:1312.6120)."""
+
+    def rule(shape: torch.Size, generator: torch.Generator) -> Tensor:
+        drawn = torch.randn(max(shape), min(shape), generator=generator, dtype=torch.float64)
+        turned, triangle = torch.linalg.qr(drawn)
+        turned = turned * triangle.diagonal().sign()  # else QR's own choice of signs would show
+        return (gain * (turned if shape[0] >= shape[1] else turned.T)).float()
+
+    return rule
+
+
 def _rule(owner: nn.Module, leaf: str, dims: int) -> Rule:
     if "norm" in type(owner).__name__.lower():
         return constant(0.0 if leaf == "bias" else 1.0)

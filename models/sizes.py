@@ -3,11 +3,13 @@
 Convention, printed with every MFU:
 
 * A multiply and an add are 2 FLOPs. Only matrix products count: linear and convolution weights once for every token that
-  is no padding, and 2 (D + E) for every head and every visible pair of query and key.
+  is no padding, 2 (D + E) for every head and every visible pair of query and key, and the cores of linear time as
+  models/cores.py says. Weights that see no token but as many places each step (`places`) count once for each of those.
 * A pair is visible if the mask says so on the row as it was packed: causal, document by document, inside the window.
   PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) counts every pair of the row, 12 L H Q T a token in training;
   on one causal document ours is half of that, on many short ones far less, so our MFU is the lower one.
-* Training is 3 times forward. What activation checkpointing computes again does not count: utilisation is of useful work.
+* Training is 3 times forward, of long convolutions 2 times. What is computed again (activation checkpointing, the stripes
+  of a scan) and what a chunk adds to the recurrence it stands for do not count: utilisation is of useful work.
 """
 
 import copy
@@ -18,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from models.area import visible_triples
-from models.masks import Mask
-from models.mixing.softmax import Softmax, value_width
+from models.cores import Core, Long, Noted, note
 from models.span import Span
 
 MATRICES = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d)
@@ -41,31 +42,27 @@ class Parameters:
 
 
 @dataclass(frozen=True)
-class Core:
-    """One softmax attention of the model: a query and a key that see each other cost `pair_flops` in each head."""
-
-    mask: Mask
-    heads: int
-    pair_flops: int
-
-
-@dataclass(frozen=True)
 class Flops:
     """Forward FLOPs of a model, for any row."""
 
     token_flops: int
     cores: tuple[Core, ...]
+    convolutions: tuple[Long, ...] = ()
+    step_flops: int = 0
 
     def forward(self, span: Span) -> int:
-        """Of the rows of `span`, whole as they were packed."""
-        kinds = {(core.mask, core.heads) for core in self.cores}
-        triples = {(mask, heads): visible_triples(mask, span, heads) for mask, heads in kinds}
-        pairs = sum(core.pair_flops * triples[core.mask, core.heads] for core in self.cores)
-        return self.token_flops * int(span.valid().sum()) + pairs
+        """Of the rows of `span`, whole as they were packed, with what is done once in a step."""
+        return self._products(span) + sum(core.forward(span) for core in self.convolutions)
 
     def training(self, span: Span) -> int:
         """Forward and backward."""
-        return 3 * self.forward(span)
+        return 3 * self._products(span) + sum(core.training(span) for core in self.convolutions)
+
+    def _products(self, span: Span) -> int:
+        kinds = {(core.mask, core.heads) for core in self.cores}
+        triples = {(mask, heads): visible_triples(mask, span, heads) for mask, heads in kinds}
+        pairs = sum(core.pair_flops * triples[core.mask, core.heads] for core in self.cores)
+        return self.step_flops + self.token_flops * int(span.valid().sum()) + pairs
 
 
 def count_parameters(model: nn.Module) -> Parameters:
@@ -81,19 +78,35 @@ def count_parameters(model: nn.Module) -> Parameters:
 
 
 def count_flops(model: nn.Module) -> Flops:
-    """FLOPs of a model that is called with (tokens, span), by its matrices and by a trace on the meta device."""
+    """FLOPs of a model that is called with (tokens, span), by its matrices and by a trace on the meta device.
+
+    A module whose weights see something else than tokens says so: `places`, how many positions it is given in a step. One
+    that multiplies by matrices that are no weights says how many multiply-adds that is a token: `products`.
+    """
     shares = _shares(model)
-    elements = sum(
-        round(module.weight.numel() * shares[name])
-        for name, module in model.named_modules()
-        if isinstance(module, MATRICES)
-    )
-    cores: list[Core] = []
-    twin = _twin(model, torch.float32)
-    _trace(twin, cores)
+    places = _places(model)
+    each = once = 0
+    for name, module in model.named_modules():
+        elements = getattr(module, "products", 0) + (module.weight.numel() if isinstance(module, MATRICES) else 0)
+        if name in places:
+            once += elements * places[name]
+        else:
+            each += round(elements * shares[name])
+    twin, noted = _twin(model, torch.float32), Noted()
+    note(twin, noted)
     with torch.no_grad():
         twin(*_line(2))
-    return Flops(2 * elements, tuple(cores))
+    return Flops(2 * (each + noted.products), tuple(noted.pairs), tuple(noted.convolutions), 2 * once)
+
+
+def _places(model: nn.Module) -> dict[str, int]:
+    """By module: the positions that it sees in a step, of those that see no tokens."""
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        own = getattr(module, "places", None) or found.get(name.rpartition(".")[0])
+        if own is not None:
+            found[name] = own
+    return found
 
 
 def state_bytes(model: nn.Module, precision: str = "float32", shards: int = 1) -> dict[str, int]:
@@ -145,40 +158,6 @@ def _line(tokens: int) -> tuple[Tensor, Span]:
     return torch.zeros(1, tokens, dtype=torch.long, device="meta"), Span.line(1, tokens, device="meta")
 
 
-def _trace(model: nn.Module, cores: list[Core]) -> None:
-    """Let every Softmax of a twin note what a pair costs it, and give back a mean without computing one."""
-    for leaf in list(model.modules()):
-        if isinstance(leaf, Softmax):
-            leaf.forward = _noting(leaf, cores)
-
-
-def _noting(leaf: Softmax, cores: list[Core]) -> Any:
-    def forward(query: Any, payload: Any, params: Any = (), **addresses: Any) -> Tensor:
-        dim = leaf.score.query_heads[0]
-        heads = query[0].shape[dim] if dim is not None else 1
-        q = leaf.score.operands(query, payload, params)[0]
-        width = value_width(leaf.score, payload, params, query)
-        cores.append(Core(leaf.mask, heads, 2 * (q.shape[-1] + width)))
-        return _Mean.apply((*query[0].shape[:2], heads, width), *query, *payload, *params)
-
-    return forward
-
-
-class _Mean(torch.autograd.Function):
-    """Saves what an attention saves (its inputs, the mean, the mass) and computes nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, shape: tuple[int, ...], *tensors: Tensor) -> Tensor:
-        mean = tensors[0].new_empty(shape)
-        wide = torch.promote_types(mean.dtype, torch.float32)
-        ctx.save_for_backward(*tensors, mean, mean.new_empty(shape[:-1], dtype=wide))
-        return mean
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError
-
-
 def _saved(model: nn.Module, tokens: int) -> tuple[int, list[int], int]:
     """(bytes saved outside blocks, inside each block, bytes of the blocks' inputs) of a forward on the meta device."""
     blocks: list[nn.Module] = [*getattr(model, "blocks", [])]
@@ -205,7 +184,7 @@ def _saved(model: nn.Module, tokens: int) -> tuple[int, list[int], int]:
         block.register_forward_pre_hook(enter)
         block.register_forward_hook(leave)
     sequence, span = _line(tokens)
-    _trace(model, [])
+    note(model, Noted())
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         model(sequence, span, sequence)
     return sums[-1], sums[:-1], inputs

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TEXT, PREFIX, GLOBAL, READ, WRITE = range(5)  # roles
+TEXT, PREFIX, GLOBAL, READ, WRITE, GIVEN = range(6)  # roles; GIVEN, which nobody predicts, is known to batches alone
 PADDING = -1  # the document number of tokens that are none
 
 
@@ -47,6 +47,19 @@ class Span:
     def map(self, move: Any) -> "Span":
         """The span of the tokens that `move` picks or moves ([B, T] -> [B, T']); it forgets the cut."""
         return Span(move(self.pos), move(self.doc), move(self.role))
+
+    def join(self, other: "Span") -> "Span":
+        """The addresses of these tokens, then those of the other ones, of the same rows; joined where they are cut too."""
+        pos, doc, role = (torch.cat(two, 1) for two in zip(self.addresses(), other.addresses(), strict=True))
+        return Span(pos, doc, role, None if self.cut is None else self.cut.join(other.cut))
+
+    def cast(self, role: int) -> "Span":
+        """The same tokens, all in this role; on every rank where they are cut."""
+        return Span(self.pos, self.doc, torch.full_like(self.role, role), None if self.cut is None else self.cut.cast(role))
+
+    def addresses(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(pos, doc, role)."""
+        return self.pos, self.doc, self.role
 
     def opens(self) -> Tensor:
         """[B, T] bool: True where a document begins."""

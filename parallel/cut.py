@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from models.span import PADDING, TEXT, Span
+from models.span import PADDING, READ, TEXT, Span
 from parallel.layout import Layout
 
 
@@ -23,6 +23,8 @@ class Cut:
         spans: every rank's addresses, in rank order.
         whole: the addresses of the whole rows, in global order, padding at the end.
         kept: what drivers worked out from these addresses, for other layers and the backward pass.
+        parts: the two cuts that this one was joined of, or none.
+        role: which all tokens were cast into, or None.
     """
 
     layouts: tuple[Layout, ...]
@@ -31,6 +33,8 @@ class Cut:
     whole: Span
     orders: list = field(default_factory=list, compare=False, repr=False)
     kept: dict = field(default_factory=dict, compare=False, repr=False)
+    parts: tuple["Cut", ...] = ()
+    role: int | None = None
 
     @property
     def ranks(self) -> int:
@@ -64,6 +68,31 @@ class Cut:
             cut = Cut(layouts, rank, spans, self.whole)
             self.kept["group", parts] = Group(replace(spans[rank], cut=cut, plans={}))
         return self.kept["group", parts]
+
+    def join(self, other: "Cut") -> "Cut":
+        """Two rows over the same ranks as one, this one's tokens first; a rank holds its part of each, end to end."""
+        rows = max(len(self.layouts), len(other.layouts))
+        mine, theirs = (c.layouts * (rows // len(c.layouts)) for c in (self, other))
+        spans = tuple(_laid(both) for both in zip(self.spans, other.spans, strict=True))
+        cut = Cut(tuple(a.join(b) for a, b in zip(mine, theirs, strict=True)), self.rank, spans, self.whole)
+        return replace(cut, whole=_laid(spans).map(cut.joined), parts=(self, other))
+
+    def cast(self, role: int) -> "Cut":
+        """The same cut of tokens that all have this role."""
+        return replace(self, spans=tuple(s.cast(role) for s in self.spans), whole=self.whole.cast(role), role=role, kept={})
+
+    def line(self, first: int) -> tuple[Span, ...]:
+        """Every rank's addresses, were each row one document that begins at `first`, behind what was read before it."""
+        if self.parts:
+            return tuple(a.join(b) for a, b in zip(*(part.line(first) for part in self.parts)))
+        tokens = self.layouts[0].tokens
+        span = Span.line(1, tokens) if self.role is None else Span.line(1, tokens).cast(self.role)
+        span = replace(span, pos=span.pos + (first - tokens if self.role == READ else first))
+        return cut_span(span, self.layouts[:1], 0).cut.spans
+
+    def before(self) -> int:
+        """Tokens that were read before the row."""
+        return sum(part.before() for part in self.parts) if self.parts else self.layouts[0].tokens * (self.role == READ)
 
     def shard(self, x: Tensor, fill: float) -> Tensor:
         """[B, tokens, ...] -> [B, each, ...]: the part of this rank."""

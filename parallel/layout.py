@@ -57,6 +57,15 @@ class Layout:
         groups = range(0, self.ranks, parts)
         return Layout(tuple(tuple(_joined(sum(self.runs[g : g + parts], ()))) for g in groups), self.tokens)
 
+    def join(self, other: "Layout") -> "Layout":
+        """Two rows as one: this one's tokens, then the other's, then the padding of both; a rank holds both its parts."""
+        middle, end = self.tokens, self.tokens + other.tokens
+        runs = (
+            (*_placed(a, self.tokens, 0, end), *_placed(b, other.tokens, middle, end + self.length - self.tokens))
+            for a, b in zip(self.runs, other.runs, strict=True)
+        )
+        return Layout(tuple(runs), end)
+
     def index(self, rank: int) -> Tensor:
         """[each] int64: the global index of every token on `rank`."""
         return torch.cat([torch.arange(start, stop) for start, stop in self.runs[rank]])
@@ -118,6 +127,16 @@ def _slice(runs: Sequence[Run], skip: int, size: int) -> tuple[Run, ...]:
         if a < b:
             out.append((a, b))
     return tuple(out)
+
+
+def _placed(runs: Sequence[Run], tokens: int, first: int, spare: int) -> list[Run]:
+    """Runs of a row of `tokens` that now begins at `first`, with its padding from `spare` on."""
+    out: list[Run] = []
+    for start, stop in runs:
+        edge = min(max(start, tokens), stop)
+        both = (start + first, edge + first), (edge - tokens + spare, stop - tokens + spare)
+        out += [(a, b) for a, b in both if a < b]
+    return out
 
 
 def _up(size: int, step: int) -> int:

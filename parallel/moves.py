@@ -70,6 +70,18 @@ class Wire:
         self.count(name, (sending.numel() - counts[self.rank]) * sending.element_size())
         return list(taken.split(list(sizes)))
 
+    def hand(self, tensors: Sequence[Tensor], to: int, name: str) -> "Arrival":
+        """Hand tensors to one rank, which takes them in the same order. Starts; `wait` before the process leaves."""
+        out, whom = [t.contiguous() for t in tensors], dist.get_global_rank(self.group, to)
+        self.count(name, sum(t.numel() * t.element_size() for t in out))
+        return Arrival([dist.isend(t, whom, self.group) for t in out if t.numel()], [], out)
+
+    def take(self, likes: Sequence[Tensor], source: int) -> list[Tensor]:
+        """What one rank hands over: tensors of these shapes and dtypes. Waits for them."""
+        into = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in likes]
+        whom = dist.get_global_rank(self.group, source)
+        return Arrival([dist.irecv(t, whom, self.group) for t in into if t.numel()], into, []).wait()
+
 
 Grid = tuple[Wire, Wire]  # the ranks that trade heads, and those of the ring
 

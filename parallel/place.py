@@ -1,16 +1,18 @@
 """From a model written for one device to a model in training: every change to it, in the one order that works.
 
-Sequence first (it swaps leaves), then activation checkpointing (so that a block computed again exchanges as it did),
-then compilation, then sharding: FSDP2 gathers a block's parameters around the whole, once for what is computed again.
+Sequence and experts first (leaves are swapped), then activation checkpointing (so that a block computed again exchanges as
+it did), then compilation, then sharding: FSDP2 gathers a block's parameters around the whole, once for what is computed again.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from models.mixing.kept import tapes
+from models.mixing.softmax import Softmax
 from parallel.engines.engine import Engine, blocks_of
 from parallel.moves import Wire
 from parallel.spread import spread
@@ -24,24 +26,22 @@ def place(model: nn.Module, engine: Engine, *, method: str = "auto") -> Wire | N
         method: how attention is shared over the ranks of a context group, see parallel.spread.
 
     Returns:
-        The wire that the drivers send over, or None where a rank has its sequence to itself and nothing was swapped.
+        The wire that the drivers send over, or None where a rank has its sequence and all experts to itself.
     """
     mesh, wire = engine.mesh, None
-    if mesh.context_size > 1:
-        grid = (mesh.heads_group, mesh.ring_group) if mesh.heads_group is not None else None
-        wire = spread(model, mesh.context_group, method, grid=grid)
-    if engine.checkpointing == "full":
-        around(blocks_of(model), compute_again)
-    if engine.compile:
-        around(blocks_of(model), torch.compile)
+    shares = mesh.context_size > 1
+    if shares or mesh.experts_group is not None:
+        grid = (mesh.heads_group, mesh.ring_group) if shares and mesh.heads_group is not None else None
+        wire = spread(model, mesh.context_group if shares else None, method, grid=grid, experts=mesh.experts_group)
+    for block in blocks_of(model):
+        if engine.checkpointing == "full":
+            block.forward = compute_again(block.forward)
+        elif engine.checkpointing == "selective":
+            block.forward = compute_all_but_attention_again(block)
+        if engine.compile:
+            block.forward = torch.compile(block.forward)  # no module is put in between: names stay as they are
     engine.wrap(model)
     return wire
-
-
-def around(blocks: Iterable[nn.Module], change: Callable[[Callable], Callable]) -> None:
-    """Replace each block's forward by change(forward). No module is put in between: names stay as they are."""
-    for block in blocks:
-        block.forward = change(block.forward)
 
 
 def compute_again(forward: Callable) -> Callable:
@@ -50,3 +50,12 @@ def compute_again(forward: Callable) -> Callable:
     The state of random generators is not kept: no step draws from one (dropout is a function of the token's address).
     """
     return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def compute_all_but_attention_again(block: nn.Module) -> Callable:
+    """As `compute_again`, but every attention's mean and mass are kept: keys do not go round the ring a third time.
+
+    Where heads are traded for tokens, attention is not computed again, but the trade is made again.
+    """
+    leaves = [leaf.kept for leaf in block.modules() if isinstance(leaf, Softmax)]
+    return partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=partial(tapes, leaves))

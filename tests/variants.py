@@ -42,7 +42,7 @@ from models.recurrent.performer import Performer
 from models.recurrent.retention import Retention
 from models.recurrent.rwkv6 import Rwkv6
 from models.recurrent.rwkv7 import Rwkv7
-from models.recurrent.shift import ChannelMix
+from models.recurrent.shift import ChannelMix, GatedChannelMix
 
 WIDTH, HEADS = 24, 6
 
@@ -76,6 +76,25 @@ class Taught(nn.Module):
 
     def forward(self, x, span):
         return self.inner(x, span) + self.inner.auxiliary["indexer"][..., None]
+
+
+class Awake(Rwkv7):
+    """RWKV-7 whose low-rank maps do not begin at 0, so that all their gradients count."""
+
+    def initial(self):
+        return {name: normal(0.3) if "down" in name else rule for name, rule in super().initial().items()}
+
+
+class Stacked(nn.Module):
+    """Two RWKV-7 layers, the second drawn toward the values of the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.lower, self.upper = (Awake(WIDTH, HEADS, layer, 2, rank=5) for layer in range(2))
+
+    def forward(self, x, span):
+        y, first = self.lower.values(x, span, None)
+        return self.upper.values(x + y, span, first)[0]
 
 
 VARIANTS: dict[str, Callable[[], nn.Module]] = {
@@ -119,8 +138,10 @@ VARIANTS: dict[str, Callable[[], nn.Module]] = {
     "retention": lambda: Retention(WIDTH, HEADS),
     "gated_linear": lambda: GatedLinear(WIDTH, HEADS, rank=5),
     "rwkv6": lambda: Rwkv6(WIDTH, HEADS, 1, 3, rank=5),
-    "rwkv7": lambda: Rwkv7(WIDTH, HEADS, 1, 3, rank=5),
-    "channel_mix": lambda: ChannelMix(WIDTH, 30, depth=0.5),
+    "rwkv7": lambda: Awake(WIDTH, HEADS, 1, 3, rank=5),
+    "rwkv7_stacked": Stacked,
+    "channel_mix": lambda: ChannelMix(WIDTH, 30, 1, 2),
+    "gated_channel_mix": lambda: GatedChannelMix(WIDTH, 30, 1, 2),
     "delta": lambda: DeltaNet(WIDTH, HEADS),
     "gated_delta": lambda: GatedDeltaNet(WIDTH, HEADS, reflect=True),
     "mamba2": lambda: Mamba2(WIDTH, HEADS, state=5),

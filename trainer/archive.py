@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from trainer.config import BAD_RUN, Fault
-from trainer.manifest import LABELS, broken, ravel, read_manifest, unravel
+from trainer.manifest import DTYPES, LABELS, broken, ravel, read_manifest, unravel
 from trainer.shards import ShardReader
 
 NAME = re.compile(r"step_(\d{8,})")
@@ -165,6 +165,25 @@ class Archive:
             )
         trees = {key: manifest["state"][key] for key in state}
         return Saved(manifest["step"], ravel(trees, tensors), manifest["extra"])
+
+    def blank(self, place: Path | str, part: str) -> dict[str, Any]:
+        """Empty tensors of the names and shapes that a part of the checkpoint has, for `load` to fill; {} where it has none.
+
+        Raises:
+            Fault: the checkpoint has no manifest, or a damaged one.
+        """
+        try:
+            manifest = read_manifest(Path(place))
+        except (ValueError, OSError) as error:
+            raise Fault(f"cannot resume from {place}: {error}; name another checkpoint, or resume=auto", BAD_RUN) from error
+
+        def empty(tree: Any) -> Any:
+            if "$tensor" in tree:
+                entry = manifest["tensors"][tree["$tensor"]]
+                return torch.empty(entry["size"], dtype=DTYPES[entry["dtype"]])
+            return {key: empty(below) for key, below in tree.items()}
+
+        return empty(manifest["state"].get(part, {}))
 
     def close(self) -> None:
         """Give the communication back; the object is of no further use."""

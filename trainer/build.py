@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from models.memory.memory import Memory
+from models.past import name_carriers
 from trainer.config import Config, Fault, Model, Node
 
 TARGET = "_target_"
@@ -125,24 +127,53 @@ def _value(value: Any, offers: Mapping[str, Any], where: str) -> Any:
     return value
 
 
+def takes(config: Config, part: str) -> bool:
+    """Whether the model's constructor has a parameter of that name; one without mixers has no layers to build here."""
+    return part in parameters(find_class(config.model.target, "model"))
+
+
 def labels(config: Config) -> list[str]:
-    """The label of every layer's mixer; 'mixer' where `mixer=` replaces the pattern."""
+    """The label of every layer's mixer; 'mixer' where `mixer=` replaces the pattern; none where the model takes none."""
+    if not takes(config, "mixers"):
+        return []
     if config.mixer is not None:
         return ["mixer"] * config.model.layers
-    pattern = config.model.pattern
-    if not pattern:
-        raise Fault("model.pattern is empty and mixer= is not set; choose one, for example mixer=full")
-    for label in pattern:
-        if label not in config.model.mixers:
-            raise Fault(f"model.pattern names {label}, which model.mixers lacks{nearest(label, config.model.mixers)}")
-    return [pattern[layer % len(pattern)] for layer in range(config.model.layers)]
+    return _dealt(config, "pattern", "mixers", "mixer= is not set; choose one, for example mixer=full")
+
+
+def feedforward_labels(config: Config) -> list[str]:
+    """The label of every layer's feed-forward; 'feedforward' where `model.feedforward` replaces the pattern; likewise."""
+    if not takes(config, "feedforwards"):
+        return []
+    if config.model.feedforward is not None:
+        return ["feedforward"] * config.model.layers
+    way = "model.feedforward is not set; name a class, as model.feedforward._target_=models.feedforward.SwiGLU"
+    return _dealt(config, "feedforward_pattern", "feedforwards", way)
+
+
+def _dealt(config: Config, pattern: str, group: str, way: str) -> list[str]:
+    """A pattern of labels, repeated or cut to the layers."""
+    asked, known = getattr(config.model, pattern), getattr(config.model, group)
+    if not asked:
+        raise Fault(f"model.{pattern} is empty and {way}")
+    for label in asked:
+        if label not in known:
+            raise Fault(f"model.{pattern} names {label}, which model.{group} lacks{nearest(label, known)}")
+    return [asked[layer % len(asked)] for layer in range(config.model.layers)]
 
 
 def mixer_node(config: Config, label: str) -> tuple[str, Node]:
-    """Where a label's node stands in the config, and the node."""
+    """Where the node of a mixer's label stands in the config, and the node."""
     if config.mixer is not None:
         return "mixer", config.mixer
     return f"model.mixers.{label}", config.model.mixers[label]
+
+
+def feedforward_node(config: Config, label: str) -> tuple[str, Node]:
+    """Where the node of a feed-forward's label stands in the config, and the node."""
+    if config.model.feedforward is not None:
+        return "model.feedforward", config.model.feedforward
+    return f"model.feedforwards.{label}", config.model.feedforwards[label]
 
 
 def offered(config: Config, vocabulary: int) -> dict[str, Any]:
@@ -172,7 +203,7 @@ def ffn_width(config: Config) -> int:
 
 
 def model_node(config: Config) -> dict[str, Any]:
-    """The model's node without what is offered to it: its sizes and its mixers."""
+    """The model's node without what is offered to it: its sizes, mixers and feed-forward layers."""
     return {key: value for key, value in plain(config.model).items() if key not in Model.model_fields}
 
 
@@ -185,13 +216,34 @@ def build_model(config: Config, vocabulary: int) -> nn.Module:
         Fault: any setting that no constructor takes, or that a constructor refuses.
     """
     offers = offered(config, vocabulary)
-    mixers = []
-    for layer, label in enumerate(labels(config)):
-        where, node = mixer_node(config, label)
-        place = build(config.position, offers, "position")
-        mixers.append(build(node, {**offers, "position": place, "layer": layer}, where))
+    parts: dict[str, list[nn.Module]] = {"mixers": [], "feedforwards": []}
+    for layer, (label, beside) in enumerate(zip(labels(config), feedforward_labels(config))):
+        for kind, (where, node) in zip(parts, (mixer_node(config, label), feedforward_node(config, beside))):
+            place = build(config.position, offers, "position")
+            parts[kind].append(build(node, {**offers, "position": place, "layer": layer}, where))
+    memory = build_memory(config, offers)
+    parts["mixers"] = [_around(memory, mixer, {**offers, "layer": layer}) for layer, mixer in enumerate(parts["mixers"])]
     place = build(config.position, offers, "position")
-    return build(model_node(config), {**offers, "position": place, "mixers": mixers}, "model")
+    model = build(model_node(config), {**offers, "position": place, "memory": memory, **parts}, "model")
+    name_carriers(model)
+    return model
+
+
+def memory_node(config: Config) -> dict[str, Any]:
+    """The node of the memory, without its name."""
+    return {key: value for key, value in plain(config.memory).items() if key != "name"}
+
+
+def build_memory(config: Config, offers: Mapping[str, Any]) -> Memory:
+    """What `memory=` names; one for the whole model."""
+    return build(memory_node(config), offers, "memory")
+
+
+def _around(memory: Memory, mixer: nn.Module, sizes: Mapping[str, Any]) -> nn.Module:
+    try:
+        return memory.around(mixer, **sizes)
+    except ValueError as error:
+        raise Fault(f"memory: {error}") from error
 
 
 def sizes_taken(config: Config, vocabulary: int) -> dict[str, dict[str, Any]]:
@@ -199,10 +251,11 @@ def sizes_taken(config: Config, vocabulary: int) -> dict[str, dict[str, Any]]:
     offers = offered(config, vocabulary)
     inside = {**offers, "position": config.position.target.rpartition(".")[2]}
     places = dict(mixer_node(config, label) for label in labels(config))
+    places |= dict(feedforward_node(config, label) for label in feedforward_labels(config))
     return {
         "position": taken(config.position, offers, "position"),
         **{where: taken(node, inside, where) for where, node in places.items()},
-        "model": taken(model_node(config), inside, "model"),
+        "model": taken(model_node(config), {**inside, "memory": config.memory.name}, "model"),
     }
 
 

@@ -8,18 +8,21 @@ from collections.abc import Callable, Collection, Iterator
 
 import torch
 
+from parallel.engines.engine import SELECTIVE
+from parallel.engines.experts import unshared
 from parallel.launch import attempt, machine
 from parallel.layout import POLICIES
+from parallel.mesh import misfits
 from parallel.spread import METHODS, refusals
 from trainer import build, directory
-from trainer.config import Config, Fault
+from trainer.config import Config, Fault, Memory
 from trainer.data.opening import check as look_at
 from trainer.data.sources import build as build_source
+from trainer.unmet import unplaced, unsayable, whole_only
 
 RANKS_PER_CORE = 8
-MEMORIES = ("none",)
+NO_MEMORY = Memory.model_fields["target"].default
 MATCHES = ("none",)
-CHECKPOINTING = ("none", "full")
 LAUNCHES = ("local",)
 
 
@@ -100,29 +103,24 @@ def built(config: Config) -> Iterator[str]:
     tables: list[tuple[str, str, Collection[str], str]] = [
         ("parallel.method", parallel.method, ("auto", *METHODS), "ring"),
         ("parallel.layout", parallel.layout, tuple(POLICIES), "zigzag"),
-        ("memory", config.memory.name, MEMORIES, "none"),
         ("match", config.match, MATCHES, "none"),
-        ("engine.checkpointing", config.engine.checkpointing, CHECKPOINTING, "full"),
         ("launch", config.launch.name, LAUNCHES, "local"),
     ]
     for key, wish, there, instead in tables:
         if wish not in there:
             yield f"{key}={wish} is not built yet; use {key}={instead} (there is: {', '.join(there)})"
-    if parallel.experts > 1:
-        yield f"parallel.experts={parallel.experts}: no model with experts is built yet; use parallel.experts=1"
     for key, wish in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline)):
         if wish != 1:
             yield (
                 f"parallel.{key}={wish}: {key} parallelism is out of Longspan's scope; use parallel.{key}=1, share the "
                 f"sequence with parallel.context={wish}, and the parameters with engine=fsdp"
             )
-    if config.memory.name == "none" and config.memory.length:
-        yield f"memory.length={config.memory.length}, but memory=none carries nothing; use memory.length=0"
 
 
 def spreading(config: Config) -> Iterator[str]:
-    """Whether a sequence can be shared as asked."""
+    """Whether a sequence can be shared as asked, and whether the ranks make the groups that experts and replicas need."""
     parallel = config.parallel
+    yield from misfits(parallel.ranks, parallel.experts, config.engine.replicas or 1)
     heads, context = config.model.heads, parallel.context
     if parallel.method == "heads" and context > heads:
         yield (
@@ -178,11 +176,14 @@ def engine(config: Config) -> Iterator[str]:
     there = importlib.util.find_spec(asked.target.rpartition(".")[0] or asked.target)
     if there is None:
         yield f"engine={asked.name} is not built yet; use engine=fsdp"
+    if asked.checkpointing == "selective" and asked.compile:
+        yield SELECTIVE
     if asked.name == "deepspeed" and config.precision == "float64":
         yield "precision=float64: DeepSpeed has no float64; use engine=fsdp or engine=single, or precision=float32"
     for key, value, owner in (
         ("zero", asked.zero, "deepspeed"),
         ("reshard_after_forward", asked.reshard_after_forward, "fsdp"),
+        ("replicas", asked.replicas, "fsdp"),
     ):
         if value is not None and asked.name != owner:
             shown = str(value).lower()
@@ -198,16 +199,30 @@ def nodes(config: Config) -> Iterator[str]:
         yield from build.judge(config.mixer, within, "mixer")
     for label, node in config.model.mixers.items():
         yield from build.judge(node, within, f"model.mixers.{label}")
-    try:
-        build.labels(config)
-    except Fault as fault:
-        yield str(fault)
-    yield from build.judge(build.model_node(config), {**within, "mixers": None}, "model")
-    for where, node in (("optim", config.optim), ("schedule", config.schedule)):
-        if faults := build.judge(node, {}, where):
+    if config.model.feedforward is not None:
+        yield from build.judge(config.model.feedforward, within, "model.feedforward")
+    for label, node in config.model.feedforwards.items():
+        yield from build.judge(node, within, f"model.feedforwards.{label}")
+    for labels in (build.labels, build.feedforward_labels):
+        try:
+            labels(config)
+        except Fault as fault:
+            yield str(fault)
+    yield from unplaced(config)
+    within |= {"mixers": None, "feedforwards": None, "memory": None}
+    yield from build.judge(build.model_node(config), within, "model")
+    if config.memory.carries == (config.memory.target == NO_MEMORY):
+        yield f"memory.name={config.memory.name}, but memory._target_={config.memory.target}; use memory={config.memory.name}"
+    sizes = build.offered(config, 1)
+    for where, node, given in (
+        ("optim", config.optim, {}),
+        ("schedule", config.schedule, {}),
+        ("memory", build.memory_node(config), sizes),
+    ):
+        if faults := build.judge(node, given, where):
             yield from faults
         else:
-            yield from _tried(lambda where=where, node=node: build.build(node, {}, where))
+            yield from _tried(lambda where=where, node=node, given=given: build.build(node, given, where))
 
 
 def _tried(attempt: Callable[[], object]) -> Iterator[str]:
@@ -225,7 +240,9 @@ def data(config: Config) -> Iterator[str]:
     if faults := build.judge(node, {}, "data"):
         yield from faults
     else:
-        yield from look_at(node)
+        evaluates = bool(config.evaluation.every) and node.get("held_out") != 0
+        yield from look_at(node, evaluates=evaluates, context_length=config.context_length, lanes=config.memory.carries)
+        yield from unsayable(config)
 
 
 def model(config: Config, given: Collection[str]) -> Iterator[str]:
@@ -243,8 +260,11 @@ def model(config: Config, given: Collection[str]) -> Iterator[str]:
     except Fault as fault:
         yield str(fault)
         return
+    yield from whole_only(config, built_model)
     if config.parallel.context > 1:
         yield from refusals(built_model, config.parallel.method)
+    if config.parallel.experts > 1:
+        yield from unshared(built_model, config.parallel.experts)
     for who in (place, built_model):
         limit = getattr(who, "max_length", None)
         if limit is not None and limit < config.context_length:
@@ -252,5 +272,7 @@ def model(config: Config, given: Collection[str]) -> Iterator[str]:
     taken = [name for each in build.sizes_taken(config, tokens).values() for name in each]
     if config.model.max_length is not None and "max_length" not in taken:  # a limit; sizes are offers, which the log lists
         yield f"model.max_length={config.model.max_length}, but nothing in this model takes it; use model.max_length=null"
+    if config.memory.carries and "memory" not in taken:
+        yield f"memory={config.memory.name}, but {type(built_model).__name__} takes no memory; leave memory= out"
     if "position" in given and "position" not in taken:
         yield f"position={config.position.target}, but nothing in this model takes a position; leave position= out"

@@ -58,7 +58,7 @@ class Node(Part):
 
 
 class Model(Node):
-    """The whole model; `pattern` lists labels of `mixers` and is repeated or cut to `layers`."""
+    """The whole model; a pattern lists labels of nodes and is repeated or cut to `layers`."""
 
     width: Count = Field(description="features of the residual stream")
     layers: Count = Field(description="blocks")
@@ -71,13 +71,22 @@ class Model(Node):
     max_length: Count | None = Field(default=None, description="longest document position the model may meet; null = any")
     pattern: list[str] = Field(default=[], description="labels of mixers, repeated or cut to layers")
     mixers: dict[str, Node] = Field(default={}, description="the mixers that pattern names")
+    feedforward: Node | None = Field(default=None, description="one for all layers; replaces feedforward_pattern")
+    feedforward_pattern: list[str] = Field(default=[], description="labels of feedforwards, repeated or cut to layers")
+    feedforwards: dict[str, Node] = Field(default={}, description="the feed-forward layers that feedforward_pattern names")
 
 
-class Memory(Part):
-    """What is carried from one row to the next."""
+class Memory(Node):
+    """What is carried from one row of a lane to the next."""
 
+    target: str = Field("models.memory.memory.Memory", alias="_target_", min_length=3, description="the class to build")
     name: str = Field(default="none", description="none, segments, tokens, lookup or compressive")
     length: Natural = Field(default=0, description="tokens carried")
+
+    @property
+    def carries(self) -> bool:
+        """Whether rows are read in lanes, each of which goes on from step to step."""
+        return self.name != "none"
 
 
 class Data(Node):
@@ -107,7 +116,7 @@ class Parallel(Part):
 
     context: Count = Field(default=1, description="ranks that share one sequence")
     data: Count = Field(default=1, description="groups that read different rows")
-    experts: Count = Field(default=1, description="ranks that share the experts")
+    experts: Count = Field(default=1, description="neighbouring ranks that hold all experts between them")
     micro_batch: Literal["auto"] | Count = Field(default="auto", description="rows per rank and forward")
     method: Literal["auto", "ring", "heads", "fetch", "usp"] = Field(
         default="auto", description="how softmax attention is spread"
@@ -133,7 +142,12 @@ class Engine(Node):
         default=None, description="DeepSpeed's stage; only engine=deepspeed"
     )
     reshard_after_forward: bool | None = Field(default=None, description="free gathered weights at once; only engine=fsdp")
-    checkpointing: Literal["none", "full", "selective"] = Field(default="none", description="activations computed twice")
+    replicas: Count | None = Field(
+        default=None, description="times that parameters are held, each time sharded over ranks of its own; only engine=fsdp"
+    )
+    checkpointing: Literal["none", "full", "selective"] = Field(
+        default="none", description="computed twice: nothing, blocks, or blocks but for their attention"
+    )
     compile: bool = Field(default=False, description="torch.compile, block by block")
 
 
@@ -194,7 +208,7 @@ class Config(Part):
     model: Model
     mixer: Node | None = Field(default=None, description="one mixer for all layers; replaces model.pattern")
     position: Node
-    memory: Memory = Memory()
+    memory: Memory = Field(default_factory=lambda: Memory.model_validate({}))
     data: Data
     optim: Optim
     schedule: Schedule

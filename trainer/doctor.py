@@ -10,7 +10,7 @@
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,10 +22,13 @@ from models.init import initial_tensor
 from models.loss import IGNORE
 from models.masks import visible
 from models.mixing.softmax import Softmax
+from models.past import Past
 from models.span import Span
 from parallel.cut import cut_span
 from parallel.layout import layouts
 from parallel.mesh import Mesh
+from parallel.moves import Wire
+from parallel.past import DealtPast
 from parallel.spread import DRIVERS, spread
 from trainer.build import build_model
 from trainer.config import Config
@@ -33,7 +36,7 @@ from trainer.directory import plain
 
 TOKENS, VOCABULARY, HEAD_WIDTH = 121, 29, 8
 BOUND = 1e-11  # of a tensor's largest magnitude, in float64
-COUNTS_TOKENS = ("reach", "size", "block", "length", "every", "top")  # settings of mixers that shrink with the row
+COUNTS_TOKENS = ("reach", "size", "block", "length", "every", "top", "segment")  # settings that shrink with the row
 BREAKS = ("mask", "scale", "leak", "order")
 
 
@@ -57,7 +60,7 @@ def small(config: Config) -> Config:
     pattern = len(model["pattern"]) if tree["mixer"] is None else 1
     model |= {"width": HEAD_WIDTH * model["heads"], "ffn": 2 * HEAD_WIDTH * model["heads"], "vocabulary": None}
     model["layers"] = min(model["layers"], max(2, pattern))
-    for node in [*model["mixers"].values(), *([tree["mixer"]] if tree["mixer"] else [])]:
+    for node in [*model["mixers"].values(), *([tree["mixer"]] if tree["mixer"] else []), tree["memory"]]:
         for key in COUNTS_TOKENS:
             if node.get(key) and ratio < 1:
                 node[key] = _fewer(node[key], ratio)
@@ -69,16 +72,21 @@ def _fewer(value: Any, ratio: float) -> Any:
     return [_fewer(v, ratio) for v in value] if isinstance(value, list) else max(2, round(value * ratio))
 
 
-def rows() -> Span:
-    """Two packed rows of uneven documents, one of a single token, and some padding."""
-    pos, doc = torch.zeros(2, TOKENS, dtype=torch.long), torch.full((2, TOKENS), -1)
-    for row, lengths in enumerate(([37, 1, 52, 23], [5, 90, 19])):
+ALONE = ([37, 1, 52, 23], [5, 90, 19])  # lengths of the documents of two rows; the rest is padding
+LANES = ([37, 1, 52, 60, 1, 80], [5, 90, 147])  # of two lanes, for a memory: two rows each, cut inside a document
+
+
+def rows(lengths: Sequence[Sequence[int]] = ALONE, first: int = 0) -> Span:
+    """Packed rows of uneven documents, one of a single token, and some padding: tokens `first` and on of each lane."""
+    pos, doc = torch.zeros(2, first + TOKENS, dtype=torch.long), torch.full((2, first + TOKENS), -1)
+    for row, lane in enumerate(lengths):
         start = 0
-        for number, length in enumerate(lengths):
-            pos[row, start : start + length] = torch.arange(length)
-            doc[row, start : start + length] = number
-            start += length
-    return Span.of(pos, doc)
+        for number, length in enumerate(lane):
+            stop = min(start + length, first + TOKENS)
+            pos[row, start:stop] = torch.arange(stop - start)
+            doc[row, start:stop] = number
+            start = stop
+    return Span.of(pos[:, first:], doc[:, first:])
 
 
 def built(config: Config) -> nn.Module:
@@ -111,9 +119,6 @@ class Examination:
         self.layouts = layouts(config.parallel.layout, self.span, mesh.context_size, heads=mesh.heads_size)
         generator = torch.Generator().manual_seed(3)
         self.tokens = torch.randint(VOCABULARY, self.span.shape, generator=generator)
-        ends = torch.roll(self.span.doc, -1, 1) != self.span.doc
-        ends[:, -1] = True
-        self.targets = torch.where(ends | ~self.span.valid(), IGNORE, torch.roll(self.tokens, -1, 1))
 
     def findings(self) -> Iterator[Finding]:
         """Every line of the table, the same on every rank."""
@@ -126,12 +131,29 @@ class Examination:
         return here.cut.shard(x, fill), here
 
     def _parity(self) -> Iterator[Finding]:
-        want = self.one(self.tokens, self.span, self.targets)
+        """One row of each lane; with a memory two, the second of which goes on from the first."""
+        carries = self.config.memory.carries
+        pasts = (Past(), DealtPast(Wire(self.mesh.context_group))) if carries else (None, None)
+        for number, span in enumerate([rows(LANES), rows(LANES, TOKENS)] if carries else [self.span]):
+            error = self._compared(span, *pasts)
+            yield self._line("parity", "losses of rows that go on" if number else "losses", error)
+        yield self._gradients()
+
+    def _compared(self, span: Span, past: Past | None, dealt: Past | None) -> float:
+        """How far the losses of a row differ; adds up gradients."""
+        cut = layouts(self.config.parallel.layout, span, self.mesh.context_size, heads=self.mesh.heads_size)
+        here, targets = cut_span(span, cut, self.mesh.context_rank), _targets(self.tokens, span)
+        want = self.one(self.tokens, past.enter(span) if past else span, targets)
         want.sum().backward()
-        tokens, here = self._cut(self.tokens, 0)
-        got = self.many(tokens, here, here.cut.shard(self.targets, IGNORE))
+        part, aims = here.cut.shard(self.tokens, 0), here.cut.shard(targets, IGNORE)
+        got = self.many(part, dealt.enter(here) if dealt else here, aims)
         got.sum().backward()
-        yield self._line("parity", "losses", _relative(got.detach(), here.cut.shard(want.detach(), 0)))
+        for each in (past, dealt):
+            if each is not None:
+                each.advance()
+        return _relative(got.detach(), here.cut.shard(want.detach(), 0))
+
+    def _gradients(self) -> Finding:
         worst, where = 0.0, "no parameter"
         for (name, a), b in zip(self.one.named_parameters(), self.many.named_parameters(), strict=True):
             grad = torch.zeros_like(b[1]) if b[1].grad is None else b[1].grad
@@ -139,7 +161,7 @@ class Examination:
             error = _relative(grad, torch.zeros_like(a) if a.grad is None else a.grad)
             worst, where = max((worst, where), (error, name))
         count = sum(1 for _ in self.one.parameters())
-        yield self._line("parity", f"gradients of {count} parameters", worst, note=f"worst: {where}" if worst else "")
+        return self._line("parity", f"gradients of {count} parameters", worst, note=f"worst: {where}" if worst else "")
 
     @torch.no_grad()
     def _logits(self, tokens: Tensor) -> Tensor:
@@ -198,6 +220,13 @@ def _relative(got: Tensor, want: Tensor) -> float:
     if not got.numel():
         return 0.0
     return ((got - want).abs().max() / want.abs().max().clamp_min(1e-12)).item()
+
+
+def _targets(tokens: Tensor, span: Span) -> Tensor:
+    """[B, T]: the next token of the same document, IGNORE where there is none."""
+    ends = torch.roll(span.doc, -1, 1) != span.doc
+    ends[:, -1] = True
+    return torch.where(ends | ~span.valid(), IGNORE, torch.roll(tokens, -1, 1))
 
 
 def _largest(moved: Tensor, where: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Held-out loss, and what it is made of: the loss at each distance into a document, on the sharded model.
+"""Held-out loss, and what it is made of: the loss at each distance into a document, and grades of a task; on the sharded model.
 
 Letters: m rows of a micro-batch, c tokens of a row that this rank holds.
 """
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from models.loss import IGNORE
 from trainer.data.stream import Stream
+from trainer.data.tasks.task import Grades, Task
+from trainer.lanes import Lanes
 from trainer.share import Share
 
 BUCKETS = 48  # positions 0, 1, 2 to 3, 4 to 7, ...: enough for any row
@@ -21,11 +23,13 @@ class Evaluated(NamedTuple):
     """Held-out loss in nats per token, how many tokens it was taken over, and the same by position.
 
     by_position: [{"begin", "end", "loss": nats, "tokens": how many}] over half-open ranges of positions in the document.
+    graded: {name: share}, how a task grades what the model finds likeliest at each target; empty where the data is no task.
     """
 
     loss: float
     tokens: int
     by_position: list[dict[str, Any]]
+    graded: dict[str, float] = {}  # never written to
 
 
 def bucket(pos: Tensor) -> Tensor:
@@ -34,18 +38,32 @@ def bucket(pos: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, share: Share, stream: Stream, batches: int, stop: Callable[[], bool]) -> Evaluated | None:
-    """The loss over the first `batches` held-out batches, the same on every rank; None when `stop` says so (all ranks)."""
+def evaluate(
+    model: nn.Module, share: Share, stream: Stream, batches: int, stop: Callable[[], bool], lanes: Lanes | None = None
+) -> Evaluated | None:
+    """The loss over the first `batches` held-out batches, the same on every rank; None when `stop` says so (all ranks).
+
+    Args:
+        lanes: new ones, where batches go on from one another.
+    """
     cursor = stream.start()
     sums = torch.zeros(2, BUCKETS, dtype=torch.float64, device=share.mesh.device)
+    task: Task | None = getattr(stream, "task", None)
+    grades: Grades = {}
     many = batches if stream.batches is None else min(batches, stream.batches)
     for _ in range(many):
         if stop():
             return None
         batch, cursor = stream.read(cursor)
-        for piece, _ in share(batch):
-            losses = model(piece.tokens, piece.span, piece.targets).to(torch.float64)
+        for number, (piece, _) in enumerate(share(batch)):
+            span = piece.span if lanes is None else lanes.enter(number, piece.span)
+            losses = model(piece.tokens, span, piece.targets).to(torch.float64)
             valid = piece.targets != IGNORE
+            if task is not None:
+                said = model(piece.tokens, span).argmax(-1)
+                grades = _added(grades, task.grade(said[valid].cpu().numpy(), piece.targets[valid].cpu().numpy()))
+            if lanes is not None:
+                lanes.advance(number)
             where = bucket(piece.span.pos)[valid]
             sums[0].index_add_(0, where, losses[valid])
             sums[1].index_add_(0, where, torch.ones_like(losses[valid]))
@@ -57,4 +75,18 @@ def evaluate(model: nn.Module, share: Share, stream: Stream, batches: int, stop:
         for b in range(BUCKETS)
         if count[b]
     ]
-    return Evaluated(float(total.sum() / count.sum().clamp_min(1)), int(count.sum()), found)
+    graded = _shares(grades, share)
+    return Evaluated(float(total.sum() / count.sum().clamp_min(1)), int(count.sum()), found, graded)
+
+
+def _added(a: Grades, b: Grades) -> Grades:
+    """Counts of two lots of targets together."""
+    return {name: (many + a.get(name, (0, 0))[0], of + a.get(name, (0, 0))[1]) for name, (many, of) in b.items()}
+
+
+def _shares(grades: Grades, share: Share) -> dict[str, float]:
+    """What was counted, over all ranks, as shares of 1; the names are the same on every rank."""
+    counts = torch.tensor([grades[name] for name in sorted(grades)], dtype=torch.float64, device=share.mesh.device)
+    if share.mesh.world_group is not None and len(counts):
+        dist.all_reduce(counts, group=share.mesh.world_group)
+    return {name: many / max(of, 1.0) for name, (many, of) in zip(sorted(grades), counts.tolist())}

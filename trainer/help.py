@@ -36,7 +36,7 @@ def _keys(part: BaseModel, prefix: str) -> list[str]:
     lines = []
     for name, info in type(part).model_fields.items():
         value = getattr(part, name)
-        if name in ("target", "mixers"):
+        if name in ("target", "mixers", "feedforwards"):
             continue
         if isinstance(value, BaseModel):
             lines += _keys(value, f"{prefix}{name}.")

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from models.auxiliary import auxiliary, begin
+from models.auxiliary import auxiliary, begin, settle, statistics
 from models.span import Span
 from parallel.engines.engine import Engine
 from parallel.mesh import Mesh
@@ -22,10 +21,12 @@ from trainer.checkpoint import Checkpoints
 from trainer.config import BAD_RUN, Config, Fault
 from trainer.data.stream import Stream
 from trainer.evaluation import Evaluated
+from trainer.lanes import Lanes
 from trainer.logs.jsonl import Row
 from trainer.logs.meters import Meter, peak_memory_bytes
 from trainer.share import Share
 from trainer.state import Progress
+from trainer.sums import Sums
 
 
 class Stop:
@@ -72,6 +73,7 @@ class Loop:
     stop: Stop
     log: Callable[[Row], None]
     evaluate: Callable[[Progress], Evaluated | None]
+    lanes: Lanes | None = None
     saved: int = -1
 
     def train(self, progress: Progress) -> Progress:
@@ -93,26 +95,30 @@ class Loop:
 
     def save(self, progress: Progress) -> None:
         """A checkpoint of where the run stands."""
-        self.checkpoints.save(progress.step, self.engine.state(), progress.extra())
+        carried = {} if self.lanes is None else {"past": self.lanes.state()}
+        self.checkpoints.save(progress.step, self.engine.state() | carried, progress.extra())
         self.saved = progress.step
 
     def _step(self, progress: Progress) -> None:
         """One optimiser step."""
         batch, cursor = self.stream.read(progress.cursor)
         valid = self.share.valid(batch)
-        sums: dict[str, Tensor] = {}
+        rows, sums = int(batch.span().valid().any(1).sum()), Sums()
         begin(self.engine.model, progress.step + 1)
-        for piece, last in self.share(batch):
+        for number, (piece, last) in enumerate(self.share(batch)):
+            span = piece.span if self.lanes is None else self.lanes.enter(number, piece.span)
             with self.engine.forward_precision():
-                losses = self.engine.model(piece.tokens, piece.span, piece.targets)
-            found = {"loss": losses.sum(), **auxiliary(self.engine.model)}
-            for name, value in found.items():
-                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=value.device)) + value.detach()
-            beside = sum((v for name, v in found.items() if name != "loss"), torch.zeros_like(found["loss"]))
-            self.engine.backward((found["loss"] + self.config.optim.auxiliary_weight * beside) / max(valid, 1), last=last)
+                losses = self.engine.model(piece.tokens, span, piece.targets)
+            loss, beside = losses.sum(), auxiliary(self.engine.model, tokens=valid, rows=rows)
+            sums.add({"loss": loss.detach().double() / max(valid, 1), **beside, **statistics(self.engine.model)})
+            weighed = self.config.optim.auxiliary_weight * sum(beside.values(), torch.zeros_like(loss))
+            self.engine.backward(loss / max(valid, 1) + weighed, last=last)
+            if self.lanes is not None:
+                self.lanes.advance(number)
         norm = self.engine.clip(self.config.optim.clip)
         step, rate = progress.step + 1, self.config.optim.learning_rate * self.schedule(progress.step + 1, self.config.steps)
-        means = self._means(sums, valid)
+        every = sums.over(self.mesh.world_group)
+        means = {name: value.item() for name, value in every.items() if "/" not in name}  # "layer/name": statistics
         loss = means.pop("loss")
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Fault(
@@ -121,19 +127,13 @@ class Loop:
                 BAD_RUN,
             )
         self.engine.step(rate)
+        figures = settle(self.engine.model, every)
         progress.step, progress.cursor, progress.tokens = step, cursor, progress.tokens + valid
         self.meter.add(valid, self.flops(batch.span()))
         if _due(self.config.log.every, step, step in (1, self.config.steps)):
-            self.log(self._row(progress, loss, norm, rate, means))
+            self.log(self._row(progress, loss, norm, rate)._replace(auxiliary=means or None, statistics=figures or None))
 
-    def _means(self, sums: dict[str, Tensor], valid: int) -> dict[str, float]:
-        """Every loss of the step over all ranks, nats per predicted token; all ranks have the same names."""
-        values = torch.stack([sums[name] for name in sorted(sums)])
-        if self.mesh.world_group is not None:
-            dist.all_reduce(values, group=self.mesh.world_group)
-        return dict(zip(sorted(sums), (values / max(valid, 1)).tolist()))
-
-    def _row(self, progress: Progress, loss: float, norm: float, rate: float, auxiliary: dict[str, float]) -> Row:
+    def _row(self, progress: Progress, loss: float, norm: float, rate: float) -> Row:
         """What metrics.jsonl says of a step; memory is that of the fullest rank."""
         memory = torch.tensor(float(peak_memory_bytes(self.mesh.device)), dtype=torch.float64, device=self.mesh.device)
         if self.mesh.world_group is not None:
@@ -149,7 +149,6 @@ class Loop:
             learning_rate=rate,
             peak_memory_bytes=int(memory.item()),
             mfu=read.mfu,
-            auxiliary=auxiliary or None,
         )
 
 

@@ -1,6 +1,10 @@
-"""The optimiser: AdamW, with weight decay only where a parameter is a matrix that multiplies activations."""
+"""The optimiser: AdamW, with weight decay only where a parameter is a matrix that multiplies activations.
 
-from collections.abc import Mapping
+A module may say of its parameters, or of whole modules in it, that weight decay leaves them alone (`undecayed`, names) and
+that they learn at another pace (`rates`, {name: factor of the learning rate}).
+"""
+
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,18 +46,22 @@ class AdamW:
     def __call__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> torch.optim.AdamW:
         """The torch optimiser over `parameters`, whose names are those of `model`; its state exists from the start.
 
+        A group's "rate" is what its learning rate is to be in units of the model's; who sets "lr" multiplies by it.
+
         Fused on GPUs. On CPUs one parameter at a time: the fused kernel's last bits depend on where a tensor was cut
         (6 of 10007 elements after 5 steps, in 770 pieces against one), and foreach is slower than the plain loop there.
         """
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-        decays = decayed(model)
-        groups = [
-            {"params": [p for name, p in trained.items() if name in decays], "weight_decay": self.weight_decay},
-            {"params": [p for name, p in trained.items() if name not in decays], "weight_decay": 0.0},
-        ]
+        decays, rate = decayed(model), rates(model)
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for name, parameter in trained.items():
+            groups.setdefault((rate.get(name, 1.0), name in decays), []).append(parameter)
         fused = all(parameter.device.type == "cuda" for parameter in trained.values())
         optimiser = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [
+                {"params": params, "rate": factor, "weight_decay": self.weight_decay if decay else 0.0}
+                for (factor, decay), params in sorted(groups.items(), key=lambda group: (group[0][0] != 1, not group[0][1]))
+            ],
             lr=self.learning_rate,
             betas=self.betas,
             eps=self.eps,
@@ -69,16 +77,29 @@ def decayed(model: nn.Module) -> set[str]:
     """Names of the parameters that weight decay acts on.
 
     Those of two or more dims, except embeddings and what a module lists in its `undecayed` (decay rates, biases by
-    head, tables of positions). Norms, biases, gates and sinks have one dim. Embeddings are left out as in OLMo 2
-    (arXiv:2501.00656): decay shrinks them, and with them grow the gradients of the first layers. A tied embedding
-    counts as an embedding.
+    head, tables of positions, networks that write filters). Norms, biases, gates and sinks have one dim. Embeddings are
+    left out as in OLMo 2 (arXiv:2501.00656): decay shrinks them, and with them grow the gradients of the first layers. A
+    tied embedding counts as an embedding.
     """
-    left_out: set[int] = set()
+    left_out = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, nn.Embedding) or name in getattr(module, "undecayed", ()):
-                left_out.add(id(parameter))
+        left_out |= {id(p) for name in getattr(module, "undecayed", ()) for p in _within(module, name)}
     return {name for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in left_out}
+
+
+def rates(model: nn.Module) -> dict[str, float]:
+    """By name, the factor of the learning rate of the parameters for which a module has one in its `rates`."""
+    found: dict[int, float] = {}
+    for module in model.modules():
+        for name, factor in getattr(module, "rates", {}).items():
+            found |= {id(p): float(factor) for p in _within(module, name)}
+    return {name: found[id(p)] for name, p in model.named_parameters() if id(p) in found}
+
+
+def _within(module: nn.Module, name: str) -> Iterator[nn.Parameter]:
+    """The parameter of that name, or all those of the module of that name."""
+    part = getattr(module, name)
+    yield from part.parameters() if isinstance(part, nn.Module) else (part,)
 
 
 def _nothing_yet(parameter: nn.Parameter, fused: bool) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from trainer.data.opening import open_stream
 from trainer.data.stream import Stream
 from trainer.evaluation import Evaluated, evaluate
 from trainer.generate import generate
+from trainer.lanes import Lanes
 from trainer.logs.console import Console
 from trainer.logs.jsonl import Evaluations, Metrics, Row
 from trainer.logs.meters import Meter, Peak, peak
@@ -41,13 +42,22 @@ NEXT = (  # what the last screen offers
     "python -m trainer experiment=quickstart parallel.context=4              the same losses over four ranks",
     "python -m trainer --help                                                every setting",
 )
+APART = ("name", "zero", "replicas")  # settings of an engine that its constructor does not take
 LOGGER = "trainer.logs.wandb"  # imported on rank 0 alone, and only when it is wanted
 
 
 def run(config: Config, ranks: Ranks, directory: Path) -> int:
     """Train as the config says; returns the exit status."""
     parallel = config.parallel
-    mesh = build_mesh(parallel.context, parallel.data, heads=parallel.heads, ring=parallel.ring, device=ranks.device)
+    mesh = build_mesh(
+        parallel.context,
+        parallel.data,
+        heads=parallel.heads,
+        ring=parallel.ring,
+        experts=parallel.experts,
+        replicas=config.engine.replicas or 1,
+        device=ranks.device,
+    )
     console = Console(config.steps, speaks=mesh.rank == 0)
     with Stop(mesh, SAVED).listening() as stop:
         try:
@@ -80,6 +90,7 @@ class Run:
             prefix=max((m.length for m in self.engine.model.modules() if isinstance(m, PrefixAttention)), default=0),
         )
         console.say(f"share: {self.share.describe()}")
+        self.lanes = self._lanes()
         self.checkpoints = Checkpoints(
             directory / "checkpoints",
             keep=config.checkpoint.keep,
@@ -97,6 +108,7 @@ class Run:
                 rows=config.rows,
                 seed=config.seed,
                 split=split,
+                lanes=config.memory.carries,
             )
         except ValueError as error:
             raise Fault(str(error), BAD_RUN) from error
@@ -111,7 +123,7 @@ class Run:
             if taken:
                 self.console.say(f"{where}: {', '.join(f'{key}={value}' for key, value in taken.items())}")
         kind = find_class(config.engine.target, "engine")
-        settings = {key: value for key, value in config.engine.settings().items() if key not in ("name", "zero")}
+        settings = {key: value for key, value in config.engine.settings().items() if key not in APART}
         if config.engine.name != "fsdp":
             settings.pop("reshard_after_forward", None)
         optimiser = build(config.optim, {}, "optim")
@@ -120,6 +132,10 @@ class Run:
         self.console.say(f"model: {parameters.total:,} parameters; engine {config.engine.name}, {config.precision}")
         return engine
 
+    def _lanes(self) -> Lanes | None:
+        """Empty ones, where `memory=` carries something."""
+        return Lanes(self.mesh, self.share, self.config.rows) if self.config.memory.carries else None
+
     def _resume(self) -> Progress:
         """Where the run goes on: the directory's newest whole checkpoint, the one that resume= names, or the beginning."""
         place = self.checkpoints.latest()
@@ -127,7 +143,7 @@ class Run:
             place = self._named(Path(self.config.resume))
         if place is None:
             return Progress(self.stream.start())
-        progress = restore(self.checkpoints, place, self.engine)
+        progress = restore(self.checkpoints, place, self.engine, self.lanes)
         self.checkpoints.forget_after(progress.step)
         self.console.say(f"resumed from {place} at step {progress.step}")
         return progress
@@ -166,6 +182,7 @@ class Run:
             stop=self.stop,
             log=self._log,
             evaluate=self._evaluate,
+            lanes=self.lanes,
             saved=progress.step,
         )
         loop.train(progress)
@@ -204,6 +221,8 @@ class Run:
             for choice, many in Counter(self.wire.choices.values()).items():
                 self.console.say(f"share: {many} of {len(self.wire.choices)} attentions by {choice}")
             self.wire.choices.clear()
+        if self.lanes is not None and row.step == 1:
+            self.console.say(f"memory: rank 0 carries {self.lanes.bytes():,} bytes for its {self.share.each} lanes")
         self.console.step(row)
         if self.first:
             self.metrics.add(row)
@@ -215,7 +234,9 @@ class Run:
         config = self.config
         assert self.held_out is not None
         self.engine.model.eval()
-        found = evaluate(self.engine.model, self.share, self.held_out, config.evaluation.batches, self.stop.asked)
+        found = evaluate(
+            self.engine.model, self.share, self.held_out, config.evaluation.batches, self.stop.asked, self._lanes()
+        )
         if found is not None:
             progress.best["held_out_loss"] = min(found.loss, progress.best.get("held_out_loss", found.loss))
             self.console.say(f"step {progress.step}: held-out loss {found.loss:.4f} over {found.tokens} tokens")
@@ -224,10 +245,20 @@ class Run:
                 self.evaluations.add(progress.step, "held_out_loss", found.loss, **made_of)
             if self.wandb is not None:
                 self.wandb.evaluation(progress.step, "held_out_loss", found.loss)
+            for name, value in found.graded.items():
+                self._graded(progress.step, name, value)
             if config.evaluation.generate and progress.step == config.steps:
                 self._sample(progress.step)
         self.engine.model.train()
         return found
+
+    def _graded(self, step: int, name: str, value: float) -> None:
+        """A grade of the data's task, beside the loss."""
+        self.console.say(f"step {step}: held-out {name} {value:.4f}")
+        if self.first:
+            self.evaluations.add(step, name, value)
+        if self.wandb is not None:
+            self.wandb.evaluation(step, name, value)
 
     def _sample(self, step: int) -> None:
         """Write what the model makes of the prompt."""

@@ -59,7 +59,9 @@ class Share:
             yield self.piece(mine.part(start, start + self.micro_batch)), number == self.pieces - 1
 
     def targets(self, batch: Batch) -> Tensor:
-        """[R, T] int64: the next token of the same document, IGNORE where there is none or where it is in plain sight."""
+        """[R, T] int64: the batch's targets, IGNORE also where the next token is in plain sight."""
+        if batch.aims is not None:  # what is to be said is no token of the row
+            return batch.targets()
         seen = (batch.pos[:, 1:] < self.prefix) | (batch.role[:, 1:] == PREFIX)
         return torch.where(seen, IGNORE, batch.targets())
 

@@ -7,6 +7,7 @@ from typing import Any
 from parallel.engines.engine import Engine
 from trainer.archive import Archive, Saved
 from trainer.config import BAD_RUN, Fault
+from trainer.lanes import Lanes
 
 
 @dataclass
@@ -31,9 +32,12 @@ class Progress:
         return asdict(self)
 
 
-def restore(archive: Archive, place: Path, engine: Engine) -> Progress:
-    """Put the engine into the state of a checkpoint, whatever ranks wrote it, and say how far it had come."""
-    saved: Saved = archive.load(place, engine.state())
+def restore(archive: Archive, place: Path, engine: Engine, lanes: Lanes | None = None) -> Progress:
+    """Put the engine and the lanes into the state of a checkpoint, whatever ranks wrote it, and say how far it had come."""
+    carried = {} if lanes is None else {"past": archive.blank(place, "past")}
+    saved: Saved = archive.load(place, engine.state() | carried)
+    if lanes is not None:
+        lanes.load(saved.state.pop("past"))
     engine.load(saved.state)
     try:
         return Progress(**saved.extra)

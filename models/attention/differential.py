@@ -8,6 +8,7 @@ from math import exp
 import torch
 from torch import Tensor, nn
 
+from models.attention.attending import Attending
 from models.attention.full import CAUSAL
 from models.attention.scoring import SharedValues
 from models.init import Rule, constant, normal
@@ -18,7 +19,7 @@ from models.span import Span
 LAMBDAS = "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"
 
 
-class Differential(nn.Module):
+class Differential(Attending):
     """(softmax(q1 k1) - lambda softmax(q2 k2)) v, then each pair's RMS norm times 1 - lambda_init.
 
     Args:
@@ -72,14 +73,18 @@ class Differential(nn.Module):
         wide = torch.promote_types(q1.dtype, torch.float32)
         return (q1.to(wide) * k1.to(wide)).sum().exp() - (q2.to(wide) * k2.to(wide)).sum().exp() + self.start
 
-    def forward(self, x: Tensor, span: Span) -> Tensor:
-        """[B, T, width] -> [B, T, width]."""
-        width, pairs = self.head_width, self.pairs(x.device)
-        q, k = (self.placing.turn(project(x).unflatten(-1, (-1, width)), span) for project in (self.q, self.k))
-        v = self.v(x).unflatten(-1, (self.groups, 2 * width))
+    def payload(self, x: Tensor, span: Span) -> tuple[Tensor, ...]:
+        """Keys [B, S, 2 G, D] and values [B, S, G, 2 D]."""
+        k, v = self.k(x).unflatten(-1, (-1, self.head_width)), self.v(x).unflatten(-1, (self.groups, 2 * self.head_width))
+        return self.placing.turn(k, span), v
+
+    def attend(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], of: Span) -> Tensor:
+        """[B, T, width] -> [B, T, width], given the keys and values of the tokens `of`."""
+        pairs = self.pairs(x.device)
+        q = self.placing.turn(self.q(x).unflatten(-1, (-1, self.head_width)), span)
         tables = self.tables() if self.tables is not None else ()
         params = tuple(t if dim is None else t.index_select(dim, pairs) for t, dim in zip(tables, self.counted, strict=True))
-        means = self.mix((q,), (k, v), params, at=span, heads=pairs)
+        means = self.mix((q,), payload, params, at=span, of=of, heads=pairs)
         one, two = means.unflatten(2, (self.groups, 2, self.share)).unbind(3)
         difference = self.norm(one - self.weight().to(x.dtype) * two) * (1 - self.start)
         return self.out(difference.flatten(2))

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from models.attention.attending import Attending
 from models.masks import Causal, Mask, SameDocument
 from models.mixing.softmax import Softmax
 from models.positions.position import Position
@@ -10,7 +11,7 @@ from models.span import Span
 CAUSAL = Causal() & SameDocument()
 
 
-class Attention(nn.Module):
+class Attention(Attending):
     """Project, place, mix, project back; causal within a document.
 
     Args:
@@ -20,8 +21,14 @@ class Attention(nn.Module):
         position: how queries and keys learn where they stand.
         mask: which keys a query sees.
 
+    Attributes:
+        beside: a memory (q [B, T, H, D], k and v [B, T, G, D], all without positions, means [B, T, H, D], span) -> means
+            with what it remembers in them; or None.
+
     Source: Ainslie et al. 2023 (arXiv:2305.13245); multi-query Shazeer 2019 (arXiv:1911.02150). No biases.
     """
+
+    beside: nn.Module | None
 
     def __init__(self, width: int, heads: int, kv_heads: int, position: Position, *, mask: Mask = CAUSAL):
         super().__init__()
@@ -36,13 +43,35 @@ class Attention(nn.Module):
         self.out = nn.Linear(heads * self.head_width, width, bias=False)
         score, self.tables = position.score(heads, self.head_width)
         self.mix = Softmax(mask, score)
+        self.register_module("beside", None)
 
-    def forward(self, x: Tensor, span: Span) -> Tensor:
-        """[B, T, width] -> [B, T, width]."""
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_width)) for project in (self.q, self.k, self.v))
-        q, k = self.placing.turn(q, span), self.placing.turn(k, span)
-        params = self.tables() if self.tables is not None else ()
-        return self.out(self.mix((q,), (k, v), params, at=span).flatten(-2))
+    def bare_query(self, x: Tensor) -> Tensor:
+        """[B, T, width] -> [B, T, H, D], not told where they stand."""
+        return self.q(x).unflatten(-1, (-1, self.head_width))
+
+    def bare_payload(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, S, G, D], not told where they stand."""
+        k, v = (project(x).unflatten(-1, (-1, self.head_width)) for project in (self.k, self.v))
+        return k, v
+
+    def payload(self, x: Tensor, span: Span) -> tuple[Tensor, ...]:
+        """Keys and values [B, S, G, D]; with something `beside`, also the keys as that takes them."""
+        k, v = self.bare_payload(x)
+        placed = self.placing.turn(k, span), v
+        return placed if self.beside is None else (*placed, k)
+
+    def found(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], of: Span) -> Tensor:
+        """[B, T, H D]: the mean of what each head of each token sees."""
+        params, q = self.tables() if self.tables is not None else (), self.bare_query(x)
+        means = self.mix((self.placing.turn(q, span),), payload[:2], params, at=span, of=of)
+        if self.beside is not None:
+            v, k = (each[:, each.shape[1] - x.shape[1] :] for each in payload[1:])
+            means = self.beside(q, k, v, means, span)
+        return means.flatten(-2)
+
+    def attend(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], of: Span) -> Tensor:
+        """[B, T, width] -> [B, T, width], given the keys and values of the tokens `of`."""
+        return self.out(self.found(x, span, payload, of))
 
 
 class MultiHead(Attention):

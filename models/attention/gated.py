@@ -18,9 +18,6 @@ class Gated(Attention):
         super().__init__(width, heads, kv_heads, position)
         self.gate = nn.Linear(width, heads * self.head_width, bias=False)
 
-    def forward(self, x: Tensor, span: Span) -> Tensor:
-        """[B, T, width] -> [B, T, width]."""
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_width)) for project in (self.q, self.k, self.v))
-        q, k = self.placing.turn(q, span), self.placing.turn(k, span)
-        params = self.tables() if self.tables is not None else ()
-        return self.out(self.mix((q,), (k, v), params, at=span).flatten(-2) * self.gate(x).sigmoid())
+    def found(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], of: Span) -> Tensor:
+        """[B, T, H D]: what passes the gate."""
+        return super().found(x, span, payload, of) * self.gate(x).sigmoid()

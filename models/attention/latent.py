@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from models.attention.attending import Attending
 from models.attention.full import CAUSAL
 from models.attention.turning import only_turns
 from models.mixing.softmax import Softmax
@@ -35,7 +36,7 @@ class LatentScore(Score):
         return query[0], torch.cat([key, turned[:, :, None].expand(*key.shape[:3], -1)], -1), value
 
 
-class Latent(nn.Module):
+class Latent(Attending):
     """Causal attention within a document over keys and values that are expanded from a shared latent.
 
     Args:
@@ -90,13 +91,16 @@ class Latent(nn.Module):
         self.out = nn.Linear(heads * sizes["value"], width, bias=False)
         self.mix = Softmax(CAUSAL, LatentScore(sizes["content"]))
 
-    def forward(self, x: Tensor, span: Span) -> Tensor:
-        """[B, T, width] -> [B, T, width]."""
+    def payload(self, x: Tensor, span: Span) -> tuple[Tensor, ...]:
+        """Latents [B, S, L] and the key part [B, S, R] that the position turns."""
+        latent, key = self.squeeze(x).split([self.sizes["latent"], self.sizes["turned"]], -1)
+        return self.norm(latent), self.placing.turn(key[:, :, None], span)[:, :, 0]
+
+    def attend(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], of: Span) -> Tensor:
+        """[B, T, width] -> [B, T, width], given the latents of the tokens `of`."""
         content, turned = self.sizes["content"], self.sizes["turned"]
         squeezed = x if self.squeeze_q is None or self.norm_q is None else self.norm_q(self.squeeze_q(x))
         q = self.q(squeezed).unflatten(-1, (self.heads, content + turned))
         q = torch.cat([q[..., :content], self.placing.turn(q[..., content:], span)], -1)
-        latent, key = self.squeeze(x).split([self.sizes["latent"], turned], -1)
-        key = self.placing.turn(key[:, :, None], span)[:, :, 0]
         up = self.up.weight.unflatten(0, (self.heads, content + self.sizes["value"]))
-        return self.out(self.mix((q,), (self.norm(latent), key), (up,), at=span).flatten(-2))
+        return self.out(self.mix((q,), payload, (up,), at=span, of=of).flatten(-2))

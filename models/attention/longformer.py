@@ -57,16 +57,17 @@ class Longformer(Attention):
         self.global_v = nn.Linear(width, self.v.out_features, bias=False)
         self.global_mix = Softmax(whole & to_all, self.mix.score)
 
-    def forward(self, x: Tensor, span: Span) -> Tensor:
-        """[B, T, width] -> [B, T, width]."""
-        params = self.tables() if self.tables is not None else ()
-        local = self._mixed(self.mix, (self.q, self.k, self.v), x, span, params)
-        return self.out(local + self._mixed(self.global_mix, (self.global_q, self.global_k, self.global_v), x, span, params))
+    def payload(self, x: Tensor, span: Span) -> tuple[Tensor, ...]:
+        """Ordinary keys and values, then those that global queries read; each [B, S, G, D]."""
+        k, v = (project(x).unflatten(-1, (-1, self.head_width)) for project in (self.global_k, self.global_v))
+        return *super().payload(x, span), self.placing.turn(k, span), v
 
-    def _mixed(self, mix: nn.Module, projections: tuple[nn.Linear, ...], x: Tensor, span: Span, params: tuple) -> Tensor:
-        """[B, T, heads x head width]: 0 at queries that are the other softmax's business."""
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_width)) for project in projections)
-        return mix((self.placing.turn(q, span),), (self.placing.turn(k, span), v), params, at=span).flatten(-2)
+    def found(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], of: Span) -> Tensor:
+        """[B, T, H D]: each softmax gives 0 to queries that are the other one's business."""
+        params = self.tables() if self.tables is not None else ()
+        q = self.placing.turn(self.global_q(x).unflatten(-1, (-1, self.head_width)), span)
+        whole = self.global_mix((q,), payload[2:], params, at=span, of=of).flatten(-2)
+        return super().found(x, span, payload[:2], of) + whole
 
 
 def _each(name: str, value: int | Sequence[int], count: int, of: str) -> list[int]:

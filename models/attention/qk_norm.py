@@ -4,7 +4,6 @@ from torch import Tensor, nn
 
 from models.attention.full import Attention
 from models.positions.position import Position
-from models.span import Span
 
 
 class QKNorm(Attention):
@@ -25,9 +24,11 @@ class QKNorm(Attention):
             )
         self.q_norm, self.k_norm = (nn.RMSNorm(self.head_width, eps=eps) for _ in range(2))
 
-    def forward(self, x: Tensor, span: Span) -> Tensor:
-        """[B, T, width] -> [B, T, width]."""
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_width)) for project in (self.q, self.k, self.v))
-        q, k = self.placing.turn(self.q_norm(q), span), self.placing.turn(self.k_norm(k), span)
-        params = self.tables() if self.tables is not None else ()
-        return self.out(self.mix((q,), (k, v), params, at=span).flatten(-2))
+    def bare_query(self, x: Tensor) -> Tensor:
+        """[B, T, width] -> [B, T, H, D], normed."""
+        return self.q_norm(super().bare_query(x))
+
+    def bare_payload(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys, normed, and values [B, S, G, D]."""
+        k, v = super().bare_payload(x)
+        return self.k_norm(k), v

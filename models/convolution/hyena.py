@@ -25,11 +25,18 @@ class Filter(nn.Module):
         hidden: width of the network.
         bands: frequencies in its input.
         speed: of the sines, learned from there.
+        rate: of learning, in units of the model's. Weight decay leaves all of it alone, as in the paper's code.
     """
 
-    def __init__(self, channels: int, length: int, hidden: int, bands: int, speed: float):
+    undecayed = "layers", "frequency", "last"
+
+    def __init__(self, channels: int, length: int, hidden: int, bands: int, speed: float, rate: float = 1.0):
         super().__init__()
+        if not 0 < rate < math.inf:
+            raise ValueError(f"filter_rate={rate} is a factor of the learning rate and must be above 0; 1 is the model's own")
+        self.rates = dict.fromkeys(self.undecayed, rate)
         self.length, self.bands, self.speed = length, bands, speed
+        self.places = length  # what its weights see in place of tokens (models/sizes.py)
         sizes = [1 + 2 * bands, hidden, hidden]
         self.sizes, self.layers = sizes, nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:]))
         self.frequency = nn.Parameter(torch.empty(hidden))
@@ -63,11 +70,13 @@ class Hyena(nn.Module):
         context_length: longest document in tokens, the length of the filters.
         order: gates; one long filter fewer.
         taps: of the short filter before.
-        filter_width, bands, speed: see Filter.
+        filter_width, bands, speed, filter_rate: see Filter.
 
     Source: Poli et al. 2023 (arXiv:2302.10866). Where its code cuts longer sequences off in silence, a document longer than
     the filter is an error; gates and filters alternate in the order of that code, the first gate multiplying last.
     """
+
+    undecayed = ("bias",)
 
     def __init__(
         self,
@@ -79,13 +88,14 @@ class Hyena(nn.Module):
         filter_width: int = 64,
         bands: int = 16,
         speed: float = 10.0,
+        filter_rate: float = 1.0,
     ):
         super().__init__()
         if order < 2:
             raise ValueError(f"order={order} has no long filter; a Hyena layer has order - 1 of them, choose 2 or more")
         self.order, self.inner = order, nn.Linear(width, (order + 1) * width, bias=False)
         self.short = Taps((order + 1) * width, taps)
-        self.filter = Filter((order - 1) * width, context_length, filter_width, bands, speed)
+        self.filter = Filter((order - 1) * width, context_length, filter_width, bands, speed, filter_rate)
         self.bias, self.mix = nn.Parameter(torch.empty(order - 1, width)), Convolution()
         self.out = nn.Linear(width, width, bias=False)
 

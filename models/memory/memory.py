@@ -11,9 +11,15 @@ Through = Callable[[Tensor, Span], Tensor]  # x [B, T, width] through all layers
 
 
 class Memory:
-    """No memory; the parent of all. Built from the config, one for the whole model; owns no parameter itself."""
+    """No memory; the parent of all. Built from the config, one for the whole model; owns no parameter itself.
 
-    carries = False  # whether rows are read in lanes and a Past is held between them
+    Args:
+        length: tokens carried: none here.
+    """
+
+    def __init__(self, length: int = 0):
+        if length:
+            raise ValueError(f"memory.length={length}, but memory=none carries nothing; use memory.length=0, or another memory")
 
     def around(self, mixer: nn.Module, **sizes: Any) -> nn.Module:
         """A layer's mixer as it is with this memory.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.kernels.chunks import on_host
+from models.kernels.fft import convolve
 from models.scores import Tensors
 from models.span import PADDING, Span
 
@@ -70,22 +71,11 @@ class Convolution(nn.Module):
             source = x_flat[here.clamp_min(0)].masked_fill((here < 0)[..., None], 0)
             told = (into >= 0).nonzero()[:, 0]
             wheres.append(into[told].to(x.device))
-            parts.append(_convolve(source, taps, shift).flatten(0, 1).index_select(0, told.to(x.device)))
+            parts.append(convolve(source, taps, shift).flatten(0, 1).index_select(0, told.to(x.device)))
         out = x_flat.new_zeros(size, x.shape[2])
         if parts:
             out = out.index_add(0, torch.cat(wheres), torch.cat(parts))
         return out.view(*at.shape, x.shape[2]).to(x.dtype)
-
-
-def _convolve(x: Tensor, taps: Tensor, shift: int) -> Tensor:
-    """[G, n, C]: n outputs beginning `shift` tokens after the first of the n inputs x [G, n, C]."""
-    length = x.shape[1]
-    low = max(0, shift - length + 1)
-    cut = taps[low : shift + length].T
-    size = 2 * length  # what wraps round falls on outputs that are not read
-    spectrum = torch.fft.rfft(x.mT, size) * torch.fft.rfft(cut, size)
-    first = shift - low
-    return torch.fft.irfft(spectrum, size)[..., first : first + length].mT
 
 
 def _pieces(at: Span) -> list[Piece]:

@@ -4,7 +4,8 @@
 
 Three forms that are one thing: `forward` (in chunks, for training), `recur` (token by token, for decoding: the state is all
 that is kept of the past), and `open`, whose work gives summaries and runs from any state (what parallel/ drives).
-A document that opens starts from nothing; padding leaves the state alone, wherever it lies.
+A document that opens starts from nothing; padding leaves the state alone, wherever it lies. Where rows go on from those
+before (Span.past), the state does too, and nothing is learned through it.
 
 A leaf without parameters. Letters: B rows, T tokens, H heads, D key width, E value width, R runs; "h" is H or 1.
 """
@@ -12,10 +13,12 @@ A leaf without parameters. Letters: B rows, T tokens, H heads, D key width, E va
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.kernels import scan
 from models.kernels.chunks import Chunks, Runs, chunks
+from models.kernels.stripes import in_stripes
+from models.past import DEALT, Carrier
 from models.scores import Tensors
 from models.span import Span
 
@@ -36,7 +39,7 @@ class Summary(NamedTuple):
     opened: Tensor
 
 
-class Scan(nn.Module):
+class Scan(Carrier):
     """A linear recurrence over the tokens at hand.
 
     Args:
@@ -57,9 +60,15 @@ class Scan(nn.Module):
         self.before, self.chunk = before, chunk
 
     def forward(self, query: Tensors, payload: Tensors, params: Tensors = (), *, at: Span) -> Tensor:
-        """[B, T, H, E]: the recurrence from an empty state; 0 at padding."""
+        """[B, T, H, E]: the recurrence from an empty state, or from what the rows before left; 0 at padding."""
         work = self.open(query, payload, at=at)
-        return work.read(work.blank())
+        states = work.blank()
+        if at.past is not None:
+            found = at.past.state(self.place)
+            states = states if found is None else found.view_as(states).to(states.dtype)
+            with torch.no_grad():
+                at.past.leave(self.place, work.leave(states).flatten(0, 2), DEALT)
+        return work.read(states)
 
     def open(self, query: Tensors, payload: Tensors, *, at: Span, runs: Runs | None = None) -> "Work":
         """What can be done before the states are known that come into the runs; see Work.
@@ -70,7 +79,7 @@ class Scan(nn.Module):
         plan = chunks(at, _size(self.chunk, at.shape[1]), runs)
         wide = torch.promote_types(query[0].dtype, torch.float32)
         q, *rest = (plan.deal(x).to(wide) for x in (*query, *payload))
-        return Work(scan.affine(q, tuple(rest), before=self.before), plan, query[0].dtype)
+        return Work(in_stripes(q, tuple(rest), before=self.before), plan, query[0].dtype)
 
     def recur(self, query: Tensors, payload: Tensors, *, at: Span, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Token by token from a state: ([B, T, H, E], the state [B, H, D, E] after the last token)."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.kernels import walk
 from models.kernels.tile import Part
 from models.masks import Mask
+from models.mixing.kept import Kept
 from models.scores import Score, Tensors
 from models.span import Span
 
@@ -26,7 +27,7 @@ class Softmax(nn.Module):
 
     def __init__(self, mask: Mask, score: Score | None = None):
         super().__init__()
-        self.mask, self.score = mask, score or Score()
+        self.mask, self.score, self.kept = mask, score or Score(), Kept()
 
     def forward(
         self,
@@ -66,7 +67,8 @@ class Softmax(nn.Module):
         A sink belongs to the whole row of keys: with one, partial means must not be merged.
         """
         what = attention(self.mask, self.score, query, heads, general=mass)
-        return _Local.apply(what, at, at if of is None else of, len(query), len(payload), *query, *payload, *params)
+        of = at if of is None else of
+        return _Local.apply(what, self.kept, at, of, len(query), len(payload), *query, *payload, *params)
 
 
 def attention(mask: Mask, score: Score, query: Tensors, heads: Tensor | None, general: bool = False) -> walk.Attention:
@@ -111,16 +113,22 @@ class _Local(torch.autograd.Function):
     """One device: all keys are at hand. Saves its inputs, the mean and the mass; never a matrix of scores."""
 
     @staticmethod
-    def forward(ctx: Any, what: walk.Attention, at: Span, of: Span, queries: int, payloads: int, *tensors: Tensor):
+    def forward(
+        ctx: Any, what: walk.Attention, kept: Kept, at: Span, of: Span, queries: int, payloads: int, *tensors: Tensor
+    ) -> Part:
         query, payload, params = cut(tensors, queries, payloads)
-        total = walk.blank(query, len(what.heads), value_width(what.score, payload, params, query))
-        walk.forward(what, query, payload, params, at, of, total)
-        add_sink(what.score, params, total)
-        mean = total[0].to(query[0].dtype)
+
+        def compute() -> Part:
+            total = walk.blank(query, len(what.heads), value_width(what.score, payload, params, query))
+            walk.forward(what, query, payload, params, at, of, total)
+            add_sink(what.score, params, total)
+            return total[0].to(query[0].dtype), total[1]
+
+        mean, mass = kept.once(compute)
         ctx.what, ctx.spans, ctx.counts = what, (at, of), (queries, payloads)
-        ctx.save_for_backward(mean, total[1], *tensors)
+        ctx.save_for_backward(mean, mass, *tensors)
         ctx.set_materialize_grads(False)
-        return mean, total[1]
+        return mean, mass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None):
@@ -128,12 +136,10 @@ class _Local(torch.autograd.Function):
         query, payload, params = cut(tensors, *ctx.counts)
         d_mean, delta, total = incoming(grads[0], grads[1], mean, mass)
         into = walk.Gradients.zeros(query, payload, params)
-        walk.backward(
-            ctx.what, query, payload, params, *ctx.spans, d_mean=d_mean, total=total, delta=delta, into=into
-        )
+        walk.backward(ctx.what, query, payload, params, *ctx.spans, d_mean=d_mean, total=total, delta=delta, into=into)
         sink_gradient(ctx.what.score, params, total, delta, into)
         sums = (*into.query, *into.payload, *into.params)
-        return None, None, None, None, None, *(g.to(t.dtype) for g, t in zip(sums, tensors, strict=True))
+        return *[None] * 6, *(g.to(t.dtype) for g, t in zip(sums, tensors, strict=True))
 
 
 def cut(tensors: Tensors, queries: int, payloads: int) -> tuple[Tensors, Tensors, Tensors]:

@@ -4,17 +4,19 @@ A leaf without parameters. Letters: B rows, T tokens, C channels, J taps.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from models.past import Carrier
 from models.scores import Tensors
 from models.span import PADDING, Span
 
 
-class Window(nn.Module):
+class Window(Carrier):
     """A causal filter per channel, y_t = sum_j taps_j x_{t-j}, that reads no other document and no padding.
 
-    A token shift is the window with taps (0, 1). What is masked is replaced, not multiplied by 0.
+    A token shift is the window with taps (0, 1). What is masked is replaced, not multiplied by 0. Where rows go on from those
+    before (Span.past), it reads their last tokens, and nothing is learned through those.
     """
 
     def forward(self, payload: Tensors, params: Tensors, *, at: Span) -> Tensor:
@@ -25,11 +27,22 @@ class Window(nn.Module):
             params: (taps [J, C],), the j-th for the token j places back.
             at: addresses of x; a token is read only if it lies just where its address says.
         """
-        (x,), (taps,) = payload, params
+        (taps,) = params
+        x, at, skip = self.widened(payload[0], len(taps) - 1, at)
         out = taps[0] * torch.where(at.valid()[..., None], x, 0)
         for j in range(1, min(len(taps), x.shape[1])):
             out = out + taps[j] * back(x, at, j)
-        return out
+        return out[:, skip:]
+
+    def widened(self, x: Tensor, reach: int, at: Span) -> tuple[Tensor, Span, int]:
+        """x with the tokens that were kept of the rows before in front, their addresses, how many; keeps the last `reach`."""
+        if at.past is None or not reach:
+            return x, at, 0
+        kept, of = at.past.tokens(self.place, x, reach)
+        key = "widened", id(of)
+        if key not in at.plans:
+            at.plans[key] = of, of.join(at)  # `of` is kept, so that its id stays its own
+        return torch.cat([kept.to(x.dtype), x], 1), at.plans[key][1], kept.shape[1]
 
     def recur(self, payload: Tensors, params: Tensors, *, at: Span, tail: Tensor, tail_at: Span) -> tuple[Tensor, Tensor]:
         """As forward with the tokens `tail` [B, J - 1, C] just before; also gives the tail that comes next."""

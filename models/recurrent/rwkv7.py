@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.init import Rule, constant
+from models.init import Rule, constant, orthogonal
 from models.mixing.scan import Scan
 from models.recurrent.linear import head_width
 from models.recurrent.shift import HeadNorm, LowRank, Shift, ramp
@@ -25,50 +25,91 @@ class Rwkv7(nn.Module):
     Args:
         width: of what comes in and goes out.
         heads: they divide width.
-        layer, layers: which layer this is, for the initial weights.
-        rank: of the low-rank maps to decay, rate and gate.
+        layer, layers: which layer this is; all but the lowest draw their values toward those of the first such layer.
+        rank: of the low-rank maps to decay, rate, gate and values.
+        reflect: let the rate of correction reach 2 and not 1, so that a token can turn the state over (Grazzi et al. 2024,
+            arXiv:2411.12537); what is put in stays as it is.
 
-    Source: Peng et al. 2025 (arXiv:2503.14456). The state here is transposed (keys in rows). Ours leaves out the mixing of the
-    first layer's values into those of later layers; every layer uses its own.
+    Source: Peng et al. 2025 (arXiv:2503.14456); initial weights as in its public trainer, but `out` starts as in every layer
+    here and not at 0. The state here is transposed (keys in rows). Called without a first layer's values it uses its own.
     """
 
-    def __init__(self, width: int, heads: int, layer: int, layers: int, *, rank: int = 32):
+    shares_values = True  # its block hands on the first layer's: models/block.py
+
+    def __init__(self, width: int, heads: int, layer: int, layers: int, *, rank: int = 32, reflect: bool = False):
         super().__init__()
         self.heads, self.head_width = heads, head_width(width, heads)
-        self.depth, self.height = 1 - layer / layers, layer / max(1, layers - 1)
+        self.layer, self.layers, self.most = layer, layers, 2.0 if reflect else 1.0
         self.shift, self.look = Shift(), nn.Parameter(torch.empty(len(POWERS), width))
         self.r, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.decay, self.rate = LowRank(width, rank, nn.Tanh()), LowRank(width, rank)
         self.gate = LowRank(width, rank, nn.Sigmoid(), base=False)
+        self.pull = LowRank(width, rank) if layer else None
         self.direction, self.strength = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
         self.bonus = nn.Parameter(torch.empty(heads, self.head_width))
         self.norm, self.mix = HeadNorm(heads, width, eps=self.head_width * 1e-5), Scan()
 
     def initial(self) -> dict[str, Rule]:
-        return {
+        rules = {
             "look": self._looks,
+            "r.weight": orthogonal(),
+            "k.weight": orthogonal(0.1),
+            "v.weight": orthogonal(),
             "decay.up.bias": self._paces,
-            "direction": constant(0.71),
+            "rate.up.bias": lambda shape, _: -0.19 + 0.4 * _rising(shape[0]) + 0.3 * self._comb(shape[0]),
+            "direction": lambda shape, _: 0.71 - 0.1 * _rising(shape[0]),
             "strength": constant(1.02),
             "bonus": constant(-0.04),
+            "norm.weight": constant(((self.layer + 1) / self.layers) ** 0.7),
         }
+        if self.pull is not None:
+            rules["pull.up.bias"] = lambda shape, _: 0.73 - 0.4 * _rising(shape[0])
+        for name, map in self.named_children():
+            if isinstance(map, LowRank):
+                rules |= {f"{name}.down.weight": constant(0.0), f"{name}.up.weight": _spread_out}
+        return rules
 
     def _looks(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        return torch.stack([ramp(power * self.depth)(shape[1:], generator) for power in POWERS.values()])
+        depth = 1 - self.layer / self.layers
+        return torch.stack([ramp(power * depth)(shape[1:], generator) for power in POWERS.values()])
 
     def _paces(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        return -6.5 + 5 * torch.linspace(0, 1, shape[0]) ** (0.85 + self.height**0.5)
+        height = self.layer / max(1, self.layers - 1)
+        return -5.5 + 6 * torch.linspace(0, 1, shape[0]) ** (1 + height**0.3) + 2.5 * self._comb(shape[0])
+
+    def _comb(self, width: int) -> Tensor:
+        """[W] over every head's channels from -1 to 1, flat in the middle."""
+        tooth = torch.linspace(-1, 1, self.head_width) if self.head_width > 1 else torch.zeros(1)
+        return (tooth * tooth.abs()).repeat(width // self.head_width)
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]."""
+        return self.values(x, span, None)[0]
+
+    def values(self, x: Tensor, span: Span, first: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the layer gives, and the values [B, T, width] of the first of these layers: `first`, or its own for None."""
         away = self.shift(x, span)
         r, w, k, v, a, g = (x + away * look for look in self.look)
         wide = torch.promote_types(x.dtype, torch.float32)
         decay, rate = SLOWEST * self.decay(w).to(wide).sigmoid(), self.rate(a).sigmoid()
+        pull = None if self.pull is None else self.pull(v).sigmoid()
         r, k, v = self.r(r), self.k(k), self.v(v)
+        theirs = v if first is None else first
+        if pull is not None:
+            v = v + (theirs - v) * pull
         direction, k = k * self.direction, k * (1 + (rate - 1) * self.strength)
         r, k, v, rate, decay, direction = (y.unflatten(-1, (self.heads, -1)) for y in (r, k, v, rate, decay, direction))
         direction = F.normalize(direction.to(wide), dim=-1)
-        y = self.mix((r,), (k, v, decay, -direction, direction * rate), at=span)
+        y = self.mix((r,), (k, v, decay, -direction, self.most * direction * rate), at=span)
         now = (r * k * self.bonus).sum(-1, keepdim=True) * v
-        return self.out((self.norm(y.flatten(-2)) + now.flatten(-2)) * self.gate(g))
+        return self.out((self.norm(y.flatten(-2)) + now.flatten(-2)) * self.gate(g)), theirs
+
+
+def _rising(width: int) -> Tensor:
+    """[W] from -1/2 to 1/2."""
+    return torch.linspace(-0.5, 0.5, width)
+
+
+def _spread_out(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """What a low-rank map ends in: orthogonal, so that 0.1 is its stretch whatever the rank."""
+    return orthogonal(0.1 * max(1.0, shape[1] / shape[0]) ** 0.5)(shape, generator)

@@ -57,24 +57,51 @@ def ramp(power: float) -> Rule:
 
 
 class ChannelMix(nn.Module):
-    """RWKV's feed-forward layer: down(relu(up(x shifted))^2).
+    """RWKV-7's feed-forward layer: down(relu(up(x shifted))^2).
 
     Args:
         width: of what comes in and goes out.
-        hidden: of what lies between.
-        depth: share of the layers above this one, 1 at the bottom.
+        ffn: width of what lies between.
+        layer, layers: which layer this is, for the initial weights.
 
     Source: Peng et al. 2025, RWKV-7 (arXiv:2503.14456).
     """
 
-    def __init__(self, width: int, hidden: int, *, depth: float = 1.0):
+    power = 4  # of the ramp that says how much each channel looks back: the higher the layer, the less
+
+    def __init__(self, width: int, ffn: int, layer: int, layers: int):
         super().__init__()
-        self.depth, self.shift, self.look = depth, Shift(), nn.Parameter(torch.empty(width))
-        self.up, self.down = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)
+        self.depth, self.shift, self.look = 1 - layer / layers, Shift(), nn.Parameter(torch.empty(width))
+        self.up, self.down = nn.Linear(width, ffn, bias=False), nn.Linear(ffn, width, bias=False)
 
     def initial(self) -> dict[str, Rule]:
-        return {"look": ramp(self.depth**4)}
+        return {"look": ramp(self.depth**self.power)}
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]."""
-        return self.down(self.up(x + self.shift(x, span) * self.look).relu().square())
+        return self.visit(x, self.shift(x, span))
+
+    def visit(self, x: Tensor, away: Tensor) -> Tensor:
+        """[B, T, width], given how far the token before lies from each token."""
+        return self.down(self.up(x + away * self.look).relu().square())
+
+
+class GatedChannelMix(ChannelMix):
+    """RWKV-6's feed-forward layer: RWKV-7's, times sigmoid(gate(x shifted)).
+
+    Source: Peng et al. 2024, RWKV-6 (arXiv:2404.05892).
+    """
+
+    power = 1
+
+    def __init__(self, width: int, ffn: int, layer: int, layers: int):
+        super().__init__(width, ffn, layer, layers)
+        self.gate, self.gate_look = nn.Linear(width, width, bias=False), nn.Parameter(torch.empty(width))
+
+    def initial(self) -> dict[str, Rule]:
+        return {**super().initial(), "gate_look": ramp(self.depth)}
+
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        """[B, T, width] -> [B, T, width]."""
+        away = self.shift(x, span)
+        return self.gate(x + away * self.gate_look).sigmoid() * self.visit(x, away)

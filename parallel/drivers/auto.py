@@ -12,7 +12,7 @@ from models.mixing.softmax import Softmax, attention, value_width
 from models.scores import Tensors
 from models.span import Span
 from parallel.cost import Job, Stream, choose, stream
-from parallel.cut import Cut, cut_span
+from parallel.cut import Cut
 from parallel.drivers.fetch import Fetch, needed
 from parallel.drivers.heads import Heads
 from parallel.drivers.ring import Ring
@@ -69,9 +69,10 @@ class Auto(nn.Module):
 def remote_share(mask: Mask, at: Cut, of: Cut, heads: int) -> float:
     """Part of the other ranks' keys that a rank needs, were each row one document; the most that rank 0 or the last needs.
 
-    Those two need most: the last rank under a contiguous layout, rank 0 under a zigzag one.
+    Those two need most: the last rank under a contiguous layout, rank 0 under a zigzag one. What was read before the row
+    counts as the same document.
     """
-    spans = [cut_span(Span.line(1, c.layouts[0].tokens), c.layouts[:1], 0).cut.spans for c in (at, of)]
+    spans = [cut.line(of.before()) for cut in (at, of)]
     counted = torch.arange(heads)
     shares = []
     for rank in {0, at.ranks - 1}:

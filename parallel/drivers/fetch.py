@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from models.kernels import walk
 from models.kernels.plan import MASKED, plan
-from models.kernels.tile import wide
+from models.kernels.tile import Part, wide
 from models.masks import Mask, visible
+from models.mixing.kept import Kept
 from models.mixing.softmax import Softmax, add_sink, attention, cut, incoming, sink_gradient, value_width
 from models.scores import Tensors
 from models.span import PADDING, TEXT, Span
@@ -134,21 +135,33 @@ class Fetch(nn.Module):
         """As Softmax.forward, over every rank's keys; at.cut (and of.cut) say who holds which."""
         what, of = attention(self.core.mask, self.core.score, query, heads), at if of is None else of
         plan = need(what.mask, at, of, what.heads)
-        return _Fetch.apply(what, self.wire, plan, at, len(query), len(payload), *query, *payload, *params)
+        return _Fetch.apply(what, self.core.kept, self.wire, plan, at, len(query), len(payload), *query, *payload, *params)
 
 
 class _Fetch(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, what: walk.Attention, wire: Wire, plan: Need, at: Span, queries: int, payloads: int, *tensors: Tensor
+        ctx: Any,
+        what: walk.Attention,
+        kept: Kept,
+        wire: Wire,
+        plan: Need,
+        at: Span,
+        queries: int,
+        payloads: int,
+        *tensors: Tensor,
     ) -> Tensor:
         query, payload, params = cut(tensors, queries, payloads)
-        total = walk.blank(query, len(what.heads), value_width(what.score, payload, params, query))
-        walk.forward(what, query, fetch(payload, plan, wire, "fetch"), params, at, plan.span, total)
-        add_sink(what.score, params, total)
-        mean = total[0].to(query[0].dtype)
+
+        def compute() -> Part:
+            total = walk.blank(query, len(what.heads), value_width(what.score, payload, params, query))
+            walk.forward(what, query, fetch(payload, plan, wire, "fetch"), params, at, plan.span, total)
+            add_sink(what.score, params, total)
+            return total[0].to(query[0].dtype), total[1]
+
+        mean, mass = kept.once(compute)
         ctx.what, ctx.wire, ctx.plan, ctx.at, ctx.counts = what, wire, plan, at, (queries, payloads)
-        ctx.save_for_backward(mean, total[1], *tensors)
+        ctx.save_for_backward(mean, mass, *tensors)
         return mean
 
     @staticmethod
@@ -163,4 +176,4 @@ class _Fetch(torch.autograd.Function):
         sink_gradient(what.score, params, total, delta, into)
         into.payload = give_back(into.payload, payload, plan, wire, "fetch gradients")
         sums = (*into.query, *into.payload, *into.params)
-        return *[None] * 6, *(g.to(t.dtype) for g, t in zip(sums, tensors, strict=True))
+        return *[None] * 7, *(g.to(t.dtype) for g, t in zip(sums, tensors, strict=True))

@@ -49,7 +49,8 @@ class Halo(nn.Module):
 
     def forward(self, payload: Tensors, params: Tensors, *, at: Span) -> Tensor:
         """As Window.forward, reading tokens of other ranks; at.cut says who holds which."""
-        (x,), reach = payload, len(params[0]) - 1
+        reach = len(params[0]) - 1
+        x, at, skip = self.core.widened(payload[0], reach, at)
         key = ("halo", reach)
         if key not in at.plans:
             at.plans[key] = _plan(at.cut, reach, x.device)
@@ -59,7 +60,7 @@ class Halo(nn.Module):
         nothing = flat.new_zeros(1, flat.shape[1])
         wide = torch.cat([flat, borrowed, nothing])[loan.wider]  # -1 is the last, which is nothing
         out = self.core((wide,), params, at=loan.span)
-        return out.gather(1, loan.inside[..., None].expand(*loan.inside.shape, out.shape[2]))
+        return out.gather(1, loan.inside[..., None].expand(*loan.inside.shape, out.shape[2]))[:, skip:]
 
 
 class _Row:

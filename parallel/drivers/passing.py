@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from models.kernels.chunks import CONTINUE
-from models.kernels.scan import carry
+from models.kernels.scan import carry, times
 from models.mixing.scan import Scan
+from models.past import DEALT, Past
 from models.scores import Tensors
 from models.span import Span
 from parallel.cut import Cut
@@ -53,9 +54,9 @@ class Passing(nn.Module):
         order: Order = at.plans["passing",]
         work = self.core.open(query, payload, at=at, runs=order.lengths)
         keep, gain, _ = work.summarise()
-        return work.read(self._incoming(keep, gain, order))
+        return work.read(self._incoming(keep, gain, order, at.past))
 
-    def _incoming(self, keep: Tensor, gain: Tensor, order: Order) -> Tensor:
+    def _incoming(self, keep: Tensor, gain: Tensor, order: Order, past: Past | None) -> Tensor:
         """[B, R, H, D, E]: the state that comes into every run held here."""
         rows, runs, heads, *state = gain.shape
         size, shares = self.wire.size, units(rows * heads, self.wire.size)
@@ -68,15 +69,25 @@ class Passing(nn.Module):
         there = order.order.to(gain.device)[row]  # [u, P R]
         line = _pick(every.transpose(0, 1).flatten(1, 2), there)
         kept, added = line.split([kept.shape[-1], gain[0, 0, 0].numel()], -1)
-        states = carry(
-            kept.unflatten(-1, keep.shape[3:])[:, :, None],
-            added.unflatten(-1, state)[:, :, None],
-            added.unflatten(-1, state)[:, :, None],
-            _origins(order.opened[row.cpu()]),
-        )
+        kept, added = kept.unflatten(-1, keep.shape[3:])[:, :, None], added.unflatten(-1, state)[:, :, None]
+        states = self._fold(kept, added, _origins(order.opened[row.cpu()]), past)
         back = _pick(states[:, :, 0].flatten(2), there.argsort(1)).unflatten(1, (size, runs)).transpose(0, 1)
         home = exchange(back.flatten(0, 1), self.wire, taken, given, "states")  # [U, R, D E]
         return home.unflatten(0, (rows, heads)).transpose(1, 2).unflatten(-1, state)
+
+    def _fold(self, keep: Tensor, gain: Tensor, origins: list[list[int]], past: Past | None) -> Tensor:
+        """[u, P R, 1, D, E]: the state before every run, the first one's being what the rows before left; leaves the last."""
+        found = None if past is None else past.state(self.core.place)
+        if found is None:
+            states = carry(keep, gain, gain, origins)
+        else:
+            start = found[:, None, None].to(gain.dtype)
+            first = times(keep[:, :1], start) + gain[:, :1]
+            begun = torch.cat([first, gain[:, 1:]], 1)
+            states = torch.cat([start, carry(keep, begun, begun, origins)[:, 1:]], 1)
+        if past is not None:
+            past.leave(self.core.place, (times(keep[:, -1], states[:, -1]) + gain[:, -1])[:, 0], DEALT)
+        return states
 
 
 def units(count: int, ranks: int) -> list[tuple[int, int]]:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from models.kernels import walk
+from models.kernels.tile import Part
+from models.mixing.kept import Kept
 from models.mixing.softmax import Softmax, add_sink, attention, cut, incoming, sink_gradient, value_width
 from models.scores import Score, Tensors
 from models.span import Span
@@ -44,27 +46,39 @@ class Ring(nn.Module):
         """As Softmax.forward, over every rank's keys; at.cut (and of.cut) say who holds which."""
         what = attention(self.core.mask, self.core.score, query, heads)
         of = at if of is None else of
-        return _Ring.apply(what, self.wire, at, of, len(query), len(payload), *query, *payload, *params)
+        return _Ring.apply(what, self.core.kept, self.wire, at, of, len(query), len(payload), *query, *payload, *params)
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, what: walk.Attention, wire: Wire, at: Span, of: Span, queries: int, payloads: int, *tensors: Tensor
+        ctx: Any,
+        what: walk.Attention,
+        kept: Kept,
+        wire: Wire,
+        at: Span,
+        of: Span,
+        queries: int,
+        payloads: int,
+        *tensors: Tensor,
     ) -> Tensor:
         query, payload, params = cut(tensors, queries, payloads)
-        total = walk.blank(query, len(what.heads), value_width(what.score, payload, params, query))
-        here = list(payload)
-        for step in range(wire.size):
-            last = step == wire.size - 1
-            coming = None if last else wire.rotate(here, "ring")
-            source = (wire.rank - step) % wire.size
-            walk.forward(what, query, here, params, at, of.cut.spans[source], total)
-            here = coming.wait() if coming else here
-        add_sink(what.score, params, total)
-        mean = total[0].to(query[0].dtype)
+
+        def compute() -> Part:
+            total = walk.blank(query, len(what.heads), value_width(what.score, payload, params, query))
+            here = list(payload)
+            for step in range(wire.size):
+                last = step == wire.size - 1
+                coming = None if last else wire.rotate(here, "ring")
+                source = (wire.rank - step) % wire.size
+                walk.forward(what, query, here, params, at, of.cut.spans[source], total)
+                here = coming.wait() if coming else here
+            add_sink(what.score, params, total)
+            return total[0].to(query[0].dtype), total[1]
+
+        mean, mass = kept.once(compute)
         ctx.what, ctx.wire, ctx.spans, ctx.counts = what, wire, (at, of), (queries, payloads)
-        ctx.save_for_backward(mean, total[1], *tensors)
+        ctx.save_for_backward(mean, mass, *tensors)
         return mean
 
     @staticmethod
@@ -94,7 +108,7 @@ class _Ring(torch.autograd.Function):
         _join(into.payload, returning)
         sink_gradient(ctx.what.score, params, total, delta, into)
         sums = (*into.query, *into.payload, *into.params)
-        return *[None] * 6, *(g.to(t.dtype) for g, t in zip(sums, tensors, strict=True))
+        return *[None] * 7, *(g.to(t.dtype) for g, t in zip(sums, tensors, strict=True))
 
 
 def _join(sums: list[Tensor], arrival: Any) -> None:

@@ -23,7 +23,11 @@ from parallel.engines.weights import named, put
 from parallel.mesh import Mesh
 
 STORED = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}  # what the optimiser sees
-CHECKPOINTING = ("none", "full")
+CHECKPOINTING = ("none", "full", "selective")
+SELECTIVE = (
+    "engine.checkpointing=selective cannot keep what a compiled block computes (engine.compile=true); "
+    "use engine.checkpointing=full, or engine.compile=false"
+)
 
 # (model, {name: tensor to optimise}) -> an optimiser whose state exists before its first step
 BuildOptimiser = Callable[[nn.Module, Mapping[str, nn.Parameter]], Optimizer]
@@ -42,11 +46,12 @@ class Engine:
         optimiser: builds the optimiser, see BuildOptimiser.
         precision: bfloat16 computes in it and keeps parameters, gradient sums and optimiser state in float32.
         seed: of the initial weights.
-        checkpointing: none, or full = keep only each block's input and compute the block again in backward.
+        checkpointing: none; full = keep only each block's input and compute the block again in backward; selective = keep
+            the mean and mass of its attentions too, so that these are neither computed nor exchanged again.
         compile: compile each block.
 
     Raises:
-        ValueError: an unknown precision or checkpointing.
+        ValueError: an unknown precision or checkpointing, or selective checkpointing of compiled blocks.
     """
 
     model: nn.Module
@@ -66,12 +71,13 @@ class Engine:
         if precision not in STORED:
             raise ValueError(f"precision={precision} is not offered; take one of {', '.join(STORED)}")
         if checkpointing not in CHECKPOINTING:
-            raise ValueError(
-                f"engine.checkpointing={checkpointing} is not offered; take one of {', '.join(CHECKPOINTING)}"
-            )
+            raise ValueError(f"engine.checkpointing={checkpointing} is not offered; take one of {', '.join(CHECKPOINTING)}")
+        if checkpointing == "selective" and compile:
+            raise ValueError(SELECTIVE)
         self.mesh = mesh
         self.build_optimiser = optimiser
         self.precision = precision
+        self.computed = getattr(torch, precision)  # what matrix products are taken in
         self.seed = seed
         self.checkpointing = checkpointing
         self.compile = compile
@@ -107,7 +113,7 @@ class Engine:
     def step(self, learning_rate: float) -> None:
         """Update the parameters and drop the gradients."""
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("rate", 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
 

@@ -1,6 +1,8 @@
 """Engine that shards parameters, gradients and optimiser state over all ranks with torch's FSDP2.
 
-Every rank is a shard, whether it shares its sequence or not: parameters know nothing of context parallelism.
+Every rank is a shard, whether it shares its sequence or not: parameters know nothing of context parallelism. Where the
+mesh has replicas, each of them is sharded over its own ranks, and gradients are summed in it, then across (HSDP). A stack
+of experts lies over its ranks by expert and, by another dim, over the ranks that hold the same experts.
 Source: Zhao et al. 2023 (arXiv:2304.11277) for the idea. FSDP2 averages gradients; we make it add them (see Engine).
 """
 
@@ -10,9 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from models.span import Span
 from parallel.engines.engine import BuildOptimiser, Engine, blocks_of
+from parallel.engines.experts import even_dim, share_experts
+from parallel.engines.gradients import add_up
 from parallel.engines.weights import materialise
 from parallel.mesh import Mesh
 
@@ -41,9 +46,7 @@ class Fsdp(Engine):
         compile: bool = False,
         reshard_after_forward: bool = True,
     ):
-        super().__init__(
-            mesh, optimiser, precision=precision, seed=seed, checkpointing=checkpointing, compile=compile
-        )
+        super().__init__(mesh, optimiser, precision=precision, seed=seed, checkpointing=checkpointing, compile=compile)
         if mesh.device_mesh is None:
             raise ValueError("engine=fsdp needs started ranks, and there are none; use engine=single in one process")
         self.reshard_after_forward = reshard_after_forward
@@ -52,7 +55,8 @@ class Fsdp(Engine):
         policy = MixedPrecisionPolicy()
         if self.precision == "bfloat16":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        options: dict[str, Any] = {"mesh": self.mesh.device_mesh, "mp_policy": policy}
+        apart = self._place_experts(model, policy)
+        options: dict[str, Any] = {"mesh": self.mesh.device_mesh, "mp_policy": policy, "ignored_params": apart}
         for block in _separable(model):
             fully_shard(block, reshard_after_forward=self.reshard_after_forward, **options)
         fully_shard(model, reshard_after_forward=False, **options)  # backward begins with what the root gathered
@@ -62,8 +66,31 @@ class Fsdp(Engine):
                 # a sum, not a mean: gloo has no pre-multiplied sum, so the plain one is forced before the factor of 1
                 module.set_force_sum_reduction_for_comms(True)
                 module.set_gradient_divide_factor(1.0)
+        kept = {id(parameter) for parameter in apart}
+        names = {name for name, parameter in model.named_parameters() if id(parameter) in kept}
         materialise(model, self.mesh.device, self.seed)
+        self.apart = [parameter for name, parameter in model.named_parameters() if name in names]
         return model
+
+    def _place_experts(self, model: nn.Module, policy: MixedPrecisionPolicy) -> set[nn.Parameter]:
+        """Shard the stacks of experts over the ranks that hold the same; what cannot be cut evenly there stays apart."""
+        apart: set[nn.Parameter] = set()
+        for module in share_experts(model, self.mesh, self.computed):
+            assert self.mesh.experts_mesh is not None
+            holders = self.mesh.experts_mesh[self.mesh.experts_mesh.mesh_dim_names[:-1]]  # type: ignore[index]
+            ranks = holders.size(holders.ndim - 1)
+            dims = {id(stack): even_dim(stack, ranks) for stack in module.parameters()}
+            if ranks == 1 or None in dims.values():  # FSDP2 cuts evenly only, but for dim 0, which is the experts' already
+                apart.update(module.parameters())
+                continue
+            fully_shard(
+                module,
+                mesh=holders,
+                mp_policy=policy,
+                reshard_after_forward=self.reshard_after_forward,
+                shard_placement_fn=lambda stack, dims=dims: Shard(cast(int, dims[id(stack)])),
+            )
+        return apart
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """See Engine.backward. All ranks must hand in the same number of micro-batches."""
@@ -71,6 +98,9 @@ class Fsdp(Engine):
         sharded.set_requires_gradient_sync(last)
         sharded.set_is_last_backward(last)
         loss.backward()
+        if last:
+            trained = [parameter for parameter in self.apart if parameter.requires_grad]
+            add_up(trained, self.mesh.world_group, self.mesh.experts_data_group)
 
 
 class _Sealed:

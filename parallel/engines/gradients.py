@@ -1,6 +1,7 @@
 """Sum gradients over ranks, measure them and clip them.
 
-A gradient is whole (the same on every rank after `add_up`) or sharded (a DTensor whose shards are disjoint). The norm
+A gradient is whole (the same on every rank after `add_up`), or that of the experts of a rank (a DTensor, the same on all
+ranks that hold these experts), or sharded by FSDP2 (a DTensor whose shards are disjoint). The norm
 counts every element of every parameter once: squares of shards are summed over the mesh that shards them, mesh by mesh,
 then combined.
 """
@@ -18,8 +19,12 @@ from parallel.engines.weights import local
 BUCKET_BYTES = 25 * 2**20
 
 
-def add_up(parameters: Sequence[nn.Parameter], group: ProcessGroup | None) -> None:
-    """Replace each gradient by its sum over the group; all ranks end with the same bits.
+def add_up(parameters: Sequence[nn.Parameter], group: ProcessGroup | None, holders: ProcessGroup | None = None) -> None:
+    """Replace each gradient by its sum over the group; all ranks that hold it end with the same bits.
+
+    Args:
+        group: all ranks; they sum what is whole.
+        holders: the ranks that hold the same experts as this one; they sum what is a DTensor.
 
     A parameter that got a gradient on some ranks only counts as zero on the others; one that got none anywhere keeps
     None, so that the optimiser leaves it alone on any number of ranks.
@@ -31,11 +36,18 @@ def add_up(parameters: Sequence[nn.Parameter], group: ProcessGroup | None) -> No
     for parameter, anywhere in zip(parameters, used.tolist()):
         if anywhere and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    for bucket in buckets([p.grad for p in parameters if p.grad is not None]):
-        flat = torch.cat([grad.flatten() for grad in bucket])
+    grads = [p.grad for p in parameters if p.grad is not None]
+    _sum([grad for grad in grads if not isinstance(grad, DTensor)], group)
+    if holders is not None:
+        _sum([local(grad) for grad in grads if isinstance(grad, DTensor)], holders)
+
+
+def _sum(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
+    for bucket in buckets(tensors):
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
         dist.all_reduce(flat, group=group)  # [elements] -> [elements]
-        for grad, summed in zip(bucket, flat.split([grad.numel() for grad in bucket])):
-            grad.copy_(summed.view_as(grad))
+        for tensor, summed in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
+            tensor.copy_(summed.view_as(tensor))
 
 
 def buckets(tensors: Sequence[Tensor], limit_bytes: int = BUCKET_BYTES) -> list[list[Tensor]]:

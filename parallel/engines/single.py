@@ -1,5 +1,8 @@
 """Engine that keeps every parameter whole on every rank and sums the gradients, on any number of ranks.
 
+Only stacks of experts are not whole under expert parallelism: a rank has its own experts, and sums their gradients over
+the ranks that hold the same ones.
+
 In bfloat16 the model holds bfloat16 copies and the optimiser float32 masters beside it. (Casting inside the forward would
 be undone by the time that activation checkpointing computes a block again; copies are there for both.)
 """
@@ -8,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from parallel.engines.engine import Engine, blocks_of
+from parallel.engines.experts import share_experts
 from parallel.engines.gradients import add_up
 from parallel.engines.weights import materialise
 
@@ -18,6 +23,7 @@ class Single(Engine):
     """All parameters on all ranks; one all-reduce of the gradients a step, in flat buckets, in the stored dtype."""
 
     def _place(self, model: nn.Module) -> nn.Module:
+        share_experts(model, self.mesh, self.computed)
         materialise(model, self.mesh.device, self.seed)
         self.copies: list[tuple[nn.Parameter, nn.Parameter]] = []
         if self.precision == "bfloat16":
@@ -29,8 +35,10 @@ class Single(Engine):
         computed = dict(self.model.named_parameters())
         if self.precision != "bfloat16":
             return computed
-        masters = {name: nn.Parameter(p.detach(), p.requires_grad) for name, p in computed.items()}
-        self.copies = [(computed[name], master) for name, master in masters.items()]
+        masters = {  # a stack of experts is its own master: it is cast where it is used
+            name: p if isinstance(p, DTensor) else nn.Parameter(p.detach(), p.requires_grad) for name, p in computed.items()
+        }
+        self.copies = [(computed[name], master) for name, master in masters.items() if not isinstance(master, DTensor)]
         for copy, master in self.copies:
             copy.data = master.detach().to(torch.bfloat16)
         return masters
@@ -44,7 +52,8 @@ class Single(Engine):
                 master.grad = grad if master.grad is None else master.grad.add_(grad)
                 copy.grad = None
         if last:
-            add_up([p for p in self.parameters.values() if p.requires_grad], self.mesh.world_group)
+            trained = [p for p in self.parameters.values() if p.requires_grad]
+            add_up(trained, self.mesh.world_group, self.mesh.experts_data_group)
 
     def step(self, learning_rate: float) -> None:
         """See Engine.step."""

@@ -23,10 +23,12 @@ def local(tensor: Tensor) -> Tensor:
 def put(target: Tensor, value: Tensor) -> None:
     """Copy `value` into `target`; either may be whole or sharded. A whole `value` must be equal on every rank.
 
-    Only sharded into whole, or a change of sharding, communicates (all ranks must then call it).
+    Only sharded into whole, or a change of sharding or mesh, communicates (all ranks must then call it).
     """
     if isinstance(target, DTensor):
         mesh, placements = target.device_mesh, target.placements
+        if isinstance(value, DTensor) and value.device_mesh != mesh:
+            value = value.full_tensor()
         if isinstance(value, DTensor):
             value = value.redistribute(mesh, placements)
         else:

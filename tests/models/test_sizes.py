@@ -9,6 +9,7 @@ from models.area import visible_triples
 from models.attention.full import Attention
 from models.attention.sliding import Sliding
 from models.decoder import Decoder
+from models.feedforward import SwiGLU
 from models.init import initialise
 from models.masks import Causal, Mask, Reach, SameDocument, visible
 from models.positions.rope import Rope
@@ -23,10 +24,14 @@ CAUSAL = Causal() & SameDocument()
 MASKS = [CAUSAL, CAUSAL & Reach(5), SameDocument(), ~Causal(), Mask(), Causal(), (Reach(3) & CAUSAL) | ~Reach(9) & CAUSAL]
 
 
+def swiglu(layers):
+    return [SwiGLU(WIDTH, FFN) for _ in range(layers)]
+
+
 def decoder(tie=True, device="meta"):
     with torch.device(device):
         mixers = [Attention(WIDTH, HEADS, KV, Rope()), Sliding(WIDTH, HEADS, KV, Rope(), reach=7)]
-        return Decoder(WORDS, WIDTH, mixers, FFN, position=Rope(), tie=tie)
+        return Decoder(WORDS, WIDTH, mixers, swiglu(2), position=Rope(), tie=tie)
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -86,8 +91,8 @@ def test_on_one_document_that_sees_everything_torch_counts_the_same():
 
     with torch.device("meta"):
         mixers = [Everything(WIDTH, HEADS, KV, Rope()) for _ in range(LAYERS)]
-        seen = Decoder(WORDS, WIDTH, mixers, FFN, position=Rope())
-        ours = Decoder(WORDS, WIDTH, [Attention(WIDTH, HEADS, KV, Rope(), mask=Mask()) for _ in range(LAYERS)], FFN)
+        seen = Decoder(WORDS, WIDTH, mixers, swiglu(LAYERS), position=Rope())
+        ours = Decoder(WORDS, WIDTH, [Attention(WIDTH, HEADS, KV, Rope(), mask=Mask()) for _ in range(LAYERS)], swiglu(LAYERS))
     with FlopCounterMode(display=False) as counter:
         seen(torch.zeros(1, 33, dtype=torch.long, device="meta"), Span.line(1, 33, device="meta"))
     assert counter.get_total_flops() == count_flops(ours).forward(Span.line(1, 33))
@@ -132,7 +137,7 @@ def test_activation_bytes_are_what_autograd_keeps(precision, dtype):
 def test_checkpointing_keeps_one_block_and_the_inputs_of_all():
     def sized(layers, checkpointing):
         with torch.device("meta"):
-            model = Decoder(WORDS, WIDTH, [Attention(WIDTH, HEADS, KV, Rope()) for _ in range(layers)], FFN)
+            model = Decoder(WORDS, WIDTH, [Attention(WIDTH, HEADS, KV, Rope()) for _ in range(layers)], swiglu(layers))
         return activation_bytes(model, 1024, checkpointing=checkpointing)
 
     assert sized(5, "full") - sized(4, "full") == 1024 * WIDTH * 4

@@ -6,7 +6,7 @@ from torch import nn
 from models.attention.full import CAUSAL
 from models.masks import Reach
 from models.mixing.softmax import Softmax
-from models.span import Span
+from models.span import READ, Span
 from parallel.balance import visible_keys
 from parallel.cut import cut_span
 from parallel.drivers.auto import Auto, remote_share
@@ -59,3 +59,12 @@ def test_the_choice_does_not_look_at_the_documents():
     assert share(packed([[1] * 48], 48), near) == share(Span.line(1, 48), near) == 3 / 36
     assert share(Span.line(1, 48), CAUSAL) == 1.0
     assert int(visible_keys(Span.line(1, 48), near).max()) == 4
+
+
+def test_what_was_read_before_the_row_counts_as_its_document():
+    row, kept = (cut_span(s, layouts("contiguous", s, 4), 0) for s in (packed(), packed([[1, 1], [2]], 8)))
+    joined = kept.cast(READ).join(row)
+    assert joined.cut.before() == 8
+    assert remote_share(CAUSAL, row.cut, joined.cut, 1) == 1.0
+    near = remote_share(CAUSAL & Reach(13), row.cut, joined.cut, 1)
+    assert near == 12 / (39 + 6)  # rank 0 needs the 6 kept tokens of others, the last rank 12 of the row before its own

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from models.attention.compressed import Compressed
 from models.auxiliary import auxiliary
 from models.decoder import Decoder
+from models.feedforward import SwiGLU
 from models.init import initialise
 from models.loss import IGNORE
 from models.positions.rope import Rope
@@ -26,7 +27,7 @@ OPTIM = AdamW(learning_rate=1e-2)
 
 def _model() -> Decoder:
     settings = {"block": 3, "top": 2, "reach": 4, "index_heads": 3, "index_channels": 6, "turned": 2}
-    return Decoder(11, 12, [Compressed(12, 3, Rope(), **settings) for _ in range(2)], 16)
+    return Decoder(11, 12, [Compressed(12, 3, Rope(), **settings) for _ in range(2)], [SwiGLU(12, 16) for _ in range(2)])
 
 
 def _given() -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.mesh import Mesh, build_mesh, check_shape
+from parallel.mesh import Mesh, build_mesh, check_shape, expert_axes
 from tests.pool import ranks
 
 SIZE = 4
@@ -50,6 +50,53 @@ def test_heads_are_the_inner_side_of_the_grid():
         assert groups["ring_group"] == [rank % 2, rank % 2 + 2]
 
 
+def lie(env, shape):
+    mesh = build_mesh(**shape)
+    names = ("experts_group", "experts_data_group", "context_group")
+    groups = [dist.get_process_group_ranks(getattr(mesh, name)) for name in names]
+    axes = dict(zip(mesh.experts_mesh.mesh_dim_names, mesh.experts_mesh.shape))
+    return (
+        mesh.experts_rank,
+        mesh.experts_size,
+        *groups,
+        axes,
+        dict(zip(mesh.device_mesh.mesh_dim_names, mesh.device_mesh.shape)),
+    )
+
+
+def test_neighbours_share_experts_whatever_else_they_share():
+    for rank, found in enumerate(ranks(SIZE, lie, {"context": 4, "data": 1, "experts": 2})):
+        assert found[:2] == (rank % 2, 2)
+        assert found[2:5] == ([rank // 2 * 2, rank // 2 * 2 + 1], [rank % 2, rank % 2 + 2], [0, 1, 2, 3])
+        assert found[5:] == ({"shards": 2, "experts": 2}, {"world": 4})
+
+
+@pytest.mark.parametrize(
+    "experts, replicas, axes",
+    [(2, 2, (2, 1, 2)), (2, 4, (2, 1, 2)), (4, 2, (1, 1, 4)), (1, 2, None)],
+)
+def test_an_expert_is_copied_over_replicas_and_sharded_within_one(experts, replicas, axes):
+    shape = {"context": 2, "data": 2, "experts": experts, "replicas": replicas}
+    if axes is None:
+        assert ranks(SIZE, flat, shape) == [({"replicas": 2, "shards": 2}, None)] * SIZE
+        return
+    for found in ranks(SIZE, lie, shape):
+        assert tuple(found[5].values()) == axes and list(found[5]) == ["replicas", "shards", "experts"]
+        assert found[6] == {"replicas": replicas, "shards": SIZE // replicas}
+
+
+@pytest.mark.parametrize(
+    "size, experts, replicas, axes", [(8, 2, 2, (2, 2, 2)), (16, 2, 2, (2, 4, 2)), (8, 4, 4, (2, 1, 4)), (8, 2, 1, (1, 4, 2))]
+)
+def test_the_ranks_of_a_replica_that_hold_the_same_experts_shard_them(size, experts, replicas, axes):
+    assert expert_axes(size, experts, replicas) == axes
+
+
+def flat(env, shape):
+    mesh = build_mesh(**shape)
+    return dict(zip(mesh.device_mesh.mesh_dim_names, mesh.device_mesh.shape)), mesh.experts_mesh
+
+
 def test_one_process_needs_no_group():
     mesh = Mesh.alone()
     assert (mesh.rank, mesh.size, mesh.context_size, mesh.world_group) == (0, 1, 1, None)
@@ -71,6 +118,21 @@ def test_a_shape_that_the_ranks_cannot_form_is_refused(shape, words):
         check_shape(*shape)
 
 
+@pytest.mark.parametrize(
+    "size, experts, replicas, words",
+    [
+        (4, 3, 1, "parallel.experts=3 does not divide the number of ranks, 4 .*use parallel.experts=2"),
+        (6, 1, 4, "engine.replicas=4 does not divide the number of ranks, 6 .*use engine.replicas=3"),
+        (12, 4, 2, "experts=4 and engine.replicas=2 do not fit: 6 ranks hold a replica.*use parallel.experts=3"),
+        (4, 0, 1, "parallel.experts=0 is no number of ranks"),
+    ],
+)
+def test_experts_and_replicas_that_the_ranks_cannot_hold_are_refused(size, experts, replicas, words):
+    with pytest.raises(ValueError, match=words):
+        check_shape(size, size, 1, experts=experts, replicas=replicas)
+
+
 def test_a_shape_that_fits_is_taken():
     check_shape(4, 2, 2)
     check_shape(8, 4, 2, 2, 2)
+    check_shape(12, 4, 3, experts=6, replicas=4)  # a replica is 3 ranks, which hold half of the experts

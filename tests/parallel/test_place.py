@@ -10,8 +10,11 @@ from torch.distributed.tensor import DTensor
 from models.attention.full import Attention
 from models.attention.sliding import Sliding
 from models.decoder import Decoder
+from models.feedforward import SwiGLU
 from models.init import initialise
+from models.kernels import walk
 from models.loss import IGNORE
+from models.mixing.softmax import Softmax
 from models.positions.rope import Rope
 from parallel.cut import cut_span
 from parallel.engines.fsdp import Fsdp
@@ -29,7 +32,7 @@ WORDS, WIDTH, HEADS, STEPS = 13, 24, 6, 2
 
 def decoder() -> nn.Module:
     mixers = [Attention(WIDTH, HEADS, 3, Rope()), Sliding(WIDTH, HEADS, 3, Rope(), reach=7)]
-    return Decoder(WORDS, WIDTH, mixers, 16, position=Rope(), tie=True)
+    return Decoder(WORDS, WIDTH, mixers, [SwiGLU(WIDTH, 16) for _ in mixers], position=Rope(), tie=True)
 
 
 def data(step):
@@ -76,7 +79,7 @@ def placed(env, name, method, grid, settings):
     return whole, norms, sum(wire.sent.values())
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 @pytest.mark.parametrize("name", ["single", "fsdp"])
 @pytest.mark.parametrize(
     "method, size, grid", [("ring", 3, {}), ("heads", 2, {}), ("auto", 3, {}), ("usp", 2, {"heads": 1, "ring": 2})]
@@ -110,6 +113,73 @@ class Chain(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x
+
+
+def sent(env, method, grid, checkpointing):
+    """Bytes that a rank sends in two steps, by name of the move."""
+    engine = Single(build_mesh(env.size, 1, **grid), AdamW(), precision="float64", seed=5, checkpointing=checkpointing)
+    with torch.device("meta"):
+        model = decoder()
+    wire = place(model, engine, method=method)
+    for step in range(2):
+        tokens, targets, span = data(step)
+        here = cut_span(span, [layout("zigzag", span.shape[1], env.size)], env.rank)
+        losses = engine.model(here.cut.shard(tokens, 0), here, here.cut.shard(targets, IGNORE))
+        engine.backward(losses.sum())
+        engine.step(0.01)
+    return dict(wire.sent)
+
+
+FORWARD = {"ring": {"ring"}, "fetch": {"fetch"}, "usp": {"ring"}}
+
+
+@pytest.mark.parametrize("method, size, grid", [("ring", 3, {}), ("fetch", 3, {}), ("usp", 4, {"heads": 2, "ring": 2})])
+def test_selective_checkpointing_does_not_send_keys_again(method, size, grid):
+    for none, full, selective in zip(*(ranks(size, sent, method, grid, word) for word in ("none", "full", "selective"))):
+        moves = FORWARD[method]
+        assert sum(none[move] for move in moves) > 0
+        for move, count in none.items():
+            traded = move in ("deal", "collect")  # heads for tokens: repeated, attention is not
+            assert full[move] == (2 * count if move in moves or traded else count)
+            assert selective[move] == (2 * count if traded else count)
+
+
+class Attentions(nn.Module):
+    """A block that attends twice by the same leaf."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Attention(WIDTH, HEADS, 3, Rope())
+
+    def forward(self, x, span):
+        return self.inner(self.inner(x, span).tanh(), span)
+
+
+@pytest.mark.parametrize("checkpointing, runs", [("none", 1), ("full", 2), ("selective", 1)])
+def test_selective_checkpointing_computes_all_but_attention_again(checkpointing, runs, monkeypatch):
+    """Also where a pass is repeated before the backward of the one before, and where backward runs twice."""
+    calls, true = [], walk.forward
+    monkeypatch.setattr(walk, "forward", lambda *args: (calls.append(1), true(*args))[1])
+    engine = Single(Mesh.alone(), AdamW(), precision="float64", seed=5, checkpointing=checkpointing)
+    model = nn.Module()
+    model.blocks = nn.ModuleList(initialise(Attentions(), seed=5) for _ in range(2))
+    model.forward = lambda x, span: model.blocks[1](model.blocks[0](x, span), span)
+    place(model, engine)
+    draw = torch.Generator().manual_seed(0)
+    one, two = (torch.randn(2, 51, WIDTH, generator=draw, dtype=torch.float64) for _ in range(2))
+    losses = [model.forward(x, packed()).square().sum() for x in (one, two)]
+    losses[0].backward(retain_graph=True)
+    assert len(calls) == 8 + 4 * (runs - 1)
+    losses[1].backward()
+    losses[0].backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    expected = initialise(Attentions(), seed=5), initialise(Attentions(), seed=5)
+    for x, times in ((one, 2), (two, 1)):
+        (times * expected[1].double()(expected[0].double()(x, packed()), packed()).square().sum()).backward()
+    for i, block in enumerate(expected):
+        for name, parameter in block.named_parameters():
+            torch.testing.assert_close(found[f"blocks.{i}.{name}"], parameter.grad, rtol=1e-11, atol=1e-13)
+    assert all(leaf.kept.tape is None for leaf in model.modules() if isinstance(leaf, Softmax))
 
 
 @pytest.mark.parametrize("checkpointing, runs", [("none", 1), ("full", 2)])

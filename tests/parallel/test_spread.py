@@ -6,8 +6,10 @@ from torch import nn
 from models.attention.full import CAUSAL
 from models.mixing.softmax import Softmax
 from models.scores import Score
+from models.switch import Switch
 from parallel.drivers.ring import Ring
 from parallel.drivers.usp import Usp
+from parallel.moves import Wire
 from parallel.spread import refusals, spread
 from tests.parallel.parity import grid
 from tests.pool import ranks
@@ -60,3 +62,18 @@ def test_what_cannot_be_is_said_at_once():
 def test_the_check_can_ask_before_any_rank_starts(method, count):
     model = nn.ModuleDict({"a": Softmax(CAUSAL, Headless()), "b": Softmax(CAUSAL)})
     assert len(refusals(model, method)) == count
+
+
+def shared(env, sequence, experts):
+    """The classes that stand for a mixture's leaves."""
+    layer = Switch(4, 4, experts=4)
+    names = list(layer.state_dict())
+    wire = spread(layer, env.group if sequence else None, experts=env.group if experts else None)
+    assert list(layer.state_dict()) == names and isinstance(wire, Wire)
+    return type(layer.dispatch).__name__, type(layer.tally).__name__
+
+
+def test_experts_are_shared_where_a_group_is_named_and_sequences_where_another_is():
+    assert ranks(2, shared, True, False) == [("Dispatch", "Tallying")] * 2
+    assert ranks(2, shared, False, True) == [("Travel", "Tally")] * 2
+    assert ranks(2, shared, True, True) == [("Travel", "Tallying")] * 2

@@ -7,6 +7,7 @@ import torch
 
 from models.attention.full import Attention
 from models.decoder import Decoder
+from models.feedforward import SwiGLU
 from models.init import initialise
 from models.loss import IGNORE
 from models.positions.rope import Rope
@@ -23,7 +24,7 @@ from trainer.share import Share
 
 def decoder():
     mixers = [Attention(16, 4, 2, Rope()) for _ in range(2)]
-    return initialise(Decoder(257, 16, mixers, 24), 5).double()
+    return initialise(Decoder(257, 16, mixers, [SwiGLU(16, 24) for _ in mixers]), 5).double()
 
 
 @pytest.fixture

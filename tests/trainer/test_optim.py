@@ -4,8 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from models.convolution.hyena import Hyena
+from parallel.engines.single import Single
+from parallel.mesh import build_mesh
 from tests.parallel.engines.small import Small
-from trainer.optim import AdamW, decayed
+from tests.pool import ranks
+from trainer.optim import AdamW, decayed, rates
 
 
 class Rates(nn.Module):
@@ -36,6 +40,51 @@ def test_a_tied_embedding_is_an_embedding():
 
 def test_a_module_may_name_what_is_no_matrix():
     assert decayed(Rates()) == {"mix"}
+
+
+def test_the_filters_of_hyena_do_not_decay_and_learn_at_their_own_pace():
+    layer = nn.ModuleDict({"mixer": Hyena(4, 8, filter_width=3, bands=2, filter_rate=0.25)})
+    filters = {name for name, _ in layer.named_parameters() if name.startswith("mixer.filter.")}
+    assert len(filters) == 6 and decayed(layer) == {f"mixer.{name}.weight" for name in ("inner", "short", "out")}
+    assert rates(layer) == dict.fromkeys(filters, 0.25)
+    optimiser = AdamW(weight_decay=0.3)(layer, dict(layer.named_parameters()))
+    names = {id(p): name for name, p in layer.named_parameters()}
+    found = {(g["rate"], g["weight_decay"]): {names[id(p)] for p in g["params"]} for g in optimiser.param_groups}
+    assert found == {(1.0, 0.3): decayed(layer), (1.0, 0.0): {"mixer.bias"}, (0.25, 0.0): filters}
+
+
+def test_a_pace_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="filter_rate=0"):
+        Hyena(4, 8, filter_rate=0)
+
+
+class Halved(nn.Module):
+    """Two parameters with equal gradients, one of which learns at half the pace."""
+
+    rates = {"slow": 0.5}
+
+    def __init__(self):
+        super().__init__()
+        self.slow, self.fast = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+
+
+def moves(env):
+    """How far each parameter of Halved goes in steps at two learning rates, all its gradients being equal."""
+    model = Halved()
+    engine = Single(build_mesh(1, env.size), AdamW(weight_decay=0.0), precision="float64")
+    engine.wrap(model)
+    found = []
+    for rate in (0.1, 0.04):
+        before = [p.detach().clone() for p in (model.fast, model.slow)]
+        engine.backward((model.fast + model.slow).sum())
+        engine.step(rate)
+        found.append([float((then - now.detach()).mean()) for then, now in zip(before, (model.fast, model.slow))])
+    return found
+
+
+def test_an_engine_steps_at_each_groups_own_pace():
+    for found in ranks(2, moves):
+        assert found == [[pytest.approx(rate), pytest.approx(rate / 2)] for rate in (0.1, 0.04)]
 
 
 def test_every_parameter_is_trained_once():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from models.loss import IGNORE
-from models.span import Span
+from models.span import GIVEN, TEXT, Span
 
 
 class Batch(NamedTuple):
@@ -16,26 +16,32 @@ class Batch(NamedTuple):
         tokens: [R, T+1] int64; 0 where there is none.
         doc: [R, T+1] int64, number of the document; -1 = padding.
         pos: [R, T+1] int64, place in the document.
-        role: [R, T+1] int64, a role of models.span.
+        role: [R, T+1] int64, a role of models.span; GIVEN = nobody predicts this token.
+        aims: [R, T+1] int64, what is to be said at each token, IGNORE where nothing; None = the next token.
     """
 
     tokens: Tensor
     doc: Tensor
     pos: Tensor
     role: Tensor
+    aims: Tensor | None = None
 
     def inputs(self) -> Tensor:
         """[R, T] int64, what the model reads."""
         return self.tokens[:, :-1]
 
     def span(self) -> Span:
-        """[R, T] addresses of the inputs."""
-        return Span(pos=self.pos[:, :-1], doc=self.doc[:, :-1], role=self.role[:, :-1])
+        """[R, T] addresses of the inputs; to a model, a token that is given is text like any other."""
+        role = self.role[:, :-1]
+        return Span(pos=self.pos[:, :-1], doc=self.doc[:, :-1], role=torch.where(role == GIVEN, TEXT, role))
 
     def targets(self) -> Tensor:
-        """[R, T] int64: the next token of the same document, IGNORE where there is none."""
+        """[R, T] int64: the aim, or the next token of the same document unless it is given; IGNORE where there is none."""
+        if self.aims is not None:
+            return self.aims[:, :-1]
         here, there = self.doc[:, :-1], self.doc[:, 1:]
-        return torch.where((there == here) & (here >= 0), self.tokens[:, 1:], IGNORE)
+        wanted = (there == here) & (here >= 0) & (self.role[:, 1:] != GIVEN)
+        return torch.where(wanted, self.tokens[:, 1:], IGNORE)
 
     def predictions(self) -> int:
         """How many tokens are predicted: the step's global count of valid targets."""
@@ -43,9 +49,11 @@ class Batch(NamedTuple):
 
     def part(self, first: int, last: int) -> "Batch":
         """Rows first .. last - 1, filled up with rows of padding where the batch has fewer."""
-        piece = Batch(*(t[first:last] for t in self))
-        missing = last - first - len(piece.tokens)
-        if missing <= 0:
-            return piece
-        fill = (0, -1, 0, 0)  # tokens, doc, pos, role
-        return Batch(*(torch.cat([t, t.new_full((missing, t.shape[1]), value)]) for t, value in zip(piece, fill)))
+        missing = last - first - len(self.tokens[first:last])
+
+        def filled(t: Tensor, fill: int) -> Tensor:
+            part = t[first:last]
+            return part if missing <= 0 else torch.cat([part, part.new_full((missing, part.shape[1]), fill)])
+
+        aims = None if self.aims is None else filled(self.aims, IGNORE)
+        return Batch(*map(filled, (self.tokens, self.doc, self.pos, self.role), (0, -1, 0, 0)), aims=aims)

@@ -15,6 +15,8 @@ from trainer.data.readers import File, suffix_of
 from trainer.data.sources import Local, Source, build
 from trainer.data.split import SPLITS
 from trainer.data.stream import FiniteStream, Stream
+from trainer.data.synthetic import SyntheticStream
+from trainer.data.tasks.task import Task
 
 LOOK = 64 << 20  # bytes read by `check`
 GLANCE = 4  # documents of an endless source read by `check`
@@ -50,17 +52,23 @@ def open_stream(
     settings = {"context_length": context_length, "rows": rows, "seed": seed, "split": split, "lanes": lanes}
     if isinstance(source, Local):
         return FiniteStream(source, **settings)
+    if isinstance(source, Task):
+        return SyntheticStream(source, **settings)
     assert isinstance(source, Endless), f"{type(source).__name__} is neither Local nor Endless"
     return EndlessStream(source, **settings)
 
 
-def check(data: Mapping[str, Any] | Source, *, evaluates: bool = False) -> list[str]:
+def check(
+    data: Mapping[str, Any] | Source, *, evaluates: bool = False, context_length: int | None = None, lanes: bool = False
+) -> list[str]:
     """What is wrong with the data, found without tokenising it: a message each, none where all is well.
 
-    Reads the first 64 MB of files and stats the rest (nothing where the tokens are in the cache), or the first few
-    documents of a streamed data set. What lies further in is found while the data is tokenised, with the same message.
+    Reads the first 64 MB of files and stats the rest (nothing where the tokens are in the cache), the first few documents
+    of a streamed data set, or an example of a task. What lies further in is found while the data is tokenised, with the
+    same message.
 
     evaluates: whether the run will ask for held-out documents.
+    context_length, lanes: as for open_stream, where they are known: whether a task's examples fit in rows.
     """
     try:
         source = build(data)
@@ -83,6 +91,9 @@ def check(data: Mapping[str, Any] | Source, *, evaluates: bool = False) -> list[
         elif isinstance(source, Endless):
             for _ in itertools.islice(source.texts(Report(source.on_error)), GLANCE):
                 pass
+        elif isinstance(source, Task) and context_length is not None:
+            for split in ("train", "held_out") if evaluates and source.held_out else ("train",):
+                SyntheticStream(source, context_length=context_length, rows=1, seed=0, split=split, lanes=lanes)
     except ValueError as error:
         found.append(str(error))
     return found

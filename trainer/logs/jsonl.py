@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+BESIDE = ("auxiliary", "statistics")  # parts of a row that are dictionaries, or not there
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.jsonl"
 
 
@@ -18,7 +19,8 @@ class Row(NamedTuple):
 
     step counts from 1; loss in nats per token, the language loss alone; tokens trained on since the beginning;
     grad_norm before clipping; peak_memory_bytes of the fullest rank; mfu a share of 1 (trainer/logs/meters.py), None
-    where the peak of the device is not known; auxiliary: losses of layers beside the language loss, left out where none is.
+    where the peak of the device is not known; auxiliary: losses of layers beside the language loss; statistics: figures of
+    layers, "layer/figure" and their mean "figure". Both are left out where no layer has any.
     """
 
     step: int
@@ -31,6 +33,7 @@ class Row(NamedTuple):
     peak_memory_bytes: int
     mfu: float | None
     auxiliary: dict[str, float] | None = None
+    statistics: dict[str, float] | None = None
 
 
 class Lines:
@@ -77,7 +80,7 @@ class Metrics(Lines):
 
     def add(self, row: Row) -> None:
         """Append the row of a step."""
-        self.write({key: value for key, value in row._asdict().items() if key != "auxiliary" or value is not None})
+        self.write({key: value for key, value in row._asdict().items() if value is not None or key not in BESIDE})
 
 
 class Evaluations(Lines):

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import wandb
 
-from trainer.logs.jsonl import Row
+from trainer.logs.jsonl import BESIDE, Row
 
 PROBE_S, FINISH_S = 3.0, 30.0
 SECRET = re.compile(r"(^|[_.-])(api_?key|secret|password|passwd|credentials?|token)$", re.I)
@@ -135,8 +135,10 @@ class Wandb:
     def step(self, row: Row) -> None:
         """Send the row of a step."""
         self.tokens = row.tokens
-        values = {name: value for name, value in row._asdict().items() if value is not None and name != "auxiliary"}
-        values |= {f"auxiliary/{name}": value for name, value in (row.auxiliary or {}).items()}
+        parts = row._asdict()
+        beside = {part: parts.pop(part) or {} for part in BESIDE}
+        values = {name: value for name, value in parts.items() if value is not None}
+        values |= {f"{part}/{name}": value for part, found in beside.items() for name, value in found.items()}
         self._log(row.step, {**values, "by_tokens/loss": row.loss})
 
     def evaluation(self, step: int, name: str, value: float) -> None:

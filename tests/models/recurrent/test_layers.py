@@ -16,7 +16,18 @@ from models.span import Span
 from tests.parallel.parity import build, packed, relative
 from tests.variants import VARIANTS, WIDTH
 
-LINEAR = ["linear", "performer", "retention", "gated_linear", "mamba2", "delta", "gated_delta", "rwkv6", "rwkv7"]
+LINEAR = [
+    "linear",
+    "performer",
+    "retention",
+    "gated_linear",
+    "mamba2",
+    "delta",
+    "gated_delta",
+    "rwkv6",
+    "rwkv7",
+    "rwkv7_stacked",
+]
 FAMILY = [*LINEAR, "short_conv", "hyena"]
 
 
@@ -133,18 +144,24 @@ def test_performer_does_not_overflow_whatever_the_keys_are():
     assert found.isfinite().all() and math.log(found.max()) < ROOM + 1
 
 
-def test_rwkv7_is_the_published_recurrence():
+@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("most", [1, 2])
+def test_rwkv7_is_the_published_recurrence(level, given, most):
     """Re-derived from the paper (arXiv:2503.14456, section 4), a token and a head at a time, values in rows."""
-    layer, tokens, heads, size = initialise(Rwkv7(16, 2, 1, 3, rank=4), 1).double(), 11, 2, 8
+    layer, tokens, heads, size = initialise(Rwkv7(16, 2, level, 3, rank=4, reflect=most == 2), 1).double(), 11, 2, 8
     for parameter in layer.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
-    x = torch.randn(tokens, 16, dtype=torch.float64)
+    x, first = torch.randn(2, tokens, 16, dtype=torch.float64)
     look = dict(zip("rwkvag", layer.look))
     before = torch.cat([torch.zeros(1, 16).double(), x[:-1]])
-    states, out = [torch.zeros(size, size).double() for _ in range(heads)], []
+    states, out, own = [torch.zeros(size, size).double() for _ in range(heads)], [], []
     for t in range(tokens):
         mixed = {name: x[t] + (before[t] - x[t]) * mu for name, mu in look.items()}
         r, k, v = layer.r(mixed["r"]), layer.k(mixed["k"]), layer.v(mixed["v"])
+        own.append(v)
+        if level and given:
+            v = v + (first[t] - v) * torch.sigmoid(layer.pull.up(layer.pull.down(mixed["v"])))
         w = (-math.exp(-0.5) * torch.sigmoid(layer.decay.up(torch.tanh(layer.decay.down(mixed["w"]))))).exp()
         a = torch.sigmoid(layer.rate.up(layer.rate.down(mixed["a"])))
         g = layer.gate.up(torch.sigmoid(layer.gate.down(mixed["g"])))
@@ -153,12 +170,27 @@ def test_rwkv7_is_the_published_recurrence():
         for h in range(heads):
             part = slice(h * size, (h + 1) * size)
             kk = removal[part] / removal[part].norm()
-            states[h] = states[h] * w[part] - torch.outer(states[h] @ kk, kk * a[part]) + torch.outer(v[part], k[part])
+            states[h] = states[h] * w[part] - torch.outer(states[h] @ kk, most * kk * a[part]) + torch.outer(v[part], k[part])
             rows.append(states[h] @ r[part])
             extra.append((r[part] * k[part] * layer.bonus[h]).sum() * v[part])
         normed = F.group_norm(torch.cat(rows)[None], heads, layer.norm.weight, layer.norm.bias, size * 1e-5)[0]
         out.append(layer.out((normed + torch.cat(extra)) * g))
-    assert relative(layer(x[None], Span.line(1, tokens))[0], torch.stack(out)) < 1e-12
+    got, passed = layer.values(x[None], Span.line(1, tokens), first[None] if given else None)
+    assert relative(got[0], torch.stack(out)) < 1e-12
+    assert relative(passed[0], first if given else torch.stack(own)) < 1e-12
+
+
+def test_rwkv7_begins_as_its_public_trainer_has_it():
+    lowest, top = (initialise(Rwkv7(64, 2, layer, 2, rank=8), 1) for layer in range(2))
+    eye = torch.eye(64)
+    assert ((lowest.r.weight @ lowest.r.weight.T) - eye).abs().max() < 1e-5
+    assert ((top.k.weight @ top.k.weight.T) - 0.01 * eye).abs().max() < 1e-5
+    assert lowest.pull is None and not top.pull.down.weight.any()
+    assert [top.pull.up.bias[i].item() for i in (0, -1)] == pytest.approx([0.93, 0.53])
+    assert [top.direction[i].item() for i in (0, -1)] == pytest.approx([0.76, 0.66])
+    assert [top.rate.up.bias[i].item() for i in (0, -1)] == pytest.approx([-0.69, 0.31])
+    assert [top.decay.up.bias[i].item() for i in (0, -1)] == pytest.approx([-8.0, 3.0])
+    assert lowest.norm.weight[0].item() == pytest.approx(0.5**0.7) and top.norm.weight[0] == 1
 
 
 def test_the_state_while_decoding_does_not_grow():

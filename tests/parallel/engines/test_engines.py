@@ -173,10 +173,15 @@ def test_evaluating_between_steps_changes_nothing(name, kind):
 
 
 @pytest.mark.parametrize("name", ["single", "fsdp"])
-@pytest.mark.parametrize("setting", [{"precision": "float16"}, {"checkpointing": "selective"}])
+@pytest.mark.parametrize("setting", [{"precision": "float16"}, {"checkpointing": "some"}])
 def test_a_setting_that_is_not_offered_is_refused_by_name(name, setting):
     with pytest.raises(ValueError, match=f"{next(iter(setting.values()))} is not offered"):
         ENGINES[name](Mesh.alone(), OPTIM, **setting)
+
+
+def test_what_compiled_blocks_compute_cannot_be_kept():
+    with pytest.raises(ValueError, match=r"checkpointing=selective cannot keep"):
+        ENGINES["single"](Mesh.alone(), OPTIM, checkpointing="selective", compile=True)
 
 
 def test_fsdp_without_started_ranks_is_refused():

@@ -31,6 +31,14 @@ def test_a_row_is_on_the_disk_at_once_with_exactly_the_agreed_fields(tmp_path):
     ]
 
 
+def test_what_layers_tell_stands_in_the_row_where_they_tell_something(tmp_path):
+    metrics = Metrics(tmp_path)
+    metrics.add(row(1)._replace(auxiliary={"balance": 0.1}, statistics={"load": 1.5, "blocks.1.feedforward/load": 1.5}))
+    (found,) = read(metrics.path)
+    assert list(found) == [*FIELDS, "auxiliary", "statistics"]
+    assert found["statistics"] == {"load": 1.5, "blocks.1.feedforward/load": 1.5}
+
+
 def test_rows_after_a_step_are_cut_and_writing_goes_on(tmp_path):
     metrics = Metrics(tmp_path)
     for step in (1, 2, 3, 4):

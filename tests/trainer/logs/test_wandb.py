@@ -46,14 +46,15 @@ def test_an_offline_file_holds_every_metric_and_no_secret(tmp_path):
     run = begin(tmp_path, said, config=config | {"batch_tokens": 64})
     for step in (1, 2, 3):
         run.step(row(step))
-    run.evaluation(3, "held_out", 2.5)
+    run.step(row(4)._replace(auxiliary={"balance": 0.1}, statistics={"load": 1.5, "blocks.1.feedforward/load": 1.5}))
+    run.evaluation(4, "held_out", 2.5)
     place = run.place
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0, "tokens": 64}\n')
     run.finish({"best_loss": 1.0}, plots(tmp_path))
     [path] = offline(tmp_path)
     found = wandb_file.read(path)
     assert said == [] and place == str(path.parent)
-    history = {step: {} for step in (1, 2, 3)}
+    history = {step: {} for step in (1, 2, 3, 4)}
     for part in found.history:
         history.setdefault(part.get("step", 0), {}).update(part)
     for step in (1, 2, 3):
@@ -61,7 +62,8 @@ def test_an_offline_file_holds_every_metric_and_no_secret(tmp_path):
             assert history[step].get(name) == value, (step, name)
         assert history[step]["_step"] == step
         assert history[step]["by_tokens/loss"] == 3.0 / step
-    assert history[3]["evaluation/held_out"] == 2.5
+    assert history[4]["evaluation/held_out"] == 2.5 and history[4]["auxiliary/balance"] == 0.1
+    assert history[4]["statistics/load"] == history[4]["statistics/blocks.1.feedforward/load"] == 1.5
     assert found.summary["best_loss"] == 1.0
     assert found.axes["*"] == "step" and found.axes["by_tokens/*"] == found.axes["evaluation/*"] == "tokens"
     assert list(path.parent.glob("files/media/images/report/loss*.png"))

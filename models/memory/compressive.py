@@ -1,0 +1,97 @@
+"""Infini-attention: beside local attention, every head reads a memory of fixed size in which all earlier segments lie.
+
+    memory_t = phi(q_t) M / phi(q_t) z        M, z as they were before the segment of t; phi(x) = elu(x) + 1
+    M += phi(k) (v - [delta: phi(k) M / phi(k) z]),  z += phi(k)      over all tokens of a segment, when it ends
+    out = g memory + (1 - g) local            g = sigmoid(gate), one for each head; local alone where z is 0
+
+Letters: B rows, T tokens, H query heads, G key heads (they divide H), D head width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.memory.local import attention_beside, check_segment, within
+from models.memory.memory import Memory
+from models.mixing.compress import Compress
+from models.span import Span
+
+RULES = "linear", "delta"
+
+
+class Compressive(Memory):
+    """A memory of D x (D + 1) numbers for every key head, whatever the length of the document.
+
+    Args:
+        length: 0; the size of this memory does not depend on a number of tokens.
+        rule: linear adds a segment's values to what is there; delta first takes away what the memory already answers, so
+            that a key that comes again is overwritten and not averaged.
+        segment: tokens of a document in a segment, counted from its first token: local attention sees its segment only,
+            and outputs do not depend on where rows are cut. null: a row is one segment, and a document reads what the rows
+            before it left; without rows before, that is nothing.
+
+    Source: Munkhdalai et al. 2024 (arXiv:2404.07143). Queries and keys of the memory have no positions, as there; ours knows
+    documents, shares a memory among the query heads that share keys, and works out all segments of a row at once.
+    """
+
+    def __init__(self, length: int = 0, *, rule: str = "linear", segment: int | None = None):
+        if length:
+            raise ValueError(
+                f"memory.length={length}, but memory=compressive has the same size whatever was read; use memory.length=0, "
+                "or memory=lookup or segments"
+            )
+        if rule not in RULES:
+            raise ValueError(f"memory.rule={rule} is none that there is; choose one of {', '.join(RULES)}")
+        check_segment(segment)
+        self.rule, self.segment = rule, segment
+
+    def around(self, mixer: nn.Module, **sizes: Any) -> nn.Module:
+        """The mixer, with this memory beside its heads; its parameters keep their names.
+
+        Raises:
+            ValueError: the mixer is none whose heads have queries, keys and values of their own, or it looks ahead.
+        """
+        attention = attention_beside(mixer, "compressive", sizes.get("position"))
+        within(attention, self.segment)
+        attention.beside = CompressiveMemory(attention.q.out_features // attention.head_width, self.rule, self.segment)
+        return attention
+
+
+class CompressiveMemory(nn.Module):
+    """The memory of one layer; owns its gates.
+
+    Args:
+        heads: H.
+        rule, segment: as Compressive has them.
+    """
+
+    def __init__(self, heads: int, rule: str, segment: int | None):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(heads))
+        self.mix = Compress(segment)
+        self.mass = Compress(segment) if rule == "delta" else None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, local: Tensor, span: Span) -> Tensor:
+        """[B, T, H, D]: q and local [B, T, H, D], k and v [B, T, G, D], without positions."""
+        wide = torch.promote_types(q.dtype, torch.float32)
+        q, k, v = F.elu(q.to(wide)) + 1, F.elu(k.to(wide)) + 1, v.to(wide)
+        one = torch.ones_like(v[..., :1])
+        if self.mass is None:
+            found, mass = self.mix((q,), (k, torch.cat([v, one], -1)), at=span).split([v.shape[-1], 1], -1)
+        else:
+            mass, of_keys = self._masses(q, k, one, span)
+            weight = torch.where(of_keys > 0, 1 / torch.where(of_keys > 0, of_keys, 1), 0)
+            found = self.mix((q,), (k, v, weight), at=span)
+        there, gate = mass > 0, self.gate.to(wide).sigmoid()[:, None]
+        recalled = found / torch.where(there, mass, 1)
+        return torch.where(there, gate * recalled + (1 - gate) * local.to(wide), local.to(wide)).to(local.dtype)
+
+    def _masses(self, q: Tensor, k: Tensor, one: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """phi z of queries [B, T, H, 1] and of keys [B, T, G]; a key asks as one more query of its memory."""
+        assert self.mass is not None
+        groups = k.shape[2]
+        asked = torch.cat([q.unflatten(2, (groups, -1)), k[:, :, :, None]], 3)
+        mass = self.mass((asked.flatten(2, 3),), (k, one), at=span).unflatten(2, (groups, -1))
+        return mass[:, :, :, :-1].flatten(2, 3), mass[:, :, :, -1, 0]

@@ -1,0 +1,128 @@
+"""Transformer-XL: every layer's queries also see what came before their segment, and nothing is learned through that.
+
+What is kept of a token is what came into the layer, before the layer's norm. Keys and values are made of it again with
+today's weights, so that the norm, W_k, W_v and W_R learn from what is recalled; only the token itself does not.
+
+Letters: B rows, T tokens of a row, M tokens recalled, S tokens that may be seen.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.attention.attending import Attending
+from models.attention.compressed import Compressed
+from models.attention.lsh import Lsh
+from models.masks_memory import STALE, Recalled
+from models.memory.memory import Memory
+from models.mixing.convolution import Convolution
+from models.mixing.softmax import Softmax
+from models.past import Carrier
+from models.span import READ, Span
+
+NOT_EXACT = {  # mixers that have no exact form here, and why
+    Lsh: "lsh numbers the tokens of a bucket from the start of the document, of which a later row no longer has all",
+    Compressed: "compressed attention chooses among summaries from the start of the document, of which a later row has none",
+}
+
+
+class Segments(Memory):
+    """Attention sees the last M tokens before its segment, in this row and in those before; recurrent layers go on.
+
+    Args:
+        length: M. 0 where no layer is attention: a recurrent layer carries its state whatever M is.
+        segment: tokens of a document in a segment, counted from the document's start; null: the row is one segment. With it,
+            outputs do not depend on where rows are cut, only gradients do.
+
+    A layer's own mask holds over what is recalled as well: a window sees no further than its reach, and what a mask shows
+    beyond M (the first tokens of a document, a chunk's start) is not there. Roles are not kept: recalled tokens are text.
+
+    Source: Dai et al. 2019 (arXiv:1901.02860); with position=relative their scores, with any other those of the position.
+    Ours has a norm before each layer, as their pre_lnorm; knows documents, which nothing is seen across; and unless
+    `segment` is null counts segments by document. Theirs keeps M tokens counted back from the end of the batch as well.
+    """
+
+    def __init__(self, length: int, segment: int | None = None):
+        if length < 0:
+            raise ValueError(f"memory.length={length} is a number of tokens; use 1 or more, or memory=none")
+        if segment is not None and segment < 1:
+            raise ValueError(f"memory.segment={segment} is a number of tokens; use 1 or more, or null: the whole row")
+        self.length, self.segment, self.taken = length, segment, False
+
+    def around(self, mixer: nn.Module, **sizes: Any) -> nn.Module:
+        """The mixer, which from now on recalls; its parameters and their names stay as they are.
+
+        Raises:
+            ValueError: the mixer or its position has no exact form with rows that go on.
+        """
+        for kind, reason in NOT_EXACT.items():
+            if isinstance(mixer, kind):
+                raise ValueError(f"memory=segments: {reason}; use another mixer, or memory=none")
+        if isinstance(mixer, Attending):
+            self._attach(mixer, sizes.get("position", getattr(mixer, "placing", None)))
+        elif any(isinstance(leaf, Softmax) for leaf in mixer.modules()):
+            kind = type(mixer).__name__
+            raise ValueError(f"memory=segments does not know how to let {kind} recall; use a mixer made of attention, or none")
+        elif any(isinstance(leaf, Convolution) for leaf in mixer.modules()):
+            raise ValueError(
+                "memory=segments: hyena's filter is as long as a row, a document that goes on is longer; "
+                "use short_conv or a recurrent mixer, or memory=none"
+            )
+        return mixer
+
+    def _attach(self, mixer: Attending, position: Any) -> None:
+        most = getattr(position, "max_length", None)
+        if most is not None:
+            raise ValueError(
+                f"memory=segments: positions go on from row to row, this position has {most} of them; use position=relative"
+            )
+        if not self.length:
+            raise ValueError("memory.length=0 leaves attention nothing to recall; use 1 or more, or memory=none")
+        self.taken, mixer.recall = True, Recall(self.length, self.segment)
+        for leaf in mixer.modules():
+            if self.segment is not None and isinstance(leaf, Softmax):
+                leaf.mask = leaf.mask & Recalled(self.segment, self.length)
+
+    def stack(self, width: int) -> nn.Module | None:
+        """Nothing stands around the layers.
+
+        Raises:
+            ValueError: no layer took what is set.
+        """
+        if not self.taken and (self.length or self.segment is not None):
+            raise ValueError(
+                f"memory.length={self.length}, memory.segment={self.segment}: no layer is attention and recurrent layers "
+                "carry their state without; use memory.length=0 memory.segment=null"
+            )
+        return None
+
+
+class Recall(Carrier):
+    """What the queries of a layer may see: kept tokens, those of the row as later segments see them, and the row itself.
+
+    Args:
+        length, segment: as Segments has them.
+    """
+
+    def __init__(self, length: int, segment: int | None):
+        super().__init__()
+        self.kept = length if segment is None else length + segment - 1  # a row may begin anywhere in a segment
+        self.segmented = segment is not None
+
+    def forward(self, x: Tensor, span: Span) -> tuple[Tensor, Span]:
+        """x [B, T, width] -> ([B, S, width], x the last of it, and their addresses); keeps of x what the next rows recall."""
+        seen, found = [x.detach(), x] if self.segmented else [x], None
+        if span.past is not None:
+            tokens, found = span.past.tokens(self.place, x, self.kept)
+            seen = [tokens.to(x.dtype), *seen]
+        if len(seen) == 1:
+            return x, span
+        key = "recalled", self.segmented, id(found)
+        if key not in span.plans:  # layers share the object, by which plans of what is seen are found again
+            span.plans[key] = found, self._join(span, found)
+        return torch.cat(seen, 1), span.plans[key][1]
+
+    def _join(self, span: Span, found: Span | None) -> Span:
+        row = span.cast(STALE).join(span) if self.segmented else span
+        return row if found is None else found.cast(READ).join(row)

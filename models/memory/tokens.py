@@ -1,0 +1,202 @@
+"""Recurrent memory: a few vectors go through all layers with each segment, and what they have become goes to the next.
+
+    [read; segment; write]    read: what the segment before wrote; write: the same vectors, to be written over
+
+Letters: B rows, T tokens, N pieces of a row, S tokens of a piece, m memory tokens, n of the S slots that hold a token.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.attention.compressed import Compressed
+from models.attention.longformer import Longformer
+from models.attention.prefix import PrefixAttention
+from models.convolution.hyena import Hyena
+from models.init import Rule, normal
+from models.masks import ALL, EMPTY, EVERY, NONE, SOME, Band, Both, Box, Mask, SameDocument
+from models.masks_sparse import RoleKey
+from models.memory.memory import Memory, Through
+from models.mixing.relay import Relay, by_document
+from models.mixing.softmax import Softmax
+from models.past import Carrier
+from models.span import PADDING, READ, WRITE, Span
+
+
+@dataclass(frozen=True)
+class RoleQuery(Mask):
+    """The query has this role."""
+
+    role: int
+
+    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
+        return (q.role == self.role)[:, None, :, None].expand(-1, 1, -1, k.shape[1])
+
+    def outlook(self, q: Box, k: Box) -> int:
+        if q.role_low == q.role_high:
+            return ALL if q.role_low == self.role else NONE
+        return SOME if q.role_low <= self.role <= q.role_high else NONE
+
+    def band(self, q: Box, k: Box) -> Band | None:
+        return (EMPTY, None, EVERY)[self.outlook(q, k)]
+
+
+MEMORY = SameDocument() & (RoleKey(READ) | RoleQuery(WRITE))  # all see what is read; what is written sees all
+
+
+class Tokens(Memory):
+    """memory=tokens: segments are read one after the other, and memory tokens are all that goes from one to the next.
+
+    Args:
+        length: m, memory tokens.
+        segment: S, tokens of a segment; null: what lies in the row of a document. Segments begin with a row, with a document,
+            and every S tokens from there.
+        depth: segments over which the gradient goes back, at most: those of a row fall into stretches of so many, and none
+            reaches from one stretch into another. 1: into no segment before. null: to the beginning of the row.
+        curriculum: steps, rising, at each of which this depth grows by one segment, from 1 to `depth`; empty: no curriculum.
+        recompute: keep only what goes into a segment, and compute the segment again in backward.
+
+    A segment takes part in attention with positions of its own, 0 to 2 m + S - 1. Of mixers, softmax attention sees all that
+    is read and writes from all there is; recurrent mixers and convolutions read the same tokens in their order.
+
+    Source: Bulatov et al. 2022 (arXiv:2207.06881). Theirs lengthens the training text by a segment at each step of the
+    curriculum; ours always reads whole rows, and lengthens what the gradient spans.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        segment: int | None = None,
+        depth: int | None = None,
+        curriculum: Sequence[int] = (),
+        recompute: bool = False,
+    ):
+        for name, value in (("length", length), ("segment", segment), ("depth", depth)):
+            if value is not None and value < 1:
+                raise ValueError(f"memory.{name}={value}: memory=tokens needs 1 or more; or use memory=none")
+        steps = list(curriculum)
+        if steps and (depth is None or len(steps) != depth - 1 or sorted({*steps}) != steps or steps[0] < 2):
+            raise ValueError(
+                f"memory.curriculum={steps} with memory.depth={depth}: it says at which steps the depth becomes 2, 3, ... "
+                f"up to memory.depth; give depth - 1 steps, rising, from 2 on, or []"
+            )
+        self.length, self.segment, self.depth, self.curriculum, self.recompute = length, segment, depth, steps, recompute
+
+    def around(self, mixer: nn.Module, **sizes: Any) -> nn.Module:
+        """The mixer as it is, its attention seeing memory tokens too."""
+        _judge(self, mixer, sizes.get("context_length"))
+        if isinstance(mixer, Longformer):  # two softmaxes that share the keys out between them by query
+            assert isinstance(mixer.global_mix.mask, Both)
+            to_all = mixer.global_mix.mask.b
+            mixer.mix.mask = (mixer.mix.mask | MEMORY) & ~to_all
+            mixer.global_mix.mask = (mixer.global_mix.mask | MEMORY) & to_all
+            return mixer
+        for leaf in mixer.modules():
+            if isinstance(leaf, Softmax):
+                leaf.mask = leaf.mask | MEMORY
+        return mixer
+
+    def stack(self, width: int) -> nn.Module:
+        """Around all layers."""
+        return Stack(self, width)
+
+
+def _judge(memory: Tokens, mixer: nn.Module, context_length: int | None) -> None:
+    """Refuse what has no such form around it.
+
+    Raises:
+        ValueError: says what to use.
+    """
+    segments = f"memory=tokens reads segment by segment, and {type(mixer).__name__}"
+    if isinstance(mixer, PrefixAttention):
+        raise ValueError(f"{segments} would take the beginning of each for the prefix of a document; use another mixer")
+    if isinstance(mixer, Compressed):
+        raise ValueError(f"{segments} sums up blocks of a whole document and learns from that; use memory=segments or none")
+    needed = None if memory.segment is None else memory.segment + 2 * memory.length
+    if isinstance(mixer, Hyena) and context_length is not None and (needed is None or needed > context_length):
+        raise ValueError(
+            f"{segments} has filters of context_length={context_length} tokens, fewer than a segment with its memory tokens "
+            f"may have; use memory.segment={max(1, context_length - 2 * memory.length)} or less"
+        )
+
+
+class Stack(Carrier):
+    """Goes through all layers once for each segment. Owns the vectors that a document starts from.
+
+    Args:
+        settings: see Tokens.
+        width: of the residual stream.
+    """
+
+    def __init__(self, settings: Tokens, width: int):
+        super().__init__()
+        self.settings, self.depth = settings, settings.depth
+        self.memory = nn.Parameter(torch.empty(settings.length, width))
+        self.norm = nn.RMSNorm(width)  # of what is written: else it would grow with every segment that adds to it
+        self.relay = Relay(by_document)
+
+    def initial(self) -> dict[str, Rule]:
+        """Memory tokens start as other tokens do."""
+        return {"memory": normal()}
+
+    def begin(self, step: int) -> None:
+        """Step numbers start at 1."""
+        if self.settings.curriculum:
+            self.depth = 1 + sum(step >= grown for grown in self.settings.curriculum)
+
+    def stepped(self, parent: Any) -> Iterable[nn.Module]:
+        """The layers of the decoder that this stands in."""
+        return [parent.blocks]
+
+    def forward(self, x: Tensor, span: Span, through: Through) -> Tensor:
+        """[B, T, width] -> [B, T, width], 0 at padding."""
+        found = None if span.past is None else span.past.state(self.place)
+        state = self._fresh(x) if found is None else found.to(x.dtype)
+        step = partial(self._step, through)
+        y, (last,) = self.relay(step, (x,), (state,), at=span, size=self.settings.segment, depth=self.depth)
+        if span.past is not None:
+            span.past.leave(self.place, last)
+        return y
+
+    def _fresh(self, x: Tensor) -> Tensor:
+        """[B, m, width]: what a document starts from."""
+        return self.memory.to(x.dtype).expand(x.shape[0], -1, -1)
+
+    def _step(self, through: Through, xs: tuple[Tensor, ...], at: Span, state: tuple[Tensor, ...]) -> Any:
+        """One segment: ([B, S, width], (memory [B, m, width],))."""
+        read = torch.where(at.opens()[:, :1, None], self._fresh(xs[0]), state[0])
+        if self.settings.recompute and torch.is_grad_enabled():
+            y, written = checkpoint(self._segment, through, xs[0], at, read, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y, written = self._segment(through, xs[0], at, read)
+        return y, (written,)
+
+    def _segment(self, through: Through, x: Tensor, at: Span, read: Tensor) -> tuple[Tensor, Tensor]:
+        """(y [B, S, width], memory [B, m, width])."""
+        inner, order = enclosed(at, read.shape[1])
+        every = torch.cat([read, x, read], 1)
+        out = through(every.gather(1, order[..., None].expand_as(every)), inner)
+        back = out.gather(1, order.argsort(1)[..., None].expand_as(out))
+        _, y, written = back.split([read.shape[1], x.shape[1], read.shape[1]], 1)
+        return y, self.norm(written)
+
+
+def enclosed(at: Span, length: int) -> tuple[Span, Tensor]:
+    """Addresses of [read; segment; write; empty slots], and where among [read; the S slots; write] each of these stands.
+
+    [B, 2 m + S] both: a segment that is shorter than its slots has what is written right behind it, so that whoever reads
+    tokens in order finds no hole.
+    """
+    rows, slots = at.shape
+    some = torch.ones(rows, length, dtype=torch.bool, device=at.pos.device)  # also without a segment: layers see tokens
+    used = torch.cat([some, at.valid(), some], 1)
+    order = (~used).to(torch.int8).argsort(dim=1, stable=True)
+    role = torch.cat([torch.full_like(at.role[:, :1], kind).expand(-1, length) for kind in (READ, WRITE)], 1)
+    role = torch.cat([role[:, :length], at.role, role[:, length:]], 1).gather(1, order)
+    pos = torch.arange(slots + 2 * length, device=at.pos.device).expand(rows, -1)
+    return Span(pos, torch.where(used.gather(1, order), 0, PADDING), role), order

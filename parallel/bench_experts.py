@@ -1,0 +1,154 @@
+"""What a mixture of experts costs beside a dense layer of the same FLOPs a token, on one device and over ranks.
+
+Everything is measured in one run, in turn: ratios between rows mean something, seconds on a busy machine do not. Tokens choose
+their experts by random weights, nobody is dropped; forward and backward.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.auxiliary import statistics
+from models.feedforward import SwiGLU
+from models.init import initialise
+from models.mixture import Mixture, TopKMixture
+from models.span import Span
+from models.switch import Switch
+from parallel.drivers.travel import sent_bytes
+from parallel.measure import Entry, Step, alternate, gathered, middle, peak_bytes
+from parallel.spread import spread
+
+BOTH = 2  # experts a token of the second section
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is asked of the bench; every field is a word `key=value` of the command. ffn is the dense layer's."""
+
+    tokens: int = 8192
+    width: int = 256
+    ffn: int = 704
+    experts: int = 8
+    ranks: int = 2
+    threads: int = 1
+    repeats: int = 5
+    seed: int = 0
+
+
+class Bench:
+    """Builds entries; each knows its part of the step on this rank."""
+
+    def __init__(self, sizes: Sizes, group: Any):
+        self.sizes, self.group = sizes, group
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        torch.set_num_threads(sizes.threads)
+        generator = torch.Generator().manual_seed(sizes.seed)
+        self.x = torch.randn(1, sizes.tokens, sizes.width, generator=generator)
+
+    def dense(self) -> nn.Module:
+        return initialise(SwiGLU(self.sizes.width, self.sizes.ffn), self.sizes.seed)
+
+    def switch(self) -> Mixture:
+        sizes = self.sizes
+        layer = Switch(sizes.width, sizes.ffn, experts=sizes.experts, capacity_factor=None, jitter=0.0, router_scale=1.0)
+        return _made(layer, sizes.seed)
+
+    def both(self) -> Mixture:
+        return _made(TopKMixture(self.sizes.width, self.sizes.ffn, experts=self.sizes.experts, top=BOTH), self.sizes.seed)
+
+    def alone(self, name: str, layer: nn.Module) -> Entry:
+        """All tokens in one process, with the threads of all ranks."""
+        tokens = self.sizes.tokens if self.rank == 0 else 1
+        facts = {"tokens": self.sizes.tokens}
+        return Entry(f"{name}, one device", facts, _step(layer, self.x[:, :tokens]), alone=True)
+
+    def apart(self, name: str, layer: nn.Module) -> Entry:
+        """Every rank its tokens, and the whole layer."""
+        return Entry(f"{name}, tokens shared", {"tokens": self.sizes.tokens}, _step(layer, self._mine()))
+
+    def shared(self, name: str, layer: Mixture) -> Entry:
+        """Every rank its tokens and its experts."""
+        held = self.sizes.experts // self.ranks
+        for key, stack in list(layer.experts.named_parameters()):
+            mine = stack.detach()[self.rank * held : (self.rank + 1) * held].clone()
+            setattr(layer.experts, key, nn.Parameter(mine))
+        wire = spread(layer, None, experts=self.group)
+        step = _step(layer, self._mine())
+        step()
+        sent, chosen = dict(wire.sent), gathered(statistics(layer)["/load"].view(self.ranks, held).sum(1).long().tolist())
+        given, taken = chosen[self.rank], [row[self.rank] for row in chosen]
+        x = self._mine()
+        formula = sent_bytes(given, taken, self.rank, width=x.shape[-1], item=x.element_size(), experts=self.sizes.experts)
+        loads = [sum(column) for column in zip(*chosen)]
+        facts = {
+            "tokens": self.sizes.tokens, "sent_bytes": gathered(sum(sent.values())),
+            "formula_bytes": gathered(sum(formula.values())), "balance": max(loads) * len(loads) / sum(loads),
+        }  # fmt: skip
+        return Entry(f"{name}, experts shared", facts, step)
+
+    def _mine(self) -> Tensor:
+        return self.x.chunk(self.ranks, 1)[self.rank]
+
+
+def _made(layer: Mixture, seed: int) -> Mixture:
+    return initialise(layer, seed)  # type: ignore[return-value]
+
+
+def _step(layer: nn.Module, x: Tensor) -> Step:
+    span = Span.line(1, x.shape[1])
+    given = x.clone().requires_grad_()
+
+    def step() -> None:
+        given.grad = None
+        layer.zero_grad()
+        layer(given, span).sum().backward()
+
+    return step
+
+
+def sections(bench: Bench) -> Iterator[tuple[str, list[Entry]]]:
+    """What is measured side by side; the first row is what the others are set against."""
+    layers: dict[str, Callable[[], Mixture]] = {"one expert": bench.switch, "two experts": bench.both}
+    for name, made in layers.items():
+        entries = [bench.alone("dense", bench.dense()), bench.alone(name, made()), bench.apart("dense", bench.dense())]
+        yield f"{name} a token, of {bench.sizes.experts}", [*entries, bench.apart(name, made()), bench.shared(name, made())]
+
+
+def measure(sizes: Sizes, group: Any) -> Iterator[dict]:
+    """One row of figures after the other; on every rank, in step."""
+    bench = Bench(sizes, group)
+    for title, entries in sections(bench):
+        peaks = [gathered(peak_bytes(e.step) if bench.rank == 0 or not e.alone else None) for e in entries]
+        for entry, runs, peak in zip(entries, alternate(entries, sizes.repeats, sizes.threads), peaks):
+            each = gathered(middle(runs))
+            row = {"section": title, "name": entry.name, "alone": entry.alone, "ranks": bench.ranks, **entry.facts}
+            row["seconds"], row["processor_seconds"] = each[0][0], max(e[1] for e in each)
+            yield {**row, "peak_bytes": max((p for p in peak if p is not None), default=None)}
+
+
+def parse(words: list[str]) -> Sizes:
+    """`key=value` words.
+
+    Raises:
+        ValueError: a key that is none, a value that is no number of at least one, or numbers that do not divide.
+    """
+    found = Sizes()
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in vars(found):
+            raise ValueError(f"{word}: the bench has no setting {key!r}; there are {', '.join(vars(found))}")
+        if not value.isdigit() or (int(value) < 1 and key != "seed"):
+            raise ValueError(f"{word}: {key} is a whole number of at least 1")
+        found = replace(found, **{key: int(value)})
+    if found.ranks < 2:
+        raise ValueError("ranks=1 shares nothing; use ranks=2 or more")
+    for name in ("experts", "tokens"):
+        if getattr(found, name) % found.ranks:
+            raise ValueError(f"ranks={found.ranks} do not divide {name}={getattr(found, name)}; use a multiple of the ranks")
+    if found.experts < BOTH:
+        raise ValueError(f"experts={found.experts} leave no choice of {BOTH}; use experts={BOTH} or more")
+    return found

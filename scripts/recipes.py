@@ -1,0 +1,59 @@
+"""python -m scripts.recipes NAME [seeds=3] [jobs=2] [steps=N]: small models shown to do what their architecture promises.
+
+Minutes on two cores. NAME is a recipe, such as recall; without one they are listed. Prints progress on stderr and what was
+found, in markdown, on stdout. jobs: processes at once, of one thread each. steps: other than the recipe's own, to try it out;
+what it then finds says nothing. Exit status 1 when a lesson failed, 2 for a wish that cannot be honoured.
+"""
+
+import importlib
+import sys
+import time
+
+from trainer.recipes.jobs import Effort, told
+
+RECIPES = {  # name -> (module and function, what it shows)
+    "recall": ("trainer.recipes.recall.recall", "associative recall and state tracking of every linear-time layer"),
+}
+
+
+def effort(words: list[str]) -> Effort:
+    """What KEY=N words ask for; a ValueError where one means nothing."""
+    asked = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in Effort._fields:
+            raise ValueError(f"{word}: there is no such setting; known: {', '.join(f'{field}=N' for field in Effort._fields)}")
+        if not value.isdecimal() or int(value) < 1:
+            raise ValueError(f"{word}: a whole number of 1 or more is needed, for example {key}=2")
+        asked[key] = int(value)
+    return Effort(**asked)
+
+
+def listed() -> str:
+    return "\n".join(f"    {name:12}{words}" for name, (_, words) in RECIPES.items())
+
+
+def main(words: list[str]) -> int:
+    name, *settings = words or [""]
+    if name not in RECIPES:
+        print(f"{name or 'no recipe'}: there is no such recipe; known:\n{listed()}", file=sys.stderr)
+        return 2
+    try:
+        wish = effort(settings)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    home, _, function = RECIPES[name][0].rpartition(".")
+    began = time.perf_counter()
+    text, learned = getattr(importlib.import_module(home), function)(
+        wish, lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    failed = [each for each in learned if each.fault is not None]
+    print(f"{text}\n\n{len(learned)} lessons, seeds={wish.seeds} jobs={wish.jobs}, {time.perf_counter() - began:.0f} s")
+    for each in failed:
+        print(told(each), file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

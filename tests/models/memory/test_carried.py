@@ -1,0 +1,78 @@
+"""Recurrent layers over rows that go on: what they carry is all that the rows before can tell."""
+
+import pytest
+import torch
+
+from models.memory.segments import Segments
+from models.past import DEALT, Past
+from models.recurrent.shift import ChannelMix, Shift
+from models.span import Span
+from tests.models.memory.test_segments import CUTS, LENGTHS, TOKENS, Attached, apart, content, gradients, pieces
+from tests.parallel.recalling import build, lanes
+from tests.variants import WIDTH
+
+CARRYING = [
+    "linear", "performer", "retention", "gated_linear", "rwkv6", "rwkv7", "delta", "gated_delta", "mamba2", "short_conv",
+    "channel_mix", "gated_channel_mix",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("name", CARRYING)
+def test_rows_with_their_past_give_what_the_whole_gives_wherever_they_are_cut(name, cuts):
+    model, x = build(name, Segments(0)), content()
+    want = model(x, lanes(LENGTHS, 0, TOKENS))
+    assert apart(pieces(model, x, LENGTHS, CUTS[cuts], Past()), want) < 1e-11
+
+
+def test_a_document_that_does_not_go_on_hears_nothing_of_what_was_left():
+    for name in ("rwkv7", "mamba2", "short_conv"):
+        model, x, past = build(name, Segments(0)), content(), Past()
+        model(x[:, :20], past.enter(Span.line(2, 20)))
+        past.advance()
+        first = Span.line(2, 25)
+        assert apart(model(x[:, 20:], past.enter(first)), model(x[:, 20:], Span.line(2, 25))) < 1e-13
+
+
+class Remembering(Attached):
+    """Keeps the gradient of states too."""
+
+    def leave(self, name, state, kind="whole"):
+        self._left[name] = kind, state
+
+
+@pytest.mark.parametrize("name", ["short_conv", "channel_mix"])
+def test_without_the_stop_all_gradients_are_those_of_the_whole(name):
+    x, model = content().requires_grad_(), build(name, Segments(0))
+    want = gradients(model, x, model(x, lanes(LENGTHS, 0, TOKENS)))
+    got = gradients(model, x, pieces(model, x, LENGTHS, CUTS["anywhere"], Remembering()))
+    assert max(apart(a, b) for a, b in zip(got, want, strict=True)) < 1e-11
+
+
+@pytest.mark.parametrize("name", ["retention", "rwkv6", "gated_delta"])
+def test_a_state_is_carried_without_its_gradient(name):
+    """Gradients of a row are those of the row read from a constant state."""
+    model, x, past = build(name, Segments(0)), content().requires_grad_(), Past()
+    model(x[:, :20], past.enter(lanes(LENGTHS, 0, 20)))
+    past.advance()
+    assert all(kind == DEALT and not state.requires_grad for kind, state in past.states.values())
+    (grad,) = torch.autograd.grad(model(x[:, 20:], past.enter(lanes(LENGTHS, 20, TOKENS))).square().sum(), x)
+    assert (grad[:, :20] == 0).all() and (grad[:, 20:] != 0).any(-1).all()
+
+
+def test_a_state_has_one_size_whatever_was_read():
+    sizes = set()
+    for tokens in (10, 30):
+        past, model = Past(), build("rwkv7", Segments(0))
+        model(content(2, tokens), past.enter(Span.line(2, tokens)))
+        past.advance()
+        sizes.add(past.bytes())
+    assert len(sizes) == 1 and sizes.pop() > 0
+
+
+def test_feedforwards_that_look_back_one_token_carry_it():
+    shift, x, past = Shift(), content(1, 6), Past()
+    shift.mix.place = "a"
+    got = pieces(shift, x, [[6]], [3], past)
+    assert torch.equal(got[0, 3], x[0, 2] - x[0, 3])
+    assert ChannelMix(WIDTH, 8, 0, 1).shift.mix.place == ""

@@ -1,0 +1,98 @@
+"""What is recalled against sorting everything by brute force; with all entries it is full attention over the store."""
+
+import pytest
+import torch
+
+from models.attention.functional import attention_weights, context_vector
+from models.masks import Causal, Mask, SameDocument
+from models.masks_memory import Earlier
+from models.mixing import recall
+from models.mixing.recall import Recall, Store
+from models.span import Span
+from tests.parallel.parity import packed, relative
+
+HEADS, GROUPS, WIDTH = 4, 2, 3
+
+
+def tensors(span: Span, rounded: bool = False):
+    """q, k, v and a scale; rounded to whole numbers many scores are equal."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    q, k, v = (noise(*span.shape, *shape) for shape in ((HEADS, WIDTH), (GROUPS, WIDTH), (GROUPS, 5)))
+    return (q.round() if rounded else q), (k.round() if rounded else k), v, noise(HEADS).exp()
+
+
+def brute(q, k, mask: Mask, span: Span, count: int):
+    """[row][token][head] the positions found, by sorting all that is seen by (score, position)."""
+    seen = mask.dense(span, span)[:, 0] & span.valid()[:, :, None] & span.valid()[:, None]
+    found = []
+    for row in range(len(q)):
+        found.append([])
+        for t in range(span.shape[1]):
+            heads = []
+            for head in range(HEADS):
+                scores = (k[row, :, head // (HEADS // GROUPS)] * q[row, t, head]).sum(-1).tolist()
+                order = sorted((-scores[s], int(span.pos[row, s])) for s in seen[row, t].nonzero()[:, 0].tolist())
+                heads.append([pos for _, pos in order[:count]])
+            found[-1].append(heads)
+    return found
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("scores", [1 << 22, 64])  # all at once, and block by block
+def test_the_best_are_those_of_brute_force_also_where_many_are_equal(rounded, scores, monkeypatch):
+    monkeypatch.setattr(recall, "CHUNK_SCORES", scores)
+    monkeypatch.setattr(recall, "CHUNK_QUERIES", 256 if scores > 64 else 10)
+    span, mask = packed(), SameDocument() & Earlier(4, 9)
+    q, k, v, _ = tensors(span, rounded)
+    best = Recall(mask, 3).search(q, [Store(k, v, span)], span)
+    want = brute(q, k, mask, span, 3)
+    got = [[[[p for p in head if p >= 0] for head in token] for token in row] for row in best.pos.tolist()]
+    assert got == want
+    keys, _, index = Recall(mask, 3).bring(best.entry, [Store(k, v, span)], q.device)
+    there = best.entry >= 0
+    assert relative((keys[index] * q[..., None, :]).sum(-1)[there], best.score[there]) < 1e-14
+
+
+def test_entries_of_several_stores_are_found_as_if_they_were_one():
+    span, mask = packed(), SameDocument() & Causal()
+    q, k, v, scale = tensors(span, rounded=True)
+    parts = [slice(0, 7), slice(7, 30), slice(30, 51)]
+    stores = [Store(k[:, p], v[:, p], span.map(lambda t, p=p: t[:, p])) for p in parts]
+    leaf = Recall(mask, 4)
+    whole, found = leaf((q,), [Store(k, v, span)], (scale,), at=span)
+    for order in (stores, stores[::-1]):
+        got, there = leaf((q,), order, (scale,), at=span)
+        assert relative(got, whole) < 1e-14 and torch.equal(there, found)
+
+
+@pytest.mark.parametrize("chunk", [1 << 22, 100])
+def test_all_entries_are_full_attention_over_the_store(chunk, monkeypatch):
+    monkeypatch.setattr(recall, "CHUNK_SCORES", chunk)
+    span, mask = packed(), SameDocument() & Causal()
+    q, k, v, scale = tensors(span)
+    seen = mask.dense(span, span) & span.valid()[:, None, :, None] & span.valid()[:, None, None, :]
+    leaves = [q.requires_grad_(), scale.requires_grad_()]
+    products = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(2, 2)) * scale[:, None, None]
+    want = context_vector(attention_weights(products.masked_fill(~seen, -torch.inf)), v)
+    got, found = Recall(mask, span.shape[1])((q,), [Store(k, v, span)], (scale,), at=span)
+    assert relative(got, want) < 1e-13
+    assert torch.equal(found, seen.any(-1).transpose(1, 2).expand_as(found))
+    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
+    for a, b in zip(*(torch.autograd.grad((out * weight).sum(), leaves, retain_graph=True) for out in (got, want))):
+        assert relative(a, b) < 1e-12
+
+
+def test_a_query_that_finds_nothing_gets_zeros_and_no_gradient():
+    span, mask = packed(), SameDocument() & Earlier(4, 9)
+    q, k, v, scale = tensors(span)
+    q.requires_grad_()
+    got, found = Recall(mask, 3)((q,), [Store(k, v, span)], (scale,), at=span)
+    assert torch.equal(found[..., 0], span.valid() & (span.pos >= 4))
+    got.sum().backward()
+    assert got[~found].eq(0).all() and q.grad[~found].eq(0).all() and q.grad[found].ne(0).any()
+    none, found = Recall(mask, 3)((q,), [], (scale,), at=span)
+    assert none.eq(0).all() and not found.any() and none.requires_grad

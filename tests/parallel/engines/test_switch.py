@@ -1,0 +1,90 @@
+"""A Switch Transformer, its own losses and the tokens it drops included, in every engine as on one device."""
+
+import functools
+
+import pytest
+import torch
+
+from models.attention.full import Attention
+from models.auxiliary import auxiliary, begin
+from models.decoder import Decoder
+from models.loss import IGNORE
+from models.mixture import TopKMixture
+from models.positions.rope import Rope
+from models.switch import Switch
+from parallel.cut import cut_span
+from parallel.layout import layout
+from parallel.mesh import Mesh, build_mesh
+from parallel.place import place
+from tests.parallel.engines.mixture import CLIP, ENGINES, OPTIM, WIDTH, WORDS, data, everything
+from tests.pool import ranks
+
+STEPS = 3
+
+
+def decoder():
+    with torch.device("meta"):
+        return Decoder(
+            WORDS,
+            WIDTH,
+            [Attention(WIDTH, 6, 3, Rope()) for _ in range(2)],
+            [
+                Switch(WIDTH, 16, 0, 2, 5, experts=4, capacity_factor=1.1, jitter=0.1, router_scale=50.0, balance=0.1),
+                TopKMixture(WIDTH, 16, 1, 2, 5, experts=8, top=2, shared=1, score="sigmoid", balance=0.1),
+            ],
+        )
+
+
+def trained(env, name, shape, settings):
+    mesh = build_mesh(**shape) if env else Mesh.alone()
+    engine = ENGINES[name](mesh, OPTIM, precision="float64", seed=5, **settings)
+    wire = place(decoder(), engine, method="ring")
+    losses, norms = [], []
+    for step in range(STEPS):
+        tokens, targets, span = data(step)
+        valid, total = int((targets != IGNORE).sum()), torch.zeros(2, dtype=torch.float64)
+        begin(engine.model, step + 1)
+        mine = range(len(tokens))[mesh.data_rank :: mesh.data_size]
+        for row in mine:
+            one = slice(row, row + 1)
+            here, words, wanted = span.map(lambda x, one=one: x[one]), tokens[one], targets[one]
+            if mesh.context_size > 1:
+                here = cut_span(here, [layout("zigzag", span.shape[1], mesh.context_size)], mesh.context_rank)
+                words, wanted = here.cut.shard(words, 0), here.cut.shard(wanted, IGNORE)
+            loss = engine.model(words, here, wanted).sum() / valid
+            beside = sum(auxiliary(engine.model, tokens=valid, rows=len(tokens)).values())
+            engine.backward(loss + beside, last=row == mine[-1])
+            total += torch.stack([loss.detach(), beside.detach()])
+        if mesh.world_group is not None:
+            torch.distributed.all_reduce(total, group=mesh.world_group)
+        losses.append(total.tolist())
+        norms.append(engine.clip(CLIP))
+        engine.step(0.01)
+    return losses, norms, everything(engine)["model"], wire and sorted(wire.sent)
+
+
+@functools.cache
+def alone():
+    return trained(None, "single", None, {})
+
+
+@pytest.mark.parametrize(
+    "name, shape, settings",
+    [
+        ("single", {"context": 1, "data": 2, "experts": 2}, {}),
+        ("single", {"context": 2, "data": 2, "experts": 4}, {}),
+        ("fsdp", {"context": 2, "data": 1, "experts": 2}, {"checkpointing": "full"}),
+        ("fsdp", {"context": 2, "data": 2, "experts": 2}, {}),
+        ("fsdp", {"context": 1, "data": 4, "experts": 4, "replicas": 2}, {}),
+        ("fsdp", {"context": 2, "data": 2}, {}),
+    ],
+)
+def test_a_switch_transformer_trains_alike_wherever_its_experts_lie(name, shape, settings):
+    losses, norms, weights, _ = alone()
+    for found in ranks(shape["context"] * shape["data"], trained, name, shape, settings):
+        assert ("visits" in found[3]) == ("experts" in shape)
+        torch.testing.assert_close(found[0], losses, rtol=1e-11, atol=0)
+        torch.testing.assert_close(found[1], norms, rtol=1e-11, atol=0)
+        assert found[2].keys() == weights.keys()
+        for key, tensor in weights.items():
+            torch.testing.assert_close(found[2][key], tensor, rtol=0, atol=1e-11 * tensor.abs().max().item(), msg=key)

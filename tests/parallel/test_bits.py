@@ -1,0 +1,107 @@
+"""Models that are no decoders, NTM, LSTM and key-value memory, over rows of lanes that are cut over ranks: as on one device."""
+
+from functools import lru_cache
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from models.init import initialise
+from models.loss import IGNORE
+from models.memory.key_value import KeyValue
+from models.memory.lstm import Lstm
+from models.memory.segments import Segments
+from models.memory.turing import Turing
+from models.past import Past, name_carriers
+from parallel.cut import cut_span
+from parallel.layout import POLICIES, layouts
+from parallel.moves import Wire
+from parallel.past import DealtPast
+from parallel.spread import METHODS, spread
+from tests.parallel.lanes import ROWS, TOKENS, span
+from tests.parallel.parity import EXACT, GRID_HEADS, grid, relative
+from tests.pool import ranks
+
+VOCABULARY = 19
+MODELS = {
+    "turing": lambda: Turing(VOCABULARY, 7, 2, Segments(0), slots=6, slot_width=4),
+    "turing with lstm": lambda: Turing(VOCABULARY, 5, 1, Segments(0), slots=5, slot_width=3, reach=2, controller="lstm"),
+    "lstm": lambda: Lstm(VOCABULARY, 6, 2, Segments(0)),
+    "key value": lambda: KeyValue(VOCABULARY, 8, hops=2, fact=3),
+    "key value shared": lambda: KeyValue(VOCABULARY, 8, hops=3, fact=2, shared=True),
+    "key value of every token": lambda: KeyValue(VOCABULARY, 8, hops=1, fact=1),
+}
+
+
+def given(step):
+    """Tokens of both lanes, and targets at about half of those that are no padding."""
+    generator = torch.Generator().manual_seed(step)
+    tokens, targets = torch.randint(VOCABULARY, (2, 2, TOKENS), generator=generator)
+    asked = torch.rand(2, TOKENS, generator=generator) < 0.5
+    return tokens, torch.where(asked & span(step).valid(), targets, IGNORE)
+
+
+def made(name, dtype):
+    model = initialise(MODELS[name](), seed=3).to(dtype)
+    name_carriers(model)
+    return model
+
+
+@lru_cache(maxsize=4)
+def truth(name, dtype):
+    """Of every row on one device: losses, logits, gradients; and what is kept at the end."""
+    model, past, found = made(name, dtype), Past(), []
+    for step in range(len(ROWS)):
+        tokens, targets = given(step)
+        model.zero_grad()
+        here = past.enter(span(step))
+        losses = model(tokens, here, targets)
+        losses.sum().backward()
+        with torch.no_grad():
+            logits = model(tokens, here)
+        past.advance()
+        found.append((losses.detach(), logits, {key: p.grad.clone() for key, p in model.named_parameters()}))
+    return found, past.gather()
+
+
+def compare(env, name, method, policy, dtype):
+    """Worst relative difference of all that one device gives."""
+    want, kept = truth(name, dtype)
+    model, past, worst = made(name, dtype), DealtPast(Wire(env.group)), {}
+    side = GRID_HEADS[env.size] if method == "usp" else 1
+    spread(model, env.group, method, grid=grid(env, side) if method == "usp" else None)
+    for step, (losses, logits, grads) in enumerate(want):
+        tokens, targets = given(step)
+        here = past.enter(cut_span(span(step), layouts(policy, span(step), env.size, heads=side), env.rank))
+        shard, valid = here.cut.shard, here.valid()
+        model.zero_grad()
+        got = model(shard(tokens, 0), here, shard(targets, IGNORE))
+        got.sum().backward()
+        with torch.no_grad():
+            said = model(shard(tokens, 0), here)
+        past.advance()
+        worst[step, "losses"] = relative(got.detach(), shard(losses, 0))
+        worst[step, "logits"] = relative(said * valid[..., None], shard(logits, 0) * valid[..., None])
+        for key, parameter in model.named_parameters():
+            assert parameter.grad is not None, f"{key} has no gradient on rank {env.rank}"
+            dist.all_reduce(parameter.grad, group=env.group)
+            worst[step, key] = relative(parameter.grad, grads[key])
+    whole = past.gather()
+    assert set(whole) == set(kept)
+    worst |= {("kept", key): relative(value, kept[key]) for key, value in whole.items()}
+    return max(worst.values()), max(worst, key=lambda key: worst[key])
+
+
+CASES = [
+    (name, method, list(POLICIES)[(row + turn) % len(POLICIES)], (2, 3, 4)[(row + turn) % 3])
+    for row, name in enumerate(MODELS)
+    for turn, method in enumerate(METHODS if name.startswith("key") else ["ring"] * 3)
+    if not (name.startswith("key") and method == "heads")  # one head is not traded
+]
+
+
+@pytest.mark.parametrize(("name", "method", "policy", "size"), [case for case in CASES if case[1] != "usp"])
+@pytest.mark.parametrize("dtype", EXACT)
+def test_over_ranks_it_is_what_it_is_on_one_device(name, method, policy, size, dtype):
+    for figure, where in ranks(size, compare, name, method, policy, dtype):
+        assert figure < EXACT[dtype], (where, figure)

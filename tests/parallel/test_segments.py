@@ -1,0 +1,96 @@
+"""Transformer-XL over ranks: rows that go on give what they give on one device."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from models.memory.segments import Segments
+from tests.parallel.recalling import build, compare
+from tests.parallel.parity import EXACT
+from tests.pool import ranks
+
+MEMORY = {"row": (11, None), "short": (7, 5), "long": (26, 4), "one": (1, None)}  # length, segment
+
+
+def make(name, length, segment, dtype):
+    return build(name, Segments(length, segment), dtype)
+
+
+def worker(env, name, memory, method, policy):
+    length, segment = MEMORY[memory]
+    return [compare(env, partial(make, name, length, segment), method, policy, dtype) for dtype in EXACT]
+
+
+CASES = [
+    ("full", "row", "ring", "zigzag", 3),
+    ("full", "short", "ring", "balanced", 4),
+    ("full", "long", "fetch", "zigzag", 2),
+    ("full", "one", "fetch", "contiguous", 4),
+    ("full", "short", "heads", "zigzag", 3),
+    ("full", "row", "heads", "balanced", 2),
+    ("full", "short", "usp", "contiguous", 4),
+    ("full", "row", "usp", "zigzag", 4),
+    ("full", "short", "auto", "zigzag", 3),
+    ("relative", "row", "ring", "contiguous", 4),
+    ("relative", "short", "heads", "balanced", 3),
+    ("relative", "long", "fetch", "balanced", 2),
+    ("relative", "short", "usp", "zigzag", 2),
+    ("alibi", "short", "ring", "zigzag", 2),
+    ("t5", "short", "ring", "zigzag", 3),
+    ("latent", "short", "ring", "zigzag", 3),
+    ("latent", "row", "heads", "zigzag", 2),
+    ("differential_t5", "short", "ring", "zigzag", 2),
+    ("differential_alibi", "row", "usp", "zigzag", 3),
+    ("gated", "short", "fetch", "zigzag", 3),
+    ("qk_norm", "short", "ring", "contiguous", 3),
+    ("sliding", "short", "auto", "contiguous", 3),
+    ("sliding", "row", "fetch", "zigzag", 4),
+    ("sinks", "short", "ring", "zigzag", 2),
+    ("sink_logit", "row", "heads", "zigzag", 3),
+    ("chunked", "row", "fetch", "balanced", 3),
+    ("prefix", "short", "ring", "zigzag", 3),
+    ("bidirectional", "short", "ring", "zigzag", 3),
+    ("softcap", "row", "ring", "zigzag", 2),
+    ("longformer", "short", "ring", "zigzag", 3),
+    ("longformer", "row", "heads", "zigzag", 2),
+    ("bigbird", "short", "fetch", "zigzag", 3),
+]
+
+
+@pytest.mark.parametrize(("name", "memory", "method", "policy", "size"), CASES, ids=lambda x: str(x))
+def test_a_cut_is_invisible_over_rows_that_go_on(name, memory, method, policy, size):
+    found = [max(each) for each in zip(*ranks(size, worker, name, memory, method, policy))]
+    for worst, (dtype, bound) in zip(found, EXACT.items()):
+        assert worst < bound, f"{worst} in {dtype}"
+
+
+CARRYING = [
+    ("linear", "ring", "zigzag", 3),
+    ("retention", "ring", "contiguous", 4),
+    ("gated_linear", "heads", "balanced", 2),
+    ("rwkv6", "ring", "zigzag", 3),
+    ("rwkv7", "ring", "balanced", 4),
+    ("gated_delta", "ring", "zigzag", 2),
+    ("mamba2", "ring", "balanced", 3),
+    ("performer", "ring", "zigzag", 4),
+    ("delta", "ring", "contiguous", 3),
+    ("short_conv", "ring", "zigzag", 4),
+    ("short_conv", "ring", "balanced", 2),
+    ("channel_mix", "ring", "contiguous", 3),
+]
+
+
+def recurrent(name, dtype):
+    return build(name, Segments(0), dtype, scale=1)  # larger weights make retention's norm ill-conditioned in float32
+
+
+def carried(env, name, method, policy):
+    return [compare(env, partial(recurrent, name), method, policy, dtype) for dtype in EXACT]
+
+
+@pytest.mark.parametrize(("name", "method", "policy", "size"), CARRYING, ids=lambda x: str(x))
+def test_states_and_tails_that_go_on_are_those_of_one_device(name, method, policy, size):
+    found = [max(each) for each in zip(*ranks(size, carried, name, method, policy))]
+    for worst, (dtype, bound) in zip(found, EXACT.items()):
+        assert worst < bound, f"{worst} in {dtype}"

@@ -1,0 +1,47 @@
+"""Associative recall: shown an item of a list again, say the one that came after it."""
+
+import numpy as np
+
+from trainer.data.faults import DataFault
+from trainer.data.tasks.task import Example, bounds, whole
+from trainer.data.tasks.vectors import MARKS, Vectors
+
+
+class Associative(Vectors):
+    """A list of items, each some vectors behind a mark; then one of them, but not the last: the next item is wanted.
+
+    Args:
+        minimum, maximum: items in the list.
+        vectors_each: vectors of an item.
+        bits: of a vector.
+        held_out, per_row: as in Task.
+
+    No two items of a list are the same. Source: Graves et al. 2014 (arXiv:1410.5401), section 4.3.
+    """
+
+    def __init__(
+        self,
+        *,
+        minimum: int = 2,
+        maximum: int = 6,
+        vectors_each: int = 3,
+        bits: int = 6,
+        held_out: float = 0.1,
+        per_row: int | None = None,
+    ):
+        super().__init__(bits=bits, more=2, held_out=held_out, per_row=per_row)
+        self.sizes, self.each = bounds(minimum, maximum, least=2), whole("vectors_each", vectors_each, 1)
+        if 2 ** (bits * vectors_each) < 2 * maximum:
+            raise DataFault(f"data.maximum={maximum} items of {vectors_each} x {bits} bits cannot all differ; give more bits")
+        self.item, self.asked = 2**bits + MARKS, 2**bits + MARKS + 1
+        self.longest = (maximum + 1) * (vectors_each + 1) + 1 + vectors_each
+
+    def example(self, random: np.random.Generator) -> Example:
+        wanted, items = int(random.integers(*self.sizes, endpoint=True)), []
+        while len(items) < wanted:
+            item = self.vectors(random, self.each)
+            if item not in items:
+                items.append(item)
+        place = int(random.integers(0, wanted - 1))
+        shown = [token for item in items for token in (self.item, *item)]
+        return self.answered([*shown, self.asked, *items[place]], items[place + 1])

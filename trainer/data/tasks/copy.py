@@ -1,0 +1,29 @@
+"""Copy: say again what was shown."""
+
+import numpy as np
+
+from trainer.data.tasks.task import Example, bounds
+from trainer.data.tasks.vectors import Vectors
+
+
+class Copy(Vectors):
+    """A sequence of random vectors, to be said again once it has ended.
+
+    Args:
+        minimum, maximum: vectors in a sequence.
+        bits: of a vector.
+        held_out, per_row: as in Task.
+
+    Source: Graves et al. 2014 (arXiv:1410.5401), section 4.1.
+    """
+
+    def __init__(
+        self, *, minimum: int = 1, maximum: int = 20, bits: int = 8, held_out: float = 0.1, per_row: int | None = None
+    ):
+        super().__init__(bits=bits, more=0, held_out=held_out, per_row=per_row)
+        self.sizes = bounds(minimum, maximum)
+        self.longest = 2 * maximum + 1
+
+    def example(self, random: np.random.Generator) -> Example:
+        shown = self.vectors(random, int(random.integers(*self.sizes, endpoint=True)))
+        return self.answered(shown, shown)

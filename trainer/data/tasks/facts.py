@@ -1,0 +1,108 @@
+"""Facts: a small knowledge base about the standard library's functions, shown as facts, and a question about it."""
+
+import ast
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from trainer.data.faults import DataFault
+from trainer.data.stdlib import Stdlib
+from trainer.data.tasks.task import Example, Task, bounds, whole
+
+OPENING, FOLLOWED_BY = 0, 1  # tokens; entities have the numbers from 2 on
+FACT = 3  # tokens: subject, FOLLOWED_BY, object
+SHORTEST = 6  # functions that a module must define to be read: enough for a stretch of any of its names
+
+
+class Facts(Task):
+    """Facts "subject FOLLOWED_BY object" in any order, then a subject again: what follows it is wanted.
+
+    The entities are functions of the standard library, named as module.function, and the facts are true: they say in which
+    order a module defines them. Each example reads the order forwards or backwards, so that of two neighbours either may be
+    the one that follows: what the facts at hand say cannot be known by heart. Whatever is asked for is the object of one fact
+    and the subject of another, so a fact that is found must be read in its direction.
+
+    Args:
+        fewest, most: stretches of neighbours that an example tells of, all from different places; each is `hops` + 1 facts.
+        hops: facts between the subject that is asked for and the answer.
+        entities: functions known, from the modules in order of their names.
+        held_out, per_row: as in Task.
+
+    Source: the task of Miller et al. 2016 (arXiv:1606.03126) on a knowledge base, with facts from this machine; a run's data
+    is that of the Python that reads it.
+    """
+
+    def __init__(
+        self,
+        *,
+        fewest: int = 2,
+        most: int = 6,
+        hops: int = 1,
+        entities: int = 256,
+        held_out: float = 0.1,
+        per_row: int | None = None,
+    ):
+        super().__init__(held_out=held_out, per_row=per_row)
+        self.sizes, self.hops = bounds(fewest, most, names=("fewest", "most")), whole("hops", hops, 1)
+        self.modules = modules(whole("entities", entities, 1))
+        names = [name for module in self.modules for name in module]
+        self.words = ["?", "->", *names]
+        self.vocabulary, self.longest = len(self.words), 1 + FACT * most * (hops + 1) + FACT
+        firsts = np.cumsum([0, *(len(module) for module in self.modules)]) + FOLLOWED_BY + 1
+        self.starts = [
+            int(first) + place
+            for first, module in zip(firsts, self.modules)
+            for place in range(len(module) - hops - 1)
+        ]  # fmt: skip
+        if len(self.starts) < most * (hops + 2) ** 2:
+            raise DataFault(
+                f"data.most={most} stretches of {hops + 2} functions, each in a place of its own, need more than "
+                f"data.entities={entities}; give more entities, or fewer stretches or hops"
+            )
+
+    def example(self, random: np.random.Generator) -> Example:
+        many, size = int(random.integers(*self.sizes, endpoint=True)), self.hops + 2
+        stretches: list[list[int]] = []
+        while len(stretches) < many:
+            start = self.starts[int(random.integers(len(self.starts)))]
+            if all(abs(start - other[0]) >= size for other in stretches):
+                stretches.append(list(range(start, start + size)))
+        if random.integers(2):
+            stretches = [stretch[::-1] for stretch in stretches]
+        facts = [pair for stretch in stretches for pair in zip(stretch, stretch[1:])]
+        told = [facts[i] for i in random.permutation(len(facts))]
+        subject, answer = stretches[0][1], stretches[0][-1]
+        tokens = [OPENING, *(token for a, b in told for token in (a, FOLLOWED_BY, b)), subject, FOLLOWED_BY, answer]
+        given = np.ones(len(tokens), bool)
+        given[-1] = False
+        return Example(np.array(tokens, np.int64), given)
+
+
+@lru_cache(maxsize=4)
+def modules(entities: int) -> tuple[tuple[str, ...], ...]:
+    """For each module, in order of their names, the names of the functions that it defines in its first level, in their order.
+
+    Raises a DataFault where the standard library has not so many of them in all.
+    """
+    found: list[tuple[str, ...]] = []
+    left = entities
+    for file in Stdlib().files():
+        if "/" in file.name or left <= 0:
+            continue
+        names = functions(Path(file.path).read_text("utf-8", "replace"))
+        if len(names) >= SHORTEST:
+            found.append(tuple(f"{file.name.removesuffix('.py')}.{name}" for name in names[:left]))
+            left -= len(found[-1])
+    if left > 0:
+        raise DataFault(f"data.entities={entities}: this Python has {entities - left}; use data.entities={entities - left}")
+    return tuple(found)
+
+
+def functions(source: str) -> list[str]:
+    """Names of the functions that a module defines in its first level, each once, in order; none where it is no Python."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return []
+    return list(dict.fromkeys(node.name for node in tree.body if isinstance(node, ast.FunctionDef)))

@@ -1,0 +1,63 @@
+"""Tracking a state: a permutation at every token, and at every token the product of all so far is to be said."""
+
+from itertools import permutations
+
+import numpy as np
+
+from trainer.data.faults import DataFault
+from trainer.data.tasks.task import Example, Task, bounds, whole
+
+MOST = 6  # elements: 720 permutations, whose products make a table of half a million entries
+
+
+class Permutations(Task):
+    """The word problem of a symmetric group: which permutation have these, one after another, led to?
+
+    Args:
+        elements: that are permuted; of 3 there are 6 permutations, of 5 there are 120.
+        minimum, maximum: tokens of an example.
+        swaps: let tokens be swaps of two elements, or none, and not every permutation; their products are still any.
+        held_out, per_row: as in Task.
+
+    A layer whose state transitions are diagonal and positive cannot keep the product over any length, and from 5 elements on no
+    fixed number of softmax layers can. A swap is a reflection, which a state with one correction a token can follow in a single
+    layer; a rotation takes two. Source: Merrill et al. 2024 (arXiv:2404.08819); with swaps as in Grazzi et al. 2024
+    (arXiv:2411.12537).
+    """
+
+    aimed = True
+
+    def __init__(
+        self,
+        *,
+        elements: int = 3,
+        minimum: int = 16,
+        maximum: int = 32,
+        swaps: bool = False,
+        held_out: float = 0.1,
+        per_row: int | None = None,
+    ):
+        super().__init__(held_out=held_out, per_row=per_row)
+        if whole("elements", elements, 2) > MOST:
+            raise DataFault(f"data.elements={elements} have too many permutations for a vocabulary; use at most {MOST}")
+        self.elements, self.sizes = elements, bounds(minimum, maximum)
+        self.longest = maximum
+        every = list(permutations(range(elements)))
+        self.vocabulary, self.words = len(every), ["".join(map(str, each)) for each in every]
+        moved = [sum(place != element for place, element in enumerate(each)) for each in every]
+        self.used = [number for number, count in enumerate(moved) if count <= 2 or not swaps]
+
+    def example(self, random: np.random.Generator) -> Example:
+        tokens = np.array(self.used)[random.integers(0, len(self.used), int(random.integers(*self.sizes, endpoint=True)))]
+        return Example(tokens, np.ones(len(tokens), bool), products(tokens, self.elements))
+
+
+def products(tokens: np.ndarray, elements: int) -> np.ndarray:
+    """[n] int64: at each token the number of the permutation that all so far make, the first applied first."""
+    every = list(permutations(range(elements)))
+    number = {each: place for place, each in enumerate(every)}
+    state, found = tuple(range(elements)), []
+    for token in tokens.tolist():
+        state = tuple(every[token][element] for element in state)
+        found.append(number[state])
+    return np.array(found, np.int64)

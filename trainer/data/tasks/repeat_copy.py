@@ -1,0 +1,41 @@
+"""Repeat copy: say again what was shown, as many times as asked, then stop."""
+
+import numpy as np
+
+from trainer.data.tasks.task import Example, bounds
+from trainer.data.tasks.vectors import MARKS, Vectors
+
+
+class RepeatCopy(Vectors):
+    """A sequence of random vectors and a number; the sequence is to be said so many times, then END.
+
+    Args:
+        minimum, maximum: vectors in a sequence.
+        fewest, most: times that it is to be said.
+        bits: of a vector.
+        held_out, per_row: as in Task.
+
+    Source: Graves et al. 2014 (arXiv:1410.5401), section 4.2. There the number is a real one on a channel of its own; here
+    each number is a mark, so that none beyond `most` can be asked.
+    """
+
+    def __init__(
+        self,
+        *,
+        minimum: int = 1,
+        maximum: int = 10,
+        fewest: int = 1,
+        most: int = 10,
+        bits: int = 8,
+        held_out: float = 0.1,
+        per_row: int | None = None,
+    ):
+        self.times = bounds(fewest, most, names=("fewest", "most"))
+        super().__init__(bits=bits, more=most, held_out=held_out, per_row=per_row)
+        self.sizes = bounds(minimum, maximum)
+        self.longest = maximum + 3 + most * maximum
+
+    def example(self, random: np.random.Generator) -> Example:
+        shown = self.vectors(random, int(random.integers(*self.sizes, endpoint=True)))
+        times = int(random.integers(*self.times, endpoint=True))
+        return self.answered([*shown, 2**self.bits + MARKS + times - 1], shown * times + [self.end])

@@ -1,0 +1,48 @@
+"""Priority sort: vectors come with priorities in any order and are to be said from the highest priority down."""
+
+import numpy as np
+
+from trainer.data.faults import DataFault
+from trainer.data.tasks.task import Example, bounds, whole
+from trainer.data.tasks.vectors import MARKS, Vectors
+
+
+class Sort(Vectors):
+    """Random vectors, each behind a mark that is its priority, no two the same; the highest ones are to be said in order.
+
+    Args:
+        minimum, maximum: vectors to sort.
+        kept: how many of the highest are to be said; null = all.
+        levels: different priorities there are.
+        bits: of a vector.
+        held_out, per_row: as in Task.
+
+    Source: Graves et al. 2014 (arXiv:1410.5401), section 4.5: 20 vectors, the 16 highest. There a priority is a real number
+    between -1 and 1 on a channel of its own.
+    """
+
+    def __init__(
+        self,
+        *,
+        minimum: int = 2,
+        maximum: int = 8,
+        kept: int | None = None,
+        levels: int = 64,
+        bits: int = 8,
+        held_out: float = 0.1,
+        per_row: int | None = None,
+    ):
+        super().__init__(bits=bits, more=whole("levels", levels, 1), held_out=held_out, per_row=per_row)
+        self.sizes, self.levels, self.kept = bounds(minimum, maximum), levels, kept
+        if maximum > levels:
+            raise DataFault(f"data.maximum={maximum} vectors cannot all have one of data.levels={levels}; use levels={maximum}")
+        if kept is not None and whole("kept", kept, 1) > minimum:
+            raise DataFault(f"data.kept={kept} of data.minimum={minimum} vectors cannot be said; use kept={minimum}, or null")
+        self.longest = 2 * maximum + 1 + (maximum if kept is None else kept)
+
+    def example(self, random: np.random.Generator) -> Example:
+        count = int(random.integers(*self.sizes, endpoint=True))
+        priorities, shown = random.permutation(self.levels)[:count].tolist(), self.vectors(random, count)
+        question = [token for level, vector in zip(priorities, shown) for token in (2**self.bits + MARKS + level, vector)]
+        ranked = [vector for _, vector in sorted(zip(priorities, shown), reverse=True)]
+        return self.answered(question, ranked[: self.kept])

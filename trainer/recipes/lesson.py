@@ -1,0 +1,175 @@
+"""A lesson: a small model is trained with the real config, model, stream and loop, and then examined on held-out data.
+
+    lesson = Lesson("linear", ("model=linear", "data=recall", "context_length=64", "steps=300"), {"long": ("data.length=128",)})
+    learned = teach(lesson, seed=0)          # here and now; many at once: trainer/recipes/jobs.py
+    learned.accuracy, learned.exams["long"].loss, learned.rows[-1].loss, learned.seconds
+
+What a run has beside its loop (a directory, checkpoints, logs) is left out; figures stay in memory.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from models.attention.prefix import PrefixAttention
+from models.auxiliary import begin
+from models.sizes import count_parameters
+from parallel.mesh import Mesh
+from parallel.place import place
+from trainer.build import build, build_engine, build_model, plain
+from trainer.config import Config
+from trainer.data.opening import open_stream
+from trainer.data.stream import Stream
+from trainer.evaluation import Evaluated, evaluate
+from trainer.lanes import Lanes
+from trainer.logs.jsonl import Row
+from trainer.logs.meters import Meter, Peak
+from trainer.loop import Loop, Stop
+from trainer.prepare import wish
+from trainer.share import Share
+from trainer.state import Progress
+
+COMMON = (  # before a lesson's own settings, which may say otherwise but for the first three
+    "checkpoint.every=0",
+    "evaluation.every=0",
+    "engine=single",
+    "evaluation.batches=8",
+    "wandb.mode=disabled",
+    "schedule.warmup_steps=20",
+)
+HELD_OUT = "held out"  # the exam that every lesson ends with, on the settings of the lesson itself
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is taught and how it is examined.
+
+    Attributes:
+        name: what a table calls it; lessons of different seeds share it.
+        overrides: KEY=VALUE, as on the command line of a run; the seed is not among them.
+        exams: further ones by name, each with overrides added to those of the lesson: longer rows, no memory, a longer
+            task. The weights must fit the model that they compose.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    exams: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass
+class Learned:
+    """What came of a lesson.
+
+    Attributes:
+        exams: by name, the loss and how the task grades it over `evaluation.batches`; HELD_OUT is on data like the training
+            data.
+        rows: the log, a row a step: loss, statistics of layers, seconds.
+        seconds: of the whole lesson.
+        parameters: of the model.
+        fault: why there is nothing of all that; None where it went well.
+    """
+
+    name: str
+    seed: int
+    exams: dict[str, Evaluated] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    seconds: float = 0.0
+    parameters: int = 0
+    fault: str | None = None
+
+    @property
+    def accuracy(self) -> float:
+        """Of a task, on held-out examples like the training examples."""
+        return self.exams[HELD_OUT].graded["accuracy"]
+
+    @property
+    def loss(self) -> float:
+        """Nats per predicted token, on held-out data like the training data."""
+        return self.exams[HELD_OUT].loss
+
+
+def teach(lesson: Lesson, seed: int) -> Learned:
+    """Train and examine, in this process.
+
+    Raises:
+        Fault: settings that cannot be honoured, or a loss that is no number.
+    """
+    began = time.perf_counter()
+    every = {HELD_OUT: (), **lesson.exams}
+    configs = {name: wish([*COMMON, *lesson.overrides, *more, f"seed={seed}"]) for name, more in every.items()}
+    config, mesh = configs[HELD_OUT], Mesh.alone()
+    stream, rows = _stream(config, "train"), []
+    with torch.device("meta"):
+        model = build_model(config, stream.vocabulary)
+    parameters = count_parameters(model).total
+    engine = build_engine(config, mesh, build(config.optim, {}, "optim"))
+    place(model, engine)
+    share = _share(config, model)
+    loop = Loop(
+        config=config,
+        mesh=mesh,
+        engine=engine,
+        stream=stream,
+        share=share,
+        checkpoints=Nowhere(),  # pyright: ignore[reportArgumentType]
+        schedule=build(config.schedule, {}, "schedule"),
+        flops=lambda span: 0.0,
+        meter=Meter(Peak(None, "nobody asks"), 1),
+        stop=Stop(mesh, ()),
+        log=rows.append,
+        evaluate=lambda progress: None,
+        lanes=Lanes(mesh, share, config.rows) if config.memory.carries else None,
+    )
+    loop.train(Progress(stream.start()))
+    weights = engine.state()["model"]
+    exams = {name: examine(each, weights) for name, each in configs.items()}
+    return Learned(lesson.name, seed, exams, rows, time.perf_counter() - began, parameters)
+
+
+def examine(config: Config, weights: Mapping[str, Tensor]) -> Evaluated:
+    """Put trained weights into the model of this config, and that before the held-out data of this config."""
+    stream = _stream(config, "held_out")
+    with torch.device("meta"):
+        model = build_model(config, stream.vocabulary)
+    model.load_state_dict(weights, assign=True)
+    begin(model.eval(), config.steps)  # what changes with the step stands as it did at the last
+    share = _share(config, model)
+    lanes = Lanes(share.mesh, share, config.rows) if config.memory.carries else None
+    found = evaluate(model, share, stream, config.evaluation.batches, lambda: False, lanes)
+    assert found is not None, "nobody stops an exam"
+    return found
+
+
+def _stream(config: Config, split: str) -> Stream:
+    return open_stream(
+        plain(config.data),
+        context_length=config.context_length,
+        rows=config.rows,
+        seed=config.seed,
+        split=split,
+        lanes=config.memory.carries,
+    )
+
+
+def _share(config: Config, model: nn.Module) -> Share:
+    return Share(
+        Mesh.alone(),
+        rows=config.rows,
+        context_length=config.context_length,
+        micro_batch=config.parallel.micro_batch,
+        policy=config.parallel.layout,
+        prefix=max((m.length for m in model.modules() if isinstance(m, PrefixAttention)), default=0),
+    )
+
+
+class Nowhere:
+    """Checkpoints that are never due, for checkpoint.every=0."""
+
+    def poll(self) -> None:
+        """Nothing is under way."""
+
+    def finish(self) -> None:
+        """Nothing is to be waited for."""

@@ -1,0 +1,130 @@
+"""The recipe `recall`: what layers remember, what they can keep track of, and what remembering costs while decoding.
+
+Protocol, the same for every layer: a fixed number of steps; each of RATES as the learning rate on seed 0; the rate with the
+lowest mean loss over the last tenth of its *training* steps is taken, that run counts as the first seed, and the others follow
+with the same rate. Figures are of held-out examples. Settings of a layer are those of its conf/mixer file.
+"""
+
+from collections.abc import Callable, Sequence
+
+from trainer.recipes.decoding import held_bytes
+from trainer.recipes.jobs import Effort, teach_all
+from trainer.recipes.lesson import Learned, Lesson
+from trainer.recipes.table import markdown, table
+
+RATES = ("0.003", "0.01")
+SIZES = ("model.width=64", "model.heads=2", "model.ffn=2.0", "optim.weight_decay=0.01", "evaluation.batches=16")
+MQAR = ("model.layers=2", "data=recall", "context_length=64", "batch_tokens=2048", "steps=400")
+BEHIND = ("model.mixers.short_conv._target_=models.convolution.short.ShortConv",)
+SWAPS = ("model.layers=1", "data=permutations", "data.swaps=true", "context_length=32", "batch_tokens=1024", "steps=300")
+ALL_32, ALL_128 = (("data.minimum=32", "data.maximum=32"), ("data.minimum=128", "data.maximum=128", "context_length=128"))
+READ = (1024, 8192, 65536)  # tokens, for the bytes held while decoding
+DECODED = ("retention", "rwkv7", "full")
+FAMILY = {  # each layer, and what it has by itself to look at its neighbours with
+    "full": "-",
+    "linear": "-",
+    "performer": "-",
+    "retention": "-",
+    "gated_linear": "-",
+    "rwkv6": "token shift",
+    "rwkv7": "token shift",
+    "delta": "short convolution",
+    "gated_delta": "short convolution",
+    "mamba2": "short convolution",
+    "hyena": "short convolution",
+    "short_conv": "is one",
+}
+TRACKING = {  # name in the table -> settings
+    "gated_delta, steps to 2": ("mixer=gated_delta", "mixer.reflect=true"),
+    "gated_delta, steps to 1": ("mixer=gated_delta",),
+    "rwkv7, rates to 2": ("mixer=rwkv7", "mixer.reflect=true"),
+    "rwkv7, rates to 1": ("mixer=rwkv7",),
+    "gated_linear": ("mixer=gated_linear",),
+    "mamba2": ("mixer=mamba2",),
+    "rwkv6": ("mixer=rwkv6",),
+}
+INTRODUCTION = """\
+### Multi-query associative recall
+Held-out accuracy; 8 pairs in 64 tokens, chance 1/64. Two layers of width 64: two of the layer by itself, or one behind one
+short convolution (3 taps). Parameters differ; all else is the same."""
+
+
+def recall(effort: Effort, say: Callable[[str], None]) -> tuple[str, list[Learned]]:
+    """(what the recipe found, as markdown; every lesson)."""
+    remembering, tracking = _remembering(), _tracking()
+    learned = _chosen([*remembering, *tracking], effort, say)
+    first, second = ([each for each in learned if each.name in {x.name for x in part}] for part in (remembering, tracking))
+    parts = [
+        INTRODUCTION,
+        table(first, {"accuracy": _accuracy, "looks at neighbours by": _near, "parameters": _parameters}),
+        "### State tracking: products of swaps of three elements (S3)\n"
+        "Held-out accuracy at every token, one layer, trained on 32 tokens; chance 1/6.",
+        table(second, {"32 tokens": _accuracy, "128 tokens": lambda each: each.exams["128"].graded["accuracy"]}),
+        "### Bytes held while decoding\nTwo layers of width 64, float32, one sequence.",
+        _decoding(),
+    ]
+    return "\n\n".join(parts), learned
+
+
+def _remembering() -> list[Lesson]:
+    lessons = []
+    for name, near in FAMILY.items():
+        lessons.append(Lesson(name, (*_decoder(name), *MQAR)))
+        if near == "-":
+            below = (f"model={name}", *SIZES, *MQAR, *BEHIND, f"model.pattern=[short_conv,{name}]")
+            lessons.append(Lesson(f"conv + {name}", below))
+    return lessons
+
+
+def _tracking() -> list[Lesson]:
+    return [
+        Lesson(name, ("model=decoder", *SIZES, *words, *SWAPS, *ALL_32), {"128": ALL_128}) for name, words in TRACKING.items()
+    ]
+
+
+def _decoder(mixer: str) -> tuple[str, ...]:
+    return ("model=decoder", f"mixer={mixer}", *SIZES)
+
+
+def _chosen(lessons: Sequence[Lesson], effort: Effort, say: Callable[[str], None]) -> list[Learned]:
+    """Every lesson with all seeds, each at the learning rate that its first seed learned best with."""
+    tries = [(_at(lesson, rate), 0) for lesson in lessons for rate in RATES]
+    first = teach_all(tries, effort, say)
+    best = []
+    for number, lesson in enumerate(lessons):
+        of = first[number * len(RATES) : (number + 1) * len(RATES)]
+        rate = min(range(len(RATES)), key=lambda place: _end(of[place]))
+        best.append((_at(lesson, RATES[rate]), of[rate]))
+        say(f"{lesson.name}: learning rate {RATES[rate]}")
+    more = teach_all([(lesson, seed) for lesson, _ in best for seed in range(1, effort.seeds)], effort, say)
+    return [*(learned for _, learned in best), *more]
+
+
+def _at(lesson: Lesson, rate: str) -> Lesson:
+    return Lesson(lesson.name, (*lesson.overrides, f"optim.learning_rate={rate}"), lesson.exams)
+
+
+def _end(learned: Learned) -> float:
+    """Mean loss of the last tenth of the training steps; infinite where there is none."""
+    losses = [row.loss for row in learned.rows]
+    last = losses[-max(1, len(losses) // 10) :]
+    return sum(last) / len(last) if last else float("inf")
+
+
+def _accuracy(learned: Learned) -> float:
+    return learned.accuracy
+
+
+def _near(learned: Learned) -> str:
+    return FAMILY.get(learned.name, "short convolution below")
+
+
+def _parameters(learned: Learned) -> str:
+    return f"{learned.parameters:,}"
+
+
+def _decoding() -> str:
+    """Bytes after so many tokens, a row for each kind of layer."""
+    rows = [["layer", *(f"{length:,} tokens" for length in READ)], ["---"] * (1 + len(READ))]
+    rows += [[name, *(f"{held:,}" for held in held_bytes(("model.layers=2", *_decoder(name)), READ))] for name in DECODED]
+    return markdown(rows)

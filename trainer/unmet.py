@@ -1,0 +1,67 @@
+"""Wishes that would be dropped without a word, because the model or the data has no place for them: each is a fault."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from parallel.engines.engine import blocks_of
+from trainer import build
+from trainer.config import Config, Fault
+from trainer.data.sources import build as build_source
+from trainer.data.tasks.task import Task
+
+
+def unplaced(config: Config) -> Iterator[str]:
+    """Layers that were asked for of a model that takes none."""
+    try:
+        places = {place: build.takes(config, place) for place in ("mixers", "feedforwards")}
+    except Fault:  # there is no such class, which is said elsewhere
+        return
+    asked, kind = config.model, config.model.target.rpartition(".")[2]
+    for key, wish, place in (
+        ("mixer", config.mixer, "mixers"),
+        ("model.pattern", asked.pattern, "mixers"),
+        ("model.mixers", asked.mixers, "mixers"),
+        ("model.feedforward", asked.feedforward, "feedforwards"),
+        ("model.feedforward_pattern", asked.feedforward_pattern, "feedforwards"),
+        ("model.feedforwards", asked.feedforwards, "feedforwards"),
+    ):
+        if wish and not places[place]:
+            yield f"{key} is set, but {kind} takes no {place}; leave {key} out, or use a decoder, for example model=full"
+
+
+def whole_only(config: Config, model: nn.Module) -> Iterator[str]:
+    """What is done block by block, of a model that has no blocks."""
+    if blocks_of(model):
+        return
+    kind, engine = type(model).__name__, config.engine
+    if engine.checkpointing != "none":
+        yield (
+            f"engine.checkpointing={engine.checkpointing} computes blocks again, and {kind} has none; "
+            "use engine.checkpointing=none"
+        )
+    if engine.compile:
+        yield f"engine.compile=true compiles blocks, and {kind} has none; use engine.compile=false"
+
+
+def unsayable(config: Config) -> Iterator[str]:
+    """A sample of a task's data: of one whose answers are no next tokens, or from a prompt that is none of its tokens."""
+    if not config.evaluation.generate:
+        return
+    try:
+        source = build_source(build.plain(config.data))
+    except ValueError:  # said elsewhere
+        return
+    if not isinstance(source, Task):
+        return
+    if source.aimed:
+        kind = type(source).__name__
+        yield (
+            f"evaluation.generate={config.evaluation.generate} writes token after token, but what {kind} wants said is no next "
+            "token; use evaluation.generate=0"
+        )
+        return
+    try:
+        source.tokenizer().encode(config.evaluation.prompt)
+    except ValueError as error:
+        yield f"evaluation.prompt={config.evaluation.prompt}: {error}"
