@@ -39,7 +39,7 @@ class Recalled(Mask):
 
     def outlook(self, q: Box, k: Box) -> int:
         looks = {look(q, k) for role, look in ((READ, self._read), (STALE, self._stale)) if k.role_low <= role <= k.role_high}
-        if not k.role_low == k.role_high or k.role_low not in (READ, STALE):
+        if k.role_low != k.role_high or k.role_low not in (READ, STALE):
             looks.add(Chunk(self.size).outlook(q, k))
         return looks.pop() if len(looks) == 1 else SOME
 

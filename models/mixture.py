@@ -3,9 +3,12 @@
 Letters: B rows, T tokens, W width, E experts, k experts of a token, N = B T k visits.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+from models.auxiliary import Aside
 from models.chance import Chance, address
 from models.experts import Experts
 from models.feedforward import SwiGLU
@@ -13,11 +16,15 @@ from models.init import DEVIATION, Rule, normal
 from models.mixing.dispatch import Dispatch
 from models.mixing.tally import Tally
 from models.router import Router, balance_loss, figures, marked, ranked, told, z_loss
-from models.span import Span
+from models.span import PADDING, READ, WRITE, Span
 
 
 class Mixture(nn.Module):
-    """What all mixtures share: experts, the way there and back, and what is left for the trainer (models/auxiliary.py)."""
+    """What all mixtures share: experts, the way there and back, and what is left for the trainer (models/auxiliary.py).
+
+    Under memory=tokens a mixture sees a row segment by segment: tokens queue up within the segment, and the balancing loss is
+    that of the segment, weighed by its tokens.
+    """
 
     def __init__(
         self, experts: Experts, router: Router, *, expert_dropout: float, balance: float, z: float, layer: int, seed: int
@@ -32,9 +39,7 @@ class Mixture(nn.Module):
         self.dispatch, self.tally = Dispatch(), Tally()
         self.balance, self.z, self.count = balance, z, router.out_features
         self.chance = Chance(seed, "expert dropout", layer) if expert_dropout else None
-        self.auxiliary: dict[str, Tensor] = {}
-        self.auxiliary_rows: dict[str, Tensor] = {}
-        self.statistics: dict[str, Tensor] = {}
+        self.aside = Aside()
 
     def settle(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """See models/auxiliary.py."""
@@ -65,25 +70,35 @@ class Mixture(nn.Module):
 
     def _leave(self, logits: Tensor, probs: Tensor, marks: Tensor, kept: Tensor, at: Span) -> None:
         """Leave the losses and the sums of this forward pass."""
-        for left in (self.auxiliary, self.auxiliary_rows, self.statistics):
-            left.clear()  # what a recomputation in backward has left, or nobody has taken
         if not (self.training and torch.is_grad_enabled()):
             return
-        self.statistics.update(told(probs, marks, kept, at))
+        segment = not at.role.is_meta and bool((at.role == READ).any())
+        if segment:  # of rows that have none at this turn, memory tokens alone pass through, and come to nothing
+            at = _with_text(at)
+            marks, kept = marks * at.valid()[..., None], kept & at.valid()[..., None]
+        self.aside.add(statistics=told(probs, marks, kept, at))
         if self.balance:
             tokens = self.tally.total(at.valid().long(), at)
             loss = balance_loss(probs, marks, tokens, at, self.tally)
-            self.auxiliary_rows["balance"] = self.balance * loss
             rows = torch.where(at.valid(), 1 / tokens.clamp_min(1).double(), 0)  # a row's tokens make up one between them
-            self.statistics |= {"balance": _sum(loss), "rows": _sum(rows)}
+            if segment:
+                self.aside.add(tokens={"balance": self.balance * (loss * tokens).sum()})
+            else:
+                self.aside.add(rows={"balance": self.balance * loss.sum()})
+            self.aside.add(statistics={"balance": _sum(loss), "rows": _sum(rows)})
         if self.z:
             loss = z_loss(logits, at)
-            self.auxiliary["router_z"] = self.z * loss
-            self.statistics["z"] = _sum(loss)
+            self.aside.add(tokens={"router_z": self.z * loss.sum()}, statistics={"z": _sum(loss)})
 
 
 def _sum(losses: Tensor) -> Tensor:
     return losses.detach().double().sum()[None]
+
+
+def _with_text(at: Span) -> Span:
+    """The addresses, rows without any token but memory tokens being padding."""
+    text = at.valid() & (at.role != READ) & (at.role != WRITE)
+    return replace(at, doc=at.doc.masked_fill(~text.any(1, keepdim=True), PADDING), plans={})
 
 
 class TopKMixture(Mixture):

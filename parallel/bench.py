@@ -42,6 +42,7 @@ class Sizes:
     threads: int = 1
     repeats: int = 5
     seed: int = 0
+    device: str = "cpu"
 
 
 def documents(tokens: int, seed: int) -> Span:
@@ -53,8 +54,8 @@ def documents(tokens: int, seed: int) -> Span:
     return Span.of((torch.arange(tokens) - start)[None], doc[None])
 
 
-def _leaves(shape: tuple[int, ...], count: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(1, shape[0], count, shape[1], generator=generator).requires_grad_()
+def _leaves(shape: tuple[int, ...], count: int, generator: torch.Generator, device: str) -> torch.Tensor:
+    return torch.randn(1, shape[0], count, shape[1], generator=generator).to(device).requires_grad_()
 
 
 def _step(call: Any, tensors: list[torch.Tensor], weight: torch.Tensor) -> Step:
@@ -78,8 +79,8 @@ class Bench:
         """q, k, v and the gradient of what comes out."""
         sizes, generator = self.sizes, torch.Generator().manual_seed(self.sizes.seed)
         counts = sizes.heads, sizes.kv_heads, sizes.kv_heads
-        leaves = [_leaves((tokens, sizes.width), n, generator) for n in counts]
-        return leaves, torch.randn(1, tokens, sizes.heads, sizes.width, generator=generator)
+        leaves = [_leaves((tokens, sizes.width), n, generator, sizes.device) for n in counts]
+        return leaves, torch.randn(1, tokens, sizes.heads, sizes.width, generator=generator).to(sizes.device)
 
     def plain(self, tokens: int) -> Entry:
         """PyTorch's own attention in one process, with the threads of all ranks."""
@@ -95,7 +96,7 @@ class Bench:
     def alone(self, span: Span, mask: Mask) -> Entry:
         """Our attention in one process, with the threads of all ranks."""
         tensors, weight = self.tensors(span.shape[1] if self.rank == 0 else 1)
-        leaf, here = Softmax(mask), span if self.rank == 0 else Span.line(1, 1)
+        leaf, here = Softmax(mask), span if self.rank == 0 else Span.line(1, 1, self.sizes.device)
         step = _step(lambda q, k, v: leaf((q,), (k, v), at=here), tensors, weight)
         return Entry("one device, ours", {"tokens": span.shape[1]}, step, alone=True)
 
@@ -144,20 +145,21 @@ def sections(bench: Bench) -> Iterator[tuple[str, list[Entry]]]:
     tokens, usp = bench.sizes.tokens, bench.ranks > 2 and bench.ranks % 2 == 0
     traded = [(m, "zigzag") for m, fits in (("heads", bench.sizes.heads >= bench.ranks), ("usp", usp)) if fits]
 
-    line, ways = Span.line(1, tokens), [("ring", "zigzag"), ("ring", "contiguous"), ("fetch", "zigzag"), *traded]
+    device = bench.sizes.device
+    line, ways = Span.line(1, tokens, device), [("ring", "zigzag"), ("ring", "contiguous"), ("fetch", "zigzag"), *traded]
     entries = [bench.plain(tokens), bench.alone(line, CAUSAL), *(bench.shared(*way, line, CAUSAL) for way in ways)]
     if importlib.util.find_spec(PEER) and tokens % bench.ranks == 0:
         entries.append(bench.peer(tokens))
     yield "one causal document", entries
 
     packed, ways = (
-        documents(tokens, bench.sizes.seed),
+        documents(tokens, bench.sizes.seed).map(lambda x: x.to(device)),
         [("ring", "zigzag"), ("ring", "balanced"), ("fetch", "balanced"), *traded],
     )
     entries = [bench.alone(packed, CAUSAL), *(bench.shared(*way, packed, CAUSAL) for way in ways)]
     yield f"{int(packed.doc.max()) + 1} packed documents", entries
 
-    seen, far = CAUSAL & Reach(WINDOW), Span.line(1, FAR * tokens)
+    seen, far = CAUSAL & Reach(WINDOW), Span.line(1, FAR * tokens, device)
     entries = [bench.alone(line, seen)]
     for row in (line, far):
         entries += [bench.shared("fetch", "contiguous", row, seen), bench.shared("ring", "zigzag", row, seen)]
@@ -180,18 +182,59 @@ def parse(words: list[str]) -> Sizes:
     """`key=value` words.
 
     Raises:
-        ValueError: a key that is none, or a value that is no number of at least one.
+        ValueError: as parse_into does, heads that cannot be grouped, or one rank, which shares nothing.
     """
-    found = Sizes()
-    for word in words:
-        key, _, value = word.partition("=")
-        if key not in vars(found):
-            raise ValueError(f"{word}: the bench has no setting {key!r}; there are {', '.join(vars(found))}")
-        if not value.isdigit() or (int(value) < 1 and key != "seed"):
-            raise ValueError(f"{word}: {key} is a whole number of at least 1")
-        found = replace(found, **{key: int(value)})
+    found = parse_into(Sizes(), words)
     if found.heads % found.kv_heads:
         raise ValueError(f"kv_heads={found.kv_heads} does not divide heads={found.heads}; use a divisor of {found.heads}")
     if found.ranks < 2:
         raise ValueError("ranks=1 shares nothing; use ranks=2 or more")
     return found
+
+
+def parse_into(found: Any, words: list[str]) -> Any:
+    """`found`, a dataclass of whole numbers and a device, with what `key=value` words say.
+
+    Raises:
+        ValueError: a key that is none, a value that is no number of at least one, or a device that is not here.
+    """
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in vars(found):
+            raise ValueError(f"{word}: the bench has no setting {key!r}; there are {', '.join(vars(found))}")
+        if key == "device":
+            if value not in ("cpu", "cuda"):
+                raise ValueError(f"{word}: the bench knows the devices cpu and cuda")
+            if value == "cuda" and not torch.cuda.is_available():
+                raise ValueError(f"{word}: there is no GPU here, or torch was built without CUDA; use device=cpu")
+        elif not value.isdigit() or (int(value) < 1 and key != "seed"):
+            raise ValueError(f"{word}: {key} is a whole number of at least 1")
+        found = replace(found, **{key: value if key == "device" else int(value)})
+    return found
+
+
+COLUMNS = "name", "layout", "tokens", "ms", "against one", "by cpu", "sent MB", "formula", "balance", "peak MB"
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as text.
+
+    `against one` is time in units of the first row of the section. `by cpu` is the same by processor time, the busiest rank
+    against the one device's share for each thread: what the ratio would be on a machine that does nothing else.
+    """
+    lines, first = [], {}
+    for row in rows:
+        if row["section"] not in first:
+            first[row["section"]] = row["seconds"], row["processor_seconds"] / row["ranks"]
+            lines += ["", row["section"], "  ".join(f"{c:>11}" if i else f"{c:24}" for i, c in enumerate(COLUMNS))]
+        one, share = first[row["section"]]
+        own = row["processor_seconds"] / (row["ranks"] if row["alone"] else 1)
+        sent, formula = row.get("sent_bytes"), row.get("formula_bytes")
+        cells = [
+            row["name"], row.get("layout", ""), row["tokens"], f"{1e3 * row['seconds']:.0f}",
+            f"{row['seconds'] / one:.3f}", f"{own / share:.3f}",
+            f"{max(sent) / 1e6:.2f}" if sent else "", "" if sent is None else "equal" if sent == formula else "DIFFERS",
+            f"{row['balance']:.3f}" if "balance" in row else "", f"{(row['peak_bytes'] or 0) / 1e6:.0f}",
+        ]  # fmt: skip
+        lines.append("  ".join(f"{c:>11}" if i else f"{c:24}" for i, c in enumerate(cells)))
+    return "\n".join(lines)

@@ -71,6 +71,17 @@ def refusals(model: nn.Module, method: str) -> list[str]:
     ]
 
 
+def unreachable(model: nn.Module) -> list[str]:
+    """Why experts cannot lie over ranks: a sentence for each layer that ranks pass through unequal numbers of times."""
+    inside = stepped(model)
+    return [
+        f"{name.rpartition('.')[0]} has experts, and memory passes through it segment by segment, as many times as documents "
+        "have segments: ranks would not meet; use parallel.experts=1"
+        for name, leaf in model.named_modules()
+        if isinstance(leaf, Dispatch) and leaf in inside
+    ]
+
+
 def spread(
     model: nn.Module,
     group: Any,
@@ -94,11 +105,13 @@ def spread(
         The wire that all drivers send over; it counts the bytes, those to experts too.
 
     Raises:
-        ValueError: no method of that name, usp without a grid, or what `refusals` says.
+        ValueError: no method of that name, usp without a grid, or what `refusals` and `unreachable` say.
     """
     if method != "auto" and method not in METHODS:
         raise ValueError(f"parallel.method={method} is none that there is; choose one of auto, {', '.join(METHODS)}")
     if group is not None and (reasons := refusals(model, method)):
+        raise ValueError("\n".join(reasons))
+    if experts is not None and (reasons := unreachable(model)):
         raise ValueError("\n".join(reasons))
     wire = Wire(experts if group is None else group)
     if grid is not None:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from models.memory.memory import Memory
+from models.mixing.relay import misfits
 from models.past import name_carriers
 from trainer.config import Config, Fault, Model, Node
 
@@ -225,6 +226,8 @@ def build_model(config: Config, vocabulary: int) -> nn.Module:
     parts["mixers"] = [_around(memory, mixer, {**offers, "layer": layer}) for layer, mixer in enumerate(parts["mixers"])]
     place = build(config.position, offers, "position")
     model = build(model_node(config), {**offers, "position": place, "memory": memory, **parts}, "model")
+    if faults := misfits(model):
+        raise Fault("\n".join(faults))
     name_carriers(model)
     return model
 

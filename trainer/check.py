@@ -13,7 +13,7 @@ from parallel.engines.experts import unshared
 from parallel.launch import attempt, machine
 from parallel.layout import POLICIES
 from parallel.mesh import misfits
-from parallel.spread import METHODS, refusals
+from parallel.spread import METHODS, refusals, unreachable
 from trainer import build, directory
 from trainer.config import Config, Fault, Memory
 from trainer.data.opening import check as look_at
@@ -264,7 +264,7 @@ def model(config: Config, given: Collection[str]) -> Iterator[str]:
     if config.parallel.context > 1:
         yield from refusals(built_model, config.parallel.method)
     if config.parallel.experts > 1:
-        yield from unshared(built_model, config.parallel.experts)
+        yield from unshared(built_model, config.parallel.experts) + unreachable(built_model)
     for who in (place, built_model):
         limit = getattr(who, "max_length", None)
         if limit is not None and limit < config.context_length:

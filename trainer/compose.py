@@ -86,6 +86,9 @@ def compose(overrides: Sequence[str]) -> Wish:
                 faults.append(f"mixer={tree['mixer']}: no mixer is chosen; write mixer=NAME as well, one of {names}")
         else:
             faults.append(_explain(key, errors, usual, tree))
+            if errors[0]["type"] == "missing" and key.endswith("._target_"):  # settings of a class that nobody named
+                key = key.removesuffix("._target_")
+                usual = _at(defaults, key)
         if errors[0]["type"] != "extra_forbidden":
             mended.add(key)
         _mend(tree, key, usual)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from models.auxiliary import auxiliary, begin, settle, statistics
+from models.auxiliary import auxiliary, begin, forget, settle, statistics
 from models.span import Span
 from parallel.engines.engine import Engine
 from parallel.mesh import Mesh
@@ -107,6 +107,7 @@ class Loop:
         begin(self.engine.model, progress.step + 1)
         for number, (piece, last) in enumerate(self.share(batch)):
             span = piece.span if self.lanes is None else self.lanes.enter(number, piece.span)
+            forget(self.engine.model)
             with self.engine.forward_precision():
                 losses = self.engine.model(piece.tokens, span, piece.targets)
             loss, beside = losses.sum(), auxiliary(self.engine.model, tokens=valid, rows=rows)

@@ -219,7 +219,7 @@ class Run:
         """A step is done; after the first, what parallel.method=auto chose is known."""
         if self.wire is not None and self.wire.choices:
             for choice, many in Counter(self.wire.choices.values()).items():
-                self.console.say(f"share: {many} of {len(self.wire.choices)} attentions by {choice}")
+                self.console.say(f"share: {many} of {len(self.wire.choices)} layers by {choice}")
             self.wire.choices.clear()
         if self.lanes is not None and row.step == 1:
             self.console.say(f"memory: rank 0 carries {self.lanes.bytes():,} bytes for its {self.share.each} lanes")

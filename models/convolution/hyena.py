@@ -96,8 +96,8 @@ class Hyena(nn.Module):
         self.order, self.inner = order, nn.Linear(width, (order + 1) * width, bias=False)
         self.short = Taps((order + 1) * width, taps)
         self.filter = Filter((order - 1) * width, context_length, filter_width, bands, speed, filter_rate)
-        self.bias, self.mix = nn.Parameter(torch.empty(order - 1, width)), Convolution()
-        self.out = nn.Linear(width, width, bias=False)
+        self.bias, self.out = nn.Parameter(torch.empty(order - 1, width)), nn.Linear(width, width, bias=False)
+        self.mix = nn.ModuleList(Convolution() for _ in range(order - 1))
 
     def initial(self) -> dict[str, Rule]:
         return {"bias": lambda shape, generator: torch.randn(shape, generator=generator)}
@@ -106,7 +106,7 @@ class Hyena(nn.Module):
         """[B, T, width] -> [B, T, width]."""
         *gates, value = self.short(self.inner(x), span).chunk(self.order + 1, -1)
         filters = self.filter().chunk(self.order - 1, -1)
-        for gate, taps, bias in zip(reversed(gates[1:]), filters, self.bias, strict=True):
+        for gate, taps, bias, mix in zip(reversed(gates[1:]), filters, self.bias, self.mix, strict=True):
             value = gate * value
-            value = self.mix((value,), (taps,), at=span) + bias * value
+            value = mix((value,), (taps,), at=span) + bias * value
         return self.out(gates[0] * value)

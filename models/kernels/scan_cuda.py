@@ -1,7 +1,7 @@
 """Scans on an NVIDIA GPU by the chunk kernels of flash-linear-attention, where that package is installed.
 
 The table says which kernel serves which scan; what is not in it (float64, wider keys, a low-rank term read before its own
-update) has the chunks of models/kernels/scan.py. float32 is served only where torch may take products in TF32, as the kernels
+update) has the chunks of models/kernels/scan.py. float32 is served only where torch was told to take products in TF32, as the kernels
 do; half precision stays half inside a chunk, decays and states are float32. All kernels here are of the kind [B, T, H, D] with
 log decays in nats, a scale that we set to 1, states [S, H, D, E] in and out, and `cu_seqlens` for documents. Decays are
 handed over no stronger than e^-100 a token, which is 0 in float32: the kernels subtract sums of them within a chunk, and
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from models.kernels.stretches import Stretches
 
+PACKAGE = "fla"
 WIDEST = 256  # key width of the kernels
 STRONGEST = -100.0  # nats
 HALF = torch.float16, torch.bfloat16
@@ -57,7 +58,7 @@ def pick(query: Sequence[Tensor], payload: Sequence[Tensor], *, before: bool) ->
     q, kind = query[0], kind_of(payload, before)
     if kind is None or q.device.type != "cuda" or torch.version.hip is not None or q.shape[-1] > WIDEST:
         return None
-    if q.dtype not in HALF and not (q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32):
+    if q.dtype not in HALF and not (q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"):
         return None
     kernel = load(kind)
     return None if kernel is None else (kind, kernel)
@@ -80,7 +81,7 @@ def load(kind: str) -> Kernel | None:
     try:
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
-        if error.name == "fla":
+        if error.name == PACKAGE:
             return None
         problem = error
     except Exception as error:  # whatever a package does that was built for another version of torch or triton

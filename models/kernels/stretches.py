@@ -78,6 +78,17 @@ def _build(at: Span, lengths: tuple[tuple[int, ...], ...]) -> Stretches:
             run.append(np.full(len(there), number))
             opened[number] = len(begins) > 0
             start += length
-    arrays = (np.concatenate(index), np.concatenate(run), ends, origin, last, len(origin) + np.arange(len(last)))
-    put = [torch.as_tensor(np.asarray(x, dtype=np.int64), device=at.pos.device) for x in arrays]
-    return Stretches((len(lengths), tokens), *put, torch.as_tensor(opened, device=at.pos.device).view(len(lengths), most))
+
+    def put(x: list | np.ndarray) -> Tensor:
+        return torch.as_tensor(np.asarray(x), device=at.pos.device)
+
+    return Stretches(
+        shape=(len(lengths), tokens),
+        index=put(np.concatenate(index)),
+        run=put(np.concatenate(run)),
+        ends=put(ends),
+        origin=put(np.array(origin, dtype=np.int64)),
+        last=put(last),
+        through=put(len(origin) + np.arange(len(last))),
+        opened=put(opened).view(len(lengths), most),
+    )

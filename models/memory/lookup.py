@@ -16,11 +16,12 @@ from torch.nn import functional as F
 
 from models.attention.full import Attention
 from models.init import Rule, constant
+from models.kernels.nearest import Store
 from models.masks import SameDocument
 from models.masks_memory import Earlier
 from models.memory.local import attention_beside, check_segment, within
 from models.memory.memory import Memory
-from models.mixing.recall import Recall, Store
+from models.mixing.recall import Recall
 from models.mixing.softmax import Softmax
 from models.past import Carrier
 from models.span import Span

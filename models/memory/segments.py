@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from models.attention.attending import Attending
 from models.attention.compressed import Compressed
 from models.attention.lsh import Lsh
+from models.convolution.hyena import Hyena
 from models.masks_memory import STALE, Recalled
 from models.memory.memory import Memory
-from models.mixing.convolution import Convolution
 from models.mixing.softmax import Softmax
 from models.past import Carrier
 from models.span import READ, Span
@@ -64,10 +64,10 @@ class Segments(Memory):
         elif any(isinstance(leaf, Softmax) for leaf in mixer.modules()):
             kind = type(mixer).__name__
             raise ValueError(f"memory=segments does not know how to let {kind} recall; use a mixer made of attention, or none")
-        elif any(isinstance(leaf, Convolution) for leaf in mixer.modules()):
+        elif isinstance(mixer, Hyena) and mixer.filter.length <= sizes.get("context_length", mixer.filter.length):
             raise ValueError(
-                "memory=segments: hyena's filter is as long as a row, a document that goes on is longer; "
-                "use short_conv or a recurrent mixer, or memory=none"
+                f"memory=segments: hyena's filter has {mixer.filter.length} taps, no more than a row has tokens, and a "
+                "document that goes on is longer; use mixer.context_length=N, the tokens of the longest document, or another mixer"
             )
         return mixer
 

@@ -13,6 +13,7 @@ from models.memory.stepped import Gates, State, Stepped, scaled
 EMPTY = 1e-6  # in every slot of a memory that nothing was written to
 TINY = 1e-16  # keeps logarithms of zero finite
 SHORT = 1e-4  # length of a vector below which it is like none
+DECIDED = 2.0  # what heads begin with where they begin decided, before a sigmoid, a softplus or a softmax
 CONTROLLERS = ("feedforward", "lstm")
 
 
@@ -30,7 +31,8 @@ class Turing(Stepped):
             was trained on; the second may count by itself.
 
     At each token all heads look where to go in the memory as the token before left it; then it is read, then written.
-    The memory starts from a constant (Collier & Beel 2018, arXiv:1807.08518), every head at the first slot.
+    The memory starts from a constant (Collier & Beel 2018, arXiv:1807.08518), every head at the first slot and, unlike theirs,
+    inclined to go forward: with undecided heads about half of the seeds do not learn to copy in the same number of steps.
     Source: Graves et al. 2014 (arXiv:1410.5401).
     """
 
@@ -64,7 +66,14 @@ class Turing(Stepped):
         self.out = nn.Linear(width + heads * slot_width, self.bits)
 
     def initial(self) -> dict:
-        return {name: scaled for name, p in self.named_parameters() if p.dim() > 1}
+        """Heads start by going forward, a slot a token, whatever they see: looking for content at first loses every place."""
+
+        def forward(shape: torch.Size, generator: torch.Generator) -> Tensor:
+            gate, strength, sharp = -DECIDED, 0.0, DECIDED
+            shift = [0.0] * (self.shifts // 2 + 1) + [DECIDED] + [0.0] * (self.shifts // 2 - 1)
+            return torch.tensor([*[0.0] * self.slot_width, gate, strength, sharp, *shift] * (2 * self.heads))
+
+        return {"aim.bias": forward, **{name: scaled for name, p in self.named_parameters() if p.dim() > 1}}
 
     def blank(self, rows: int, like: Tensor) -> State:
         """(memory [B, N, M], where all heads are [B, 2H, N], what was read [B, H M], and of an LSTM two [B, width])."""

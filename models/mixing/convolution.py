@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.kernels.chunks import on_host
 from models.kernels.fft import convolve
+from models.mixing.window import widened
+from models.past import Carrier
 from models.scores import Tensors
 from models.span import PADDING, Span
 
@@ -37,10 +39,12 @@ class Pair(NamedTuple):
     of: Piece
 
 
-class Convolution(nn.Module):
+class Convolution(Carrier):
     """y_t = sum_{j <= t} filter_j x_{t-j} within a document, by FFT; float32, or float64 where x is.
 
     Source: Poli et al. 2023 (arXiv:2302.10866). Ours knows documents, and convolves any two stretches of one document.
+    Where rows go on from those before (Span.past), it hears all of their tokens that the filter reaches, and nothing is
+    learned through those.
     """
 
     def forward(self, payload: Tensors, params: Tensors, *, at: Span) -> Tensor:
@@ -49,7 +53,12 @@ class Convolution(nn.Module):
         Raises:
             ValueError: a document has more tokens than the filter has taps.
         """
-        return self.partial(payload, params, at=at, of=at)
+        x, at, skip = self.widened(payload, params, at=at)
+        return self.partial((x,), params, at=at, of=at)[:, skip:]
+
+    def widened(self, payload: Tensors, params: Tensors, *, at: Span) -> tuple[Tensor, Span, int]:
+        """x [B, S, C] with what was kept in front, the addresses of both, and how many tokens are in front."""
+        return widened(self.place, payload[0], len(params[0]) - 1, at)
 
     def partial(self, payload: Tensors, params: Tensors, *, at: Span, of: Span) -> Tensor:
         """[B, T, C]: what the tokens of payload [B, S, C], addressed by `of`, give to those addressed by `at`."""
@@ -64,7 +73,8 @@ class Convolution(nn.Module):
         for length, shift, group in _groups(at.plans[key][1]):
             if shift + max(pair.into.length for pair in group) > len(taps):
                 raise ValueError(
-                    f"the filter has {len(taps)} taps and a document more tokens; raise context_length to the longest row"
+                    f"the filter has {len(taps)} taps and a document more tokens; raise context_length to the longest row, or, "
+                    "where rows go on, the mixer's own context_length to the longest document"
                 )
             here = _places(((p.of.row * of.shape[1] + p.of.start, p.of.length) for p in group), length).to(x.device)
             into = _places(((p.into.row * at.shape[1] + p.into.start, p.into.length) for p in group), length).flatten()

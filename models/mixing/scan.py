@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.kernels import scan
+from models.kernels import scan, scan_cuda
 from models.kernels.chunks import Chunks, Runs, chunks
+from models.kernels.stretches import stretches
 from models.kernels.stripes import in_stripes
 from models.past import DEALT, Carrier
 from models.scores import Tensors
@@ -70,12 +71,15 @@ class Scan(Carrier):
                 at.past.leave(self.place, work.leave(states).flatten(0, 2), DEALT)
         return work.read(states)
 
-    def open(self, query: Tensors, payload: Tensors, *, at: Span, runs: Runs | None = None) -> "Work":
+    def open(self, query: Tensors, payload: Tensors, *, at: Span, runs: Runs | None = None) -> "Work | scan_cuda.Whole":
         """What can be done before the states are known that come into the runs; see Work.
 
         Args:
             runs: tokens of each run of each row, in the order in which they lie; one run by default.
         """
+        found = scan_cuda.pick(query, payload, before=self.before)
+        if found is not None:
+            return scan_cuda.Whole(*found, query[0], payload, stretches(at, runs))
         plan = chunks(at, _size(self.chunk, at.shape[1]), runs)
         wide = torch.promote_types(query[0].dtype, torch.float32)
         q, *rest = (plan.deal(x).to(wide) for x in (*query, *payload))

@@ -28,21 +28,12 @@ class Window(Carrier):
             at: addresses of x; a token is read only if it lies just where its address says.
         """
         (taps,) = params
-        x, at, skip = self.widened(payload[0], len(taps) - 1, at)
+        x, at, skip = widened(self.place, payload[0], len(taps) - 1, at)
         out = taps[0] * torch.where(at.valid()[..., None], x, 0)
         for j in range(1, min(len(taps), x.shape[1])):
             out = out + taps[j] * back(x, at, j)
         return out[:, skip:]
 
-    def widened(self, x: Tensor, reach: int, at: Span) -> tuple[Tensor, Span, int]:
-        """x with the tokens that were kept of the rows before in front, their addresses, how many; keeps the last `reach`."""
-        if at.past is None or not reach:
-            return x, at, 0
-        kept, of = at.past.tokens(self.place, x, reach)
-        key = "widened", id(of)
-        if key not in at.plans:
-            at.plans[key] = of, of.join(at)  # `of` is kept, so that its id stays its own
-        return torch.cat([kept.to(x.dtype), x], 1), at.plans[key][1], kept.shape[1]
 
     def recur(self, payload: Tensors, params: Tensors, *, at: Span, tail: Tensor, tail_at: Span) -> tuple[Tensor, Tensor]:
         """As forward with the tokens `tail` [B, J - 1, C] just before; also gives the tail that comes next."""
@@ -51,6 +42,21 @@ class Window(Carrier):
         both = Span(pos, doc, role)
         skip = tail.shape[1]
         return self((whole,), params, at=both)[:, skip:], whole[:, whole.shape[1] - skip :]
+
+
+def widened(place: str, x: Tensor, reach: int, at: Span) -> tuple[Tensor, Span, int]:
+    """x with the tokens kept of the rows before in front, the addresses of both, how many they are; keeps the last `reach`.
+
+    Args:
+        place: name of the module that keeps them.
+    """
+    if at.past is None or not reach:
+        return x, at, 0
+    kept, of = at.past.tokens(place, x, reach)
+    key = "widened", id(of)
+    if key not in at.plans:
+        at.plans[key] = of, of.join(at)  # `of` is kept, so that its id stays its own
+    return torch.cat([kept.to(x.dtype), x], 1), at.plans[key][1], kept.shape[1]
 
 
 def back(x: Tensor, at: Span, distance: int) -> Tensor:

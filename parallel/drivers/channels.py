@@ -23,11 +23,12 @@ class Channels(nn.Module):
 
     def forward(self, payload: Tensors, params: Tensors, *, at: Span) -> Tensor:
         """As Convolution.forward over the whole rows; at.cut says who holds which."""
-        (x,), (taps,) = payload, params
-        if x.shape[2] < self.wire.size:
+        (taps,) = params
+        if payload[0].shape[2] < self.wire.size:
             return Toeplitz(self.core, self.wire)(payload, params, at=at)
+        x, at, skip = self.core.widened(payload, params, at=at)
         shares = units(x.shape[2], self.wire.size)
         a, b = shares[self.wire.rank]
         whole = at.cut.joined(deal(x, self.wire, 2, shares))
         out = self.core((whole,), (taps[:, a:b],), at=at.cut.whole)
-        return collect(at.cut.parted(out), self.wire, 2, shares)
+        return collect(at.cut.parted(out), self.wire, 2, shares)[:, skip:]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.mixing.window import Window
+from models.mixing.window import Window, widened
 from models.scores import Tensors
 from models.span import PADDING, Span
 from parallel.cut import Cut
@@ -50,7 +50,7 @@ class Halo(nn.Module):
     def forward(self, payload: Tensors, params: Tensors, *, at: Span) -> Tensor:
         """As Window.forward, reading tokens of other ranks; at.cut says who holds which."""
         reach = len(params[0]) - 1
-        x, at, skip = self.core.widened(payload[0], reach, at)
+        x, at, skip = widened(self.core.place, payload[0], reach, at)
         key = ("halo", reach)
         if key not in at.plans:
             at.plans[key] = _plan(at.cut, reach, x.device)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.mixing.recall import Best, Recall, Store, blank, distinct, search, taken
+from models.kernels.nearest import Best, Store, blank, search
+from models.mixing.recall import Recall, distinct, taken
 from models.span import Span
 from parallel.moves import Wire
 

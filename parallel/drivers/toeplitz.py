@@ -28,7 +28,8 @@ class Toeplitz(nn.Module):
 
     def forward(self, payload: Tensors, params: Tensors, *, at: Span) -> Tensor:
         """As Convolution.forward, over every rank's tokens; at.cut says who holds which."""
-        return _Toeplitz.apply(self.core, self.wire, at, payload[0], params[0])
+        x, at, skip = self.core.widened(payload, params, at=at)
+        return _Toeplitz.apply(self.core, self.wire, at, x, params[0])[:, skip:]
 
 
 class _Toeplitz(torch.autograd.Function):

@@ -31,7 +31,7 @@ def unshared(model: nn.Module, ranks: int) -> list[str]:
             f"parallel.experts={ranks}, but no layer of this model has experts; use parallel.experts=1, or a model that "
             "has them (model=switch)"
         ]
-    counts = {len(p): name for name, module in stacks for p in module.parameters()}
+    counts = {len(p): name for name, module in reversed(stacks) for p in module.parameters()}
     return [
         f"parallel.experts={ranks} does not divide the {count} experts of {name}; use a divisor of {count}"
         for count, name in counts.items()

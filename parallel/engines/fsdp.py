@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
+from models.mixing.relay import stepped
 from models.span import Span
 from parallel.engines.engine import BuildOptimiser, Engine, blocks_of
 from parallel.engines.experts import even_dim, share_experts
@@ -140,12 +141,14 @@ def _open(value: Any) -> Any:
 def _separable(model: nn.Module) -> list[nn.Module]:
     """The blocks that own all their parameters; one that shares some with others is left to the root.
 
-    FSDP2 cannot have one parameter in two units.
+    FSDP2 cannot have one parameter in two units. Blocks that run inside the steps of a Relay are left to the root too: ranks go
+    through them at different times, so what they need is gathered before the first step and reduced after the last.
     """
+    inside_steps = stepped(model)
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
 
     def apart(block: nn.Module) -> bool:
         inside = Counter(id(p) for module in block.modules() for p in module.parameters(recurse=False))
         return bool(inside) and all(owners[key] == count for key, count in inside.items())
 
-    return [block for block in blocks_of(model) if apart(block)]
+    return [block for block in blocks_of(model) if apart(block) and block not in inside_steps]

@@ -1,8 +1,11 @@
 """Every file of conf/ composes, and every model in it builds; no unknown key gets through anywhere."""
 
+import re
+
 import pytest
 import torch
 
+from models.init import initial_tensor
 from trainer import build
 from trainer.check import check
 from trainer.compose import CONF, choices, compose, groups, known_keys
@@ -94,3 +97,54 @@ def test_the_config_folder_is_found_from_any_directory(tmp_path, monkeypatch) ->
     monkeypatch.chdir(tmp_path)
     assert CONF.is_absolute()
     assert composed("experiment=quickstart").name == "quickstart"
+
+
+CHANNEL_MIX = "model.feedforwards.mix._target_=models.recurrent.shift.ChannelMix"
+
+
+def kinds(config: Config) -> list[str]:
+    with torch.device("meta"):
+        model = build.build_model(config, VOCABULARY)
+    return [type(block.feedforward).__name__ for block in model.blocks]  # pyright: ignore
+
+
+def test_feed_forward_layers_follow_a_pattern_of_their_own() -> None:
+    words = ["model.layers=5", CHANNEL_MIX, "model.feedforward_pattern=[dense,mix]"]
+    assert kinds(composed(*words)) == ["SwiGLU", "ChannelMix", "SwiGLU", "ChannelMix", "SwiGLU"]
+
+
+def test_one_feed_forward_replaces_the_pattern_and_takes_sizes_as_mixers_do() -> None:
+    words = ["model.layers=2", "model.ffn=40", "model.feedforward._target_=models.recurrent.shift.ChannelMix"]
+    config = composed(*words)
+    assert kinds(config) == ["ChannelMix"] * 2
+    taken = build.sizes_taken(config, VOCABULARY)["model.feedforward"]
+    assert taken["ffn"] == 40 and taken["layers"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["model.feedforward_pattern=[dense,mx]", CHANNEL_MIX],
+            "model.feedforward_pattern names mx, which model.feedforwards lacks",
+        ),
+        (["model.feedforward_pattern=[]"], "model.feedforward_pattern is empty and model.feedforward is not set"),
+        (
+            ["model.feedforwards.dense.fnn=3"],
+            r"model.feedforwards.dense.fnn=3: SwiGLU has no such setting; did you mean .*\.ffn",
+        ),
+        (["model.feedforward._target_=models.feedforward.SwiGLUU"], "has no class SwiGLUU; did you mean SwiGLU"),
+        (["model.feedforward.ffn=3"], "model.feedforward._target_ is not set"),
+    ],
+)
+def test_feed_forward_wishes_that_cannot_be_are_faults(words: list[str], said: str) -> None:
+    wish = compose(words)
+    assert any(re.search(said, fault) for fault in check(wish.config, known=wish.faults, mended=wish.mended))  # pyright: ignore
+
+
+def test_the_down_projections_of_every_kind_of_feed_forward_start_smaller_with_depth() -> None:
+    config = composed("model=rwkv7", "model.width=128", "model.layers=8")
+    with torch.device("meta"):
+        model = build.build_model(config, VOCABULARY)
+    down = initial_tensor(model, "blocks.3.feedforward.down.weight", 0)
+    assert abs(down.std().item() / (0.02 / 4) - 1) < 0.05

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.auxiliary import auxiliary, settle, statistics
+from models.auxiliary import auxiliary, forget, settle, statistics
 from models.init import initialise
 from models.mixture import TopKMixture
+from models.span import PADDING, READ, TEXT, WRITE, Span
 from tests.parallel.parity import packed
 
 SPAN = packed([[4, 1, 9], [6, 6]], 14)
@@ -58,6 +59,41 @@ def test_the_bias_moves_towards_an_even_load_and_takes_part_in_the_choice_alone(
     assert made.state_dict()["bias"].abs().max() > 0
     made.bias.fill_(7.0)  # the same for all: no choice changes, and no weight
     torch.testing.assert_close(made(x, SPAN), before)
+
+
+def test_what_is_left_adds_up_until_it_is_taken_or_forgotten():
+    made, x = layer(balance=1.0, z=1.0)
+    rows = [(x[b : b + 1], SPAN.map(lambda t, b=b: t[b : b + 1])) for b in range(2)]
+    apart = []
+    for row in rows:
+        made(*row)
+        apart.append(auxiliary(made) | statistics(made))
+    made(x, SPAN)
+    forget(made)
+    for row in rows:
+        made(*row)
+    together = auxiliary(made) | statistics(made)
+    assert together.keys() == apart[0].keys()
+    for name, value in together.items():
+        torch.testing.assert_close(value, apart[0][name] + apart[1][name])
+    assert auxiliary(made) == {} and statistics(made) == {}
+
+
+def test_of_segments_only_those_with_text_count_and_by_their_tokens():
+    """As memory=tokens has them: memory tokens before and behind, of rows that have no segment at this turn too."""
+    made, x = layer(balance=1.0, z=1.0)
+    role = torch.full_like(SPAN.role, TEXT)
+    role[:, :2], role[:, -2:] = READ, WRITE
+    doc = torch.zeros_like(SPAN.doc)
+    doc[1, 2:-2] = PADDING
+    made(x, Span(SPAN.pos, doc, role))
+    found, sums = auxiliary(made, tokens=14, rows=1000), statistics(made)
+    first = Span.line(1, 14)
+    made(x[:1], first)
+    want = auxiliary(made, tokens=14)
+    torch.testing.assert_close(found["balance"], want["balance"])
+    torch.testing.assert_close(found["router_z"], want["router_z"])
+    assert sums["/tokens"] == 14 and sums["/load"].sum() == 28 and sums["/dropped"] == 0 and sums["/rows"] == 1
 
 
 def test_without_a_bias_none_is_kept():

@@ -88,8 +88,14 @@ def test_jitter_and_dropout_are_there_in_training_and_are_those_of_the_step():
     assert torch.equal(outs[0], outs[2]) and not torch.equal(outs[0], outs[1])
     still, _ = layer(capacity_factor=None)
     assert torch.equal(made.eval()(x, SPAN), still.eval()(x, SPAN))
-    logits = [made.train().router(x, SPAN), still.router(x, SPAN)]
-    assert 0 < (logits[0] - logits[1]).abs().max() < 0.3 * (x.abs() @ made.router.weight.abs().T).max()
+
+
+def test_jitter_multiplies_each_channel_by_a_number_near_one():
+    span = Span.line(1, 500)
+    made, x = layer(span, jitter=0.3)
+    x = torch.nn.functional.one_hot(torch.arange(500) % 8, 8).double()[None]
+    factor = made.router(x, span) / (x @ made.router.weight.T)
+    assert 0.7 < factor.min() < 0.71 and 1.29 < factor.max() < 1.3
 
 
 def test_dropout_leaves_the_mean_of_what_experts_give():

@@ -87,6 +87,7 @@ def compare(env: Any, build: Build, method: str, policy: str, dtype: torch.dtype
     spread(model, env.group, method, grid=grid(env, side) if method == "usp" else None)
 
     def note(key: str, value: float) -> None:
+        assert value == value, f"{key} is not a number"
         worst[key] = max(worst.get(key, 0.0), value)
 
     for step, (out, d_x, grads) in enumerate(want):
@@ -111,4 +112,33 @@ def compare(env: Any, build: Build, method: str, policy: str, dtype: torch.dtype
     assert set(whole) == set(kept)
     for key, value in whole.items():
         note(key, relative(value.double(), kept[key].double()))
+    return worst
+
+
+def poisoned(env: Any, build: Build, policy: str) -> float:
+    """Worst relative difference in healthy documents, output and the input's gradient, when one is not a number.
+
+    It ends in the second row, so that nothing of it may be left for the third, and other documents follow it at once.
+    """
+    one, many = made(build, torch.float64), made(build, torch.float64)
+    spread(many, env.group)
+    pasts, worst = (Past(), DealtPast(Wire(env.group))), 0.0
+    for step in range(3):
+        x, weight = given(step, torch.float64)
+        sick = torch.zeros(2, TOKENS, 1, dtype=torch.bool)
+        sick[1] |= step < 2 and (torch.arange(TOKENS) < (TOKENS, 10)[step])[:, None]
+        weight = weight.masked_fill(sick, 0)
+        here = cut_span(span(step), layouts(policy, span(step), env.size), env.rank)
+        whole, part = x.requires_grad_(), here.cut.shard(x.detach().masked_fill(sick, torch.nan), 0).requires_grad_()
+        healthy = here.cut.shard((span(step).valid()[..., None] & ~sick).expand_as(x), 0).bool()
+        want, got = one(whole, pasts[0].enter(span(step))), many(part, pasts[1].enter(here))
+        (want * weight).sum().backward()
+        torch.where(healthy, got * here.cut.shard(weight, 0), 0).sum().backward()
+        for past in pasts:
+            past.advance()
+        assert whole.grad is not None and part.grad is not None
+        for a, b in ((got, want), (part.grad, whole.grad)):
+            if healthy.any():
+                worst = max(worst, relative(a[healthy], here.cut.shard(b, 0)[healthy]))
+                assert a[healthy].isfinite().all()
     return worst

@@ -25,7 +25,7 @@ from tests.pool import ranks
 VOCABULARY = 19
 MODELS = {
     "turing": lambda: Turing(VOCABULARY, 7, 2, Segments(0), slots=6, slot_width=4),
-    "turing with lstm": lambda: Turing(VOCABULARY, 5, 1, Segments(0), slots=5, slot_width=3, reach=2, controller="lstm"),
+    "turing with lstm": lambda: Turing(VOCABULARY, 5, 2, Segments(0), slots=9, slot_width=3, reach=2, controller="lstm"),
     "lstm": lambda: Lstm(VOCABULARY, 6, 2, Segments(0)),
     "key value": lambda: KeyValue(VOCABULARY, 8, hops=2, fact=3),
     "key value shared": lambda: KeyValue(VOCABULARY, 8, hops=3, fact=2, shared=True),
@@ -42,9 +42,14 @@ def given(step):
 
 
 def made(name, dtype):
-    model = initialise(MODELS[name](), seed=3).to(dtype)
+    """With heads that differ and move: where all are spread evenly over the slots, what aims them has hardly a gradient."""
+    model = initialise(MODELS[name](), seed=3).double()
+    if isinstance(model, Turing):
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(4)
+            model.aim.bias.add_(2 * torch.randn(model.aim.bias.shape, generator=generator, dtype=torch.float64))
     name_carriers(model)
-    return model
+    return model.to(dtype)
 
 
 @lru_cache(maxsize=4)

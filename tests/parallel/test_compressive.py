@@ -10,7 +10,7 @@ from models.attention.full import Attention
 from models.memory.compressive import Compressive
 from models.positions.rope import Rope
 from parallel.layout import POLICIES
-from tests.parallel.lanes import WIDTH, compare
+from tests.parallel.lanes import WIDTH, compare, poisoned
 from tests.pool import ranks
 
 METHODS = {2: "heads", 3: "ring", 4: "usp"}
@@ -28,3 +28,16 @@ def test_rows_of_lanes_are_those_of_one_device(rule, segment, policy, size):
     build = partial(mixer, rule, segment)
     for worst in ranks(size, compare, build, METHODS[size], policy, torch.float64):
         assert max(worst.values()) < 1e-11, worst
+
+
+@pytest.mark.parametrize("segment", [None, 4])
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_single_precision_keeps_the_memory_exact_to_its_rounding(rule, segment):
+    for worst in ranks(3, compare, partial(mixer, rule, segment), "fetch", "zigzag", torch.float32):
+        assert max(worst.values()) < 2e-5, worst
+
+
+@pytest.mark.parametrize("segment", [None, 4])
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_a_document_that_is_not_a_number_stays_by_itself(rule, segment):
+    assert max(ranks(3, poisoned, partial(mixer, rule, segment), "zigzag")) < 1e-11

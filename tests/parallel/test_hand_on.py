@@ -36,13 +36,13 @@ def inputs(dtype, span, hidden):
     return noise(*span.shape, WIDTH), state, weight, [noise(span.shape[0], hidden) for _ in state]
 
 
-def results(model, span, given, move, wire_last: bool, again: bool = False):
-    """Outputs, last state, and gradients of x, the first state and the parameters; `wire_last`: the last state counts too."""
+def results(model, span, given, move, counts, again: bool = False):
+    """Outputs, last state, and gradients of x, the first state and the parameters; the loss is of what `counts`."""
     x, state, weight, ends = given
     x, state = move(x).clone().requires_grad_(), tuple(s.clone().requires_grad_() for s in state)
     y, last = checkpoint(model, x, span, state, use_reentrant=False) if again else model(x, span, state)
-    loss = (y * move(weight)).sum()
-    if wire_last:
+    loss = (y * move(weight)).sum() if "y" in counts else 0
+    if "last" in counts:
         loss = loss + sum((s * e).sum() for s, e in zip(last, ends))
     loss.backward()
     grads = {f"d {name}": p.grad for name, p in model.named_parameters()}
@@ -56,20 +56,19 @@ def results(model, span, given, move, wire_last: bool, again: bool = False):
     )
 
 
-def compare(env, kind, settings, policy, rows, dtype, wire_last=True, again=False):
+def compare(env, kind, settings, policy, rows, dtype, counts=("y", "last"), again=False):
     """Worst relative difference of all outputs and gradients."""
     span = packed(rows)
     given = inputs(dtype, span, HIDDEN if kind == "lstm" else WIDTH)
-    want, want_last, want_grads = results(build(kind, **settings).to(dtype), span, given, lambda t: t, wire_last)
+    want, want_last, want_grads = results(build(kind, **settings).to(dtype), span, given, lambda t: t, counts)
     many = build(kind, **settings).to(dtype)
     names = list(many.state_dict())
     wire = spread(many, env.group)
     assert list(many.state_dict()) == names
     here = cut_span(span, layouts(policy, span, env.size), env.rank)
     shard, valid = here.cut.shard, here.valid()[..., None]
-    if wire_last:  # every rank has the last state: its loss must be counted once
-        given[3][:] = [e / env.size for e in given[3]]
-    got, got_last, got_grads = results(many, here, given, lambda t: shard(t, 0), wire_last, again)
+    given[3][:] = [e / env.size for e in given[3]]  # every rank has the last state: its loss must be counted once
+    got, got_last, got_grads = results(many, here, given, lambda t: shard(t, 0), counts, again)
     worst = {key: relative(got[key] * valid, shard(want[key], 0) * valid) for key in want}
     worst |= {key: relative(got_last[key], want_last[key]) for key in want_last}
     for key, grad in got_grads.items():
@@ -117,12 +116,13 @@ def check(name, policy, size):
 @pytest.mark.parametrize("kind", ["lstm", "summing"])
 def test_it_is_invisible_with_one_row_and_where_the_last_state_is_not_used(kind):
     for rows in ([[13, 1, 24, 9]], ROWS):
-        found = ranks(3, compare, kind, {"size": 4}, "zigzag", rows, torch.float64, False)
+        found = ranks(3, compare, kind, {"size": 4}, "zigzag", rows, torch.float64, ("y",))
         assert max(worst for worst, _ in found) < 1e-11, found
 
 
-def test_it_may_be_computed_again_in_backward():
-    found = ranks(4, compare, "lstm", {"size": 4}, "zigzag", ROWS, torch.float64, True, True)
+@pytest.mark.parametrize("counts", [("y", "last"), ("y",), ("last",)])
+def test_it_may_be_computed_again_in_backward(counts):
+    found = ranks(4, compare, "lstm", {"size": 4}, "zigzag", ROWS, torch.float64, counts, True)
     assert max(worst for worst, _ in found) < 1e-11, found
 
 

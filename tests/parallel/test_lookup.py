@@ -7,23 +7,24 @@ import torch
 from torch import nn
 
 from models.attention.full import Attention
+from models.kernels.nearest import Store
 from models.masks import SameDocument
 from models.memory.lookup import Memorizing
-from models.mixing.recall import Recall, Store
+from models.mixing.recall import Recall
 from models.positions.rope import Rope
 from models.span import Span
 from parallel.cut import cut_span
 from parallel.drivers.recall import Recalling
 from parallel.layout import POLICIES, zigzag
 from parallel.moves import Wire
-from tests.parallel.lanes import WIDTH, compare
+from tests.parallel.lanes import WIDTH, compare, poisoned
 from tests.pool import ranks
 
 METHODS = {2: "heads", 3: "ring", 4: "usp"}
 
 
-def mixer(length: int, segment: int | None) -> nn.Module:
-    memory = Memorizing(length, segment=segment, layers=[1], count=3, device="cpu")
+def mixer(length: int, segment: int | None, count: int = 3) -> nn.Module:
+    memory = Memorizing(length, segment=segment, layers=[1], count=count, device="cpu")
     return memory.around(Attention(WIDTH, 4, 2, Rope()), layer=1, layers=2)
 
 
@@ -34,6 +35,12 @@ def test_rows_of_lanes_are_those_of_one_device(length, segment, policy, size):
     build = partial(mixer, length, segment)
     for worst in ranks(size, compare, build, METHODS[size], policy, torch.float64):
         assert max(worst.values()) < 1e-11, worst
+
+
+@pytest.mark.parametrize("segment", [None, 4])
+def test_single_precision_is_exact_to_its_rounding_where_there_is_no_choice(segment):
+    for worst in ranks(3, compare, partial(mixer, 40, segment, 99), "fetch", "zigzag", torch.float32):
+        assert max(worst.values()) < 2e-5, worst
 
 
 def sent(env, entries: int) -> dict[str, int]:
@@ -58,3 +65,8 @@ def test_the_store_stays_where_it_is(size):
         assert each["recall"] == size * queries * (8 * 8 + 5 * 24)  # a query's channels, and what it found so far
         assert each["recall entries"] <= size * queries * 5 * 16 * 8
         assert set(each) == {"recall", "recall asks", "recall entries"}  # nothing in backward
+
+
+@pytest.mark.parametrize("segment", [None, 4])
+def test_a_document_that_is_not_a_number_stays_by_itself(segment):
+    assert max(ranks(3, poisoned, partial(mixer, 40, segment), "zigzag")) < 1e-11

@@ -125,7 +125,7 @@ def truth():
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize("name", ["single"])
+@pytest.mark.parametrize("name", ["single", "fsdp"])
 def test_a_run_is_the_same_on_every_engine(name, checkpointing):
     norms, parameters = truth()
     for found, trained in ranks(2, train, name, checkpointing):

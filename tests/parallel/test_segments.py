@@ -3,11 +3,11 @@
 from functools import partial
 
 import pytest
-import torch
 
+from models.memory.memory import Memory
 from models.memory.segments import Segments
-from tests.parallel.recalling import build, compare
 from tests.parallel.parity import EXACT
+from tests.parallel.recalling import build, compare
 from tests.pool import ranks
 
 MEMORY = {"row": (11, None), "short": (7, 5), "long": (26, 4), "one": (1, None)}  # length, segment
@@ -78,11 +78,13 @@ CARRYING = [
     ("short_conv", "ring", "zigzag", 4),
     ("short_conv", "ring", "balanced", 2),
     ("channel_mix", "ring", "contiguous", 3),
+    ("hyena", "ring", "zigzag", 3),
+    ("hyena", "ring", "balanced", 2),
 ]
 
 
 def recurrent(name, dtype):
-    return build(name, Segments(0), dtype, scale=1)  # larger weights make retention's norm ill-conditioned in float32
+    return build(name, Memory(), dtype, scale=1)  # larger weights make retention's norm ill-conditioned in float32
 
 
 def carried(env, name, method, policy):

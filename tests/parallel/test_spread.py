@@ -3,14 +3,17 @@
 import pytest
 from torch import nn
 
-from models.attention.full import CAUSAL
+from models.attention.full import CAUSAL, Attention
+from models.decoder import Decoder
+from models.memory.tokens import Tokens
 from models.mixing.softmax import Softmax
+from models.positions.rope import Rope
 from models.scores import Score
 from models.switch import Switch
 from parallel.drivers.ring import Ring
 from parallel.drivers.usp import Usp
 from parallel.moves import Wire
-from parallel.spread import refusals, spread
+from parallel.spread import refusals, spread, unreachable
 from tests.parallel.parity import grid
 from tests.pool import ranks
 
@@ -71,6 +74,14 @@ def shared(env, sequence, experts):
     wire = spread(layer, env.group if sequence else None, experts=env.group if experts else None)
     assert list(layer.state_dict()) == names and isinstance(wire, Wire)
     return type(layer.dispatch).__name__, type(layer.tally).__name__
+
+
+def test_experts_that_segments_pass_through_one_by_one_stay_whole():
+    memory = Tokens(2)
+    model = Decoder(5, 4, [Attention(4, 1, 1, Rope())], [Switch(4, 4, experts=4)], memory=memory)
+    (reason,) = unreachable(model)
+    assert "blocks.0.feedforward has experts" in reason and "parallel.experts=1" in reason
+    assert unreachable(Decoder(5, 4, [Attention(4, 1, 1, Rope())], [Switch(4, 4, experts=4)])) == []
 
 
 def test_experts_are_shared_where_a_group_is_named_and_sequences_where_another_is():

@@ -109,7 +109,8 @@ def test_the_first_values_matter_to_the_layers_above_and_to_no_other():
     assert [isinstance(block, ValueBlock) for block in model.blocks] == [False, True, False, True]
     heard, forward = [], model.blocks[3].mixer.values
     model.blocks[3].mixer.values = lambda x, span, first: heard.append(first) or forward(x, span, first)
-    model(tokens, span).sum().backward()
+    model(tokens, span).square().sum().backward()
+    assert heard[0].grad_fn is not None
     want = model.blocks[1].mixer
     assert torch.equal(heard[0], want.values(model.blocks[1].mixer_norm(below(model, tokens, span)), span, None)[1])
     assert model.blocks[3].mixer.pull.down.weight.grad.abs().max() > 0

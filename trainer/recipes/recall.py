@@ -13,8 +13,17 @@ from trainer.recipes.lesson import Learned, Lesson
 from trainer.recipes.table import markdown, table
 
 RATES = ("0.003", "0.01")
-SIZES = ("model.width=64", "model.heads=2", "model.ffn=2.0", "optim.weight_decay=0.01", "evaluation.batches=16")
-MQAR = ("model.layers=2", "data=recall", "context_length=64", "batch_tokens=2048", "steps=400")
+SIZES = ("model.width=64", "model.heads=2", "model.ffn=2.0", "optim.weight_decay=0.01", "data.held_out=0.3")
+MQAR = (
+    "model.layers=2",
+    "data=recall",
+    "data.keys=32",
+    "data.values=32",
+    "data.length=32",
+    "context_length=32",
+    "batch_tokens=2048",
+    "steps=400",
+)
 BEHIND = ("model.mixers.short_conv._target_=models.convolution.short.ShortConv",)
 SWAPS = ("model.layers=1", "data=permutations", "data.swaps=true", "context_length=32", "batch_tokens=1024", "steps=300")
 ALL_32, ALL_128 = (("data.minimum=32", "data.maximum=32"), ("data.minimum=128", "data.maximum=128", "context_length=128"))

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+from models.memory.memory import Memory
 from models.memory.segments import Segments
 from models.past import DEALT, Past
 from models.recurrent.shift import ChannelMix, Shift
@@ -13,25 +15,37 @@ from tests.variants import WIDTH
 
 CARRYING = [
     "linear", "performer", "retention", "gated_linear", "rwkv6", "rwkv7", "delta", "gated_delta", "mamba2", "short_conv",
-    "channel_mix", "gated_channel_mix",
+    "channel_mix", "gated_channel_mix", "hyena",
 ]  # fmt: skip
+
+
+def carrying(name: str) -> nn.Module:
+    """Two layers whose filters, if they have any, are longer than a row."""
+    return build(name, Memory() if name == "hyena" else Segments(0))
 
 
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("name", CARRYING)
 def test_rows_with_their_past_give_what_the_whole_gives_wherever_they_are_cut(name, cuts):
-    model, x = build(name, Segments(0)), content()
+    model, x = carrying(name), content()
     want = model(x, lanes(LENGTHS, 0, TOKENS))
     assert apart(pieces(model, x, LENGTHS, CUTS[cuts], Past()), want) < 1e-11
 
 
 def test_a_document_that_does_not_go_on_hears_nothing_of_what_was_left():
     for name in ("rwkv7", "mamba2", "short_conv"):
-        model, x, past = build(name, Segments(0)), content(), Past()
+        model, x, past = carrying(name), content(), Past()
         model(x[:, :20], past.enter(Span.line(2, 20)))
         past.advance()
         first = Span.line(2, 25)
         assert apart(model(x[:, 20:], past.enter(first)), model(x[:, 20:], Span.line(2, 25))) < 1e-13
+
+
+def test_a_document_longer_than_a_long_filter_is_refused():
+    model, x, past, lengths = carrying("hyena"), content(1, 55), Past(), [[55]]
+    assert apart(pieces(model, x[:, :51], lengths, [30], Past()), model(x[:, :51], lanes(lengths, 0, 51))) < 1e-11
+    with pytest.raises(ValueError, match=r"the filter has 51 taps.*longest document"):
+        pieces(model, x, lengths, [30], past)
 
 
 class Remembering(Attached):
@@ -41,9 +55,9 @@ class Remembering(Attached):
         self._left[name] = kind, state
 
 
-@pytest.mark.parametrize("name", ["short_conv", "channel_mix"])
+@pytest.mark.parametrize("name", ["short_conv", "channel_mix", "hyena"])
 def test_without_the_stop_all_gradients_are_those_of_the_whole(name):
-    x, model = content().requires_grad_(), build(name, Segments(0))
+    x, model = content().requires_grad_(), carrying(name)
     want = gradients(model, x, model(x, lanes(LENGTHS, 0, TOKENS)))
     got = gradients(model, x, pieces(model, x, LENGTHS, CUTS["anywhere"], Remembering()))
     assert max(apart(a, b) for a, b in zip(got, want, strict=True)) < 1e-11
@@ -52,7 +66,7 @@ def test_without_the_stop_all_gradients_are_those_of_the_whole(name):
 @pytest.mark.parametrize("name", ["retention", "rwkv6", "gated_delta"])
 def test_a_state_is_carried_without_its_gradient(name):
     """Gradients of a row are those of the row read from a constant state."""
-    model, x, past = build(name, Segments(0)), content().requires_grad_(), Past()
+    model, x, past = carrying(name), content().requires_grad_(), Past()
     model(x[:, :20], past.enter(lanes(LENGTHS, 0, 20)))
     past.advance()
     assert all(kind == DEALT and not state.requires_grad for kind, state in past.states.values())
@@ -63,7 +77,7 @@ def test_a_state_is_carried_without_its_gradient(name):
 def test_a_state_has_one_size_whatever_was_read():
     sizes = set()
     for tokens in (10, 30):
-        past, model = Past(), build("rwkv7", Segments(0))
+        past, model = Past(), carrying("rwkv7")
         model(content(2, tokens), past.enter(Span.line(2, tokens)))
         past.advance()
         sizes.add(past.bytes())

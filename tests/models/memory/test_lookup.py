@@ -135,6 +135,10 @@ def test_the_end_of_a_document_and_padding_clear_the_store():
     alone = read(second, Past())  # nothing was kept
     start, joined, fresh = read(first, past), read(second, past), read(first, past)
     assert relative(joined, alone) > 1e-2 and relative(fresh, start) == 0
+    two = Span.of(torch.cat([second.pos[:, :3], first.pos[:, :5]], 1), (torch.arange(8) > 2).long()[None])
+    after, without = read(two, past), read(two, Past())
+    assert relative(after[:, :3], without[:, :3]) > 1e-2 and relative(after[:, 3:], without[:, 3:]) == 0
+    read(first, past)
     read(Span.of(first.pos, torch.where(first.pos < 5, 0, PADDING)), past)
     assert relative(read(second, past), alone) == 0
 

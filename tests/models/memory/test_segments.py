@@ -15,7 +15,6 @@ from models.positions.learned import Learned
 from models.positions.relative import Relative
 from models.positions.rope import Rope
 from models.recurrent.retention import Retention
-from models.span import Span
 from tests.parallel.recalling import Stack, build, lanes
 from tests.variants import HEADS, WIDTH
 
@@ -212,7 +211,7 @@ def test_a_layer_keeps_no_more_than_it_may_need():
     [
         (Segments(4), lambda: Lsh(WIDTH, HEADS, Rope(), 0, 1, 64), "lsh numbers the tokens"),
         (Segments(4), lambda: Compressed(WIDTH, HEADS, Rope(), turned=2, index_channels=4), "compressed attention chooses"),
-        (Segments(4), lambda: Hyena(WIDTH, 64), "hyena's filter is as long as a row"),
+        (Segments(4), lambda: Hyena(WIDTH, 64), "hyena's filter has 64 taps"),
         (Segments(4), lambda: Attention(WIDTH, HEADS, 3, Learned(64)), "this position has 64 of them"),
         (Segments(0), lambda: Attention(WIDTH, HEADS, 3, Relative()), "nothing to recall"),
     ],

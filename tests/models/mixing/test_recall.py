@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from models.attention.functional import attention_weights, context_vector
+from models.kernels import nearest
+from models.kernels.nearest import Store
 from models.masks import Causal, Mask, SameDocument
 from models.masks_memory import Earlier
 from models.mixing import recall
-from models.mixing.recall import Recall, Store
+from models.mixing.recall import Recall
 from models.span import Span
 from tests.parallel.parity import packed, relative
 
@@ -43,10 +45,11 @@ def brute(q, k, mask: Mask, span: Span, count: int):
 
 @pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("scores", [1 << 22, 64])  # all at once, and block by block
-def test_the_best_are_those_of_brute_force_also_where_many_are_equal(rounded, scores, monkeypatch):
-    monkeypatch.setattr(recall, "CHUNK_SCORES", scores)
-    monkeypatch.setattr(recall, "CHUNK_QUERIES", 256 if scores > 64 else 10)
-    span, mask = packed(), SameDocument() & Earlier(4, 9)
+@pytest.mark.parametrize("reach", [9, 100])  # few to choose from, and many
+def test_the_best_are_those_of_brute_force_also_where_many_are_equal(reach, scores, rounded, monkeypatch):
+    monkeypatch.setattr(nearest, "CHUNK_SCORES", scores)
+    monkeypatch.setattr(nearest, "CHUNK_QUERIES", 256 if scores > 64 else 10)
+    span, mask = packed(), SameDocument() & Earlier(4, reach)
     q, k, v, _ = tensors(span, rounded)
     best = Recall(mask, 3).search(q, [Store(k, v, span)], span)
     want = brute(q, k, mask, span, 3)
@@ -71,7 +74,8 @@ def test_entries_of_several_stores_are_found_as_if_they_were_one():
 
 @pytest.mark.parametrize("chunk", [1 << 22, 100])
 def test_all_entries_are_full_attention_over_the_store(chunk, monkeypatch):
-    monkeypatch.setattr(recall, "CHUNK_SCORES", chunk)
+    monkeypatch.setattr(nearest, "CHUNK_SCORES", chunk)
+    monkeypatch.setattr(recall, "CHUNK_NUMBERS", chunk)
     span, mask = packed(), SameDocument() & Causal()
     q, k, v, scale = tensors(span)
     seen = mask.dense(span, span) & span.valid()[:, None, :, None] & span.valid()[:, None, None, :]
@@ -93,6 +97,22 @@ def test_a_query_that_finds_nothing_gets_zeros_and_no_gradient():
     got, found = Recall(mask, 3)((q,), [Store(k, v, span)], (scale,), at=span)
     assert torch.equal(found[..., 0], span.valid() & (span.pos >= 4))
     got.sum().backward()
-    assert got[~found].eq(0).all() and q.grad[~found].eq(0).all() and q.grad[found].ne(0).any()
+    assert q.grad is not None and got[~found].eq(0).all() and q.grad[~found].eq(0).all() and q.grad[found].ne(0).any()
     none, found = Recall(mask, 3)((q,), [], (scale,), at=span)
     assert none.eq(0).all() and not found.any() and none.requires_grad
+
+
+def test_a_document_that_is_not_a_number_is_found_by_itself_alone():
+    span, mask = packed(), SameDocument() & Earlier(4, 100)
+    q, k, v, scale = tensors(span)
+    sick = (span.doc == 1)[..., None, None] & (torch.arange(2) == 1)[:, None, None, None]  # most of the second row
+
+    def both(q, k, v):
+        leaf = q.clone().requires_grad_()
+        out, found = Recall(mask, 2)((leaf,), [Store(k, v, span)], (scale,), at=span)
+        out.masked_fill(sick, 0).sum().backward()
+        return out, found, leaf.grad
+
+    want, got = both(q, k, v), both(*(x.masked_fill(sick, torch.nan) for x in (q, k, v)))
+    for a, b in zip(got, want):
+        assert torch.equal(a[~sick[..., 0, 0]], b[~sick[..., 0, 0]])

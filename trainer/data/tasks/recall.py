@@ -4,14 +4,16 @@ import numpy as np
 
 from models.loss import IGNORE
 from trainer.data.faults import DataFault
-from trainer.data.tasks.task import Example, Task, whole
+from trainer.data.tasks.task import Example, Task, bounds, whole
 
 
 class Recall(Task):
     """Some pairs, then every key once more among blanks; at the key its value is to be said, elsewhere nothing.
 
     Args:
-        pairs: of a key and a value in an example; no key twice.
+        pairs: of a key and a value in an example, at most; no key twice.
+        fewest: pairs in an example, at least, every number as often; None = always as many as `pairs`. A mixture is learned
+            sooner, because the easy examples say what is wanted.
         keys, values: different ones that there are.
         length: tokens of an example, the pairs included.
         nearness: a query stands d places behind the pairs with a weight of d^(nearness - 1); 1 = anywhere alike.
@@ -27,6 +29,7 @@ class Recall(Task):
         self,
         *,
         pairs: int = 8,
+        fewest: int | None = None,
         keys: int = 64,
         values: int = 64,
         length: int = 64,
@@ -35,7 +38,10 @@ class Recall(Task):
         per_row: int | None = None,
     ):
         super().__init__(held_out=held_out, per_row=per_row)
-        self.pairs, self.keys, self.values = whole("pairs", pairs, 1), whole("keys", keys, 1), whole("values", values, 2)
+        self.pairs = bounds(
+            pairs if fewest is None else fewest, pairs, names=("pairs" if fewest is None else "fewest", "pairs")
+        )
+        self.keys, self.values = whole("keys", keys, 1), whole("values", values, 2)
         self.longest = whole("length", length, 1)
         if pairs > keys:
             raise DataFault(
@@ -54,12 +60,13 @@ class Recall(Task):
         self.words = ["_", *named]
 
     def example(self, random: np.random.Generator) -> Example:
-        keys = 1 + random.permutation(self.keys)[: self.pairs]
-        values = 1 + self.keys + random.integers(0, self.values, self.pairs)
+        pairs = int(random.integers(*self.pairs, endpoint=True))
+        keys = 1 + random.permutation(self.keys)[:pairs]
+        values = 1 + self.keys + random.integers(0, self.values, pairs)
         tokens, targets = np.zeros(self.longest, np.int64), np.full(self.longest, IGNORE, np.int64)
-        begin = 2 * self.pairs
+        begin = 2 * pairs
         tokens[0:begin:2], tokens[1:begin:2] = keys, values
         weights = np.arange(1, self.longest - begin + 1) ** (self.nearness - 1)
-        places = begin + random.choice(len(weights), self.pairs, replace=False, p=weights / weights.sum())
+        places = begin + random.choice(len(weights), pairs, replace=False, p=weights / weights.sum())
         tokens[places], targets[places] = keys, values
         return Example(tokens, np.ones(self.longest, bool), targets)

@@ -27,6 +27,11 @@ def test_every_key_is_asked_once_behind_the_pairs_and_answered_with_its_value(se
     assert not np.delete(tokens[6:], asked - 6).any()
 
 
+def test_examples_have_fewer_pairs_where_that_is_asked_for() -> None:
+    drawn = [example(seed, fewest=1) for seed in range(60)]
+    assert {int((each.targets != IGNORE).sum()) for each in drawn} == {1, 2, 3}
+
+
 def test_near_queries_are_favoured_unless_nearness_is_one() -> None:
     def mean(nearness: float) -> float:
         drawn = [example(seed, length=206, nearness=nearness) for seed in range(300)]
@@ -48,6 +53,8 @@ def test_a_stream_of_it_predicts_the_answers_and_nothing_else() -> None:
         ({"pairs": 6}, "data.pairs=6 need as many different keys, but data.keys=5"),
         ({"length": 8}, r"data.length=8 has no room for 3 pairs and 3 queries; use data.length=9 or more, or data.pairs=2"),
         ({"nearness": 0}, "data.nearness=0 is no number above 0"),
+        ({"fewest": 4}, "data.fewest=4 is above data.pairs=3"),
+        ({"pairs": 0}, "data.pairs=0"),
         ({"values": 1}, "data.values=1"),
     ],
 )

@@ -78,7 +78,7 @@ def test_priorities_and_items_are_never_the_same_twice():
 
 
 def test_wrong_bits_are_counted_over_vectors_and_a_mark_in_their_place_is_all_wrong():
-    grade = TASKS["repeat_copy"].grade(np.array([0b101, 0b011, END, 0b000, END]), np.array([0b101, 0b101, 0b110, END, END]))
+    grade = TASKS["repeat_copy"].grade(np.array([0b101, 0b011, END, 0b000, END]), np.array([0b101, 0b101, 0b001, END, END]))
     assert grade == {"accuracy": (2, 5), "wrong_bits": (0 + 2 + 3, 9)}
     assert TASKS["copy"].grade(np.array([], int), np.array([], int)) == {"accuracy": (0, 0), "wrong_bits": (0, 0)}
 

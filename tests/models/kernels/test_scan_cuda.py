@@ -1,0 +1,187 @@
+"""Scans by kernels that take whole stretches: what is handed over and what is made of the answers, against our own scan.
+
+The table's kernels need a GPU. Here a recurrence in float64 stands in for them, called as they are called; that they answer
+as it does is shown in tests/peers/test_fla_kernels.py by the kernels themselves.
+"""
+
+import math
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from models.kernels import scan_cuda
+from models.kernels.scan_cuda import BEFORE, CHANNEL, LOW_RANK, PLAIN, STRONGEST, Whole, kind_of, load, pick
+from models.kernels.stretches import stretches
+from models.mixing.scan import Scan
+from models.span import Span
+from tests.models.mixing.scans import KINDS, inputs
+from tests.models.mixing.test_scan import both, holes
+from tests.parallel.parity import relative
+
+RUNS = [[5, 0, 30, 25], [1, 21, 8, 30]]
+EXPECTED = {PLAIN: {"g"}, CHANNEL: {"g"}, BEFORE: {"w", "u"}, LOW_RANK: set()}
+
+
+def stand_in(kind):
+    """A recurrence with the signature of the kernel of a kind, which checks what it is handed."""
+
+    def kernel(q, k, v, *low, scale, initial_state, output_final_state, cu_seqlens, **gate):
+        assert scale == 1.0 and output_final_state is True and set(gate) == EXPECTED[kind]
+        tokens, heads, keys = q.shape[1:]
+        log = low[-1] if low else gate["w" if kind == BEFORE else "g"]
+        assert q.shape == k.shape == (1, tokens, heads, keys) and v.shape[:3] == q.shape[:3]
+        assert log.shape == (q.shape[:3] if kind == PLAIN else q.shape) and len(low) == (3 if kind == LOW_RANK else 0)
+        assert cu_seqlens.dtype == torch.int64 and cu_seqlens[0] == 0 and cu_seqlens[-1] == tokens
+        assert (cu_seqlens.diff() > 0).all() and initial_state.shape == (len(cu_seqlens) - 1, heads, keys, v.shape[3])
+        assert all(x.is_contiguous() for x in (q, k, v, *low, log, initial_state))
+        outs, lasts = [], []
+        for state, start, stop in zip(initial_state, cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
+            payload = [x[:, start:stop] for x in (k, v, log, *low[:2])]
+            at = Span.of(
+                torch.arange(1, stop - start + 1)[None], torch.zeros(1, stop - start, dtype=torch.long)
+            )  # opens nowhere
+            out, last = Scan(before=kind == BEFORE).recur((q[:, start:stop],), payload, at=at, state=state[None])
+            outs.append(out)
+            lasts.append(last)
+        return torch.cat(outs, 1), torch.cat(lasts)
+
+    return kernel
+
+
+def whole(query, payload, at, before=False, runs=None):
+    kind = kind_of(payload, before)
+    assert kind
+    return Whole(kind, stand_in(kind), query[0], payload, stretches(at, runs))
+
+
+CASES = [*((kind, False) for kind in KINDS), ("vector", True)]
+
+
+@pytest.mark.parametrize("kind, before", CASES)
+def test_a_scan_by_stretches_equals_our_own(kind, before):
+    span, leaf = holes(), Scan(chunk=4, before=before)
+    query, payload = inputs(kind, span)
+
+    def through(q, p):
+        work = whole(q, p, span, before)
+        return work.read(work.blank())
+
+    want = both(lambda q, p: leaf(q, p, at=span), query, payload)
+    assert max(map(relative, both(through, query, payload), want)) < 1e-11
+
+
+def test_heads_may_share_queries_keys_and_decays():
+    span, leaf = holes(), Scan(chunk=4)
+    query, payload = inputs("scalar", span)
+    few = [x[:, :, :1] for x in query], [x if i == 1 else x[:, :, :1] for i, x in enumerate(payload)]
+    want = both(lambda q, p: leaf(q, p, at=span), *few)
+    assert max(map(relative, both(lambda q, p: (w := whole(q, p, span)).read(w.blank()), *few), want)) < 1e-11
+    keep, _, _ = whole(*few, span, runs=RUNS).summarise()
+    assert relative(keep, leaf.open(*few, at=span, runs=RUNS).summarise().keep) < 1e-11
+
+
+@pytest.mark.parametrize("kind, before", CASES)
+def test_runs_are_summed_up_and_left_as_our_own_do(kind, before):
+    span, leaf = holes(), Scan(chunk=4, before=before)
+    query, payload = inputs(kind, span)
+    states = torch.randn(2, 4, 2, 4, 5, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+
+    def told(work):
+        keep, gain, opened = work.summarise()
+        assert torch.equal(opened, leaf.open(query, payload, at=span, runs=RUNS).summarise().opened)
+        return torch.cat([x.flatten() for x in (keep, gain, work.read(states), work.leave(states))])
+
+    ours = both(lambda q, p: told(leaf.open(q, p, at=span, runs=RUNS)), query, payload)
+    theirs = both(lambda q, p: told(whole(q, p, span, before, RUNS)), query, payload)
+    assert max(map(relative, theirs, ours)) < 1e-11
+
+
+def test_a_state_that_comes_in_gets_its_gradient():
+    span, leaf = holes(), Scan(chunk=4)
+    query, payload = inputs("vector delta", span)
+    grads = []
+    for work in (leaf.open(query, payload, at=span, runs=RUNS), whole(query, payload, span, runs=RUNS)):
+        states = torch.ones(2, 4, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+        (work.read(states).square().sum() + work.leave(states).square().sum()).backward()
+        grads.append(states.grad)
+    assert relative(grads[1], grads[0]) < 1e-11
+
+
+def test_decay_that_forgets_all_reaches_a_kernel_as_a_number():
+    span, leaf = Span.line(1, 24), Scan(chunk=8)
+    query, payload = inputs("scalar", span)
+    payload[2][:, 9] = -math.inf
+    work = whole(query, payload, span)
+    assert work.tensors[3].min() == STRONGEST
+    assert relative(work.read(work.blank()), leaf(query, payload, at=span)) < 1e-11
+
+
+def test_a_rank_of_padding_has_the_same_graph_as_the_others():
+    span = Span.of(torch.zeros(1, 6, dtype=torch.long), torch.full((1, 6), -1))
+    query, payload = inputs("scalar delta", span)
+    leaves = [x.requires_grad_() for x in (*query, *payload)]
+    work = whole(leaves[:1], leaves[1:], span)
+    states = torch.ones(1, 1, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    out = work.read(states)
+    assert out.shape == (1, 6, 2, 5) and not out.any()
+    assert torch.equal(work.leave(states), states)
+    out.sum().backward()
+    assert all(x.grad is not None and not x.grad.any() for x in (*leaves, states))
+
+
+def on_gpu(dtype, width=64, dims=4) -> Any:
+    """What `pick` reads of a tensor, as if it lay on a GPU."""
+    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(1, 8, 2, width), dim=lambda: dims)
+
+
+def test_who_serves_what(monkeypatch):
+    monkeypatch.setattr(scan_cuda, "load", lambda kind: kind)
+    monkeypatch.setattr(torch.version, "hip", None)
+
+    def served(dtype, dims=3, low=False, before=False, width=64):
+        x = on_gpu(dtype, width)
+        return pick([x], [x, x, on_gpu(dtype, width, dims), *([x, x] if low else [])], before=before)
+
+    half = torch.bfloat16
+    assert served(half) == (PLAIN, PLAIN) and served(half, 4) == (CHANNEL, CHANNEL)
+    assert served(half, 4, before=True) == (BEFORE, BEFORE) and served(half, 3, low=True) == (LOW_RANK, LOW_RANK)
+    assert served(half, 3, before=True) is None and served(half, 4, low=True, before=True) is None
+    assert served(torch.float64) is None and served(half, width=257) is None
+    assert served(torch.float32) is None
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert served(torch.float32) == (PLAIN, PLAIN)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert pick([torch.ones(1, 8, 2, 4)], [torch.ones(1, 8, 2, 4)] * 3, before=False) is None, "that is on the CPU"
+
+
+def test_a_package_that_fails_to_import_is_reported_once_and_torch_serves(monkeypatch):
+    def broken(name):
+        raise AttributeError("made for another triton")
+
+    load.cache_clear()
+    monkeypatch.setattr(scan_cuda.importlib, "import_module", broken)
+    try:
+        with pytest.warns(UserWarning, match="made for another triton.*torch serves"):
+            assert load(PLAIN) is None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert load(PLAIN) is None
+    finally:
+        load.cache_clear()
+
+
+def test_a_package_that_is_not_there_is_no_fault(monkeypatch):
+    load.cache_clear()
+    monkeypatch.setitem(scan_cuda.TABLE, PLAIN, ("fla_that_is_nowhere.ops", "chunk"))
+    monkeypatch.setattr(scan_cuda, "PACKAGE", "fla_that_is_nowhere")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert load(PLAIN) is None
+    finally:
+        load.cache_clear()

@@ -1,0 +1,122 @@
+"""Lessons, tables and the recipe of recall: what is trained is what is examined, and one failure stops nobody."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from scripts.recipes import effort, main
+from trainer.config import Fault
+from trainer.evaluation import Evaluated
+from trainer.logs.jsonl import Row
+from trainer.prepare import wish
+from trainer.recipes import recall
+from trainer.recipes.decoding import held_bytes
+from trainer.recipes.jobs import Effort, teach_all
+from trainer.recipes.lesson import HELD_OUT, Learned, Lesson, teach
+from trainer.recipes.table import table
+
+TINY = ("model=decoder", "mixer=full", "model.width=16", "model.layers=2", "model.heads=2", "model.ffn=1.0", "data=recall")
+TASK = ("data.pairs=1", "data.keys=2", "data.values=2", "data.length=4", "context_length=4", "batch_tokens=128")
+RECALL = Lesson("full", (*TINY, *TASK, "steps=60", "optim.learning_rate=0.03", "schedule.warmup_steps=5"))
+
+ROW = Row(1, 1.0, 1, 1.0, 1.0, 1.0, 0.01, 1, None)
+
+
+def learned(name: str, seed: int, accuracy: float = 0.5, loss: float = 1.0, fault: str | None = None) -> Learned:
+    return Learned(name, seed, {HELD_OUT: Evaluated(loss, 1, [], {"accuracy": accuracy})}, fault=fault)
+
+
+def test_a_lesson_learns_and_is_examined_as_asked() -> None:
+    longer = replace(RECALL, exams={"longer": ("data.length=8", "context_length=8")})
+    found = teach(longer, seed=1)
+    assert [row.step for row in found.rows] == list(range(1, 61))
+    assert found.rows[0].loss > 1 and found.loss < 0.1 and found.accuracy == 1
+    assert set(found.exams) == {HELD_OUT, "longer"} and found.exams["longer"].tokens == 8 * 16
+    assert found.parameters == 2 * (4 * 16 * 16 + 3 * 16 * 16) + 5 * 16 + 5 * 16
+
+
+def test_a_lesson_is_a_function_of_its_seed() -> None:
+    few = replace(RECALL, overrides=(*RECALL.overrides, "steps=3"))
+    losses = [[row.loss for row in teach(few, seed).rows] for seed in (1, 1, 2)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_lesson_that_cannot_be_is_a_fault() -> None:
+    with pytest.raises(Fault, match=r"data\.pairs=3"):
+        teach(replace(RECALL, overrides=(*RECALL.overrides, "data.pairs=3")), seed=0)
+
+
+@pytest.mark.slow
+def test_lessons_come_back_in_order_and_a_failed_one_stops_no_other() -> None:
+    lines: list[str] = []
+    wrong = replace(RECALL, name="wrong", overrides=(*RECALL.overrides, "data.pairs=3"))
+    found = teach_all([(RECALL, 0), (wrong, 0), (RECALL, 1)], Effort(jobs=1, steps=2), lines.append)
+    assert [(each.name, each.seed, len(each.rows)) for each in found] == [("full", 0, 2), ("wrong", 0, 0), ("full", 1, 2)]
+    assert [each.fault is None for each in found] == [True, False, True]
+    assert len(lines) == 3 and "wrong, seed 0: FAILED: Fault: data.pairs=3" in lines[1]
+
+
+def test_a_table_shows_the_mean_and_between_what_the_seeds_lay() -> None:
+    seeds = [learned("a", 0, 0.5), learned("b", 0, 0.25), learned("a", 1, 1.0), learned("a", 2, fault="died")]
+    shown = table(seeds, {"accuracy": lambda each: each.accuracy, "none": lambda each: math.nan, "what": lambda each: "x"})
+    assert shown.splitlines() == [
+        "| model | accuracy | none | what | seeds |",
+        "| --- | --- | --- | --- | --- |",
+        "| a | 0.750 (0.500 to 1.000) | - | x | 2 (1 failed) |",
+        "| b | 0.250 | - | x | 1 |",
+    ]
+
+
+def test_every_layer_gets_the_rate_with_which_it_ends_lowest_in_training(monkeypatch) -> None:
+    asked: list[tuple[str, str, int]] = []
+
+    def pretend(jobs, effort, say):
+        found = []
+        for lesson, seed in jobs:
+            rate = lesson.overrides[-1].removeprefix("optim.learning_rate=")
+            asked.append((lesson.name, rate, seed))
+            end = {"a": {"0.003": 1.0, "0.01": 2.0}, "b": {"0.003": 2.0, "0.01": 1.0}}[lesson.name][rate]
+            row = ROW._replace(loss=end)
+            found.append(replace(learned(lesson.name, seed, loss=9 - end), rows=[row._replace(loss=9.0 - end)] * 9 + [row]))
+        return found
+
+    monkeypatch.setattr(recall, "teach_all", pretend)
+    found = recall._chosen([Lesson("a", ()), Lesson("b", ())], Effort(seeds=3), lambda line: None)
+    assert asked[4:] == [("a", "0.003", 1), ("a", "0.003", 2), ("b", "0.01", 1), ("b", "0.01", 2)]
+    assert sorted((each.name, each.seed, each.rows[-1].loss) for each in found) == [
+        (name, seed, 1.0) for name in "ab" for seed in range(3)
+    ]
+
+
+def test_the_family_is_whole_and_every_lesson_of_it_can_be_honoured() -> None:
+    lessons = [*recall._remembering(), *recall._tracking()]
+    names = {"full", "linear", "performer", "retention", "gated_linear", "rwkv6", "rwkv7", "delta", "gated_delta", "mamba2"}
+    assert names | {"hyena", "short_conv", "conv + full", "conv + linear"} <= {lesson.name for lesson in lessons}
+    for lesson in lessons:
+        assert wish([*lesson.overrides, "optim.learning_rate=0.01"]).steps > 1
+
+
+def test_decoding_holds_what_a_state_takes_whatever_was_read_and_what_keys_and_values_take() -> None:
+    sizes = ("model=decoder", "model.width=16", "model.layers=2", "model.heads=2")
+    assert held_bytes((*sizes, "mixer=retention"), (512, 1536)) == [2 * 2 * 8 * 16 * 4] * 2
+    assert held_bytes((*sizes, "mixer=full"), (512, 1536)) == [2 * 2 * 16 * 4 * 512, 2 * 2 * 16 * 4 * 1536]
+    windows = 2 * 3 * 3 * 16 * 4  # in two layers, three tokens of three short convolutions
+    assert held_bytes((*sizes, "mixer=gated_delta"), (512, 1536)) == [2 * 2 * 8 * 8 * 4 + windows] * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["recal"], "recal: there is no such recipe; known:\n    recall"),
+        (["recall", "seed=3"], "seed=3: there is no such setting; known: seeds=N"),
+        (["recall", "jobs=0"], "jobs=0: a whole number of 1 or more"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_with_what_can(words, said, capsys) -> None:
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_words_become_an_effort() -> None:
+    assert effort(["seeds=1", "steps=9"]) == Effort(seeds=1, jobs=2, steps=9)
