@@ -160,7 +160,7 @@ class Past:
 
     def _shift(self, old: Tensor, x: Tensor, row: Span, length: int) -> Tensor:
         """Of what was kept, followed by the row, the last `length` tokens."""
-        return torch.cat([old, x], 1)[:, x.shape[1] :].clone()
+        return torch.cat([old[:, x.shape[1] :], x[:, -length:]], 1)
 
     def _gathered(self, x: Tensor, length: int) -> Tensor:
         """[B, m, ...] of every rank -> [B, length, ...]."""

@@ -1,8 +1,8 @@
 """What the linear-time family costs: growth with the row, speed beside softmax, state while decoding, bytes between ranks.
 
-Layers are measured forward and backward in one process, in turn with what they are compared to: `8 rows of T` and `one row of
-8 T` are the same number of tokens, so growth is 8 for what is linear. Medians; the heap is kept (parallel/heap.py), as in
-training. "by cpu" is the same ratio by processor time, which a busy machine disturbs less.
+Layers are measured forward and backward in one process of `threads` threads, in turn with what they are compared to. Eight
+rows of T tokens and one row of 8 T are the same number of tokens, so growth is 8 for what is linear. Medians; the heap is kept
+(parallel/heap.py). "by cpu" is the same ratio by processor time, which a busy machine disturbs less.
 """
 
 from collections.abc import Callable, Iterator
@@ -104,6 +104,7 @@ class Bench:
         built = cache(build)
 
         def step() -> None:
+            torch.set_num_threads(self.sizes.threads)
             call, leaves = built()
             for _ in range(rows):
                 for leaf in leaves:
@@ -128,6 +129,7 @@ class Bench:
         """The six FFTs of one convolution of a Hyena layer, and nothing else."""
 
         def step() -> None:
+            torch.set_num_threads(self.sizes.threads)
             x = x_of()
             for _ in range(rows):
                 for _ in range(3):

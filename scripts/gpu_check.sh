@@ -56,9 +56,11 @@ step "kernels, against the general tile" "$PYTHON" -m pytest tests/models/kernel
 step "2 and 3 ranks on the CPU, against one" env CUDA_VISIBLE_DEVICES= "$PYTHON" -m pytest tests/parallel/test_parity.py \
     -m "not full" -k "$CHOICE"
 step "quickstart, 20 steps in bfloat16 on one card" "${quickstart[@]}"
+step "which kernels scans have" "$PYTHON" -c 'from models.kernels.scan_cuda import report; print(report())'
+step "the linear-time family on one card" "$PYTHON" -m scripts.bench mixers ranks=1 device=cuda
 step "blocks of a ring of 4 and 8 on one device" "$PYTHON" -m scripts.blocks 32768
 if [ "$CARDS" -ge 2 ]; then
-    step "bench of attention" "$PYTHON" -m scripts.bench attention
+    step "bench of attention" "$PYTHON" -m scripts.bench attention device=cuda
 else  # a rank takes the card of its number, and there are two ranks
     step "bench of attention, on the CPU" env CUDA_VISIBLE_DEVICES= "$PYTHON" -m scripts.bench attention
 fi

@@ -1,11 +1,11 @@
 """Scans on an NVIDIA GPU by the chunk kernels of flash-linear-attention, where that package is installed.
 
 The table says which kernel serves which scan; what is not in it (float64, wider keys, a low-rank term read before its own
-update) has the chunks of models/kernels/scan.py. float32 is served only where torch was told to take products in TF32, as the kernels
-do; half precision stays half inside a chunk, decays and states are float32. All kernels here are of the kind [B, T, H, D] with
-log decays in nats, a scale that we set to 1, states [S, H, D, E] in and out, and `cu_seqlens` for documents. Decays are
-handed over no stronger than e^-100 a token, which is 0 in float32: the kernels subtract sums of them within a chunk, and
-infinity minus infinity would be NaN.
+update) has the chunks of models/kernels/scan.py. float32 is served only where torch was told to take products in TF32, as the
+kernels do; half precision stays half inside a chunk, decays and states are float32. All kernels here are of the kind
+[B, T, H, D] with log decays in nats, a scale that we set to 1, states [S, H, D, E] in and out, and `cu_seqlens` for documents.
+Decays are handed over no stronger than e^-100 a token, which is 0 in float32: the kernels subtract sums of them within a
+chunk, and infinity minus infinity would be NaN.
 
 A kernel answers outputs and last states, but neither what a run adds to a state nor what it keeps of one. The first is the
 last state from nothing. The second is a product of decays, or with a low-rank term the last state of further columns that

@@ -67,7 +67,8 @@ class Segments(Memory):
         elif isinstance(mixer, Hyena) and mixer.filter.length <= sizes.get("context_length", mixer.filter.length):
             raise ValueError(
                 f"memory=segments: hyena's filter has {mixer.filter.length} taps, no more than a row has tokens, and a "
-                "document that goes on is longer; use mixer.context_length=N, the tokens of the longest document, or another mixer"
+                "document that goes on is longer; use mixer.context_length=N, the tokens of the longest document, "
+                "or another mixer"
             )
         return mixer
 

@@ -34,7 +34,6 @@ class Window(Carrier):
             out = out + taps[j] * back(x, at, j)
         return out[:, skip:]
 
-
     def recur(self, payload: Tensors, params: Tensors, *, at: Span, tail: Tensor, tail_at: Span) -> tuple[Tensor, Tensor]:
         """As forward with the tokens `tail` [B, J - 1, C] just before; also gives the tail that comes next."""
         whole = torch.cat([tail, payload[0]], 1)

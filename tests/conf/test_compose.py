@@ -114,7 +114,8 @@ def test_feed_forward_layers_follow_a_pattern_of_their_own() -> None:
 
 
 def test_one_feed_forward_replaces_the_pattern_and_takes_sizes_as_mixers_do() -> None:
-    words = ["model.layers=2", "model.ffn=40", "model.feedforward._target_=models.recurrent.shift.ChannelMix"]
+    words = ["model.layers=2", "model.ffn=40", "model.feedforward_pattern=[]"]
+    words += ["model.feedforward._target_=models.recurrent.shift.ChannelMix"]
     config = composed(*words)
     assert kinds(config) == ["ChannelMix"] * 2
     taken = build.sizes_taken(config, VOCABULARY)["model.feedforward"]

@@ -42,7 +42,7 @@ class Stack(nn.Module):
         return x
 
 
-def build(name: str, memory: Memory, dtype: torch.dtype = torch.float64, scale: float = 5.0) -> nn.Module:
+def build(name: str, memory: Memory, dtype: torch.dtype = torch.float64, scale: float = 5.0) -> Any:
     """Two layers of a variant with weights `scale` times the initial ones, so that attention is far from even."""
     model = Stack([memory.around(VARIANTS[name]()) for _ in range(2)])
     name_carriers(model)

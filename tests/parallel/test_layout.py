@@ -1,9 +1,11 @@
 """Layouts as lists of integers: who holds which tokens, whatever the length, the ranks and the documents."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from models.span import Span
+from models.span import PADDING, Span
 from parallel.cut import cut_span
 from parallel.layout import POLICIES, layout, layouts
 from tests.parallel.parity import packed
@@ -81,3 +83,22 @@ def test_wishes_that_cannot_be_met_are_refused():
         layout("spiral", 8, 2)
     with pytest.raises(ValueError, match=r"parallel.heads=3 does not divide the 4 ranks"):
         layouts("balanced", Span.line(1, 8), 4, heads=3)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_joined_rows_lie_one_behind_the_other_with_all_padding_at_the_end(policy, size):
+    before, row = packed([[3, 2], [1]], 5), packed([[9, 4], [13]], 13)
+    first = cut_span(before, layouts("contiguous", before, size), 0)
+    for rank in range(size):
+        here = first.cut.spans[rank]
+        held = replace(here, cut=replace(first.cut, rank=rank)).join(cut_span(row, layouts(policy, row, size), rank))
+        assert torch.equal(held.pos[:, : here.shape[1]], here.pos), "a rank's own parts lie end to end"
+        cut = held.cut
+        assert all(layout.tokens == 18 for layout in cut.layouts) and torch.equal(cut.spans[rank].pos, held.pos)
+        for name in ("pos", "doc"):
+            want = torch.cat([getattr(before, name), getattr(row, name)], 1)
+            assert torch.equal(getattr(cut.whole, name)[:, :18], want)
+        assert (cut.whole.doc[:, 18:] == PADDING).all()
+        order = torch.arange(2 * cut.whole.shape[1]).view(2, -1)
+        assert torch.equal(cut.joined(cut.parted(order)), order)

@@ -38,7 +38,7 @@ def walk(length: int, steps: int, pad_at: int = -1) -> list[tuple[torch.Tensor, 
     """What is found at each step on one device."""
     past, found = Past(), []
     for step in range(steps):
-        span = past.enter(rows(step, 4 if step == pad_at else 0))
+        past.enter(rows(step, 4 if step == pad_at else 0))
         found.append(past.tokens("a", content(step), length))
         past.advance()
     return found
@@ -58,7 +58,7 @@ def test_a_lane_finds_the_tokens_of_the_document_that_goes_on_and_no_others(leng
 
 
 def test_nothing_is_found_behind_padding_or_in_another_document():
-    x, at = walk(6, 3, pad_at=1)[2]
+    _x, at = walk(6, 3, pad_at=1)[2]
     assert (at.doc[0] == PADDING).all()
     assert (at.doc[1] != PADDING).all()
     past = Past()

@@ -70,7 +70,8 @@ def test_a_run_with_a_memory_that_hands_segments_on_is_the_same_over_ranks(name,
     data = (f"data.path={write_documents(tmp_path / 'text')}", f"data.cache={tmp_path / 'cache'}", *MODELS[name])
     memory = ("memory=tokens", "memory.length=3", "memory.segment=17")
     truth = rows_of((*data, *memory), tmp_path / "alone")
-    for number, words in enumerate((("parallel.context=3", "memory.recompute=true"), ("parallel.context=2", "parallel.data=2"))):
+    spreads = ("parallel.context=3", "memory.recompute=true"), ("parallel.context=2", "parallel.data=2")
+    for number, words in enumerate(spreads):
         for a, b in zip(truth, rows_of((*data, *memory, *words), tmp_path / str(number)), strict=True):
             assert (b["loss"], b["grad_norm"]) == pytest.approx((a["loss"], a["grad_norm"]), rel=1e-10)
             assert b["auxiliary"] == pytest.approx(a["auxiliary"], rel=1e-10)

@@ -77,10 +77,11 @@ def _serve(queue: Queue) -> None:
             break
         try:
             future.set_result(pool.submit(_taught, lesson, seed).result())
-        except BrokenProcessPool as error:
-            future.set_result(Learned(lesson.name, seed, fault=f"its process died ({error})"))
-            pool.shutdown()
-            pool = _pool()
+        except Exception as error:  # told with the lesson; nobody may wait for a future that never comes
+            future.set_result(Learned(lesson.name, seed, fault=f"nothing came back: {type(error).__name__}: {error}"))
+            if isinstance(error, BrokenProcessPool):
+                pool.shutdown()
+                pool = _pool()
     pool.shutdown()
 
 

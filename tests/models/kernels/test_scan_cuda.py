@@ -21,6 +21,7 @@ from tests.models.mixing.scans import KINDS, inputs
 from tests.models.mixing.test_scan import both, holes
 from tests.parallel.parity import relative
 
+GPUS = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
 RUNS = [[5, 0, 30, 25], [1, 21, 8, 30]]
 EXPECTED = {PLAIN: {"g"}, CHANNEL: {"g"}, BEFORE: {"w", "u"}, LOW_RANK: set()}
 
@@ -185,3 +186,24 @@ def test_a_package_that_is_not_there_is_no_fault(monkeypatch):
             assert load(PLAIN) is None
     finally:
         load.cache_clear()
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind, before", CASES)
+def test_on_a_gpu_the_kernel_serves_and_answers_as_our_own_scan(kind, before, dtype, gpu):
+    """Half: its rounding inside a chunk; float32: products in TF32, 10 bits. Decays stay float32."""
+    span, leaf = holes(), Scan(before=before)
+    query, payload = inputs(kind, span, keys=32, values=48, strength=0.3)
+    exact = [x if i == 3 else x.to(dtype).double() for i, x in enumerate((*query, *payload))]
+    want = both(lambda q, p: leaf(q, p, at=span), exact[:1], exact[1:])
+    there = span.map(lambda x: x.to(gpu))
+    given = [x.to(gpu, torch.float32 if i == 3 else dtype) for i, x in enumerate(exact)]
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert isinstance(leaf.open(given[:1], given[1:], at=there), Whole)
+        got = both(lambda q, p: leaf(q, p, at=there), given[:1], given[1:])
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    bound = 4e-2 if dtype == torch.bfloat16 else 5e-3
+    assert max(relative(a.cpu().double(), b) for a, b in zip(got, want, strict=True)) < bound

@@ -1,5 +1,7 @@
 """Infini-attention on one device: against the paper's equations, head by head and segment by segment."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from models.attention.latent import Latent
 from models.attention.qk_norm import QKNorm
 from models.attention.sinks import Sinks
 from models.init import initialise
-from models.memory.compressive import Compressive
+from models.memory.compressive import Compressive, CompressiveMemory
 from models.past import Past, name_carriers
 from models.positions.alibi import Alibi
 from models.positions.learned import Learned
@@ -46,7 +48,7 @@ def content() -> Tensor:
     return 3 * torch.randn(len(LENGTHS), TOKENS, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
-def build(mixer: nn.Module, rule: str, segment: int | None) -> nn.Module:
+def build(mixer: nn.Module, rule: str, segment: int | None) -> Any:
     """With gates that differ, and weights large enough that no head is blunt."""
     model = initialise(Compressive(rule=rule, segment=segment).around(mixer), seed=1).double()
     generator = torch.Generator().manual_seed(4)
@@ -157,7 +159,7 @@ def test_the_delta_rule_overwrites_where_the_linear_rule_averages():
     q = k = key.expand(1, 3, 1, 4)
     v = torch.eye(4, dtype=torch.float64)[None, :3, None]
     for rule, old in (("linear", 0.5), ("delta", 0.0)):
-        memory = Compressive(rule=rule, segment=1).around(Attention(4, 1, 1, Rope())).beside.double()
+        memory = CompressiveMemory(1, rule, 1).double()
         nn.init.constant_(memory.gate, 100.0)
         answer = memory(q, k, v, torch.zeros_like(v), line)[0, 2, 0]
         assert torch.allclose(answer, torch.tensor([old, 0.5, 0, 0], dtype=torch.float64), atol=1e-12)
@@ -172,6 +174,7 @@ def test_what_has_no_exact_form_is_refused_by_name():
     ):
         with pytest.raises(ValueError, match=f"memory=compressive.*{word}"):
             Compressive().around(mixer)
-    for settings in ({"rule": "gated"}, {"segment": 0}, {"length": 7}):
+    wrong: list[dict[str, Any]] = [{"rule": "gated"}, {"segment": 0}, {"length": 7}]
+    for settings in wrong:
         with pytest.raises(ValueError, match=f"memory.{next(iter(settings))}="):
             Compressive(**settings)

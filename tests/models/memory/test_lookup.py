@@ -1,5 +1,7 @@
 """The Memorizing Transformer on one device: against a sort of all that is kept, and row by row against the whole."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ MIXERS = {
 }
 
 
-def build(mixer: nn.Module, memory: Memorizing) -> nn.Module:
+def build(mixer: nn.Module, memory: Memorizing) -> Any:
     """With gates and scales that differ, and weights large enough that no head is blunt."""
     model = initialise(memory.around(mixer, layer=0, layers=1), seed=1).double()
     generator = torch.Generator().manual_seed(4)
@@ -146,7 +148,7 @@ def test_the_end_of_a_document_and_padding_clear_the_store():
 def test_stores_stand_three_quarters_up_or_where_they_are_wanted():
     assert [Memorizing(9).chosen(n)[0] for n in (1, 2, 4, 8, 12)] == [0, 1, 2, 5, 8]
     memory = Memorizing(9, layers=[0, 3], segment=4)
-    mixers = [memory.around(MIXERS["full"](), layer=layer, layers=4) for layer in range(4)]
+    mixers: list[Any] = [memory.around(MIXERS["full"](), layer=layer, layers=4) for layer in range(4)]
     assert [mixer.beside is not None for mixer in mixers] == [True, False, False, True]
     assert all(mixer.mix.mask == Chunked(WIDTH, 4, 2, Rope(), size=4).mix.mask for mixer in mixers)  # all see a segment only
     other = Latent(WIDTH, HEADS, Rope())

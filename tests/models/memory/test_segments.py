@@ -155,7 +155,8 @@ def test_it_is_what_the_paper_computes_gradients_of_all_weights_included(equatio
         block.mixer.mix.score.clamp = None
     layer, norm = model.blocks[0].mixer, model.blocks[0].mixer_norm
     with torch.no_grad():
-        layer.tables.u.normal_(std=0.5), layer.tables.v.normal_(std=0.5), norm.weight.normal_(1)
+        for weight, middle in ((layer.tables.u, 0), (layer.tables.v, 0), (norm.weight, 1)):
+            weight.normal_(middle, 0.5)
     parameters, past, start, kept = [norm.weight, *layer.parameters()], Past(), 0, x[0, :0]
     for size in rows:
         row = x[:, start : start + size].clone().requires_grad_()
@@ -233,5 +234,6 @@ def test_settings_that_no_layer_takes_are_refused():
 
 
 def test_a_mixer_is_told_of_segments_by_its_mask():
-    mixer = Segments(4, 2).around(Attention(WIDTH, HEADS, 3, Rope()))
-    assert mixer.mix.mask.b == Recalled(2, 4)
+    mixer = Attention(WIDTH, HEADS, 3, Rope())
+    own = mixer.mix.mask
+    assert Segments(4, 2).around(mixer) is mixer and mixer.mix.mask == own & Recalled(2, 4)

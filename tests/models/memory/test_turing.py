@@ -150,7 +150,7 @@ def test_a_model_with_a_state_of_its_own_takes_no_other_memory():
     for build in (MODELS["lstm"], MODELS["turing"]):
         with pytest.raises(ValueError, match=r"takes no other memory; use memory=segments memory.length=0, or memory=none"):
             build(Memorizing(8, layers=None, segment=None, count=2, device=None))
-        with pytest.raises(ValueError, match="memory.length=5"):
+        with pytest.raises(ValueError, match=r"memory.length=5"):
             build(Segments(5))
 
 

@@ -60,11 +60,11 @@ def test_entities_are_functions_of_this_pythons_library():
 
 
 def test_settings_that_make_no_task_are_refused():
-    with pytest.raises(ValueError, match="data.entities=10"):
+    with pytest.raises(ValueError, match=r"data.entities=10"):
         Facts(entities=10)
     with pytest.raises(ValueError, match=r"data.entities=1000000: this Python has \d+"):
         Facts(entities=1_000_000)
-    with pytest.raises(ValueError, match="data.hops=0"):
+    with pytest.raises(ValueError, match=r"data.hops=0"):
         Facts(hops=0)
 
 

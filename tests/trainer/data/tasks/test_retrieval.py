@@ -33,9 +33,9 @@ def test_values_repeat_so_that_nothing_is_won_by_elimination():
 
 
 def test_settings_that_make_no_task_are_refused():
-    with pytest.raises(ValueError, match="data.pairs=4 take 8 tokens, data.segment=7; use segment=8"):
+    with pytest.raises(ValueError, match=r"data.pairs=4 take 8 tokens, data.segment=7; use segment=8"):
         Retrieval(segment=7)
-    with pytest.raises(ValueError, match="data.near=2 is above data.far=1"):
+    with pytest.raises(ValueError, match=r"data.near=2 is above data.far=1"):
         Retrieval(near=2)
-    with pytest.raises(ValueError, match="data.keys=3"):
+    with pytest.raises(ValueError, match=r"data.keys=3"):
         Retrieval(keys=3)

@@ -1,0 +1,116 @@
+"""The recipe `memory`: what a memory is good for, each kind on a task that its rival cannot do.
+
+Protocol: a fixed number of steps and one learning rate for all models of a part, chosen beforehand on seed 0; figures are of
+held-out data. A rival has the same sizes, or as many parameters, as the table says.
+"""
+
+import math
+from collections.abc import Callable
+
+from trainer.recipes.jobs import Effort, teach_all
+from trainer.recipes.lesson import Learned, Lesson
+from trainer.recipes.table import table
+
+NONE = "memory=none"
+
+# Text: rows of 32 bytes, in lanes where there is a memory.
+SMALL = ("model.width=96", "model.layers=3", "model.heads=4", "model.ffn=2.0", "optim.weight_decay=0.01")
+READING = ("model=full", *SMALL, "position=relative", "data=stdlib", "context_length=32", "batch_tokens=1024")
+READING += ("steps=800", "optim.learning_rate=0.003", "evaluation.batches=200")
+RECALLED = ("memory=segments", "memory.length=64")
+TEXT = (
+    Lesson("rows of 32 bytes", READING),
+    Lesson("and 64 bytes recalled", (*READING, *RECALLED), {"off": (NONE, "memory.length=0"), "128": ("memory.length=128",)}),
+)
+
+# Retrieval: pairs in one segment, questions in another; trained with 0 or 1 segments between, asked with up to 6.
+SEGMENT, PAIRS = 16, 4
+AWAY = (0, 1, 3, 6)
+ASKING = ("model=full", "model.width=64", "model.layers=2", "model.heads=2", "model.ffn=2.0", "optim.weight_decay=0.01")
+ASKING += ("model.feedforward._target_=models.recurrent.shift.ChannelMix", "data=retrieval", "data.per_row=1")
+ASKING += (f"data.segment={SEGMENT}", f"data.pairs={PAIRS}", "data.keys=16", "data.values=16", "data.fillers=1")
+ASKING += ("steps=400", "optim.learning_rate=0.01")
+REMEMBERING = {  # name in the table -> settings
+    "window alone": ("mixer=chunked", f"mixer.size={SEGMENT}"),
+    "recurrent memory (8 tokens)": ("memory=tokens", "memory.length=8"),
+    "Memorizing (16 of 512 found)": ("memory=lookup", "memory.length=512", "memory.count=16"),
+    "Infini, linear": ("memory=compressive", "memory.rule=linear"),
+    "Infini, delta": ("memory=compressive", "memory.rule=delta"),
+}
+
+# Copying: one example a row; an LSTM as large as the Turing machine, given more steps.
+TURING, LSTM = ("model=ntm",), ("model=lstm", "model.width=52")
+COPYING = ("data=copy", "data.per_row=1", "optim.clip=10", "optim.weight_decay=0")
+TO_10, TO_20, STEPS = "data.maximum=10", "data.maximum=20", "steps=500"
+BEYOND = (10, 20, 30, 60, 120)
+
+# Facts: the same network, keys and values apart or one.
+FACTS = ("model=key_value", "model.width=64", "data=facts", "context_length=84", "batch_tokens=2688")
+FACTS += ("steps=200", "optim.learning_rate=0.01", "optim.weight_decay=0")
+
+
+def memory(effort: Effort, say: Callable[[str], None]) -> tuple[str, list[Learned]]:
+    """(what the recipe found, as markdown; every lesson)."""
+    parts = {"text": TEXT, "retrieval": _retrieval(), "copying": _copying(), "facts": _facts()}
+    jobs = [(lesson, seed) for lessons in parts.values() for lesson in lessons for seed in range(effort.seeds)]
+    learned = teach_all(jobs, effort, say)
+    of = {part: [each for each in learned if each.name in {x.name for x in lessons}] for part, lessons in parts.items()}
+    told = [
+        "### Real text: Transformer-XL\nBits per byte of held-out source code (the standard library), width 96, 3 layers.",
+        table(of["text"], {"as trained": _bits(), "memory off": _bits("off"), "128 recalled": _bits("128")}),
+        "### Retrieval beyond the window\n"
+        f"Held-out accuracy at {PAIRS} keys asked so many segments of {SEGMENT} tokens after their values were shown; chance "
+        "1/16. Width 64, 2 layers; trained with 0 or 1 segments between.",
+        table(of["retrieval"], {f"{n} between": _grade("accuracy", f"{n} between") for n in AWAY}),
+        "### Copying\nShare of wrong bits in copies of so many random vectors of 8 bits (chance 0.5).",
+        table(of["copying"], {f"{n}": _grade("wrong_bits", f"{n}") for n in BEYOND} | {"parameters": _parameters}, digits=4),
+        "### Facts\nHeld-out accuracy of who follows whom, two reads; a guess between both neighbours is right every other time.",
+        table(of["facts"], {"accuracy": lambda each: each.accuracy, "parameters": _parameters}),
+    ]
+    return "\n\n".join(told), learned
+
+
+def _retrieval() -> list[Lesson]:
+    exams = {f"{n} between": (*_rows(64, (n + 1) * SEGMENT + 2 * PAIRS), f"data.near={n}", f"data.far={n}") for n in AWAY}
+    common = (*ASKING, *_rows(64, 2 * SEGMENT + 2 * PAIRS))
+    return [
+        Lesson(name, (*common, *words, *([f"memory.segment={SEGMENT}"] if words[0].startswith("memory") else [])), exams)
+        for name, words in REMEMBERING.items()
+    ]
+
+
+def _copying() -> list[Lesson]:
+    exams = {f"{n}": (*_rows(32, 2 * n + 1), f"data.minimum={n}", f"data.maximum={n}", "evaluation.batches=2") for n in BEYOND}
+    short, long = (*COPYING, TO_10, *_rows(32, 21)), (*COPYING, TO_20, *_rows(32, 41))
+    return [
+        Lesson("NTM, trained to 10", (*TURING, *short, STEPS, "optim.learning_rate=0.005"), exams),
+        Lesson("LSTM, trained to 10", (*LSTM, *short, "steps=2000", "optim.learning_rate=0.005"), exams),
+        Lesson("NTM, trained to 20", (*TURING, *long, STEPS, "optim.learning_rate=0.005"), exams),
+    ]
+
+
+def _facts() -> list[Lesson]:
+    return [Lesson("key and value", FACTS), Lesson("key = value", (*FACTS, "model.shared=true"))]
+
+
+def _rows(rows: int, length: int) -> tuple[str, str]:
+    return f"context_length={length}", f"batch_tokens={rows * length}"
+
+
+def _bits(exam: str | None = None) -> Callable[[Learned], float]:
+    """Bits per byte in an exam, or as trained; NaN where the lesson has no such exam."""
+
+    def figure(learned: Learned) -> float:
+        if exam is None:
+            return learned.loss / math.log(2)
+        return learned.exams[exam].loss / math.log(2) if exam in learned.exams else math.nan
+
+    return figure
+
+
+def _grade(name: str, exam: str) -> Callable[[Learned], float]:
+    return lambda learned: learned.exams[exam].graded[name]
+
+
+def _parameters(learned: Learned) -> str:
+    return f"{learned.parameters:,}"
