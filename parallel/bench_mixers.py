@@ -1,8 +1,9 @@
 """What the linear-time family costs: growth with the row, speed beside softmax, state while decoding, bytes between ranks.
 
 Layers are measured forward and backward in one process of `threads` threads, in turn with what they are compared to. Eight
-rows of T tokens and one row of 8 T are the same number of tokens, so growth is 8 for what is linear. Medians; the heap is kept
-(parallel/heap.py). "by cpu" is the same ratio by processor time, which a busy machine disturbs less.
+rows of T tokens and one row of 8 T are the same number of tokens, so growth is 8 for what is linear. Medians. The heap is kept
+(parallel/heap.py), which a run by itself does not do: without, page faults come on top. "by cpu" is the same ratio by
+processor time, which a busy machine disturbs less.
 """
 
 from collections.abc import Callable, Iterator

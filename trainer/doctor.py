@@ -58,6 +58,7 @@ def small(config: Config) -> Config:
     tree = copy.deepcopy(plain(config))
     model = tree["model"]
     pattern = len(model["pattern"]) if tree["mixer"] is None else 1
+    pattern = max(pattern, 1 if model["feedforward"] else len(model["feedforward_pattern"]))
     model |= {"width": HEAD_WIDTH * model["heads"], "ffn": 2 * HEAD_WIDTH * model["heads"], "vocabulary": None}
     model["layers"] = min(model["layers"], max(2, pattern))
     for node in [*model["mixers"].values(), *([tree["mixer"]] if tree["mixer"] else []), tree["memory"]]:

@@ -66,5 +66,6 @@ def test_what_was_read_before_the_row_counts_as_its_document():
     joined = kept.cast(READ).join(row)
     assert joined.cut.before() == 8
     assert remote_share(CAUSAL, row.cut, joined.cut, 1) == 1.0
+    assert remote_share(CAUSAL & Reach(3), row.cut, joined.cut, 1) == 2 / (38 + 6)  # rank 0 needs the last two kept tokens
     near = remote_share(CAUSAL & Reach(13), row.cut, joined.cut, 1)
     assert near == 12 / (39 + 6)  # rank 0 needs the 6 kept tokens of others, the last rank 12 of the row before its own

@@ -95,10 +95,13 @@ def test_joined_rows_lie_one_behind_the_other_with_all_padding_at_the_end(policy
         held = replace(here, cut=replace(first.cut, rank=rank)).join(cut_span(row, layouts(policy, row, size), rank))
         assert torch.equal(held.pos[:, : here.shape[1]], here.pos), "a rank's own parts lie end to end"
         cut = held.cut
-        assert all(layout.tokens == 18 for layout in cut.layouts) and torch.equal(cut.spans[rank].pos, held.pos)
+        assert all(joined.tokens == 18 for joined in cut.layouts) and torch.equal(cut.spans[rank].pos, held.pos)
         for name in ("pos", "doc"):
             want = torch.cat([getattr(before, name), getattr(row, name)], 1)
             assert torch.equal(getattr(cut.whole, name)[:, :18], want)
         assert (cut.whole.doc[:, 18:] == PADDING).all()
+        for joined in cut.layouts:
+            places = torch.cat([joined.index(other) for other in range(size)])
+            assert torch.equal(places.sort().values, torch.arange(joined.length)), "every place once"
         order = torch.arange(2 * cut.whole.shape[1]).view(2, -1)
         assert torch.equal(cut.joined(cut.parted(order)), order)

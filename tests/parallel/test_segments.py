@@ -3,12 +3,18 @@
 from functools import partial
 
 import pytest
+import torch
+from torch import nn
 
+from models.init import initialise
 from models.memory.memory import Memory
 from models.memory.segments import Segments
+from models.mixing.convolution import Convolution
+from models.past import name_carriers
 from tests.parallel.parity import EXACT
 from tests.parallel.recalling import build, compare
 from tests.pool import ranks
+from tests.variants import WIDTH
 
 MEMORY = {"row": (11, None), "short": (7, 5), "long": (26, 4), "one": (1, None)}  # length, segment
 
@@ -85,6 +91,33 @@ CARRYING = [
 
 def recurrent(name, dtype):
     return build(name, Memory(), dtype, scale=1)  # larger weights make retention's norm ill-conditioned in float32
+
+
+class Narrow(nn.Module):
+    """A long filter over fewer channels than there are ranks, which goes round a ring."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Linear(WIDTH, 2, bias=False), nn.Linear(2, WIDTH, bias=False)
+        self.taps, self.mix = nn.Parameter(torch.empty(60, 2)), Convolution()
+
+    def forward(self, x, span):
+        return self.up(self.mix((self.down(x),), (self.taps,), at=span))
+
+
+def narrow(dtype):
+    model = Narrow()
+    name_carriers(model)
+    return initialise(model, seed=1).to(dtype)
+
+
+def narrowed(env):
+    return [compare(env, narrow, "ring", "zigzag", dtype) for dtype in EXACT]
+
+
+def test_a_filter_that_goes_round_hears_the_rows_before_too():
+    for found in ranks(3, narrowed):
+        assert all(worst < bound for worst, bound in zip(found, EXACT.values())), found
 
 
 def carried(env, name, method, policy):

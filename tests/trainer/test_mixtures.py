@@ -27,7 +27,7 @@ SPREAD = (
 )
 MODELS = {
     "switch": ("model=switch", "model.feedforwards.switch.expert_dropout=0.2"),
-    "moe_topk": ("model=moe_topk", "model.feedforwards.experts.bias_speed=0.05", "model.feedforwards.experts.balance=0.1"),
+    "moe_topk": ("model=moe_topk", "model.feedforwards.experts.bias_speed=0.5", "model.feedforwards.experts.balance=0.1"),
 }
 
 

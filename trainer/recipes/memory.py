@@ -64,7 +64,7 @@ def memory(effort: Effort, say: Callable[[str], None]) -> tuple[str, list[Learne
         table(of["retrieval"], {f"{n} between": _grade("accuracy", f"{n} between") for n in AWAY}),
         "### Copying\nShare of wrong bits in copies of so many random vectors of 8 bits (chance 0.5).",
         table(of["copying"], {f"{n}": _grade("wrong_bits", f"{n}") for n in BEYOND} | {"parameters": _parameters}, digits=4),
-        "### Facts\nHeld-out accuracy of who follows whom, two reads; a guess between both neighbours is right every other time.",
+        "### Facts\nHeld-out accuracy of who follows whom, two reads; a guess between both neighbours is right half the time.",
         table(of["facts"], {"accuracy": lambda each: each.accuracy, "parameters": _parameters}),
     ]
     return "\n\n".join(told), learned
