@@ -269,6 +269,11 @@ def model(config: Config, given: Collection[str]) -> Iterator[str]:
         limit = getattr(who, "max_length", None)
         if limit is not None and limit < config.context_length:
             yield _too_long(config, limit, f"{type(who).__name__} (max_length={limit})")
+    if config.memory.carries and (limit := getattr(place, "max_length", None)) is not None:
+        yield (
+            f"memory={config.memory.name}: positions go on from row to row, but position.max_length={limit}; "
+            "use position=rope or position=relative, which have no limit"
+        )
     taken = [name for each in build.sizes_taken(config, tokens).values() for name in each]
     if config.model.max_length is not None and "max_length" not in taken:  # a limit; sizes are offers, which the log lists
         yield f"model.max_length={config.model.max_length}, but nothing in this model takes it; use model.max_length=null"

@@ -45,6 +45,9 @@ class _InStripes(torch.autograd.Function):
             found = found or [part.new_empty(part.shape[0], count, *part.shape[2:]) for part in parts]
             for whole, part in zip(found, parts, strict=True):
                 whole[:, start : start + stripe] = part
+        if not any(ctx.needs_input_grad[3:]):  # what becomes of a state depends on the payload alone: no gradient to send home
+            summary = Affine(*found)
+            ctx.mark_non_differentiable(summary.keep, summary.gain)
         return tuple(found)
 
     @staticmethod

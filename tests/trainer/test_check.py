@@ -79,6 +79,7 @@ WRONG = [
     ("parallel.experts=2", ["parallel.experts=2", "number of ranks, 1", "parallel.experts=1"]),
     ("parallel.context=2 parallel.experts=2", ["parallel.experts=2", "no layer", "parallel.experts=1", "model=switch"]),
     ("model=switch parallel.context=2 parallel.experts=2 model.feedforwards.switch.experts=5", ["5 experts of blocks.1"]),
+    ("memory=segments memory.length=0 mixer=gated_delta position=learned position.max_length=4096", ["go on", "position=rope"]),
     ("memory.name=segments", ["memory.name=segments", "models.memory.memory.Memory", "memory=segments"]),
     ("memory.length=5", ["memory.length=5", "memory=none"]),
     ("match=flops", ["match=flops", "not built", "match=none"]),
