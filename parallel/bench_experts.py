@@ -5,7 +5,7 @@ their experts by random weights, nobody is dropped; forward and backward.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +18,12 @@ from models.init import initialise
 from models.mixture import Mixture, TopKMixture
 from models.span import Span
 from models.switch import Switch
+from parallel.bench import parse_into, table
 from parallel.drivers.travel import sent_bytes
 from parallel.measure import Entry, Step, alternate, gathered, middle, peak_bytes
 from parallel.spread import spread
+
+__all__ = ["Sizes", "measure", "parse", "table"]  # what scripts.bench asks for
 
 BOTH = 2  # experts a token of the second section
 
@@ -37,6 +40,7 @@ class Sizes:
     threads: int = 1
     repeats: int = 5
     seed: int = 0
+    device: str = "cpu"
 
 
 class Bench:
@@ -47,18 +51,18 @@ class Bench:
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         torch.set_num_threads(sizes.threads)
         generator = torch.Generator().manual_seed(sizes.seed)
-        self.x = torch.randn(1, sizes.tokens, sizes.width, generator=generator)
+        self.x = torch.randn(1, sizes.tokens, sizes.width, generator=generator).to(sizes.device)
 
     def dense(self) -> nn.Module:
-        return initialise(SwiGLU(self.sizes.width, self.sizes.ffn), self.sizes.seed)
+        return initialise(SwiGLU(self.sizes.width, self.sizes.ffn), self.sizes.seed).to(self.sizes.device)
 
     def switch(self) -> Mixture:
         sizes = self.sizes
         layer = Switch(sizes.width, sizes.ffn, experts=sizes.experts, capacity_factor=None, jitter=0.0, router_scale=1.0)
-        return _made(layer, sizes.seed)
+        return _made(layer, sizes)
 
     def both(self) -> Mixture:
-        return _made(TopKMixture(self.sizes.width, self.sizes.ffn, experts=self.sizes.experts, top=BOTH), self.sizes.seed)
+        return _made(TopKMixture(self.sizes.width, self.sizes.ffn, experts=self.sizes.experts, top=BOTH), self.sizes)
 
     def alone(self, name: str, layer: nn.Module) -> Entry:
         """All tokens in one process, with the threads of all ranks."""
@@ -70,7 +74,7 @@ class Bench:
         """Every rank its tokens, and the whole layer."""
         return Entry(f"{name}, tokens shared", {"tokens": self.sizes.tokens}, _step(layer, self._mine()))
 
-    def shared(self, name: str, layer: Mixture) -> Entry:
+    def shared(self, layer: Mixture) -> Entry:
         """Every rank its tokens and its experts."""
         held = self.sizes.experts // self.ranks
         for key, stack in list(layer.experts.named_parameters()):
@@ -88,18 +92,18 @@ class Bench:
             "tokens": self.sizes.tokens, "sent_bytes": gathered(sum(sent.values())),
             "formula_bytes": gathered(sum(formula.values())), "balance": max(loads) * len(loads) / sum(loads),
         }  # fmt: skip
-        return Entry(f"{name}, experts shared", facts, step)
+        return Entry("experts, both shared", facts, step)
 
     def _mine(self) -> Tensor:
         return self.x.chunk(self.ranks, 1)[self.rank]
 
 
-def _made(layer: Mixture, seed: int) -> Mixture:
-    return initialise(layer, seed)  # type: ignore[return-value]
+def _made(layer: Mixture, sizes: Sizes) -> Mixture:
+    return initialise(layer, sizes.seed).to(sizes.device)  # type: ignore[return-value]
 
 
 def _step(layer: nn.Module, x: Tensor) -> Step:
-    span = Span.line(1, x.shape[1])
+    span = Span.line(1, x.shape[1], device=x.device)
     given = x.clone().requires_grad_()
 
     def step() -> None:
@@ -114,8 +118,9 @@ def sections(bench: Bench) -> Iterator[tuple[str, list[Entry]]]:
     """What is measured side by side; the first row is what the others are set against."""
     layers: dict[str, Callable[[], Mixture]] = {"one expert": bench.switch, "two experts": bench.both}
     for name, made in layers.items():
-        entries = [bench.alone("dense", bench.dense()), bench.alone(name, made()), bench.apart("dense", bench.dense())]
-        yield f"{name} a token, of {bench.sizes.experts}", [*entries, bench.apart(name, made()), bench.shared(name, made())]
+        entries = [bench.alone("dense", bench.dense()), bench.alone("experts", made()), bench.apart("dense", bench.dense())]
+        entries += [bench.apart("experts", made()), bench.shared(made())]
+        yield f"{name} a token, of {bench.sizes.experts}", entries
 
 
 def measure(sizes: Sizes, group: Any) -> Iterator[dict]:
@@ -131,19 +136,12 @@ def measure(sizes: Sizes, group: Any) -> Iterator[dict]:
 
 
 def parse(words: list[str]) -> Sizes:
-    """`key=value` words.
+    """`key=value` words; see parallel.bench.parse_into.
 
     Raises:
-        ValueError: a key that is none, a value that is no number of at least one, or numbers that do not divide.
+        ValueError: also numbers that do not divide.
     """
-    found = Sizes()
-    for word in words:
-        key, _, value = word.partition("=")
-        if key not in vars(found):
-            raise ValueError(f"{word}: the bench has no setting {key!r}; there are {', '.join(vars(found))}")
-        if not value.isdigit() or (int(value) < 1 and key != "seed"):
-            raise ValueError(f"{word}: {key} is a whole number of at least 1")
-        found = replace(found, **{key: int(value)})
+    found = parse_into(Sizes(), words)
     if found.ranks < 2:
         raise ValueError("ranks=1 shares nothing; use ranks=2 or more")
     for name in ("experts", "tokens"):

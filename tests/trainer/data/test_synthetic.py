@@ -1,6 +1,5 @@
 """Rows of a task: the same whatever reads them, whole examples, and none in both splits."""
 
-
 import numpy as np
 import pytest
 
