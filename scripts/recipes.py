@@ -13,7 +13,7 @@ from trainer.recipes.jobs import Effort, told
 
 RECIPES = {  # name -> (module and function, what it shows)
     "recall": ("trainer.recipes.recall.recall", "associative recall and state tracking of every linear-time layer"),
-    "memory": ("trainer.recipes.memory.memory", "Transformer-XL, retrieval beyond the window, Turing machine, key-value memory"),
+    "memory": ("trainer.recipes.memory.memory", "Transformer-XL, retrieval beyond the window, Turing machine, key-value net"),
 }
 
 
