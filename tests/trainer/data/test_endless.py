@@ -48,7 +48,7 @@ def read(stream, count, cursor=None):
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b))
+    return all(torch.equal(x, y) if x is not None else y is None for x, y in zip(a, b, strict=True))
 
 
 def spell(found, lane):
