@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.attention.full import Attention
-from models.auxiliary import auxiliary, begin
+from models.auxiliary import auxiliary, begin, forget
 from models.decoder import Decoder
 from models.loss import IGNORE
 from models.mixture import TopKMixture
@@ -51,6 +51,7 @@ def trained(env, name, shape, settings):
             if mesh.context_size > 1:
                 here = cut_span(here, [layout("zigzag", span.shape[1], mesh.context_size)], mesh.context_rank)
                 words, wanted = here.cut.shard(words, 0), here.cut.shard(wanted, IGNORE)
+            forget(engine.model)
             loss = engine.model(words, here, wanted).sum() / valid
             beside = sum(auxiliary(engine.model, tokens=valid, rows=len(tokens)).values())
             engine.backward(loss + beside, last=row == mine[-1])
