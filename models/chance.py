@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.span import Span
 
-DOC_BITS = 40  # a position within a document takes as many
+DOC_BITS = 32  # a position within a document takes as many
 
 
 class Chance(nn.Module):
@@ -47,7 +47,7 @@ class Chance(nn.Module):
 
 
 def address(at: Span) -> Tensor:
-    """[B, T] int64: one number for each place in a row, whatever the cut. Rows of a batch are not told apart."""
+    """[B, T] int64: a number for each token, whatever the cut; another in another row where documents are numbered so."""
     return (at.doc << DOC_BITS) + at.pos
 
 

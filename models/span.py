@@ -19,7 +19,8 @@ class Span:
 
     Attributes:
         pos: [B, T] int64, index of the token in its own document (0 opens one).
-        doc: [B, T] int64, number of the document within its row; PADDING marks tokens that nothing may see.
+        doc: [B, T] int64, number of the document, another for every one of a row (in training: of a step); PADDING marks
+            tokens that nothing may see.
         role: [B, T] int64, TEXT, PREFIX, GLOBAL, READ or WRITE.
         cut: how the row was cut over ranks (a parallel.cut.Cut), or None where it was not. Opaque here.
         plans: what models.kernels.plan worked out for these queries, kept so that layers with equal masks share it.

@@ -1,9 +1,10 @@
-"""python -m scripts.bench attention|mixers|memory [key=value ...]: what sharing, linear time and memory cost; JSON and a table.
+"""python -m scripts.bench attention|experts|memory|mixers [key=value ...]: what each of them costs; JSON and a table.
 
 attention: forward and backward over ranks, beside one device with as many threads. Words: tokens, heads, kv_heads, width,
 ranks, threads (of a rank), repeats, seed, device.
 mixers: the linear-time family: growth with the row, speed beside softmax, state while decoding, bytes between ranks; minutes
 on 2 cores. Words: tokens, heads, width (of a head), layer_heads, layer_width, ranks, threads, repeats, seed, device.
+experts: one device and shared, beside a dense layer of the same FLOPs. Words: tokens, width, ffn, experts, ranks, ...
 memory: what a longer Transformer-XL memory adds to a step, beside the attention that it adds. Words: tokens, repeats, ...
 `--device cuda` is device=cuda: each rank takes a GPU, and mixers on a single one want ranks=1. Medians of alternated runs.
 """
@@ -16,10 +17,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from parallel import bench, bench_memory, bench_mixers
+from parallel import bench, bench_experts, bench_memory, bench_mixers
 from parallel.launch import initialise, start, within_torchrun
 
-BENCHES = {"attention": bench, "mixers": bench_mixers, "memory": bench_memory}
+BENCHES = {"attention": bench, "experts": bench_experts, "memory": bench_memory, "mixers": bench_mixers}
 
 
 def main(words: list[str]) -> int:

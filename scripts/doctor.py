@@ -11,9 +11,9 @@ import tempfile
 from collections.abc import Sequence
 
 import torch.distributed as dist
-import torch.multiprocessing.spawn as mp
 from rich.console import Console
 from rich.table import Table
+from torch.multiprocessing.spawn import spawn
 
 from parallel.mesh import build_mesh
 from trainer.config import BAD_WISH, Config, Fault
@@ -60,7 +60,7 @@ def main(words: Sequence[str]) -> int:
     told = multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         arguments = (plain(config), ranks, os.path.join(folder, "meeting"), sabotage, told)
-        mp.spawn(examine, arguments, nprocs=ranks)
+        spawn(examine, arguments, nprocs=ranks)
     findings = told.get()
     method = f"{config.parallel.method}, {config.parallel.layout}"
     show(findings, f"{config.name}: one device against {ranks} ranks ({method}), float64")

@@ -13,6 +13,7 @@ from trainer.recipes.jobs import Effort, told
 
 RECIPES = {  # name -> (module and function, what it shows)
     "recall": ("trainer.recipes.recall.recall", "associative recall and state tracking of every linear-time layer"),
+    "experts": ("trainer.recipes.experts.experts", "what keeps experts evenly used, and Switch against a dense layer"),
     "memory": ("trainer.recipes.memory.memory", "Transformer-XL, retrieval beyond the window, Turing machine, key-value net"),
 }
 

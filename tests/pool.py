@@ -3,7 +3,8 @@
     ranks(3, worker, *args)    runs worker(env, *args) on three processes; returns their results in rank order
 
 A worker is a function at the top of a module. A failure in one rank fails the test with that rank's traceback, and the
-pool of that size is thrown away, because its ranks may be waiting in a collective.
+pool of that size is thrown away, because its ranks may be waiting in a collective. Groups are made once for the same ranks
+and kept: each has threads that never rest, and some hundreds of them leave the machine time for little else.
 """
 
 import atexit
@@ -16,6 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed import device_mesh
+
+from parallel.lifeline import die_with
 
 TIMEOUT_S = 120
 
@@ -32,11 +36,13 @@ class Env:
         return dist.group.WORLD
 
 
-def _serve(rank: int, size: int, port: int, inbox: Any, outbox: Any) -> None:
+def _serve(rank: int, size: int, port: int, parent: int, inbox: Any, outbox: Any) -> None:
+    die_with(parent)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
     os.environ.update(LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=size)
+    _keep_groups()
     while (job := inbox.get()) is not None:
         worker, args = job
         try:
@@ -45,6 +51,21 @@ def _serve(rank: int, size: int, port: int, inbox: Any, outbox: Any) -> None:
         except BaseException:  # told to the parent, which fails the test with it
             outbox.put((rank, False, traceback.format_exc()))
     dist.destroy_process_group()
+
+
+def _keep_groups() -> None:
+    """From now on a group of ranks of which there is one already is that one."""
+    made: dict[Any, Any] = {}
+    make = dist.new_group
+
+    def kept(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("group_desc", None)
+        key = (None if ranks is None else tuple(ranks), args, tuple(sorted(kwargs.items())))
+        if key not in made:
+            made[key] = make(ranks, *args, **kwargs)
+        return made[key]
+
+    dist.new_group = device_mesh.new_group = kept
 
 
 class Pool:
@@ -58,7 +79,7 @@ class Pool:
         self.inboxes = [context.Queue() for _ in range(size)]
         self.outbox = context.Queue()
         self.processes = [
-            context.Process(target=_serve, args=(r, size, port, self.inboxes[r], self.outbox), daemon=True)
+            context.Process(target=_serve, args=(r, size, port, os.getpid(), self.inboxes[r], self.outbox), daemon=True)
             for r in range(size)
         ]
         for process in self.processes:

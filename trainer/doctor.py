@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from models.auxiliary import auxiliary, forget
 from models.init import initial_tensor
 from models.loss import IGNORE
 from models.masks import visible
@@ -144,11 +145,13 @@ class Examination:
         """How far the losses of a row differ; adds up gradients."""
         cut = layouts(self.config.parallel.layout, span, self.mesh.context_size, heads=self.mesh.heads_size)
         here, targets = cut_span(span, cut, self.mesh.context_rank), _targets(self.tokens, span)
+        forget(self.one)
+        forget(self.many)
         want = self.one(self.tokens, past.enter(span) if past else span, targets)
-        want.sum().backward()
+        _summed(self.one, want).backward()
         part, aims = here.cut.shard(self.tokens, 0), here.cut.shard(targets, IGNORE)
         got = self.many(part, dealt.enter(here) if dealt else here, aims)
-        got.sum().backward()
+        _summed(self.many, got).backward()
         for each in (past, dealt):
             if each is not None:
                 each.advance()
@@ -215,6 +218,11 @@ class Examination:
         worst = torch.tensor(figure if figure == figure else float("inf"), dtype=torch.float64)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.mesh.context_group)
         return Finding(check, what, worst.item(), BOUND, worst.item() < BOUND, note)
+
+
+def _summed(model: nn.Module, losses: Tensor) -> Tensor:
+    """[] what is trained on: the losses, and those that layers left of their own."""
+    return losses.sum() + sum(auxiliary(model).values())
 
 
 def _relative(got: Tensor, want: Tensor) -> float:

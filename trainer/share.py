@@ -53,7 +53,7 @@ class Share:
     def __call__(self, batch: Batch) -> Iterator[tuple[Piece, bool]]:
         """This rank's micro-batches, and whether each is the last."""
         first = self.mesh.data_rank * self.each
-        mine = batch.part(first, first + self.each)
+        mine = batch.numbered().part(first, first + self.each)
         for number in range(self.pieces):
             start = number * self.micro_batch
             yield self.piece(mine.part(start, start + self.micro_batch)), number == self.pieces - 1

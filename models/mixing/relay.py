@@ -196,7 +196,7 @@ def misfits(model: nn.Module) -> list[str]:
         f"{name} ({type(module).__name__}) leaves a loss of its own at each pass, and here is passed through piece by piece: "
         "all losses but the last would be lost; choose another layer, or another memory"
         for name, module in model.named_modules()
-        if module in inside and (hasattr(module, "auxiliary") or hasattr(module, "auxiliary_rows"))
+        if module in inside and hasattr(module, "auxiliary")
     ]
 
 

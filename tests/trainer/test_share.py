@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from models.chance import address
 from models.loss import IGNORE
 from parallel.mesh import Mesh
 from trainer.data.batch import Batch
@@ -76,3 +77,22 @@ def test_auto_computes_at_least_a_row_at_once():
 def test_a_line_for_generation_holds_all_of_its_tokens():
     one = line([5, 6, 7], torch.device("cpu"))
     assert one.inputs().tolist() == [[5, 6, 7]] and one.predictions() == 2
+
+
+def addressed(data, context, micro_batch):
+    """{address: token} of all that the ranks compute, and how many tokens that is."""
+    found, count = {}, 0
+    for data_rank in range(data):
+        for context_rank in range(context):
+            for piece, _ in share(data, data_rank, context, context_rank, micro_batch=micro_batch)(batch()):
+                here = piece.span.valid()
+                found.update(zip(address(piece.span)[here].tolist(), piece.tokens[here].tolist()))
+                count += int(here.sum())
+    return found, count
+
+
+def test_every_token_of_a_step_has_an_address_of_its_own_whatever_the_ranks():
+    want, count = addressed(1, 1, 5)
+    assert len(want) == count == int((batch().doc[:, :-1] >= 0).sum())
+    for data, context, micro_batch in ((1, 1, 1), (2, 1, 2), (1, 3, 2), (3, 2, 1)):
+        assert addressed(data, context, micro_batch) == (want, count)

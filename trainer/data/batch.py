@@ -14,7 +14,7 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: [R, T+1] int64; 0 where there is none.
-        doc: [R, T+1] int64, number of the document; -1 = padding.
+        doc: [R, T+1] int64, number of the document within its row; -1 = padding.
         pos: [R, T+1] int64, place in the document.
         role: [R, T+1] int64, a role of models.span; GIVEN = nobody predicts this token.
         aims: [R, T+1] int64, what is to be said at each token, IGNORE where nothing; None = the next token.
@@ -46,6 +46,11 @@ class Batch(NamedTuple):
     def predictions(self) -> int:
         """How many tokens are predicted: the step's global count of valid targets."""
         return int((self.targets() != IGNORE).sum())
+
+    def numbered(self) -> "Batch":
+        """The same rows, no two documents of which have one number: so every token of the step has an address of its own."""
+        counts = self.doc.amax(1, keepdim=True) + 1  # PADDING is -1: a row of nothing else counts none
+        return self._replace(doc=torch.where(self.doc < 0, self.doc, self.doc + counts.cumsum(0) - counts))
 
     def part(self, first: int, last: int) -> "Batch":
         """Rows first .. last - 1, filled up with rows of padding where the batch has fewer."""
