@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install train test test-all lint types clean
+.PHONY: install train sweep test test-all lint types clean
 
 install: .venv/.installed
 
@@ -14,6 +14,9 @@ install: .venv/.installed
 
 train: install
 	$(BIN)/python -m trainer experiment=quickstart
+
+sweep: install
+	$(BIN)/python -m trainer -m experiment=sweep hydra.sweep.dir=sweeps/quickstart
 
 lint: install
 	$(BIN)/ruff check .

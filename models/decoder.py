@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from models.block import ValueBlock, block
-from models.init import DEVIATION, Rule, normal
+from models.init import DEVIATION, Rule, Usual
 from models.loss import token_losses
 from models.memory.memory import Memory
 from models.positions.position import Position
@@ -22,6 +22,7 @@ class Decoder(nn.Module):
         feedforwards: one for each layer; likewise (x, span) -> [B, T, width].
         position: its embedding, if it has one, is added to the tokens'.
         tie: use the embedding as the output head (Press & Wolf 2017, arXiv:1608.05859).
+        deviation: of the initial weights of matrices; narrow models learn sooner with more, such as width^-0.5.
         memory: what stands around all layers, if it has anything that does; the mixers have theirs in them already.
     """
 
@@ -34,9 +35,13 @@ class Decoder(nn.Module):
         *,
         position: Position | None = None,
         tie: bool = False,
+        deviation: float = DEVIATION,
         memory: Memory | None = None,
     ):
         super().__init__()
+        if deviation <= 0:
+            raise ValueError(f"deviation={deviation} starts no weight anywhere; choose one above 0, for example {DEVIATION}")
+        self.deviation = deviation
         self.embed = nn.Embedding(vocabulary, width)
         self.position = position.embedding(width) if position else None
         self.blocks = nn.ModuleList(block(width, *parts) for parts in zip(mixers, feedforwards, strict=True))
@@ -47,7 +52,7 @@ class Decoder(nn.Module):
 
     def initial(self) -> dict[str, Rule]:
         """What adds to the residual stream starts smaller the more layers add to it (Radford et al. 2019)."""
-        small = normal(DEVIATION / (2 * len(self.blocks)) ** 0.5) if len(self.blocks) else normal()
+        small = Usual((2 * max(1, len(self.blocks))) ** -0.5)
         outputs = ("feedforward.down.weight", "mixer.out.weight")
         names = [f"blocks.{i}.{leaf}" for i in range(len(self.blocks)) for leaf in outputs]
         there = {name for name, _ in self.named_parameters()}

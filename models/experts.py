@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.init import DEVIATION, Rule, normal
+from models.init import Rule, Usual
 from models.kernels.grouped import grouped
 
 ACTIVATIONS = ("swiglu", "relu")
@@ -54,7 +54,7 @@ class Experts(nn.Module):
 
     def initial(self) -> dict[str, Rule]:
         """As the dense layer's `down` (models/decoder.py)."""
-        return {"down": normal(DEVIATION / (2 * self.layers) ** 0.5)}
+        return {"down": Usual((2 * self.layers) ** -0.5)}
 
     def forward(self, tokens: Tensor, counts: Tensor, keep: Tensor | None = None) -> Tensor:
         """[N, W].

@@ -2,11 +2,12 @@
 
 A module may say what its parameters start from with a method `initial() -> {name: rule}`; names may reach into children
 ("out.weight"). A rule takes (shape, generator) and returns float32. Without one, matrices are normal with a deviation of
-0.02 (Radford et al. 2019), norms are one, biases zero.
+0.02 (Radford et al. 2019), or the whole model's own `deviation`; norms are one, biases zero.
 """
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,25 @@ Rule = Callable[[torch.Size, torch.Generator], Tensor]
 DEVIATION = 0.02
 
 
-def normal(deviation: float = DEVIATION) -> Rule:
+def normal(deviation: float) -> Rule:
     """Normal, mean 0."""
     return lambda shape, generator: torch.randn(shape, generator=generator) * deviation
+
+
+@dataclass(frozen=True)
+class Usual:
+    """Normal, mean 0, in units of the model's usual deviation.
+
+    Attributes:
+        factor: that many of them.
+        deviation: the usual one; `rules` puts that of the whole model in its place.
+    """
+
+    factor: float = 1.0
+    deviation: float = DEVIATION
+
+    def __call__(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        return torch.randn(shape, generator=generator) * (self.factor * self.deviation)
 
 
 def constant(value: float) -> Rule:
@@ -41,7 +58,7 @@ def orthogonal(gain: float = 1.0) -> Rule:
 def _rule(owner: nn.Module, leaf: str, dims: int) -> Rule:
     if "norm" in type(owner).__name__.lower():
         return constant(0.0 if leaf == "bias" else 1.0)
-    return constant(0.0) if leaf == "bias" or dims < 2 else normal()
+    return constant(0.0) if leaf == "bias" or dims < 2 else Usual()
 
 
 def rules(model: nn.Module) -> dict[str, Rule]:
@@ -53,7 +70,8 @@ def rules(model: nn.Module) -> dict[str, Rule]:
     for name, module in reversed(list(model.named_modules())):
         for leaf, rule in getattr(module, "initial", dict)().items():
             found[f"{name}.{leaf}".lstrip(".")] = rule
-    return found
+    usual = getattr(model, "deviation", DEVIATION)
+    return {name: replace(rule, deviation=usual) if isinstance(rule, Usual) else rule for name, rule in found.items()}
 
 
 def initial_tensor(model: nn.Module, name: str, seed: int) -> Tensor:

@@ -12,7 +12,7 @@ from models.auxiliary import Aside
 from models.chance import Chance, address
 from models.experts import Experts
 from models.feedforward import SwiGLU
-from models.init import DEVIATION, Rule, normal
+from models.init import Rule, Usual
 from models.mixing.dispatch import Dispatch
 from models.mixing.tally import Tally
 from models.router import Router, balance_loss, figures, marked, ranked, told, z_loss
@@ -161,7 +161,7 @@ class TopKMixture(Mixture):
 
     def initial(self) -> dict[str, Rule]:
         """The shared experts' `down` starts as that of the others."""
-        return {"shared.down.weight": normal(DEVIATION / (2 * self.layers) ** 0.5)} if self.shared is not None else {}
+        return {"shared.down.weight": Usual((2 * self.layers) ** -0.5)} if self.shared is not None else {}
 
     def reset_buffers(self) -> None:
         """No expert is favoured before step 1; for a model that was built on the meta device."""

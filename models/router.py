@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.chance import Chance, address
-from models.init import DEVIATION, Rule, normal
+from models.init import Rule, Usual
 from models.mixing.tally import Tally
 from models.span import Span
 
@@ -37,7 +37,7 @@ class Router(nn.Linear):
 
     def initial(self) -> dict[str, Rule]:
         """Smaller weights start nearer to an even choice."""
-        return {"weight": normal(self.scale * DEVIATION)}
+        return {"weight": Usual(self.scale)}
 
     def forward(self, x: Tensor, at: Span) -> Tensor:  # type: ignore[override]
         """[B, T, E] from [B, T, W]."""

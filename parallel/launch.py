@@ -25,6 +25,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from parallel.nodes import Nodes, alone
 from parallel.outcome import SAVED, Outcome, of_failure, of_signal, of_success
 
 OUTCOME = "LONGSPAN_OUTCOME"
@@ -63,29 +64,34 @@ def machine() -> tuple[int, int]:
     return cores, torch.cuda.device_count()
 
 
-def start(command: Sequence[str], *, ranks: int, scratch: Path, max_restarts: int = 0, grace_s: int = 60) -> Outcome:
+def start(
+    command: Sequence[str],
+    *,
+    ranks: int,
+    scratch: Path,
+    max_restarts: int = 0,
+    grace_s: int = 60,
+    nodes: Nodes | None = None,
+) -> Outcome:
     """Run `python command` in `ranks` processes and wait for their end.
 
     Args:
         command: arguments of the interpreter, the same for all ranks.
-        ranks: processes, all on this machine.
+        ranks: processes on this machine.
         scratch: a folder for error files; emptied first, removed at the end.
         max_restarts: how often all ranks are started again after one died.
         grace_s: time the ranks have to save after SIGTERM, before SIGKILL. They get SIGTERM when this process is asked to
             stop by SIGTERM, SIGINT or SIGHUP; a second SIGINT ends them at once.
+        nodes: the machines, where this is one of several that do the same.
     """
+    nodes = nodes or alone(f"longspan-{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     told = scratch / "outcome"
-    _prepare(ranks, told)
+    _prepare(ranks, told, near=nodes.near)
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        **nodes.meeting(),
         nproc_per_node=ranks,
-        run_id=f"longspan-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
         max_restarts=max_restarts,
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(log_dir=str(scratch)),
@@ -98,7 +104,7 @@ def start(command: Sequence[str], *, ranks: int, scratch: Path, max_restarts: in
             elastic_launch(config, sys.executable)(*command)
             return of_success(told)
         except ChildFailedError as error:
-            return of_failure(error.failures, ranks)
+            return of_failure(error.failures, ranks * nodes.many)
         except SignalException:
             return of_signal(told, heard[0])
         finally:
@@ -128,13 +134,14 @@ def _listening(heard: list[signal.Signals]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _prepare(ranks: int, told: Path) -> None:
-    """Set what the ranks inherit; what the user set stays."""
+def _prepare(ranks: int, told: Path, near: bool) -> None:
+    """Set what the ranks inherit; what the user set stays. near: all ranks are on this machine."""
     usual = {
+        **({} if machine()[1] else {"DS_ACCELERATOR": "cpu"}),  # else DeepSpeed says of every rank how it found that out
         "OMP_NUM_THREADS": str(max(1, machine()[0] // ranks)),
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else keys of a dead attempt meet the next one (gloo cannot restart)
         "TORCH_CPP_LOG_LEVEL": "ERROR",
-        **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" and not machine()[1] else {}),
+        **({"GLOO_SOCKET_IFNAME": "lo"} if near and sys.platform == "linux" and not machine()[1] else {}),
     }
     for key, value in usual.items():
         os.environ.setdefault(key, value)
@@ -145,17 +152,18 @@ def _prepare(ranks: int, told: Path) -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
-def confess(error: BaseException, fault: int | None) -> None:
+def confess(error: BaseException, fault: int | None, *, again: bool = False) -> None:
     """In a rank: leave word of what ended it, for the launcher to show.
 
-    fault: the exit status when `error` is a message to the user, which starting again would not mend; None when it is a
-    bug and needs its traceback.
+    fault: the exit status when `error` is a message to the user; None when it is a bug and needs its traceback.
+    again: whether starting again may mend the fault.
     """
     text = str(error) if fault is not None else "".join(traceback.format_exception(error))
     extra: dict[str, Any] = {"timestamp": str(int(time.time())), "py_callstack": text, "text": text}
     if fault is not None:
         extra["fault"] = fault
-        _tell(fault, text)
+        if not again:
+            _tell(fault, text)
     # a broken connection is most often the echo of another rank's end
     extra["echo"] = isinstance(error, dist.DistError | ConnectionError) or "onnection" in str(error)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
@@ -169,7 +177,7 @@ def leave(code: int, message: str = "") -> int:
     Under our own launcher a rank that was stopped by a signal exits with 0, or the agent would take it for dead and start
     it again; under somebody else's torchrun it exits with `code`.
     """
-    if place()[0] == 0:
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the first of every machine: each has a launcher
         _tell(code, message)
     return 0 if OUTCOME in os.environ else code
 
@@ -204,11 +212,17 @@ def initialise(timeout_s: float = 600, store: Any = None) -> Ranks:
 
 
 def meet() -> Any:
-    """The store that the ranks meet at, with the keys of every attempt apart (else gloo cannot start again)."""
+    """The store that the ranks meet at.
+
+    Where the agent lends its own, the keys of every attempt are kept apart (else gloo cannot start again). Our launcher
+    lends none: machines that came back count attempts from 0, and would wait for the others under another name.
+    """
     rank, size = place()
     if "MASTER_ADDR" not in os.environ:
         return dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = dist.TCPStore(host, port, size, is_master=serves)  # pyright: ignore[reportPrivateImportUsage]
+    lent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(host, port, size, is_master=rank == 0 and not lent)  # pyright: ignore[reportPrivateImportUsage]
+    if not lent:
+        return store
     return dist.PrefixStore(f"attempt_{attempt()[0]}", store)  # pyright: ignore[reportPrivateImportUsage]

@@ -1,7 +1,8 @@
-"""python -m scripts.agree [float32] [float64]: whole runs, spread in every way, against one device; prints the table.
+"""python -m scripts.agree [float32] [float64] [engines]: whole runs, spread in every way, against one device; prints the table.
 
 Every row is a run of its own through `python -m trainer`, on a packed text of uneven documents whose rows no number of ranks
-divides; the figure is the largest relative difference of any of its 30 losses. Exit status 1 when one is above its bound.
+divides; the figure is the largest relative difference of any of its losses. `engines`: every engine, on 2 and 4 ranks, with
+and without context parallelism and accumulation; gradient norms too. Exit status 1 when one is above its bound.
 """
 
 import subprocess
@@ -10,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.parity import LENGTH, STEPS, TOLERANCES, compare
+from trainer.parity import PLANS, compare
 
 
 def run(words: Sequence[str], ranks: int, directory: Path) -> None:
@@ -18,18 +19,18 @@ def run(words: Sequence[str], ranks: int, directory: Path) -> None:
     subprocess.run([sys.executable, "-m", "trainer", *words], check=True, stdout=subprocess.DEVNULL)
 
 
-def main(precisions: Sequence[str]) -> int:
+def main(names: Sequence[str]) -> int:
     wrong = 0
-    if unknown := set(precisions) - set(TOLERANCES):
-        sys.exit(f"scripts.agree knows {', '.join(TOLERANCES)}, not {', '.join(sorted(unknown))}")
-    print(f"{STEPS} steps, rows of {LENGTH} tokens; largest relative difference of a step's loss from one device's")
-    with tempfile.TemporaryDirectory() as folder:
-        for precision in precisions or TOLERANCES:
-            bound = TOLERANCES[precision]
-            for case, error in compare(run, Path(folder), precision):
-                fine = error < bound
+    if unknown := set(names) - set(PLANS):
+        sys.exit(f"scripts.agree knows {', '.join(PLANS)}, not {', '.join(sorted(unknown))}")
+    for name in names or PLANS:
+        plan = PLANS[name]
+        print(f"{name}: largest relative difference of {' or '.join(plan.columns)} from one device's in {plan.steps} steps")
+        with tempfile.TemporaryDirectory() as folder:
+            for case, error in compare(run, Path(folder), name):
+                fine = error < plan.tolerance
                 wrong += not fine
-                print(f"{precision}  {error:8.1e}  {'ok ' if fine else 'NOT'}  {case}", flush=True)
+                print(f"{name}  {error:8.1e}  {'ok ' if fine else 'NOT'}  {case}", flush=True)
     return int(wrong > 0)
 
 

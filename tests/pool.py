@@ -42,9 +42,10 @@ def _serve(rank: int, size: int, port: int, parent: int, inbox: Any, outbox: Any
     os.environ.update(LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=size)
-    _keep_groups()
+    asked = _keep_groups()
     while (job := inbox.get()) is not None:
         worker, args = job
+        asked.clear()
         try:
             torch.manual_seed(0)
             outbox.put((rank, True, worker(Env(rank, size), *args)))
@@ -53,19 +54,30 @@ def _serve(rank: int, size: int, port: int, parent: int, inbox: Any, outbox: Any
     dist.destroy_process_group()
 
 
-def _keep_groups() -> None:
-    """From now on a group of ranks of which there is one already is that one."""
+def _keep_groups() -> dict[Any, int]:
+    """From now on the groups that a job makes are those that an earlier one made of the same ranks; none is closed.
+
+    Returns how many a job has asked for, by ranks; to be cleared before the next. Within a job groups stay apart.
+    """
     made: dict[Any, Any] = {}
-    make = dist.new_group
+    asked: dict[Any, int] = {}
+    make, close = dist.new_group, dist.destroy_process_group
 
     def kept(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
         kwargs.pop("group_desc", None)
         key = (None if ranks is None else tuple(ranks), args, tuple(sorted(kwargs.items())))
-        if key not in made:
-            made[key] = make(ranks, *args, **kwargs)
-        return made[key]
+        asked[key] = asked.get(key, 0) + 1
+        if (key, asked[key]) not in made:
+            made[key, asked[key]] = make(ranks, *args, **kwargs)
+        return made[key, asked[key]]
 
+    def closed(group: Any = None) -> None:
+        if group is None:
+            close()
+
+    dist.destroy_process_group = closed
     dist.new_group = device_mesh.new_group = kept
+    return asked
 
 
 class Pool:

@@ -1,6 +1,7 @@
 """python -m trainer KEY=VALUE ...: compose and check once, then start the ranks; or be one of them.
 
 the command        compose -> check -> run directory -> ranks (parallel/launch.py) -> exit status
+with -m            every combination of settings is such a command of its own (trainer/sweep.py)
 each rank          read the directory's config.yaml -> join the others -> trainer/run.py
 under torchrun     every process is a rank already: rank 0 checks and makes the directory, the others are told
 """
@@ -21,8 +22,11 @@ import torch.distributed as dist
 from parallel import launch, outcome
 from parallel.lifeline import die_with
 from trainer import directory, prepare
+from trainer.compose import MANY
 from trainer.config import BUG, DONE, Config, Fault
+from trainer.crowd import JOB_OF
 from trainer.help import text
+from trainer.sweep import sweep
 
 RANK_OF = "--rank-of"  # hidden: RUN_DIR, then the launcher's process number
 WISH, HEARD = "wish", "heard"  # under torchrun: keys of the store that the ranks meet at
@@ -37,6 +41,11 @@ def main(words: Sequence[str]) -> int:
         if any(word in ("-h", "--help") for word in words):
             print(text())
             return DONE
+        if words[:1] == [JOB_OF]:
+            die_with(int(words[1]))
+            return command(words[2:])
+        if any(word in MANY for word in words):
+            return many(words)
         return within(words) if launch.within_torchrun() else command(words)
     except Fault as fault:
         if str(fault):
@@ -44,6 +53,13 @@ def main(words: Sequence[str]) -> int:
         return fault.code
     except KeyboardInterrupt:
         return outcome.SAVED[signal.SIGINT]
+
+
+def many(words: Sequence[str]) -> int:
+    """Run a sweep; it starts its own ranks, a launch for each job."""
+    if launch.within_torchrun():
+        raise Fault("-m starts the ranks of every job itself; leave torchrun out")
+    return sweep(words)
 
 
 def command(words: Sequence[str]) -> int:
@@ -54,14 +70,18 @@ def command(words: Sequence[str]) -> int:
         print(prepare.plan(config, [*arguments, "RUN_DIR", "LAUNCHER"]))
         return DONE
     config, path = prepare.settle(config)
-    with directory.lock(path):
-        prepare.claim(config, path)
+    wish, nodes = config.launch, prepare.nodes(config, path)
+    with ExitStack() as held:
+        if not wish.node_rank:  # of several machines the first does it for all; the others' ranks start after its own
+            held.enter_context(directory.lock(path))
+            prepare.claim(config, path)
         end = launch.start(
             [*arguments, str(path), str(os.getpid())],
-            ranks=config.parallel.ranks,
-            scratch=path / directory.SCRATCH,
-            max_restarts=config.launch.max_restarts,
-            grace_s=config.launch.grace_s,
+            ranks=config.parallel.ranks // wish.nodes,
+            scratch=path / f"{directory.SCRATCH}{wish.node_rank or ''}",
+            max_restarts=wish.max_restarts,
+            grace_s=wish.grace_s,
+            nodes=nodes,
         )
     if end.message:
         print(end.message, file=sys.stderr)
@@ -79,7 +99,7 @@ def as_rank(path: Path, launcher: int) -> int:
             ranks = launch.initialise(config.launch.timeout_s)
             return launch.leave(run(config, ranks, path))
     except Fault as fault:
-        return confess(fault, fault.code)
+        return confess(fault, fault.code, fault.again)
     except BaseException as error:  # a bug, told with its traceback
         return confess(error, None)
 
@@ -91,9 +111,9 @@ def run(config: Config, ranks: launch.Ranks, path: Path) -> int:
     return code
 
 
-def confess(error: BaseException, code: int | None) -> int:
+def confess(error: BaseException, code: int | None, again: bool = False) -> int:
     """End a rank that failed, at once: whatever hangs in the background hangs on a peer that will not answer."""
-    launch.confess(error, code)
+    launch.confess(error, code, again=again)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(BUG if code is None else code)

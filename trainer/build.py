@@ -224,6 +224,10 @@ def build_model(config: Config, vocabulary: int) -> nn.Module:
             parts[kind].append(build(node, {**offers, "position": place, "layer": layer}, where))
     memory = build_memory(config, offers)
     parts["mixers"] = [_around(memory, mixer, {**offers, "layer": layer}) for layer, mixer in enumerate(parts["mixers"])]
+    try:
+        memory.judge(parts["mixers"])
+    except ValueError as error:
+        raise Fault(f"memory: {error}") from error
     place = build(config.position, offers, "position")
     model = build(model_node(config), {**offers, "position": place, "memory": memory, **parts}, "model")
     if faults := misfits(model):

@@ -14,16 +14,16 @@ from parallel.launch import attempt, machine
 from parallel.layout import POLICIES
 from parallel.mesh import misfits
 from parallel.spread import METHODS, refusals, unreachable
-from trainer import build, directory
+from trainer import build, directory, zero
 from trainer.config import Config, Fault, Memory
 from trainer.data.opening import check as look_at
 from trainer.data.sources import build as build_source
-from trainer.unmet import unplaced, unsayable, whole_only
+from trainer.unmet import meeting, unplaced, unsayable, whole_only
 
 RANKS_PER_CORE = 8
 NO_MEMORY = Memory.model_fields["target"].default
-MATCHES = ("none",)
-LAUNCHES = ("local",)
+MATCHES = ("none", "parameters", "flops")
+LAUNCHES = ("local", "multinode")
 
 
 def check(
@@ -145,8 +145,10 @@ def spreading(config: Config) -> Iterator[str]:
 
 def machinery(config: Config) -> Iterator[str]:
     """Whether this machine can carry the ranks."""
-    ranks, (cores, gpus) = config.parallel.ranks, machine()
+    ranks, (cores, gpus) = config.parallel.ranks // config.launch.nodes, machine()
     wish = f"parallel.context={config.parallel.context} x parallel.data={config.parallel.data} is {ranks} ranks"
+    wish += " on each machine" if config.launch.nodes > 1 else ""
+    yield from meeting(config)
     if gpus and ranks > gpus:
         yield f"{wish}, but this machine has {gpus} GPUs; use at most {gpus} ranks, or start torchrun on several machines"
     if not gpus and ranks > RANKS_PER_CORE * cores and not config.launch.oversubscribe:
@@ -166,7 +168,9 @@ def torchrun(config: Config, started: int) -> Iterator[str]:
         )
     if attempt()[1] and config.run_dir is None:
         yield "run_dir=null with torchrun --max-restarts: the ranks could not find their run again; give run_dir=PATH"
-    if config.launch.max_restarts:
+    if config.launch.name != "local":
+        yield f"launch={config.launch.name}, but torchrun has started the ranks already; leave one of the two out"
+    elif config.launch.max_restarts:
         yield f"launch.max_restarts={config.launch.max_restarts}: torchrun starts the ranks; give --max-restarts to torchrun"
 
 
@@ -178,10 +182,11 @@ def engine(config: Config) -> Iterator[str]:
         yield f"engine={asked.name} is not built yet; use engine=fsdp"
     if asked.checkpointing == "selective" and asked.compile:
         yield SELECTIVE
-    if asked.name == "deepspeed" and config.precision == "float64":
-        yield "precision=float64: DeepSpeed has no float64; use engine=fsdp or engine=single, or precision=float32"
+    if asked.name == "deepspeed":
+        yield from zero.settings(config)
     for key, value, owner in (
         ("zero", asked.zero, "deepspeed"),
+        ("offload", asked.offload, "deepspeed"),
         ("reshard_after_forward", asked.reshard_after_forward, "fsdp"),
         ("replicas", asked.replicas, "fsdp"),
     ):
@@ -261,6 +266,8 @@ def model(config: Config, given: Collection[str]) -> Iterator[str]:
         yield str(fault)
         return
     yield from whole_only(config, built_model)
+    if config.engine.name == "deepspeed":
+        yield from zero.handed_on(config, built_model)
     if config.parallel.context > 1:
         yield from refusals(built_model, config.parallel.method)
     if config.parallel.experts > 1:

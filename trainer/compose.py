@@ -25,6 +25,7 @@ from trainer.config import Config, Fault, Node
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 MANY = ("-m", "--multirun")
+OF_SWEEPS = ("hydra.sweep.", "hydra.sweeper.", "hydra.launcher.", "hydra/sweeper", "hydra/launcher=torchrun")
 FACTS = {
     "int": "a whole number is needed",
     "float": "a number is needed",
@@ -99,26 +100,34 @@ def compose(overrides: Sequence[str]) -> Wish:
     return Wish(config, faults, frozenset(given), frozenset(mended))
 
 
-def _sort(overrides: Sequence[str], faults: list[str]) -> tuple[list[str], list[str], set[str]]:
+def sweep_words(overrides: Sequence[str], faults: list[str]) -> list[str]:
+    """The settings of a sweep as Hydra's sweepers take them; what cannot be read or chosen becomes a fault."""
+    chosen, values, _ = _sort(overrides, faults, sweeps=True)
+    return [*chosen, *values]
+
+
+def _sort(overrides: Sequence[str], faults: list[str], sweeps: bool = False) -> tuple[list[str], list[str], set[str]]:
     """Group choices, values and the keys that were given; what cannot be read becomes a fault."""
     parser = OverridesParser.create()
     chosen, values, given = [], [], set()
     for text in overrides:
         if text in MANY:
-            faults.append(f"{text}: one command starts one run; sweeps are not built yet, so start the runs one by one")
+            faults.append(f"{text}: this command takes one run's settings; sweeps are python -m trainer -m KEY=VALUE,VALUE")
             continue
         try:
             override = parser.parse_override(text)
         except HydraException:
             faults.append(f"{text}: a setting is written KEY=VALUE, for example steps=100; see python -m trainer --help")
             continue
-        fault = _misuse(override, text)
+        fault = _misuse(override, text, sweeps)
         if fault:
             faults.append(fault)
             continue
         key = override.key_or_group
         given.add(key)
-        if (CONF / key).is_dir() or override.package or override.is_delete():
+        if _is_hydra(key):
+            chosen.append(text)
+        elif (CONF / key).is_dir() or override.package or override.is_delete():
             chosen.append(text.lstrip("+"))
         else:
             # forced in here: whether a key is known is judged by Config and by the signatures, in one place
@@ -126,15 +135,27 @@ def _sort(overrides: Sequence[str], faults: list[str]) -> tuple[list[str], list[
     return chosen, values, given
 
 
-def _misuse(override: Override, text: str) -> str | None:
+def _is_hydra(key: str) -> bool:
+    return key.startswith(("hydra.", "hydra/")) or key == "hydra"
+
+
+def _misuse(override: Override, text: str, sweeps: bool) -> str | None:
     key, value = override.key_or_group, override.value()
-    if override.is_sweep_override():
-        return f"{text}: one command starts one run; sweeps are not built yet, so give one value (a list is [a,b])"
-    if key == "hydra" or key.startswith("hydra."):
-        return f"{text}: Hydra only composes here and has no say in the run; its directory is run_dir=PATH"
+    if _is_hydra(key):
+        if not sweeps:
+            return f"{text}: Hydra only composes here and has no say in the run; its directory is run_dir=PATH"
+        if not text.lstrip("+~").startswith(OF_SWEEPS):
+            return f"{text}: of Hydra's settings a sweep takes those of {', '.join(OF_SWEEPS)}, and no other"
+        return None
+    if sweeps and key == "run_dir":
+        return f"{text}: every job of a sweep has a directory of its own; give the folder of all with hydra.sweep.dir=PATH"
+    if override.is_sweep_override() and not sweeps:
+        return f"{text}: one command starts one run; for one of each value give -m as well (a list is [a,b])"
     if not (CONF / key).is_dir() or override.is_delete() or override.package:
         return None
     wanted = value if isinstance(value, list) else [value]
+    if override.is_sweep_override():
+        wanted = list(override.sweep_iterator()) if override.is_discrete_sweep() else []
     for each in wanted:
         if each is not None and not (CONF / key / f"{each}.yaml").is_file():
             known = choices(key)
@@ -166,7 +187,7 @@ def _plain(overrides: list[str]) -> dict[str, Any]:
         if missing := OmegaConf.missing_keys(tree):
             raise Fault("\n".join(f"{key} is not set; write {key}=VALUE" for key in sorted(missing)))
         plain = OmegaConf.to_container(tree, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise Fault(" ".join(str(error).split())) from error
     assert isinstance(plain, dict)
     plain.pop("experiment", None)

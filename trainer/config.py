@@ -18,7 +18,10 @@ class Fault(Exception):
 
     code: the exit status; 2 = the wish cannot be honoured (found before the ranks start), 3 = data, disk or network
     failed while running.
+    again: whether starting the ranks again may mend it.
     """
+
+    again = False
 
     def __init__(self, message: str, code: int = BAD_WISH):
         super().__init__(message)
@@ -105,6 +108,14 @@ class Optim(Node):
     auxiliary_weight: Annotated[Real, Field(ge=0, allow_inf_nan=False)] = Field(
         1.0, description="of the losses that layers have beside the language loss"
     )
+    spike: Annotated[Real, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.0, description="skip a step whose gradient norm is so many times the usual one; 0 = never"
+    )
+    max_skipped: Count = Field(default=3, description="steps skipped in a row that end the run")
+
+    def settings(self) -> dict[str, Any]:
+        """Without what is the loop's to know (trainer/guard.py), not the optimiser's."""
+        return {key: value for key, value in super().settings().items() if key not in ("spike", "max_skipped")}
 
 
 class Schedule(Node):
@@ -141,6 +152,9 @@ class Engine(Node):
     zero: Annotated[Whole, Field(ge=0, le=3)] | None = Field(
         default=None, description="DeepSpeed's stage; only engine=deepspeed"
     )
+    offload: Literal["none", "optimizer", "parameters"] | None = Field(
+        default=None, description="what lies in the host's memory (optimizer: its state); only engine=deepspeed"
+    )
     reshard_after_forward: bool | None = Field(default=None, description="free gathered weights at once; only engine=fsdp")
     replicas: Count | None = Field(
         default=None, description="times that parameters are held, each time sharded over ranks of its own; only engine=fsdp"
@@ -160,6 +174,10 @@ class Launch(Part):
     dry_run: bool = Field(default=False, description="say what would be started, and leave")
     timeout_s: Positive = Field(default=600, description="longest wait in one collective")
     grace_s: Count = Field(default=60, description="time to save after SIGTERM, before SIGKILL")
+    nodes: Count = Field(default=1, description="machines, each with as many ranks; only launch=multinode")
+    node_rank: Natural | None = Field(default=None, description="which of the machines this is; 0 holds the meeting")
+    endpoint: str | None = Field(default=None, description="HOST:PORT of machine 0, where all meet; only launch=multinode")
+    address: str | None = Field(default=None, description="by which the others reach this machine; null = its name")
 
 
 class Log(Part):

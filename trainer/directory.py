@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-from trainer.config import Config, Fault
+from trainer.config import BAD_RUN, Config, Fault
 
 CONFIG, ENVIRONMENT, LOCK, RANKS_LOCK, SCRATCH = "config.yaml", "environment.json", ".lock", ".ranks.lock", ".launch"
 FREE = ("parallel", "engine", "launch", "log", "logs", "wandb", "checkpoint", "evaluation", "resume", "run_dir", "steps")
@@ -131,7 +131,10 @@ def presence(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise Fault(f"run_dir={path.parent} cannot be written: {error.strerror}; choose another run_dir") from error
     try:
         yield file
     finally:
@@ -159,9 +162,14 @@ def make(directory: Path) -> None:
 
 
 def record(directory: Path, config: Config) -> None:
-    """Write config.yaml (resolved) and environment.json; each is replaced whole."""
-    _replace(directory / CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
-    _replace(directory / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
+    """Write config.yaml (resolved) and environment.json; each is replaced whole. Fault when the disk will not have them."""
+    try:
+        _replace(directory / CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+        _replace(directory / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
+    except OSError as error:
+        raise Fault(
+            f"run_dir={directory} cannot be written: {error.strerror}; make room, or choose another", BAD_RUN
+        ) from error
 
 
 def _replace(path: Path, text: str) -> None:

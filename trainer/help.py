@@ -15,6 +15,7 @@ Examples
     python -m trainer mixer=sliding mixer.reach=512 context_length=4096 batch_tokens=16384
     python -m trainer experiment=quickstart run_dir=runs/mine          # the same command again resumes it
     python -m trainer parallel.context=2 launch.dry_run=true           # check everything, start nothing
+    python -m trainer -m model=full,sliding seed=1,2,3 match=parameters   # a sweep: every combination, and one table
     torchrun --nnodes 2 --nproc-per-node 8 -m trainer parallel.context=16 run_dir=/shared/run
 
 Exit status

@@ -18,6 +18,7 @@ from parallel.past import DealtPast
 from trainer.share import Share
 
 State = dict[str, dict[str, Tensor]]  # {kind: {name: [R, ...]}}
+Held = tuple[dict[str, tuple[int, Tensor]], dict[int, Span], dict[str, tuple[str, Tensor]]]  # as in models.past.Past
 
 
 class Lanes:
@@ -41,6 +42,15 @@ class Lanes:
     def advance(self, number: int) -> None:
         """The micro-batch is done, its backward too: what it left is what the next step finds. All ranks call."""
         self.pasts[number].advance()
+
+    def held(self) -> list[Held]:
+        """What the lanes find in this step, for `put_back`. `advance` makes new tensors, so nothing is copied."""
+        return [(past.kept, past.addresses, past.states) for past in self.pasts]
+
+    def put_back(self, held: list[Held]) -> None:
+        """Forget what a step left that was not taken: kept tokens then meet a gap, and count as another document's."""
+        for past, found in zip(self.pasts, held):
+            past.kept, past.addresses, past.states = found
 
     def bytes(self) -> int:
         """Held on this rank between steps."""

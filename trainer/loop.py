@@ -3,7 +3,6 @@
 Every rank walks through the same steps and takes every decision together with the others.
 """
 
-import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,10 +17,11 @@ from models.span import Span
 from parallel.engines.engine import Engine
 from parallel.mesh import Mesh
 from trainer.checkpoint import Checkpoints
-from trainer.config import BAD_RUN, Config, Fault
+from trainer.config import Config
 from trainer.data.stream import Stream
 from trainer.evaluation import Evaluated
-from trainer.lanes import Lanes
+from trainer.guard import Guard, Skip
+from trainer.lanes import Held, Lanes
 from trainer.logs.jsonl import Row
 from trainer.logs.meters import Meter, peak_memory_bytes
 from trainer.share import Share
@@ -59,7 +59,7 @@ class Stop:
 
 @dataclass
 class Loop:
-    """What a run is made of. `train` walks; the callables say what happens beside a step."""
+    """What a run is made of. `train` walks; the callables say what happens beside a step; `at` is told where a rank is."""
 
     config: Config
     mesh: Mesh
@@ -73,8 +73,13 @@ class Loop:
     stop: Stop
     log: Callable[[Row], None]
     evaluate: Callable[[Progress], Evaluated | None]
+    say: Callable[[str], None] = print
+    at: Callable[[str, int], None] = lambda phase, step: None
     lanes: Lanes | None = None
     saved: int = -1
+
+    def __post_init__(self) -> None:
+        self.guard = Guard(self.mesh, self.share, self.config.optim)
 
     def train(self, progress: Progress) -> Progress:
         """Steps until the last, or until a signal; `progress` is where the run stands afterwards."""
@@ -83,9 +88,11 @@ class Loop:
             last = progress.step == self.config.steps
             with self.meter.pause():
                 if _due(self.config.evaluation.every, progress.step, last):
+                    self.at("evaluation", progress.step)
                     self.evaluate(progress)
                 if _due(self.config.checkpoint.every, progress.step, last):
                     self.save(progress)
+                self.at("looking after the checkpoint and for signals", progress.step)
                 self.checkpoints.poll()
         with self.meter.pause():
             if self.stop.caught and self.config.checkpoint.every and progress.step > max(self.saved, 0):
@@ -95,44 +102,60 @@ class Loop:
 
     def save(self, progress: Progress) -> None:
         """A checkpoint of where the run stands."""
+        self.at("saving", progress.step)
         carried = {} if self.lanes is None else {"past": self.lanes.state()}
         self.checkpoints.save(progress.step, self.engine.state() | carried, progress.extra())
         self.saved = progress.step
 
     def _step(self, progress: Progress) -> None:
         """One optimiser step."""
+        step, rate = progress.step + 1, self.config.optim.learning_rate * self.schedule(progress.step + 1, self.config.steps)
+        self.at("reading the batch", step)
         batch, cursor = self.stream.read(progress.cursor)
         valid = self.share.valid(batch)
         rows, sums = int(batch.span().valid().any(1).sum()), Sums()
-        begin(self.engine.model, progress.step + 1)
+        held = None if self.lanes is None else self.lanes.held()
+        begin(self.engine.model, step)
         for number, (piece, last) in enumerate(self.share(batch)):
             span = piece.span if self.lanes is None else self.lanes.enter(number, piece.span)
             forget(self.engine.model)
+            self.at(f"forward of micro-batch {number + 1}", step)
             with self.engine.forward_precision():
                 losses = self.engine.model(piece.tokens, span, piece.targets)
+            self.guard.look(losses)
             loss, beside = losses.sum(), auxiliary(self.engine.model, tokens=valid, rows=rows)
             sums.add({"loss": loss.detach().double() / max(valid, 1), **beside, **statistics(self.engine.model)})
             weighed = self.config.optim.auxiliary_weight * sum(beside.values(), torch.zeros_like(loss))
+            self.at(f"backward of micro-batch {number + 1}", step)
             self.engine.backward(loss / max(valid, 1) + weighed, last=last)
             if self.lanes is not None:
                 self.lanes.advance(number)
+        self.at("gradient norm and optimiser", step)
         norm = self.engine.clip(self.config.optim.clip)
-        step, rate = progress.step + 1, self.config.optim.learning_rate * self.schedule(progress.step + 1, self.config.steps)
         every = sums.over(self.mesh.world_group)
         means = {name: value.item() for name, value in every.items() if "/" not in name}  # "layer/name": statistics
         loss = means.pop("loss")
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Fault(
-                f"step {step}: the loss is {loss} and the gradient norm {norm}; the step was not taken and the last checkpoint "
-                "is intact; lower optim.learning_rate, or begin again with another precision or seed",
-                BAD_RUN,
-            )
-        self.engine.step(rate)
-        figures = settle(self.engine.model, every)
-        progress.step, progress.cursor, progress.tokens = step, cursor, progress.tokens + valid
+        skip, figures = self.guard.verdict(progress, loss, norm), {}
+        if skip is None:
+            self.engine.step(rate)
+            figures = settle(self.engine.model, every)
+            progress.tokens += valid
+        else:
+            self._leave_out(step, skip, held)
+        progress.step, progress.cursor = step, cursor
         self.meter.add(valid, self.flops(batch.span()))
-        if _due(self.config.log.every, step, step in (1, self.config.steps)):
-            self.log(self._row(progress, loss, norm, rate)._replace(auxiliary=means or None, statistics=figures or None))
+        if skip is not None or _due(self.config.log.every, step, step in (1, self.config.steps)):
+            beside = {"auxiliary": means or None, "statistics": figures or None, "skipped": skip and skip.row()}
+            self.log(self._row(progress, loss, norm, rate)._replace(**beside))
+        if skip is not None:
+            self.guard.bear(progress, skip)
+
+    def _leave_out(self, step: int, skip: Skip, held: list[Held] | None) -> None:
+        """Do not take a step. What its rows leave to the next is kept only where it is finite."""
+        self.engine.skip()
+        if self.lanes is not None and held is not None and not skip.finite:
+            self.lanes.put_back(held)
+        self.say(skip.line(step))
 
     def _row(self, progress: Progress, loss: float, norm: float, rate: float) -> Row:
         """What metrics.jsonl says of a step; memory is that of the fullest rank."""

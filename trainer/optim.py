@@ -69,7 +69,7 @@ class AdamW:
             foreach=False,
         )
         for parameter in trained.values():
-            optimiser.state[parameter] = _nothing_yet(parameter, fused)
+            optimiser.state[parameter] = _no_moments(parameter, fused)
         return optimiser
 
 
@@ -102,10 +102,12 @@ def _within(module: nn.Module, name: str) -> Iterator[nn.Parameter]:
     yield from part.parameters() if isinstance(part, nn.Module) else (part,)
 
 
-def _nothing_yet(parameter: nn.Parameter, fused: bool) -> dict[str, Tensor]:
+def _no_moments(parameter: nn.Parameter, fused: bool) -> dict[str, Tensor]:
     """AdamW's state before the first step, as torch would make it during that step."""
-    return {
-        "step": torch.zeros((), device=parameter.device if fused else "cpu", dtype=torch.float32),
-        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format).detach(),
-        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format).detach(),
-    }
+    count = torch.zeros((), device=parameter.device if fused else "cpu", dtype=torch.float32)
+    return {"step": count, "exp_avg": nothing_yet(parameter), "exp_avg_sq": nothing_yet(parameter)}
+
+
+def nothing_yet(parameter: nn.Parameter) -> Tensor:
+    """Zeros like a parameter, sharded as it is."""
+    return torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()

@@ -1,10 +1,11 @@
 """The promise, on whole runs: every step's loss is the same however the sequence, the rows and the parameters are spread.
 
-A case is a set of overrides; the first is the truth. `scripts/parity.py` prints the table, a test holds it.
+A case is a set of overrides; the first is the truth. `scripts/agree.py` prints the table, a test holds it.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from trainer.logs.jsonl import METRICS, read
 
@@ -13,10 +14,7 @@ LENGTH = 510  # tokens in a row: divides among 4 ranks in no layout
 
 WORDS = "the cat sat on a mat and thought of nothing at all while rain fell over the town"
 
-TOLERANCES = {"float32": 1e-4, "float64": 1e-9}  # largest relative difference of any step's loss
-
 COMMON = (
-    f"steps={STEPS}",
     f"context_length={LENGTH}",
     f"batch_tokens={4 * LENGTH}",
     "model.width=32",
@@ -51,22 +49,75 @@ CASES: tuple[tuple[str, ...], ...] = (
 )
 
 
+def _engines() -> tuple[tuple[str, ...], ...]:
+    """Every engine x ranks x context x accumulation; accumulated, each forward pass takes a row and a step has several."""
+    kinds = (*(("engine=deepspeed", f"engine.zero={stage}") for stage in range(4)), ("engine=fsdp",), ("engine=single",))
+    cases = []
+    for size in (2, 4):
+        for context in (1, 2):
+            for rows in ("auto", "1"):
+                spread = (f"parallel.context={context}", f"parallel.data={size // context}", f"parallel.micro_batch={rows}")
+                cases += [(*kind, *spread) for kind in kinds]
+                if size == 4:
+                    cases.append(("engine=fsdp", "engine.replicas=2", *spread))
+    return (TRUTH, *cases)
+
+
+class Plan(NamedTuple):
+    """A table of runs that must agree.
+
+    Attributes:
+        settings: what all runs share. steps: how many they have.
+        cases: overrides of each; the first is the truth.
+        columns: of metrics.jsonl, what must agree.
+        tolerance: largest relative difference at any step.
+    """
+
+    settings: tuple[str, ...]
+    steps: int
+    cases: tuple[tuple[str, ...], ...]
+    columns: tuple[str, ...]
+    tolerance: float
+
+
+ROW, ROWS, LONG = 250, 5, 50  # 4 ranks divide no row, and no data ranks the rows: some rows are of padding
+QUICKSTART = (
+    "experiment=quickstart",
+    "precision=float32",
+    f"context_length={ROW}",
+    f"batch_tokens={ROWS * ROW}",
+    "model.layers=2",
+    "optim.learning_rate=0.0005",  # at 0.002 the last bits of float32 grow a thousandfold in 50 steps of this data
+    "parallel.method=auto",
+    "checkpoint.every=0",
+    "evaluation.every=0",
+    "evaluation.generate=0",
+    "wandb.mode=disabled",
+)
+
+PLANS = {
+    "float32": Plan((*COMMON, "precision=float32"), STEPS, CASES, ("loss",), 1e-4),
+    "float64": Plan((*COMMON, "precision=float64"), STEPS, CASES, ("loss",), 1e-9),
+    "engines": Plan(QUICKSTART, LONG, _engines(), ("loss", "grad_norm"), 1e-4),
+}
+
+
 def ranks_of(case: Sequence[str]) -> int:
     """How many ranks a case takes."""
     sizes = dict(word.split("=") for word in case)
     return int(sizes.get("parallel.context", 1)) * int(sizes.get("parallel.data", 1))
 
 
-def losses(directory: Path) -> list[float]:
-    """The loss of every step of a run."""
-    return [row["loss"] for row in read(directory / METRICS)]
+def figures(directory: Path, columns: Sequence[str]) -> list[list[float]]:
+    """The columns of every step of a run."""
+    return [[row[column] for column in columns] for row in read(directory / METRICS)]
 
 
-def worst(truth: Sequence[float], other: Sequence[float]) -> float:
-    """Largest relative difference over the steps; infinite where a step is missing."""
-    if len(truth) != STEPS or len(other) != STEPS:
+def worst(truth: Sequence[Sequence[float]], other: Sequence[Sequence[float]], steps: int) -> float:
+    """Largest relative difference over steps and columns; infinite where a step is missing."""
+    if len(truth) != steps or len(other) != steps:
         return float("inf")
-    return max(abs(a - b) / abs(a) for a, b in zip(truth, other))
+    return max(abs(a - b) / abs(a) for one, two in zip(truth, other) for a, b in zip(one, two, strict=True))
 
 
 def write_documents(folder: Path) -> str:
@@ -81,21 +132,28 @@ def write_documents(folder: Path) -> str:
 
 
 def compare(
-    run: Callable[[Sequence[str], int, Path], None], folder: Path, precision: str, cases: Sequence[Sequence[str]] = CASES
+    run: Callable[[Sequence[str], int, Path], None],
+    folder: Path,
+    name: str,
+    *,
+    cases: Sequence[Sequence[str]] | None = None,
+    steps: int | None = None,
 ) -> list[tuple[str, float]]:
-    """Run every case and set its losses against the truth's: (case, largest relative difference).
+    """Run every case of a plan and set it against the truth's: (case, largest relative difference).
 
     Args:
         run: starts (overrides, ranks, run directory) and waits for its end.
         folder: for the data and the runs.
+        name: of the plan. cases, steps: others than its own; the first case is the truth.
     """
+    length = steps or PLANS[name].steps
     data = ("data=files", f"data.path={write_documents(folder / 'text')}", f"data.cache={folder / 'cache'}")
-    found = []
-    truth: list[float] = []
-    for number, case in enumerate(cases):
-        directory = folder / precision / f"{number:02d}"
-        run((*COMMON, *data, f"precision={precision}", *case, f"run_dir={directory}"), ranks_of(case), directory)
-        got = losses(directory)
+    plan, found = PLANS[name], []
+    truth: list[list[float]] = []
+    for number, case in enumerate(cases or plan.cases):
+        directory = folder / name / f"{number:02d}"
+        run((*plan.settings, *data, *case, f"steps={length}", f"run_dir={directory}"), ranks_of(case), directory)
+        got = figures(directory, plan.columns)
         truth = truth or got
-        found.append((" ".join(case), worst(truth, got)))
+        found.append((" ".join(case), worst(truth, got, length)))
     return found

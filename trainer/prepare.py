@@ -1,19 +1,22 @@
 """What happens before the ranks start: the wish is composed and judged, and its directory found."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from parallel.nodes import Nodes
 from trainer import directory
 from trainer.check import check
 from trainer.compose import compose
 from trainer.config import Config, Fault
+from trainer.matching import fit
 
 
-def wish(words: Sequence[str], started: int | None = None) -> Config:
-    """The checked config of a command line.
+def wish(words: Sequence[str], started: int | None = None, say: Callable[[str], None] = print) -> Config:
+    """The checked config of a command line, its widths fitted where `match=` asks for that.
 
     started: the ranks that somebody's torchrun has started already; None when they are ours to start.
+    say: is told what was fitted.
 
     Raises:
         Fault: everything that is wrong with the wish, a line each.
@@ -21,9 +24,17 @@ def wish(words: Sequence[str], started: int | None = None) -> Config:
     asked = compose(words)
     if asked.config is None:
         raise Fault("\n".join(asked.faults))
-    if faults := check(asked.config, asked.given, asked.mended, asked.faults, started):
+    config, said, unfit = asked.config, "", []
+    if not asked.faults:
+        try:
+            config, said = fit(config, words)
+        except (Fault, ValueError) as error:
+            unfit = [str(error)]
+    if faults := check(config, asked.given, asked.mended, asked.faults, started) or unfit:
         raise Fault("\n".join(faults))
-    return asked.config
+    if said:
+        say(said)
+    return config
 
 
 def settle(config: Config) -> tuple[Config, Path]:
@@ -40,14 +51,24 @@ def claim(config: Config, path: Path) -> None:
     directory.record(path, config)
 
 
+def nodes(config: Config, path: Path) -> Nodes | None:
+    """The machines that share the run in `path`; None where it has one. The folder's name is what they meet under."""
+    wish = config.launch
+    if wish.name != "multinode":
+        return None
+    assert wish.endpoint is not None and wish.node_rank is not None, "the check asks for both"
+    return Nodes(wish.nodes, wish.node_rank, wish.endpoint, wish.address, f"longspan-{path.name}", wish.timeout_s)
+
+
 def plan(config: Config, command: Sequence[str]) -> str:
     """What launch.dry_run says instead of starting."""
     spread = f"parallel.context={config.parallel.context} x parallel.data={config.parallel.data}"
     run_dir = config.run_dir or f"{directory.fresh(config.name)} (a fresh one)"
+    machines = f", {config.launch.nodes} machines that meet at {config.launch.endpoint}" if config.launch.nodes > 1 else ""
     rows = f"{config.rows} rows of {config.context_length}"
     return "\n".join(
         [
-            f"ranks    {config.parallel.ranks} = {spread}, engine={config.engine.name}",
+            f"ranks    {config.parallel.ranks} = {spread}, engine={config.engine.name}{machines}",
             f"command  {' '.join([sys.executable, *command])}",
             f"run_dir  {run_dir}",
             f"steps    {config.steps}, each of {config.batch_tokens} tokens in {rows}",

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from models.attention.prefix import PrefixAttention
 from models.sizes import count_flops, count_parameters
 from parallel.engines.engine import Engine
-from parallel.launch import Ranks
+from parallel.launch import Ranks, attempt
 from parallel.mesh import Mesh, build_mesh
 from parallel.outcome import SAVED
 from parallel.place import place
@@ -35,6 +35,7 @@ from trainer.logs.report import plots
 from trainer.loop import Loop, Stop
 from trainer.share import Share
 from trainer.state import Progress, restore
+from trainer.watch import At, limit, watching
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 NEXT = (  # what the last screen offers
@@ -42,7 +43,8 @@ NEXT = (  # what the last screen offers
     "python -m trainer experiment=quickstart parallel.context=4              the same losses over four ranks",
     "python -m trainer --help                                                every setting",
 )
-APART = ("name", "zero", "replicas")  # settings of an engine that its constructor does not take
+APART = ("name", "replicas")  # settings of an engine that no constructor takes
+OWNED = {"zero": "deepspeed", "offload": "deepspeed", "reshard_after_forward": "fsdp"}  # those that only one takes
 LOGGER = "trainer.logs.wandb"  # imported on rank 0 alone, and only when it is wanted
 
 
@@ -59,9 +61,10 @@ def run(config: Config, ranks: Ranks, directory: Path) -> int:
         device=ranks.device,
     )
     console = Console(config.steps, speaks=mesh.rank == 0)
-    with Stop(mesh, SAVED).listening() as stop:
+    notes = directory / directories.SCRATCH / f"watch_{attempt()[0]}"
+    with Stop(mesh, SAVED).listening() as stop, watching(notes, mesh, config.launch.timeout_s) as at:
         try:
-            return Run(config, mesh, directory, console, stop).whole()
+            return Run(config, mesh, directory, console, stop, at).whole()
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             what = f"the disk under {directory} is full" if full else f"{error.filename or directory}: {error.strerror}"
@@ -74,8 +77,9 @@ def run(config: Config, ranks: Ranks, directory: Path) -> int:
 class Run:
     """The parts of a run, made in the order in which they need each other."""
 
-    def __init__(self, config: Config, mesh: Mesh, directory: Path, console: Console, stop: Stop):
-        self.config, self.mesh, self.directory, self.console, self.stop = config, mesh, directory, console, stop
+    def __init__(self, config: Config, mesh: Mesh, directory: Path, console: Console, stop: Stop, at: At):
+        self.config, self.mesh, self.directory, self.console = config, mesh, directory, console
+        self.stop, self.at = stop, at
         self.first = mesh.rank == 0
         self.stream = self._stream("train")
         self.held_out = self._stream("held_out") if config.evaluation.every else None
@@ -98,6 +102,7 @@ class Run:
             asynchronous=config.checkpoint.asynchronous,
             say=console.say,
         )
+        limit([self.checkpoints.control], config.launch.timeout_s)
 
     def _stream(self, split: str) -> Stream:
         config = self.config
@@ -123,9 +128,9 @@ class Run:
             if taken:
                 self.console.say(f"{where}: {', '.join(f'{key}={value}' for key, value in taken.items())}")
         kind = find_class(config.engine.target, "engine")
-        settings = {key: value for key, value in config.engine.settings().items() if key not in APART}
-        if config.engine.name != "fsdp":
-            settings.pop("reshard_after_forward", None)
+        name = config.engine.name
+        asked = {key: value for key, value in config.engine.settings().items() if key not in APART}
+        settings = {key: value for key, value in asked.items() if OWNED.get(key, name) == name}
         optimiser = build(config.optim, {}, "optim")
         engine = kind(self.mesh, optimiser, precision=config.precision, seed=config.seed, **settings)
         self.wire = place(model, engine, method=config.parallel.method)
@@ -166,6 +171,8 @@ class Run:
         config = self.config
         progress = self._resume()
         self.console.go_on_from(progress.step)
+        if (times := attempt()[0]) > 0:
+            self.console.say(f"a rank was lost: all were started again ({times} of launch.max_restarts={attempt()[1]} times)")
         self._open_logs(progress)
         meter = Meter(self._peak, self.mesh.size)
         self.console.say(meter.convention())
@@ -182,6 +189,8 @@ class Run:
             stop=self.stop,
             log=self._log,
             evaluate=self._evaluate,
+            say=self.console.say,
+            at=self.at,
             lanes=self.lanes,
             saved=progress.step,
         )

@@ -19,6 +19,8 @@ class Progress:
         tokens: trained on since the beginning.
         cursor: of the training data, for the next step.
         wandb_id: of the W&B run, so that a resumed run goes on in it; None without one.
+        skipped: steps that were not taken, one after another, up to now (trainer/guard.py).
+        norms: gradient norms of the last steps, for optim.spike.
     """
 
     cursor: dict[str, Any]
@@ -26,6 +28,8 @@ class Progress:
     tokens: int = 0
     wandb_id: str | None = None
     best: dict[str, float] = field(default_factory=dict)
+    skipped: int = 0
+    norms: list[float] = field(default_factory=list)
 
     def extra(self) -> dict[str, Any]:
         """As a checkpoint holds it."""

@@ -11,6 +11,26 @@ from trainer.data.sources import build as build_source
 from trainer.data.tasks.task import Task
 
 
+def meeting(config: Config) -> Iterator[str]:
+    """Several machines that could not find each other, or that are told of a meeting that does not take place."""
+    wish, ranks = config.launch, config.parallel.ranks
+    if wish.name != "multinode":
+        usual = {"nodes": 1, "node_rank": None, "endpoint": None, "address": None}
+        for key in (key for key, value in usual.items() if getattr(wish, key) != value):
+            yield f"launch.{key}={getattr(wish, key)} is for several machines, but launch={wish.name}; use launch=multinode"
+        return
+    host, _, port = (wish.endpoint or "").rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        yield f"launch.endpoint={wish.endpoint or 'null'}: machines meet at HOST:PORT of the first; for example node0:29500"
+    if wish.node_rank is None or wish.node_rank >= wish.nodes:
+        shown = "null" if wish.node_rank is None else wish.node_rank
+        yield f"launch.node_rank={shown}: give each of the {wish.nodes} machines a number from 0 to {wish.nodes - 1}"
+    if ranks % wish.nodes:
+        yield f"{ranks} ranks do not divide among launch.nodes={wish.nodes} machines; change parallel.data or launch.nodes"
+    if config.run_dir is None:
+        yield "run_dir=null: the machines could not find their run; give run_dir=PATH, a folder that all of them see"
+
+
 def unplaced(config: Config) -> Iterator[str]:
     """Layers that were asked for of a model that takes none."""
     try:

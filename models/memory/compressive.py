@@ -7,15 +7,17 @@
 Letters: B rows, T tokens, H query heads, G key heads (they divide H), D head width.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.memory.local import attention_beside, check_segment, within
+from models.memory.local import WAY_OUT, attention_beside, check_segment, within
 from models.memory.memory import Memory
 from models.mixing.compress import Compress
+from models.mixing.softmax import Softmax
 from models.span import Span
 
 RULES = "linear", "delta"
@@ -48,15 +50,23 @@ class Compressive(Memory):
         self.rule, self.segment = rule, segment
 
     def around(self, mixer: nn.Module, **sizes: Any) -> nn.Module:
-        """The mixer, with this memory beside its heads; its parameters keep their names.
+        """The mixer, with this memory beside its heads; its parameters keep their names. One without a softmax stays as it is.
 
         Raises:
             ValueError: the mixer is none whose heads have queries, keys and values of their own, or it looks ahead.
         """
+        if not any(isinstance(leaf, Softmax) for leaf in mixer.modules()):
+            return mixer
         attention = attention_beside(mixer, "compressive", sizes.get("position"))
         within(attention, self.segment)
         attention.beside = CompressiveMemory(attention.q.out_features // attention.head_width, self.rule, self.segment)
         return attention
+
+
+    def judge(self, mixers: Sequence[nn.Module]) -> None:
+        """See Memory."""
+        if not any(isinstance(getattr(mixer, "beside", None), CompressiveMemory) for mixer in mixers):
+            raise ValueError(f"memory=compressive stands beside the heads of attention, and no layer has any; {WAY_OUT}")
 
 
 class CompressiveMemory(nn.Module):

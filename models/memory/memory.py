@@ -1,6 +1,6 @@
 """What `memory=` in the config names: how a decoder carries what came before from row to row of a lane."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ class Memory:
             ValueError: this memory has no exact form around such a mixer; says what to use.
         """
         return mixer
+
+    def judge(self, mixers: Sequence[nn.Module]) -> None:
+        """Raises ValueError where all layers, as `around` left them, go without what this memory promises."""
 
     def stack(self, width: int) -> nn.Module | None:
         """A module (x [B, T, width], span, through all layers) -> [B, T, width] around all layers; None: there is none."""

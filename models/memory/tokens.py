@@ -18,7 +18,7 @@ from models.attention.compressed import Compressed
 from models.attention.longformer import Longformer
 from models.attention.prefix import PrefixAttention
 from models.convolution.hyena import Hyena
-from models.init import Rule, normal
+from models.init import Rule, Usual
 from models.masks import ALL, EMPTY, EVERY, NONE, SOME, Band, Both, Box, Mask, SameDocument
 from models.masks_sparse import RoleKey
 from models.memory.memory import Memory, Through
@@ -142,7 +142,7 @@ class Stack(Carrier):
 
     def initial(self) -> dict[str, Rule]:
         """Memory tokens start as other tokens do."""
-        return {"memory": normal()}
+        return {"memory": Usual()}
 
     def begin(self, step: int) -> None:
         """Step numbers start at 1."""

@@ -117,6 +117,10 @@ class Engine:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
 
+    def skip(self) -> None:
+        """Instead of `step`: drop the gradients; parameters and the optimiser's state stay bit for bit as they are."""
+        self.optimiser.zero_grad(set_to_none=True)
+
     def state(self) -> dict[str, dict[str, Tensor]]:
         """{"model": {name: tensor}, "optimizer": {"name.moment": tensor}}: names of the plain model, tensors only.
 
@@ -141,13 +145,10 @@ class Engine:
             ValueError: names or shapes that are not this model's.
         """
         own = self.state()
+        same(own, state)
         for part, mine in own.items():
-            given = state[part]
-            _same_names(part, mine, given)
             for name, tensor in mine.items():
-                if tensor.shape != given[name].shape:
-                    raise ValueError(f"{name} has shape {[*given[name].shape]} in the state and {[*tensor.shape]} here")
-                put(tensor, given[name])
+                put(tensor, state[part][name])
 
     def _place(self, model: nn.Module) -> nn.Module:
         """Spread the parameters over the ranks, on the device, with their weights."""
@@ -164,10 +165,16 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys(blocks)) if isinstance(blocks, nn.ModuleList) else []
 
 
-def _same_names(part: str, mine: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    missing, strange = sorted(set(mine) - set(given)), sorted(set(given) - set(mine))
-    if missing or strange:
-        raise ValueError(
-            f"this {part} state is of another model: {len(missing)} names are missing {missing[:3]}, "
-            f"{len(strange)} are unknown {strange[:3]}; load it with the config it was saved with"
-        )
+def same(own: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a state whose names or shapes are not those of `own`; ValueError says which."""
+    for part, mine in own.items():
+        given = state[part]
+        missing, strange = sorted(set(mine) - set(given)), sorted(set(given) - set(mine))
+        if missing or strange:
+            raise ValueError(
+                f"this {part} state is of another model: {len(missing)} names are missing {missing[:3]}, "
+                f"{len(strange)} are unknown {strange[:3]}; load it with the config it was saved with"
+            )
+        for name, tensor in mine.items():
+            if tensor.shape != given[name].shape:
+                raise ValueError(f"{name} has shape {[*given[name].shape]} in the state and {[*tensor.shape]} here")

@@ -28,7 +28,7 @@ class Single(Engine):
         self.copies: list[tuple[nn.Parameter, nn.Parameter]] = []
         if self.precision == "bfloat16":
             for module in (model, *blocks_of(model)):
-                module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+                module.register_forward_pre_hook(cast_inputs, with_kwargs=True)
         return model
 
     def _stored(self) -> dict[str, nn.Parameter]:
@@ -72,7 +72,7 @@ class Single(Engine):
             copy.copy_(master)
 
 
-def _cast_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:
+def cast_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:
     """Float inputs of the model and of each block in bfloat16, as FSDP2's mixed precision has them."""
     return _cast(args), _cast(kwargs)
 

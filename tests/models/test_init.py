@@ -71,3 +71,11 @@ def test_the_outer_module_has_the_last_word():
 
     model = initialise(Outer(), 0)
     assert (model.inner.weight == 5).all() and (model.other.weight == 1).all()
+
+
+def test_a_models_deviation_is_that_of_every_matrix_without_a_rule_of_its_own():
+    usual = initialise(decoder(), 0).state_dict()
+    parts = [Attention(16, 4, 2, Rope()) for _ in range(2)], [SwiGLU(16, 24) for _ in range(2)]
+    wide = initialise(Decoder(17, 16, *parts, deviation=5 * DEVIATION), 0).state_dict()
+    for name, weight in usual.items():
+        torch.testing.assert_close(wide[name], weight * 5 if weight.dim() > 1 else weight, msg=name)

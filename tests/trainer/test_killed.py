@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.test_architecture import ROOT
@@ -123,3 +124,21 @@ def test_sigterm_saves_and_says_so(folder, whole):
     assert sorted((folder / "asked" / "checkpoints").glob("step_*")), told
     finish(asked)
     assert weights(folder / "asked") == weights(whole)
+
+
+@pytest.mark.slow
+def test_after_a_rank_was_killed_all_ranks_are_back_from_the_last_checkpoint(folder, whole):
+    process = start(words(folder, "restarted", "parallel.context=2", "engine=fsdp", "launch.max_restarts=2"))
+    for victim, rows in ((1, 5), (0, 9)):
+        end = time.monotonic() + 240
+        while time.monotonic() < end and process.poll() is None and len(list(read(folder / "restarted" / METRICS))) < rows:
+            time.sleep(0.02)
+        every = {int(each.environ()["RANK"]): each for each in psutil.Process(process.pid).children(recursive=True)}
+        every[victim].kill()
+        psutil.wait_procs(every.values(), timeout=60)
+    told, _ = process.communicate(timeout=240)
+    assert process.returncode == 0 and "all were started again (2 of launch.max_restarts=2 times)" in told, told
+    assert "resumed from" in told and "Traceback" not in told
+    assert weights(folder / "restarted") == weights(whole)
+    a, b = ([(r["step"], r["tokens"], r["loss"]) for r in read(path / METRICS)] for path in (whole, folder / "restarted"))
+    assert a == b and [step for step, *_ in a] == list(range(1, STEPS + 1))

@@ -9,7 +9,7 @@ import torch
 from parallel.launch import Ranks
 from tests.pool import ranks
 from trainer.directory import make
-from trainer.parity import TOLERANCES, compare
+from trainer.parity import PLANS, TRUTH, compare
 from trainer.prepare import wish
 from trainer.run import run
 
@@ -25,10 +25,24 @@ def in_pool(words, size, directory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", TOLERANCES)
-def test_every_way_of_spreading_a_run_gives_the_same_losses(precision, tmp_path):
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_every_way_of_spreading_a_run_gives_the_same_losses(name, tmp_path):
     os.environ["HF_HUB_OFFLINE"] = "1"
-    found = compare(in_pool, tmp_path, precision)
+    found = compare(in_pool, tmp_path, name)
     assert found[0][1] == 0.0
-    wrong = [(case, error) for case, error in found if not error < TOLERANCES[precision]]
+    wrong = [(case, error) for case, error in found if not error < PLANS[name].tolerance]
     assert not wrong, f"differ from one device: {wrong}"
+
+
+def spread(engine, context, micro):
+    return (*engine.split(), f"parallel.context={context}", f"parallel.data={2 // context}", f"parallel.micro_batch={micro}")
+
+
+@pytest.mark.slow
+def test_deepspeed_gives_the_losses_and_norms_of_one_device_at_every_stage(tmp_path):
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    ways = ((0, 2, 1), (1, 1, 1), (2, 2, "auto"), (3, 2, 1), (3, 1, "auto"))
+    cases = [spread(f"engine=deepspeed engine.zero={zero}", context, micro) for zero, context, micro in ways]
+    assert set(cases) <= set(PLANS["engines"].cases)
+    found = compare(in_pool, tmp_path, "engines", cases=(TRUTH, *cases), steps=5)
+    assert all(error < PLANS["engines"].tolerance for _, error in found[1:]), found

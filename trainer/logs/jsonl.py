@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-BESIDE = ("auxiliary", "statistics")  # parts of a row that are dictionaries, or not there
+BESIDE = ("auxiliary", "statistics", "skipped")  # parts of a row that are dictionaries, or not there
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.jsonl"
 
 
@@ -20,7 +20,8 @@ class Row(NamedTuple):
     step counts from 1; loss in nats per token, the language loss alone; tokens trained on since the beginning;
     grad_norm before clipping; peak_memory_bytes of the fullest rank; mfu a share of 1 (trainer/logs/meters.py), None
     where the peak of the device is not known; auxiliary: losses of layers beside the language loss; statistics: figures of
-    layers, "layer/figure" and their mean "figure". Both are left out where no layer has any.
+    layers, "layer/figure" and their mean "figure"; skipped: why the step was not taken, the cursor of its batch and the rows
+    whose loss is not finite. They are left out where there are none.
     """
 
     step: int
@@ -34,6 +35,7 @@ class Row(NamedTuple):
     mfu: float | None
     auxiliary: dict[str, float] | None = None
     statistics: dict[str, float] | None = None
+    skipped: dict[str, Any] | None = None
 
 
 class Lines:

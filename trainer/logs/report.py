@@ -72,7 +72,7 @@ def _loss(rows: list[dict[str, Any]], held_out: list[dict[str, Any]], title: str
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.02)
     axes.legend(frameon=False)
-    rate = rows[-1]["tokens"] / rows[-1]["step"]  # every step trains on about as many tokens
+    rate = max(rows[-1]["tokens"], 1) / rows[-1]["step"]  # every step trains on about as many tokens
     above = axes.secondary_xaxis("top", functions=(lambda step: step * rate, lambda tokens: tokens / rate))
     above.set_xlabel("tokens trained on")
     above.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -26,16 +26,22 @@ TEXT = (
 # Retrieval: pairs in one segment, questions in another; trained with 0 or 1 segments between, asked with up to 6.
 SEGMENT, PAIRS = 16, 4
 AWAY = (0, 1, 3, 6)
-ASKING = ("model=full", "model.width=64", "model.layers=2", "model.heads=2", "model.ffn=2.0", "optim.weight_decay=0.01")
-ASKING += ("model.feedforward._target_=models.recurrent.shift.ChannelMix", "data=retrieval", "data.per_row=1")
+ASKING = ("model.width=64", "model.layers=2", "model.heads=2", "model.ffn=2.0", "optim.weight_decay=0.01")
+ASKING += (
+    "model.mixers.short_conv._target_=models.convolution.short.ShortConv",
+    "data=retrieval",
+    "data.per_row=1",
+    "data.near=-1",
+)
 ASKING += (f"data.segment={SEGMENT}", f"data.pairs={PAIRS}", "data.keys=16", "data.values=16", "data.fillers=1")
-ASKING += ("steps=1200", "optim.learning_rate=0.005")
+ASKING += ("model.deviation=0.1", "steps=800", "optim.learning_rate=0.003")
+BOTH = ("model=full", "model.pattern=[short_conv,full]")  # so that a value is kept with the key before it
 REMEMBERING = {  # name in the table -> settings
-    "window alone": ("mixer=chunked", f"mixer.size={SEGMENT}"),
-    "recurrent memory (8 tokens)": ("memory=tokens", "memory.length=8"),
-    "Memorizing (16 of 512 found)": ("memory=lookup", "memory.length=512", "memory.count=16"),
-    "Infini, linear": ("memory=compressive", "memory.rule=linear"),
-    "Infini, delta": ("memory=compressive", "memory.rule=delta"),
+    "window alone": ("model=chunked", "model.pattern=[short_conv,chunked]", f"model.mixers.chunked.size={SEGMENT}"),
+    "recurrent memory (8 tokens)": (*BOTH, "memory=tokens", "memory.length=8"),
+    "Memorizing (16 of 512 found)": (*BOTH, "memory=lookup", "memory.length=512", "memory.count=16"),
+    "Infini, linear": (*BOTH, "memory=compressive", "memory.rule=linear"),
+    "Infini, delta": (*BOTH, "memory=compressive", "memory.rule=delta"),
 }
 
 # Copying: one example a row; an LSTM as large as the Turing machine, given more steps.
@@ -71,10 +77,14 @@ def memory(effort: Effort, say: Callable[[str], None]) -> tuple[str, list[Learne
 
 
 def _retrieval() -> list[Lesson]:
-    exams = {f"{n} between": (*_rows(64, (n + 1) * SEGMENT + 2 * PAIRS), f"data.near={n}", f"data.far={n}") for n in AWAY}
-    common = (*ASKING, *_rows(32, 2 * SEGMENT + 2 * PAIRS))
+    exams = {f"{n} between": (*_rows(64, (n + 1) * SEGMENT + PAIRS), f"data.near={n}", f"data.far={n}") for n in AWAY}
+    common = (*ASKING, *_rows(32, 2 * SEGMENT + PAIRS))
     return [
-        Lesson(name, (*common, *words, *([f"memory.segment={SEGMENT}"] if words[0].startswith("memory") else [])), exams)
+        Lesson(
+            name,
+            (*common, *words, *([f"memory.segment={SEGMENT}"] if any(word.startswith("memory=") for word in words) else [])),
+            exams,
+        )
         for name, words in REMEMBERING.items()
     ]
 

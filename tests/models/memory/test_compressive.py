@@ -167,7 +167,6 @@ def test_the_delta_rule_overwrites_where_the_linear_rule_averages():
 
 def test_what_has_no_exact_form_is_refused_by_name():
     for mixer, word in (
-        (Retention(WIDTH, HEADS), "Retention"),
         (Bidirectional(WIDTH, HEADS, GROUPS, Rope()), "bidirectional"),
         (Latent(WIDTH, HEADS, Rope()), "Latent"),
         (Attention(WIDTH, HEADS, GROUPS, Learned(99)), "99"),
@@ -178,3 +177,12 @@ def test_what_has_no_exact_form_is_refused_by_name():
     for settings in wrong:
         with pytest.raises(ValueError, match=f"memory.{next(iter(settings))}="):
             Compressive(**settings)
+
+
+def test_a_layer_without_a_softmax_stays_as_it_is_but_one_layer_must_have_the_memory():
+    memory, scan, attention = Compressive(), Retention(WIDTH, HEADS), Attention(WIDTH, HEADS, GROUPS, Rope())
+    left = [memory.around(scan), memory.around(attention)]
+    assert left == [scan, attention] and attention.beside is not None
+    memory.judge(left)
+    with pytest.raises(ValueError, match="memory=compressive stands beside the heads of attention, and no layer has any"):
+        memory.judge([scan])

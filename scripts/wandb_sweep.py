@@ -1,0 +1,60 @@
+"""python -m scripts.wandb_sweep KEY=VALUE,VALUE ...: the same sweep for W&B's agents, on standard output.
+
+    python -m scripts.wandb_sweep model=full,retnet seed=1,2,3 steps=500 > sweep.yaml
+    wandb sweep sweep.yaml          # once; it prints the command of the agents
+    wandb agent ENTITY/longspan/ID  # as many, on as many machines, as you like
+
+Lists become values, interval(a,b) a range; method=grid|random|bayes says how they are searched (grid where all are lists).
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
+
+from trainer.compose import sweep_words
+from trainer.config import Fault
+
+METHODS = ("grid", "random", "bayes")
+
+
+def plan(words: Sequence[str]) -> dict[str, Any]:
+    """The sweep as W&B's agents read it; Fault where it is none."""
+    methods = [word.removeprefix("method=") for word in words if word.startswith("method=")]
+    faults: list[str] = []
+    settings = sweep_words([word for word in words if not word.startswith("method=")], faults)
+    if faults:
+        raise Fault("\n".join(faults))
+    swept, fixed = {}, []
+    for override in OverridesParser.create().parse_overrides(settings):
+        value = override.value()
+        if isinstance(value, IntervalSweep):
+            spread = "log_uniform_values" if "log" in value.tags else "uniform"
+            swept[override.key_or_group] = {"distribution": spread, "min": value.start, "max": value.end}
+        elif override.is_sweep_override():
+            swept[override.key_or_group] = {"values": list(override.sweep_iterator())}
+        else:
+            fixed.append((override.input_line or "").lstrip("+"))
+    grid = all("values" in each for each in swept.values())
+    method = methods[-1] if methods else "grid" if grid else "random"
+    if not swept:
+        raise Fault("no setting has several values; write for example model=full,sliding")
+    if method not in METHODS or (method == "grid" and not grid):
+        raise Fault(f"method={method}: choose {', '.join(METHODS)}; grid needs lists of values")
+    return {
+        "project": "longspan",
+        "method": method,
+        "metric": {"name": "evaluation/held_out_loss", "goal": "minimize"},
+        "parameters": swept,
+        "command": ["${env}", "${interpreter}", "-m", "trainer", "${args_no_hyphens}", *fixed],
+    }
+
+
+if __name__ == "__main__":
+    try:
+        print(yaml.safe_dump(plan(sys.argv[1:]), sort_keys=False), end="")
+    except Fault as fault:
+        sys.exit(str(fault))

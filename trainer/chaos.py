@@ -1,0 +1,257 @@
+"""Faults on purpose, on a small run of two ranks through the command that a user gives: what is seen, and what is lost.
+
+The truth is a run that nobody disturbed. However another is disturbed, once the same command is given again it must end with
+the same weights, bit for bit, and with the same rows of metrics. Where a run is, is read from its ranks' notes
+(trainer/watch.py), so that a kill meets a step, a save, an evaluation or the first batch at will.
+"""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from trainer.config import BAD_RUN, BAD_WISH, DONE
+from trainer.directory import SCRATCH
+from trainer.logs.jsonl import METRICS, read
+from trainer.manifest import read_manifest
+from trainer.parity import write_documents
+from trainer.watch import Note, notes
+
+STEPS, RANKS, PATIENCE_S = 14, 2, 300
+MOMENTS = {  # of a run: whether a rank's note shows it
+    "the first batch": lambda note: note.step <= 1,
+    "a step": lambda note: note.phase.startswith(("reading", "forward", "backward", "gradient")),
+    "a save": lambda note: note.phase == "saving" or note.phase.startswith("looking after"),
+    "an evaluation": lambda note: note.phase == "evaluation",
+}
+
+
+class Seen(NamedTuple):
+    """A line of the table: what was done, what the user saw, what was lost, and whether the promise was kept."""
+
+    fault: str
+    shown: str
+    lost: str
+    kept: bool
+
+
+class Ended(NamedTuple):
+    """A command's exit status and all that it printed."""
+
+    code: int
+    told: str
+
+    def line(self, word: str) -> str:
+        """The first line with a word in it, without what is only true here."""
+        return next((line.strip() for line in self.told.splitlines() if word in line), "NOTHING OF IT")
+
+
+@dataclass
+class Chaos:
+    """A folder of runs, and the truth they are held against."""
+
+    folder: Path
+    seed: int = 0
+    truth: object = None
+    common: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.chance = random.Random(self.seed)
+        data = write_documents(self.folder / "text")
+        self.common = [
+            *("data=files", f"data.path={data}", f"data.cache={self.folder / 'cache'}", f"steps={STEPS}", "context_length=126"),
+            *("batch_tokens=504", "model.width=32", "model.layers=2", "model.heads=4", "engine=fsdp", "evaluation.every=5"),
+            *("evaluation.batches=2", "checkpoint.every=2", "wandb.mode=disabled", f"parallel.context={RANKS}"),
+        ]
+        end = self.run("truth")
+        assert end.code == DONE, end.told
+        self.truth = self.outcome("truth")
+
+    def start(self, name: str, *more: str, **environment: str) -> subprocess.Popen[str]:
+        """Give the command; its words are those of every run here and `more`."""
+        words = [*self.common, f"run_dir={self.folder / name}", *more]
+        with open(self.folder / f"{name}.out", "w", encoding="utf-8") as told:
+            return subprocess.Popen(
+                [sys.executable, "-m", "trainer", *words],
+                stdout=told,
+                stderr=told,
+                text=True,
+                env={**os.environ, **environment},
+            )
+
+    def end(self, name: str, process: subprocess.Popen[str]) -> Ended:
+        """Wait for a command's end."""
+        process.wait(timeout=PATIENCE_S)
+        return Ended(process.returncode, (self.folder / f"{name}.out").read_text(encoding="utf-8"))
+
+    def run(self, name: str, *more: str, **environment: str) -> Ended:
+        return self.end(name, self.start(name, *more, **environment))
+
+    def outcome(self, name: str) -> object:
+        """Checksums of the last step's weights and optimiser, and what every step logged; None where it did not come so far."""
+        place = self.folder / name / "checkpoints" / f"step_{STEPS:08d}"
+        if not place.is_dir():
+            return None
+        sums = {file: entry["sha256"] for file, entry in read_manifest(place)["files"].items()}
+        return sums, [(row["step"], row["tokens"], row["loss"]) for row in read(self.folder / name / METRICS)]
+
+    def finishes(self, name: str, *more: str) -> bool:
+        """Whether the same command, given again, ends as the truth did."""
+        return self.run(name, *more).code == DONE and self.outcome(name) == self.truth
+
+    def meets(self, name: str, process: subprocess.Popen[str], moment: Callable[[Note], bool], after: int) -> Note | None:
+        """Wait until rank 0 of the run is past step `after` and at such a moment; None where the run ended first."""
+        folder, began, end = self.folder / name / SCRATCH / "watch_0", time.time(), time.monotonic() + PATIENCE_S
+        while process.poll() is None and time.monotonic() < end:
+            note = notes(folder, 1)[0]
+            if note is not None and note.beat > began and note.passed and note.step > after and moment(note):
+                return note
+            time.sleep(0.0005)
+        return None
+
+    def kills(self, count: int, say: Callable[[str], None]) -> Iterator[Seen]:
+        """Kill launchers at `count` moments, run after run; a line for each kind of moment."""
+        met: dict[str, int] = dict.fromkeys(MOMENTS, 0)
+        wrong, number, began = 0, 0, time.monotonic()
+        while sum(met.values()) < count:
+            number, name, after = number + 1, f"killed {number}", 0
+            while sum(met.values()) < count and after < STEPS - 2:
+                kind = "the first batch" if after == 0 and not met["the first batch"] else self.chance.choice(list(MOMENTS)[1:])
+                process = self.start(name)
+                note = self.meets(name, process, MOMENTS[kind], 0 if kind == "the first batch" else after)
+                time.sleep(self.chance.uniform(0, 0.01))
+                process.kill()
+                process.wait()
+                if note is None:
+                    break
+                met[kind] += 1
+                after = note.step
+                say(f"{sum(met.values())}/{count} killed in {kind}: step {note.step}, {note.phase}")
+            wrong += not self.finishes(name)
+        each = (time.monotonic() - began) / max(count, 1)
+        say(f"{number} runs, {count} kills, {each:.1f} s for each kill and its part of the runs to the end")
+        for kind, times in met.items():
+            shown = "the same command ends with the same weights, bit for bit" if not wrong else f"{wrong} RUNS DIFFER"
+            yield Seen(f"killed (SIGKILL) {times} times in {kind}", shown, "steps since the last checkpoint", not wrong)
+
+    def faults(self) -> Iterator[Seen]:
+        """Every other fault, one after another."""
+        yield from (each() for each in (self.rank_killed, self.rank_stopped, self.asked_to_stop, self.damaged, self.diverged))
+        yield from (each() for each in (self.disk_full, self.broken_data, self.no_network))
+
+    def _ranks(self, process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+        return {int(each.environ()["RANK"]): each for each in psutil.Process(process.pid).children(recursive=True)}
+
+    def rank_killed(self) -> Seen:
+        name, more = "rank killed", ("launch.max_restarts=2",)
+        process = self.start(name, *more)
+        self.meets(name, process, MOMENTS["a step"], 5)
+        self._ranks(process)[1].kill()
+        began, again = time.monotonic(), self.folder / name / SCRATCH / "watch_1"
+        while process.poll() is None and not any(note and note.passed for note in notes(again, 1)):
+            time.sleep(0.01)
+        seconds, end = time.monotonic() - began, self.end(name, process)
+        fine = end.code == DONE and self.outcome(name) == self.truth and "started again" in end.told
+        shown = f"all ranks go on from the last checkpoint, after {seconds:.1f} s"
+        return Seen("a rank is killed, launch.max_restarts=2", shown, "steps since the last checkpoint", fine)
+
+    def rank_stopped(self) -> Seen:
+        name = "rank stopped"
+        process = self.start(name, "launch.timeout_s=5", "launch.grace_s=1")
+        self.meets(name, process, MOMENTS["a step"], 5)
+        self._ranks(process)[1].suspend()
+        end = self.end(name, process)
+        fine = end.code == BAD_RUN and f"rank 1 of {RANKS} stands still" in end.told and self.finishes(name)
+        shown = f"exit status {end.code}: {end.line('launch.timeout_s').partition(': ')[2].partition(';')[0]}"
+        return Seen("a rank hangs (SIGSTOP)", shown, "steps since the last checkpoint", fine)
+
+    def asked_to_stop(self) -> Seen:
+        name = "asked"
+        process = self.start(name, "checkpoint.every=1000")
+        self.meets(name, process, MOMENTS["a step"], 4)
+        process.send_signal(signal.SIGTERM)
+        end = self.end(name, process)
+        steps = len(list(read(self.folder / name / METRICS)))
+        saved = (self.folder / name / "checkpoints" / f"step_{steps:08d}").is_dir()
+        fine = end.code == 143 and saved and self.finishes(name)
+        return Seen("SIGTERM", f"exit status {end.code}: {end.line('stopped')}".partition(" after")[0], "nothing", fine)
+
+    def damaged(self) -> Seen:
+        name, more = "damaged", ("checkpoint.keep=3",)
+        process = self.start(name, *more)
+        self.meets(name, process, MOMENTS["a step"], 7)
+        process.kill()
+        process.wait()
+        newest = sorted((self.folder / name / "checkpoints").glob("step_*"))[-1]
+        victim = max(newest.glob("shard_*"), key=lambda path: path.stat().st_size)
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+        end = self.run(name, *more)
+        fine = end.code == DONE and self.outcome(name) == self.truth and f"{newest.name} is damaged" in end.told
+        return Seen("a bit of the newest checkpoint flips", end.line("is damaged"), "the steps between two checkpoints", fine)
+
+    def diverged(self) -> Seen:
+        end = self.run("diverged", "optim.learning_rate=1e30", "schedule.warmup_steps=0", "optim.clip=0")
+        skipped = [row for row in read(self.folder / "diverged" / METRICS) if row.get("skipped")]
+        fine = end.code == BAD_RUN and len(skipped) == 3 and "optim.max_skipped=3" in end.told
+        shown = f"each such step: {end.line('skipped:').partition(';')[0]}; after 3 in a row exit status {end.code}"
+        return Seen("the loss is NaN", shown, "the batches left out", fine)
+
+    def disk_full(self) -> Seen:
+        name = "disk full"
+        process = self.start(name)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (150_000, 150_000))  # what its ranks inherit
+        end = self.end(name, process)
+        fine = end.code == BAD_RUN and "is full" in end.told and "Traceback" not in end.told and self.finishes(name)
+        shown = f"exit status {end.code}: {end.line('is full').partition(str(self.folder))[0]}..."
+        return Seen("the disk is full", shown, "steps since the last checkpoint", fine)
+
+    def broken_data(self) -> Seen:
+        lines = [json.dumps({"text": path.read_text()}) for path in sorted((self.folder / "text").glob("*.txt"))]
+        lines[len(lines) // 2] = lines[len(lines) // 2][:-9] + "\x00"
+        (self.folder / "broken.jsonl").write_text("\n".join(lines) + "\n")
+        words = (f"data.path={self.folder / 'broken.jsonl'}", "parallel.context=1", "engine=single", "steps=2")
+        raised = self.run("broken", *words)
+        skipped = self.run("skipped", *words, "data.on_error=skip")
+        fine = raised.code in (BAD_WISH, BAD_RUN) and "broken.jsonl line" in raised.told and "Traceback" not in raised.told
+        fine = fine and skipped.code == DONE and "left out 1" in skipped.told
+        shown = f"exit status {raised.code} names the file and line; with data.on_error=skip it is left out and counted"
+        return Seen("a document in the middle of the data is broken", shown, "with skip, that document", fine)
+
+    def no_network(self) -> Seen:
+        name, key = "no network", "0123456789" * 4
+        end = self.run(name, "wandb.mode=auto", WANDB_API_KEY=key, WANDB_BASE_URL="http://127.0.0.1:9")
+        fine = end.code == DONE and self.outcome(name) == self.truth and key not in end.told
+        return Seen("no network for W&B", end.line("going on offline"), "nothing", fine)
+
+
+def delay(chaos: Chaos, width: int = 512, layers: int = 5, steps: int = 13, every: int = 4) -> Seen:
+    """How much longer a step takes with which a save begins, and how much memory the save takes, a rank."""
+    more = [f"model.width={width}", f"model.layers={layers}", f"steps={steps}", f"checkpoint.every={every}", "model.heads=8"]
+    more += ["context_length=512", "batch_tokens=2048", "evaluation.every=0"]
+    process, arrived, rows = chaos.start("delay", *more), [], chaos.folder / "delay" / METRICS
+    while process.poll() is None:
+        arrived += [time.monotonic()] * (len(list(read(rows))) - len(arrived))
+        time.sleep(0.005)
+    found, took = list(read(rows)), [b - a for a, b in zip(arrived, arrived[1:])]  # took[i]: from row i + 1 to row i + 2
+    saving = [t for i, t in enumerate(took) if (i + 1) % every == 0]
+    usual = [t for i, t in enumerate(took) if (i + 1) % every and i]
+    size = sum(path.stat().st_size for path in (chaos.folder / "delay" / "checkpoints").glob("step_*/shard_00000.*")) / 2
+    memory = found[-2]["peak_memory_bytes"] - found[every - 1]["peak_memory_bytes"]
+    more_by = sum(saving) / len(saving) / (sum(usual) / len(usual)) - 1
+    shown = (
+        f"{size / 1e6:.0f} MB a rank: a step with a save takes {sum(saving) / len(saving):.2f} s, one without "
+        f"{sum(usual) / len(usual):.2f} s ({more_by:+.0%}); the save's memory is {memory / 1e6:.0f} MB a rank"
+    )
+    return Seen("a checkpoint is saved (asynchronous)", shown, "nothing", process.returncode == DONE and more_by < 0.1)

@@ -1,0 +1,104 @@
+"""A batch of jobs: judged together before any starts, then run side by side, each in a directory of its own."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from trainer import prepare
+from trainer.config import DONE as WELL
+from trainer.config import Config, Fault
+from trainer.jobs import DONE, FAILED, OUTCOME, OUTPUT, STOPPED, Job, Outcome, figures, varied
+from trainer.launcher import Plan
+from trainer.processes import Crowd, Ended, Slots, Task
+
+JOB_OF = "--job-of"  # hidden: the sweep's process number, then a run's settings
+TWICE = "{} is the folder of several jobs; hydra.sweep.subdir must tell them apart"
+BLIND = "evaluation.every=0, but a search goes by held-out loss; use for example evaluation.every=50"
+
+
+def judge(jobs: Sequence[Job], known: Sequence[Job], plan: Plan) -> dict[int, Config]:
+    """The config of each job, by number.
+
+    Raises:
+        Fault: everything that is wrong with any of them, and of which jobs that is true.
+    """
+    configs: dict[int, Config] = {}
+    said: dict[str, None] = {}  # what was fitted, once for all seeds
+    faults: dict[str, list[Job]] = {}
+    places = [job.directory for job in (*known, *jobs)]
+    for job in jobs:
+        if places.count(job.directory) > 1:
+            faults.setdefault(TWICE.format(job.directory), []).append(job)
+        try:
+            configs[job.number] = prepare.wish(arguments(job), say=lambda each: said.setdefault(each))
+        except Fault as fault:
+            for each in str(fault).splitlines():
+                faults.setdefault(each, []).append(job)
+            continue
+        if plan.searches and not configs[job.number].evaluation.every:
+            faults.setdefault(BLIND, []).append(job)
+    if faults:
+        names = varied(jobs)
+        told = {fault: "; ".join(f"job {job.number}: {names[job.number]}" for job in of) for fault, of in faults.items()}
+        raise Fault("\n".join(f"{fault} ({told[fault]})" if len(of) < len(jobs) else fault for fault, of in faults.items()))
+    for each in said:
+        print(each)
+    return configs
+
+
+def arguments(job: Job) -> list[str]:
+    """What the command of a job is given; the directory may hold signs that Hydra reads as its own."""
+    path = str(job.directory).replace("\\", "\\\\").replace("'", "\\'")
+    return [*(each.lstrip("+") for each in job.settings), f"run_dir='{path}'"]
+
+
+class Batch:
+    """Jobs that run side by side; says of each when it starts and how it ended, and writes that into its directory."""
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        configs: dict[int, Config],
+        before: dict[int, Outcome | None],
+        names: dict[int, str],
+        command: Sequence[str],
+    ):
+        self.jobs = {job.number: job for job in jobs}
+        self.configs, self.before, self.names = configs, before, names
+        self.command = [*command, JOB_OF, str(os.getpid())]
+        self.read: dict[int, int] = {}  # how much of its output was there before
+
+    def run(self, slots: Slots) -> Any:
+        """Run them all; returns the signal that stopped them, if one did."""
+        tasks = {}
+        for number, job in self.jobs.items():
+            job.directory.mkdir(parents=True, exist_ok=True)
+            (job.directory / OUTCOME).unlink(missing_ok=True)
+            ranks = self.configs[number].parallel.ranks
+            tasks[number] = Task([*self.command, *arguments(job)], ranks, job.directory / OUTPUT)
+        return Crowd(slots, self._began, self._ended).run(tasks)
+
+    def _began(self, number: int) -> None:
+        output = self.jobs[number].directory / OUTPUT
+        self.read[number] = output.stat().st_size if output.exists() else 0
+        print(f"job {number} starts: {self.names[number]}", flush=True)
+
+    def _ended(self, number: int, end: Ended) -> None:
+        job, was = self.jobs[number], self.before[number]
+        kind = DONE if end.code == WELL else STOPPED if end.stopped else FAILED
+        last = self._last(number) if kind == FAILED else ""
+        seconds = end.seconds + (was.seconds if was else 0)
+        Outcome(list(job.settings), kind, end.code, seconds, last).write(job.directory)
+        found = figures(job.directory)
+        if kind == FAILED:
+            told = f"FAILED with exit status {end.code}: {last}; all it said is in {job.directory / OUTPUT}"
+        else:
+            told = f"{kind}: loss {found.loss:.4f}, held-out loss {found.held_out_loss:.4f}"
+        print(f"job {number} {told}, {end.seconds:.0f} s", flush=True)
+
+    def _last(self, number: int) -> str:
+        """The last line that a job said."""
+        with open(self.jobs[number].directory / OUTPUT, "rb") as file:
+            file.seek(self.read[number])
+            said = file.read().decode(errors="replace").splitlines()
+        return next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")

@@ -1,0 +1,80 @@
+"""A checkpoint as one safetensors file and one JSON file that name and rebuild the model, whatever ranks and engine wrote it.
+
+    OUTPUT/model.safetensors    every parameter and buffer whole, under its plain name, in the precision of training
+    OUTPUT/config.json          the run's config, the size of its vocabulary and the step
+
+No pickle: any safetensors reader opens the weights, and opening them runs nobody's code.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from parallel.engines.weights import materialise
+from trainer import directory
+from trainer.archive import Archive
+from trainer.build import build_model, plain
+from trainer.config import BAD_RUN, Config, Fault
+from trainer.data.sources import build as build_source
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def export(source: Path, output: Path) -> int:
+    """Write the model of a checkpoint to a folder; returns its step. One process; host memory for the model once.
+
+    Args:
+        source: a run directory (its newest whole checkpoint), or a checkpoint `.../checkpoints/step_N`.
+        output: a folder, made where there is none; it must not hold an exported model yet.
+
+    Raises:
+        Fault: no run, no checkpoint or a damaged one, or a folder that holds a model already.
+    """
+    run = source if directory.holds_run(source) else source.parent.parent
+    if not directory.holds_run(run):
+        raise Fault(f"{source} is no run directory and no checkpoint of one; name RUN_DIR or RUN_DIR/checkpoints/step_N")
+    if taken := [name for name in (WEIGHTS, CONFIG) if (output / name).exists()]:
+        raise Fault(f"{output} holds {' and '.join(taken)} already; name another folder")
+    archive = Archive(run / "checkpoints")
+    try:
+        place = archive.latest() if source == run else source
+        if place is None:
+            raise Fault(f"{run} holds no checkpoint yet; train on, or set checkpoint.every")
+        saved = archive.load(place, {"model": archive.blank(place, "model")})
+    finally:
+        archive.close()
+    config = directory.read(run)
+    about = {"step": saved.step, "vocabulary": _vocabulary(config), "config": directory.plain(config)}
+    output.mkdir(parents=True, exist_ok=True)
+    save_file(saved.state["model"], output / WEIGHTS, metadata={"format": "pt", "step": str(saved.step)})
+    (output / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    return saved.step
+
+
+def reopen(folder: Path) -> nn.Module:
+    """The model that `export` wrote, on the CPU, ready to be called.
+
+    Raises:
+        Fault: the folder holds no exported model, or one that does not fit its own config.
+    """
+    try:
+        about: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        weights = load_file(folder / WEIGHTS)
+        config = Config.model_validate(about["config"])
+        with torch.device("meta"):
+            model = build_model(config, about["vocabulary"])
+        materialise(model.to(next(iter(weights.values())).dtype), torch.device("cpu"), config.seed)
+        model.load_state_dict(weights)
+    except (OSError, KeyError, StopIteration, ValueError, RuntimeError, SafetensorError) as error:
+        raise Fault(f"{folder} holds no exported model that fits its config ({error}); export it again", BAD_RUN) from error
+    return model
+
+
+def _vocabulary(config: Config) -> int:
+    """The model's, or the tokenizer's where the config leaves it to that."""
+    return config.model.vocabulary or build_source(plain(config.data)).tokenizer().vocabulary
