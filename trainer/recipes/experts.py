@@ -41,7 +41,7 @@ Held-out loss in nats per byte of the standard library's source."""
 def experts(effort: Effort, say: Callable[[str], None]) -> tuple[str, list[Learned]]:
     """(what the recipe found, as markdown; every lesson)."""
     lessons = [Lesson(name, (*words, *SIZES, *TEXT)) for name, words in MODELS.items()]
-    learned = teach_all([(lesson, seed) for seed in range(effort.seeds) for lesson in lessons], effort, say)
+    learned = teach_all([(lesson, seed) for seed in effort.numbers() for lesson in lessons], effort, say)
     learned = sorted(learned, key=lambda each: list(MODELS).index(each.name))
     sparse = [each for each in learned if each.name != "dense"]
     switches = [each for each in sparse if each.name.startswith("switch")]

@@ -19,11 +19,19 @@ from trainer.recipes.lesson import Learned, Lesson, teach
 
 
 class Effort(NamedTuple):
-    """How much a recipe takes: seeds of every lesson, processes at once, and steps in place of the lessons' own."""
+    """How much a recipe takes: seeds of every lesson, processes at once, and steps in place of the lessons' own.
+
+    The seeds are `first` and those after it.
+    """
 
     seeds: int = 3
     jobs: int = 2
     steps: int | None = None
+    first: int = 0
+
+    def numbers(self) -> range:
+        """The seeds."""
+        return range(self.first, self.first + self.seeds)
 
 
 Job = tuple[Lesson, int]  # a lesson and its seed

@@ -1,6 +1,6 @@
 """The recipe `recall`: what layers remember, what they can keep track of, and what remembering costs while decoding.
 
-Protocol, the same for every layer: a fixed number of steps; each of RATES as the learning rate on seed 0; the rate with the
+Protocol, the same for every layer: a fixed number of steps; each of RATES as the learning rate on the first seed; the rate with the
 lowest mean loss over the last tenth of its *training* steps is taken, that run counts as the first seed, and the others follow
 with the same rate. Figures are of held-out examples. Settings of a layer are those of its conf/mixer file.
 """
@@ -100,7 +100,7 @@ def _decoder(mixer: str) -> tuple[str, ...]:
 
 def _chosen(lessons: Sequence[Lesson], effort: Effort, say: Callable[[str], None]) -> list[Learned]:
     """Every lesson with all seeds, each at the learning rate that its first seed learned best with."""
-    tries = [(_at(lesson, rate), 0) for lesson in lessons for rate in RATES]
+    tries = [(_at(lesson, rate), effort.first) for lesson in lessons for rate in RATES]
     first = teach_all(tries, effort, say)
     best = []
     for number, lesson in enumerate(lessons):
@@ -108,7 +108,7 @@ def _chosen(lessons: Sequence[Lesson], effort: Effort, say: Callable[[str], None
         rate = min(range(len(RATES)), key=lambda place: _end(of[place]))
         best.append((_at(lesson, RATES[rate]), of[rate]))
         say(f"{lesson.name}: learning rate {RATES[rate]}")
-    more = teach_all([(lesson, seed) for lesson, _ in best for seed in range(1, effort.seeds)], effort, say)
+    more = teach_all([(lesson, seed) for lesson, _ in best for seed in effort.numbers()[1:]], effort, say)
     return [*(learned for _, learned in best), *more]
 
 
