@@ -1,8 +1,9 @@
-"""python -m scripts.recipes NAME [seeds=3] [first=0] [jobs=2] [steps=N]: small models shown to do what their architecture promises.
+"""python -m scripts.recipes NAME [seeds=3] [first=0] [jobs=2] [steps=N]: small models do what their kind promises.
 
 Minutes on two cores. NAME is a recipe, such as recall; without one they are listed. Prints progress on stderr and what was
-found, in markdown, on stdout. first: the first seed. jobs: processes at once, of one thread each. steps: other than the recipe's own, to try it out;
-what it then finds says nothing. Exit status 1 when a lesson failed, 2 for a wish that cannot be honoured.
+found, in markdown, on stdout. first: the first seed. jobs: processes at once, of one thread each. steps: other than the
+recipe's own, to try it out; what it then finds says nothing. Exit status 1 when a lesson failed, 2 for a wish that cannot be
+honoured.
 """
 
 import importlib

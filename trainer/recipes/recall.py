@@ -1,8 +1,8 @@
 """The recipe `recall`: what layers remember, what they can keep track of, and what remembering costs while decoding.
 
-Protocol, the same for every layer: a fixed number of steps; each of RATES as the learning rate on the first seed; the rate with the
-lowest mean loss over the last tenth of its *training* steps is taken, that run counts as the first seed, and the others follow
-with the same rate. Figures are of held-out examples. Settings of a layer are those of its conf/mixer file.
+Protocol, the same for every layer: a fixed number of steps; each of RATES as the learning rate on the first seed; the rate
+with the lowest mean loss over the last tenth of its *training* steps is taken, that run counts as the first seed, and the
+others follow with the same rate. Figures are of held-out examples. Settings of a layer are those of its conf/mixer file.
 """
 
 from collections.abc import Callable, Sequence
