@@ -1,18 +1,16 @@
 """The recipe `recall`: what layers remember, what they can keep track of, and what remembering costs while decoding.
 
-Protocol, the same for every layer: a fixed number of steps; each of RATES as the learning rate on the first seed; the rate
-with the lowest mean loss over the last tenth of its *training* steps is taken, that run counts as the first seed, and the
-others follow with the same rate. Figures are of held-out examples. Settings of a layer are those of its conf/mixer file.
+Protocol: one learning rate and a fixed number of steps for all layers of a part; figures of held-out examples; settings of a
+layer are those of its conf/mixer file.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from trainer.recipes.decoding import held_bytes
 from trainer.recipes.jobs import Effort, teach_all
 from trainer.recipes.lesson import Learned, Lesson
 from trainer.recipes.table import markdown, table
 
-RATES = ("0.003", "0.01")
 SIZES = ("model.width=64", "model.heads=2", "model.ffn=2.0", "optim.weight_decay=0.01", "data.held_out=0.3")
 SIZES += ("model.deviation=0.1",)  # 0.02 suits wide models: here nothing would be learned in so few steps
 MQAR = (
@@ -23,10 +21,19 @@ MQAR = (
     "data.length=32",
     "context_length=32",
     "batch_tokens=2048",
-    "steps=400",
+    "steps=300",
+    "optim.learning_rate=0.003",
 )
 BEHIND = ("model.mixers.short_conv._target_=models.convolution.short.ShortConv",)
-SWAPS = ("model.layers=1", "data=permutations", "data.swaps=true", "context_length=32", "batch_tokens=1024", "steps=300")
+SWAPS = (
+    "model.layers=1",
+    "data=permutations",
+    "data.swaps=true",
+    "context_length=32",
+    "batch_tokens=1024",
+    "steps=300",
+    "optim.learning_rate=0.01",
+)
 ALL_32, ALL_128 = (("data.minimum=32", "data.maximum=32"), ("data.minimum=128", "data.maximum=128", "context_length=128"))
 READ = (1024, 8192, 65536)  # tokens, for the bytes held while decoding
 DECODED = ("retention", "rwkv7", "full")
@@ -63,7 +70,7 @@ of the kind by itself, or one behind one short convolution (3 taps). Parameters 
 def recall(effort: Effort, say: Callable[[str], None]) -> tuple[str, list[Learned]]:
     """(what the recipe found, as markdown; every lesson)."""
     remembering, tracking = _remembering(), _tracking()
-    learned = _chosen([*remembering, *tracking], effort, say)
+    learned = teach_all([(lesson, seed) for lesson in (*remembering, *tracking) for seed in effort.numbers()], effort, say)
     first, second = ([each for each in learned if each.name in {x.name for x in part}] for part in (remembering, tracking))
     parts = [
         INTRODUCTION,
@@ -96,31 +103,6 @@ def _tracking() -> list[Lesson]:
 
 def _decoder(mixer: str) -> tuple[str, ...]:
     return ("model=decoder", f"mixer={mixer}", *SIZES)
-
-
-def _chosen(lessons: Sequence[Lesson], effort: Effort, say: Callable[[str], None]) -> list[Learned]:
-    """Every lesson with all seeds, each at the learning rate that its first seed learned best with."""
-    tries = [(_at(lesson, rate), effort.first) for lesson in lessons for rate in RATES]
-    first = teach_all(tries, effort, say)
-    best = []
-    for number, lesson in enumerate(lessons):
-        of = first[number * len(RATES) : (number + 1) * len(RATES)]
-        rate = min(range(len(RATES)), key=lambda place: _end(of[place]))
-        best.append((_at(lesson, RATES[rate]), of[rate]))
-        say(f"{lesson.name}: learning rate {RATES[rate]}")
-    more = teach_all([(lesson, seed) for lesson, _ in best for seed in effort.numbers()[1:]], effort, say)
-    return [*(learned for _, learned in best), *more]
-
-
-def _at(lesson: Lesson, rate: str) -> Lesson:
-    return Lesson(lesson.name, (*lesson.overrides, f"optim.learning_rate={rate}"), lesson.exams)
-
-
-def _end(learned: Learned) -> float:
-    """Mean loss of the last tenth of the training steps; infinite where there is none."""
-    losses = [row.loss for row in learned.rows]
-    last = losses[-max(1, len(losses) // 10) :]
-    return sum(last) / len(last) if last else float("inf")
 
 
 def _accuracy(learned: Learned) -> float:

@@ -68,33 +68,29 @@ def test_a_table_shows_the_mean_and_between_what_the_seeds_lay() -> None:
     ]
 
 
-def test_every_layer_gets_the_rate_with_which_it_ends_lowest_in_training(monkeypatch) -> None:
-    asked: list[tuple[str, str, int]] = []
+def test_every_lesson_is_taught_with_the_seeds_that_were_asked_for(monkeypatch) -> None:
+    asked: list[tuple[str, int]] = []
 
     def pretend(jobs, effort, say):
-        found = []
-        for lesson, seed in jobs:
-            rate = lesson.overrides[-1].removeprefix("optim.learning_rate=")
-            asked.append((lesson.name, rate, seed))
-            end = {"a": {"0.003": 1.0, "0.01": 2.0}, "b": {"0.003": 2.0, "0.01": 1.0}}[lesson.name][rate]
-            row = ROW._replace(loss=end)
-            found.append(replace(learned(lesson.name, seed, loss=9 - end), rows=[row._replace(loss=9.0 - end)] * 9 + [row]))
-        return found
+        asked.extend((lesson.name, seed) for lesson, seed in jobs)
+        exams = {HELD_OUT: Evaluated(1.0, 1, [], {"accuracy": 0.5}), "128": Evaluated(1.0, 1, [], {"accuracy": 0.25})}
+        return [Learned(name, seed, exams) for name, seed in asked]
 
     monkeypatch.setattr(recall, "teach_all", pretend)
-    found = recall._chosen([Lesson("a", ()), Lesson("b", ())], Effort(seeds=3), lambda line: None)
-    assert asked[4:] == [("a", "0.003", 1), ("a", "0.003", 2), ("b", "0.01", 1), ("b", "0.01", 2)]
-    assert sorted((each.name, each.seed, each.rows[-1].loss) for each in found) == [
-        (name, seed, 1.0) for name in "ab" for seed in range(3)
-    ]
+    monkeypatch.setattr(recall, "_decoding", lambda: "bytes")
+    text, found = recall.recall(Effort(seeds=2, first=3), lambda line: None)
+    every = [lesson.name for lesson in (*recall._remembering(), *recall._tracking())]
+    assert asked == [(name, seed) for name in every for seed in (3, 4)] and len(found) == len(asked)
+    assert "| rwkv7, rates to 2 | 0.500 (0.500 to 0.500) | 0.250 (0.250 to 0.250) | 2 |" in text
 
 
 def test_the_family_is_whole_and_every_lesson_of_it_can_be_honoured() -> None:
     lessons = [*recall._remembering(), *recall._tracking()]
-    names = {"full", "linear", "performer", "retention", "gated_linear", "rwkv6", "rwkv7", "delta", "gated_delta", "mamba2"}
-    assert names | {"hyena", "short_conv", "conv + full", "conv + linear"} <= {lesson.name for lesson in lessons}
+    behind = {f"conv + {name}" for name in ("full", "linear", "performer", "retention", "gated_linear")}
+    alone = {"full", "linear", "rwkv6", "rwkv7", "delta", "gated_delta", "mamba2", "hyena", "short_conv"}
+    assert behind | alone <= {lesson.name for lesson in lessons}
     for lesson in lessons:
-        assert wish([*lesson.overrides, "optim.learning_rate=0.01"]).steps > 1
+        assert wish(lesson.overrides).steps > 1
 
 
 def test_decoding_holds_what_a_state_takes_whatever_was_read_and_what_keys_and_values_take() -> None:
