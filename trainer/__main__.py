@@ -1,6 +1,7 @@
 """python -m trainer KEY=VALUE ...: compose and check once, then start the ranks; or be one of them.
 
 the command        compose -> check -> run directory -> ranks (parallel/launch.py) -> exit status
+launch=slurm       the command is handed to a batch job, which gives it on each of its machines (trainer/slurm.py)
 with -m            every combination of settings is such a command of its own (trainer/sweep.py)
 each rank          read the directory's config.yaml -> join the others -> trainer/run.py
 under torchrun     every process is a rank already: rank 0 checks and makes the directory, the others are told
@@ -12,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch.distributed as dist
 
 from parallel import launch, outcome
 from parallel.lifeline import die_with
-from trainer import directory, prepare
+from trainer import directory, prepare, slurm
 from trainer.compose import MANY
 from trainer.config import BUG, DONE, Config, Fault
 from trainer.crowd import JOB_OF
@@ -41,6 +42,9 @@ def main(words: Sequence[str]) -> int:
         if any(word in ("-h", "--help") for word in words):
             print(text())
             return DONE
+        if words[:1] == [slurm.IN_JOB]:
+            number, endpoint = int(words[1]), words[2]
+            return command(words[3:], lambda config: slurm.here(config, number, endpoint))
         if words[:1] == [JOB_OF]:
             die_with(int(words[1]))
             return command(words[2:])
@@ -62,9 +66,11 @@ def many(words: Sequence[str]) -> int:
     return sweep(words)
 
 
-def command(words: Sequence[str]) -> int:
-    """Check, then start the ranks and wait for them."""
-    config = prepare.wish(words)
+def command(words: Sequence[str], here: Callable[[Config], Config] | None = None) -> int:
+    """Check, then start the ranks and wait for them; `here`: see prepare.wish."""
+    config = prepare.wish(words, here=here)
+    if config.launch.name == "slurm":
+        return job(config, words)
     arguments = ["-u", "-m", "trainer", RANK_OF]
     if config.launch.dry_run:
         print(prepare.plan(config, [*arguments, "RUN_DIR", "LAUNCHER"]))
@@ -86,6 +92,17 @@ def command(words: Sequence[str]) -> int:
     if end.message:
         print(end.message, file=sys.stderr)
     return end.code
+
+
+def job(config: Config, words: Sequence[str]) -> int:
+    """Hand the run to Slurm, and do not wait for it."""
+    if config.launch.dry_run:
+        path = Path(config.run_dir) if config.run_dir else directory.fresh(config.name)
+        print(f"{slurm.script(config, path.resolve(), words)}\n# nothing was submitted (launch.dry_run=true)")
+    else:
+        config, path = prepare.settle(config)
+        print(slurm.submit(config, path, words))
+    return DONE
 
 
 def as_rank(path: Path, launcher: int) -> int:

@@ -14,7 +14,7 @@ from parallel.launch import attempt, machine
 from parallel.layout import POLICIES
 from parallel.mesh import misfits
 from parallel.spread import METHODS, refusals, unreachable
-from trainer import build, directory, zero
+from trainer import build, directory, slurm, zero
 from trainer.config import Config, Fault, Memory
 from trainer.data.opening import check as look_at
 from trainer.data.sources import build as build_source
@@ -23,7 +23,7 @@ from trainer.unmet import meeting, unplaced, unsayable, whole_only
 RANKS_PER_CORE = 8
 NO_MEMORY = Memory.model_fields["target"].default
 MATCHES = ("none", "parameters", "flops")
-LAUNCHES = ("local", "multinode")
+LAUNCHES = ("local", "multinode", "slurm")
 
 
 def check(
@@ -149,6 +149,9 @@ def machinery(config: Config) -> Iterator[str]:
     wish = f"parallel.context={config.parallel.context} x parallel.data={config.parallel.data} is {ranks} ranks"
     wish += " on each machine" if config.launch.nodes > 1 else ""
     yield from meeting(config)
+    if config.launch.name == "slurm":  # other machines will
+        yield from slurm.judge(config)
+        return
     if gpus and ranks > gpus:
         yield f"{wish}, but this machine has {gpus} GPUs; use at most {gpus} ranks, or start torchrun on several machines"
     if not gpus and ranks > RANKS_PER_CORE * cores and not config.launch.oversubscribe:

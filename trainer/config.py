@@ -40,6 +40,7 @@ Count = Annotated[Whole, Field(ge=1)]
 Natural = Annotated[Whole, Field(ge=0)]
 Positive = Annotated[Real, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[Real, Field(ge=0, lt=1, allow_inf_nan=False)]
+WORD = r"^[A-Za-z0-9][A-Za-z0-9._=,+-]*$"
 
 
 class Part(BaseModel):
@@ -174,10 +175,18 @@ class Launch(Part):
     dry_run: bool = Field(default=False, description="say what would be started, and leave")
     timeout_s: Positive = Field(default=600, description="longest wait in one collective")
     grace_s: Count = Field(default=60, description="time to save after SIGTERM, before SIGKILL")
-    nodes: Count = Field(default=1, description="machines, each with as many ranks; only launch=multinode")
+    nodes: Count = Field(default=1, description="machines, each with as many ranks; only launch=multinode or slurm")
     node_rank: Natural | None = Field(default=None, description="which of the machines this is; 0 holds the meeting")
     endpoint: str | None = Field(default=None, description="HOST:PORT of machine 0, where all meet; only launch=multinode")
     address: str | None = Field(default=None, description="by which the others reach this machine; null = its name")
+    partition: str | None = Field(default=None, pattern=WORD, description="where the job runs; from here on only launch=slurm")
+    account: str | None = Field(default=None, pattern=WORD, description="who pays for the job")
+    time: str | None = Field(default=None, description="longest time of the job, as sbatch takes it; null = the partition's")
+    gpus: Natural | None = Field(default=None, description="of each machine; null = one a rank")
+    cores: Count = Field(default=4, description="processor cores for each rank")
+    requeue: bool = Field(default=True, description="put back a job that was preempted or ran out of time")
+    options: list[str] = Field(default=[], description="further options of sbatch")
+    setup: list[str] = Field(default=[], description="shell lines of the job before the ranks start")
 
 
 class Log(Part):
@@ -191,6 +200,16 @@ class Wandb(Part):
 
     mode: Literal["auto", "online", "offline", "disabled"] = Field(default="auto", description="auto = online with a key")
     project: str = Field(default="longspan", min_length=1, description="project on the server")
+    group: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
+        default=None, description="runs shown together; null = in a sweep its folder's name"
+    )
+    name: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
+        default=None, description="of the run on the server; null = in a sweep what varies, else name"
+    )
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(
+        default=[], description="of the run on the server; none = in a sweep the settings that vary"
+    )
+    artifacts: bool = Field(default=False, description="send the newest checkpoint at the end")
     init_timeout_s: Positive = Field(default=10, description="wait for the server, then offline")
 
 
@@ -214,7 +233,7 @@ class Evaluation(Part):
 class Config(Part):
     """A whole run, checked; the same in every rank."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=,+-]*$", max_length=128, description="name of the run")
+    name: str = Field(pattern=WORD, max_length=128, description="name of the run")
     steps: Count = Field(description="optimiser steps")
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = Field(description="of weights, order of data, dropout")
     context_length: Count = Field(description="tokens in one packed row")

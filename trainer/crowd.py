@@ -1,6 +1,7 @@
 """A batch of jobs: judged together before any starts, then run side by side, each in a directory of its own."""
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from trainer.processes import Crowd, Ended, Slots, Task
 
 JOB_OF = "--job-of"  # hidden: the sweep's process number, then a run's settings
 TWICE = "{} is the folder of several jobs; hydra.sweep.subdir must tell them apart"
+BATCH = "launch=slurm hands over a run at a time, and -m waits for its jobs; submit a script with the whole sweep in it"
 BLIND = "evaluation.every=0, but a search goes by held-out loss; use for example evaluation.every=50"
 
 
@@ -35,6 +37,8 @@ def judge(jobs: Sequence[Job], known: Sequence[Job], plan: Plan) -> dict[int, Co
             for each in str(fault).splitlines():
                 faults.setdefault(each, []).append(job)
             continue
+        if configs[job.number].launch.name == "slurm":
+            faults.setdefault(BATCH, []).append(job)
         if plan.searches and not configs[job.number].evaluation.every:
             faults.setdefault(BLIND, []).append(job)
     if faults:
@@ -52,19 +56,44 @@ def arguments(job: Job) -> list[str]:
     return [*(each.lstrip("+") for each in job.settings), f"run_dir='{path}'"]
 
 
+def labels(config: Config, own: Sequence[str], group: str) -> list[str]:
+    """Under what W&B shows a job, where the user names nothing: the sweep's folder as group, what varies as name and tags.
+
+    Signs that Hydra would read as its own are left out, and what is longer than W&B takes is cut.
+    """
+    wish = config.wandb
+    if wish.mode == "disabled":
+        return []
+    group, name, *tags = [re.sub(r"""[\\'"$]""", "", each) for each in (group, " ".join(own), *own)]
+    found = []
+    if wish.group is None and group:
+        found.append(f"wandb.group='{group[:128]}'")
+    if wish.name is None:
+        found.append(f"wandb.name='{name[:128]}'")
+    if not wish.tags:
+        found.append(f"wandb.tags=[{','.join(repr(tag[:64]) for tag in tags)}]")
+    return found
+
+
 class Batch:
-    """Jobs that run side by side; says of each when it starts and how it ended, and writes that into its directory."""
+    """Jobs that run side by side; says of each when it starts and how it ended, and writes that into its directory.
+
+    Args:
+        jobs: those to run, and their configs. before: how each ended the last time. owns: the settings that set each apart.
+        command: what starts one run. group: the name of the sweep.
+    """
 
     def __init__(
         self,
         jobs: Sequence[Job],
         configs: dict[int, Config],
         before: dict[int, Outcome | None],
-        names: dict[int, str],
+        owns: dict[int, list[str]],
         command: Sequence[str],
+        group: str,
     ):
         self.jobs = {job.number: job for job in jobs}
-        self.configs, self.before, self.names = configs, before, names
+        self.configs, self.before, self.owns, self.group = configs, before, owns, group
         self.command = [*command, JOB_OF, str(os.getpid())]
         self.read: dict[int, int] = {}  # how much of its output was there before
 
@@ -75,13 +104,14 @@ class Batch:
             job.directory.mkdir(parents=True, exist_ok=True)
             (job.directory / OUTCOME).unlink(missing_ok=True)
             ranks = self.configs[number].parallel.ranks
-            tasks[number] = Task([*self.command, *arguments(job)], ranks, job.directory / OUTPUT)
+            words = [*arguments(job), *labels(self.configs[number], self.owns[number], self.group)]
+            tasks[number] = Task([*self.command, *words], ranks, job.directory / OUTPUT)
         return Crowd(slots, self._began, self._ended).run(tasks)
 
     def _began(self, number: int) -> None:
         output = self.jobs[number].directory / OUTPUT
         self.read[number] = output.stat().st_size if output.exists() else 0
-        print(f"job {number} starts: {self.names[number]}", flush=True)
+        print(f"job {number} starts: {' '.join(self.owns[number])}", flush=True)
 
     def _ended(self, number: int, end: Ended) -> None:
         job, was = self.jobs[number], self.before[number]

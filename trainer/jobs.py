@@ -103,11 +103,16 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def varied(jobs: Sequence[Job]) -> dict[int, str]:
+def own(jobs: Sequence[Job]) -> dict[int, list[str]]:
     """By job: the settings in which the jobs differ; those of one job alone are all its own."""
     counts = Counter(each for job in jobs for each in essence(job.settings))
-    own = {job.number: [each for each in essence(job.settings) if counts[each] < len(jobs)] for job in jobs}
-    return {job.number: " ".join(own[job.number] or essence(job.settings)) for job in jobs}
+    differ = {job.number: [each for each in essence(job.settings) if counts[each] < len(jobs)] for job in jobs}
+    return {job.number: differ[job.number] or essence(job.settings) for job in jobs}
+
+
+def varied(jobs: Sequence[Job]) -> dict[int, str]:
+    """The same in one line a job."""
+    return {number: " ".join(settings) for number, settings in own(jobs).items()}
 
 
 def table(jobs: Sequence[Job]) -> str:

@@ -12,11 +12,17 @@ from trainer.config import Config, Fault
 from trainer.matching import fit
 
 
-def wish(words: Sequence[str], started: int | None = None, say: Callable[[str], None] = print) -> Config:
+def wish(
+    words: Sequence[str],
+    started: int | None = None,
+    say: Callable[[str], None] = print,
+    here: Callable[[Config], Config] | None = None,
+) -> Config:
     """The checked config of a command line, its widths fitted where `match=` asks for that.
 
     started: the ranks that somebody's torchrun has started already; None when they are ours to start.
     say: is told what was fitted.
+    here: changes what was asked for into what this machine has to do of it.
 
     Raises:
         Fault: everything that is wrong with the wish, a line each.
@@ -24,7 +30,7 @@ def wish(words: Sequence[str], started: int | None = None, say: Callable[[str], 
     asked = compose(words)
     if asked.config is None:
         raise Fault("\n".join(asked.faults))
-    config, said, unfit = asked.config, "", []
+    config, said, unfit = here(asked.config) if here else asked.config, "", []
     if not asked.faults:
         try:
             config, said = fit(config, words)

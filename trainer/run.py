@@ -1,18 +1,17 @@
 """A run, as every rank lives it: build the parts, go on from where the run stood, train, and say where everything lies."""
 
 import errno
-import importlib
 import signal
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from models.attention.prefix import PrefixAttention
 from models.sizes import count_flops, count_parameters
+from models.span import Span
 from parallel.engines.engine import Engine
 from parallel.launch import Ranks, attempt
 from parallel.mesh import Mesh, build_mesh
@@ -29,9 +28,9 @@ from trainer.evaluation import Evaluated, evaluate
 from trainer.generate import generate
 from trainer.lanes import Lanes
 from trainer.logs.console import Console
-from trainer.logs.jsonl import Evaluations, Metrics, Row
+from trainer.logs.jsonl import Row
+from trainer.logs.logs import Logs
 from trainer.logs.meters import Meter, Peak, peak
-from trainer.logs.report import plots
 from trainer.loop import Loop, Stop
 from trainer.share import Share
 from trainer.state import Progress, restore
@@ -45,7 +44,6 @@ NEXT = (  # what the last screen offers
 )
 APART = ("name", "replicas")  # settings of an engine that no constructor takes
 OWNED = {"zero": "deepspeed", "offload": "deepspeed", "reshard_after_forward": "fsdp"}  # those that only one takes
-LOGGER = "trainer.logs.wandb"  # imported on rank 0 alone, and only when it is wanted
 
 
 def run(config: Config, ranks: Ranks, directory: Path) -> int:
@@ -81,6 +79,7 @@ class Run:
         self.config, self.mesh, self.directory, self.console = config, mesh, directory, console
         self.stop, self.at = stop, at
         self.first = mesh.rank == 0
+        self.logs = Logs(directory, config, console, writes=self.first)
         self.stream = self._stream("train")
         self.held_out = self._stream("held_out") if config.evaluation.every else None
         console.say(f"data: {self.stream.describe(config.steps)}")
@@ -123,7 +122,7 @@ class Run:
         config = self.config
         with torch.device("meta"):
             model = build_model(config, self.stream.vocabulary)
-        parameters, self.flops = count_parameters(model), count_flops(model)
+        self.parameters, self.flops = count_parameters(model), count_flops(model)
         for where, taken in sizes_taken(config, self.stream.vocabulary).items():
             if taken:
                 self.console.say(f"{where}: {', '.join(f'{key}={value}' for key, value in taken.items())}")
@@ -134,7 +133,7 @@ class Run:
         optimiser = build(config.optim, {}, "optim")
         engine = kind(self.mesh, optimiser, precision=config.precision, seed=config.seed, **settings)
         self.wire = place(model, engine, method=config.parallel.method)
-        self.console.say(f"model: {parameters.total:,} parameters; engine {config.engine.name}, {config.precision}")
+        self.console.say(f"model: {self.parameters.total:,} parameters; engine {config.engine.name}, {config.precision}")
         return engine
 
     def _lanes(self) -> Lanes | None:
@@ -173,7 +172,8 @@ class Run:
         self.console.go_on_from(progress.step)
         if (times := attempt()[0]) > 0:
             self.console.say(f"a rank was lost: all were started again ({times} of launch.max_restarts={attempt()[1]} times)")
-        self._open_logs(progress)
+        self.began = progress.step
+        progress.wandb_id = self.logs.open(self.began, progress.wandb_id, **self._facts())
         meter = Meter(self._peak, self.mesh.size)
         self.console.say(meter.convention())
         loop = Loop(
@@ -203,26 +203,26 @@ class Run:
         """Measured on rank 0 alone, which is the only one that tells."""
         return peak(self.mesh.device, DTYPES[self.config.precision]) if self.first else Peak(None, "only rank 0 tells")
 
-    def _open_logs(self, progress: Progress) -> None:
-        """Rank 0's files, cut back to where the run stands, and its W&B run."""
-        self.wandb: Any = None
+    def _facts(self) -> dict[str, float | None]:
+        """Of the model and the machine, for summary.json. What is sent is known after a step, on other ranks anew."""
         if not self.first:
-            return
-        self.metrics, self.evaluations = Metrics(self.directory), Evaluations(self.directory)
-        for lines in (self.metrics, self.evaluations):
-            lines.truncate_after(progress.step)
-        if self.config.wandb.mode != "disabled":
-            self.wandb = importlib.import_module(LOGGER).Wandb(
-                self.directory,
-                mode=self.config.wandb.mode,
-                project=self.config.wandb.project,
-                name=self.config.name,
-                config=directories.plain(self.config),
-                init_timeout_s=self.config.wandb.init_timeout_s,
-                identity=progress.wandb_id,
-                say=self.console.say,
-            )
-            progress.wandb_id = self.wandb.identity
+            return {}
+        length = self.config.context_length
+        return {
+            **({"sent_bytes_per_step": None} if self.began < self.config.steps else {}),
+            "parameters": self.parameters.total,
+            "active_parameters": self.parameters.active,
+            "flops_per_token": self.flops.training(Span.line(1, length)) / length,
+            "ranks": self.mesh.size,
+        }
+
+    def _sent(self) -> int:
+        """Bytes that the busiest rank has sent so far to share sequences and experts; collective."""
+        here = sum(self.wire.sent.values()) if self.wire is not None else 0
+        sent = torch.tensor(float(here), dtype=torch.float64, device=self.mesh.device)
+        if self.mesh.world_group is not None:
+            dist.all_reduce(sent, op=dist.ReduceOp.MAX, group=self.mesh.world_group)
+        return int(sent.item())
 
     def _log(self, row: Row) -> None:
         """A step is done; after the first, what parallel.method=auto chose is known."""
@@ -232,11 +232,9 @@ class Run:
             self.wire.choices.clear()
         if self.lanes is not None and row.step == 1:
             self.console.say(f"memory: rank 0 carries {self.lanes.bytes():,} bytes for its {self.share.each} lanes")
-        self.console.step(row)
-        if self.first:
-            self.metrics.add(row)
-        if self.wandb is not None:
-            self.wandb.step(row)
+        if row.step == self.began + 1:
+            self.logs.note(sent_bytes_per_step=self._sent())
+        self.logs.step(row)
 
     def _evaluate(self, progress: Progress) -> Evaluated | None:
         """Held-out loss, and a sample where one is asked for; nothing when a signal came in the middle."""
@@ -249,25 +247,15 @@ class Run:
         if found is not None:
             progress.best["held_out_loss"] = min(found.loss, progress.best.get("held_out_loss", found.loss))
             self.console.say(f"step {progress.step}: held-out loss {found.loss:.4f} over {found.tokens} tokens")
-            if self.first:
-                made_of = {"tokens": found.tokens, "by_position": found.by_position}
-                self.evaluations.add(progress.step, "held_out_loss", found.loss, **made_of)
-            if self.wandb is not None:
-                self.wandb.evaluation(progress.step, "held_out_loss", found.loss)
+            made_of = {"tokens": found.tokens, "by_position": found.by_position}
+            self.logs.evaluation(progress.step, "held_out_loss", found.loss, **made_of)
             for name, value in found.graded.items():
-                self._graded(progress.step, name, value)
+                self.console.say(f"step {progress.step}: held-out {name} {value:.4f}")
+                self.logs.evaluation(progress.step, name, value)
             if config.evaluation.generate and progress.step == config.steps:
                 self._sample(progress.step)
         self.engine.model.train()
         return found
-
-    def _graded(self, step: int, name: str, value: float) -> None:
-        """A grade of the data's task, beside the loss."""
-        self.console.say(f"step {step}: held-out {name} {value:.4f}")
-        if self.first:
-            self.evaluations.add(step, name, value)
-        if self.wandb is not None:
-            self.wandb.evaluation(step, name, value)
 
     def _sample(self, step: int) -> None:
         """Write what the model makes of the prompt."""
@@ -282,13 +270,8 @@ class Run:
     def _close(self, progress: Progress) -> int:
         """Close the logs, draw the plots, and print the last screen."""
         caught = signal.Signals(self.stop.caught) if self.stop.caught and progress.step < self.config.steps else None
+        where = self.logs.close(progress.step, progress.tokens, progress.best)
         if self.first:
-            self.metrics.close()
-            self.evaluations.close()
-            images = plots(self.directory, title=self.config.name)
-            where = self.wandb.place if self.wandb is not None else None
-            if self.wandb is not None:
-                self.wandb.finish({"step": progress.step, "tokens": progress.tokens, **progress.best}, images)
             self.console.finish(self.directory, stopped=caught.name if caught else None, wandb=where, more=NEXT)
         if self.mesh.world_group is not None:
             dist.barrier(group=self.mesh.world_group)

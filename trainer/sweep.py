@@ -24,7 +24,7 @@ from trainer.compose import CONF, MANY, sweep_words
 from trainer.config import BUG, Config, Fault
 from trainer.config import DONE as WELL
 from trainer.crowd import Batch, arguments, judge
-from trainer.jobs import DONE, Job, essence, figures, outcome, table, varied
+from trainer.jobs import DONE, Job, essence, figures, outcome, own, table
 from trainer.launcher import Plan
 from trainer.processes import Slots
 
@@ -143,7 +143,7 @@ class Sweep:
         self.jobs += jobs
         ready = f", {len(jobs) - len(left)} of them done already" if len(left) < len(jobs) else ""
         print(f"{len(jobs)} jobs in {self.plan.directory}{ready}; up to {slots.many} ranks at once", flush=True)
-        stopped = Batch(left, configs, before, varied(jobs), self.command).run(slots)
+        stopped = Batch(left, configs, before, own(jobs), self.command, self.plan.directory.resolve().name).run(slots)
         if stopped is not None:
             raise Stopped(stopped)
         return [self._value(job) for job in jobs]

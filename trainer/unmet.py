@@ -5,19 +5,23 @@ from collections.abc import Iterator
 from torch import nn
 
 from parallel.engines.engine import blocks_of
-from trainer import build
-from trainer.config import Config, Fault
+from trainer import build, slurm
+from trainer.config import Config, Fault, Launch
 from trainer.data.sources import build as build_source
 from trainer.data.tasks.task import Task
+
+MEETING = ("nodes", "node_rank", "endpoint", "address")
 
 
 def meeting(config: Config) -> Iterator[str]:
     """Several machines that could not find each other, or that are told of a meeting that does not take place."""
     wish, ranks = config.launch, config.parallel.ranks
-    if wish.name != "multinode":
-        usual = {"nodes": 1, "node_rank": None, "endpoint": None, "address": None}
-        for key in (key for key, value in usual.items() if getattr(wish, key) != value):
+    for key in (key for key in (*MEETING, *slurm.KEYS) if getattr(wish, key) != getattr(Launch(), key)):
+        if key in MEETING and wish.name != "multinode" and (key, wish.name) != ("nodes", "slurm"):
             yield f"launch.{key}={getattr(wish, key)} is for several machines, but launch={wish.name}; use launch=multinode"
+        if key in slurm.KEYS and wish.name != "slurm":
+            yield f"launch.{key}={getattr(wish, key)} is for a batch job, but launch={wish.name}; use launch=slurm"
+    if wish.name != "multinode":
         return
     host, _, port = (wish.endpoint or "").rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:

@@ -65,6 +65,15 @@ def test_fsdp_on_four_ranks_holds_a_quarter_of_what_one_rank_holds(sizes):
             assert 0 < part <= 1.1 / 4 * all_of_it, f"{what}: {part} of {all_of_it} bytes, {part / all_of_it:.3f}"
 
 
+@pytest.fixture
+def one_thread():
+    """Kernels hold buffers for each thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def measured(checkpointing, sizes):
     """(bytes alive between forward and backward, most bytes alive at once) of a step whose gradients have their place."""
     engine = Single(Mesh.alone(), OPTIM, checkpointing=checkpointing)
@@ -82,7 +91,7 @@ def measured(checkpointing, sizes):
 
 
 @pytest.mark.parametrize("sizes", [{}, {"kv": 2, "tie": True, "reach": 100}])
-def test_the_peak_of_a_step_and_what_checkpointing_saves_of_it_are_as_predicted(sizes):
+def test_the_peak_of_a_step_and_what_checkpointing_saves_of_it_are_as_predicted(one_thread, sizes):
     found = {each: measured(each, sizes) for each in ("none", "full", "selective")}
     told = {each: activation_bytes(decoder(**sizes), TOKENS, checkpointing=each) for each in found}
     assert found["none"][0] == pytest.approx(told["none"], rel=0.01)
@@ -96,7 +105,7 @@ def test_the_peak_of_a_step_and_what_checkpointing_saves_of_it_are_as_predicted(
 
 
 @pytest.mark.parametrize("model", ["hyena", "retention", "rwkv7", "mamba2", "compressed", "lsh", "switch"])
-def test_other_layers_hold_between_forward_and_backward_what_is_predicted(model):
+def test_other_layers_hold_between_forward_and_backward_what_is_predicted(one_thread, model):
     words = [f"model={model}", "model.width=32", "model.layers=2", "model.heads=4", "context_length=256", "batch_tokens=256"]
     config = compose(words).config
     assert config is not None

@@ -6,7 +6,6 @@ have `step` as their x-axis; `by_tokens/loss` and everything under `evaluation/`
 
 import netrc
 import os
-import re
 import secrets
 import ssl
 import threading
@@ -20,21 +19,11 @@ from urllib.parse import urlsplit
 import wandb
 
 from trainer.logs.jsonl import BESIDE, Row
+from trainer.logs.redact import without_secrets
 
 PROBE_S, FINISH_S = 3.0, 30.0
-SECRET = re.compile(r"(^|[_.-])(api_?key|secret|password|passwd|credentials?|token)$", re.I)
-IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+@")
+UPLOAD_S = 300.0  # instead of FINISH_S, where a checkpoint is sent as well
 IDENTITY = "run_id"
-
-
-def without_secrets(value: Any) -> Any:
-    """A config fit to be shown: secrets by the names of their keys, and passwords inside addresses, become ***."""
-    if isinstance(value, dict):
-        hidden = {key for key, item in value.items() if SECRET.search(str(key)) and item is not None}
-        return {key: "***" if key in hidden else without_secrets(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_secrets(item) for item in value]
-    return IN_ADDRESS.sub("***@", value) if isinstance(value, str) else value
 
 
 def identity_of(directory: Path | str) -> str | None:
@@ -49,6 +38,7 @@ class Wandb:
     Args:
         directory: of the run; files go into its wandb/.
         mode: auto (online when a key is found, else offline), online or offline.
+        group, tags: under which the server shows the run; those of a sweep's jobs are its folder and what varies.
         init_timeout_s: the longest wait for the server at the start; then the run is offline.
         config: of the run; uploaded without secrets.
         identity: the run's id from its checkpoint; None = the run directory's own, or a new one.
@@ -65,6 +55,8 @@ class Wandb:
         project: str,
         name: str,
         config: dict[str, Any],
+        group: str | None = None,
+        tags: Sequence[str] = (),
         init_timeout_s: float = 10.0,
         identity: str | None = None,
         say: Callable[[str], None] = print,
@@ -72,6 +64,7 @@ class Wandb:
         self.directory, self.say = Path(directory), say
         self.run: Any = None
         self.tokens = 0
+        self.tables: dict[str, Sequence[dict[str, Any]]] = {}
         self.identity = identity or secrets.token_hex(4)
         # W&B's reports about itself would hold the process up at its end, for many seconds, when the server does not answer.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -82,7 +75,8 @@ class Wandb:
             mode = self._mode(mode, min(PROBE_S, init_timeout_s))
             if mode == "offline":  # for W&B's own telemetry too, which would wait for the network when the process ends
                 wandb.setup(wandb.Settings(silent=True, mode="offline"))
-            self._open(mode, init_timeout_s, project=project, name=name, config=without_secrets(config))
+            labels = {"project": project, "name": name, "group": group, "tags": list(tags) or None}
+            self._open(mode, init_timeout_s, **labels, config=without_secrets(config))
         except Exception as error:
             self._lost(error)
 
@@ -141,8 +135,9 @@ class Wandb:
         values |= {f"{part}/{name}": value for part, found in beside.items() for name, value in found.items()}
         self._log(row.step, {**values, "by_tokens/loss": row.loss})
 
-    def evaluation(self, step: int, name: str, value: float) -> None:
-        """Send one value of an evaluation."""
+    def evaluation(self, step: int, name: str, value: float, by_position: Sequence[dict[str, Any]] | None = None) -> None:
+        """Send one value of an evaluation; its parts by position are a table at the end, the last ones only."""
+        self.tables |= {f"report/{name}_by_position": by_position} if by_position else {}
         self._log(step, {f"evaluation/{name}": value})
 
     @property
@@ -152,29 +147,51 @@ class Wandb:
             return None
         return str(Path(self.run.dir).parent) if self.run.offline else self.run.url
 
-    def finish(self, summary: dict[str, Any], images: Sequence[Path] = (), *, exit_code: int = 0) -> None:
-        """Send the summary and the pictures, and close the run; waits at most half a minute for the network."""
+    def finish(
+        self,
+        summary: dict[str, Any],
+        images: Sequence[Path] = (),
+        *,
+        checkpoint: Path | None = None,
+        exit_code: int = 0,
+    ) -> None:
+        """Send the summary, the pictures and a checkpoint, and close the run.
+
+        Waits for the network at most half a minute, with a checkpoint five minutes. W&B keeps a copy of the checkpoint, so
+        that a run that goes on may remove it.
+        """
         if self.run is None:
             return
         run, trouble = self.run, []
+        wait_s = FINISH_S if checkpoint is None else UPLOAD_S
 
         def close() -> None:
             try:
-                pictures = {f"report/{image.stem}": wandb.Image(str(image)) for image in images}
-                if pictures:
-                    run.log(pictures)
+                shown: dict[str, Any] = {f"report/{image.stem}": wandb.Image(str(image)) for image in images}
+                shown |= {name: _table(rows) for name, rows in self.tables.items()}
+                if shown:
+                    run.log(shown)
                 run.summary.update(summary)
+                if checkpoint is not None:
+                    artifact = wandb.Artifact(f"checkpoint-{self.identity}", "checkpoint", metadata={"of": checkpoint.name})
+                    artifact.add_dir(str(checkpoint))
+                    run.log_artifact(artifact)
                 run.finish(exit_code=exit_code)
             except Exception as error:
                 trouble.append(error)
 
         thread = threading.Thread(target=close, daemon=True)
         thread.start()
-        thread.join(FINISH_S + 5)
+        thread.join(wait_s + 5)
         if trouble:
             self._lost(trouble[0])
         elif thread.is_alive():
             self.say(f"W&B: the server is slow; `wandb sync` sends what it lacks from {self.directory / 'wandb'}")
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> wandb.Table:
+    columns: list[Any] = list(rows[0])
+    return wandb.Table(columns=columns, data=[[row.get(column) for column in columns] for row in rows])
 
 
 def _brief(error: Exception) -> str:

@@ -15,7 +15,7 @@ from trainer.recipes.lesson import Learned, Lesson
 from trainer.recipes.table import table
 
 SIZES = ("model.width=64", "model.layers=4", "model.heads=2", "model.tie=false")
-TEXT = ("data=stdlib", "context_length=256", "batch_tokens=4096", "steps=240", "optim.learning_rate=0.004")
+TEXT = ("data=stdlib", "context_length=256", "batch_tokens=4096", "steps=400", "optim.learning_rate=0.004")
 SWITCH, MIXTURE = "model.feedforwards.switch", "model.feedforwards.experts"
 MODELS = {  # name in the table -> settings
     "dense": ("model=full",),

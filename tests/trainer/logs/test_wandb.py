@@ -1,5 +1,6 @@
 """W&B gets every metric, keeps its id, shows no secret, and never stops or holds up a run."""
 
+import json
 import socket
 import threading
 import time
@@ -43,16 +44,23 @@ def offline(directory: Path) -> list[Path]:
 
 def test_an_offline_file_holds_every_metric_and_no_secret(tmp_path):
     said, config = [], {"data": {"tokenizer": "bytes", "hf_token": "s3cret", "path": "https://me:s3cret@host/x"}}
-    run = begin(tmp_path, said, config=config | {"batch_tokens": 64})
+    labels = {"group": "a sweep", "tags": ["model=full", "seed=1"], "name": "model=full seed=1"}
+    run = begin(tmp_path, said, config=config | {"batch_tokens": 64}, **labels)
     for step in (1, 2, 3):
         run.step(row(step))
     run.step(row(4)._replace(auxiliary={"balance": 0.1}, statistics={"load": 1.5, "blocks.1.feedforward/load": 1.5}))
-    run.evaluation(4, "held_out", 2.5)
+    bars = [{"begin": 0, "end": 1, "loss": 4.0, "tokens": 3}, {"begin": 1, "end": 2, "loss": None, "tokens": 0}]
+    run.evaluation(4, "held_out", 2.75, by_position=bars[:1])
+    run.evaluation(4, "held_out", 2.5, by_position=bars)
     place = run.place
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0, "tokens": 64}\n')
-    run.finish({"best_loss": 1.0}, plots(tmp_path))
+    (tmp_path / "step_4").mkdir()
+    (tmp_path / "step_4" / "weights").write_text("of step 4")
+    run.finish({"best_loss": 1.0}, plots(tmp_path), checkpoint=tmp_path / "step_4")
     [path] = offline(tmp_path)
     found = wandb_file.read(path)
+    assert found.labels == labels
+    assert found.artifacts[f"checkpoint-{run.identity}"] == ["weights"]
     assert said == [] and place == str(path.parent)
     history = {step: {} for step in (1, 2, 3, 4)}
     for part in found.history:
@@ -64,6 +72,9 @@ def test_an_offline_file_holds_every_metric_and_no_secret(tmp_path):
         assert history[step]["by_tokens/loss"] == 3.0 / step
     assert history[4]["evaluation/held_out"] == 2.5 and history[4]["auxiliary/balance"] == 0.1
     assert history[4]["statistics/load"] == history[4]["statistics/blocks.1.feedforward/load"] == 1.5
+    table = next(part[key] for part in found.history for key in part if key == "report/held_out_by_position.path")
+    told = json.loads((path.parent / "files" / table).read_text())
+    assert told == {"columns": ["begin", "end", "loss", "tokens"], "data": [[0, 1, 4.0, 3], [1, 2, None, 0]]}
     assert found.summary["best_loss"] == 1.0
     assert found.axes["*"] == "step" and found.axes["by_tokens/*"] == found.axes["evaluation/*"] == "tokens"
     assert list(path.parent.glob("files/media/images/report/loss*.png"))

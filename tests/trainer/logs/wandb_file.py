@@ -19,6 +19,8 @@ class Run(NamedTuple):
     history: list[dict[str, Any]]
     summary: dict[str, Any]
     axes: dict[str, str]
+    labels: dict[str, Any]
+    artifacts: dict[str, list[str]]
 
 
 def _records(raw: bytes) -> Iterator[bytes]:
@@ -47,13 +49,15 @@ def _values(items: Any) -> dict[str, Any]:
 
 def read(path: Path) -> Run:
     """Everything that was written to one .wandb file."""
-    run = Run("", {}, [], {}, {})
+    run = Run("", {}, [], {}, {}, {}, {})
     for raw in _records(path.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(raw)
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run = run._replace(identity=record.run.run_id)
+            told = record.run
+            run.labels.update(group=told.run_group, tags=list(told.tags), name=told.display_name)
             run.config.update(_values(record.run.config.update))
         elif kind == "config":
             run.config.update(_values(record.config.update))
@@ -61,6 +65,8 @@ def read(path: Path) -> Run:
             run.history.append(_values(record.history.item))
         elif kind == "summary":
             run.summary.update(_values(record.summary.update))
+        elif kind == "artifact":
+            run.artifacts[record.artifact.name] = [entry.path for entry in record.artifact.manifest.contents]
         elif kind == "metric":
             run.axes[record.metric.glob_name or record.metric.name] = record.metric.step_metric
     return run

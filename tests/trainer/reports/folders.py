@@ -15,7 +15,9 @@ def lines(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def trained(place: Path, level: float, *, until: int = STEPS, seconds: float = 0.5, memory: int = 2**30, flops: float = 1e6) -> None:
+def trained(
+    place: Path, level: float, *, until: int = STEPS, seconds: float = 0.5, memory: int = 2**30, flops: float = 1e6
+) -> None:
     """A run that came down from 5.5 to about `level` nats, evaluated every 20 steps."""
     place.mkdir(parents=True, exist_ok=True)
     (place / "config.yaml").write_text(yaml.safe_dump({"name": "sweep", "steps": STEPS}))
@@ -25,11 +27,13 @@ def trained(place: Path, level: float, *, until: int = STEPS, seconds: float = 0
     def at(step: int) -> float:
         return level + (5.5 - level) * math.exp(-step / 8)
 
-    rows = [{"step": s, "loss": at(s), "tokens": TOKENS * s, "tokens_per_second": TOKENS / seconds} for s in range(1, until + 1)]
-    lines(place / "metrics.jsonl", [{**row, "step_seconds": seconds, "peak_memory_bytes": memory} for row in rows])
+    always = {"tokens_per_second": TOKENS / seconds, "step_seconds": seconds, "peak_memory_bytes": memory}
+    steps = range(1, until + 1)
+    lines(place / "metrics.jsonl", [{"step": s, "loss": at(s), "tokens": TOKENS * s, **always} for s in steps])
     bars = [{"begin": 2**b // 2, "end": 2**b, "loss": level + 0.6 - b / 20, "tokens": 9} for b in range(10)]
-    held_out = [{"step": s, "name": "held_out_loss", "value": at(s) + 0.1, "by_position": bars} for s in range(20, until + 1, 20)]
-    lines(place / "evaluation.jsonl", [*held_out, {"step": until, "name": "recall", "value": 0.25}])
+    held_out = {"name": "held_out_loss", "by_position": bars}
+    evaluations = [{"step": s, "value": at(s) + 0.1, **held_out} for s in steps if s % 20 == 0]
+    lines(place / "evaluation.jsonl", [*evaluations, {"step": until, "name": "recall", "value": 0.25}])
 
 
 def sweep(place: Path) -> Path:
@@ -48,7 +52,8 @@ def sweep(place: Path) -> Path:
         until = 12 if number == 4 else 25 if number == 10 else STEPS
         trained(job, level + 0.05 * (seed - 2), until=until, seconds=seconds, flops=flops)
         if number == 10:
-            command = ["trainer/__main__.py", "--job-of", "7", "steps=40", "model=hyena", "seed=2", "run_dir='x'", "wandb.group=all"]
+            words = ["steps=40", "model=hyena", "seed=2", "run_dir='x'", "wandb.group=all"]
+            command = ["trainer/__main__.py", "--job-of", "7", *words]
             (job / "environment.json").write_text(json.dumps({"command": command}))
         elif number == 4:
             Outcome(settings, "failed", 3, 9.0, "the disk <is> full").write(job)

@@ -1,0 +1,38 @@
+"""python -m scripts.report DIRECTORY: what a run or a sweep came to, as one HTML file that needs nothing else.
+
+DIRECTORY is that of a run, of a sweep, or a folder of runs. DIRECTORY/report/index.html has a table of variants (parameters,
+FLOPs a token, losses with their spread over seeds, tokens/s, peak memory, bytes sent), learning curves, loss against cost,
+loss by position, and the command of each run; the pictures lie beside it as PNG files. Runs that failed or go on still are
+rows that say so. Exit status 2 where there is no run, 3 where the disk will not have the report.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.config import BAD_RUN, BAD_WISH, DONE, Fault
+from trainer.reports.page import write
+
+
+def main(words: Sequence[str]) -> int:
+    if any(word in ("-h", "--help") for word in words):
+        print(__doc__)
+        return DONE
+    if len(words) != 1:
+        print("one directory is wanted: python -m scripts.report RUN_OR_SWEEP_DIR", file=sys.stderr)
+        return BAD_WISH
+    try:
+        page = write(Path(words[0]))
+    except Fault as fault:
+        print(fault, file=sys.stderr)
+        return fault.code
+    except OSError as error:
+        print(f"{error.filename or words[0]}: {error.strerror}; mend that and give the same command again", file=sys.stderr)
+        return BAD_RUN
+    for path in (page, *sorted(page.parent.glob("*.png"))):
+        print(path)
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

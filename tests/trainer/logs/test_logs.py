@@ -1,0 +1,118 @@
+"""The logs of a run: summary.json, what W&B is given, and what a run that goes on leaves as it was."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from trainer.compose import compose
+from trainer.config import Config
+from trainer.logs import logs, summary
+from trainer.logs.console import Console
+from trainer.logs.jsonl import Row
+
+BARS = [{"begin": 0, "end": 1, "loss": 2.5, "tokens": 9}]
+
+
+class Recorder:
+    """In the place of the W&B logger: keeps what it is given."""
+
+    def __init__(self, directory: Path, **settings: Any):
+        self.settings, self.given, self.identity, self.place = settings, [], "abc", "there"
+
+    def step(self, row: Row) -> None:
+        self.given.append(row.step)
+
+    def evaluation(self, step: int, name: str, value: float, by_position: Any = None) -> None:
+        self.given.append((step, name, value, by_position))
+
+    def finish(self, told: dict[str, Any], images: Any, checkpoint: Path | None = None) -> None:
+        self.given.append((told, [image.name for image in images], checkpoint))
+
+
+@pytest.fixture(autouse=True)
+def recorder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "importlib", SimpleNamespace(import_module=lambda name: SimpleNamespace(Wandb=Recorder)))
+
+
+def config(*words: str) -> Config:
+    found = compose(["name=mine", *words])
+    assert found.config is not None and not found.faults, found.faults
+    return found.config
+
+
+def row(step: int, loss: float) -> Row:
+    return Row(step, loss, 64 * step, 100.0 * step, 0.5, 1.0, 1e-3, 10**6 * step, None)
+
+
+def made(directory: Path, wish: Config, *, writes: bool = True) -> logs.Logs:
+    return logs.Logs(directory, wish, Console(3, speaks=False), writes=writes)
+
+
+def test_a_run_notes_its_facts_and_wandb_gets_all_of_them(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step_00000003").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_00000002").mkdir()
+    told = {"commit": "c0ffee", "diff": "+ secret line", "command": ["x", "data.hf_token=abc"]}
+    (tmp_path / "environment.json").write_text(json.dumps(told))
+    log = made(tmp_path, config("wandb.group=g", "wandb.tags=[a,b]", "wandb.artifacts=true"))
+    assert log.open(0, None, parameters=7, sent_bytes_per_step=None) == "abc"
+    assert summary.read(tmp_path) == {"parameters": 7, "sent_bytes_per_step": None}
+    log.note(sent_bytes_per_step=5)
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0)):
+        log.step(row(step, loss))
+    log.evaluation(3, "held_out_loss", 2.5, tokens=9, by_position=BARS)
+    assert log.close(3, 192, {"held_out_loss": 2.25}) == "there"
+    facts = {"step": 3, "tokens": 192, "best_loss": 1.0, "best_held_out_loss": 2.25}
+    facts |= {"tokens_per_second": 250.0, "peak_memory_bytes": 3e6, "parameters": 7, "sent_bytes_per_step": 5}
+    assert summary.read(tmp_path) == facts
+    sent = log.wandb
+    assert sent.given[:4] == [1, 2, 3, (3, "held_out_loss", 2.5, BARS)]
+    assert sent.given[4] == (facts, ["loss.png", "loss_by_position.png"], tmp_path / "checkpoints" / "step_00000003")
+    assert (sent.settings["name"], sent.settings["group"], sent.settings["tags"]) == ("mine", "g", ["a", "b"])
+    code = sent.settings["config"]["code"]
+    assert code["commit"] == "c0ffee" and code["changed"] is True and code["command"] == ["x", "data.hf_token=***"]
+    assert "secret line" not in str(sent.settings)
+
+
+def test_no_checkpoint_is_sent_unasked_and_the_name_may_be_another(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    log = made(tmp_path, config("wandb.name=other words"))
+    log.open(0, None)
+    log.close(0, 0, {})
+    assert log.wandb.given[-1][2] is None and log.wandb.settings["name"] == "other words"
+
+
+def test_a_run_that_goes_on_keeps_its_facts_and_its_best(tmp_path: Path) -> None:
+    wish = config("wandb.mode=disabled")
+    first = made(tmp_path, wish)
+    assert first.open(0, "kept", parameters=7) == "kept"
+    first.step(row(1, 0.5))
+    first.step(row(2, 9.0))
+    first.close(2, 128, {})
+    second = made(tmp_path, wish)
+    second.open(1, None, ranks=2)
+    second.step(row(2, 2.0))
+    assert second.close(2, 128, {}) is None
+    found = summary.read(tmp_path)
+    assert (found["parameters"], found["ranks"], found["best_loss"]) == (7, 2, 0.5)
+    assert [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0.5, 2.0]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    log = made(tmp_path, config(), writes=False)
+    assert log.open(0, "kept", parameters=7) == "kept"
+    log.step(row(1, 1.0))
+    log.evaluation(1, "held_out_loss", 1.0)
+    log.note(a=1)
+    assert log.close(1, 64, {}) is None and list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_summary_does_not_end_a_run(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("{")
+    summary.note(tmp_path, a=1)
+    assert summary.read(tmp_path) == {"a": 1}
+    (tmp_path / "summary.json").write_text("[]")
+    with pytest.raises(ValueError, match="no JSON object"):
+        summary.read(tmp_path)

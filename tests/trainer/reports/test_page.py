@@ -1,0 +1,136 @@
+"""The page needs nothing but itself, every row is in it, and its pictures show the rows."""
+
+import base64
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from scripts.report import main
+from tests.trainer.reports.folders import sweep, trained
+from trainer.reports import pictures
+from trainer.reports.runs import collect
+from trainer.reports.variants import variants
+
+EMPTY = ("meta", "img")  # elements that have no end
+
+
+def points(line) -> list[tuple[float, float]]:
+    """What a curve goes through."""
+    return list(zip(line.get_xdata(), line.get_ydata()))
+
+
+class Page(HTMLParser):
+    """The rows of the tables, the pictures, and whether every element is closed in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.rows: list[list[str]] = []
+        self.kinds: list[str] = []
+        self.images: list[bytes] = []
+        self.addresses: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        told = {key: value or "" for key, value in attrs}
+        if tag not in EMPTY:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+            self.kinds.append(told.get("class", ""))
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag == "img":
+            head, _, data = told["src"].partition(",")
+            assert head == "data:image/png;base64"
+            self.images.append(base64.b64decode(data))
+        self.addresses += [value for key, value in told.items() if key in ("src", "href") and not value.startswith("data:")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sweep(tmp_path_factory.mktemp("here") / "all")
+
+
+def test_the_report_of_a_sweep_is_one_page_with_every_row(place: Path, capsys) -> None:
+    assert main([str(place)]) == 0
+    said = capsys.readouterr().out.split()
+    assert [Path(path).name for path in said] == ["index.html", "by_position.png", "curves.png", "pareto.png"]
+    text = (place / "report" / "index.html").read_text()
+    page = Page(text)
+    assert page.addresses == [] and "<script" not in text and "http" not in text and "@import" not in text
+    assert page.images == [(place / "report" / f"{name}.png").read_bytes() for name in ("curves", "pareto", "by_position")]
+    head, full, sliding, *_ = page.rows
+    told = dict(zip(head, full))
+    assert told["variant"] == "model=full" and told["parameters"] == "123k" and told["FLOPs/token"] == "4M"
+    assert told["loss"] == "2.0236 \u00b1 0.0497" and told["held-out loss"] == "2.1236 \u00b1 0.0497"
+    assert told["recall"] == "0.2500 \u00b1 0.0000" and told["tokens/s"] == "8,192" and told["peak memory"] == "1,024 MiB"
+    assert told["bytes sent/step"] == "7.34M" and told["state"] == "3 runs"
+    assert sliding[-1] == "2 of 3 runs; 4: failed with exit status 3: the disk <is> full"
+    commands = [row for row in page.rows if row[-1].startswith("python -m trainer")]
+    assert len(commands) == 11 and commands[10][-1] == "python -m trainer steps=40 model=hyena seed=2"
+    assert sum(kind == "bad" for kind in page.kinds) == 3 + 3  # of the variants sliding, hyena and 11; of the runs 4, 10, 11
+    ranges = next(row for row in page.rows if row[0] == "position")
+    assert ranges[1:5] == ["0", "1", "2-3", "4-7"]
+
+
+def test_the_report_of_a_run_that_has_not_stepped_says_so(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("name: lone\nsteps: 5\n")
+    (tmp_path / "run" / "environment.json").write_text('{"command": ["x", "name=lone", "data.hf_token=s3cret"]}')
+    assert main([str(tmp_path / "run")]) == 0
+    text = (tmp_path / "run" / "report" / "index.html").read_text()
+    page = Page(text)
+    assert page.images == [] and "s3cret" not in text
+    assert page.rows[1][0] == "lone" and page.rows[1][-1] == "0 of 1 runs; run: no step yet"
+    assert page.rows[3][-1] == "python -m trainer name=lone 'data.hf_token=***'"
+
+
+def test_pictures_show_means_over_seeds_and_what_no_other_beats(place: Path) -> None:
+    rows = variants(collect(place))
+    curves = pictures._curves(rows)
+    assert curves is not None
+    training, held_out = curves.axes
+    assert [line.get_label() for line in training.get_lines()] == [
+        f"model={name}" for name in ("full", "sliding", "retnet", "hyena")
+    ]
+    assert points(held_out.get_lines()[0])[-1][1] == pytest.approx(2.1236, abs=1e-4)
+    assert len(points(training.get_lines()[3])) == 40  # the run that goes on is not mixed in
+    pareto = pictures._pareto(rows)
+    assert pareto is not None and len(pareto.axes) == 3
+    best = [round(x / 1e9) for x, _ in points(pareto.axes[0].get_lines()[-1])]
+    assert best == [328, 492, 655]  # hyena, sliding, full: retnet is dearer and worse than sliding
+    by_position = pictures._by_position(rows)
+    assert by_position is not None and points(by_position.axes[0].get_lines()[0])[0][1] == pytest.approx(2.6)
+
+
+def test_pictures_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
+    trained(tmp_path, 2.0)
+    assert main([str(tmp_path)]) == 0
+    (tmp_path / "evaluation.jsonl").unlink()
+    assert main([str(tmp_path)]) == 0
+    assert not (tmp_path / "report" / "by_position.png").exists() and (tmp_path / "report" / "curves.png").exists()
+
+
+@pytest.mark.parametrize(("words", "said"), [([], "one directory is wanted"), (["/none/such"], "there is no such directory")])
+def test_a_wrong_wish_is_one_line_and_exit_status_2(words: list[str], said: str, capsys) -> None:
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert said in told and told.count("\n") == 1
+
+
+def test_a_report_that_cannot_be_written_is_one_line_and_exit_status_3(tmp_path: Path, capsys) -> None:
+    trained(tmp_path, 2.0)
+    (tmp_path / "report").write_text("in the way")
+    assert main([str(tmp_path)]) == 3
+    assert "report: File exists; mend that" in capsys.readouterr().err

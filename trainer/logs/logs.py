@@ -1,0 +1,118 @@
+"""Everything that is written of a run while it goes on: its lines on disk, its summary, its W&B run and its pictures."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from trainer import directory as directories
+from trainer.config import Config
+from trainer.jobs import figures
+from trainer.logs import summary
+from trainer.logs.console import Console
+from trainer.logs.jsonl import METRICS, Evaluations, Metrics, Row, read
+from trainer.logs.redact import without_secrets, word_without_secrets
+from trainer.logs.report import plots
+
+LOGGER = "trainer.logs.wandb"  # imported on rank 0 alone, and only when it is wanted
+
+
+class Logs:
+    """Made on every rank, and written on rank 0 alone.
+
+    Args:
+        directory: of the run. writes: whether this rank is the one.
+    """
+
+    def __init__(self, directory: Path, config: Config, console: Console, *, writes: bool):
+        self.directory, self.config, self.console, self.writes = directory, config, console, writes
+        self.wandb: Any = None
+
+    def open(self, step: int, identity: str | None, **facts: Any) -> str | None:
+        """Open everything, cut back to where the run stands; the id of its W&B run, if it has one.
+
+        Args:
+            step: the last one that was taken. identity: of the W&B run, from a checkpoint.
+            facts: of the whole run, for summary.json.
+        """
+        if not self.writes:
+            return identity
+        self.metrics, self.evaluations = Metrics(self.directory), Evaluations(self.directory)
+        for lines in (self.metrics, self.evaluations):
+            lines.truncate_after(step)
+        summary.note(self.directory, **facts)
+        wish = self.config.wandb
+        if wish.mode == "disabled":
+            return identity
+        self.wandb = importlib.import_module(LOGGER).Wandb(
+            self.directory,
+            mode=wish.mode,
+            project=wish.project,
+            name=wish.name or self.config.name,
+            group=wish.group,
+            tags=wish.tags,
+            config={**directories.plain(self.config), "code": self._code()},
+            init_timeout_s=wish.init_timeout_s,
+            identity=identity,
+            say=self.console.say,
+        )
+        return self.wandb.identity
+
+    def _code(self) -> dict[str, Any]:
+        """Which code ran, on what, by which command; the difference to the commit itself stays on this machine."""
+        path = self.directory / directories.ENVIRONMENT
+        if not path.is_file():
+            return {}
+        told = json.loads(path.read_text())
+        known = {key: told.get(key) for key in ("commit", "python", "packages", "platform", "devices")}
+        command = [word_without_secrets(word) for word in told.get("command") or []]
+        return without_secrets({**known, "changed": bool(told.get("diff")), "command": command})
+
+    def note(self, **facts: Any) -> None:
+        """Facts of the whole run."""
+        if self.writes:
+            summary.note(self.directory, **facts)
+
+    def step(self, row: Row) -> None:
+        """A step is done."""
+        self.console.step(row)
+        if self.writes:
+            self.metrics.add(row)
+        if self.wandb is not None:
+            self.wandb.step(row)
+
+    def evaluation(self, step: int, name: str, value: float, **made_of: Any) -> None:
+        """One value of an evaluation, and what it is made of."""
+        if self.writes:
+            self.evaluations.add(step, name, value, **made_of)
+        if self.wandb is not None:
+            self.wandb.evaluation(step, name, value, by_position=made_of.get("by_position"))
+
+    def close(self, step: int, tokens: int, best: dict[str, float]) -> str | None:
+        """Close everything and draw the pictures; where the W&B run is."""
+        if not self.writes:
+            return None
+        self.metrics.close()
+        self.evaluations.close()
+        came_to = {"step": step, "tokens": tokens, **self._came_to(best)}
+        summary.note(self.directory, **came_to)
+        images = plots(self.directory, title=self.config.name)
+        if self.wandb is None:
+            return None
+        where = self.wandb.place
+        saved = sorted((self.directory / "checkpoints").glob("step_*")) if self.config.wandb.artifacts else []
+        self.wandb.finish({**summary.read(self.directory), **came_to}, images, checkpoint=saved[-1] if saved else None)
+        return where
+
+    def _came_to(self, best: dict[str, float]) -> dict[str, float]:
+        """Over all steps, those before a resume as well."""
+        found = figures(self.directory)
+        losses = [row["loss"] for row in read(self.directory / METRICS) if row.get("loss") is not None]
+        values = {
+            "best_loss": min(losses, default=math.nan),
+            **{f"best_{name}": value for name, value in best.items()},
+            "tokens_per_second": found.tokens_per_second,
+            "peak_memory_bytes": found.peak_bytes,
+        }
+        return {name: value for name, value in values.items() if not math.isnan(value)}

@@ -1,0 +1,42 @@
+"""summary.json of a run directory: facts that are one number for the whole run, whatever its steps.
+
+`parameters`, `active_parameters` (what a token visits) and `flops_per_token` (training, one document as long as a row,
+models/sizes.py); `ranks`; `sent_bytes_per_step`, of the rank that sends most, by the moves that share a sequence or its
+experts (parallel/moves.py), in the first step since the last start, null where that one was not logged; and at the end
+`step`, `tokens`, the lowest training loss and the best of held-out loss, the middle step's tokens a second, peak memory.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+SUMMARY = "summary.json"
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """What is known of the run in a directory; nothing where there is no such file.
+
+    Raises:
+        ValueError: the file is no JSON object.
+    """
+    path = directory / SUMMARY
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); remove it") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} is no JSON object; remove it")
+    return facts
+
+
+def note(directory: Path, **facts: Any) -> None:
+    """Add facts to those that are there, as a run that goes on does; the file is replaced whole."""
+    try:
+        known = read(directory)
+    except ValueError:
+        known = {}  # what a broken disk left; a run does not end for it
+    beside = directory / f".{SUMMARY}.new"
+    beside.write_text(json.dumps({**known, **facts}, indent=2) + "\n", encoding="utf-8")
+    beside.replace(directory / SUMMARY)

@@ -1,0 +1,161 @@
+"""The pictures of a report: learning curves, loss against cost, and held-out loss by position."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, StrMethodFormatter
+
+from trainer.reports.runs import Told
+from trainer.reports.variants import Variant, frontier, quality
+
+GREY, PALE = "#4a5568", "#e2e8f0"
+MARKERS = "osD^vPX*<>"
+COSTS: tuple[tuple[str, Callable[[Told], float]], ...] = (
+    ("training FLOPs", lambda run: run.flops_per_token * run.tokens),
+    ("training seconds x ranks", lambda run: run.seconds * run.ranks),
+    ("peak memory of the fullest rank (MiB)", lambda run: run.peak_bytes / 2**20),
+)
+
+
+def draw(variants: Sequence[Variant], directory: Path) -> dict[str, Path]:
+    """Make the pictures that the runs allow, as PNG files; {name: path}."""
+    figures = {
+        "curves": _curves(variants),
+        "pareto": _pareto(variants),
+        "by_position": _by_position(variants),
+    }
+    paths = {}
+    for name, figure in figures.items():
+        path = directory / f"{name}.png"
+        path.unlink(missing_ok=True)  # of an earlier report
+        if figure is not None:
+            figure.savefig(path)
+            paths[name] = path
+    return paths
+
+
+def _look(number: int) -> dict[str, object]:
+    """Colour and marker of a variant, the same in every picture."""
+    colours = colormaps["tab10"].colors  # pyright: ignore[reportAttributeAccessIssue]
+    return {"color": colours[number % len(colours)], "marker": MARKERS[number // len(colours) % len(MARKERS)]}
+
+
+def _sheet(panels: int, title: str, width: float = 5.4) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width * panels, 4.8), dpi=130, layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=GREY)
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for each in axes:
+        each.grid(color=PALE, linewidth=0.8)
+        each.set_axisbelow(True)
+        each.spines[["top", "right"]].set_visible(False)
+        each.tick_params(colors=GREY)
+    return figure, axes
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+
+
+def _curves(variants: Sequence[Variant]) -> Figure | None:
+    """Training loss, a mean over neighbouring rows and over seeds, and held-out loss; all seeds lie in the shade."""
+    drawn = [variant for variant in variants if any(run.curve for run in variant.runs)]
+    if not drawn:
+        return None
+    checked = any(run.checks for variant in drawn for run in variant.runs)
+    figure, axes = _sheet(1 + checked, "loss while training (nats per token)")
+    for number, variant in enumerate(variants):
+        look = _look(number)
+        smooth = [_smoothed(run.curve) for run in variant.counted if run.curve]
+        _band(axes[0], smooth, variant.name, {**look, "marker": ""})
+        if checked:
+            _band(axes[1], [run.checks for run in variant.counted if run.checks], variant.name, look)
+    for each, name in zip(axes, ("training, smoothed", "held out")):
+        each.set_title(name, fontsize=10, color=GREY)
+        each.set_xlabel("tokens trained on")
+        each.xaxis.set_major_formatter(EngFormatter(sep=""))
+    _legend(figure, axes[0])
+    return figure
+
+
+def _smoothed(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Means over as many neighbours on either side, so that a slope is not shifted."""
+    reach, last = len(curve) // 30, len(curve) - 1
+    spans = [min(reach, at, last - at) for at in range(len(curve))]
+    return [(curve[at][0], fmean(y for _, y in curve[at - near : at + near + 1])) for at, near in enumerate(spans)]
+
+
+def _band(axes: Axes, curves: Sequence[list[tuple[float, float]]], name: str, look: dict) -> None:
+    """The mean of curves as far as all of them go, and between the lowest and the highest a shade."""
+    points = list(zip(*curves))  # seeds of one variant have their rows at the same steps
+    if not points:
+        return
+    x = [fmean(each[0] for each in at) for at in points]
+    y = [[each[1] for each in at] for at in points]
+    axes.plot(x, [fmean(each) for each in y], label=name, linewidth=1.6, markersize=5, **look)
+    if len(curves) > 1:
+        axes.fill_between(x, [min(each) for each in y], [max(each) for each in y], color=look["color"], alpha=0.15, lw=0)
+
+
+def _pareto(variants: Sequence[Variant]) -> Figure | None:
+    """Loss against each cost that is known; the dashed line joins what no other beats in both."""
+    panels = [(name, cost) for name, cost in COSTS if _placed(variants, cost)]
+    if not panels:
+        return None
+    held_out = all(not math.isnan(run.held_out) for variant in variants for run in variant.counted if run.curve)
+    what = "held-out loss" if held_out else "loss (held-out where it is known)"
+    figure, axes = _sheet(len(panels), f"{what} against cost, with the spread over seeds: lower left is better")
+    for each, (name, cost) in zip(axes, panels):
+        placed = _placed(variants, cost)
+        for number, (x, y) in placed.items():
+            spread = quality(variants[number]).deviation
+            error = None if math.isnan(spread) else spread
+            look = _look(number)
+            each.errorbar(x, y, yerr=error, linestyle="", markersize=7, capsize=3, label=variants[number].name, **look)  # pyright: ignore
+        best = [list(placed.values())[at] for at in frontier(list(placed.values()))]
+        each.plot([x for x, _ in best], [y for _, y in best], color=GREY, linestyle="--", linewidth=1, zorder=0)
+        each.set_xlabel(name)
+        each.set_ylabel("nats per token")
+        each.xaxis.set_major_formatter(EngFormatter(sep=""))
+        each.margins(0.12)
+    _legend(figure, axes[0])
+    return figure
+
+
+def _placed(variants: Sequence[Variant], cost: Callable[[Told], float]) -> dict[int, tuple[float, float]]:
+    """By variant: (cost, loss), where both are known."""
+    points = {at: (each.spread(cost).mean, quality(each).mean) for at, each in enumerate(variants)}
+    return {at: point for at, point in points.items() if not any(map(math.isnan, point))}
+
+
+def _by_position(variants: Sequence[Variant]) -> Figure | None:
+    """Mean held-out loss at each distance into a document."""
+    if not any(run.by_position for variant in variants for run in variant.counted):
+        return None
+    figure, [axes] = _sheet(1, "held-out loss by position in the document (nats per token)", width=8)
+    for number, variant in enumerate(variants):
+        told = by_position(variant)
+        if not told:
+            continue
+        middles = [((begin + 1) * end) ** 0.5 for begin, end in told]
+        axes.plot(middles, list(told.values()), label=variant.name, linewidth=1.6, markersize=4, **_look(number))  # pyright: ignore
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+    axes.set_xlabel("position (tokens, ranges twice as long each)")
+    _legend(figure, axes)
+    return figure
+
+
+def by_position(variant: Variant) -> dict[tuple[int, int], float]:
+    """Means over the runs that count, by (begin, end)."""
+    found: dict[tuple[int, int], list[float]] = {}
+    for run in variant.counted:
+        for place, loss in run.by_position.items():
+            found.setdefault(place, []).append(loss)
+    return {place: fmean(found[place]) for place in sorted(found)}
