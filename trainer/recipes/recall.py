@@ -71,7 +71,8 @@ def recall(effort: Effort, say: Callable[[str], None]) -> tuple[str, list[Learne
     """(what the recipe found, as markdown; every lesson)."""
     remembering, tracking = _remembering(), _tracking()
     learned = teach_all([(lesson, seed) for lesson in (*remembering, *tracking) for seed in effort.numbers()], effort, say)
-    first, second = ([each for each in learned if each.name in {x.name for x in part}] for part in (remembering, tracking))
+    count = len(remembering) * effort.seeds
+    first, second = learned[:count], learned[count:]  # some names stand in both
     parts = [
         INTRODUCTION,
         table(first, {"accuracy": _accuracy, "looks at neighbours by": _near, "parameters": _parameters}),

@@ -72,9 +72,10 @@ def test_every_lesson_is_taught_with_the_seeds_that_were_asked_for(monkeypatch) 
     asked: list[tuple[str, int]] = []
 
     def pretend(jobs, effort, say):
+        jobs = list(jobs)
         asked.extend((lesson.name, seed) for lesson, seed in jobs)
-        exams = {HELD_OUT: Evaluated(1.0, 1, [], {"accuracy": 0.5}), "128": Evaluated(1.0, 1, [], {"accuracy": 0.25})}
-        return [Learned(name, seed, exams) for name, seed in asked]
+        held, far = Evaluated(1.0, 1, [], {"accuracy": 0.5}), Evaluated(1.0, 1, [], {"accuracy": 0.25})
+        return [Learned(lesson.name, seed, {HELD_OUT: held, **dict.fromkeys(lesson.exams, far)}) for lesson, seed in jobs]
 
     monkeypatch.setattr(recall, "teach_all", pretend)
     monkeypatch.setattr(recall, "_decoding", lambda: "bytes")
