@@ -31,7 +31,7 @@ SWAPS = (
     "data.swaps=true",
     "context_length=32",
     "batch_tokens=1024",
-    "steps=300",
+    "steps=700",
     "optim.learning_rate=0.01",
 )
 ALL_32, ALL_128 = (("data.minimum=32", "data.maximum=32"), ("data.minimum=128", "data.maximum=128", "context_length=128"))
