@@ -15,7 +15,7 @@ from parallel.layout import POLICIES
 from parallel.mesh import misfits
 from parallel.spread import METHODS, refusals, unreachable
 from trainer import build, directory, slurm, zero
-from trainer.config import Config, Fault, Memory
+from trainer.config import Config, Fault, Launch, Memory
 from trainer.data.opening import check as look_at
 from trainer.data.sources import build as build_source
 from trainer.unmet import meeting, unplaced, unsayable, whole_only
@@ -175,6 +175,8 @@ def torchrun(config: Config, started: int) -> Iterator[str]:
         yield f"launch={config.launch.name}, but torchrun has started the ranks already; leave one of the two out"
     elif config.launch.max_restarts:
         yield f"launch.max_restarts={config.launch.max_restarts}: torchrun starts the ranks; give --max-restarts to torchrun"
+    if config.launch.grace_s != Launch().grace_s:
+        yield f"launch.grace_s={config.launch.grace_s}: torchrun stops the ranks in its own time; leave launch.grace_s out"
 
 
 def engine(config: Config) -> Iterator[str]:

@@ -82,7 +82,7 @@ WRONG = [
     ("memory=segments memory.length=0 mixer=gated_delta position=learned position.max_length=4096", ["go on", "position=rope"]),
     ("memory.name=segments", ["memory.name=segments", "models.memory.memory.Memory", "memory=segments"]),
     ("memory.length=5", ["memory.length=5", "memory=none"]),
-    ("launch.name=slurm", ["launch=slurm", "not built", "launch=local"]),
+    ("launch.name=kubernetes", ["launch.name=kubernetes", "multinode", "slurm", "launch.name=local"]),
     ("engine.checkpointing=selective engine.compile=true", ["engine.checkpointing=selective", "engine.compile=false"]),
     ("engine.zero=2", ["engine.zero=2", "engine=deepspeed", "engine=single"]),
     ("engine.reshard_after_forward=true", ["engine.reshard_after_forward=true", "engine=fsdp"]),
@@ -138,6 +138,17 @@ def test_under_torchrun_the_ranks_must_be_those_of_the_config() -> None:
     assert asked is not None
     assert check(asked, started=2) == []
     assert "torchrun started 3" in check(asked, started=3)[0]
+
+
+def test_under_torchrun_what_only_our_own_launcher_can_do_is_refused_by_name() -> None:
+    for setting, said in (
+        ("launch.grace_s=5", "launch.grace_s=5: torchrun stops the ranks"),
+        ("launch.max_restarts=2", "give --max-restarts to torchrun"),
+        ("launch=multinode", "launch=multinode, but torchrun has started the ranks already"),
+    ):
+        asked = compose([*SMALL, "parallel.context=2", setting]).config
+        assert asked is not None
+        assert any(said in each for each in check(asked, started=2))
 
 
 def test_faults_of_every_kind_are_shown_together() -> None:

@@ -33,6 +33,7 @@ SWAPS = (
     "batch_tokens=1024",
     "steps=700",
     "optim.learning_rate=0.01",
+    "model.deviation=0.05",
 )
 ALL_32, ALL_128 = (("data.minimum=32", "data.maximum=32"), ("data.minimum=128", "data.maximum=128", "context_length=128"))
 READ = (1024, 8192, 65536)  # tokens, for the bytes held while decoding

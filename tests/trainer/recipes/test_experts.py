@@ -39,4 +39,4 @@ def test_a_token_costs_the_same_in_all_its_models_up_to_the_routers():
 
 def test_its_settings_can_be_honoured():
     for words in experts.MODELS.values():
-        assert wish((*words, *experts.SIZES, *experts.TEXT)).steps == 240
+        assert wish((*words, *experts.SIZES, *experts.TEXT)).steps == 400
