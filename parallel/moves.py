@@ -4,6 +4,7 @@ Public torch.distributed collectives only. Letters: B rows, c local tokens, P ra
 """
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,12 +22,14 @@ class Wire:
         sent: bytes handed to other ranks so far, by name of the move; shared with the wires of its grids.
         heads: ranks that trade heads in the grid that was asked for, or None.
         choices: which method serves which attention and why, where parallel.method=auto had to choose.
+        timeout: the longest wait in a collective of the groups that `grid` makes; None = torch's own.
     """
 
     def __init__(self, group: Any):
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         self.sent: dict[str, int] = {}
         self.heads: int | None = None
+        self.timeout: timedelta | None = None
         self.choices: dict[str, str] = {}
         self.grids: dict[int, tuple[Wire, Wire]] = {}
 
@@ -44,7 +47,7 @@ class Wire:
             first, inner = self.rank // heads * heads, self.rank % heads
             sides = range(first, first + heads), range(inner, self.size, heads)
             names = [[dist.get_global_rank(self.group, r) for r in side] for side in sides]
-            self.lay(*(dist.new_group(side, use_local_synchronization=True) for side in names))
+            self.lay(*(dist.new_group(side, timeout=self.timeout, use_local_synchronization=True) for side in names))
         return self.grids[heads]
 
     def count(self, move: str, size: int) -> None:

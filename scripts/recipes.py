@@ -26,8 +26,9 @@ def effort(words: list[str]) -> Effort:
         key, _, value = word.partition("=")
         if key not in Effort._fields:
             raise ValueError(f"{word}: there is no such setting; known: {', '.join(f'{field}=N' for field in Effort._fields)}")
-        if not value.isdecimal() or int(value) < 1:
-            raise ValueError(f"{word}: a whole number of 1 or more is needed, for example {key}=2")
+        least = 0 if key == "first" else 1
+        if not value.isdecimal() or int(value) < least:
+            raise ValueError(f"{word}: a whole number of {least} or more is needed, for example {key}=2")
         asked[key] = int(value)
     return Effort(**asked)
 

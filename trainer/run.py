@@ -3,6 +3,7 @@
 import errno
 import signal
 from collections import Counter
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
@@ -133,6 +134,8 @@ class Run:
         optimiser = build(config.optim, {}, "optim")
         engine = kind(self.mesh, optimiser, precision=config.precision, seed=config.seed, **settings)
         self.wire = place(model, engine, method=config.parallel.method)
+        if self.wire is not None:
+            self.wire.timeout = timedelta(seconds=config.launch.timeout_s)
         self.console.say(f"model: {self.parameters.total:,} parameters; engine {config.engine.name}, {config.precision}")
         return engine
 

@@ -1,6 +1,9 @@
 """parallel.method=auto: each attention gets the driver that sends least, the same on all ranks, and stays exact."""
 
+from datetime import timedelta
+
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from models.attention.full import CAUSAL
@@ -11,6 +14,7 @@ from parallel.balance import visible_keys
 from parallel.cut import cut_span
 from parallel.drivers.auto import Auto, remote_share
 from parallel.layout import layouts
+from parallel.moves import Wire
 from parallel.spread import spread
 from tests.parallel.parity import packed, relative
 from tests.pool import ranks
@@ -48,6 +52,27 @@ def test_where_heads_run_out_the_grid_is_made():
     for found, worst in ranks(4, choices, "zigzag", 2):
         assert found["wide"].startswith("usp: heads over 2 ranks x ring of 2")
         assert worst < 1e-12
+
+
+def patience(env):
+    """How long the groups of a grid would wait that is made on the way, in seconds."""
+    make, asked = dist.new_group, []
+
+    def noted(*args, **kwargs):
+        asked.append(kwargs["timeout"].total_seconds())
+        return make(*args, **kwargs)
+
+    wire = Wire(env.group)
+    wire.timeout, dist.new_group = timedelta(seconds=77), noted
+    try:
+        wire.grid(2)
+    finally:
+        dist.new_group = make
+    return asked
+
+
+def test_groups_that_are_made_on_the_way_wait_no_longer_than_the_others():
+    assert ranks(4, patience) == [[77, 77]] * 4
 
 
 def test_the_choice_does_not_look_at_the_documents():

@@ -116,4 +116,4 @@ def test_a_recipe_that_cannot_be_is_refused_with_what_can(words, said, capsys) -
 
 
 def test_words_become_an_effort() -> None:
-    assert effort(["seeds=1", "steps=9"]) == Effort(seeds=1, jobs=2, steps=9)
+    assert effort(["seeds=1", "steps=9", "first=0"]) == Effort(seeds=1, jobs=2, steps=9, first=0)
