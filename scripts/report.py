@@ -2,8 +2,9 @@
 
 DIRECTORY is that of a run, of a sweep, or a folder of runs. DIRECTORY/report/index.html has a table of variants (parameters,
 FLOPs a token, losses with their spread over seeds, tokens/s, peak memory, bytes sent), learning curves, loss against cost,
-loss by position, and the command of each run; the pictures lie beside it as PNG files. Runs that failed or go on still are
-rows that say so. Exit status 2 where there is no run, 3 where the disk will not have the report.
+loss by position, and the command of each run; the pictures lie beside it as PNG files, and the table, which is printed too, in
+markdown. Runs that failed or go on still are rows that say so. Exit status 2 where there is no run, 3 where the disk will not
+have the report.
 """
 
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.config import BAD_RUN, BAD_WISH, DONE, Fault
-from trainer.reports.page import write
+from trainer.reports.page import TABLE, write
 
 
 def main(words: Sequence[str]) -> int:
@@ -29,7 +30,9 @@ def main(words: Sequence[str]) -> int:
     except OSError as error:
         print(f"{error.filename or words[0]}: {error.strerror}; mend that and give the same command again", file=sys.stderr)
         return BAD_RUN
-    for path in (page, *sorted(page.parent.glob("*.png"))):
+    table = page.with_name(TABLE)
+    print(table.read_text(encoding="utf-8"))
+    for path in (page, table, *sorted(page.parent.glob("*.png"))):
         print(path)
     return DONE
 

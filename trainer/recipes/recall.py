@@ -6,10 +6,11 @@ layer are those of its conf/mixer file.
 
 from collections.abc import Callable
 
+from trainer.markdown import markdown
 from trainer.recipes.decoding import held_bytes
 from trainer.recipes.jobs import Effort, teach_all
 from trainer.recipes.lesson import Learned, Lesson
-from trainer.recipes.table import markdown, table
+from trainer.recipes.table import table
 
 SIZES = ("model.width=64", "model.heads=2", "model.ffn=2.0", "optim.weight_decay=0.01", "data.held_out=0.3")
 SIZES += ("model.deviation=0.1",)  # 0.02 suits wide models: here nothing would be learned in so few steps
@@ -121,6 +122,6 @@ def _parameters(learned: Learned) -> str:
 
 def _decoding() -> str:
     """Bytes after so many tokens, a row for each kind of layer."""
-    rows = [["layer", *(f"{length:,} tokens" for length in READ)], ["---"] * (1 + len(READ))]
+    rows = [["layer", *(f"{length:,} tokens" for length in READ)]]
     rows += [[name, *(f"{held:,}" for held in held_bytes(("model.layers=2", *_decoder(name)), READ))] for name in DECODED]
     return markdown(rows)

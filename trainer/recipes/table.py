@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from trainer.markdown import markdown
 from trainer.recipes.lesson import Learned
 
 Figure = Callable[[Learned], float | str]  # words must be the same for all seeds
@@ -22,18 +23,13 @@ def table(learned: Sequence[Learned], columns: Mapping[str, Figure], *, head: st
     named: dict[str, list[Learned]] = {}
     for each in learned:
         named.setdefault(each.name, []).append(each)
-    rows = [[head, *columns, "seeds"], ["---"] * (len(columns) + 2)]
+    rows = [[head, *columns, "seeds"]]
     for name, every in named.items():
         fine = [each for each in every if each.fault is None]
         failed = f" ({len(every) - len(fine)} failed)" if len(fine) < len(every) else ""
         cells = [_cell([figure(each) for each in fine], digits) for figure in columns.values()]
         rows.append([name, *cells, f"{len(fine)}{failed}"])
     return markdown(rows)
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Cells as a table; the first row is the head, the second the rule below it."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _cell(found: Sequence[float | str], digits: int) -> str:

@@ -7,11 +7,12 @@ from html import escape
 from pathlib import Path
 
 from trainer.logs.console import count
+from trainer.markdown import markdown
 from trainer.reports.pictures import by_position, draw
 from trainer.reports.runs import Told, collect
 from trainer.reports.variants import Spread, Variant, variants
 
-PLACE, PAGE = "report", "index.html"
+PLACE, PAGE, TABLE = "report", "index.html", "variants.md"
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a202c; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }
 h1, h2 { font-weight: 600; } h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
@@ -37,7 +38,7 @@ Column = tuple[str, Callable[[Variant], str]]
 
 
 def write(directory: Path) -> Path:
-    """Make the report of a run or a sweep in its report/; the page.
+    """Make the report of a run or a sweep in its report/; the page. Beside it the table of variants is a file of its own.
 
     Raises:
         Fault: there is no run.
@@ -48,11 +49,13 @@ def write(directory: Path) -> Path:
     place.mkdir(exist_ok=True)
     pictures = draw(rows, place)
     title = directory.resolve().name
+    head, cells = ["variant", *(name for name, _ in _columns(rows)), "state"], _variant_rows(rows)
+    (place / TABLE).write_text(markdown([head, *(each for _, each in cells)]) + "\n", encoding="utf-8")
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{_told(runs)}</p>",
         "<h2>Variants</h2>",
-        _table(["variant", *(name for name, _ in _columns(rows)), "state"], _variant_rows(rows)),
+        _table(head, cells),
         f'<p class="small">{escape(NOTE)}</p>',
     ]
     for name, path in pictures.items():
@@ -61,8 +64,8 @@ def write(directory: Path) -> Path:
         if name == "by_position":
             parts.append(_positions(rows))
     parts += ["<h2>Runs and their commands</h2>", _table(["run", "loss", "held out", "state", "command"], _run_rows(runs))]
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
-    page = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    top = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    page = f'<!doctype html>\n<html lang="en"><head>{top}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
     beside = place / f".{PAGE}.new"
     beside.write_text(page, encoding="utf-8")
     return beside.replace(place / PAGE)

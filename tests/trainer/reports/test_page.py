@@ -64,13 +64,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_report_of_a_sweep_is_one_page_with_every_row(place: Path, capsys) -> None:
     assert main([str(place)]) == 0
-    said = capsys.readouterr().out.split()
-    assert [Path(path).name for path in said] == ["index.html", "by_position.png", "curves.png", "pareto.png"]
+    said, _, paths = capsys.readouterr().out.partition("\n\n")
+    names = ["index.html", "variants.md", "by_position.png", "curves.png", "pareto.png"]
+    assert [Path(path).name for path in paths.split()] == names
     text = (place / "report" / "index.html").read_text()
     page = Page(text)
     assert page.addresses == [] and "<script" not in text and "http" not in text and "@import" not in text
     assert page.images == [(place / "report" / f"{name}.png").read_bytes() for name in ("curves", "pareto", "by_position")]
     head, full, sliding, *_ = page.rows
+    assert said.splitlines()[1] == "| --- " * len(head) + "|" and said + "\n" == (place / "report" / "variants.md").read_text()
+    for row, line in zip((head, full, sliding), (said.splitlines()[at] for at in (0, 2, 3)), strict=True):
+        assert line == f"| {' | '.join(row)} |"
     told = dict(zip(head, full))
     assert told["variant"] == "model=full" and told["parameters"] == "123k" and told["FLOPs/token"] == "4M"
     assert told["loss"] == "2.0236 \u00b1 0.0497" and told["held-out loss"] == "2.1236 \u00b1 0.0497"
