@@ -146,8 +146,8 @@ class Chaos:
 
     def faults(self) -> Iterator[Seen]:
         """Every other fault, one after another."""
-        yield from (each() for each in (self.rank_killed, self.rank_stopped, self.asked_to_stop, self.damaged, self.diverged))
-        yield from (each() for each in (self.disk_full, self.broken_data, self.no_network))
+        yield from (each() for each in (self.rank_killed, self.rank_stopped, self.rank_stopped_once, self.asked_to_stop))
+        yield from (each() for each in (self.damaged, self.diverged, self.disk_full, self.broken_data, self.no_network))
 
     def _ranks(self, process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
         return {int(each.environ()["RANK"]): each for each in psutil.Process(process.pid).children(recursive=True)}
@@ -174,6 +174,16 @@ class Chaos:
         fine = end.code == BAD_RUN and f"rank 1 of {RANKS} stands still" in end.told and self.finishes(name)
         shown = f"exit status {end.code}: {end.line('launch.timeout_s').partition(': ')[2].partition(';')[0]}"
         return Seen("a rank hangs (SIGSTOP)", shown, "steps since the last checkpoint", fine)
+
+    def rank_stopped_once(self) -> Seen:
+        name = "rank stopped once"
+        process = self.start(name, "launch.timeout_s=5", "launch.grace_s=1", "launch.max_restarts=1")
+        self.meets(name, process, MOMENTS["a step"], 5)
+        self._ranks(process)[1].suspend()
+        end = self.end(name, process)
+        fine = end.code == DONE and self.outcome(name) == self.truth and "started again" in end.told
+        shown = "which rank it was; all ranks go on from the last checkpoint" if fine else end.told[-300:]
+        return Seen("a rank hangs, launch.max_restarts=1", shown, "steps since the last checkpoint", fine)
 
     def asked_to_stop(self) -> Seen:
         name = "asked"

@@ -15,7 +15,7 @@ NONE = "memory=none"
 
 # Text: rows of 32 bytes, in lanes where there is a memory.
 SMALL = ("model.width=96", "model.layers=3", "model.heads=4", "model.ffn=2.0", "optim.weight_decay=0.01")
-READING = ("model=full", *SMALL, "position=relative", "data=stdlib", "context_length=32", "batch_tokens=1024")
+READING = ("model=full", *SMALL, "position=relative", "data=stdlib", "context_length=32", "batch_tokens=512")
 READING += ("steps=800", "optim.learning_rate=0.003", "evaluation.batches=60")
 RECALLED = ("memory=segments", "memory.length=64")
 TEXT = (
