@@ -14,12 +14,12 @@ from trainer.reports.variants import Spread, Variant, variants
 
 PLACE, PAGE, TABLE = "report", "index.html", "variants.md"
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a202c; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a202c; max-width: 1280px; margin: 2rem auto; padding: 0 1rem; }
 h1, h2 { font-weight: 600; } h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #e2e8f0; text-align: right; vertical-align: top; }
 th { color: #4a5568; font-weight: 600; border-bottom: 2px solid #cbd5e0; }
-td.words, th.words { text-align: left; white-space: normal; } td.state { min-width: 12rem; }
+td.words, th.words { text-align: left; white-space: normal; } td.state { min-width: 6rem; }
 tr.bad td { background: #fff5f5; } code { font: 13px/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; } p.small { color: #4a5568; font-size: 13px; }
 """
