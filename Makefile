@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
+# Tests at once, each with ranks of its own; files are not torn apart.
+JOBS ?= 2
 
 .PHONY: install train sweep test test-all lint types clean
 
@@ -25,10 +27,10 @@ types: install
 	$(BIN)/pyright
 
 test: lint types
-	$(BIN)/python -m pytest -m 'not full'
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not full'
 
 test-all: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 clean:
 	rm -rf .venv runs sweeps build *.egg-info .pytest_cache .ruff_cache .hypothesis

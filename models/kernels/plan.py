@@ -14,6 +14,8 @@ from models.span import PADDING, Span
 
 LEAF = 512  # tokens on the side of the largest block that is computed with a dense mask
 
+MANY, SHORT = 8, 128  # from so many rows of so few tokens on, rows are computed together
+
 FULL, TRIANGLE, MASKED = "full", "triangle", "masked"
 
 
@@ -152,6 +154,32 @@ def plan(mask: Mask, at: Span, of: Span) -> list[Block]:
     if key not in at.plans:
         at.plans[key] = (of, _plan(mask, at, of))  # holding `of` keeps its id from being used again
     return at.plans[key][1]
+
+
+def together(mask: Mask, at: Span, of: Span) -> list[Block]:
+    """As `plan`, with many short rows in one masked block: there a block takes longer to call than to compute."""
+    (rows, queries), keys = at.shape, of.shape[1]
+    if rows < MANY or not 0 < max(queries, keys) <= SHORT:
+        return plan(mask, at, of)
+    key = (together, mask, id(of))
+    if key not in at.plans:
+        at.plans[key] = (of, _stack(plan(mask, at, of), max(1, LEAF * LEAF // max(1, queries * keys))))
+    return at.plans[key][1]
+
+
+def _stack(blocks: list[Block], most: int) -> list[Block]:
+    """Blocks of all rows as masked ones, each over at most so many rows, and all queries and keys that these rows need."""
+    found: list[Block] = []
+    for block in sorted(blocks):
+        last = found[-1] if found else None
+        if last is not None and block.r1 - last.r0 <= most:
+            q0, q1 = min(last.q0, block.q0), max(last.q1, block.q1)
+            k0, k1 = min(last.k0, block.k0), max(last.k1, block.k1)
+            kind = FULL if last[2:] == block[2:] == (q0, q1, k0, k1, FULL) and last.r1 == block.r0 else MASKED
+            found[-1] = Block(last.r0, max(last.r1, block.r1), q0, q1, k0, k1, kind)
+        else:
+            found.append(block)
+    return found
 
 
 def _plan(mask: Mask, at: Span, of: Span) -> list[Block]:

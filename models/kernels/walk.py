@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.kernels import careful, tile
 from models.kernels.pick import pick
-from models.kernels.plan import FULL, LEAF, MASKED, TRIANGLE, Block, plan, split
+from models.kernels.plan import FULL, LEAF, MASKED, TRIANGLE, Block, split, together
 from models.masks import Mask, visible
 from models.scores import Score, Tensors
 from models.span import Span
@@ -90,7 +90,7 @@ def _take(total: tile.Part, rows: tuple[slice, slice], part: tile.Part) -> None:
 
 def _parts(what: Attention, at: Span, of: Span, kernel: Any, tensors: Sequence[Tensor]) -> Iterator[tuple[Any, Block]]:
     """(who computes it, block) for all blocks; blocks that hide something go to `careful` where not all is finite."""
-    blocks = plan(what.mask, at, of)
+    blocks = together(what.mask, at, of)
     doubtful = any(block.kind != FULL for block in blocks) and not careful.sound(tensors)
     side = tile.SIDE if kernel is None else _side(what)
     for block in blocks:

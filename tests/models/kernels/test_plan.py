@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.kernels import plan as planning
-from models.kernels.plan import FULL, MASKED, TRIANGLE, plan, split
+from models.kernels.plan import FULL, MASKED, TRIANGLE, plan, split, together
 from models.masks import Causal, Mask, Not, Reach, SameDocument, visible
 from models.span import Span
 
@@ -59,6 +59,45 @@ def test_every_visible_pair_is_computed_once_and_no_other(lengths, mask, leaf, c
         assert torch.equal(count, seen.long())
     finally:
         planning.LEAF = before
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=4), min_size=8, max_size=20),
+    mask=st.sampled_from(sorted(MASKS)),
+    leaf=st.sampled_from([16, 128, 512]),
+    cut=st.integers(0, 30),
+)
+def test_many_short_rows_taken_together_hold_the_same_pairs(lengths, mask, leaf, cut):
+    before, planning.LEAF = planning.LEAF, leaf
+    try:
+        size = max(map(sum, lengths))
+        rows = [row(some, size - sum(some)) for some in lengths]
+        span = Span.of(torch.stack([p for p, _ in rows]), torch.stack([d for _, d in rows]))
+        queries, keys = span.map(lambda t: t[:, cut:]), span.map(lambda t: t[:, : size - cut // 2])
+        blocks = together(MASKS[mask], queries, keys)
+        count, seen = painted(blocks, MASKS[mask], queries, keys)
+        assert torch.equal(count, seen.long())
+        assert len(blocks) <= max(len(plan(MASKS[mask], queries, keys)), 1)
+    finally:
+        planning.LEAF = before
+
+
+def test_many_short_rows_are_one_block_and_few_or_long_ones_are_not():
+    def at(rows, tokens):
+        spans = [row([1 + i, tokens - 1 - i]) for i in range(rows)]
+        return Span.of(torch.stack([p for p, _ in spans]), torch.stack([d for _, d in spans]))
+
+    many, few, long = at(8, 128), at(7, 128), at(8, 129)
+    mask = MASKS["causal"]
+    assert together(mask, many, many) == [(0, 8, 0, 128, 0, 128, MASKED)] and together(mask, many, many) is together(
+        mask, many, many
+    )
+    for other in (few, long):
+        assert together(mask, other, other) == plan(mask, other, other)
+    past = Span.of(torch.arange(9).expand(8, 9).contiguous(), torch.zeros(8, 9, dtype=torch.long))
+    after = Span.of((9 + torch.arange(5)).expand(8, 5).contiguous(), torch.zeros(8, 5, dtype=torch.long))
+    assert together(mask, after, past) == [(0, 8, 0, 5, 0, 9, FULL)]
 
 
 def test_zigzag_runs_of_one_document_need_neither_mask_nor_waste():
