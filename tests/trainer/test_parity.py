@@ -31,7 +31,9 @@ def some(name, many):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, many", [("float32", 5), ("float64", None), pytest.param("float32", None, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "name, many", [("float32", 5), ("float64", None), pytest.param("float32", None, marks=pytest.mark.full)]
+)
 def test_every_way_of_spreading_a_run_gives_the_same_losses(name, many, tmp_path):
     os.environ["HF_HUB_OFFLINE"] = "1"
     found = compare(in_pool, tmp_path, name, cases=some(name, many) if many else None)

@@ -1,8 +1,9 @@
-"""Many short rows, which are computed in one block, come out as fewer of them do, block by block: outputs and every gradient."""
+"""Many short rows, computed in one block, come out as fewer of them do, block by block: outputs and every gradient."""
 
 import pytest
 import torch
 
+from models.attention.full import CAUSAL
 from models.init import initialise
 from models.kernels.plan import MANY
 from models.mixing.softmax import Softmax
@@ -46,7 +47,7 @@ def test_rows_taken_together_are_fewer_rows_taken_apart(name):
 
 def test_what_stands_at_places_that_nobody_sees_does_not_matter():
     """Not even if it is no number, and whether or not other rows see something at the same place."""
-    span, leaf = rows(), VARIANTS["full"]().mix
+    span, leaf = rows(), Softmax(CAUSAL)
     torch.manual_seed(3)
     q, k, v = (torch.randn(*span.shape, 2, 4, dtype=torch.float64) for _ in range(3))
     valid = span.valid()[..., None, None]
