@@ -13,6 +13,7 @@ Convention, printed with every MFU:
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +129,9 @@ def state_bytes(model: nn.Module, precision: str = "float32", shards: int = 1) -
     return {"parameters": stored, "copies": copies, "gradients": stored, "optimiser": 2 * stored}
 
 
-def activation_bytes(model: nn.Module, tokens: int, precision: str = "float32", checkpointing: str = "none") -> int:
+def activation_bytes(
+    model: nn.Module, tokens: int, precision: str = "float32", checkpointing: str = "none", offload: bool = False
+) -> int:
     """Most bytes that autograd keeps of `tokens` tokens of one row on one device, of a forward and its backward.
 
     Counted on the meta device from what each operation saves, with the losses. Measured on the CPU, by every storage that
@@ -139,15 +142,39 @@ def activation_bytes(model: nn.Module, tokens: int, precision: str = "float32", 
     Args:
         checkpointing: none; full = the inputs of all blocks and the inside of the largest one, which is computed again;
             selective = the mean and mass of every attention too.
+        offload: what blocks save waits on the host (`host_bytes`): of the blocks the inside of the largest one counts. That
+            is a bound where nothing is computed again: what comes back is dropped as soon as it was used.
 
     Raises:
-        ValueError: another checkpointing, or one of a model that has no blocks to compute again.
+        ValueError: another checkpointing, or one of a model that has no blocks to compute again or to offload.
     """
+    _judge(model, checkpointing, offload)
+    return _extended(model, tokens, precision, lambda saved: saved.peak(checkpointing, offload))
+
+
+def host_bytes(model: nn.Module, tokens: int, precision: str = "float32", checkpointing: str = "none") -> int:
+    """Bytes that wait on the host between forward and backward, where activations are offloaded; otherwise as above.
+
+    Room that is pinned is rounded up to a power of 2, storage by storage, which is not in it.
+    """
+    _judge(model, checkpointing, True)
+    return _extended(model, tokens, precision, lambda saved: sum(saved.kept(checkpointing)))
+
+
+def _judge(model: nn.Module, checkpointing: str, offload: bool) -> None:
     if checkpointing not in ("none", "full", "selective"):
         raise ValueError(f"checkpointing={checkpointing} is not offered; take none, full or selective")
-    if checkpointing != "none" and not len(getattr(model, "blocks", ())):
+    if len(getattr(model, "blocks", ())):
+        return
+    if checkpointing != "none":
         raise ValueError(f"{type(model).__name__} has no blocks to compute again; use checkpointing=none")
-    few, more = (_saved(_twin(model, DTYPES[precision]), count).peak(checkpointing) for count in (64, 128))
+    if offload:
+        raise ValueError(f"{type(model).__name__} has no blocks whose activations could wait on the host; use offload=False")
+
+
+def _extended(model: nn.Module, tokens: int, precision: str, count: Callable[["_Saved"], int]) -> int:
+    """`count` of so many tokens, on the line through those of two short rows."""
+    few, more = (count(_saved(_twin(model, DTYPES[precision]), length)) for length in (64, 128))
     return few + (more - few) * (tokens - 64) // 64
 
 
@@ -177,12 +204,18 @@ class _Saved:
     inputs: list[int]
     tapes: list[int]
 
-    def peak(self, checkpointing: str) -> int:
-        """A block that is computed again finds its input there, and its tape."""
+    def kept(self, checkpointing: str) -> list[int]:
+        """Of each block what lies between forward and backward."""
         if checkpointing == "none":
-            return self.outside + sum(self.inside)
-        kept = [x + tape * (checkpointing == "selective") for x, tape in zip(self.inputs, self.tapes, strict=True)]
-        again = max(inside - there for inside, there in zip(self.inside, kept, strict=True))
+            return self.inside
+        return [x + tape * (checkpointing == "selective") for x, tape in zip(self.inputs, self.tapes, strict=True)]
+
+    def peak(self, checkpointing: str, offload: bool) -> int:
+        """A block that is computed again finds its input there, and its tape."""
+        if offload:
+            return self.outside + max(self.inside)
+        kept = self.kept(checkpointing)
+        again = max((inside - there for inside, there in zip(self.inside, kept, strict=True)), default=0)
         return self.outside + sum(kept) + max(0, again)
 
 
@@ -191,6 +224,7 @@ def _saved(model: nn.Module, tokens: int) -> _Saved:
     blocks: list[nn.Module] = [*getattr(model, "blocks", [])]
     place, sums, found = len(blocks), [0] * (len(blocks) + 1), _Saved(0, [], [0] * len(blocks), [0] * len(blocks))
     seen = {id(p.untyped_storage()): p.untyped_storage() for p in model.parameters()}  # held: ids are not used again
+    came: dict[int, Any] = {}  # what several blocks are given is there once
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -202,7 +236,9 @@ def _saved(model: nn.Module, tokens: int) -> _Saved:
     def enter(module: nn.Module, args: Any) -> None:
         nonlocal place
         place = blocks.index(module)
-        found.inputs[place] += sum(x.numel() * x.element_size() for x in args if isinstance(x, Tensor))
+        for storage in (x.untyped_storage() for x in args if isinstance(x, Tensor)):
+            found.inputs[place] += storage.nbytes() * (id(storage) not in came)
+            came[id(storage)] = storage
 
     def leave(*_: Any) -> None:
         nonlocal place

@@ -1,11 +1,13 @@
 """From a model written for one device to a model in training: every change to it, in the one order that works.
 
 Sequence and experts first (leaves are swapped), then activation checkpointing (so that a block computed again exchanges as
-it did), then compilation, then sharding: FSDP2 gathers a block's parameters around the whole, once for what is computed again.
+it did), then compilation, then the host's memory for what is saved, then sharding: FSDP2 gathers a block's parameters around
+the whole, once for what is computed again.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,15 +17,17 @@ from models.mixing.kept import tapes
 from models.mixing.softmax import Softmax
 from parallel.engines.engine import Engine, blocks_of
 from parallel.moves import Wire
+from parallel.offload import Offload
 from parallel.spread import spread
 
 
-def place(model: nn.Module, engine: Engine, *, method: str = "auto") -> Wire | None:
+def place(model: nn.Module, engine: Engine, *, method: str = "auto", offload: Offload | None = None) -> Wire | None:
     """Spread, checkpoint, compile and shard `model` as the engine's settings say; `engine.model` is what to call then.
 
     Args:
         model: as built, best on the meta device. Parameter names never change.
         method: how attention is shared over the ranks of a context group, see parallel.spread.
+        offload: sends to the host what blocks save for backward; None leaves it on the device.
 
     Returns:
         The wire that the drivers send over, or None where a rank has its sequence and all experts to itself.
@@ -37,9 +41,11 @@ def place(model: nn.Module, engine: Engine, *, method: str = "auto") -> Wire | N
         if engine.checkpointing == "full":
             block.forward = compute_again(block.forward)
         elif engine.checkpointing == "selective":
-            block.forward = compute_all_but_attention_again(block)
+            block.forward = compute_all_but_attention_again(block, offload)
         if engine.compile:
             block.forward = torch.compile(block.forward)  # no module is put in between: names stay as they are
+        if offload is not None:
+            block.forward = offload.around(block)
     engine.wrap(model)
     return wire
 
@@ -52,10 +58,15 @@ def compute_again(forward: Callable) -> Callable:
     return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def compute_all_but_attention_again(block: nn.Module) -> Callable:
+def compute_all_but_attention_again(block: nn.Module, offload: Offload | None = None) -> Callable:
     """As `compute_again`, but every attention's mean and mass are kept: keys do not go round the ring a third time.
 
     Where heads are traded for tokens, attention is not computed again, but the trade is made again.
     """
     leaves = [leaf.kept for leaf in block.modules() if isinstance(leaf, Softmax)]
-    return partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=partial(tapes, leaves))
+
+    def contexts() -> tuple[Any, Any]:
+        pair = tapes(leaves)
+        return pair if offload is None else offload.tapes(block, pair)
+
+    return partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)

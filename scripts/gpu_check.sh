@@ -49,13 +49,15 @@ PY
 CARDS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())') || CARDS=0
 CHOICE='(full or sliding or packed or alibi or gqa) and (2 or 3) and (ring or fetch)'
 quickstart=("$PYTHON" -m trainer experiment=quickstart steps=20 precision=bfloat16 parallel.context=1
-    wandb.mode=disabled "run_dir=$SCRATCH/quickstart")
+    wandb.mode=disabled)
 
 step "environment" environment
 step "kernels, against the general tile" "$PYTHON" -m pytest tests/models/kernels
 step "2 and 3 ranks on the CPU, against one" env CUDA_VISIBLE_DEVICES= "$PYTHON" -m pytest tests/parallel/test_parity.py \
     -m "not full" -k "$CHOICE"
-step "quickstart, 20 steps in bfloat16 on one card" "${quickstart[@]}"
+step "quickstart, 20 steps in bfloat16 on one card" "${quickstart[@]}" "run_dir=$SCRATCH/quickstart"
+step "the same with activations on the host" "${quickstart[@]}" engine.offload_activations=true "run_dir=$SCRATCH/offload"
+step "a step with and without its activations on the host" "$PYTHON" -m scripts.offload
 step "which kernels scans have" "$PYTHON" -c 'from models.kernels.scan_cuda import report; print(report())'
 step "the linear-time family on one card" "$PYTHON" -m scripts.bench mixers ranks=1 device=cuda
 step "blocks of a ring of 4 and 8 on one device" "$PYTHON" -m scripts.blocks 32768

@@ -268,6 +268,7 @@ def sizes_taken(config: Config, vocabulary: int) -> dict[str, dict[str, Any]]:
 
 def build_engine(config: Config, mesh: Any, optimiser: Any) -> Any:
     """The engine of a run, with those of its settings that are set."""
-    settings = {key: value for key, value in plain(config.engine).items() if key != "name" and value is not None}
+    apart = ("name", "offload_activations")  # what place() is told
+    settings = {key: value for key, value in plain(config.engine).items() if key not in apart and value is not None}
     offers = {"mesh": mesh, "optimiser": optimiser, "precision": config.precision, "seed": config.seed}
     return build(settings, offers, "engine")

@@ -18,7 +18,7 @@ from trainer import build, directory, slurm, zero
 from trainer.config import Config, Fault, Launch, Memory
 from trainer.data.opening import check as look_at
 from trainer.data.sources import build as build_source
-from trainer.unmet import meeting, unplaced, unsayable, whole_only
+from trainer.unmet import homeless, meeting, unplaced, unsayable, whole_only
 
 RANKS_PER_CORE = 8
 NO_MEMORY = Memory.model_fields["target"].default
@@ -187,6 +187,7 @@ def engine(config: Config) -> Iterator[str]:
         yield f"engine={asked.name} is not built yet; use engine=fsdp"
     if asked.checkpointing == "selective" and asked.compile:
         yield SELECTIVE
+    yield from homeless(config)
     if asked.name == "deepspeed":
         yield from zero.settings(config)
     for key, value, owner in (

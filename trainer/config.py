@@ -7,7 +7,7 @@ listed below, and an unknown key is an error.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 # Exit statuses. 129, 130 and 143 (parallel.outcome.SAVED): stopped by SIGHUP, SIGINT or SIGTERM after saving.
 DONE, BUG, BAD_WISH, BAD_RUN = 0, 1, 2, 3
@@ -163,6 +163,9 @@ class Engine(Node):
     checkpointing: Literal["none", "full", "selective"] = Field(
         default="none", description="computed twice: nothing, blocks, or blocks but for their attention"
     )
+    offload_activations: bool = Field(
+        default=False, description="what blocks save for backward waits in the host's memory; only with an accelerator"
+    )
     compile: bool = Field(default=False, description="torch.compile, block by block")
 
 
@@ -222,12 +225,22 @@ class Checkpoint(Part):
 
 
 class Evaluation(Part):
-    """Held-out loss and a generated sample."""
+    """Held-out loss, a generated sample and attention maps."""
 
     every: Natural = Field(description="steps between two; 0 = never, not at the end either")
     batches: Count = Field(default=4, description="held-out batches each time")
     generate: Natural = Field(default=0, description="tokens of the sample; 0 = none")
     prompt: str = Field(default="", description="what the sample begins with")
+    maps: Annotated[Natural, Field(le=512)] = Field(
+        default=0, description="held-out tokens whose attention is drawn after the last evaluation; 0 = none"
+    )
+
+    @field_validator("maps")
+    @classmethod
+    def _needs_evaluation(cls, maps: int, found: ValidationInfo) -> int:
+        if maps and found.data.get("every") == 0:
+            raise ValueError("maps are drawn after the last evaluation, but evaluation.every=0; set evaluation.every too")
+        return maps
 
 
 class Config(Part):

@@ -16,6 +16,7 @@ from models.span import Span
 from parallel.engines.engine import Engine
 from parallel.launch import Ranks, attempt
 from parallel.mesh import Mesh, build_mesh
+from parallel.offload import Offload
 from parallel.outcome import SAVED
 from parallel.place import place
 from trainer import directory as directories
@@ -33,6 +34,7 @@ from trainer.logs.jsonl import Row
 from trainer.logs.logs import Logs
 from trainer.logs.meters import Meter, Peak, peak
 from trainer.loop import Loop, Stop
+from trainer.maps import attention_maps
 from trainer.share import Share
 from trainer.state import Progress, restore
 from trainer.watch import At, limit, watching
@@ -43,7 +45,7 @@ NEXT = (  # what the last screen offers
     "python -m trainer experiment=quickstart parallel.context=4              the same losses over four ranks",
     "python -m trainer --help                                                every setting",
 )
-APART = ("name", "replicas")  # settings of an engine that no constructor takes
+APART = ("name", "replicas", "offload_activations")  # settings of an engine that no constructor takes
 OWNED = {"zero": "deepspeed", "offload": "deepspeed", "reshard_after_forward": "fsdp"}  # those that only one takes
 
 
@@ -133,7 +135,8 @@ class Run:
         settings = {key: value for key, value in asked.items() if OWNED.get(key, name) == name}
         optimiser = build(config.optim, {}, "optim")
         engine = kind(self.mesh, optimiser, precision=config.precision, seed=config.seed, **settings)
-        self.wire = place(model, engine, method=config.parallel.method)
+        offload = Offload(self.mesh.device) if config.engine.offload_activations else None
+        self.wire = place(model, engine, method=config.parallel.method, offload=offload)
         if self.wire is not None:
             self.wire.timeout = timedelta(seconds=config.launch.timeout_s)
         self.console.say(f"model: {self.parameters.total:,} parameters; engine {config.engine.name}, {config.precision}")
@@ -257,6 +260,8 @@ class Run:
                 self.logs.evaluation(progress.step, name, value)
             if config.evaluation.generate and progress.step == config.steps:
                 self._sample(progress.step)
+            if (tokens := config.evaluation.maps) and progress.step == config.steps:
+                self.logs.maps(progress.step, *attention_maps(self.engine.model, self.share, self.held_out, tokens))
         self.engine.model.train()
         return found
 

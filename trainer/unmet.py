@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from parallel.engines.engine import blocks_of
+from parallel.launch import machine
+from parallel.offload import AT_HOME
 from trainer import build, slurm
 from trainer.config import Config, Fault, Launch
 from trainer.data.sources import build as build_source
@@ -66,6 +68,18 @@ def whole_only(config: Config, model: nn.Module) -> Iterator[str]:
         )
     if engine.compile:
         yield f"engine.compile=true compiles blocks, and {kind} has none; use engine.compile=false"
+    if engine.offload_activations:
+        yield (
+            f"engine.offload_activations=true sends away what blocks save, and {kind} has none; "
+            "use engine.offload_activations=false"
+        )
+
+
+def homeless(config: Config) -> Iterator[str]:
+    """Activations that are to wait in the host's memory, and are there already. A batch job has the GPUs that it asks for."""
+    gpus = config.launch.gpus if config.launch.name == "slurm" else machine()[1]
+    if config.engine.offload_activations and gpus == 0:
+        yield AT_HOME
 
 
 def unsayable(config: Config) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,12 +11,13 @@ from models.attention.sliding import Sliding
 from models.decoder import Decoder
 from models.feedforward import SwiGLU
 from models.positions.rope import Rope
-from models.sizes import activation_bytes, state_bytes
+from models.sizes import activation_bytes, host_bytes, state_bytes
 from models.span import Span
 from parallel.engines.fsdp import Fsdp
 from parallel.engines.single import Single
 from parallel.engines.weights import materialise
 from parallel.mesh import Mesh, build_mesh
+from parallel.offload import Offload
 from parallel.place import place
 from tests.live import Live, everything, storages
 from tests.pool import ranks
@@ -74,10 +76,10 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def measured(checkpointing, sizes):
+def measured(checkpointing, sizes, offload=None):
     """(bytes alive between forward and backward, most bytes alive at once) of a step whose gradients have their place."""
     engine = Single(Mesh.alone(), OPTIM, checkpointing=checkpointing)
-    place(decoder(**sizes), engine)
+    place(decoder(**sizes), engine, offload=offload)
     for parameter in engine.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     tokens, span = torch.arange(TOKENS)[None] % WORDS, Span.line(1, TOKENS)
@@ -104,6 +106,21 @@ def test_the_peak_of_a_step_and_what_checkpointing_saves_of_it_are_as_predicted(
     assert told["selective"] - told["full"] == tapes * (LAYERS - 1) / LAYERS, "of the block computed again they are in it"
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+def test_offload_lowers_the_peak_by_what_is_predicted_and_the_host_holds_as_much(one_thread, checkpointing):
+    """The host's copies are memory of numpy's, which is not counted: what is counted stands for a device."""
+    sizes = {"layers": 2 * LAYERS, "kv": 2, "tie": True}
+    offload = Offload(torch.device("cpu"), lambda size: torch.from_numpy(np.empty(size, np.uint8)))
+    (_, plain), (kept, peak) = (measured(checkpointing, sizes, each) for each in (None, offload))
+    model = decoder(**sizes)
+    told, lower = (activation_bytes(model, TOKENS, checkpointing=checkpointing, offload=each) for each in (False, True))
+    assert plain - peak == pytest.approx(told - lower, rel=0.15)
+    assert peak < 1.15 * lower, "a bound where nothing is computed again"
+    assert kept < 0.2 * lower, "between forward and backward only what is outside of the blocks stays"
+    steps = 2
+    assert offload.sent / steps == pytest.approx(host_bytes(model, TOKENS, checkpointing=checkpointing), rel=0.01)
+
+
 @pytest.mark.parametrize("model", ["hyena", "retention", "rwkv7", "mamba2", "compressed", "lsh", "switch"])
 def test_other_layers_hold_between_forward_and_backward_what_is_predicted(one_thread, model):
     words = [f"model={model}", "model.width=32", "model.layers=2", "model.heads=4", "context_length=256", "batch_tokens=256"]
@@ -125,3 +142,5 @@ def test_sizes_refuses_checkpointing_that_is_none_or_that_has_no_blocks():
         activation_bytes(decoder(), 64, checkpointing="some")
     with pytest.raises(ValueError, match="Linear has no blocks to compute again"):
         activation_bytes(torch.nn.Linear(2, 2), 64, checkpointing="full")
+    with pytest.raises(ValueError, match="Linear has no blocks whose activations could wait on the host"):
+        host_bytes(torch.nn.Linear(2, 2), 64)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from trainer import check as asking
+from trainer import unmet
 from trainer.check import check
 from trainer.compose import compose
 from trainer.prepare import wish
@@ -23,6 +24,7 @@ def faults(*words: str) -> list[str]:
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asking, "machine", lambda: (2, 0))
+    monkeypatch.setattr(unmet, "machine", lambda: (2, 0))
 
 
 def test_a_good_wish_has_no_fault() -> None:
@@ -84,6 +86,15 @@ WRONG = [
     ("memory.length=5", ["memory.length=5", "memory=none"]),
     ("launch.name=kubernetes", ["launch.name=kubernetes", "multinode", "slurm", "launch.name=local"]),
     ("engine.checkpointing=selective engine.compile=true", ["engine.checkpointing=selective", "engine.compile=false"]),
+    (
+        "engine.offload_activations=true",
+        ["engine.offload_activations=true", "host's memory already", "offload_activations=false"],
+    ),
+    ("engine=deepspeed engine.offload_activations=true", ["engine.offload_activations=true", "host's memory already"]),
+    (
+        "launch=slurm launch.dry_run=true launch.gpus=0 engine.offload_activations=true",
+        ["engine.offload_activations=true", "host's memory already"],
+    ),
     ("engine.zero=2", ["engine.zero=2", "engine=deepspeed", "engine=single"]),
     ("engine.reshard_after_forward=true", ["engine.reshard_after_forward=true", "engine=fsdp"]),
     ("+engine.replicas=2 parallel.context=2 engine=single", ["engine.replicas=2", "engine=fsdp"]),
@@ -99,6 +110,14 @@ def test_a_wish_that_cannot_be_honoured_is_refused_in_one_message(words: str, sa
     assert len(found) == 1, found
     for each in said:
         assert each in found[0]
+
+
+@pytest.mark.parametrize("engine", ["single", "fsdp", "deepspeed"])
+def test_activations_are_offloaded_where_there_is_an_accelerator(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = f"engine={engine}", "engine.offload_activations=true"
+    assert faults(*words, "launch=slurm", "launch.dry_run=true") == []  # a batch job has a GPU a rank, whatever is here
+    monkeypatch.setattr(unmet, "machine", lambda: (2, 1))
+    assert faults(*words) == []
 
 
 def test_what_is_not_built_yet_is_refused_with_the_nearest_that_is(monkeypatch: pytest.MonkeyPatch) -> None:

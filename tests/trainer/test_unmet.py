@@ -33,6 +33,10 @@ def test_every_task_can_be_given_to_every_model(model: str, data: str) -> None:
         ((*COPY, "memory=lookup"), "Turing carries a state of its own .* use memory=segments memory.length=0"),
         ((*FACTS, "memory=segments"), "memory=segments, but KeyValue takes no memory"),
         ((*COPY, "engine.checkpointing=full"), "engine.checkpointing=full computes blocks again, and Turing has none"),
+        (
+            (*COPY, "engine.offload_activations=true", "launch=slurm", "launch.dry_run=true"),
+            "sends away what blocks save, and Turing has none",
+        ),
         ((*FACTS, "engine.compile=true"), "engine.compile=true compiles blocks, and KeyValue has none"),
         ((*COPY, "context_length=40", "batch_tokens=80"), "the longest example of Copy takes 41; use context_length=41"),
         ((*COPY, "evaluation.generate=5"), "what Copy wants said is no next token; use evaluation.generate=0"),

@@ -3,9 +3,11 @@
 import importlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from models.analysis.maps import Map
 from trainer import directory as directories
 from trainer.config import Config
 from trainer.jobs import figures
@@ -13,8 +15,9 @@ from trainer.logs import summary
 from trainer.logs.console import Console
 from trainer.logs.jsonl import METRICS, Evaluations, Metrics, Row, read
 from trainer.logs.redact import without_secrets, word_without_secrets
-from trainer.logs.report import plots
+from trainer.logs.report import attention, grades, plots
 
+NO_MAPS = "attention maps: none, no softmax of this model sees a whole row"
 LOGGER = "trainer.logs.wandb"  # imported on rank 0 alone, and only when it is wanted
 
 
@@ -28,6 +31,7 @@ class Logs:
     def __init__(self, directory: Path, config: Config, console: Console, *, writes: bool):
         self.directory, self.config, self.console, self.writes = directory, config, console, writes
         self.wandb: Any = None
+        self.drawn: list[Path] = []
 
     def open(self, step: int, identity: str | None, **facts: Any) -> str | None:
         """Open everything, cut back to where the run stands; the id of its W&B run, if it has one.
@@ -89,20 +93,34 @@ class Logs:
         if self.wandb is not None:
             self.wandb.evaluation(step, name, value, by_position=made_of.get("by_position"))
 
+    def maps(self, step: int, maps: Sequence[Map], left_out: int) -> None:
+        """Draw attention maps, of all softmaxes but so many; W&B gets the picture at the end, with the others."""
+        if not maps:
+            self.console.say(NO_MAPS)
+        elif self.writes:
+            self.drawn = [attention(maps, self.directory, f"{self.config.name}: attention at step {step}", left_out)]
+
     def close(self, step: int, tokens: int, best: dict[str, float]) -> str | None:
         """Close everything and draw the pictures; where the W&B run is."""
         if not self.writes:
             return None
         self.metrics.close()
         self.evaluations.close()
-        came_to = {"step": step, "tokens": tokens, **self._came_to(best)}
+        graded = grades(self.directory)
+        lasts = {f"held_out_{name}": value for name, value in (graded[-1] if graded else {}).items() if name != "step"}
+        came_to = {"step": step, "tokens": tokens, **self._came_to(best), **lasts}
         summary.note(self.directory, **came_to)
-        images = plots(self.directory, title=self.config.name)
+        images = [*plots(self.directory, title=self.config.name), *self.drawn]
         if self.wandb is None:
             return None
         where = self.wandb.place
         saved = sorted((self.directory / "checkpoints").glob("step_*")) if self.config.wandb.artifacts else []
-        self.wandb.finish({**summary.read(self.directory), **came_to}, images, checkpoint=saved[-1] if saved else None)
+        self.wandb.finish(
+            {**summary.read(self.directory), **came_to},
+            images,
+            tables={"held_out_grades": graded} if graded else {},
+            checkpoint=saved[-1] if saved else None,
+        )
         return where
 
     def _came_to(self, best: dict[str, float]) -> dict[str, float]:

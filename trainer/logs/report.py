@@ -1,14 +1,17 @@
-"""Pictures of a run: loss over steps and tokens, and loss by position in the context."""
+"""Pictures of a run: loss over steps and tokens, loss by position in the context, grades of a task, and attention maps."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
+from models.analysis.maps import Map
 from trainer.logs.jsonl import EVALUATION, METRICS, read
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#4a5568"
@@ -29,7 +32,58 @@ def plots(directory: Path | str, title: str | None = None) -> list[Path]:
         drawn["loss"] = _loss(rows, evaluations, f"{title}: loss")
     if evaluations:
         drawn["loss_by_position"] = _by_position(evaluations, f"{title}: held-out loss by position")
+    if graded := grades(directory):
+        drawn["grades"] = _grades(graded, f"{title}: how held-out answers are graded")
     return [_save(figure, directory / "report" / f"{name}.png") for name, figure in drawn.items()]
+
+
+def grades(directory: Path) -> list[dict[str, Any]]:
+    """[{"step", name: share of 1, ...}]: how a task graded each evaluation of a run; empty where the data is no task."""
+    found: dict[int, dict[str, Any]] = {}
+    for row in read(directory / EVALUATION):
+        if "by_position" not in row and row.get("value") is not None:
+            found.setdefault(row["step"], {"step": row["step"]})[row["name"]] = row["value"]
+    return list(found.values())
+
+
+def attention(maps: Sequence[Map], directory: Path | str, title: str, left_out: int = 0) -> Path:
+    """Draw maps into report/attention.png of a run directory: a row of pictures for each softmax, one for each head.
+
+    Args:
+        left_out: softmaxes of the model that have no map; as heads that have none, they are counted in the title.
+    """
+    columns = max(len(each.weight) for each in maps)
+    size = max(7.0, 2.0 + 1.5 * columns), 1.3 + 1.5 * len(maps)
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    hidden = max(each.heads - len(each.weight) for each in maps)
+    missing = [f"{many} more {what}" for many, what in ((left_out, "softmaxes"), (hidden, "heads of each")) if many]
+    lines = [
+        title,
+        "text runs down, what it sees to the right, white: nothing; a weight is where a head looks, not why it answers",
+    ]
+    lines += [f"not shown: {', '.join(missing)}"] if missing else []
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=9, color=GREY)
+    shown = None
+    for line, each in zip(figure.subplots(len(maps), columns, squeeze=False), maps):
+        queries, keys = each.weight.shape[1:]
+        for head, axes in enumerate(line):
+            axes.set_axis_off()
+            if head == len(each.weight):
+                break
+            axes.set_axis_on()
+            weight = np.ma.masked_equal(each.weight[head].numpy(), 0)
+            shown = axes.imshow(weight, cmap="magma_r", norm=PowerNorm(0.4, 0, 1), aspect="auto")
+            axes.set_title(f"head {head}", fontsize=7, color=GREY, pad=2)
+            axes.set_xticks([0, keys - 1])
+            axes.set_yticks([0, queries - 1] if head == 0 else [])
+            axes.tick_params(labelsize=6, colors=GREY)
+            if keys > queries:  # behind the row: what stands for its tokens, or holds earlier ones
+                axes.axvline(queries - 0.5, color=BLUE, linewidth=0.6)
+        line[0].set_ylabel(each.name, fontsize=7, color=GREY)
+    assert shown is not None, "a softmax has heads"
+    bar = figure.colorbar(shown, ax=figure.axes, location="right", aspect=40, pad=0.01, ticks=[0, 0.01, 0.1, 0.3, 1])
+    bar.ax.tick_params(labelsize=6, colors=GREY)
+    return _save(figure, Path(directory) / "report" / "attention.png")
 
 
 def _figure(title: str) -> tuple[Figure, Axes]:
@@ -104,6 +158,20 @@ def _by_position(evaluations: list[dict[str, Any]], title: str) -> Figure:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
     axes.set_xlabel("position in the document (tokens, ranges twice as long each)")
     axes.set_ylabel("mean loss (nats per token)")
+    axes.spines["top"].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _grades(rows: list[dict[str, Any]], title: str) -> Figure:
+    figure, axes = _figure(title)
+    for name in [name for name in dict.fromkeys(name for row in rows for name in row) if name != "step"]:
+        told = [row for row in rows if name in row]
+        axes.plot([row["step"] for row in told], [row[name] for row in told], marker="o", markersize=4, label=name)
+    axes.set_xlabel("step")
+    axes.set_ylabel("share of the answers")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(-0.03, 1.03)
     axes.spines["top"].set_visible(False)
     axes.legend(frameon=False)
     return figure

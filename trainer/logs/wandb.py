@@ -11,7 +11,7 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -152,10 +152,11 @@ class Wandb:
         summary: dict[str, Any],
         images: Sequence[Path] = (),
         *,
+        tables: Mapping[str, Sequence[dict[str, Any]]] = {},
         checkpoint: Path | None = None,
         exit_code: int = 0,
     ) -> None:
-        """Send the summary, the pictures and a checkpoint, and close the run.
+        """Send the summary, the pictures, tables by name (their rows, in order) and a checkpoint, and close the run.
 
         Waits for the network at most half a minute, with a checkpoint five minutes. W&B keeps a copy of the checkpoint, so
         that a run that goes on may remove it.
@@ -163,12 +164,13 @@ class Wandb:
         if self.run is None:
             return
         run, trouble = self.run, []
+        rows_of = {**self.tables, **{f"report/{name}": rows for name, rows in tables.items()}}
         wait_s = FINISH_S if checkpoint is None else UPLOAD_S
 
         def close() -> None:
             try:
                 shown: dict[str, Any] = {f"report/{image.stem}": wandb.Image(str(image)) for image in images}
-                shown |= {name: _table(rows) for name, rows in self.tables.items()}
+                shown |= {name: _table(rows) for name, rows in rows_of.items()}
                 if shown:
                     run.log(shown)
                 run.summary.update(summary)
@@ -190,7 +192,7 @@ class Wandb:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> wandb.Table:
-    columns: list[Any] = list(rows[0])
+    columns: list[Any] = list(dict.fromkeys(name for row in rows for name in row))
     return wandb.Table(columns=columns, data=[[row.get(column) for column in columns] for row in rows])
 
 

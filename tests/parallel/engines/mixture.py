@@ -115,7 +115,7 @@ def data(step: int) -> tuple[Tensor, Tensor, Span]:
     return tokens, targets.masked_fill(~span.valid() | (span.pos % 5 == 3), IGNORE), span
 
 
-def engine_on(mesh: Mesh, name: str, *, hidden: int = 16, precision: str = "float64", seed: int = 5, **settings):
+def engine_on(mesh: Mesh, name: str, *, hidden: int = 16, precision: str = "float64", seed: int = 5, offload=None, **settings):
     """An engine with the model placed on `mesh`, the exchange of experts included."""
     with torch.device("meta"):
         model = Model(hidden)
@@ -123,7 +123,7 @@ def engine_on(mesh: Mesh, name: str, *, hidden: int = 16, precision: str = "floa
         for block in model.blocks:
             block.mixture.wire = Wire(mesh.experts_group)
     engine = ENGINES[name](mesh, OPTIM, precision=precision, seed=seed, **settings)
-    place(model, engine, method="ring")
+    place(model, engine, method="ring", offload=offload)
     return engine
 
 

@@ -1,12 +1,16 @@
 """The logs of a run: summary.json, what W&B is given, and what a run that goes on leaves as it was."""
 
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from models.analysis.maps import Map
+from models.span import Span
 from trainer.compose import compose
 from trainer.config import Config
 from trainer.logs import logs, summary
@@ -28,8 +32,9 @@ class Recorder:
     def evaluation(self, step: int, name: str, value: float, by_position: Any = None) -> None:
         self.given.append((step, name, value, by_position))
 
-    def finish(self, told: dict[str, Any], images: Any, checkpoint: Path | None = None) -> None:
+    def finish(self, told: dict[str, Any], images: Any, *, tables: Any, checkpoint: Path | None = None) -> None:
         self.given.append((told, [image.name for image in images], checkpoint))
+        self.tables = tables
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +75,7 @@ def test_a_run_notes_its_facts_and_wandb_gets_all_of_them(tmp_path: Path) -> Non
     sent = log.wandb
     assert sent.given[:4] == [1, 2, 3, (3, "held_out_loss", 2.5, BARS)]
     assert sent.given[4] == (facts, ["loss.png", "loss_by_position.png"], tmp_path / "checkpoints" / "step_00000003")
+    assert sent.tables == {}
     assert (sent.settings["name"], sent.settings["group"], sent.settings["tags"]) == ("mine", "g", ["a", "b"])
     code = sent.settings["config"]["code"]
     assert code["commit"] == "c0ffee" and code["changed"] is True and code["command"] == ["x", "data.hf_token=***"]
@@ -100,8 +106,44 @@ def test_a_run_that_goes_on_keeps_its_facts_and_its_best(tmp_path: Path) -> None
     assert [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0.5, 2.0]
 
 
+def some_map() -> Map:
+    return Map("blocks.0.mixer.mix", torch.eye(3)[None], 1, Span.line(1, 3), Span.line(1, 3))
+
+
+def test_grades_reach_the_summary_a_picture_and_a_table_those_before_a_resume_too(tmp_path: Path) -> None:
+    def evaluated(log: logs.Logs, step: int, accuracy: float) -> None:
+        log.step(row(step, 1.0))
+        log.evaluation(step, "held_out_loss", 2.0, tokens=9, by_position=BARS)
+        log.evaluation(step, "accuracy", accuracy)
+
+    first = made(tmp_path, config())
+    first.open(0, None)
+    evaluated(first, 1, 0.25)
+    evaluated(first, 2, 0.9)
+    second = made(tmp_path, config())
+    second.open(1, None)
+    evaluated(second, 2, 0.5)
+    second.maps(2, [some_map()], 0)
+    second.close(2, 128, {})
+    told, images, _ = second.wandb.given[-1]
+    assert told["held_out_accuracy"] == summary.read(tmp_path)["held_out_accuracy"] == 0.5
+    assert images == ["loss.png", "loss_by_position.png", "grades.png", "attention.png"]
+    assert second.wandb.tables == {"held_out_grades": [{"step": 1, "accuracy": 0.25}, {"step": 2, "accuracy": 0.5}]}
+    assert (tmp_path / "report" / "attention.png").is_file()
+
+
+def test_a_model_without_maps_is_said_and_the_run_goes_on(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    log = logs.Logs(tmp_path, config("wandb.mode=disabled"), Console(3, file=screen), writes=True)
+    log.open(0, None)
+    log.maps(3, [], 0)
+    assert screen.getvalue().splitlines() == [logs.NO_MAPS]
+    assert log.close(3, 1, {}) is None and not (tmp_path / "report" / "attention.png").exists()
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log = made(tmp_path, config(), writes=False)
+    log.maps(1, [some_map()], 0)
     assert log.open(0, "kept", parameters=7) == "kept"
     log.step(row(1, 1.0))
     log.evaluation(1, "held_out_loss", 1.0)

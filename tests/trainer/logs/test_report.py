@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from models.analysis.maps import Map
+from models.span import Span
 from trainer.logs import report
 
 
@@ -53,3 +56,37 @@ def test_a_run_of_one_step_without_evaluation_has_one_picture(tmp_path):
 def test_smoothing_keeps_a_straight_line_where_it_is():
     line = [float(value) for value in range(10)]
     assert report._smooth(line, 3) == pytest.approx(line)
+
+
+def test_grades_of_a_task_are_a_table_and_a_picture(tmp_path, figures):
+    write(tmp_path / "run", steps=3, evaluations=2)
+    with open(tmp_path / "run" / "evaluation.jsonl", "a") as file:
+        for step, right, wrong in ((10, 0.25, 0.5), (20, 0.75, None)):
+            file.write(json.dumps({"step": step, "name": "accuracy", "value": right}) + "\n")
+            file.write(json.dumps({"step": step, "name": "wrong_bits", "value": wrong}) + "\n")
+    want = [{"step": 10, "accuracy": 0.25, "wrong_bits": 0.5}, {"step": 20, "accuracy": 0.75}]
+    assert report.grades(tmp_path / "run") == want
+    assert [path.name for path in report.plots(tmp_path / "run")] == ["loss.png", "loss_by_position.png", "grades.png"]
+    accuracy, wrong = figures["grades.png"].axes[0].get_lines()
+    assert [list(accuracy.get_xdata()), list(accuracy.get_ydata())] == [[10, 20], [0.25, 0.75]]
+    assert (accuracy.get_label(), wrong.get_label(), list(wrong.get_ydata())) == ("accuracy", "wrong_bits", [0.5])
+
+
+def test_attention_has_a_row_for_each_softmax_and_a_picture_for_each_head(tmp_path, figures):
+    weight = torch.rand(2, 5, 5).tril()
+    wider = torch.cat([torch.rand(1, 5, 5), torch.zeros(1, 5, 3)], 2)
+    maps = [
+        Map("blocks.0.mixer.mix", weight, 9, Span.line(1, 5), Span.line(1, 5)),
+        Map("blocks.4.mixer.mix", wider, 1, Span.line(1, 5), Span.line(1, 8)),
+    ]
+    path = report.attention(maps, tmp_path, "mine: attention at step 7", left_out=3)
+    assert path == tmp_path / "report" / "attention.png" and path.read_bytes()[:4] == b"\x89PNG"
+    figure = figures["attention.png"]
+    drawn = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_title() for axes in drawn] == ["head 0", "head 1", "head 0"]
+    assert [axes.get_ylabel() for axes in drawn] == ["blocks.0.mixer.mix", "", "blocks.4.mixer.mix"]
+    for axes, want in zip(drawn, (weight[0], weight[1], wider[0])):
+        shown = axes.images[0].get_array()
+        assert (shown.mask == (want == 0).numpy()).all() and (shown.filled(0) == want.numpy()).all()
+    assert "attention at step 7" in figure.get_suptitle()
+    assert "3 more softmaxes" in figure.get_suptitle() and "7 more heads" in figure.get_suptitle()

@@ -7,11 +7,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import wandb
 
+from models.analysis.maps import Map
+from models.span import Span
 from tests.trainer.logs import wandb_file
+from trainer.compose import compose
 from trainer.logs import wandb as ours
+from trainer.logs.console import Console
 from trainer.logs.jsonl import Row
+from trainer.logs.logs import Logs
 from trainer.logs.report import plots
 
 KEY = "0123456789" * 4
@@ -81,6 +87,35 @@ def test_an_offline_file_holds_every_metric_and_no_secret(tmp_path):
     assert found.config["data"] == {"tokenizer": "bytes", "hf_token": "***", "path": "https://***@host/x"}
     assert found.config["batch_tokens"] == 64
     assert b"s3cret" not in path.read_bytes()
+
+
+def test_an_offline_run_holds_loss_by_position_attention_and_grades_as_tables_pictures_and_curves(tmp_path):
+    wish = compose(["name=mine", "wandb.mode=offline", "data=recall"]).config
+    assert wish is not None
+    log = Logs(tmp_path, wish, Console(2, speaks=False), writes=True)
+    log.open(0, None)
+    bars = [{"begin": 0, "end": 1, "loss": 4.0, "tokens": 3}]
+    for step, accuracy in ((1, 0.125), (2, 0.75)):
+        log.step(row(step))
+        log.evaluation(step, "held_out_loss", 2.0 / step, tokens=3, by_position=bars)
+        log.evaluation(step, "accuracy", accuracy)
+    log.maps(2, [Map("blocks.0.mixer.mix", torch.eye(3)[None], 1, Span.line(1, 3), Span.line(1, 3))], 0)
+    log.close(2, 128, {"held_out_loss": 1.0})
+    [path] = offline(tmp_path)
+    found = wandb_file.read(path)
+    curve = {part["tokens"]: part["evaluation/accuracy"] for part in found.history if "evaluation/accuracy" in part}
+    assert curve == {64: 0.125, 128: 0.75} and found.axes["evaluation/*"] == "tokens"
+    assert found.summary["held_out_accuracy"] == 0.75 and found.summary["best_held_out_loss"] == 1.0
+    media = {key: value for part in found.history for key, value in part.items() if key.endswith(".path")}
+    names = ("loss", "loss_by_position", "grades", "attention")
+    for name in names:
+        image = path.parent / "files" / media.pop(f"report/{name}.path")
+        assert image.read_bytes() == (tmp_path / "report" / f"{name}.png").read_bytes()
+    tables = {key: json.loads((path.parent / "files" / value).read_text()) for key, value in media.items()}
+    assert tables == {
+        "report/held_out_loss_by_position.path": {"columns": ["begin", "end", "loss", "tokens"], "data": [[0, 1, 4.0, 3]]},
+        "report/held_out_grades.path": {"columns": ["step", "accuracy"], "data": [[1, 0.125], [2, 0.75]]},
+    }
 
 
 def test_a_resumed_run_keeps_its_id(tmp_path):
