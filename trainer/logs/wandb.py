@@ -9,6 +9,7 @@ import os
 import secrets
 import ssl
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -182,13 +183,13 @@ class Wandb:
             except Exception as error:
                 trouble.append(error)
 
-        thread = threading.Thread(target=close, daemon=True)
+        thread, began = threading.Thread(target=close, daemon=True), time.monotonic()
         thread.start()
         thread.join(wait_s + 5)
         if trouble:
             self._lost(trouble[0])
-        elif thread.is_alive():
-            self.say(f"W&B: the server is slow; `wandb sync` sends what it lacks from {self.directory / 'wandb'}")
+        elif thread.is_alive() or time.monotonic() - began > wait_s:  # W&B gives up by then, and does not say so
+            self.say(f"W&B: the server is slow or gone; `wandb sync` sends what it lacks from {self.directory / 'wandb'}")
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> wandb.Table:
