@@ -1,31 +1,45 @@
-"""python -m scripts.recipes NAME [seeds=3] [first=0] [jobs=2] [steps=N]: small models do what their kind promises.
+"""python -m scripts.recipes NAME [only=PART] [seeds=3] [first=0] [jobs=2] [steps=N]: small models do what their kind promises.
 
 Minutes on two cores. NAME is a recipe, such as recall; without one they are listed. Prints progress on stderr and what was
-found, in markdown, on stdout. first: the first seed. jobs: processes at once, of one thread each. steps: other than the
-recipe's own, to try it out; what it then finds says nothing. Exit status 1 when a lesson failed, 2 for a wish that cannot be
-honoured.
+found, in markdown, on stdout. only: one part of the recipe. first: the first seed. jobs: processes at once, of one thread
+each. steps: other than the recipe's own, to try it out; what it then finds says nothing. Exit status 1 when a lesson failed, 2
+for a wish that cannot be honoured.
 """
 
 import importlib
 import sys
 import time
+from typing import Any
 
 from trainer.recipes.jobs import Effort, told
 
-RECIPES = {  # name -> (module and function, what it shows)
-    "recall": ("trainer.recipes.recall.recall", "associative recall and state tracking of every linear-time layer"),
-    "experts": ("trainer.recipes.experts.experts", "what keeps experts evenly used, and Switch against a dense layer"),
-    "memory": ("trainer.recipes.memory.memory", "Transformer-XL, retrieval beyond the window, Turing machine, key-value net"),
+RECIPES = {  # name -> (module and function, its parts, what it shows)
+    "recall": (
+        "trainer.recipes.recall.recall",
+        ("queries", "tracking", "decoding"),
+        "associative recall and state tracking of every linear-time layer",
+    ),
+    "experts": ("trainer.recipes.experts.experts", (), "what keeps experts evenly used, and Switch against a dense layer"),
+    "memory": (
+        "trainer.recipes.memory.memory",
+        ("text", "retrieval", "copying", "facts"),
+        "Transformer-XL, retrieval beyond the window, Turing machine, key-value net",
+    ),
 }
 
 
-def effort(words: list[str]) -> Effort:
-    """What KEY=N words ask for; a ValueError where one means nothing."""
-    asked = {}
+def effort(words: list[str], parts: tuple[str, ...] = ()) -> Effort:
+    """What KEY=VALUE words ask of a recipe of these parts; a ValueError where one means nothing."""
+    asked: dict[str, Any] = {}
     for word in words:
         key, _, value = word.partition("=")
         if key not in Effort._fields:
-            raise ValueError(f"{word}: there is no such setting; known: {', '.join(f'{field}=N' for field in Effort._fields)}")
+            raise ValueError(f"{word}: there is no such setting; known: {', '.join(f'{field}=' for field in Effort._fields)}")
+        if key == "only":
+            if value not in parts:
+                raise ValueError(f"{word}: there is no such part; known: {', '.join(parts) or 'none, leave only= out'}")
+            asked[key] = value
+            continue
         least = 0 if key == "first" else 1
         if not value.isdecimal() or int(value) < least:
             raise ValueError(f"{word}: a whole number of {least} or more is needed, for example {key}=2")
@@ -34,7 +48,7 @@ def effort(words: list[str]) -> Effort:
 
 
 def listed() -> str:
-    return "\n".join(f"    {name:12}{words}" for name, (_, words) in RECIPES.items())
+    return "\n".join(f"    {name:12}{words}" for name, (_, _, words) in RECIPES.items())
 
 
 def main(words: list[str]) -> int:
@@ -43,7 +57,7 @@ def main(words: list[str]) -> int:
         print(f"{name or 'no recipe'}: there is no such recipe; known:\n{listed()}", file=sys.stderr)
         return 2
     try:
-        wish = effort(settings)
+        wish = effort(settings, RECIPES[name][1])
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

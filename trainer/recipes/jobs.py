@@ -21,13 +21,14 @@ from trainer.recipes.lesson import Learned, Lesson, teach
 class Effort(NamedTuple):
     """How much a recipe takes: seeds of every lesson, processes at once, and steps in place of the lessons' own.
 
-    The seeds are `first` and those after it.
+    The seeds are `first` and those after it. only: one part of the recipe; None = all.
     """
 
     seeds: int = 3
     jobs: int = 2
     steps: int | None = None
     first: int = 0
+    only: str | None = None
 
     def numbers(self) -> range:
         """The seeds."""

@@ -68,24 +68,28 @@ INTRODUCTION = """\
 ### Multi-query associative recall
 Held-out accuracy; 8 pairs in 32 tokens; chance 1/32, or 1/8 for who knows which values were shown. Two layers of width 64, two
 of the kind by itself, or one behind one short convolution (3 taps). Parameters differ; all else is the same."""
+TRACKED = """\
+### State tracking: products of swaps of three elements (S3)
+Held-out accuracy at every token, one layer, trained on 32 tokens; chance 1/6."""
 
 
 def recall(effort: Effort, say: Callable[[str], None]) -> tuple[str, list[Learned]]:
     """(what the recipe found, as markdown; every lesson)."""
-    remembering, tracking = _remembering(), _tracking()
+    wanted = [effort.only] if effort.only else ["queries", "tracking", "decoding"]
+    remembering, tracking = ("queries" in wanted) * _remembering(), ("tracking" in wanted) * _tracking()
     learned = teach_all([(lesson, seed) for lesson in (*remembering, *tracking) for seed in effort.numbers()], effort, say)
     count = len(remembering) * effort.seeds
     first, second = learned[:count], learned[count:]  # some names stand in both
-    parts = [
-        INTRODUCTION,
-        table(first, {"accuracy": _accuracy, "looks at neighbours by": _near, "parameters": _parameters}),
-        "### State tracking: products of swaps of three elements (S3)\n"
-        "Held-out accuracy at every token, one layer, trained on 32 tokens; chance 1/6.",
-        table(second, {"32 tokens": _accuracy, "128 tokens": lambda each: each.exams["128"].graded["accuracy"]}),
-        "### Bytes held while decoding\nTwo layers of width 64, float32, one sequence.",
-        _decoding(),
-    ]
-    return "\n\n".join(parts), learned
+    told = []
+    if first:
+        columns = {"accuracy": _accuracy, "looks at neighbours by": _near, "parameters": _parameters}
+        told += [INTRODUCTION, table(first, columns)]
+    if second:
+        columns = {"32 tokens": _accuracy, "128 tokens": lambda each: each.exams["128"].graded["accuracy"]}
+        told += [TRACKED, table(second, columns)]
+    if "decoding" in wanted:
+        told += ["### Bytes held while decoding\nTwo layers of width 64, float32, one sequence.", _decoding()]
+    return "\n\n".join(told), learned
 
 
 def _remembering() -> list[Lesson]:

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from scripts.recipes import effort, main
+from scripts.recipes import RECIPES, effort, main
 from trainer.config import Fault
 from trainer.evaluation import Evaluated
 from trainer.logs.jsonl import Row
 from trainer.prepare import wish
-from trainer.recipes import recall
+from trainer.recipes import memory, recall
 from trainer.recipes.decoding import held_bytes
 from trainer.recipes.jobs import Effort, teach_all
 from trainer.recipes.lesson import HELD_OUT, Learned, Lesson, teach
@@ -85,6 +85,40 @@ def test_every_lesson_is_taught_with_the_seeds_that_were_asked_for(monkeypatch) 
     assert "| rwkv7, rates to 2 | 0.500 (0.500 to 0.500) | 0.250 (0.250 to 0.250) | 2 |" in text
 
 
+def test_a_part_of_a_recipe_is_taught_and_told_alone(monkeypatch) -> None:
+    asked: list[str] = []
+    graded = {"accuracy": 0.5, "wrong_bits": 0.25}
+
+    def pretend(jobs, effort, say):
+        jobs = list(jobs)
+        asked.extend(lesson.name for lesson, _ in jobs)
+        exam = Evaluated(1.0, 1, [], graded)
+        return [Learned(lesson.name, seed, dict.fromkeys([HELD_OUT, *lesson.exams], exam)) for lesson, seed in jobs]
+
+    monkeypatch.setattr(memory, "teach_all", pretend)
+    monkeypatch.setattr(recall, "teach_all", pretend)
+    text, _ = memory.memory(Effort(seeds=1, only="copying"), print)
+    assert set(asked) == {lesson.name for lesson in memory._copying()} and text.count("### ") == 1
+    assert "| NTM, trained to 10 | 0.2500 |" in text
+    whole, learned = memory.memory(Effort(seeds=2), print)
+    assert whole.count("### ") == len(memory.SHOWN) and len(learned) == 2 * sum(
+        len(part) for part in (memory.TEXT, memory._retrieval(), memory._copying(), memory._facts())
+    )
+    assert "| rows of 32 bytes | 1.443 (1.443 to 1.443) | - | - | 2 |" in whole
+    del asked[:]
+    text, _ = recall.recall(Effort(seeds=1, only="tracking"), print)
+    assert asked == [lesson.name for lesson in recall._tracking()] and text.startswith(recall.TRACKED)
+    for _, parts, _ in RECIPES.values():
+        for part in parts:
+            assert effort([f"only={part}"], parts).only == part
+
+
+def test_the_lessons_on_memory_can_be_honoured() -> None:
+    for lesson in (*memory.TEXT, *memory._retrieval(), *memory._copying(), *memory._facts()):
+        for more in ((), *lesson.exams.values()):
+            assert wish((*lesson.overrides, *more)).steps > 1
+
+
 def test_the_family_is_whole_and_every_lesson_of_it_can_be_honoured() -> None:
     lessons = [*recall._remembering(), *recall._tracking()]
     behind = {f"conv + {name}" for name in ("full", "linear", "performer", "retention", "gated_linear")}
@@ -106,7 +140,9 @@ def test_decoding_holds_what_a_state_takes_whatever_was_read_and_what_keys_and_v
     ("words", "said"),
     [
         (["recal"], "recal: there is no such recipe; known:\n    recall"),
-        (["recall", "seed=3"], "seed=3: there is no such setting; known: seeds=N"),
+        (["recall", "seed=3"], "seed=3: there is no such setting; known: seeds=, jobs="),
+        (["recall", "only=copying"], "only=copying: there is no such part; known: queries, tracking, decoding"),
+        (["experts", "only=text"], "known: none, leave only= out"),
         (["recall", "jobs=0"], "jobs=0: a whole number of 1 or more"),
     ],
 )
