@@ -246,7 +246,7 @@ class Chaos:
         return Seen("no network for W&B", end.line("going on offline"), "nothing", fine)
 
 
-def delay(chaos: Chaos, width: int = 512, layers: int = 5, steps: int = 13, every: int = 4) -> Seen:
+def delay(chaos: Chaos, width: int = 512, layers: int = 5, steps: int = 25, every: int = 6) -> Seen:
     """How much longer a step takes with which a save begins, and how much memory the save takes, a rank."""
     more = [f"model.width={width}", f"model.layers={layers}", f"steps={steps}", f"checkpoint.every={every}", "model.heads=8"]
     more += ["context_length=512", "batch_tokens=2048", "evaluation.every=0"]

@@ -144,7 +144,7 @@ def test_experts_that_are_gathered_inside_a_block_stay(checkpointing):
     assert left["fsdp"] == left["single"] and left["single"][0] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_compiled_blocks_are_the_same_bits(checkpointing):
     offload, found = to_host(), []

@@ -97,7 +97,7 @@ def test_values_are_shared_alike_by_blocks_computed_again():
     same(alone(checkpointing="full"))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_values_are_shared_alike_by_compiled_blocks(monkeypatch):
     """With the compiler's own kernels the test takes minutes and says no more: what could fail is the capture."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))

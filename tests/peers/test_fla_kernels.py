@@ -11,7 +11,8 @@ import pytest
 
 from tests.test_architecture import ROOT
 
-KINDS = ["scalar"], ["vector"], ["vector", "before"], ["scalar delta"], ["vector delta"]
+KINDS = [*(pytest.param([name], marks=pytest.mark.full) for name in ("scalar", "vector"))]
+KINDS += [["vector", "before"], ["scalar delta"], ["vector delta"]]
 
 
 @pytest.mark.slow

@@ -32,7 +32,8 @@ def some(name, many):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, many", [("float32", 5), ("float64", None), pytest.param("float32", None, marks=pytest.mark.full)]
+    "name, many",
+    [("float32", 5), ("float64", 10), *(pytest.param(name, None, marks=pytest.mark.full) for name in ("float32", "float64"))],
 )
 def test_every_way_of_spreading_a_run_gives_the_same_losses(name, many, tmp_path):
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -224,6 +224,7 @@ def test_ranks_have_room_or_run_alone() -> None:
     assert slots.fit(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", ["a blocked/f", pytest.param("a b c d e blocked/f", marks=pytest.mark.full)])
 def test_real_runs_of_which_the_last_fails_and_is_mended(tmp_path: Path, names: str) -> None:
     last = len(names.split()) - 1

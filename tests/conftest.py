@@ -1,0 +1,8 @@
+"""Files with slow tests come first, so that no core idles while the last of them ends."""
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)  # files stay whole, and in their order
