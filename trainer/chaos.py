@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import psutil
@@ -28,6 +29,7 @@ from trainer.parity import write_documents
 from trainer.watch import Note, notes
 
 STEPS, RANKS, PATIENCE_S = 14, 2, 300
+SPREAD = 3  # steps over which a save may lie
 MOMENTS = {  # of a run: whether a rank's note shows it
     "the first batch": lambda note: note.step <= 1,
     "a step": lambda note: note.phase.startswith(("reading", "forward", "backward", "gradient")),
@@ -247,7 +249,7 @@ class Chaos:
 
 
 def delay(chaos: Chaos, width: int = 512, layers: int = 5, steps: int = 25, every: int = 6) -> Seen:
-    """How much longer a step takes with which a save begins, and how much memory the save takes, a rank."""
+    """How much longer any step takes while a save is on its way, and how much memory the save takes, a rank."""
     more = [f"model.width={width}", f"model.layers={layers}", f"steps={steps}", f"checkpoint.every={every}", "model.heads=8"]
     more += ["context_length=512", "batch_tokens=2048", "evaluation.every=0"]
     process, arrived, rows = chaos.start("delay", *more), [], chaos.folder / "delay" / METRICS
@@ -255,13 +257,15 @@ def delay(chaos: Chaos, width: int = 512, layers: int = 5, steps: int = 25, ever
         arrived += [time.monotonic()] * (len(list(read(rows))) - len(arrived))
         time.sleep(0.005)
     found, took = list(read(rows)), [b - a for a, b in zip(arrived, arrived[1:])]  # took[i]: from row i + 1 to row i + 2
-    saving = [t for i, t in enumerate(took) if (i + 1) % every == 0]
-    usual = [t for i, t in enumerate(took) if (i + 1) % every and i]
+    since = [[t for i, t in enumerate(took) if i + 1 >= every and (i + 1) % every == steps_ago] for steps_ago in range(every)]
+    usual = fmean(t for after in since[SPREAD:] for t in after)  # nothing is on its way any more
+    worst = max(map(fmean, since[:SPREAD]))
     size = sum(path.stat().st_size for path in (chaos.folder / "delay" / "checkpoints").glob("step_*/shard_00000.*")) / 2
     memory = found[-2]["peak_memory_bytes"] - found[every - 1]["peak_memory_bytes"]
-    more_by = sum(saving) / len(saving) / (sum(usual) / len(usual)) - 1
+    more_by = worst / usual - 1
     shown = (
-        f"{size / 1e6:.0f} MB a rank: a step with a save takes {sum(saving) / len(saving):.2f} s, one without "
-        f"{sum(usual) / len(usual):.2f} s ({more_by:+.0%}); the save's memory is {memory / 1e6:.0f} MB a rank"
+        f"{size / 1e6:.0f} MB a rank: a step without a save takes {usual:.2f} s, the {SPREAD} from its beginning on "
+        f"{', '.join(f'{fmean(after):.2f}' for after in since[:SPREAD])} s (at most {more_by:+.0%}); the save's memory is "
+        f"{memory / 1e6:.0f} MB a rank"
     )
     return Seen("a checkpoint is saved (asynchronous)", shown, "nothing", process.returncode == DONE and more_by < 0.1)

@@ -106,7 +106,7 @@ class Checkpoints(Archive):
         head = json.loads(json.dumps({"step": step, "state": tree, "extra": extra}))
         final = self.directory / f"step_{step:08d}"
         temporary = self.directory / f".{final.name}.tmp-{self.token}"
-        writer = ShardWriter(temporary, head, lambda: self._publish(temporary, final), background=self.asynchronous)
+        writer = ShardWriter(temporary, head, lambda: self._publish(temporary, final))
         wishes: dict[str, Any] = {
             "storage_writer": writer,
             "planner": DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),

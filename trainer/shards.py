@@ -10,8 +10,6 @@ import itertools
 import json
 import math
 import os
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +30,6 @@ from torch.futures import Future
 from trainer.manifest import DTYPES, LABELS, MANIFEST, VERSION, digest, sync
 
 ALIGNMENT = 64  # of the first tensor; the others follow in order of falling item size, so each is aligned to its own
-NICENESS = 10  # by how much a thread that saves beside training is nicer: a tenth of the weight of one that trains
 
 
 class Part(NamedTuple):
@@ -64,13 +61,12 @@ class ShardWriter(StorageWriter):
         place: a directory that does not exist yet; the same on all ranks, on a file system that all of them see.
         head: what goes into the manifest besides tensors (JSON).
         publish: called on rank 0 alone after every file is on the disk.
-        background: the thread that writes lets others go first.
 
     All methods run inside `torch.distributed.checkpoint`, which shows an error of any rank to all of them.
     """
 
-    def __init__(self, place: Path, head: dict[str, Any], publish: Callable[[], None], background: bool = False):
-        self.place, self.head, self.publish, self.background = place, head, publish, background
+    def __init__(self, place: Path, head: dict[str, Any], publish: Callable[[], None]):
+        self.place, self.head, self.publish = place, head, publish
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
         """Nothing is kept between two checkpoints: each has a writer of its own."""
@@ -86,9 +82,6 @@ class ShardWriter(StorageWriter):
         return [replace(plan, storage_data=f"shard_{rank:05d}.safetensors") for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        if self.background and sys.platform == "linux":  # where a thread has a niceness of its own
-            this = os.PRIO_PROCESS, threading.get_native_id()
-            os.setpriority(*this, min(19, os.getpriority(*this) + NICENESS))
         done: Future[list[WriteResult]] = Future()
         done.set_result(self._write(plan.storage_data, plan.items, planner) if plan.items else [])
         return done

@@ -1,10 +1,7 @@
 """Checkpoints round-trip bit for bit on any number of ranks, and what is not whole is passed over."""
 
 import json
-import os
 import shutil
-import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -21,7 +18,6 @@ from trainer.archive import Archive
 from trainer.checkpoint import Checkpoints
 from trainer.config import Fault
 from trainer.manifest import MANIFEST, ravel, unravel
-from trainer.shards import NICENESS, ShardWriter
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 
@@ -161,21 +157,6 @@ def test_a_checkpoint_in_the_background_holds_the_moment_of_the_call(tmp_path):
     assert checkpoints.poll() is None
     for step, value in ((1, 1.0), (2, 5.0)):
         assert checkpoints.load(tmp_path / f"step_{step:08d}", small(0)).state["model"]["w"].eq(value).all()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_save_in_the_background_lets_training_go_first(tmp_path, monkeypatch, asynchronous):
-    def niceness() -> int:
-        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-    usual, write, seen = niceness(), ShardWriter._write, []
-    monkeypatch.setattr(ShardWriter, "_write", lambda *args: seen.append(niceness()) or write(*args))
-    checkpoints = alone(tmp_path, asynchronous=asynchronous)
-    checkpoints.save(1, small(), {})
-    checkpoints.finish()
-    assert seen == [min(19, usual + NICENESS) if asynchronous else usual] and niceness() == usual
-    assert checkpoints.latest() is not None
 
 
 def poll(env, directory: str):
