@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.convolution.short import Taps, uniform
 from models.init import Rule, constant
@@ -50,16 +51,17 @@ class Filter(nn.Module):
         return rules
 
     def forward(self) -> Tensor:
-        """[L, channels]."""
+        """[L, channels], float32 or wider: in bfloat16, distances above 256 could not be told apart."""
         weight = self.last.weight
-        time = torch.arange(self.length, device=weight.device, dtype=weight.dtype)[:, None] / self.length
-        waves = torch.linspace(1e-4, max(self.bands - 1, 1e-4), self.bands, device=weight.device, dtype=weight.dtype)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        time = torch.arange(self.length, device=weight.device, dtype=wide)[:, None] / self.length
+        waves = torch.linspace(1e-4, max(self.bands - 1, 1e-4), self.bands, device=weight.device, dtype=wide)
         angle = 2 * math.pi * time * waves
         x = torch.cat([time, angle.cos(), -angle.sin()], -1)
         for layer in self.layers:
-            x = (self.frequency * layer(x)).sin()
-        fade = torch.linspace(SLOW, FAST, len(weight), device=weight.device, dtype=weight.dtype)
-        return self.last(x) * (-time * fade).exp()
+            x = (self.frequency * F.linear(x, layer.weight.to(wide), layer.bias.to(wide))).sin()
+        fade = torch.linspace(SLOW, FAST, len(weight), device=weight.device, dtype=wide)
+        return F.linear(x, weight.to(wide)) * (-time * fade).exp()
 
 
 class Hyena(nn.Module):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.convolution.hyena import Hyena
+from models.convolution.hyena import Filter, Hyena
 from models.init import initialise
 from models.span import Span
 from tests.parallel.parity import relative
@@ -32,3 +32,10 @@ def test_a_document_longer_than_the_filters_is_refused():
 def test_an_order_without_a_long_filter_is_refused():
     with pytest.raises(ValueError, match="order=1"):
         Hyena(4, 8, order=1)
+
+
+def test_a_filter_of_bfloat16_weights_tells_far_distances_apart():
+    want = initialise(Filter(8, 2048, 64, 16, 10.0), 1)()
+    got = initialise(Filter(8, 2048, 64, 16, 10.0), 1).bfloat16()()
+    assert got.dtype == torch.float32 and relative(got, want) < 0.05
+    assert (got[1000] != got[1001]).all()
