@@ -29,7 +29,6 @@ from trainer.parity import write_documents
 from trainer.watch import Note, notes
 
 STEPS, RANKS, PATIENCE_S = 14, 2, 300
-SPREAD = 3  # steps over which a save may lie
 MOMENTS = {  # of a run: whether a rank's note shows it
     "the first batch": lambda note: note.step <= 1,
     "a step": lambda note: note.phase.startswith(("reading", "forward", "backward", "gradient")),
@@ -248,24 +247,37 @@ class Chaos:
         return Seen("no network for W&B", end.line("going on offline"), "nothing", fine)
 
 
-def delay(chaos: Chaos, width: int = 512, layers: int = 5, steps: int = 25, every: int = 6) -> Seen:
-    """How much longer any step takes while a save is on its way, and how much memory the save takes, a rank."""
+def delay(chaos: Chaos, width: int = 512, layers: int = 5, saves: int = 10, every: int = 6) -> Seen:
+    """How much longer steps take while a save is on its way, and how much memory the save takes, a rank.
+
+    Steps are told apart by how many the save beside them began before; the worst of these means counts.
+    """
+    steps = saves * every + 1
     more = [f"model.width={width}", f"model.layers={layers}", f"steps={steps}", f"checkpoint.every={every}", "model.heads=8"]
-    more += ["context_length=512", "batch_tokens=2048", "evaluation.every=0"]
-    process, arrived, rows = chaos.start("delay", *more), [], chaos.folder / "delay" / METRICS
+    more += ["context_length=512", "batch_tokens=2048", "evaluation.every=0", "checkpoint.keep=1"]
+    process, folder = chaos.start("delay", *more), chaos.folder / "delay"
+    rows, places = folder / METRICS, folder / "checkpoints"
+    ended, whole, size = [], {}, 0  # when each step ended, when each checkpoint was alone there, and how large the rows were
     while process.poll() is None:
-        arrived += [time.monotonic()] * (len(list(read(rows))) - len(arrived))
         time.sleep(0.005)
-    found, took = list(read(rows)), [b - a for a, b in zip(arrived, arrived[1:])]  # took[i]: from row i + 1 to row i + 2
-    since = [[t for i, t in enumerate(took) if i + 1 >= every and (i + 1) % every == steps_ago] for steps_ago in range(every)]
-    usual = fmean(t for after in since[SPREAD:] for t in after)  # nothing is on its way any more
-    worst = max(map(fmean, since[:SPREAD]))
-    size = sum(path.stat().st_size for path in (chaos.folder / "delay" / "checkpoints").glob("step_*/shard_00000.*")) / 2
-    memory = found[-2]["peak_memory_bytes"] - found[every - 1]["peak_memory_bytes"]
-    more_by = worst / usual - 1
+        if rows.exists() and rows.stat().st_size != size:
+            size = rows.stat().st_size
+            ended += [time.monotonic()] * (len(list(read(rows))) - len(ended))
+        due = len(ended) // every * every
+        if due and due not in whole and os.listdir(places) == [f"step_{due:08d}"]:
+            whole[due] = time.monotonic()
+    found, usual, beside = list(read(rows)), [], {}
+    for step in range(3, steps + 1):
+        since = (step - 1) % every + 1  # steps since the one with which the last save began, itself counted
+        took, busy = ended[step - 1] - ended[step - 2], whole.get(step - since, 0.0) > ended[step - 2]
+        (beside.setdefault(since, []) if busy else usual).append(took)
+    means = [fmean(beside[since]) for since in sorted(beside)]
+    bytes_written = sum(path.stat().st_size for path in places.glob("step_*/shard_00000.*"))
+    memory = found[-1]["peak_memory_bytes"] - found[every - 1]["peak_memory_bytes"]
+    more_by = max(means) / fmean(usual) - 1
     shown = (
-        f"{size / 1e6:.0f} MB a rank: a step without a save takes {usual:.2f} s, the {SPREAD} from its beginning on "
-        f"{', '.join(f'{fmean(after):.2f}' for after in since[:SPREAD])} s (at most {more_by:+.0%}); the save's memory is "
-        f"{memory / 1e6:.0f} MB a rank"
+        f"{bytes_written / 1e6:.0f} MB a rank: {len(usual)} steps without a save take {fmean(usual):.2f} s, the first, second "
+        f"and so on after it began {', '.join(f'{mean:.2f}' for mean in means)} s (at most {more_by:+.0%}); the save's memory "
+        f"is {memory / 1e6:.0f} MB a rank"
     )
     return Seen("a checkpoint is saved (asynchronous)", shown, "nothing", process.returncode == DONE and more_by < 0.1)

@@ -23,11 +23,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save, save
 
 from trainer.archive import Archive
 from trainer.config import BAD_RUN, Fault
 from trainer.manifest import sync, unravel
+from trainer.pace import Pace
 from trainer.shards import ShardWriter
 
 HIDDEN = re.compile(r"\.(step_\d{8,})\.(tmp|old|gone)-[0-9a-f]+")
@@ -40,6 +42,7 @@ class Pending(NamedTuple):
     step: int
     temporary: Path
     future: Future
+    pace: Pace
 
 
 def _step(place: Path) -> int:
@@ -51,7 +54,9 @@ class Checkpoints(Archive):
 
     Args:
         keep: how many checkpoints stay, the newest included; None = all.
-        asynchronous: `save` returns once the state is copied to the CPU's memory; writing goes on in a thread.
+        asynchronous: `save` returns once the state is copied to the CPU's memory; writing goes on in a thread. The copy's
+            memory, as large as the state on this rank, is kept from save to save. Where the state lies in the CPU's memory
+            anyway, training computes on the same cores, and the thread takes SHARE of one until somebody waits for it.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class Checkpoints(Archive):
         self.writing = self._group()
         self.token = self._from_first(secrets.token_hex(4))
         self.pending: Pending | None = None
+        self.stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
         self._on_first(self._tidy)
 
     def _tidy(self) -> None:
@@ -106,7 +112,9 @@ class Checkpoints(Archive):
         head = json.loads(json.dumps({"step": step, "state": tree, "extra": extra}))
         final = self.directory / f"step_{step:08d}"
         temporary = self.directory / f".{final.name}.tmp-{self.token}"
-        writer = ShardWriter(temporary, head, lambda: self._publish(temporary, final))
+        beside = self.asynchronous and all(tensor.device.type == "cpu" for tensor in tensors.values())
+        pace = Pace() if beside else Pace(1)
+        writer = ShardWriter(temporary, head, lambda: self._publish(temporary, final), pace)
         wishes: dict[str, Any] = {
             "storage_writer": writer,
             "planner": DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
@@ -114,9 +122,9 @@ class Checkpoints(Archive):
             "no_dist": self.alone,
         }
         if self.asynchronous:
-            answer = async_save(tensors, **wishes)
+            answer = async_save(tensors, async_stager=self.stager, **wishes)
             future = answer.upload_completion if isinstance(answer, AsyncSaveResponse) else answer
-            self.pending = Pending(step, temporary, future)
+            self.pending = Pending(step, temporary, future, pace)
             return
         try:
             save(tensors, **wishes)
@@ -139,7 +147,8 @@ class Checkpoints(Archive):
         """Wait for the save in the background, if any, and return its step. Call it before the run ends."""
         if self.pending is None:
             return None
-        (step, temporary, future), self.pending = self.pending, None
+        (step, temporary, future, pace), self.pending = self.pending, None
+        pace.hurry()
         try:
             future.result()
         except CheckpointException as failure:
@@ -149,6 +158,7 @@ class Checkpoints(Archive):
     def close(self) -> None:
         """Finish, and give the communication back."""
         self.finish()
+        self.stager.close()
         super().close()
         if self.writing is not None:
             dist.destroy_process_group(self.writing)

@@ -28,7 +28,9 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from trainer.manifest import DTYPES, LABELS, MANIFEST, VERSION, digest, sync
+from trainer.pace import SLICE, Pace
 
+SYNC = 8 << 20  # bytes after which a writer that takes its time hands them to the disk
 ALIGNMENT = 64  # of the first tensor; the others follow in order of falling item size, so each is aligned to its own
 
 
@@ -61,12 +63,13 @@ class ShardWriter(StorageWriter):
         place: a directory that does not exist yet; the same on all ranks, on a file system that all of them see.
         head: what goes into the manifest besides tensors (JSON).
         publish: called on rank 0 alone after every file is on the disk.
+        pace: of the thread that writes.
 
     All methods run inside `torch.distributed.checkpoint`, which shows an error of any rank to all of them.
     """
 
-    def __init__(self, place: Path, head: dict[str, Any], publish: Callable[[], None]):
-        self.place, self.head, self.publish = place, head, publish
+    def __init__(self, place: Path, head: dict[str, Any], publish: Callable[[], None], pace: Pace):
+        self.place, self.head, self.publish, self.pace = place, head, publish, pace
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
         """Nothing is kept between two checkpoints: each has a writer of its own."""
@@ -99,13 +102,20 @@ class ShardWriter(StorageWriter):
             begin += _bytes(item)
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(len(text) + 8) % ALIGNMENT)
-        sha = hashlib.sha256()
+        sha, written = hashlib.sha256(), 0
+        self.pace.begin()
         with open(self.place / name, "xb", buffering=0) as file:
             for block in itertools.chain((len(text).to_bytes(8, "little"), text), self._raw(items, planner)):
-                sha.update(block)
-                view = memoryview(block)
-                while len(view):  # an unbuffered file may take less than it is given
-                    view = view[file.write(view) :]
+                for first in range(0, len(block), SLICE):
+                    view = memoryview(block)[first : first + SLICE]
+                    sha.update(view)
+                    written += len(view)
+                    while len(view):  # an unbuffered file may take less than it is given
+                        view = view[file.write(view) :]
+                    if self.pace.ratio and written >= SYNC:  # the disk is given its part little by little too
+                        os.fdatasync(file.fileno())
+                        written = 0
+                    self.pace.rest()
             os.fsync(file.fileno())
         data = 8 + len(text)
         result, total = [], data + begin

@@ -5,6 +5,7 @@ Letters: B rows, T queries, S tokens that are seen.
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from models.span import Span
@@ -14,8 +15,8 @@ class Attending(nn.Module):
     """The parent of mixers that split so: `attend` makes queries of some tokens and lets them look at a payload of others.
 
     Attributes:
-        recall: (x [B, T, width], span) -> (tokens that may be seen [B, S, width], x itself the last of them, their
-            addresses), as a memory has it; None: a row sees itself alone.
+        recall: (x [B, T, width], span) -> (tokens that may be seen, pieces that add up to [B, S, width], x itself the last
+            of them; addresses of all), as a memory has it; None: a row sees itself alone.
     """
 
     recall: nn.Module | None
@@ -39,7 +40,17 @@ class Attending(nn.Module):
             norm: applied to x, and to what is recalled, first: what is kept has not been through it, so that its weights
                 are today's and learn from what is recalled too.
         """
-        seen, of = (x, span) if self.recall is None else self.recall(x, span)
-        seen = seen if norm is None else norm(seen)
-        live = seen[:, seen.shape[1] - x.shape[1] :]
-        return self.attend(live, span, self.payload(seen, of), of)
+        pieces, of = ([x], span) if self.recall is None else self.recall(x, span)
+        pieces = pieces if norm is None else [norm(piece) for piece in pieces]
+        return self.attend(pieces[-1], span, self._payload(pieces, of), of)
+
+    def _payload(self, pieces: list[Tensor], of: Span) -> tuple[Tensor, ...]:
+        """As payload of all pieces in a row. Each is projected by itself: into what is only recalled no gradient flows."""
+        if len(pieces) == 1:
+            return self.payload(pieces[0], of)
+        found, start = [], 0
+        for piece in pieces:
+            stop = start + piece.shape[1]
+            found.append(self.payload(piece, of.map(lambda a, start=start, stop=stop: a[:, start:stop])))
+            start = stop
+        return tuple(torch.cat(parts, 1) for parts in zip(*found, strict=True))

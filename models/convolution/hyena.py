@@ -59,6 +59,7 @@ class Filter(nn.Module):
         angle = 2 * math.pi * time * waves
         x = torch.cat([time, angle.cos(), -angle.sin()], -1)
         for layer in self.layers:
+            assert isinstance(layer, nn.Linear)
             x = (self.frequency * F.linear(x, layer.weight.to(wide), layer.bias.to(wide))).sin()
         fade = torch.linspace(SLOW, FAST, len(weight), device=weight.device, dtype=wide)
         return F.linear(x, weight.to(wide)) * (-time * fade).exp()

@@ -5,7 +5,6 @@ Letters: B rows, T tokens of a row, S tokens that may be seen.
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from models.attention.bidirectional import Bidirectional
@@ -78,12 +77,12 @@ class Tail(Carrier):
         super().__init__()
         self.length = length
 
-    def forward(self, x: Tensor, span: Span) -> tuple[Tensor, Span]:
-        """x [B, T, width] -> ([B, S, width], x the last of it, and their addresses)."""
+    def forward(self, x: Tensor, span: Span) -> tuple[list[Tensor], Span]:
+        """x [B, T, width] -> (pieces of [B, S, width], x the last of them, and their addresses)."""
         if span.past is None:
-            return x, span
+            return [x], span
         kept, of = span.past.tokens(self.place, x, self.length)
         key = "tail", id(of)
         if key not in span.plans:  # layers share the object, by which plans of what is seen are found again
             span.plans[key] = of, of.join(span)
-        return torch.cat([kept.to(x.dtype), x], 1), span.plans[key][1]
+        return [kept.to(x.dtype), x], span.plans[key][1]

@@ -8,7 +8,6 @@ Letters: B rows, T tokens of a row, M tokens recalled, S tokens that may be seen
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from models.attention.attending import Attending
@@ -111,18 +110,18 @@ class Recall(Carrier):
         self.kept = length if segment is None else length + segment - 1  # a row may begin anywhere in a segment
         self.segmented = segment is not None
 
-    def forward(self, x: Tensor, span: Span) -> tuple[Tensor, Span]:
-        """x [B, T, width] -> ([B, S, width], x the last of it, and their addresses); keeps of x what the next rows recall."""
+    def forward(self, x: Tensor, span: Span) -> tuple[list[Tensor], Span]:
+        """x [B, T, width] -> (pieces of [B, S, width], x the last, and their addresses); keeps of x what later rows recall."""
         seen, found = [x.detach(), x] if self.segmented else [x], None
         if span.past is not None:
             tokens, found = span.past.tokens(self.place, x, self.kept)
             seen = [tokens.to(x.dtype), *seen]
         if len(seen) == 1:
-            return x, span
+            return seen, span
         key = "recalled", self.segmented, id(found)
         if key not in span.plans:  # layers share the object, by which plans of what is seen are found again
             span.plans[key] = found, self._join(span, found)
-        return torch.cat(seen, 1), span.plans[key][1]
+        return seen, span.plans[key][1]
 
     def _join(self, span: Span, found: Span | None) -> Span:
         row = span.cast(STALE).join(span) if self.segmented else span

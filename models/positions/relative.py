@@ -60,14 +60,44 @@ class RelativeScore(Score):
     def logits(self, query: Tensors, payload: Tensors, params: Tensors, at: Span, of: Span, heads: Tensor) -> Tensor:
         """[B, H, T, S]."""
         (q, k, _), (u, v, table) = self.operands(query, payload, params), params
-        distance, where = distances(at, of)
+        apart = evenly(at, of)
+        if apart is None:
+            distance, where = distances(at, of)
+            by_distance = self._by_distance(q + v, distance, table)
+            told = by_distance.gather(3, where[:, None].expand(-1, q.shape[2], -1, -1))
+        else:
+            tokens, keys = at.shape[1], of.shape[1]
+            distance = apart + tokens - 1 - torch.arange(tokens + keys - 1, device=q.device)
+            told = skewed(self._by_distance(q + v, distance, table), keys)
+        return (dots(q + u, k) + told) * self.scale(q)
+
+    def _by_distance(self, query: Tensor, distance: Tensor, table: Tensor) -> Tensor:
+        """[B, H, T, N]: how each query [B, T, H, D] scores each distance [N]."""
         if self.clamp is not None:
             distance = distance.clamp(-self.clamp, self.clamp)
-        waves = torch.cat(sinusoid(distance.to(q.dtype), table.shape[2], self.base), -1)[:, : table.shape[2]]
+        waves = torch.cat(sinusoid(distance.to(query.dtype), table.shape[2], self.base), -1)[:, : table.shape[2]]
         keys = torch.einsum("nw,hdw->hdn", waves, table)  # narrow first: D is a share of W
-        by_distance = torch.einsum("bthd,hdn->bhtn", q + v, keys)
-        where = where[:, None].expand(-1, q.shape[2], -1, -1)
-        return (dots(q + u, k) + by_distance.gather(3, where)) * self.scale(q)
+        return torch.einsum("bthd,hdn->bhtn", query, keys)
+
+
+def evenly(at: Span, of: Span) -> int | None:
+    """pos of the first query less that of the first key, where on both axes positions rise by one; None where they do not."""
+    (rows, tokens), keys = at.shape, of.shape[1]
+    if not rows * tokens * keys:
+        return None
+    line = torch.arange(max(tokens, keys), device=at.pos.device)
+    apart, start = at.pos - line[:tokens], of.pos - line[:keys]
+    even = (apart == apart[:, :1]).all() & (start == start[:, :1]).all()
+    first = apart[:, 0] - start[:, 0]
+    return int(first[0]) if even & (first == first[0]).all() else None
+
+
+def skewed(x: Tensor, keys: int) -> Tensor:
+    """[..., T, N = T + S - 1] -> [..., T, S]: row i from its element T - 1 - i on. Views alone, by which backward is cheap."""
+    tokens, size = x.shape[-2:]
+    if tokens == 1:
+        return x
+    return x.flatten(-2).narrow(-1, tokens - 1, tokens * (size - 1)).unflatten(-1, (tokens, size - 1))[..., :keys]
 
 
 def distances(at: Span, of: Span) -> tuple[Tensor, Tensor]:

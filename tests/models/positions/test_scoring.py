@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from models.init import initialise
+from models.positions import relative
 from models.positions.alibi import Alibi, slopes
 from models.positions.relative import Relative, distances
 from models.positions.sinusoidal import sinusoid
@@ -105,6 +106,31 @@ def test_relative_scores_of_a_later_stretch_are_those_of_an_earlier_one():
         at, of = (Span.of(torch.arange(n)[None] + shift, torch.zeros(1, n, dtype=torch.long)) for n in (5, 7))
         results.append(score.logits((q,), (k, k), params, at, of, torch.arange(2)))
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 7), (5, 1), (5, 7), (7, 5)])
+@pytest.mark.parametrize("clamp", [None, 3])
+def test_unbroken_runs_score_as_pairs_looked_up_one_by_one(monkeypatch, queries, keys, clamp):
+    score, tables = Relative(clamp).score(2, 4)
+    params = initialise(tables, seed=1).double()()
+    at, of = (Span.line(2, n).map(lambda pos, n=n: pos + 10 * n) for n in (queries, keys))
+    q, k = draw(2, queries, 2, 4).requires_grad_(), draw(2, keys, 2, 4, seed=1)
+    found = []
+    for look in (relative.evenly, lambda at, of: None):
+        monkeypatch.setattr(relative, "evenly", look)
+        logits = score.logits((q,), (k, k), params, at, of, torch.arange(2))
+        weight = draw(*logits.shape, seed=2)
+        found.append((logits, *torch.autograd.grad((logits * weight).sum(), (q, *params))))
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(*found, strict=True))
+
+
+def test_broken_runs_and_rows_that_differ_are_looked_up_pair_by_pair():
+    line, broken = Span.line(2, 6), packed()
+    assert relative.evenly(line, line) == 0
+    assert relative.evenly(line.map(lambda a: a + 4), line.map(lambda a: a[:, :3])) == 4
+    assert relative.evenly(line, broken) is None and relative.evenly(broken, line) is None
+    assert relative.evenly(line, line.map(lambda a: a + torch.tensor([[0], [1]]))) is None
+    assert relative.evenly(line.map(lambda a: a[:, :0]), line) is None
 
 
 def test_clamped_distances_all_look_alike():

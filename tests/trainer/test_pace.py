@@ -1,0 +1,81 @@
+"""A thread in the background rests in proportion to what it used, not for ever, and not while somebody waits for it."""
+
+import time
+
+import pytest
+import torch
+
+from trainer import checkpoint, pace
+from trainer.checkpoint import Checkpoints
+from trainer.pace import Pace
+from trainer.shards import ShardWriter
+
+
+class Clock:
+    """Processor time that goes on by what it is told, and rests that take none."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, one: Pace):
+        self.used, self.rests = 0.0, []
+        monkeypatch.setattr(pace.time, "thread_time", lambda: self.used)
+        monkeypatch.setattr(one.waited_for, "wait", self.rests.append)
+
+    def work(self, one: Pace, seconds: float) -> None:
+        self.used += seconds
+        one.rest()
+
+
+def test_a_thread_takes_its_share_and_no_more_rest_than_it_may(monkeypatch):
+    one = Pace(share=0.2, most=10)
+    clock = Clock(monkeypatch, one)
+    clock.used = 100.0  # of work before
+    one.begin()
+    for seconds in (1.0, 0.5, 2.0, 1.0):
+        clock.work(one, seconds)
+    assert clock.rests == pytest.approx([4.0, 2.0, 4.0])
+
+
+def test_a_thread_that_is_waited_for_and_one_with_a_whole_core_never_rest(monkeypatch):
+    for one, waits in ((Pace(share=0.2), True), (Pace(share=1), False)):
+        clock = Clock(monkeypatch, one)
+        if waits:
+            one.hurry()
+        clock.work(one, 1.0)
+        assert not clock.rests
+    with pytest.raises(ValueError, match="at most 1"):
+        Pace(share=0)
+
+
+def saving(tmp_path, monkeypatch) -> tuple[Checkpoints, dict, list[int]]:
+    """Checkpoints whose thread all but stands still, a state, and where each save's copy of it lay."""
+    monkeypatch.setattr(checkpoint, "Pace", lambda share=1e-9: Pace(share))
+    places: list[int] = []
+    write = ShardWriter._write
+
+    def noting(self, name, items, planner):
+        places.append(planner.resolve_data(items[0]).data_ptr())
+        return write(self, name, items, planner)
+
+    monkeypatch.setattr(ShardWriter, "_write", noting)
+    return Checkpoints(tmp_path, asynchronous=True), {"model": {"w": torch.arange(1_000_000.0)}}, places
+
+
+def test_a_save_beside_training_takes_its_time_until_somebody_waits_for_it(tmp_path, monkeypatch):
+    checkpoints, state, _ = saving(tmp_path, monkeypatch)
+    checkpoints.save(1, state, {})
+    time.sleep(0.5)
+    assert checkpoints.poll() is None and not (tmp_path / "step_00000001").exists()
+    began = time.monotonic()
+    assert checkpoints.finish() == 1 and time.monotonic() - began < pace.MOST_S / 2
+    loaded = checkpoints.load(tmp_path / "step_00000001", {"model": {"w": torch.zeros(1_000_000)}})
+    assert torch.equal(loaded.state["model"]["w"], state["model"]["w"])
+
+
+def test_the_copy_for_a_save_takes_the_memory_of_the_copy_before(tmp_path, monkeypatch):
+    checkpoints, state, places = saving(tmp_path, monkeypatch)
+    for step in (1, 2, 3):
+        state["model"]["w"].add_(1)
+        checkpoints.save(step, state, {})
+    checkpoints.close()
+    assert len(set(places)) == 1 and places[0] != state["model"]["w"].data_ptr()
+    loaded = checkpoints.load(tmp_path / "step_00000003", {"model": {"w": torch.zeros(1_000_000)}})
+    assert torch.equal(loaded.state["model"]["w"], state["model"]["w"])
