@@ -29,21 +29,22 @@ def finite(mass: Tensor) -> Tensor:
 
 
 def _scores(
-    score: Score, mask: Mask, query: Tensors, payload: Tensors, params: Tensors, at: Span, of: Span, heads: Tensor
+    score: Score, mask: Mask | None, query: Tensors, payload: Tensors, params: Tensors, at: Span, of: Span, heads: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Masked logits [B, H, T, S] and values [B, S, H, E], both wide."""
     dtype = wide(query[0].dtype)
     query, payload, params = ([t.to(dtype) for t in some] for some in (query, payload, params))
     logits = score.logits(query, payload, params, at, of, heads)
-    logits = logits.masked_fill(~visible(mask, at, of, heads), -torch.inf)
+    if mask is not None:
+        logits = logits.masked_fill(~visible(mask, at, of, heads), -torch.inf)
     value = score.operands(query, payload, params)[2]
     return logits, value.repeat_interleave(logits.shape[1] // value.shape[2], 2)
 
 
 def forward(
-    score: Score, mask: Mask, query: Tensors, payload: Tensors, params: Tensors, at: Span, of: Span, heads: Tensor
+    score: Score, mask: Mask | None, query: Tensors, payload: Tensors, params: Tensors, at: Span, of: Span, heads: Tensor
 ) -> Part:
-    """Attend to the keys of one block."""
+    """Attend to the keys of one block; mask None: every query sees all of them."""
     logits, value = _scores(score, mask, query, payload, params, at, of, heads)
     mass = logits.logsumexp(-1)
     weight = (logits - finite(mass)[..., None]).exp()
@@ -52,7 +53,7 @@ def forward(
 
 def backward(
     score: Score,
-    mask: Mask,
+    mask: Mask | None,
     query: Tensors,
     payload: Tensors,
     params: Tensors,

@@ -75,6 +75,11 @@ def _add(what: Attention, block: Block, at: Span, of: Span, dtype: torch.dtype) 
     return False, torch.where(seen, bias, -torch.inf)
 
 
+def _mask(what: Attention, block: Block) -> Mask | None:
+    """What the general tile has to look at: nothing where every query of a block sees every key."""
+    return None if block.kind == FULL else what.mask
+
+
 def _side(what: Attention) -> int | None:
     """Blocks that only need the kernel's own flags may be of any size."""
     return LEAF if what.score.biased else None
@@ -115,7 +120,7 @@ def forward(what: Attention, query: Tensors, payload: Tensors, params: Tensors, 
         else:
             spans = at.map(lambda t, r=rows: t[r]), of.map(lambda t, r=keys: t[r])
             some = [t[rows] for t in query], [t[keys] for t in payload]
-            part = who.forward(what.score, what.mask, *some, params, *spans, what.heads)
+            part = who.forward(what.score, _mask(what, block), *some, params, *spans, what.heads)
         _take(total, rows, part)
 
 
@@ -163,7 +168,14 @@ def backward(
             spans = at.map(lambda t, r=rows: t[r]), of.map(lambda t, r=keys: t[r])
             some = [t[rows] for t in query], [t[keys] for t in payload], params
             grads = who.backward(
-                what.score, what.mask, *some, *spans, what.heads, d_mean=d_mean[rows], mass=total[1][rows], delta=delta[rows]
+                what.score,
+                _mask(what, block),
+                *some,
+                *spans,
+                what.heads,
+                d_mean=d_mean[rows],
+                mass=total[1][rows],
+                delta=delta[rows],
             )
             sums = [t[rows] for t in into.query] + [t[keys] for t in into.payload] + list(into.params)
         for add_to, grad in zip(sums, grads, strict=True):

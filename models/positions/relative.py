@@ -11,6 +11,8 @@ from models.positions.sinusoidal import sinusoid
 from models.scores import Score, Tensors, dots
 from models.span import Span
 
+STRIP = 128  # queries that are scored against their distances at once: T queries and S keys have T + S - 1 of them
+
 
 class Relative(Position):
     """Logit (q + u) k + (q + v) W_R R(distance), over sqrt(D); R holds sines, then cosines, of the distance.
@@ -63,21 +65,30 @@ class RelativeScore(Score):
         apart = evenly(at, of)
         if apart is None:
             distance, where = distances(at, of)
-            by_distance = self._by_distance(q + v, distance, table)
-            told = by_distance.gather(3, where[:, None].expand(-1, q.shape[2], -1, -1))
+            told = _meet(q + v, self._keys(distance, table)).gather(3, where[:, None].expand(-1, q.shape[2], -1, -1))
         else:
-            tokens, keys = at.shape[1], of.shape[1]
-            distance = apart + tokens - 1 - torch.arange(tokens + keys - 1, device=q.device)
-            told = skewed(self._by_distance(q + v, distance, table), keys)
+            tokens, count = at.shape[1], of.shape[1]
+            keys = self._keys(apart + tokens - 1 - torch.arange(tokens + count - 1, device=q.device), table)
+            told = torch.cat(
+                [
+                    skewed(_meet(some, keys[..., tokens - start - some.shape[1] : tokens - start + count - 1]), count)
+                    for start, some in zip(range(0, tokens, STRIP), (q + v).split(STRIP, 1))
+                ],
+                2,
+            )
         return (dots(q + u, k) + told) * self.scale(q)
 
-    def _by_distance(self, query: Tensor, distance: Tensor, table: Tensor) -> Tensor:
-        """[B, H, T, N]: how each query [B, T, H, D] scores each distance [N]."""
+    def _keys(self, distance: Tensor, table: Tensor) -> Tensor:
+        """[H, D, N]: what a query is multiplied with for each distance [N]."""
         if self.clamp is not None:
             distance = distance.clamp(-self.clamp, self.clamp)
-        waves = torch.cat(sinusoid(distance.to(query.dtype), table.shape[2], self.base), -1)[:, : table.shape[2]]
-        keys = torch.einsum("nw,hdw->hdn", waves, table)  # narrow first: D is a share of W
-        return torch.einsum("bthd,hdn->bhtn", query, keys)
+        waves = torch.cat(sinusoid(distance.to(table.dtype), table.shape[2], self.base), -1)[:, : table.shape[2]]
+        return torch.einsum("nw,hdw->hdn", waves, table)  # narrow first: D is a share of W
+
+
+def _meet(query: Tensor, keys: Tensor) -> Tensor:
+    """[B, H, T, N]: how each query [B, T, H, D] scores each distance [H, D, N]."""
+    return torch.einsum("bthd,hdn->bhtn", query, keys)
 
 
 def evenly(at: Span, of: Span) -> int | None:

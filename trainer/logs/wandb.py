@@ -72,7 +72,7 @@ class Wandb:
         try:
             self.identity = identity or identity_of(directory) or self.identity
             (self.directory / "wandb").mkdir(parents=True, exist_ok=True)
-            (self.directory / "wandb" / IDENTITY).write_text(self.identity + "\n", encoding="ascii")
+            self._keep_identity()
             mode = self._mode(mode, min(PROBE_S, init_timeout_s))
             if mode == "offline":  # for W&B's own telemetry too, which would wait for the network when the process ends
                 wandb.setup(wandb.Settings(silent=True, mode="offline"))
@@ -110,10 +110,16 @@ class Wandb:
             wandb.teardown(exit_code=1)  # its service holds on to the id of the run that did not open
             wandb.setup(wandb.Settings(silent=True, mode="offline"))
             self.run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **wishes)
+        if self.run.id != self.identity:  # an agent of a W&B sweep has already named the run
+            self.identity = self.run.id
+            self._keep_identity()
         self.run.define_metric("step", hidden=True)
         self.run.define_metric("*", step_metric="step")
         for name in ("by_tokens/*", "evaluation/*"):
             self.run.define_metric(name, step_metric="tokens")
+
+    def _keep_identity(self) -> None:
+        (self.directory / "wandb" / IDENTITY).write_text(self.identity + "\n", encoding="ascii")
 
     def _lost(self, error: Exception) -> None:
         self.run = None
@@ -170,11 +176,11 @@ class Wandb:
 
         def close() -> None:
             try:
+                run.summary.update(summary)
                 shown: dict[str, Any] = {f"report/{image.stem}": wandb.Image(str(image)) for image in images}
                 shown |= {name: _table(rows) for name, rows in rows_of.items()}
                 if shown:
                     run.log(shown)
-                run.summary.update(summary)
                 if checkpoint is not None:
                     artifact = wandb.Artifact(f"checkpoint-{self.identity}", "checkpoint", metadata={"of": checkpoint.name})
                     artifact.add_dir(str(checkpoint))

@@ -71,7 +71,7 @@ def test_a_later_token_never_pushes_an_earlier_key_out_of_sight():
 
 
 def test_more_rounds_come_nearer_to_full_attention():
-    x, span = torch.randn(1, 64, 12, dtype=torch.float64) * 20, Span.line(1, 64)
+    x, span = torch.randn(8, 64, 12, dtype=torch.float64) * 20, Span.line(8, 64)
     full = _layer(size=64, rounds=40, buckets=2)(x, span)
     errors = [(_layer(size=64, rounds=r, buckets=16)(x, span) - full).norm().item() for r in (1, 4, 16)]
     assert errors[0] > 1.5 * errors[1] > 2 * errors[2]

@@ -205,6 +205,16 @@ def test_with_a_key_and_a_server_the_run_is_online(tmp_path, monkeypatch):
     assert [each["loss"] for each in server.history if "loss" in each] == [3.0, 1.5, 1.0]
 
 
+def test_a_run_of_an_agent_has_the_name_that_the_agent_gave_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    monkeypatch.setenv("WANDB_RUN_ID", "of-the-sweep-1")
+    said = []
+    server, run = served(tmp_path, monkeypatch, said)
+    run.finish({})
+    server.close()
+    assert run.identity == ours.identity_of(tmp_path) == "of-the-sweep-1" and not said
+
+
 def test_a_server_that_goes_in_the_middle_holds_up_nothing_and_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(ours, "FINISH_S", 3.0)
     said = []

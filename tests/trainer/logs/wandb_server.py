@@ -15,11 +15,15 @@ class Server:
     Attributes:
         address: for WANDB_BASE_URL.
         asked: names of the operations so far. history: rows of metrics that arrived, as W&B sends them.
+        sweep: the YAML of the sweep that was made here. jobs: what its agents are still to run, parameters by name.
+        runs: what runs said they are, by id.
     """
 
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.history: list[dict[str, Any]] = []
+        self.sweep, self.jobs, self.given = "", [], 0
+        self.runs: dict[str, dict[str, Any]] = {}
         server = self
 
         class Answer(BaseHTTPRequestHandler):
@@ -73,6 +77,9 @@ class Server:
         told = said.get("variables") or {}
         owner = {"id": "e", "name": "me"}
         project = {"id": "p", "name": told.get("project"), "entity": owner}
+        if self.asked[-1] == "UpsertBucket":
+            self.runs[told["name"]] = {**self.runs.get(told["name"], {}), **{k: v for k, v in told.items() if v}}
+        self.sweep = told["config"] if self.asked[-1] == "UpsertSweep" else self.sweep
         run = {
             "id": RUN,
             "name": told.get("name"),
@@ -85,8 +92,33 @@ class Server:
         return {
             "model": {"id": "p", "bucket": None, "name": told.get("project"), "entity": owner},
             "upsertBucket": {"bucket": run, "inserted": True},
+            "viewer": {"id": "v", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}},
+            "upsertSweep": {"sweep": {"name": "s", "project": project}, "configValidationWarnings": []},
+            "project": {
+                "id": "p",
+                "name": "longspan",
+                "artifact": None,
+                "sweep": {"id": "s", "config": self.sweep, "runs": {"edges": []}},
+            },
+            "createAgent": {"agent": {"id": "a"}},
+            "agentHeartbeat": self.commands(told) if self.asked[-1] == "Heartbeat" else None,
+            "createArtifact": {
+                "artifact": {"id": "t", "state": "COMMITTED", "artifactSequence": {"id": "q", "latestArtifact": None}}
+            },
+            "useArtifact": {"artifact": {"id": "t"}},
             "createRunFiles": {"runID": RUN, "uploadHeaders": [], "files": files},
         }
+
+    def commands(self, told: dict[str, Any]) -> dict[str, Any]:
+        """What an agent is to do next: a run at a time, and to leave when there is none any more."""
+        found: list[dict[str, Any]] = []
+        if not json.loads(told["runState"]):
+            found = [{"type": "exit"}]
+            if self.jobs:
+                self.given += 1
+                args = {name: {"value": value} for name, value in self.jobs.pop(0).items()}
+                found = [{"type": "run", "run_id": f"of-the-sweep-{self.given}", "program": None, "args": args}]
+        return {"agent": {"id": "a"}, "commands": json.dumps(found)}
 
     def close(self) -> None:
         """Be gone: nobody is answered from now on."""
