@@ -22,7 +22,8 @@ class Relative(Position):
         base: wavelengths run from 2 pi to 2 pi base tokens.
 
     u, v and W_R belong to each layer ("untied"). Source: Dai et al. 2019 (arXiv:1901.02860). Theirs shifts a matrix of all
-    distances by one a row; ours looks each pair's distance up by address, so any cut and any packing of documents will do.
+    distances by one a row. Ours does so within blocks of two unbroken runs, and looks each pair's distance up by address in all
+    others, so any cut and any packing of documents will do.
     """
 
     def __init__(self, clamp: int | None = None, base: float = 10_000.0):
@@ -67,16 +68,18 @@ class RelativeScore(Score):
             distance, where = distances(at, of)
             told = _meet(q + v, self._keys(distance, table)).gather(3, where[:, None].expand(-1, q.shape[2], -1, -1))
         else:
-            tokens, count = at.shape[1], of.shape[1]
-            keys = self._keys(apart + tokens - 1 - torch.arange(tokens + count - 1, device=q.device), table)
-            told = torch.cat(
-                [
-                    skewed(_meet(some, keys[..., tokens - start - some.shape[1] : tokens - start + count - 1]), count)
-                    for start, some in zip(range(0, tokens, STRIP), (q + v).split(STRIP, 1))
-                ],
-                2,
-            )
+            told = self._in_strips(q + v, table, apart, of.shape[1])
         return (dots(q + u, k) + told) * self.scale(q)
+
+    def _in_strips(self, query: Tensor, table: Tensor, apart: int, count: int) -> Tensor:
+        """[B, H, T, S]: how each query [B, T, H, D] scores its distances to S keys, where `evenly` gave `apart`."""
+        tokens = query.shape[1]
+        keys = self._keys(apart + tokens - 1 - torch.arange(tokens + count - 1, device=query.device), table)
+        strips = []
+        for start in range(0, tokens, STRIP):
+            stop = min(start + STRIP, tokens)
+            strips.append(skewed(_meet(query[:, start:stop], keys[..., tokens - stop : tokens - start + count - 1]), count))
+        return torch.cat(strips, 2)
 
     def _keys(self, distance: Tensor, table: Tensor) -> Tensor:
         """[H, D, N]: what a query is multiplied with for each distance [N]."""

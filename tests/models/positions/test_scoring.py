@@ -110,7 +110,9 @@ def test_relative_scores_of_a_later_stretch_are_those_of_an_earlier_one():
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 7), (5, 1), (5, 7), (7, 5)])
 @pytest.mark.parametrize("clamp", [None, 3])
-def test_unbroken_runs_score_as_pairs_looked_up_one_by_one(monkeypatch, queries, keys, clamp):
+@pytest.mark.parametrize("strip", [2, 128])
+def test_unbroken_runs_score_as_pairs_looked_up_one_by_one(monkeypatch, queries, keys, clamp, strip):
+    monkeypatch.setattr(relative, "STRIP", strip)
     score, tables = Relative(clamp).score(2, 4)
     params = initialise(tables, seed=1).double()()
     at, of = (Span.line(2, n).map(lambda pos, n=n: pos + 10 * n) for n in (queries, keys))
