@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,6 +154,12 @@ class Checkpoints(Archive):
         except CheckpointException as failure:
             self._failed(step, temporary, failure)
         return step
+
+    def settle(self, seconds: float) -> None:
+        """Let the save in the background come to its end, for so long at most: the run ends, for another reason."""
+        if self.pending is not None:
+            self.pending.pace.hurry()
+            wait([self.pending.future], seconds)
 
     def close(self) -> None:
         """Finish, and give the communication back."""

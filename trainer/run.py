@@ -45,6 +45,7 @@ NEXT = (  # what the last screen offers
     "python -m trainer experiment=quickstart parallel.context=4              the same losses over four ranks",
     "python -m trainer --help                                                every setting",
 )
+SETTLE_S = 30.0  # a run that ends by a fault waits so long for a save on its way
 APART = ("name", "replicas", "offload_activations")  # settings of an engine that no constructor takes
 OWNED = {"zero": "deepspeed", "offload": "deepspeed", "reshard_after_forward": "fsdp"}  # those that only one takes
 
@@ -200,7 +201,11 @@ class Run:
             lanes=self.lanes,
             saved=progress.step,
         )
-        loop.train(progress)
+        try:
+            loop.train(progress)
+        except Fault:  # of all ranks, or told to all: what was begun to be saved must not be lost with the rest
+            self.checkpoints.settle(SETTLE_S)
+            raise
         self.checkpoints.close()
         return self._close(progress)
 

@@ -79,3 +79,11 @@ def test_the_copy_for_a_save_takes_the_memory_of_the_copy_before(tmp_path, monke
     assert len(set(places)) == 1 and places[0] != state["model"]["w"].data_ptr()
     loaded = checkpoints.load(tmp_path / "step_00000003", {"model": {"w": torch.zeros(1_000_000)}})
     assert torch.equal(loaded.state["model"]["w"], state["model"]["w"])
+
+
+def test_a_run_that_ends_by_a_fault_does_not_lose_the_save_on_its_way(tmp_path, monkeypatch):
+    checkpoints, state, _ = saving(tmp_path, monkeypatch)
+    checkpoints.settle(1.0)  # nothing to wait for
+    checkpoints.save(1, state, {})
+    checkpoints.settle(30.0)
+    assert (tmp_path / "step_00000001").is_dir()
