@@ -116,9 +116,15 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder, whole):
 def test_sigterm_saves_and_says_so(folder, whole):
     asked = words(folder, "asked", "parallel.context=2", "engine=fsdp", "checkpoint.every=1000")
     process = start(asked)
-    while process.poll() is None and len(list(read(folder / "asked" / METRICS))) < 4:
+    while process.poll() is None and not list(read(folder / "asked" / METRICS)):
         time.sleep(0.02)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    for rank in ranks:  # or they might be done before the launcher has passed the signal on
+        rank.suspend()
     os.kill(process.pid, signal.SIGTERM)
+    time.sleep(2)
+    for rank in ranks:
+        rank.resume()
     told, _ = process.communicate(timeout=120)
     assert process.returncode == 143 and "Traceback" not in told, told
     assert sorted((folder / "asked" / "checkpoints").glob("step_*")), told
