@@ -156,10 +156,19 @@ class Checkpoints(Archive):
         return step
 
     def settle(self, seconds: float) -> None:
-        """Let the save in the background come to its end, for so long at most: the run ends, for another reason."""
-        if self.pending is not None:
-            self.pending.pace.hurry()
-            wait([self.pending.future], seconds)
+        """Let the save in the background come to its end, for so long at most: the run ends, for another reason.
+
+        A save that fails, or is not whole by then, is said and not raised, so that the reason stays the run's own.
+        """
+        if self.pending is None:
+            return
+        step, _, future, pace = self.pending
+        pace.hurry()
+        wait([future], seconds)
+        trouble = future.exception() if future.done() else f"not whole after {seconds:g} s"
+        if trouble is not None:
+            brief = str(trouble).strip().splitlines() or [type(trouble).__name__]
+            self.say(f"the checkpoint of step {step} was not saved either ({brief[0]}); the one before is the last")
 
     def close(self) -> None:
         """Finish, and give the communication back."""

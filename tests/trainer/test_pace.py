@@ -1,5 +1,6 @@
 """A thread in the background rests in proportion to what it used, not for ever, and not while somebody waits for it."""
 
+import errno
 import time
 
 import pytest
@@ -87,3 +88,30 @@ def test_a_run_that_ends_by_a_fault_does_not_lose_the_save_on_its_way(tmp_path, 
     checkpoints.save(1, state, {})
     checkpoints.settle(30.0)
     assert (tmp_path / "step_00000001").is_dir()
+
+
+def test_a_save_that_fails_while_the_run_ends_is_said_and_does_not_hide_the_reason(tmp_path, monkeypatch):
+    checkpoints, state, _ = saving(tmp_path, monkeypatch)
+    said: list[str] = []
+    checkpoints.say = said.append
+
+    def full(self, name, items, planner):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "_write", full)
+    checkpoints.save(3, state, {})
+    checkpoints.settle(30.0)
+    assert len(said) == 1 and "checkpoint of step 3 was not saved either" in said[0]
+    assert not (tmp_path / "step_00000003").exists()
+
+
+def test_a_save_that_does_not_come_to_its_end_is_said(tmp_path, monkeypatch):
+    checkpoints, state, _ = saving(tmp_path, monkeypatch)
+    said: list[str] = []
+    checkpoints.say = said.append
+    monkeypatch.setattr(pace.Pace, "hurry", lambda self: None)
+    checkpoints.save(4, state, {})
+    checkpoints.settle(0.2)
+    assert said == ["the checkpoint of step 4 was not saved either (not whole after 0.2 s); the one before is the last"]
+    monkeypatch.undo()
+    assert checkpoints.finish() == 4
