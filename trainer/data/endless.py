@@ -135,6 +135,5 @@ class EndlessStream(Stream):
         words = [f"{kind} documents of {self.source.identity()}, streamed in their own order into {self.rows} lanes"]
         if steps is not None and self.split == "train":
             words.append(f"{steps} steps read up to {steps * self.rows * self.context_length} tokens")
-        if self.report.text():
-            words.append(self.report.text())
+        words += [remark for remark in (self.report.text(), self.tokenizer.remark) if remark]
         return "; ".join(words)

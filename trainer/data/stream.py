@@ -140,6 +140,5 @@ class FiniteStream(Stream):
         words.append(f"{self.epoch_rows} rows of {self.context_length} ({self.batches} batches of {self.rows})")
         if steps is not None and self.endless:
             words.append(f"{steps} steps read them {steps * self.rows / self.epoch_rows:.2f} times")
-        if self.report.text():
-            words.append(self.report.text())
+        words += [remark for remark in (self.report.text(), self.tokenizer.remark) if remark]
         return "; ".join(words)

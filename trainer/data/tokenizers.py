@@ -2,15 +2,25 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
 
+from trainer.data.faults import DataFault
+
 # How known models call the token that ends a text; the first that the tokenizer has is taken.
 ENDINGS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "<EOS>", "[SEP]")
+# Settings by which a model of the library draws at random how it cuts a text: BPE's dropout, and Unigram's sampling.
+RANDOM_SETTINGS = ("dropout", "alpha", "nbest_size")
+LARGEST_FILE = 256 << 20  # bytes of a tokenizer.json; the largest that are in use have some 40 MB
+LARGEST_SETTINGS = 16 << 20  # bytes of a tokenizer_config.json
+LARGEST_GAP = 1 << 16  # numbers that no token has, beyond as many as there are tokens
+SHOWN = 60  # characters of a text that a message quotes
 
 
 class Tokenizer(Protocol):
@@ -19,6 +29,7 @@ class Tokenizer(Protocol):
     vocabulary: int
     end_of_text: int
     fingerprint: str
+    remark: str  # for the log: what of its settings does not count here; empty where all do
 
     def encode(self, text: str) -> np.ndarray: ...
 
@@ -37,6 +48,7 @@ class Bytes:
     vocabulary = 257
     end_of_text = 256
     fingerprint = "bytes/1"
+    remark = ""
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16)
@@ -54,17 +66,36 @@ class HuggingFace:
     """A tokenizer of the `tokenizers` library.
 
     Text is never read as markup: a document that spells "<|endoftext|>" gets the tokens of those letters. Truncation,
-    padding and added special tokens are switched off. Where the tokenizer names no end of text, one number is added.
+    padding, added special tokens and whatever is drawn at random are switched off: every rank tokenises for itself, and
+    all must read the same. Where the tokenizer names no end of text, one number is added.
+
+    Args:
+        backend: the library's tokenizer; it is changed.
+        ending: the token that ends a text, where somebody says so.
+        name: what messages call it.
+
+    Raises:
+        DataFault: its numbers run far beyond its tokens, or it has none.
     """
 
-    def __init__(self, backend: Backend, ending: str | None = None):
+    def __init__(self, backend: Backend, ending: str | None = None, name: str = "tokenizer"):
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
+        self.remark = _without_chance(backend)
         self.backend = backend
+        self.name = name
         words = backend.get_vocab(with_added_tokens=True)
         known = [word for word in (ending, *ENDINGS) if word is not None and word in words]
         self.vocabulary = max(words.values(), default=-1) + 1  # not the number of words: there may be gaps
+        if not words:
+            raise DataFault(f"data.tokenizer={name}: it has no token; give another, or bytes")
+        if self.vocabulary > 2 * len(words) + LARGEST_GAP:
+            raise DataFault(
+                f"data.tokenizer={name}: its numbers run up to {self.vocabulary - 1}, but it has only {len(words)} tokens, "
+                f"and a model has a row for every number up to the last (at most {LARGEST_GAP} more than twice the tokens "
+                "are allowed); number its tokens without gaps"
+            )
         if known:
             self.end_of_text = words[known[0]]
         else:
@@ -77,8 +108,30 @@ class HuggingFace:
         return self.encode_many([text])[0]
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
-        found = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.asarray(one.ids, np.uint32) for one in found]
+        """Token numbers of each text. Raises DataFault where the tokenizer has none for a text."""
+        try:
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except BaseException as error:
+            raise self._refused(texts, error) from error
+        return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
+
+    def _refused(self, texts: Sequence[str], error: BaseException) -> BaseException:
+        """The fault of the first text that cannot be encoded; `error` itself where that is not the library's."""
+        if not _of_library(error):
+            return error
+        culprit = texts[0]
+        for text in texts:
+            try:
+                self.backend.encode_batch_fast([text], add_special_tokens=False)
+            except BaseException as again:
+                if not _of_library(again):
+                    return again
+                culprit = text
+                break
+        return DataFault(
+            f"data.tokenizer={self.name} cannot encode a text that begins {culprit[:SHOWN]!r} ({_first_line(error)}); "
+            "give a tokenizer that has a number for every text, such as one of bytes"
+        )
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = [int(i) for i in ids if 0 <= i != self.end_of_text]
@@ -99,13 +152,15 @@ def load(name: str) -> Tokenizer:
     if path.is_absolute() or path.suffix == ".json" or name.count("/") > 1 or name.startswith((".", "~")):
         raise ValueError(f"data.tokenizer={name}: there is no such file; give a tokenizer.json, a hub name, or bytes")
     try:
-        return HuggingFace(Backend.from_pretrained(name))
-    except Exception as error:  # the hub's own kinds of error differ from version to version
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        backend = Backend.from_pretrained(name)
+    except BaseException as error:  # the hub's own kinds of error differ from version to version
+        if not _of_library(error):
+            raise
         raise ValueError(
             f"data.tokenizer={name} is neither a file here nor a tokenizer that could be had from the Hugging Face hub "
-            f"({reason}); give the path of a tokenizer.json, or bytes"
+            f"({_first_line(error)}); give the path of a tokenizer.json, or bytes"
         ) from error
+    return HuggingFace(backend, name=name)
 
 
 def _local(name: str, path: Path) -> HuggingFace:
@@ -113,10 +168,15 @@ def _local(name: str, path: Path) -> HuggingFace:
     if not file.is_file():
         raise ValueError(f"data.tokenizer={name}: the folder holds no tokenizer.json; save the tokenizer there first")
     try:
-        backend = Backend.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"data.tokenizer={name}: {file} is no tokenizer ({error}); give a tokenizer.json") from error
-    return HuggingFace(backend, _ending(file.with_name("tokenizer_config.json")))
+        text = _read(file, LARGEST_FILE)
+        with _quiet():
+            backend = Backend.from_str(text)
+    except BaseException as error:  # the library raises bare Exception, and panics
+        if not _of_library(error):
+            raise
+        reason = _first_line(error)
+        raise ValueError(f"data.tokenizer={name}: {file} is no tokenizer ({reason}); give a tokenizer.json") from error
+    return HuggingFace(backend, _ending(file.with_name("tokenizer_config.json")), name)
 
 
 def _ending(file: Path) -> str | None:
@@ -124,7 +184,64 @@ def _ending(file: Path) -> str | None:
     if not file.is_file():
         return None
     try:
-        word = json.loads(file.read_text("utf-8")).get("eos_token")
-    except (ValueError, AttributeError) as error:
+        settings = json.loads(_read(file, LARGEST_SETTINGS))
+    except (ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{file} is not JSON settings of a tokenizer ({error}); mend or remove it") from error
-    return word["content"] if isinstance(word, dict) else word
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} is not JSON settings of a tokenizer (it is no object); mend or remove it")
+    word = settings.get("eos_token")
+    if isinstance(word, dict):
+        word = word.get("content")
+    if word is not None and not isinstance(word, str):
+        raise ValueError(f"{file}: eos_token={word!r:.{SHOWN}} is no text; mend or remove it")
+    return word
+
+
+def _without_chance(backend: Backend) -> str:
+    """Switches off what the tokenizer's model draws at random; returns a remark on what that was."""
+    model: Any = backend.model
+    drawn = {key: getattr(model, key, None) for key in RANDOM_SETTINGS}
+    drawn = {key: value for key, value in drawn.items() if value is not None}
+    for key in drawn:
+        setattr(model, key, None)
+    if not any(drawn.values()):
+        return ""
+    settings = ", ".join(f"{key}={value:g}" for key, value in drawn.items() if value)
+    return f"the tokenizer's {settings} is switched off: every rank must read the same tokens, in every epoch"
+
+
+def _read(file: Path, largest: int) -> str:
+    """The text of a file of at most so many bytes. Raises ValueError for a larger one, and for what is not UTF-8."""
+    with open(file, "rb") as source:
+        content = source.read(largest + 1)
+    if len(content) > largest:
+        raise ValueError(f"it has more than {largest} bytes")
+    return content.decode("utf-8")
+
+
+def _of_library(error: BaseException) -> bool:
+    """Whether an error is one to tell of: any Exception, and a panic of the library, which is a bare BaseException."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the library from writing to the console: a panic prints where in its own code it came up, which helps nobody."""
+    try:
+        console = os.dup(2)
+    except OSError:  # standard error is closed
+        yield
+        return
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+        yield
+    finally:
+        os.dup2(console, 2)
+        os.close(console)

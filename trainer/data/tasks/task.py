@@ -77,6 +77,8 @@ class Task(Source):
 class Numbers:
     """The tokens of a task as text: their numbers, or the task's words for them, with blanks between."""
 
+    remark = ""
+
     def __init__(self, vocabulary: int, opens: int, words: Sequence[str] | None = None):
         self.vocabulary, self.end_of_text = vocabulary, opens
         self.words = [str(number) for number in range(vocabulary)] if words is None else list(words)
