@@ -7,7 +7,7 @@ run and the user sees everything at once.
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,9 +19,11 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
+from yaml import YAMLError
 
 from trainer.build import nearest
 from trainer.config import Config, Fault, Node
+from trainer.reading import vet_yaml
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 MANY = ("-m", "--multirun")
@@ -177,6 +179,7 @@ def _defaults(chosen: tuple[str, ...]) -> dict[str, Any]:
 def _plain(overrides: list[str]) -> dict[str, Any]:
     """The composed, resolved tree as plain data; `engine=auto` is decided by the number of ranks."""
     try:
+        _vet(CONF)
         with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
             tree = hydra_compose("train", overrides)
         if OmegaConf.select(tree, "engine.name") == "auto":
@@ -187,11 +190,18 @@ def _plain(overrides: list[str]) -> dict[str, Any]:
         if missing := OmegaConf.missing_keys(tree):
             raise Fault("\n".join(f"{key} is not set; write {key}=VALUE" for key in sorted(missing)))
         plain = OmegaConf.to_container(tree, resolve=True)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, YAMLError, RecursionError) as error:
         raise Fault(" ".join(str(error).split())) from error
     assert isinstance(plain, dict)
     plain.pop("experiment", None)
     return plain  # type: ignore[return-value]
+
+
+@cache
+def _vet(folder: Path) -> None:
+    """Raise Unreadable for a settings file that Hydra could not read, or would unfold without end; once in a process."""
+    for path in sorted(folder.rglob("*.yaml")):
+        vet_yaml(path)
 
 
 def _by_key(error: ValidationError, tree: Any) -> dict[str, list[Any]]:

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from trainer.config import BAD_RUN, Config, Fault
+from trainer.reading import yaml_file
 
 CONFIG, ENVIRONMENT, LOCK, RANKS_LOCK, SCRATCH = "config.yaml", "environment.json", ".lock", ".ranks.lock", ".launch"
 FREE = ("parallel", "engine", "launch", "log", "logs", "wandb", "checkpoint", "evaluation", "resume", "run_dir", "steps")
@@ -32,7 +33,7 @@ def plain(config: Config) -> dict[str, Any]:
 
 def read(directory: Path) -> Config:
     """The config that a run directory records."""
-    return Config.model_validate(yaml.safe_load((directory / CONFIG).read_text()))
+    return Config.model_validate(yaml_file(directory / CONFIG))
 
 
 def holds_run(directory: Path) -> bool:
@@ -89,7 +90,7 @@ def other_run(config: Config, directory: Path) -> list[str]:
     """One message for each setting in which the run in `directory` is another run than `config`."""
     try:
         old = plain(read(directory))
-    except (ValueError, OSError, yaml.YAMLError) as error:
+    except (ValueError, OSError) as error:
         return [f"{directory / CONFIG} cannot be read ({str(error).splitlines()[0]}); choose another run_dir"]
     return [
         f"{key}={_word(new)}: the run in {directory} has {key}={_word(was)}; use that value, or another run_dir"

@@ -8,7 +8,6 @@ No pickle: any safetensors reader opens the weights, and opening them runs nobod
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +20,7 @@ from trainer.archive import Archive
 from trainer.build import build_model, plain
 from trainer.config import BAD_RUN, Config, Fault
 from trainer.data.sources import build as build_source
+from trainer.reading import json_object
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -63,7 +63,7 @@ def reopen(folder: Path) -> nn.Module:
         Fault: the folder holds no exported model, or one that does not fit its own config.
     """
     try:
-        about: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        about = json_object(folder / CONFIG)
         weights = load_file(folder / WEIGHTS)
         config = Config.model_validate(about["config"])
         with torch.device("meta"):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from trainer.config import Fault
 from trainer.logs.jsonl import EVALUATION, METRICS, read
+from trainer.reading import json_object
 
 OUTCOME, OUTPUT = "outcome.json", "output.txt"
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
@@ -57,8 +58,8 @@ def outcome(job: Job) -> Outcome | None:
     if not path.is_file():
         return None
     try:
-        told = Outcome(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        told = Outcome(**json_object(path))
+    except (ValueError, TypeError, OSError) as error:
         raise Fault(f"{path} cannot be read ({error}); remove it, and job {job.number} runs again") from error
     if essence(told.settings) != essence(job.settings):
         raise Fault(
@@ -87,15 +88,15 @@ class Figures(NamedTuple):
 def figures(directory: Path) -> Figures:
     """As far as the run has got."""
     rows = list(read(directory / METRICS))
-    held_out = [row["value"] for row in read(directory / EVALUATION) if row.get("name") == "held_out_loss"]
+    held_out = [row.get("value") for row in read(directory / EVALUATION) if row.get("name") == "held_out_loss"]
     if not rows:
         return Figures()
-    speeds = [row["tokens_per_second"] for row in rows[1:] or rows]  # the first step also warms up
+    speeds = [row.get("tokens_per_second") for row in rows[1:] or rows]  # the first step also warms up
     return Figures(
-        _number(rows[-1]["loss"]),
+        _number(rows[-1].get("loss")),
         _number(held_out[-1]) if held_out else math.nan,
         median(map(_number, speeds)),
-        max(_number(row["peak_memory_bytes"]) for row in rows),
+        max(_number(row.get("peak_memory_bytes")) for row in rows),
     )
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.reading import MANIFEST_BYTES, contents, json_value
+
 MANIFEST = "manifest.json"
 VERSION = 1
 SHARD = re.compile(r"shard_\d{5,}\.safetensors")
@@ -96,11 +98,9 @@ def read_manifest(place: Path) -> dict[str, Any]:
         ValueError: the checkpoint is not whole; the message says in what.
     """
     try:
-        manifest = json.loads((place / MANIFEST).read_bytes())
+        manifest = json_value(contents(place / MANIFEST, MANIFEST_BYTES), f"its {MANIFEST}")
     except FileNotFoundError:
         raise ValueError(f"it has no {MANIFEST}, which is written last") from None
-    except ValueError:
-        raise ValueError(f"its {MANIFEST} is not JSON") from None
     if not isinstance(manifest, dict) or manifest.get("sha256") != digest(manifest):
         raise ValueError(f"its {MANIFEST} does not have the SHA-256 that was noted in it")
     try:

@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from hydra import initialize_config_dir
@@ -27,9 +28,18 @@ from trainer.crowd import Batch, arguments, judge
 from trainer.jobs import DONE, Job, essence, figures, outcome, own, table
 from trainer.launcher import Plan
 from trainer.processes import Slots
+from trainer.reading import json_object
 
 RECORD, TABLE, COMPOSED = "sweep.json", "table.md", "multirun.yaml"
 COMMAND = (sys.executable, "-u", "-m", "trainer")
+
+
+def _recorded(record: Path) -> list[str]:
+    """The settings of the sweep that a directory holds. Raises Fault where the record is spoilt."""
+    try:
+        return [str(word) for word in json_object(record)["settings"]]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise Fault(f"{record} cannot be read ({error}); give another hydra.sweep.dir, or remove that file") from error
 
 
 class Failed(Exception):
@@ -109,7 +119,7 @@ class Sweep:
             raise Fault("-m runs one job for each value, but no setting has several; write for example model=full,sliding")
         self.plan, record, self.fresh = plan, plan.directory / RECORD, not plan.directory.exists()
         if record.is_file():
-            was = json.loads(record.read_text())["settings"]
+            was = _recorded(record)
             if was != essence(plan.settings):
                 raise Fault(
                     f"hydra.sweep.dir={plan.directory} holds the sweep {' '.join(was)}; give those settings again, or "

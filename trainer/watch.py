@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 
 from parallel.mesh import Mesh
 from trainer.config import BAD_RUN, Fault
+from trainer.reading import json_value
 
 BEAT_S = 1.0
 STILL_S = 5.0  # a rank without a beat for as long stands still
@@ -163,7 +164,7 @@ def notes(folder: Path, size: int) -> list[Note | None]:
     found: list[Note | None] = []
     for rank in range(size):
         try:
-            found.append(Note(*json.loads(_path(folder, rank).read_bytes().partition(b"\0")[0])))
+            found.append(Note(*json_value(_path(folder, rank).read_bytes().partition(b"\0")[0], "note")))
         except (OSError, ValueError, TypeError):
             found.append(None)
     return found

@@ -6,7 +6,6 @@ context lengths.
 """
 
 import hashlib
-import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -19,6 +18,7 @@ import pyarrow as pa
 from trainer.data.faults import DataFault
 from trainer.data.split import digest
 from trainer.data.tokenizers import Tokenizer
+from trainer.reading import json_object
 
 FORMAT = 1
 TOKENS, FACTS = "tokens.arrow", "facts.json"
@@ -98,7 +98,7 @@ class Corpus:
     def __init__(self, folder: Path):
         self.folder = folder
         try:
-            self.facts: dict[str, Any] = json.loads((folder / FACTS).read_text("utf-8"))
+            self.facts = json_object(folder / FACTS)
             self.sums = self.facts["sums"]
             self.file = pa.ipc.open_file(pa.memory_map(str(folder / TOKENS)))
             blocks = [self.file.get_batch(i) for i in range(self.file.num_record_batches)]

@@ -1,7 +1,6 @@
 """What the run calls: look at the data before any rank starts, and open it as a stream."""
 
 import itertools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from trainer.data.split import SPLITS
 from trainer.data.stream import FiniteStream, Stream
 from trainer.data.synthetic import SyntheticStream
 from trainer.data.tasks.task import Task
+from trainer.reading import json_object
 
 LOOK = 64 << 20  # bytes read by `check`
 GLANCE = 4  # documents of an endless source read by `check`
@@ -102,7 +102,7 @@ def check(
 def _cached(folder: Path) -> int | None:
     """How many documents the cache has; None where it has no corpus, or a damaged one."""
     try:
-        return int(json.loads((folder / FACTS).read_text("utf-8"))["documents"])
+        return int(json_object(folder / FACTS)["documents"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -1,7 +1,6 @@
 """Text to numbers and back: raw bytes, or any Hugging Face tokenizer by path or name."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 
 from trainer.data.faults import DataFault
+from trainer.reading import json_file
 
 # How known models call the token that ends a text; the first that the tokenizer has is taken.
 ENDINGS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "<EOS>", "[SEP]")
@@ -184,8 +184,8 @@ def _ending(file: Path) -> str | None:
     if not file.is_file():
         return None
     try:
-        settings = json.loads(_read(file, LARGEST_SETTINGS))
-    except (ValueError, RecursionError, OSError) as error:
+        settings = json_file(file, LARGEST_SETTINGS)
+    except (ValueError, OSError) as error:
         raise ValueError(f"{file} is not JSON settings of a tokenizer ({error}); mend or remove it") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{file} is not JSON settings of a tokenizer (it is no object); mend or remove it")

@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trainer.reading import Unreadable, json_value, lines
+
 BESIDE = ("auxiliary", "statistics", "skipped")  # parts of a row that are dictionaries, or not there
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.jsonl"
+FIGURES = ("loss", "tokens", "tokens_per_second", "step_seconds", "peak_memory_bytes", "value")
 
 
 class Row(NamedTuple):
@@ -104,18 +107,26 @@ def read(path: Path | str) -> Iterator[dict[str, Any]]:
     """
     if not Path(path).exists():
         return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
+    with open(path, "rb") as file:
+        for number, (line, length) in enumerate(lines(file), 1):
             try:
-                row = json.loads(line)
-                whole = isinstance(row, dict) and "step" in row
-            except ValueError:
-                whole = False
-            if not line.endswith("\n"):
+                row = json_value(line, "it") if length == len(line) else None
+            except Unreadable:
+                row = None
+            if not line.endswith(b"\n") and length == len(line):
                 return
-            if not whole:
+            if not _is_row(row):
                 raise ValueError(f"line {number} of {path} is no JSON object with a step; mend or remove that line")
             yield row
+
+
+def _is_row(row: Any) -> bool:
+    """Says of a value whether whoever reads rows can count on it: a whole step, and numbers where figures are."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    if "value" in row and not isinstance(row.get("name"), str):
+        return False
+    return all(row.get(name) is None or type(row[name]) in (int, float) for name in FIGURES)
 
 
 def _ends_well(path: Path) -> bool:

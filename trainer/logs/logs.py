@@ -1,7 +1,6 @@
 """Everything that is written of a run while it goes on: its lines on disk, its summary, its W&B run and its pictures."""
 
 import importlib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from trainer.logs.console import Console
 from trainer.logs.jsonl import METRICS, Evaluations, Metrics, Row, read
 from trainer.logs.redact import without_secrets, word_without_secrets
 from trainer.logs.report import attention, grades, plots
+from trainer.reading import json_object
 
 NO_MAPS = "attention maps: none, no softmax of this model sees a whole row"
 LOGGER = "trainer.logs.wandb"  # imported on rank 0 alone, and only when it is wanted
@@ -68,7 +68,11 @@ class Logs:
         path = self.directory / directories.ENVIRONMENT
         if not path.is_file():
             return {}
-        told = json.loads(path.read_text())
+        try:
+            told = json_object(path)
+        except ValueError as error:
+            self.console.say(f"{error}: W&B is not told of the code")
+            return {}
         known = {key: told.get(key) for key in ("commit", "python", "packages", "platform", "devices")}
         command = [word_without_secrets(word) for word in told.get("command") or []]
         return without_secrets({**known, "changed": bool(told.get("diff")), "command": command})

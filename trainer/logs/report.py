@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
 from models.analysis.maps import Map
+from trainer.caption import caption
 from trainer.logs.jsonl import EVALUATION, METRICS, read
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#4a5568"
@@ -24,7 +25,7 @@ def plots(directory: Path | str, title: str | None = None) -> list[Path]:
     of {"begin", "end", "loss"} over half-open ranges of positions. Their `value` is the held-out loss.
     """
     directory = Path(directory)
-    title = title or directory.resolve().name
+    title = caption(title or directory.resolve().name)
     rows = [row for row in read(directory / METRICS) if row.get("loss") is not None]
     evaluations = [row for row in read(directory / EVALUATION) if row.get("by_position") and row["value"] is not None]
     drawn = {}
@@ -62,7 +63,7 @@ def attention(maps: Sequence[Map], directory: Path | str, title: str, left_out: 
         "text runs down, what it sees to the right, white: nothing; a weight is where a head looks, not why it answers",
     ]
     lines += [f"not shown: {', '.join(missing)}"] if missing else []
-    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=9, color=GREY)
+    figure.suptitle("\n".join(map(caption, lines)), x=0.01, ha="left", fontsize=9, color=GREY)
     shown = None
     for line, each in zip(figure.subplots(len(maps), columns, squeeze=False), maps):
         queries, keys = each.weight.shape[1:]
@@ -79,7 +80,7 @@ def attention(maps: Sequence[Map], directory: Path | str, title: str, left_out: 
             axes.tick_params(labelsize=6, colors=GREY)
             if keys > queries:  # behind the row: what stands for its tokens, or holds earlier ones
                 axes.axvline(queries - 0.5, color=BLUE, linewidth=0.6)
-        line[0].set_ylabel(each.name, fontsize=7, color=GREY)
+        line[0].set_ylabel(caption(each.name), fontsize=7, color=GREY)
     assert shown is not None, "a softmax has heads"
     bar = figure.colorbar(shown, ax=figure.axes, location="right", aspect=40, pad=0.01, ticks=[0, 0.01, 0.1, 0.3, 1])
     bar.ax.tick_params(labelsize=6, colors=GREY)
@@ -167,7 +168,7 @@ def _grades(rows: list[dict[str, Any]], title: str) -> Figure:
     figure, axes = _figure(title)
     for name in [name for name in dict.fromkeys(name for row in rows for name in row) if name != "step"]:
         told = [row for row in rows if name in row]
-        axes.plot([row["step"] for row in told], [row[name] for row in told], marker="o", markersize=4, label=name)
+        axes.plot([row["step"] for row in told], [row[name] for row in told], marker="o", markersize=4, label=caption(name))
     axes.set_xlabel("step")
     axes.set_ylabel("share of the answers")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trainer.reading import json_object
+
 SUMMARY = "summary.json"
 
 
@@ -24,12 +26,9 @@ def read(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        return json_object(path)
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}); remove it") from error
-    if not isinstance(facts, dict):
-        raise ValueError(f"{path} is no JSON object; remove it")
-    return facts
+        raise ValueError(f"{error}; remove it") from error
 
 
 def note(directory: Path, **facts: Any) -> None:

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
+from trainer.caption import caption
 from trainer.reports.runs import Told
 from trainer.reports.variants import Variant, frontier, quality
 
@@ -73,9 +74,9 @@ def _curves(variants: Sequence[Variant]) -> Figure | None:
     for number, variant in enumerate(variants):
         look = _look(number)
         smooth = [_smoothed(run.curve) for run in variant.counted if run.curve]
-        _band(axes[0], smooth, variant.name, {**look, "marker": ""})
+        _band(axes[0], smooth, caption(variant.name), {**look, "marker": ""})
         if checked:
-            _band(axes[1], [run.checks for run in variant.counted if run.checks], variant.name, look)
+            _band(axes[1], [run.checks for run in variant.counted if run.checks], caption(variant.name), look)
     for each, name in zip(axes, ("training, smoothed", "held out")):
         each.set_title(name, fontsize=10, color=GREY)
         each.set_xlabel("tokens trained on")
@@ -117,7 +118,7 @@ def _pareto(variants: Sequence[Variant]) -> Figure | None:
             spread = quality(variants[number]).deviation
             error = None if math.isnan(spread) else spread
             look = _look(number)
-            each.errorbar(x, y, yerr=error, linestyle="", markersize=7, capsize=3, label=variants[number].name, **look)  # pyright: ignore
+            each.errorbar(x, y, yerr=error, linestyle="", markersize=7, capsize=3, label=caption(variants[number].name), **look)  # pyright: ignore
         best = [list(placed.values())[at] for at in frontier(list(placed.values()))]
         each.plot([x for x, _ in best], [y for _, y in best], color=GREY, linestyle="--", linewidth=1, zorder=0)
         each.set_xlabel(name)
@@ -144,7 +145,7 @@ def _by_position(variants: Sequence[Variant]) -> Figure | None:
         if not told:
             continue
         middles = [((begin + 1) * end) ** 0.5 for begin, end in told]
-        axes.plot(middles, list(told.values()), label=variant.name, linewidth=1.6, markersize=4, **_look(number))  # pyright: ignore
+        axes.plot(middles, list(told.values()), label=caption(variant.name), linewidth=1.6, markersize=4, **_look(number))  # pyright: ignore
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
     axes.set_xlabel("position (tokens, ranges twice as long each)")

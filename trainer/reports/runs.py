@@ -1,6 +1,5 @@
 """What the directories of runs tell: every run of a folder as one record, however far it got."""
 
-import json
 import math
 import shlex
 from collections.abc import Iterator
@@ -9,8 +8,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
 from trainer.config import Fault
 from trainer.crowd import JOB_OF
 from trainer.directory import CONFIG, ENVIRONMENT
@@ -18,6 +15,7 @@ from trainer.jobs import DONE, FAILED, OUTCOME, OUTPUT, Job, essence, varied
 from trainer.logs import summary
 from trainer.logs.jsonl import EVALUATION, METRICS, read
 from trainer.logs.redact import word_without_secrets
+from trainer.reading import json_object, yaml_file
 from trainer.sweep import RECORD
 
 HELD_OUT = "held_out_loss"
@@ -103,22 +101,22 @@ def _told(directory: Path, name: str) -> Told:
     for reader in (_began, _summed, _trained, _evaluated, _ended):
         try:
             run = replace(run, **reader(directory, run))
-        except (ValueError, TypeError, KeyError, AttributeError, OSError, yaml.YAMLError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OSError, OverflowError) as error:
             troubles.append(" ".join(str(error).split()) or type(error).__name__)
-    return replace(run, state=f"{run.state} ({'; '.join(troubles)})" if troubles else run.state)
+    return replace(run, state=f"{run.state} ({'; '.join(dict.fromkeys(troubles))})" if troubles else run.state)
 
 
 def _began(directory: Path, run: Told) -> dict[str, Any]:
     """What was asked for: of a job as its sweep noted it, else of the command."""
     settings, label = (), run.name
     if (directory / OUTCOME).is_file():
-        settings = tuple(json.loads((directory / OUTCOME).read_text())["settings"])
+        settings = tuple(json_object(directory / OUTCOME)["settings"])
     if (directory / ENVIRONMENT).is_file() and not settings:
-        words = json.loads((directory / ENVIRONMENT).read_text()).get("command") or []
+        words = json_object(directory / ENVIRONMENT).get("command") or []
         ours = ("run_dir=", *(OF_SWEEP if JOB_OF in words else ()))
         settings = tuple(word for word in words[1:] if "=" in word and not word.startswith(ours))
     if (directory / CONFIG).is_file():
-        label = yaml.safe_load((directory / CONFIG).read_text())["name"]
+        label = yaml_file(directory / CONFIG)["name"]
     plain = [word_without_secrets(word.lstrip("+")) for word in settings]
     asked = bool(settings) or (directory / ENVIRONMENT).is_file()
     command = shlex.join(["python", "-m", "trainer", *plain]) if asked else ""
@@ -167,7 +165,7 @@ def _ended(directory: Path, run: Told) -> dict[str, Any]:
     """How the sweep saw it end; a run of its own, or one that has not ended, by its last step."""
     reached = run.state.startswith("step ")
     if (directory / OUTCOME).is_file():
-        told = json.loads((directory / OUTCOME).read_text())
+        told = json_object(directory / OUTCOME)
         if told["outcome"] == FAILED:
             return {"state": f"failed with exit status {told['code']}: {told['message']}"}
         if told["outcome"] == DONE:
@@ -175,7 +173,7 @@ def _ended(directory: Path, run: Told) -> dict[str, Any]:
         return {"state": f"{told['outcome']}, {run.state}" if reached else told["outcome"]}
     if not reached:
         return {"state": "no step yet" if (directory / CONFIG).is_file() else "not started"}
-    wanted = yaml.safe_load((directory / CONFIG).read_text())["steps"] if (directory / CONFIG).is_file() else None
+    wanted = yaml_file(directory / CONFIG)["steps"] if (directory / CONFIG).is_file() else None
     finished = run.state == f"step {wanted}"
     return {"state": DONE if finished else f"unfinished, {run.state} of {wanted or 'an unknown number'}", "finished": finished}
 

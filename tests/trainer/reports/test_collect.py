@@ -73,11 +73,11 @@ def test_steps_between_two_rows_count_in_the_seconds(tmp_path: Path) -> None:
     ("name", "text", "said"),
     [
         ("metrics.jsonl", "{]\n{}\n", "line 1 of .*metrics.jsonl is no JSON object with a step"),
-        ("summary.json", "[1]", "summary.json is no JSON object"),
-        ("summary.json", "{", "summary.json cannot be read"),
-        ("evaluation.jsonl", '{"step": 1, "value": 2}\n', "name"),
+        ("summary.json", "[1]", "summary.json holds no JSON object"),
+        ("summary.json", "{", "summary.json is not JSON"),
+        ("evaluation.jsonl", '{"step": 1, "value": 2}\n', "line 1 of .*evaluation.jsonl"),
         ("outcome.json", "nonsense", "Expecting value"),
-        ("config.yaml", "a: [", "while parsing"),
+        ("config.yaml", "a: [", "config.yaml line 2 is not YAML"),
         ("environment.json", "null", "NoneType"),
     ],
 )
