@@ -13,8 +13,9 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from trainer.config import BAD_RUN, Fault
-from trainer.manifest import DTYPES, LABELS, broken, ravel, read_manifest, unravel
+from trainer.manifest import LABELS, broken, ravel, read_manifest, unravel
 from trainer.shards import ShardReader
+from trainer.wholeness import DTYPES
 
 NAME = re.compile(r"step_(\d{8,})")
 
@@ -178,6 +179,8 @@ class Archive:
             raise Fault(f"cannot resume from {place}: {error}; name another checkpoint, or resume=auto", BAD_RUN) from error
 
         def empty(tree: Any) -> Any:
+            if not isinstance(tree, dict) or "$tuple" in tree:
+                raise Fault(f"cannot resume from {place}: its {part} holds something else than tensors by name", BAD_RUN)
             if "$tensor" in tree:
                 entry = manifest["tensors"][tree["$tensor"]]
                 return torch.empty(entry["size"], dtype=DTYPES[entry["dtype"]])

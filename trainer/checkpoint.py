@@ -31,6 +31,7 @@ from trainer.config import BAD_RUN, Fault
 from trainer.manifest import sync, unravel
 from trainer.pace import Pace
 from trainer.shards import ShardWriter
+from trainer.wholeness import STEPS
 
 HIDDEN = re.compile(r"\.(step_\d{8,})\.(tmp|old|gone)-[0-9a-f]+")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -93,7 +94,13 @@ class Checkpoints(Archive):
         self._on_first(lambda: place.rename(aside))
 
     def forget_after(self, step: int) -> None:
-        """Delete checkpoints of later steps: a run resumed from `step` will write these steps again, differently."""
+        """Delete checkpoints of later steps: a run resumed from `step` will write these steps again, differently.
+
+        Raises:
+            ValueError: a step that no run can be at; nothing is deleted.
+        """
+        if not 0 <= step <= STEPS:
+            raise ValueError(f"step={step} is no step of a run; nothing is deleted")
         self._on_first(lambda: [self._delete(place) for place in self._list() if _step(place) > step])
 
     def save(self, step: int, state: dict[str, Any], extra: dict[str, Any]) -> None:

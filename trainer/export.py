@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from parallel.engines.engine import STORED
 from parallel.engines.weights import materialise
 from trainer import directory
 from trainer.archive import Archive
@@ -40,16 +41,17 @@ def export(source: Path, output: Path) -> int:
         raise Fault(f"{source} is no run directory and no checkpoint of one; name RUN_DIR or RUN_DIR/checkpoints/step_N")
     if taken := [name for name in (WEIGHTS, CONFIG) if (output / name).exists()]:
         raise Fault(f"{output} holds {' and '.join(taken)} already; name another folder")
+    config = directory.read(run)
+    vocabulary = _vocabulary(config)
     archive = Archive(run / "checkpoints")
     try:
         place = archive.latest() if source == run else source
         if place is None:
             raise Fault(f"{run} holds no checkpoint yet; train on, or set checkpoint.every")
-        saved = archive.load(place, {"model": archive.blank(place, "model")})
+        saved = archive.load(place, {"model": _blank(config, vocabulary)})
     finally:
         archive.close()
-    config = directory.read(run)
-    about = {"step": saved.step, "vocabulary": _vocabulary(config), "config": directory.plain(config)}
+    about = {"step": saved.step, "vocabulary": vocabulary, "config": directory.plain(config)}
     output.mkdir(parents=True, exist_ok=True)
     save_file(saved.state["model"], output / WEIGHTS, metadata={"format": "pt", "step": str(saved.step)})
     (output / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -73,6 +75,13 @@ def reopen(folder: Path) -> nn.Module:
     except (OSError, KeyError, StopIteration, ValueError, RuntimeError, SafetensorError) as error:
         raise Fault(f"{folder} holds no exported model that fits its config ({error}); export it again", BAD_RUN) from error
     return model
+
+
+def _blank(config: Config, vocabulary: int) -> dict[str, Tensor]:
+    """Tensors of the names, shapes and types that the config's model has, for a checkpoint to fill; it must have just these."""
+    with torch.device("meta"):
+        model = build_model(config, vocabulary).to(STORED[config.precision])
+    return {name: torch.empty(t.shape, dtype=t.dtype) for name, t in model.state_dict().items()}
 
 
 def _vocabulary(config: Config) -> int:

@@ -16,9 +16,8 @@ from torch import Tensor
 from parallel.mesh import Mesh
 from trainer.config import BAD_RUN, Fault, Optim
 from trainer.share import Share
-from trainer.state import Progress
+from trainer.state import WINDOW, Progress
 
-WINDOW = 128  # finite gradient norms that the median is taken of
 LEAST = 16  # fewer tell nothing of what is usual
 
 

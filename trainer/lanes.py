@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.past import Past
+from models.past import DEALT, WHOLE, Past
 from models.span import Span
 from parallel.mesh import Mesh
 from parallel.moves import Wire
@@ -65,6 +65,27 @@ class Lanes:
             kind, name = path.split("/", 1)
             found.setdefault(kind, {})[name] = self._all_rows(torch.cat([piece[path] for piece in pieces]))
         return found
+
+    def misfit(self, state: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+        """What tells a state that comes from a file from one that `state` gave, or None.
+
+        Kept tokens have the length that their kind says, with addresses; all have the run's rows.
+        """
+        for kind, part in state.items():
+            tokens = kind.isdecimal() and len(kind) < 19
+            if not tokens and kind not in (WHOLE, DEALT):
+                return f"its memory has an entry {kind!r} of no known kind"
+            if tokens and not {"pos", "doc"} <= part.keys():
+                return f"its memory has {kind} tokens without their addresses"
+            wanted = [self.rows, int(kind)] if tokens else [self.rows]
+            for name, tensor in part.items():
+                shape = list(tensor.shape)
+                least = 1 if kind == WHOLE else 2
+                if shape[: len(wanted)] != wanted or len(shape) < least:
+                    return f"its memory has {name} of the shape {shape} for {self.rows} rows"
+                if tokens and name in ("pos", "doc") and (tensor.dtype != torch.int64 or len(shape) != 2):
+                    return f"its memory has {name} that is no address"
+        return None
 
     def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over what `state` gave, whatever ranks gave it."""

@@ -8,34 +8,19 @@ No pickle anywhere: raw numbers and JSON, so that opening a stranger's checkpoin
 
 import hashlib
 import json
-import math
 import os
-import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+<<<<<<< HEAD
 from trainer.reading import MANIFEST_BYTES, contents, json_value
+=======
+from trainer.wholeness import DTYPES, check_manifest
+>>>>>>> c977177 (A manifest that is well formed but not whole is no checkpoint; every field of the saved state has a type and a range)
 
 MANIFEST = "manifest.json"
-VERSION = 1
-SHARD = re.compile(r"shard_\d{5,}\.safetensors")
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 LABELS = {dtype: label for label, dtype in DTYPES.items()}
 
 
@@ -92,7 +77,7 @@ def digest(manifest: dict[str, Any]) -> str:
 
 
 def read_manifest(place: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint in `place`, checked against its own sum and the sizes of the files.
+    """The manifest of the checkpoint in `place`, checked against its own sum, the sizes of the files and itself.
 
     Raises:
         ValueError: the checkpoint is not whole; the message says in what.
@@ -103,29 +88,8 @@ def read_manifest(place: Path) -> dict[str, Any]:
         raise ValueError(f"it has no {MANIFEST}, which is written last") from None
     if not isinstance(manifest, dict) or manifest.get("sha256") != digest(manifest):
         raise ValueError(f"its {MANIFEST} does not have the SHA-256 that was noted in it")
-    try:
-        _check(place, manifest)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"its {MANIFEST} lacks an entry or has one of a wrong kind ({error!r})") from None
+    check_manifest(place, manifest, MANIFEST)
     return manifest
-
-
-def _check(place: Path, manifest: dict[str, Any]) -> None:
-    if manifest["version"] != VERSION:
-        raise ValueError(f"it has format {manifest['version']}; this program reads format {VERSION}")
-    for name, file in manifest["files"].items():
-        if not SHARD.fullmatch(name):
-            raise ValueError(f"its {MANIFEST} names a file {name!r} that is no shard")
-        if not (place / name).is_file():
-            raise ValueError(f"{name} is missing")
-        if (size := (place / name).stat().st_size) != file["bytes"]:
-            raise ValueError(f"{name} should have {file['bytes']} bytes and has {size}")
-    for path, tensor in manifest["tensors"].items():
-        for chunk in tensor["chunks"]:
-            wanted = math.prod(chunk["sizes"]) * DTYPES[tensor["dtype"]].itemsize
-            end = chunk["start"] + wanted
-            if chunk["bytes"] != wanted or not 0 <= chunk["start"] <= end <= manifest["files"][chunk["file"]]["bytes"]:
-                raise ValueError(f"its {MANIFEST} places {path} outside of {chunk['file']}")
 
 
 def broken(place: Path, name: str, sha256: str) -> str | None:

@@ -154,7 +154,7 @@ class Run:
             place = self._named(Path(self.config.resume))
         if place is None:
             return Progress(self.stream.start())
-        progress = restore(self.checkpoints, place, self.engine, self.lanes)
+        progress = restore(self.checkpoints, place, self.engine, self.stream, self.lanes)
         self.checkpoints.forget_after(progress.step)
         self.console.say(f"resumed from {place} at step {progress.step}")
         return progress

@@ -27,8 +27,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from trainer.manifest import DTYPES, LABELS, MANIFEST, VERSION, digest, sync
+from trainer.manifest import LABELS, MANIFEST, digest, sync
 from trainer.pace import SLICE, Pace
+from trainer.wholeness import DTYPES, VERSION
 
 SYNC = 8 << 20  # bytes after which a writer that takes its time hands them to the disk
 ALIGNMENT = 64  # of the first tensor; the others follow in order of falling item size, so each is aligned to its own
@@ -202,7 +203,7 @@ class ShardReader(StorageReader):
         for item in plan.items:
             tensor = self.manifest["tensors"][item.storage_index.fqn]
             offsets = list(item.storage_index.offset or ())
-            chunk = next(c for c in tensor["chunks"] if c["offsets"] == offsets)
+            chunk = next(c for c in tensor["chunks"] if c["offsets"] == offsets and 0 not in c["sizes"])
             if chunk["file"] not in files:
                 size = self.manifest["files"][chunk["file"]]["bytes"]
                 files[chunk["file"]] = torch.from_file(str(self.place / chunk["file"]), False, size, dtype=torch.uint8)

@@ -1,18 +1,28 @@
 """Where a run stands: what a checkpoint holds beside tensors, and how a run goes on from one."""
 
+import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 
 from parallel.engines.engine import Engine
 from trainer.archive import Archive, Saved
 from trainer.config import BAD_RUN, Fault
+from trainer.data.cursors import misfit
+from trainer.data.stream import Stream
 from trainer.lanes import Lanes
+from trainer.wholeness import LARGEST, STEPS
+
+WINDOW = 128  # finite gradient norms that the median is taken of
+Norm = Annotated[FiniteFloat, Field(ge=0)]
 
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """How far a run has come. The annotations are the types and ranges that a checkpoint's are checked against.
 
     Attributes:
         step: optimiser steps taken.
@@ -23,27 +33,75 @@ class Progress:
         norms: gradient norms of the last steps, for optim.spike.
     """
 
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+
     cursor: dict[str, Any]
-    step: int = 0
-    tokens: int = 0
-    wandb_id: str | None = None
-    best: dict[str, float] = field(default_factory=dict)
-    skipped: int = 0
-    norms: list[float] = field(default_factory=list)
+    step: Annotated[int, Field(ge=0, le=STEPS)] = 0
+    tokens: Annotated[int, Field(ge=0, le=LARGEST)] = 0
+    wandb_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")] | None = None
+    best: dict[str, FiniteFloat] = field(default_factory=dict)
+    skipped: Annotated[int, Field(ge=0, le=STEPS)] = 0
+    norms: Annotated[list[Norm], Field(max_length=WINDOW)] = field(default_factory=list)
 
     def extra(self) -> dict[str, Any]:
-        """As a checkpoint holds it."""
-        return asdict(self)
+        """As a checkpoint holds it; a best value that is no number is none."""
+        best = {name: value for name, value in self.best.items() if math.isfinite(value)}
+        return {**asdict(self), "best": best}
 
 
-def restore(archive: Archive, place: Path, engine: Engine, lanes: Lanes | None = None) -> Progress:
-    """Put the engine and the lanes into the state of a checkpoint, whatever ranks wrote it, and say how far it had come."""
+def progress_of(extra: dict[str, Any], step: int, place: Path) -> Progress:
+    """The progress that a checkpoint of `step` holds; Fault where a field is of no such kind or out of its range."""
+    try:
+        progress = TypeAdapter(Progress).validate_json(json.dumps(extra))
+    except (ValidationError, RecursionError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ("cursor",), "msg": "nested too deeply"}
+        where = ".".join(map(str, first["loc"]))[:100]
+        raise Fault(
+            f"cannot resume from {place}: {where}: {first['msg']}; it is damaged or was written by another version of "
+            "Longspan; name another checkpoint, or begin again in another run_dir",
+            BAD_RUN,
+        ) from error
+    if progress.step != step:
+        raise Fault(f"cannot resume from {place}: it is of step {step} and says it had come to {progress.step}", BAD_RUN)
+    return progress
+
+
+def restore(archive: Archive, place: Path, engine: Engine, stream: Stream, lanes: Lanes | None = None) -> Progress:
+    """Put the engine and the lanes into the state of a checkpoint, whatever ranks wrote it, and say how far it had come.
+
+    Raises:
+        Fault: anything in the checkpoint that is not of this run; found before the engine takes over any of it.
+    """
     carried = {} if lanes is None else {"past": archive.blank(place, "past")}
-    saved: Saved = archive.load(place, engine.state() | carried)
+    state = engine.state()
+    saved: Saved = archive.load(place, state | carried)
+    progress = progress_of(saved.extra, saved.step, place)
+    problem = _astray(progress, stream)
+    if problem is None and lanes is not None:
+        problem = lanes.misfit(saved.state["past"])
+    if problem is not None:
+        way = "name another checkpoint, or begin again in another run_dir"
+        raise Fault(f"cannot resume from {place}: {problem}; {way}", BAD_RUN)
     if lanes is not None:
         lanes.load(saved.state.pop("past"))
-    engine.load(saved.state)
     try:
-        return Progress(**saved.extra)
-    except TypeError as error:
-        raise Fault(f"cannot resume from {place}: it was written by another version of Longspan ({error})", BAD_RUN) from error
+        engine.load(saved.state)
+    except ValueError as error:
+        raise Fault(f"cannot resume from {place}: {error}", BAD_RUN) from error
+    return progress
+
+
+def _astray(progress: Progress, stream: Stream) -> str | None:
+    """Why the training data cannot be read on from where a checkpoint says it was, or None."""
+    try:
+        stream.admit(progress.cursor)
+    except ValueError as error:
+        return str(error)
+    beginning = stream.start()
+    if problem := misfit(beginning, progress.cursor):
+        return problem
+    rows = progress.cursor["rows"]
+    wanted = progress.step * stream.rows
+    if rows != wanted:
+        return f"after {progress.step} steps of {stream.rows} rows its data would be at row {wanted}, not {rows}"
+    return None

@@ -109,7 +109,14 @@ class Dealer:
 
     def _go_to(self, state: dict[str, Any] | None) -> None:
         """Read on from a state of the data set; None = its beginning."""
-        self.examples.load_state_dict(self.beginning if state is None else state)
+        try:
+            self.examples.load_state_dict(self.beginning if state is None else state)
+        except Exception as error:  # each library has errors of its own for a state that it did not give
+            reason = f"{type(error).__name__}: {error}"
+            raise DataFault(
+                f"{self.source.identity()} cannot be read on from the state in the checkpoint ({reason}); "
+                "name another checkpoint, or begin again in another run_dir"
+            ) from error
         self.texts = self.source.texts(self.report, self.examples, self.number)
 
     def next(self) -> str | None:

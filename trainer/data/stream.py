@@ -29,12 +29,14 @@ class Stream(ABC):
     Attributes:
         fingerprint: of the data, the tokenizer and all that shapes the rows; equal where batches are equal.
         vocabulary: token numbers are below it.
+        rows: of a batch.
         batches: how many batches there are before padding (held-out data) or before an epoch has been read (training
             data); None where nobody knows.
     """
 
     fingerprint: str
     vocabulary: int
+    rows: int
     tokenizer: Tokenizer
     batches: int | None
 
