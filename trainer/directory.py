@@ -32,8 +32,14 @@ def plain(config: Config) -> dict[str, Any]:
 
 
 def read(directory: Path) -> Config:
-    """The config that a run directory records."""
-    return Config.model_validate(yaml_file(directory / CONFIG))
+    """The config that a run directory records. Raises ValueError where it holds none, OSError where it cannot be read."""
+    value = yaml_file(directory / CONFIG)
+    try:
+        return Config.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise ValueError(f"{directory / CONFIG} is no config of a run ({where}: {first['msg']})") from error
 
 
 def holds_run(directory: Path) -> bool:

@@ -14,11 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-<<<<<<< HEAD
 from trainer.reading import MANIFEST_BYTES, contents, json_value
-=======
 from trainer.wholeness import DTYPES, check_manifest
->>>>>>> c977177 (A manifest that is well formed but not whole is no checkpoint; every field of the saved state has a type and a range)
 
 MANIFEST = "manifest.json"
 LABELS = {dtype: label for label, dtype in DTYPES.items()}
