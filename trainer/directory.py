@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 
 from trainer.config import BAD_RUN, Config, Fault
 from trainer.reading import yaml_file
