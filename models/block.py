@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from models.attention.attending import Attending
+from models.declared import declared
 from models.span import Span
 
 
@@ -46,7 +47,7 @@ class RecallBlock(Block):
 
 def block(width: int, mixer: nn.Module, feedforward: nn.Module) -> Block:
     """The block that a mixer asks for: it shares values, or it recalls."""
-    if getattr(mixer, "shares_values", False):
+    if declared(mixer, "shares_values", bool, False):
         return ValueBlock(width, mixer, feedforward)
     recalls = isinstance(mixer, Attending) and mixer.recall is not None
     return (RecallBlock if recalls else Block)(width, mixer, feedforward)

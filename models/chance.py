@@ -33,7 +33,7 @@ class Chance(nn.Module):
 
     def reset_buffers(self) -> None:
         """Back to before step 1; for a model that was built on the meta device."""
-        self.step = torch.zeros((), dtype=torch.long)
+        self.step = torch.zeros_like(self.step)
 
     def begin(self, step: int) -> None:
         """Step numbers start at 1."""

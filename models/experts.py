@@ -28,6 +28,7 @@ class Experts(nn.Module):
     """
 
     sharded_over_experts = True
+    decayed = "up", "gate", "down"
     gate: Tensor | None
 
     def __init__(

@@ -4,7 +4,8 @@ Convention, printed with every MFU:
 
 * A multiply and an add are 2 FLOPs. Only matrix products count: linear and convolution weights once for every token that
   is no padding, 2 (D + E) for every head and every visible pair of query and key, and the cores of linear time as
-  models/cores.py says. Weights that see no token but as many places each step (`places`) count once for each of those.
+  models/cores.py says. Weights that see no tokens but other positions, as many in each step, say how many
+  (`positions_per_step`) and count once for each of those.
 * A pair is visible if the mask says so on the row as it was packed: causal, document by document, inside the window.
   PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) counts every pair of the row, 12 L H Q T a token in training;
   on one causal document ours is half of that, on many short ones far less, so our MFU is the lower one.
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from models.area import visible_triples
 from models.cores import Core, Long, Noted, note
+from models.declared import declared
 from models.mixing.softmax import Softmax
 from models.span import Span
 
@@ -82,16 +84,18 @@ def count_parameters(model: nn.Module) -> Parameters:
 def count_flops(model: nn.Module) -> Flops:
     """FLOPs of a model that is called with (tokens, span), by its matrices and by a trace on the meta device.
 
-    A module whose weights see something else than tokens says so: `places`, how many positions it is given in a step. One
-    that multiplies by matrices that are no weights says how many multiply-adds that is a token: `products`.
+    A module whose weights see something else than tokens says how many positions it is given in a step:
+    `positions_per_step`. One that multiplies by matrices that are no weights says how many multiply-adds that is a token:
+    `products`.
     """
     shares = _shares(model)
-    places = _places(model)
+    positions = _positions_per_step(model)
     each = once = 0
     for name, module in model.named_modules():
-        elements = getattr(module, "products", 0) + (module.weight.numel() if isinstance(module, MATRICES) else 0)
-        if name in places:
-            once += elements * places[name]
+        elements = declared(module, "products", int, 0)
+        elements += module.weight.numel() if isinstance(module, MATRICES) else 0
+        if name in positions:
+            once += elements * positions[name]
         else:
             each += round(elements * shares[name])
     twin, noted = _twin(model, torch.float32), Noted()
@@ -101,14 +105,15 @@ def count_flops(model: nn.Module) -> Flops:
     return Flops(2 * (each + noted.products), tuple(noted.pairs), tuple(noted.convolutions), 2 * once)
 
 
-def _places(model: nn.Module) -> dict[str, int]:
+def _positions_per_step(model: nn.Module) -> dict[str, int]:
     """By module: the positions that it sees in a step, of those that see no tokens."""
-    found: dict[str, int] = {}
+    positions: dict[str, int] = {}
     for name, module in model.named_modules():
-        own = getattr(module, "places", None) or found.get(name.rpartition(".")[0])
+        parent = positions.get(name.rpartition(".")[0])
+        own = declared(module, "positions_per_step", int, parent)
         if own is not None:
-            found[name] = own
-    return found
+            positions[name] = own
+    return positions
 
 
 def state_bytes(model: nn.Module, precision: str = "float32", shards: int = 1) -> dict[str, int]:
@@ -123,7 +128,7 @@ def state_bytes(model: nn.Module, precision: str = "float32", shards: int = 1) -
     stored = sum(-(-p.numel() // shards) for p in model.parameters()) * max(4, BYTES[precision])
     gathered = sum(p.numel() for p in model.parameters())
     if shards > 1:
-        blocks = [sum(p.numel() for p in block.parameters()) for block in getattr(model, "blocks", ())]
+        blocks = [sum(p.numel() for p in block.parameters()) for block in declared(model, "blocks", nn.ModuleList, ())]
         gathered = gathered - sum(blocks) + max(blocks, default=0)
     copies = gathered * BYTES[precision] if precision == "bfloat16" or shards > 1 else 0
     return {"parameters": stored, "copies": copies, "gradients": stored, "optimiser": 2 * stored}
@@ -164,7 +169,7 @@ def host_bytes(model: nn.Module, tokens: int, precision: str = "float32", checkp
 def _judge(model: nn.Module, checkpointing: str, offload: bool) -> None:
     if checkpointing not in ("none", "full", "selective"):
         raise ValueError(f"checkpointing={checkpointing} is not offered; take none, full or selective")
-    if len(getattr(model, "blocks", ())):
+    if len(declared(model, "blocks", nn.ModuleList, ())):
         return
     if checkpointing != "none":
         raise ValueError(f"{type(model).__name__} has no blocks to compute again; use checkpointing=none")
@@ -180,10 +185,10 @@ def _extended(model: nn.Module, tokens: int, precision: str, count: Callable[["_
 
 def _shares(model: nn.Module) -> dict[str, float]:
     """By module: which share of its parameters one token visits (experts), its own share times its parents'."""
-    shares: dict[str, float] = {"": float(getattr(model, "active_share", 1.0))}
+    shares: dict[str, float] = {"": float(declared(model, "active_share", (int, float), 1.0))}
     for name, module in model.named_modules():
         if name:
-            shares[name] = shares[name.rpartition(".")[0]] * float(getattr(module, "active_share", 1.0))
+            shares[name] = shares[name.rpartition(".")[0]] * float(declared(module, "active_share", (int, float), 1.0))
     return shares
 
 
@@ -221,7 +226,7 @@ class _Saved:
 
 def _saved(model: nn.Module, tokens: int) -> _Saved:
     """Of a forward on the meta device."""
-    blocks: list[nn.Module] = [*getattr(model, "blocks", [])]
+    blocks: list[nn.Module] = [*declared(model, "blocks", nn.ModuleList, ())]
     place, sums, found = len(blocks), [0] * (len(blocks) + 1), _Saved(0, [], [0] * len(blocks), [0] * len(blocks))
     seen = {id(p.untyped_storage()): p.untyped_storage() for p in model.parameters()}  # held: ids are not used again
     came: dict[int, Any] = {}  # what several blocks are given is there once

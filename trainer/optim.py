@@ -1,7 +1,8 @@
 """The optimiser: AdamW, with weight decay only where a parameter is a matrix that multiplies activations.
 
-A module may say of its parameters, or of whole modules in it, that weight decay leaves them alone (`undecayed`, names) and
-that they learn at another pace (`rates`, {name: factor of the learning rate}).
+A module may say of its parameters, or of whole modules in it, that weight decay acts on them although no linear layer of
+torch has them (`decayed`, names), that it leaves them alone (`undecayed`, names), and that they learn at another pace
+(`rates`, {name: factor of the learning rate}).
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from models.declared import declared
+
+LINEAR = (nn.Linear, nn.Bilinear, _ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 @dataclass(frozen=True)
@@ -76,30 +83,48 @@ class AdamW:
 def decayed(model: nn.Module) -> set[str]:
     """Names of the parameters that weight decay acts on.
 
-    Those of two or more dims, except embeddings and what a module lists in its `undecayed` (decay rates, biases by
-    head, tables of positions, networks that write filters). Norms, biases, gates and sinks have one dim. Embeddings are
-    left out as in OLMo 2 (arXiv:2501.00656): decay shrinks them, and with them grow the gradients of the first layers. A
-    tied embedding counts as an embedding.
+    The weights of linear layers, convolutions and recurrent cells of torch, and what a module lists in its `decayed`
+    (stacks of experts), except what a module lists in its `undecayed` (networks that write filters). Other parameters
+    stay as they are, however many dims they have: norms, biases by head or by place, tables of positions, mixing
+    coefficients, memory tokens. Embeddings are left out as in OLMo 2 (arXiv:2501.00656): decay shrinks them, and with
+    them grow the gradients of the first layers. A tied embedding counts as an embedding.
     """
-    left_out = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    chosen: set[int] = set()
+    left_out: set[int] = set()
     for module in model.modules():
-        left_out |= {id(p) for name in getattr(module, "undecayed", ()) for p in _within(module, name)}
-    return {name for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in left_out}
+        if isinstance(module, LINEAR):
+            own = module.named_parameters(recurse=False)
+            chosen |= {id(p) for name, p in own if "weight" in name and p.ndim >= 2}
+        elif isinstance(module, EMBEDDINGS):
+            left_out.add(id(module.weight))
+        chosen |= _listed(module, "decayed")
+        left_out |= _listed(module, "undecayed")
+    return {name for name, p in model.named_parameters() if id(p) in chosen - left_out}
 
 
 def rates(model: nn.Module) -> dict[str, float]:
     """By name, the factor of the learning rate of the parameters for which a module has one in its `rates`."""
     found: dict[int, float] = {}
     for module in model.modules():
-        for name, factor in getattr(module, "rates", {}).items():
+        for name, factor in declared(module, "rates", Mapping, {}).items():
             found |= {id(p): float(factor) for p in _within(module, name)}
     return {name: found[id(p)] for name, p in model.named_parameters() if id(p) in found}
 
 
+def _listed(module: nn.Module, attribute: str) -> set[int]:
+    """Ids of the parameters that the module names in a tuple, list or set of that name, or in one word."""
+    names = declared(module, attribute, (tuple, list, set, frozenset, str), ())
+    names = (names,) if isinstance(names, str) else names
+    return {id(parameter) for name in names for parameter in _within(module, name)}
+
+
 def _within(module: nn.Module, name: str) -> Iterator[nn.Parameter]:
-    """The parameter of that name, or all those of the module of that name."""
+    """The parameter of that name, or all those of the module of that name; none where it is None."""
     part = getattr(module, name)
-    yield from part.parameters() if isinstance(part, nn.Module) else (part,)
+    if isinstance(part, nn.Module):
+        yield from part.parameters()
+    elif part is not None:
+        yield part
 
 
 def _no_moments(parameter: nn.Parameter, fused: bool) -> dict[str, Tensor]:

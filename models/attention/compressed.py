@@ -39,6 +39,8 @@ class Compressed(nn.Module):
     as the target); turns pairs (i, i + R/2), theirs (2i, 2i + 1): a fixed permutation of channels.
     """
 
+    decayed = ("group",)
+
     def __init__(
         self,
         width: int,

@@ -37,7 +37,7 @@ class Filter(nn.Module):
             raise ValueError(f"filter_rate={rate} is a factor of the learning rate and must be above 0; 1 is the model's own")
         self.rates = dict.fromkeys(self.undecayed, rate)
         self.length, self.bands, self.speed = length, bands, speed
-        self.places = length  # what its weights see in place of tokens (models/sizes.py)
+        self.positions_per_step = length  # its weights see these instead of tokens (models/sizes.py)
         sizes = [1 + 2 * bands, hidden, hidden]
         self.sizes, self.layers = sizes, nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:]))
         self.frequency = nn.Parameter(torch.empty(hidden))

@@ -20,7 +20,11 @@ class Taps(nn.Module):
     Args:
         width: channels.
         taps: tokens that it reads, the newest among them.
+
+    Its weights decay as those of nn.Conv1d do: a convolution is a linear map of activations.
     """
+
+    decayed = ("weight",)
 
     def __init__(self, width: int, taps: int):
         super().__init__()

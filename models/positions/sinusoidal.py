@@ -47,6 +47,10 @@ class Waves(nn.Module):
         self.width, self.base, self.amplitude = width, base, amplitude
         self.register_buffer("precision", torch.zeros(()), persistent=False)
 
+    def reset_buffers(self) -> None:
+        """Nothing but its dtype counts; for a model that was built on the meta device."""
+        self.precision = torch.zeros_like(self.precision)
+
     def forward(self, span: Span) -> Tensor:
         """[B, T, width], in the dtype that the model was given."""
         wide = torch.promote_types(self.precision.dtype, torch.float32)

@@ -15,17 +15,18 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from models.declared import declared
 from parallel.mesh import Mesh
 
 
 def experts_of(model: nn.Module) -> list[nn.Module]:
     """The modules whose parameters are stacks of experts."""
-    return [module for module in model.modules() if getattr(module, "sharded_over_experts", False)]
+    return [module for module in model.modules() if declared(module, "sharded_over_experts", bool, False)]
 
 
 def unshared(model: nn.Module, ranks: int) -> list[str]:
     """Why `ranks` ranks cannot share this model's experts: one sentence for each fact; empty where they can."""
-    stacks = [(name, module) for name, module in model.named_modules() if getattr(module, "sharded_over_experts", False)]
+    stacks = [(name, module) for name, module in model.named_modules() if declared(module, "sharded_over_experts", bool, False)]
     if not stacks:
         return [
             f"parallel.experts={ranks}, but no layer of this model has experts; use parallel.experts=1, or a model that "

@@ -13,13 +13,15 @@ from trainer.optim import AdamW, decayed, rates
 
 
 class Rates(nn.Module):
-    """A module that names what is no matrix although it has two dims."""
+    """A module that says which of its own parameters are matrices of a linear layer, and that a linear layer is none."""
 
-    undecayed = ("rate",)
+    decayed = "mix", "absent"
+    undecayed = ("filter",)
 
     def __init__(self):
         super().__init__()
         self.rate, self.mix = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2, 3))
+        self.filter, self.absent = nn.Linear(2, 3), None
 
 
 def groups(model, **settings):
@@ -38,7 +40,7 @@ def test_a_tied_embedding_is_an_embedding():
     assert "embedding.weight" not in decayed(Small(tie=True)) and "head.weight" not in decayed(Small(tie=True))
 
 
-def test_a_module_may_name_what_is_no_matrix():
+def test_a_module_may_name_what_is_a_matrix_and_what_is_none():
     assert decayed(Rates()) == {"mix"}
 
 
