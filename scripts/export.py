@@ -1,7 +1,8 @@
-"""python -m scripts.export SOURCE OUTPUT: a checkpoint's model as one safetensors file and a config.json.
+"""python -m scripts.export SOURCE OUTPUT [trust=true]: a checkpoint's model as one safetensors file and a config.json.
 
-SOURCE is a run directory (its newest whole checkpoint) or a checkpoint in it; whatever ranks and engine wrote it. Exit status 2
-for a wish that cannot be honoured, 3 where the checkpoint is damaged or the disk full.
+SOURCE is a run directory (its newest whole checkpoint) or a checkpoint in it; whatever ranks and engine wrote it. Where its
+config names classes that are not Longspan's, these are built with trust=true alone, for that runs the code of whoever wrote
+them. Exit status 2 for a wish that cannot be honoured, 3 where the checkpoint is damaged or the disk full.
 """
 
 import sys
@@ -11,14 +12,21 @@ from pathlib import Path
 from trainer.config import BAD_RUN, BAD_WISH, Fault
 from trainer.export import CONFIG, WEIGHTS, export
 
+TRUST = {"trust=true": True, "trust=false": False}
+
 
 def main(words: Sequence[str]) -> int:
-    if len(words) != 2:
-        print("two folders are wanted: python -m scripts.export RUN_DIR OUTPUT", file=sys.stderr)
+    if any(word in ("-h", "--help") for word in words):
+        print(__doc__)
+        return 0
+    folders = [word for word in words if word not in TRUST]
+    trust = any(TRUST.get(word, False) for word in words)
+    if len(folders) != 2:
+        print("two folders are wanted: python -m scripts.export RUN_DIR OUTPUT [trust=true]", file=sys.stderr)
         return BAD_WISH
-    source, output = map(Path, words)
+    source, output = map(Path, folders)
     try:
-        step = export(source, output)
+        step = export(source, output, trust)
     except Fault as fault:
         print(fault, file=sys.stderr)
         return fault.code

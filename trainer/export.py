@@ -22,26 +22,32 @@ from trainer.build import build_model, plain
 from trainer.config import BAD_RUN, Config, Fault
 from trainer.data.sources import build as build_source
 from trainer.reading import json_object
+from trainer.trust import demand_own
+from trainer.wholeness import LARGEST
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
-def export(source: Path, output: Path) -> int:
+def export(source: Path, output: Path, trust: bool = False) -> int:
     """Write the model of a checkpoint to a folder; returns its step. One process; host memory for the model once.
 
     Args:
         source: a run directory (its newest whole checkpoint), or a checkpoint `.../checkpoints/step_N`.
         output: a folder, made where there is none; it must not hold an exported model yet.
+        trust: build classes of other packages too, which the run's config names. That runs the code of whoever wrote them.
 
     Raises:
-        Fault: no run, no checkpoint or a damaged one, or a folder that holds a model already.
+        Fault: a class that is not Longspan's, without trust; no run, no checkpoint or a damaged one, or a folder that holds a
+            model already.
     """
     run = source if directory.holds_run(source) else source.parent.parent
     if not directory.holds_run(run):
         raise Fault(f"{source} is no run directory and no checkpoint of one; name RUN_DIR or RUN_DIR/checkpoints/step_N")
     if taken := [name for name in (WEIGHTS, CONFIG) if (output / name).exists()]:
         raise Fault(f"{output} holds {' and '.join(taken)} already; name another folder")
-    config = directory.read(run)
+    config = _config(run)
+    if not trust:
+        demand_own(config, str(run / directory.CONFIG))
     vocabulary = _vocabulary(config)
     archive = Archive(run / "checkpoints")
     try:
@@ -58,23 +64,50 @@ def export(source: Path, output: Path) -> int:
     return saved.step
 
 
-def reopen(folder: Path) -> nn.Module:
+def reopen(folder: Path, trust: bool = False) -> nn.Module:
     """The model that `export` wrote, on the CPU, ready to be called.
 
+    Args:
+        trust: build classes of other packages too, which config.json names. That runs the code of whoever wrote them.
+
     Raises:
-        Fault: the folder holds no exported model, or one that does not fit its own config.
+        Fault: a class that is not Longspan's, without trust; the folder holds no exported model, or one that does not fit its
+            own config.
     """
     try:
         about = json_object(folder / CONFIG)
-        weights = load_file(folder / WEIGHTS)
         config = Config.model_validate(about["config"])
+        vocabulary = about["vocabulary"]
+        if not trust:
+            demand_own(config, str(folder / CONFIG))
+        weights = load_file(folder / WEIGHTS)
+        if type(vocabulary) is not int or not 0 < vocabulary < LARGEST or config.model.layers > len(weights):
+            raise ValueError(f"a vocabulary of {vocabulary!r} and {config.model.layers} layers for {len(weights)} tensors")
         with torch.device("meta"):
-            model = build_model(config, about["vocabulary"])
+            model = build_model(config, vocabulary)
+        _fit(model, weights)
         materialise(model.to(next(iter(weights.values())).dtype), torch.device("cpu"), config.seed)
         model.load_state_dict(weights)
     except (OSError, KeyError, StopIteration, ValueError, RuntimeError, SafetensorError) as error:
         raise Fault(f"{folder} holds no exported model that fits its config ({error}); export it again", BAD_RUN) from error
     return model
+
+
+def _config(run: Path) -> Config:
+    """What the run's config.yaml says; Fault where it holds none."""
+    try:
+        return directory.read(run)
+    except (ValueError, OSError) as error:
+        raise Fault(f"{run / directory.CONFIG} cannot be read ({error}); name another run", BAD_RUN) from error
+
+
+def _fit(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Raise ValueError unless the weights have the names and shapes of the model's, before memory is taken for it."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if other := sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name)):
+        name = other[0]
+        raise ValueError(f"{name} is {given.get(name, 'absent')} in {WEIGHTS} and {wanted.get(name, 'absent')} in the model")
 
 
 def _blank(config: Config, vocabulary: int) -> dict[str, Tensor]:
