@@ -1,4 +1,5 @@
-"""Start the ranks of a run on this machine, and tell each rank who it is. The only reader of the environment.
+"""Start the ranks of a run on this machine, and tell each rank who it is. With parallel/starters.py the only reader of the
+environment.
 
 The ranks are started by torchrun's own elastic agent, from the process that checked the config. What a rank has to say
 at its end (a fault, a bug, or that a signal stopped it after saving) comes back as one `parallel.outcome.Outcome`.
@@ -7,12 +8,14 @@ at its end (a fault, a bug, or that a signal stopped it after saving) comes back
 import json
 import logging
 import os
+import platform
 import shutil
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,8 +28,9 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from parallel.nodes import Nodes, alone
-from parallel.outcome import SAVED, Outcome, of_failure, of_signal, of_success
+from parallel.nodes import LOOPBACK, Nodes, NoMeeting, alone, interface_of, listener, loopback, resolved
+from parallel.outcome import SAVED, Outcome, of_failure, of_no_meeting, of_signal, of_success
+from parallel.rendezvous import BACKEND, ROUND, Rendezvous, store_of
 
 OUTCOME = "LONGSPAN_OUTCOME"
 
@@ -41,11 +45,6 @@ class Ranks:
     local_size: int
     device: torch.device
     backend: str
-
-
-def within_torchrun() -> bool:
-    """Whether this process is already a rank that somebody's torchrun started."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def place() -> tuple[int, int]:
@@ -72,6 +71,7 @@ def start(
     max_restarts: int = 0,
     grace_s: int = 60,
     nodes: Nodes | None = None,
+    say: Callable[[str], None] = print,
 ) -> Outcome:
     """Run `python command` in `ranks` processes and wait for their end.
 
@@ -83,14 +83,22 @@ def start(
         grace_s: time the ranks have to save after SIGTERM, before SIGKILL. They get SIGTERM when this process is asked to
             stop by SIGTERM, SIGINT or SIGHUP; a second SIGINT ends them at once.
         nodes: the machines, where this is one of several that do the same.
+        say: takes a line about the other machines.
     """
     nodes = nodes or alone(f"longspan-{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     told = scratch / "outcome"
-    _prepare(ranks, told, near=nodes.near)
+    try:
+        _prepare(ranks, told, nodes)
+    except NoMeeting as error:
+        return of_no_meeting(error)
     config = LaunchConfig(
-        **nodes.meeting(),
+        min_nodes=nodes.many,
+        max_nodes=nodes.many,
+        run_id=nodes.name,
+        rdzv_backend=BACKEND,
+        rdzv_configs={"meeting": Rendezvous(nodes, say)},
         nproc_per_node=ranks,
         max_restarts=max_restarts,
         monitor_interval=0.1,
@@ -105,6 +113,8 @@ def start(
             return of_success(told)
         except ChildFailedError as error:
             return of_failure(error.failures, ranks * nodes.many)
+        except NoMeeting as error:
+            return of_no_meeting(error)
         except SignalException:
             return of_signal(told, heard[0])
         finally:
@@ -134,14 +144,13 @@ def _listening(heard: list[signal.Signals]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _prepare(ranks: int, told: Path, near: bool) -> None:
-    """Set what the ranks inherit; what the user set stays. near: all ranks are on this machine."""
+def _prepare(ranks: int, told: Path, nodes: Nodes) -> None:
+    """Set what the ranks inherit; what the user set stays, but for sockets open to others that nobody else needs."""
+    bind_transport(nodes.own_address(), only=nodes.address is not None)
     usual = {
         **({} if machine()[1] else {"DS_ACCELERATOR": "cpu"}),  # else DeepSpeed says of every rank how it found that out
         "OMP_NUM_THREADS": str(max(1, machine()[0] // ranks)),
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else keys of a dead attempt meet the next one (gloo cannot restart)
         "TORCH_CPP_LOG_LEVEL": "ERROR",
-        **({"GLOO_SOCKET_IFNAME": "lo"} if near and sys.platform == "linux" and not machine()[1] else {}),
     }
     for key, value in usual.items():
         os.environ.setdefault(key, value)
@@ -195,34 +204,95 @@ def word_left() -> bool:
     return path is not None and Path(path).is_file()
 
 
+def bind_transport(address: str, only: bool = False) -> None:
+    """Keep what carries tensors to the network of an address.
+
+    On one machine that is the loopback interface, whatever the user's environment says for runs over several; there the
+    environment of the user counts first.
+
+    Args:
+        address: of this machine, as the other ranks reach it.
+        only: whether NCCL's sockets stay on that network as well; by itself NCCL takes every fast network.
+    """
+    interface = interface_of(address)
+    if interface is None:
+        wish = "no loopback interface" if loopback(address) else "no network interface with that address"
+        raise NoMeeting(f"launch.address={address}: this machine has {wish}; give an address that it has")
+    if loopback(address):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+        os.environ["NCCL_SOCKET_IFNAME"] = f"={interface}"
+        return
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if only:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+
+
 def initialise(timeout_s: float = 600, store: Any = None) -> Ranks:
     """Choose the device, join the process group of all ranks, and say who we are.
 
     Where there are GPUs each rank takes the one of its local number: NCCL carries its tensors and gloo those on the CPU.
     """
     rank, size = place()
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    store = store or meet()
+    local_rank, local_size = _local_place(store)
+    if local_size == size:  # nobody beyond this machine has to reach us
+        bind_transport(LOOPBACK)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     carrier = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(carrier, store=store or meet(), rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    dist.init_process_group(carrier, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
     return Ranks(rank, size, local_rank, local_size, device, "nccl" if cuda else "gloo")
+
+
+def _local_place(store: Any) -> tuple[int, int]:
+    """(rank, size) among the ranks of this machine, by the names of the machines where no starter told them."""
+    rank, size = place()
+    if size == 1:
+        return int(os.environ.get("LOCAL_RANK", 0)), 1
+    if "LOCAL_RANK" not in os.environ or "LOCAL_WORLD_SIZE" not in os.environ:
+        store.set(f"machine_of/{rank}", platform.node())
+        names = [bytes(store.get(f"machine_of/{other}")).decode() for other in range(size)]
+        os.environ.setdefault("LOCAL_RANK", str(names[:rank].count(names[rank])))
+        os.environ["LOCAL_WORLD_SIZE"] = str(Counter(names)[names[rank]])
+    return int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
 
 
 def meet() -> Any:
     """The store that the ranks meet at.
 
-    Where the agent lends its own, the keys of every attempt are kept apart (else gloo cannot start again). Our launcher
-    lends none: machines that came back count attempts from 0, and would wait for the others under another name.
+    Our launcher lends its own, and the keys of every start of the ranks are kept apart there, as gloo cannot start again
+    on old ones; torchrun does the same. Under any other starter the store is rank 0's.
     """
     rank, size = place()
     if "MASTER_ADDR" not in os.environ:
         return dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     lent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(host, port, size, is_master=rank == 0 and not lent)  # pyright: ignore[reportPrivateImportUsage]
+    if rank == 0 and not lent:
+        return _own_store(host, port)
+    store = dist.TCPStore(host, port, size, is_master=False)  # pyright: ignore[reportPrivateImportUsage]
     if not lent:
         return store
-    return dist.PrefixStore(f"attempt_{attempt()[0]}", store)  # pyright: ignore[reportPrivateImportUsage]
+    return dist.PrefixStore(f"ranks_{os.environ.get(ROUND, attempt()[0])}", store)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _own_store(host: str, port: int) -> Any:
+    """The store of rank 0, which listens at the address that the other ranks were told and at no other.
+
+    Raises:
+        NoMeeting: rank 0 is not on that machine, or other machines could not reach it.
+    """
+    address = resolved(host)
+    if loopback(address) and int(os.environ.get("LOCAL_WORLD_SIZE", place()[1])) < place()[1]:
+        raise NoMeeting(
+            f"MASTER_ADDR={host} is {address} on the machine of rank 0, which no other machine reaches; give an address of it"
+        )
+    try:
+        return store_of(listener(address, port), timedelta(seconds=300))
+    except OSError as error:
+        raise NoMeeting(
+            f"MASTER_ADDR={host} MASTER_PORT={port}: rank 0 cannot listen there ({error.strerror}); give an address of the "
+            "machine of rank 0 and a free port"
+        ) from error

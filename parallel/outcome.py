@@ -9,6 +9,7 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 FAILED = 1
+NOT_MET = 3  # the status of what the network did, as trainer/config.py has it
 SAVED = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}  # exit status: stopped by it, state saved
 NO_TIME = {signal.SIGTERM: "stopped", signal.SIGINT: "interrupted", signal.SIGHUP: "hung up"}
 
@@ -37,6 +38,11 @@ def of_signal(path: Path, number: signal.Signals) -> Outcome:
     if left is None:
         return Outcome(FAILED, f"{NO_TIME[number]} by {number.name} before there was anything to save")
     return Outcome(SAVED[number], left.message) if left.code == SAVED[signal.SIGTERM] else left
+
+
+def of_no_meeting(error: Exception) -> Outcome:
+    """The machines did not meet, or were parted."""
+    return Outcome(NOT_MET, str(error))
 
 
 def of_failure(failures: dict[int, ProcessFailure], ranks: int) -> Outcome:

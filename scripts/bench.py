@@ -18,7 +18,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from parallel import bench, bench_experts, bench_memory, bench_mixers
-from parallel.launch import initialise, start, within_torchrun
+from parallel.launch import initialise, start
+from parallel.starters import Incomplete, adopt, started
 
 BENCHES = {"attention": bench, "experts": bench_experts, "memory": bench_memory, "mixers": bench_mixers}
 
@@ -33,7 +34,13 @@ def main(words: list[str]) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    if not within_torchrun():
+    try:
+        if (outer := started()) is not None:
+            adopt(outer)
+    except Incomplete as error:
+        print(error, file=sys.stderr)
+        return 2
+    if outer is None:
         with tempfile.TemporaryDirectory() as folder:
             outcome = start(["-u", "-m", "scripts.bench", *words], ranks=sizes.ranks, scratch=Path(folder) / "ranks")
         print(outcome.message, file=sys.stderr)

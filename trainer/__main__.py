@@ -4,7 +4,8 @@ the command        compose -> check -> run directory -> ranks (parallel/launch.p
 launch=slurm       the command is handed to a batch job, which gives it on each of its machines (trainer/slurm.py)
 with -m            every combination of settings is such a command of its own (trainer/sweep.py)
 each rank          read the directory's config.yaml -> join the others -> trainer/run.py
-under torchrun     every process is a rank already: rank 0 checks and makes the directory, the others are told
+under torchrun, srun, mpirun or deepspeed (parallel/starters.py)
+                   every process is a rank already: rank 0 checks and makes the directory, the others are told
 """
 
 import importlib
@@ -20,11 +21,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from parallel import launch, outcome
+from parallel import launch, outcome, starters
 from parallel.lifeline import die_with
+from parallel.nodes import NoMeeting
 from trainer import directory, prepare, slurm
 from trainer.compose import MANY
-from trainer.config import BUG, DONE, Config, Fault
+from trainer.config import BAD_RUN, BUG, DONE, Config, Fault
 from trainer.crowd import JOB_OF
 from trainer.help import text
 from trainer.sweep import sweep
@@ -48,9 +50,10 @@ def main(words: Sequence[str]) -> int:
         if words[:1] == [JOB_OF]:
             die_with(int(words[1]))
             return command(words[2:])
+        start = _started()
         if any(word in MANY for word in words):
-            return many(words)
-        return within(words) if launch.within_torchrun() else command(words)
+            return many(words, start)
+        return command(words) if start is None else within(starters.without_local_rank(list(words)), start)
     except Fault as fault:
         if str(fault):
             print(fault, file=sys.stderr)
@@ -59,10 +62,18 @@ def main(words: Sequence[str]) -> int:
         return outcome.SAVED[signal.SIGINT]
 
 
-def many(words: Sequence[str]) -> int:
+def _started() -> starters.Start | None:
+    """How this process was started together with others; None = alone."""
+    try:
+        return starters.started()
+    except starters.Incomplete as error:
+        raise Fault(str(error)) from error
+
+
+def many(words: Sequence[str], start: starters.Start | None) -> int:
     """Run a sweep; it starts its own ranks, a launch for each job."""
-    if launch.within_torchrun():
-        raise Fault("-m starts the ranks of every job itself; leave torchrun out")
+    if start is not None:
+        raise Fault(f"-m starts the ranks of every job itself; leave {start.starter} out" if start.rank == 0 else "")
     return sweep(words)
 
 
@@ -117,6 +128,8 @@ def as_rank(path: Path, launcher: int) -> int:
             return launch.leave(run(config, ranks, path))
     except Fault as fault:
         return confess(fault, fault.code, fault.again)
+    except NoMeeting as error:
+        return confess(error, BAD_RUN)
     except BaseException as error:  # a bug, told with its traceback
         return confess(error, None)
 
@@ -136,19 +149,25 @@ def confess(error: BaseException, code: int | None, again: bool = False) -> int:
     os._exit(BUG if code is None else code)
 
 
-def within(words: Sequence[str]) -> int:
-    """Be a rank under somebody's torchrun. Rank 0 settles the wish before the group exists, for the wish sets its timeout."""
+def within(words: Sequence[str], start: starters.Start) -> int:
+    """Be a rank that somebody else started. Rank 0 settles the wish before the group exists, for the wish sets its timeout."""
     die_with(os.getppid())
-    (rank, size), store = launch.place(), launch.meet()
+    try:
+        starters.adopt(start)
+        store = launch.meet()
+    except starters.Incomplete as error:
+        raise Fault(str(error) if start.rank == 0 else "") from error
+    except NoMeeting as error:
+        raise Fault(str(error), BAD_RUN) from error
     with ExitStack() as held:
-        if rank == 0:
-            store.set(WISH, json.dumps(_settled(words, size, held)))
+        if start.rank == 0:
+            store.set(WISH, json.dumps(_settled(words, start, held)))
         told = json.loads(store.get(WISH))
         if "fault" in told:
             store.add(HEARD, 1)
-            while rank == 0 and store.add(HEARD, 0) < size:  # the store may live in this process
+            while start.rank == 0 and store.add(HEARD, 0) < start.size:  # the store may live in this process
                 time.sleep(0.05)
-            raise Fault(told["fault"] if rank == 0 else "", told["code"])
+            raise Fault(told["fault"] if start.rank == 0 else "", told["code"])
         config, path = Config.model_validate(told["config"]), Path(told["path"])
         held.enter_context(directory.presence(path))
         try:
@@ -158,10 +177,10 @@ def within(words: Sequence[str]) -> int:
             raise
 
 
-def _settled(words: Sequence[str], size: int, held: ExitStack) -> dict[str, Any]:
+def _settled(words: Sequence[str], start: starters.Start, held: ExitStack) -> dict[str, Any]:
     """What rank 0 tells the others: the config and its directory, which is locked while `held` lasts; or a fault."""
     try:
-        config, path = prepare.settle(prepare.wish(words, started=size))
+        config, path = prepare.settle(prepare.wish(words, started=start.size, starter=start.starter))
         held.enter_context(directory.lock(path))
         prepare.claim(config, path)
     except Fault as fault:

@@ -32,6 +32,7 @@ def check(
     mended: Collection[str] = (),
     known: Collection[str] = (),
     started: int | None = None,
+    starter: str = "torchrun",
 ) -> list[str]:
     """Every fault of a config, as messages.
 
@@ -40,10 +41,10 @@ def check(
         given: keys and groups that the user set by hand; only those can be wishes that nobody takes.
         mended: keys whose value was a fault already and was put back; nothing more is said of them.
         known: messages found before; they come first.
-        started: ranks that an outer torchrun has started already; None when this machine starts them.
+        started: ranks that somebody else has started already; None when this machine starts them. starter: who that was.
     """
     faults = list(known)
-    carried = machinery(config) if started is None else torchrun(config, started)
+    carried = machinery(config) if started is None else outside(config, started, starter)
     answers = (each(config) for each in (sizes, built, spreading, engine, directory.judge, nodes, data))
     for answer in (carried, *answers):
         faults += [each for each in answer if not any(key in each for key in mended)]
@@ -161,22 +162,23 @@ def machinery(config: Config) -> Iterator[str]:
         )
 
 
-def torchrun(config: Config, started: int) -> Iterator[str]:
-    """Whether an outer torchrun started the ranks that the config means."""
+def outside(config: Config, started: int, starter: str) -> Iterator[str]:
+    """Whether somebody else (torchrun, srun, mpirun, deepspeed) started the ranks that the config means."""
     parallel = config.parallel
     if parallel.ranks != started:
         yield (
-            f"parallel.context={parallel.context} x parallel.data={parallel.data} is {parallel.ranks} ranks, but torchrun "
+            f"parallel.context={parallel.context} x parallel.data={parallel.data} is {parallel.ranks} ranks, but {starter} "
             f"started {started}; start {parallel.ranks}, or change one of the two"
         )
     if attempt()[1] and config.run_dir is None:
         yield "run_dir=null with torchrun --max-restarts: the ranks could not find their run again; give run_dir=PATH"
     if config.launch.name != "local":
-        yield f"launch={config.launch.name}, but torchrun has started the ranks already; leave one of the two out"
+        yield f"launch={config.launch.name}, but {starter} has started the ranks already; leave one of the two out"
     elif config.launch.max_restarts:
-        yield f"launch.max_restarts={config.launch.max_restarts}: torchrun starts the ranks; give --max-restarts to torchrun"
+        remedy = "give --max-restarts to torchrun" if starter == "torchrun" else "leave launch.max_restarts out"
+        yield f"launch.max_restarts={config.launch.max_restarts}: {starter} starts the ranks; {remedy}"
     if config.launch.grace_s != Launch().grace_s:
-        yield f"launch.grace_s={config.launch.grace_s}: torchrun stops the ranks in its own time; leave launch.grace_s out"
+        yield f"launch.grace_s={config.launch.grace_s}: {starter} stops the ranks in its own time; leave launch.grace_s out"
 
 
 def engine(config: Config) -> Iterator[str]:

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -70,6 +71,9 @@ def judge(config: Config) -> list[str]:
     """What keeps a config from using its run directory: another run in it, or none where one is asked for."""
     faults = []
     if config.run_dir is not None:
+        if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in config.run_dir):
+            # it is written into batch scripts, records and messages, where it would begin a line of its own
+            return [f"run_dir={config.run_dir!r}: it holds a line break or another control character; choose another run_dir"]
         directory = Path(config.run_dir)
         if directory.exists() and not directory.is_dir():
             return [f"run_dir={directory}: it is a file; name a directory"]

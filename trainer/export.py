@@ -21,6 +21,7 @@ from trainer.archive import Archive
 from trainer.build import build_model, plain
 from trainer.config import BAD_RUN, Config, Fault
 from trainer.data.sources import build as build_source
+from trainer.logs.redact import without_secrets
 from trainer.reading import json_object
 from trainer.trust import demand_own
 from trainer.wholeness import LARGEST
@@ -57,7 +58,7 @@ def export(source: Path, output: Path, trust: bool = False) -> int:
         saved = archive.load(place, {"model": _blank(config, vocabulary)})
     finally:
         archive.close()
-    about = {"step": saved.step, "vocabulary": vocabulary, "config": directory.plain(config)}
+    about = {"step": saved.step, "vocabulary": vocabulary, "config": without_secrets(directory.plain(config))}
     output.mkdir(parents=True, exist_ok=True)
     save_file(saved.state["model"], output / WEIGHTS, metadata={"format": "pt", "step": str(saved.step)})
     (output / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

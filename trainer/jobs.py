@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from trainer.config import Fault
 from trainer.logs.jsonl import EVALUATION, METRICS, read
+from trainer.logs.redact import word_without_secrets
 from trainer.reading import json_object
 
 OUTCOME, OUTPUT = "outcome.json", "output.txt"
@@ -105,10 +106,11 @@ def _number(value: float | None) -> float:
 
 
 def own(jobs: Sequence[Job]) -> dict[int, list[str]]:
-    """By job: the settings in which the jobs differ; those of one job alone are all its own."""
+    """By job: the settings in which the jobs differ, fit to be shown; those of one job alone are all its own."""
     counts = Counter(each for job in jobs for each in essence(job.settings))
     differ = {job.number: [each for each in essence(job.settings) if counts[each] < len(jobs)] for job in jobs}
-    return {job.number: differ[job.number] or essence(job.settings) for job in jobs}
+    named = {job.number: differ[job.number] or essence(job.settings) for job in jobs}
+    return {number: [word_without_secrets(setting) for setting in settings] for number, settings in named.items()}
 
 
 def varied(jobs: Sequence[Job]) -> dict[int, str]:

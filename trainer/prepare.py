@@ -17,10 +17,11 @@ def wish(
     started: int | None = None,
     say: Callable[[str], None] = print,
     here: Callable[[Config], Config] | None = None,
+    starter: str = "torchrun",
 ) -> Config:
     """The checked config of a command line, its widths fitted where `match=` asks for that.
 
-    started: the ranks that somebody's torchrun has started already; None when they are ours to start.
+    started: ranks that somebody else has started already; None when they are ours to start. starter: who that was.
     say: is told what was fitted.
     here: changes what was asked for into what this machine has to do of it.
 
@@ -36,7 +37,7 @@ def wish(
             config, said = fit(config, words)
         except (Fault, ValueError) as error:
             unfit = [str(error)]
-    if faults := check(config, asked.given, asked.mended, asked.faults, started) or unfit:
+    if faults := check(config, asked.given, asked.mended, asked.faults, started, starter) or unfit:
         raise Fault("\n".join(faults))
     if said:
         say(said)

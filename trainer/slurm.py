@@ -69,6 +69,8 @@ def submit(config: Config, path: Path, words: Sequence[str]) -> str:
     """
     file = path / SCRIPT
     try:
+        file.touch(0o600)  # launch.setup may hold secrets
+        file.chmod(0o600)
         file.write_text(script(config, path, words))
     except OSError as error:
         raise Fault(f"run_dir={path} cannot be written: {error.strerror}; choose another run_dir") from error

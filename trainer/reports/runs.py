@@ -14,7 +14,7 @@ from trainer.directory import CONFIG, ENVIRONMENT
 from trainer.jobs import DONE, FAILED, OUTCOME, OUTPUT, Job, essence, varied
 from trainer.logs import summary
 from trainer.logs.jsonl import EVALUATION, METRICS, read
-from trainer.logs.redact import word_without_secrets
+from trainer.logs.redact import redacted, word_without_secrets
 from trainer.reading import json_object, yaml_file
 from trainer.sweep import RECORD
 
@@ -167,7 +167,7 @@ def _ended(directory: Path, run: Told) -> dict[str, Any]:
     if (directory / OUTCOME).is_file():
         told = json_object(directory / OUTCOME)
         if told["outcome"] == FAILED:
-            return {"state": f"failed with exit status {told['code']}: {told['message']}"}
+            return {"state": f"failed with exit status {told['code']}: {redacted(told['message'])}"}
         if told["outcome"] == DONE:
             return {"state": DONE, "finished": True}
         return {"state": f"{told['outcome']}, {run.state}" if reached else told["outcome"]}
