@@ -11,34 +11,93 @@ from typing import Any
 HIDDEN = "***"
 CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 ALWAYS = frozenset(
-    "password passwd passphrase pwd secret secrets credential credentials authorization apikey apikeys accesskey "
-    "privatekey secretkey authtoken accesstoken bearer pat".split()
+    [
+        "password",
+        "passwd",
+        "passphrase",
+        "pwd",
+        "secret",
+        "secrets",
+        "credential",
+        "credentials",
+        "authorization",
+        "apikey",
+        "apikeys",
+        "accesskey",
+        "privatekey",
+        "secretkey",
+        "authtoken",
+        "accesstoken",
+        "bearer",
+        "pat",
+    ]
 )
 # A key alone sorts or looks up; with one of these before it, it opens something.
-KEY_OF = frozenset("api access secret private auth signing signature encryption storage account ssh license service deploy".split())
-TOKEN_OF_TEXT = frozenset("bos eos pad unk mask sep cls special start end stop next first last any each per of".split())
-IN_QUERY = frozenset("sig signature key code credential".split())
+KEY_OF = frozenset(
+    [
+        "api",
+        "access",
+        "secret",
+        "private",
+        "auth",
+        "signing",
+        "signature",
+        "encryption",
+        "storage",
+        "account",
+        "ssh",
+        "license",
+        "service",
+        "deploy",
+    ]
+)
+TOKEN_OF_TEXT = frozenset(
+    [
+        "bos",
+        "eos",
+        "pad",
+        "unk",
+        "mask",
+        "sep",
+        "cls",
+        "special",
+        "start",
+        "end",
+        "stop",
+        "next",
+        "first",
+        "last",
+        "any",
+        "each",
+        "per",
+        "of",
+    ]
+)
+IN_QUERY = frozenset(["sig", "signature", "key", "code", "credential"])
 
 IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+@")
-QUERY = re.compile(r"(?P<before>[?&;](?P<key>[\w.%-]+)=)(?P<value>[^&;#\s'\"]+)")
-QUOTED = r"\"[^\"]*\"|'[^']*'"
-ASSIGNED = re.compile(
-    rf"(?P<before>(?<![\w.-])(?P<key>[A-Za-z_][\w.-]*)[\"']?\s*(?:=|:(?!//))\s*)(?P<value>{QUOTED}|[^\s&;,|'\"}}\])]+)"
-)
-OPTION = re.compile(rf"(?P<before>(?<!\S)--?(?P<key>[A-Za-z][\w-]*)\s+)(?P<value>{QUOTED}|[^\s;|&-]\S*)")
+# A key and what stands between it and its value, in this order: of an address, of an assignment or JSON, of an option.
+QUERY = re.compile(r"[?&;](?P<key>[\w.%-]+)=")
+ASSIGNED = re.compile(r"(?<![\w.])(?P<key>[A-Za-z_][\w.-]*)[\"']?\s*(?:=|:(?!//))\s*")
+OPTION = re.compile(r"(?<!\S)--?(?P<key>[A-Za-z][\w-]*)\s+(?!-)")
+VALUE = re.compile(r"\"[^\"]*\"|'[^']*'|[^\s&;,|#'\"}\])]+")
 HEADER = re.compile(r"(?P<before>\b(?:Bearer|Basic|Digest|Negotiate)\s+)(?P<value>[\w.~+/=-]{6,})", re.I)
-LOGIN = re.compile(r"(?P<before>\b(?:login\s+(?:--\S+\s+)*|(?:-u|--user)[\s=]+[^\s:=]+:|sshpass\s+-p\s*))(?P<value>[^\s;|&-]\S*)")
+LOGIN = re.compile(
+    r"(?<![\w-])(?P<before>(?:wandb|hf|huggingface-cli)\s+(?:auth\s+)?login\s+|(?:-u|--user)[\s=]+[^\s:=]+:|sshpass\s+-p\s*)"
+    r"(?P<value>[^\s;|&-]\S*)"
+)
 SHAPE = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
     r"|xox[abeoprs]-[\w-]{10,}|(?:AKIA|ASIA)[A-Z0-9]{16}|AIza[\w-]{30,}|ya29\.[\w-]{16,}|npm_[A-Za-z0-9]{30,}"
     r"|pypi-[\w-]{16,}|dckr_pat_[\w-]{16,}|wandb_v\d+_\w{16,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
 )
+SCHEME = re.compile(r"Bearer|Basic|Digest|Negotiate", re.I)
 BLOCK = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S)
 
 
 def secret_key(key: str) -> bool:
     """Whether the name of a key, or of a variable, says that its value is a secret."""
-    words = [word.lower() for word in re.split(r"[\W_]+", CAMEL.sub("_", key)) if word]
+    words = _words(key)
     if any(word in ALWAYS for word in words):
         return True
     for before, word in zip(["", *words], words):
@@ -47,8 +106,12 @@ def secret_key(key: str) -> bool:
     if not words or words[-1] not in ("token", "tokens"):
         return False
     if words[-1] == "tokens":  # counts of tokens are everywhere; several secrets are rare and say what they open
-        return words[-2:-1] and words[-2] in KEY_OF
+        return not KEY_OF.isdisjoint(words[-2:-1])
     return len(words) < 2 or words[-2] not in TOKEN_OF_TEXT
+
+
+def _words(key: str) -> list[str]:
+    return [word.lower() for word in re.split(r"[\W_]+", CAMEL.sub("_", key)) if word]
 
 
 def redacted(text: str) -> str:
@@ -56,9 +119,9 @@ def redacted(text: str) -> str:
     text = BLOCK.sub(HIDDEN, text)
     text = IN_ADDRESS.sub(f"{HIDDEN}@", text)
     text = HEADER.sub(_hide, text)
-    text = QUERY.sub(lambda match: _hide_if(match, match["key"].lower() in IN_QUERY), text)
-    text = ASSIGNED.sub(_hide_if, text)
-    text = OPTION.sub(_hide_if, text)
+    text = _values_hidden(text, QUERY, IN_QUERY)
+    text = _values_hidden(text, ASSIGNED)
+    text = _values_hidden(text, OPTION)
     text = LOGIN.sub(_hide, text)
     return SHAPE.sub(HIDDEN, text)
 
@@ -67,14 +130,21 @@ def _hide(match: re.Match[str]) -> str:
     return f"{match['before']}{HIDDEN}"
 
 
-def _hide_if(match: re.Match[str], certain: bool = False) -> str:
-    """The value hidden where its key says so; `Authorization: Bearer ***` is hidden already and stays readable."""
-    if not (certain or secret_key(match["key"])):
-        return match[0]
-    return match[0] if HEADER_NAME.fullmatch(match["value"]) else _hide(match)
-
-
-HEADER_NAME = re.compile(r"Bearer|Basic|Digest|Negotiate", re.I)
+def _values_hidden(text: str, keys: re.Pattern[str], certain: frozenset[str] = frozenset()) -> str:
+    """Every value hidden whose key names a secret, or is one of `certain`. What another key stands for is looked into."""
+    shown = []
+    done = 0
+    while (match := keys.search(text, done)) is not None:
+        shown.append(text[done : match.end()])
+        done = match.end()
+        value = VALUE.match(text, done)
+        if value is None or not (secret_key(match["key"]) or certain.intersection(_words(match["key"])[-1:])):
+            continue
+        if SCHEME.fullmatch(value[0]):  # `Authorization: Bearer ***`: the secret behind the scheme is hidden already
+            continue
+        shown.append(HIDDEN)
+        done = value.end()
+    return "".join([*shown, text[done:]])
 
 
 def without_secrets(value: Any) -> Any:
