@@ -33,6 +33,10 @@ class Report:
         """Tell of one file or document that cannot be read; `cause` is a short plural noun to count it under."""
         if self.on_error == "raise":
             raise DataFault(f"{message}; mend or remove it, or leave such data out with data.on_error=skip")
+        self.passed(cause, message)
+
+    def passed(self, cause: str, message: str) -> None:
+        """Count what is left out without being a fault, whatever `on_error` says."""
         self.counts[cause] = self.counts.get(cause, 0) + 1
         if len(self.examples) < EXAMPLES:
             self.examples.append(message)

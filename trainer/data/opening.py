@@ -111,9 +111,10 @@ def _look(source: Local, files: list[File]) -> tuple[list[str], int | None]:
     """The faults of the first LOOK bytes, and how many documents there are in all where that was seen."""
     report, left, documents = Report("skip"), LOOK, 0
     for file in files:
-        if left <= 0:
-            break
-        documents += sum(1 for _ in source.documents([file], report, limit=left))
+        told_by_stat = file.unreadable or file.size > source.max_document_bytes
+        if file.folder or (left <= 0 and not told_by_stat):
+            continue
+        documents += sum(1 for _ in source.documents([file], report, limit=max(left, 1)))
         left -= file.size
     count = documents if left > 0 or (len(files) == 1 and suffix_of(files[0].path) == ".txt") else None
     if source.on_error == "raise" and report.left_out:

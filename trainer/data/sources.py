@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trainer.data.faults import ON_ERROR, Report
-from trainer.data.readers import File, Reader, Reading, documents
+from trainer.data.readers import MOST, File, Reader, Reading, documents
 from trainer.data.tokenizers import Tokenizer, load
 
 
@@ -18,9 +18,15 @@ class Source:
         tokenizer: bytes, the path of a tokenizer.json or of a folder with one, or a name on the Hugging Face hub.
         held_out: fraction of the documents kept from training, 0 <= held_out < 1.
         on_error: raise = a document that cannot be read ends the run; skip = it is counted and left out.
+        max_document_bytes: of a text, a line of JSON, or a page of a Parquet file; a larger one cannot be read.
     """
 
-    def __init__(self, *, tokenizer: str, held_out: float, on_error: str):
+    def __init__(self, *, tokenizer: str, held_out: float, on_error: str, max_document_bytes: int = MOST):
+        if isinstance(max_document_bytes, bool) or not isinstance(max_document_bytes, int) or max_document_bytes < 1:
+            raise ValueError(
+                f"data.max_document_bytes={max_document_bytes} is no number of bytes; give 1 or more, such as {MOST}"
+            )
+        self.max_document_bytes = max_document_bytes
         if not isinstance(tokenizer, str) or not tokenizer:
             raise ValueError(f"data.tokenizer={tokenizer!r} names no tokenizer; give bytes, a path or a hub name")
         if isinstance(held_out, bool) or not isinstance(held_out, int | float) or not 0 <= held_out < 1:
@@ -43,8 +49,8 @@ class Local(Source):
     readers: Mapping[str, Reader] = {}  # for each suffix, how such a file is read
     text_field = "text"
 
-    def __init__(self, *, tokenizer: str, held_out: float, on_error: str, cache: str | None):
-        super().__init__(tokenizer=tokenizer, held_out=held_out, on_error=on_error)
+    def __init__(self, *, tokenizer: str, held_out: float, on_error: str, cache: str | None, max_document_bytes: int = MOST):
+        super().__init__(tokenizer=tokenizer, held_out=held_out, on_error=on_error, max_document_bytes=max_document_bytes)
         if cache is not None and not (isinstance(cache, str) and cache):
             raise ValueError(f"data.cache={cache!r} is no folder; give a path, or null for the user's cache folder")
         self.cache = cache
@@ -56,12 +62,12 @@ class Local(Source):
     def documents(self, files: list[File], report: Report, limit: int | None = None) -> Iterator[tuple[str, str]]:
         """(name, text) of every document, in order; `limit` is the number of bytes after which to leave each file."""
         for file in files:
-            yield from documents(file, Reading(self.text_field, report, limit), self.readers)
+            yield from documents(file, Reading(self.text_field, report, limit, self.max_document_bytes), self.readers)
 
     def key(self, files: list[File]) -> str:
         """Changes whenever what is read from the files may change."""
         seen = hashlib.blake2b(digest_size=16)
-        seen.update(repr((type(self).__name__, self.text_field, self.on_error)).encode())
+        seen.update(repr((type(self).__name__, self.text_field, self.on_error, self.max_document_bytes)).encode())
         for file in files:
             seen.update(repr((file.path, file.name, file.size, file.stamp)).encode("utf-8", "surrogatepass"))
         return seen.hexdigest()
@@ -80,9 +86,7 @@ def build(data: Mapping[str, Any] | Source) -> Source:
     try:
         kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"data._target_={target} cannot be imported ({error}); use data=stdlib, files or hub"
-        ) from error
+        raise ValueError(f"data._target_={target} cannot be imported ({error}); use data=stdlib, files or hub") from error
     if not (inspect.isclass(kind) and issubclass(kind, Source)):
         raise ValueError(f"data._target_={target} is no source of documents; use data=stdlib, data=files or data=hub")
     unknown = [key for key in settings if key not in inspect.signature(kind).parameters]

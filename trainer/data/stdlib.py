@@ -3,7 +3,8 @@
 import os
 import sysconfig
 
-from trainer.data.readers import File, whole
+from trainer.data.files import file_at
+from trainer.data.readers import MOST, File, reason, whole
 from trainer.data.sources import Local
 
 ELSEWHERE = {"site-packages", "dist-packages", "__pycache__"}  # other people's code, and none
@@ -24,8 +25,15 @@ class Stdlib(Local):
         held_out: float = 0.02,
         on_error: str = "skip",
         cache: str | None = None,
+        max_document_bytes: int = MOST,
     ):
-        super().__init__(tokenizer=tokenizer, held_out=held_out, on_error=on_error, cache=cache)
+        super().__init__(
+            tokenizer=tokenizer,
+            held_out=held_out,
+            on_error=on_error,
+            cache=cache,
+            max_document_bytes=max_document_bytes,
+        )
 
     def files(self) -> list[File]:
         root = sysconfig.get_path("stdlib")
@@ -36,13 +44,15 @@ class Stdlib(Local):
 
 
 def _walk(folder: str, prefix: str) -> list[File]:
-    found = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                if entry.name not in ELSEWHERE:
-                    found += _walk(entry.path, f"{prefix}{entry.name}/")
-            elif entry.name.endswith(".py") and entry.is_file():
-                facts = entry.stat()
-                found.append(File(entry.path, prefix + entry.name, facts.st_size, facts.st_mtime_ns))
-    return found
+    listed = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    if entry.name not in ELSEWHERE:
+                        listed += _walk(entry.path, f"{prefix}{entry.name}/")
+                elif entry.name.endswith(".py"):
+                    listed.append(file_at(entry.path, prefix + entry.name))
+    except OSError as error:
+        listed.append(File(folder, prefix, 0, 0, f"a folder: {reason(error)}"))
+    return listed
