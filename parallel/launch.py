@@ -29,10 +29,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from parallel.nodes import LOOPBACK, Nodes, NoMeeting, alone, interface_of, listener, loopback, resolved
-from parallel.outcome import SAVED, Outcome, of_failure, of_no_meeting, of_signal, of_success
+from parallel.outcome import SAVED, Outcome, handling, of_failure, of_no_meeting, of_signal, of_success
 from parallel.rendezvous import BACKEND, ROUND, Rendezvous, store_of
 
 OUTCOME = "LONGSPAN_OUTCOME"
+HEARD = ".heard"  # beside the outcome: the number of the signal that the launcher was asked to stop by
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,11 @@ def start(
         max_restarts=max_restarts,
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(log_dir=str(scratch)),
-        signals_to_handle="SIGQUIT",  # the others are heard by `_listening`
+        signals_to_handle="",  # `_listening` hears all of them
         shutdown_timeout=grace_s,
     )
     heard: list[signal.Signals] = []
-    with _listening(heard):
+    with _listening(heard, Path(f"{told}{HEARD}")):
         try:
             elastic_launch(config, sys.executable)(*command)
             return of_success(told)
@@ -122,26 +123,29 @@ def start(
 
 
 @contextmanager
-def _listening(heard: list[signal.Signals]) -> Iterator[None]:
+def _listening(heard: list[signal.Signals], note: Path) -> Iterator[None]:
     """Turn the signals that mean 'stop' into the agent's own exception; the ranks get SIGTERM for each of them.
 
     The agent's handlers would end it at a second signal, while the ranks save. Here only a second SIGINT does.
+
+    Args:
+        heard: is filled with the signals.
+        note: where the ranks read which one was the first.
     """
+    # ranks inherit what is ignored: where that is SIGTERM they get the signal that came, which is not
+    deaf = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
 
     def hear(number: int, frame: Any) -> None:
         again = bool(heard)
         heard.append(signal.Signals(number))
         if not again:
-            raise SignalException(f"got {heard[0].name}", sigval=signal.SIGTERM)
+            note.write_text(str(number))
+            raise SignalException(f"got {heard[0].name}", sigval=heard[0] if deaf else signal.SIGTERM)
         if number == signal.SIGINT and heard.count(signal.SIGINT) > 1:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, hear) for number in SAVED}
-    try:
+    with handling(SAVED, hear):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _prepare(ranks: int, told: Path, nodes: Nodes) -> None:
@@ -196,6 +200,16 @@ def _tell(code: int, message: str) -> None:
         whole = Path(f"{path}.{os.getpid()}")
         whole.write_text(json.dumps([code, message]))
         whole.replace(path)
+
+
+def asked_by(number: int) -> int:
+    """In a rank that got a signal: the one that its launcher was asked to stop by; `number` where that left no word."""
+    if OUTCOME not in os.environ:  # somebody else's launcher
+        return number
+    try:
+        return int(Path(f"{os.environ[OUTCOME]}{HEARD}").read_text())
+    except (OSError, ValueError):
+        return number
 
 
 def word_left() -> bool:

@@ -2,16 +2,29 @@
 
 import json
 import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 FAILED = 1
 NOT_MET = 3  # the status of what the network did, as trainer/config.py has it
-SAVED = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}  # exit status: stopped by it, state saved
-NO_TIME = {signal.SIGTERM: "stopped", signal.SIGINT: "interrupted", signal.SIGHUP: "hung up"}
+SAVED = {  # exit status: stopped by it, state saved
+    signal.SIGTERM: 143,
+    signal.SIGINT: 130,
+    signal.SIGHUP: 129,
+    signal.SIGQUIT: 131,
+}
+NO_TIME = {
+    signal.SIGTERM: "stopped",
+    signal.SIGINT: "interrupted",
+    signal.SIGHUP: "hung up",
+    signal.SIGQUIT: "stopped",
+}
 
 
 @dataclass(frozen=True)
@@ -20,6 +33,25 @@ class Outcome:
 
     code: int
     message: str = ""
+
+
+@contextmanager
+def handling(
+    numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], object]
+) -> Iterator[None]:
+    """Give signals to a handler for a while; those that this process inherited as ignored stay ignored.
+
+    `nohup` ignores SIGHUP for what it starts, and a shell ignores SIGINT and SIGQUIT for what it starts in the background.
+    """
+    before = {}
+    for number in numbers:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def told(path: Path) -> Outcome | None:
@@ -33,11 +65,11 @@ def of_success(path: Path) -> Outcome:
 
 
 def of_signal(path: Path, number: signal.Signals) -> Outcome:
-    """The launcher was asked to stop; the ranks heard SIGTERM, whatever the launcher heard."""
+    """The launcher was asked to stop by a signal, and stopped the ranks by one of its own choice."""
     left = told(path)
     if left is None:
         return Outcome(FAILED, f"{NO_TIME[number]} by {number.name} before there was anything to save")
-    return Outcome(SAVED[number], left.message) if left.code == SAVED[signal.SIGTERM] else left
+    return Outcome(SAVED[number], left.message) if left.code in SAVED.values() else left
 
 
 def of_no_meeting(error: Exception) -> Outcome:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from parallel import bench, bench_experts, bench_memory, bench_mixers
 from parallel.launch import initialise, start
 from parallel.starters import Incomplete, adopt, started
+from trainer.entry import enter
 
 BENCHES = {"attention": bench, "experts": bench_experts, "memory": bench_memory, "mixers": bench_mixers}
 
@@ -59,4 +60,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    enter(main, __doc__)

@@ -10,6 +10,7 @@ import sys
 import torch
 
 from parallel.blocks import measure
+from trainer.entry import enter
 
 RANKS, REPEATS = (4, 8), 5
 
@@ -33,4 +34,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    enter(main, __doc__)

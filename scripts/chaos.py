@@ -13,6 +13,7 @@ from pathlib import Path
 
 from trainer.chaos import Chaos, Seen, delay
 from trainer.config import BAD_WISH
+from trainer.entry import enter
 
 WISHES = {"kills": "30", "seed": "0", "only": ""}
 PARTS = ("kills", "faults", "saves")
@@ -62,4 +63,4 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    enter(main, __doc__)

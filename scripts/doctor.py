@@ -19,6 +19,7 @@ from parallel.mesh import build_mesh
 from trainer.config import BAD_WISH, Config, Fault
 from trainer.directory import plain
 from trainer.doctor import BREAKS, Examination, Finding
+from trainer.entry import enter
 from trainer.prepare import wish
 
 BREAK = "doctor.break="
@@ -68,4 +69,4 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    enter(main, __doc__)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.config import BAD_RUN, BAD_WISH, Fault
+from trainer.entry import enter
 from trainer.export import CONFIG, WEIGHTS, export
 
 TRUST = {"trust=true": True, "trust=false": False}
@@ -38,4 +39,4 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    enter(main, __doc__)

@@ -12,6 +12,7 @@ import torch
 
 from parallel.bench import parse_into
 from parallel.bench_offload import Sizes, measure
+from trainer.entry import enter
 
 
 def main(words: list[str]) -> int:
@@ -30,4 +31,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    enter(main, __doc__)

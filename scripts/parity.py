@@ -11,6 +11,8 @@ from collections import defaultdict
 from pathlib import Path
 from xml.etree import ElementTree
 
+from trainer.entry import enter
+
 TESTS = Path(__file__).parents[1] / "tests" / "parallel" / "test_parity.py"
 
 
@@ -55,4 +57,4 @@ def _cell(some: list) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    enter(main, __doc__)

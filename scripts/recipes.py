@@ -11,6 +11,7 @@ import sys
 import time
 from typing import Any
 
+from trainer.entry import enter
 from trainer.recipes.jobs import Effort, told
 
 RECIPES = {  # name -> (module and function, its parts, what it shows)
@@ -74,4 +75,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    enter(main, __doc__)

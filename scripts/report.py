@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.config import BAD_RUN, BAD_WISH, DONE, Fault
+from trainer.entry import enter
 from trainer.reports.page import TABLE, write
 
 
 def main(words: Sequence[str]) -> int:
-    if any(word in ("-h", "--help") for word in words):
-        print(__doc__)
-        return DONE
     if len(words) != 1:
         print("one directory is wanted: python -m scripts.report RUN_OR_SWEEP_DIR", file=sys.stderr)
         return BAD_WISH
@@ -38,4 +36,4 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    enter(main, __doc__)

@@ -16,7 +16,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
 
 from trainer.compose import sweep_words
-from trainer.config import Fault
+from trainer.config import DONE, Fault
+from trainer.entry import enter
 
 METHODS = ("grid", "random", "bayes")
 
@@ -53,8 +54,15 @@ def plan(words: Sequence[str]) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
+def main(words: list[str]) -> int:
+    """Print the sweep; returns the exit status."""
     try:
-        print(yaml.safe_dump(plan(sys.argv[1:]), sort_keys=False), end="")
+        print(yaml.safe_dump(plan(words), sort_keys=False), end="")
     except Fault as fault:
-        sys.exit(str(fault))
+        print(fault, file=sys.stderr)
+        return fault.code
+    return DONE
+
+
+if __name__ == "__main__":
+    enter(main, __doc__)

@@ -28,7 +28,9 @@ from trainer import directory, prepare, slurm
 from trainer.compose import MANY
 from trainer.config import BAD_RUN, BUG, DONE, Config, Fault
 from trainer.crowd import JOB_OF
+from trainer.entry import asks_for_help, enter
 from trainer.help import text
+from trainer.logs.streams import plain
 from trainer.sweep import sweep
 
 RANK_OF = "--rank-of"  # hidden: RUN_DIR, then the launcher's process number
@@ -41,7 +43,7 @@ def main(words: Sequence[str]) -> int:
     try:
         if words[:1] == [RANK_OF]:
             return as_rank(Path(words[1]), int(words[2]))
-        if any(word in ("-h", "--help") for word in words):
+        if asks_for_help(words):
             print(text())
             return DONE
         if words[:1] == [slurm.IN_JOB]:
@@ -56,7 +58,7 @@ def main(words: Sequence[str]) -> int:
         return command(words) if start is None else within(starters.without_local_rank(list(words)), start)
     except Fault as fault:
         if str(fault):
-            print(fault, file=sys.stderr)
+            print(plain(str(fault)), file=sys.stderr)
         return fault.code
     except KeyboardInterrupt:
         return outcome.SAVED[signal.SIGINT]
@@ -101,7 +103,7 @@ def command(words: Sequence[str], here: Callable[[Config], Config] | None = None
             nodes=nodes,
         )
     if end.message:
-        print(end.message, file=sys.stderr)
+        print(plain(end.message), file=sys.stderr)
     return end.code
 
 
@@ -189,4 +191,4 @@ def _settled(words: Sequence[str], start: starters.Start, held: ExitStack) -> di
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    enter(main)

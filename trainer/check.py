@@ -18,7 +18,8 @@ from trainer import build, directory, slurm, zero
 from trainer.config import Config, Fault, Launch, Memory
 from trainer.data.opening import check as look_at
 from trainer.data.sources import build as build_source
-from trainer.unmet import homeless, meeting, unplaced, unsayable, whole_only
+from trainer.lengthening import unfit
+from trainer.unmet import homeless, meeting, too_short, unplaced, unsayable, whole_only
 
 RANKS_PER_CORE = 8
 NO_MEMORY = Memory.model_fields["target"].default
@@ -45,7 +46,7 @@ def check(
     """
     faults = list(known)
     carried = machinery(config) if started is None else outside(config, started, starter)
-    answers = (each(config) for each in (sizes, built, spreading, engine, directory.judge, nodes, data))
+    answers = (each(config) for each in (sizes, built, spreading, engine, directory.judge, unfit, nodes, data))
     for answer in (carried, *answers):
         faults += [each for each in answer if not any(key in each for key in mended)]
     if len(faults) == len(known):
@@ -284,6 +285,7 @@ def model(config: Config, given: Collection[str]) -> Iterator[str]:
         limit = getattr(who, "max_length", None)
         if limit is not None and limit < config.context_length:
             yield _too_long(config, limit, f"{type(who).__name__} (max_length={limit})")
+    yield from too_short(config, built_model)
     if config.memory.carries and (limit := getattr(place, "max_length", None)) is not None:
         yield (
             f"memory={config.memory.name}: positions go on from row to row, but position.max_length={limit}; "

@@ -122,6 +122,14 @@ class Optim(Node):
 class Schedule(Node):
     """Learning rate over steps."""
 
+    extend: Literal["hold", "restart", "stretch"] | None = Field(
+        default=None, description="the learning rate of a run that goes on with other steps; null = refused where it would change"
+    )
+
+    def settings(self) -> dict[str, Any]:
+        """Without what is the loop's to know (trainer/lengthening.py), not the schedule's."""
+        return {key: value for key, value in super().settings().items() if key != "extend"}
+
 
 class Parallel(Part):
     """How a run is spread; ranks = context x data."""

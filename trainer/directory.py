@@ -22,7 +22,7 @@ from trainer.config import BAD_RUN, Config, Fault
 from trainer.reading import yaml_file
 
 CONFIG, ENVIRONMENT, LOCK, RANKS_LOCK, SCRATCH = "config.yaml", "environment.json", ".lock", ".ranks.lock", ".launch"
-FREE = ("parallel", "engine", "launch", "log", "logs", "wandb", "checkpoint", "evaluation", "resume", "run_dir", "steps")
+FREE = ("parallel", "engine", "launch", "log", "logs", "wandb", "checkpoint", "evaluation", "resume", "run_dir", "steps", "schedule.extend")
 PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf", "pydantic", "datasets", "pyarrow", "tokenizers", "wandb")
 PACKAGES += ("deepspeed", "flash-attn", "flash-linear-attention", "triton", "liger-kernel")
 DYING_S = 6.0  # ranks whose launcher was killed are gone within this time
@@ -106,7 +106,7 @@ def other_run(config: Config, directory: Path) -> list[str]:
     return [
         f"{key}={_word(new)}: the run in {directory} has {key}={_word(was)}; use that value, or another run_dir"
         for key, was, new in differences(old, plain(config))
-        if key.partition(".")[0] not in (*FREE, "name")
+        if key.partition(".")[0] not in (*FREE, "name") and key not in FREE
     ]
 
 

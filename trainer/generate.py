@@ -4,6 +4,7 @@ Slow and exact; a cache belongs to models/cache/. All ranks call it and all get 
 """
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -16,13 +17,25 @@ TEMPERATURE = 0.8
 
 
 @torch.no_grad()
-def generate(model: nn.Module, share: Share, tokenizer: Tokenizer, prompt: str, count: int, *, seed: int, step: int) -> str:
+def generate(
+    model: nn.Module,
+    share: Share,
+    tokenizer: Tokenizer,
+    prompt: str,
+    count: int,
+    *,
+    seed: int,
+    step: int,
+    stop: Callable[[], bool] | None = None,
+) -> str | None:
     """`prompt` and `count` tokens after it; ends early where the model ends its document.
 
-    Each token is drawn by a number that is a pure function of (seed, step, place), whatever the ranks.
+    None when `stop`, which is asked before every token, says so (on all ranks). Each token is drawn by a number that is a pure function of (seed, step, place), whatever the ranks.
     """
-    tokens = [int(t) for t in tokenizer.encode(prompt)] or [tokenizer.end_of_text]
+    tokens = beginning(tokenizer, prompt)
     for place in range(count):
+        if stop is not None and stop():
+            return None
         logits = _last_logits(model, share, tokens)
         digest = hashlib.blake2b(f"{seed}/sample/{step}/{place}".encode(), digest_size=8).digest()
         draw = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -32,6 +45,11 @@ def generate(model: nn.Module, share: Share, tokenizer: Tokenizer, prompt: str, 
             break
         tokens.append(token)
     return tokenizer.decode(tokens)
+
+
+def beginning(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The tokens that a sample begins with; at least one, for the model needs something to follow."""
+    return [int(token) for token in tokenizer.encode(prompt)] or [tokenizer.end_of_text]
 
 
 def _last_logits(model: nn.Module, share: Share, tokens: list[int]) -> Tensor:

@@ -3,7 +3,6 @@
 Every rank walks through the same steps and takes every decision together with the others.
 """
 
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +14,15 @@ import torch.distributed as dist
 from models.auxiliary import auxiliary, begin, forget, settle, statistics
 from models.span import Span
 from parallel.engines.engine import Engine
+from parallel.launch import asked_by
 from parallel.mesh import Mesh
+from parallel.outcome import handling
 from trainer.checkpoint import Checkpoints
 from trainer.config import Config
 from trainer.data.stream import Stream
-from trainer.evaluation import Evaluated
 from trainer.guard import Guard, Skip
 from trainer.lanes import Held, Lanes
+from trainer.lengthening import Factor, factor, go_on
 from trainer.logs.jsonl import Row
 from trainer.logs.meters import Meter, peak_memory_bytes
 from trainer.share import Share
@@ -38,15 +39,11 @@ class Stop:
     @contextmanager
     def listening(self) -> Iterator["Stop"]:
         """Take note of signals instead of dying of them."""
-        before = {number: signal.signal(number, self._note) for number in self.signals}
-        try:
+        with handling(self.signals, self._note):
             yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        self.caught = number
+        self.caught = self.caught or asked_by(number)  # a second signal does not change the reason
 
     def asked(self) -> bool:
         """True on every rank when any of them caught a signal; collective."""
@@ -59,7 +56,10 @@ class Stop:
 
 @dataclass
 class Loop:
-    """What a run is made of. `train` walks; the callables say what happens beside a step; `at` is told where a rank is."""
+    """What a run is made of. `train` walks; the callables say what happens beside a step; `at` is told where a rank is.
+
+    `due` names the parts of the evaluation of a step, and `evaluate` strikes from `progress.owed` those that it did.
+    """
 
     config: Config
     mesh: Mesh
@@ -67,12 +67,13 @@ class Loop:
     stream: Stream
     share: Share
     checkpoints: Checkpoints
-    schedule: Callable[[int, int], float]
+    schedule: Factor
     flops: Callable[[Span], float]
     meter: Meter
     stop: Stop
     log: Callable[[Row], None]
-    evaluate: Callable[[Progress], Evaluated | None]
+    evaluate: Callable[[Progress], object]
+    due: Callable[[int], list[str]] = lambda step: []
     say: Callable[[str], None] = print
     at: Callable[[str, int], None] = lambda phase, step: None
     lanes: Lanes | None = None
@@ -83,15 +84,18 @@ class Loop:
 
     def train(self, progress: Progress) -> Progress:
         """Steps until the last, or until a signal; `progress` is where the run stands afterwards."""
+        self._set_length(progress)
+        with self.meter.pause():
+            self._assess(progress)  # what the checkpoint that the run goes on from owed
         while progress.step < self.config.steps and not self.stop.asked():
             self._step(progress)
             last = progress.step == self.config.steps
             with self.meter.pause():
-                if _due(self.config.evaluation.every, progress.step, last):
-                    self.at("evaluation", progress.step)
-                    self.evaluate(progress)
+                progress.owed = self.due(progress.step)
+                # saved first: an evaluation, and what it prints, must not cost the steps before it
                 if _due(self.config.checkpoint.every, progress.step, last):
                     self.save(progress)
+                self._assess(progress)
                 self.at("looking after the checkpoint and for signals", progress.step)
                 self.checkpoints.poll()
         with self.meter.pause():
@@ -99,6 +103,19 @@ class Loop:
                 self.save(progress)
             self.checkpoints.finish()
         return progress
+
+    def _set_length(self, progress: Progress) -> None:
+        """Note how long the run is to be, which may not be what it was to be before."""
+        extend = self.config.schedule.extend
+        progress.lengths, change = go_on(self.schedule, progress.lengths, progress.step, self.config.steps, extend)
+        if change:
+            self.say(change)
+
+    def _assess(self, progress: Progress) -> None:
+        """Do what is owed of this step's evaluation."""
+        if progress.owed:
+            self.at("evaluation", progress.step)
+            self.evaluate(progress)
 
     def save(self, progress: Progress) -> None:
         """A checkpoint of where the run stands."""
@@ -109,7 +126,8 @@ class Loop:
 
     def _step(self, progress: Progress) -> None:
         """One optimiser step."""
-        step, rate = progress.step + 1, self.config.optim.learning_rate * self.schedule(progress.step + 1, self.config.steps)
+        step = progress.step + 1
+        rate = self.config.optim.learning_rate * factor(self.schedule, progress.lengths, step)
         self.at("reading the batch", step)
         batch, cursor = self.stream.read(progress.cursor)
         valid = self.share.valid(batch)

@@ -14,7 +14,7 @@ from time import monotonic
 from typing import Any
 
 from parallel.launch import machine
-from parallel.outcome import SAVED
+from parallel.outcome import SAVED, handling
 from trainer.config import Fault
 
 
@@ -97,7 +97,7 @@ class Crowd:
     def run(self, tasks: dict[int, Task]) -> signal.Signals | None:
         """Run all tasks, by number; returns the signal that stopped them early, if one did.
 
-        SIGTERM, SIGINT or SIGHUP sends SIGTERM to every task that runs, starts no other, and waits for those to end; a
+        SIGTERM, SIGINT, SIGHUP or SIGQUIT sends SIGTERM to every task that runs, starts no other, and waits for those to end; a
         second SIGINT ends them at once.
         """
         waiting, heard = dict(tasks), []
@@ -141,18 +141,17 @@ class Crowd:
         self.ended(number, Ended(process.returncode, monotonic() - since, stopped))
 
     def _stop(self, heard: signal.Signals, kill: bool) -> None:
+        # what we inherited as ignored our tasks ignore too
+        deaf = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        usual = heard if deaf else signal.SIGTERM
         for process, *_ in self.running.values():
             with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
+                process.send_signal(signal.SIGKILL if kill else usual)
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
-        before = {each: signal.signal(each, lambda number, _: self.events.put(signal.Signals(number))) for each in SAVED}
-        try:
+        with handling(SAVED, lambda number, _: self.events.put(signal.Signals(number))):
             yield
-        finally:
-            for each, handler in before.items():
-                signal.signal(each, handler)
 
     @contextmanager
     def _none_left(self) -> Iterator[None]:

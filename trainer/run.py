@@ -1,6 +1,7 @@
 """A run, as every rank lives it: build the parts, go on from where the run stood, train, and say where everything lies."""
 
 import errno
+import shlex
 import signal
 from collections import Counter
 from datetime import timedelta
@@ -21,26 +22,24 @@ from parallel.outcome import SAVED
 from parallel.place import place
 from trainer import directory as directories
 from trainer.archive import Archive
+from trainer.assessment import Assessment
 from trainer.build import build, build_model, find_class, plain, sizes_taken
 from trainer.checkpoint import Checkpoints
 from trainer.config import BAD_RUN, DONE, Config, Fault
 from trainer.data.opening import open_stream
 from trainer.data.stream import Stream
-from trainer.evaluation import Evaluated, evaluate
-from trainer.generate import generate
 from trainer.lanes import Lanes
 from trainer.logs.console import Console
 from trainer.logs.jsonl import Row
 from trainer.logs.logs import Logs
 from trainer.logs.meters import Meter, Peak, peak
 from trainer.loop import Loop, Stop
-from trainer.maps import attention_maps
 from trainer.share import Share
 from trainer.state import Progress, restore
 from trainer.watch import At, limit, watching
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-NEXT = (  # what the last screen offers
+QUICKSTART_NEXT = (  # what the last screen offers whoever runs Longspan for the first time
     "python -m trainer experiment=quickstart mixer=sliding mixer.reach=256   another architecture",
     "python -m trainer experiment=quickstart parallel.context=4              the same losses over four ranks",
     "python -m trainer --help                                                every setting",
@@ -180,9 +179,11 @@ class Run:
         if (times := attempt()[0]) > 0:
             self.console.say(f"a rank was lost: all were started again ({times} of launch.max_restarts={attempt()[1]} times)")
         self.began = progress.step
+        assessment = self._assessment()
         progress.wandb_id = self.logs.open(self.began, progress.wandb_id, **self._facts())
         meter = Meter(self._peak, self.mesh.size)
         self.console.say(meter.convention())
+        assessment.resume(progress)
         loop = Loop(
             config=config,
             mesh=self.mesh,
@@ -195,7 +196,8 @@ class Run:
             meter=meter,
             stop=self.stop,
             log=self._log,
-            evaluate=self._evaluate,
+            evaluate=assessment.run,
+            due=assessment.due,
             say=self.console.say,
             at=self.at,
             lanes=self.lanes,
@@ -207,7 +209,22 @@ class Run:
             self.checkpoints.settle(SETTLE_S)
             raise
         self.checkpoints.close()
-        return self._close(progress)
+        return self._close(progress, assessment)
+
+    def _assessment(self) -> Assessment:
+        """What evaluates the run."""
+        return Assessment(
+            self.config,
+            self.mesh,
+            self.directory,
+            engine=self.engine,
+            share=self.share,
+            stream=self.held_out,
+            lanes=self._lanes,
+            logs=self.logs,
+            console=self.console,
+            stopped=self.stop.asked,
+        )
 
     @cached_property
     def _peak(self) -> Peak:
@@ -247,45 +264,28 @@ class Run:
             self.logs.note(sent_bytes_per_step=self._sent())
         self.logs.step(row)
 
-    def _evaluate(self, progress: Progress) -> Evaluated | None:
-        """Held-out loss, and a sample where one is asked for; nothing when a signal came in the middle."""
-        config = self.config
-        assert self.held_out is not None
-        self.engine.model.eval()
-        found = evaluate(
-            self.engine.model, self.share, self.held_out, config.evaluation.batches, self.stop.asked, self._lanes()
-        )
-        if found is not None:
-            progress.best["held_out_loss"] = min(found.loss, progress.best.get("held_out_loss", found.loss))
-            self.console.say(f"step {progress.step}: held-out loss {found.loss:.4f} over {found.tokens} tokens")
-            made_of = {"tokens": found.tokens, "by_position": found.by_position}
-            self.logs.evaluation(progress.step, "held_out_loss", found.loss, **made_of)
-            for name, value in found.graded.items():
-                self.console.say(f"step {progress.step}: held-out {name} {value:.4f}")
-                self.logs.evaluation(progress.step, name, value)
-            if config.evaluation.generate and progress.step == config.steps:
-                self._sample(progress.step)
-            if (tokens := config.evaluation.maps) and progress.step == config.steps:
-                self.logs.maps(progress.step, *attention_maps(self.engine.model, self.share, self.held_out, tokens))
-        self.engine.model.train()
-        return found
-
-    def _sample(self, step: int) -> None:
-        """Write what the model makes of the prompt."""
-        wish = self.config.evaluation
-        text = generate(
-            self.engine.model, self.share, self.stream.tokenizer, wish.prompt, wish.generate, seed=self.config.seed, step=step
-        )
-        if self.first:
-            (self.directory / "sample.txt").write_text(text, encoding="utf-8")
-        self.console.say("sample:\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
-
-    def _close(self, progress: Progress) -> int:
-        """Close the logs, draw the plots, and print the last screen."""
-        caught = signal.Signals(self.stop.caught) if self.stop.caught and progress.step < self.config.steps else None
+    def _close(self, progress: Progress, assessment: Assessment) -> int:
+        """Close the logs, draw the plots, and print the last screen; the exit status."""
+        unfinished = progress.step < self.config.steps or bool(progress.owed)
+        caught = signal.Signals(self.stop.caught) if self.stop.caught and unfinished else None
         where = self.logs.close(progress.step, progress.tokens, progress.best)
         if self.first:
-            self.console.finish(self.directory, stopped=caught.name if caught else None, wandb=where, more=NEXT)
+            self.console.finish(
+                self.directory,
+                stopped=caught.name if caught else None,
+                owed=[f"{part} of step {progress.step}" for part in progress.owed],
+                broken=assessment.broken,
+                wandb=where,
+                more=self._next(),
+            )
         if self.mesh.world_group is not None:
             dist.barrier(group=self.mesh.world_group)
-        return SAVED[caught] if caught else DONE
+        if caught:
+            return SAVED[caught]
+        return BAD_RUN if progress.owed else DONE
+
+    def _next(self) -> tuple[str, ...]:
+        """What to try next: other architectures after the quickstart, a page of the run after any other."""
+        if self.config.name == "quickstart":
+            return QUICKSTART_NEXT
+        return (f"python -m scripts.report {shlex.quote(str(self.directory))}   this run as one page",)

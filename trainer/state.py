@@ -4,9 +4,10 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from parallel.engines.engine import Engine
 from trainer.archive import Archive, Saved
@@ -20,6 +21,14 @@ WINDOW = 128  # finite gradient norms that the median is taken of
 Norm = Annotated[FiniteFloat, Field(ge=0)]
 
 
+class Stretch(TypedDict):
+    """From the step after `after` the run was to have `steps`; `extend`: what became of the learning rate there."""
+
+    after: Annotated[int, Field(ge=0, le=STEPS)]
+    steps: Annotated[int, Field(ge=1, le=STEPS)]
+    extend: Literal["hold", "restart", "stretch"] | None
+
+
 @dataclass
 class Progress:
     """How far a run has come. The annotations are the types and ranges that a checkpoint's are checked against.
@@ -31,6 +40,8 @@ class Progress:
         wandb_id: of the W&B run, so that a resumed run goes on in it; None without one.
         skipped: steps that were not taken, one after another, up to now (trainer/guard.py).
         norms: gradient norms of the last steps, for optim.spike.
+        owed: parts of this step's evaluation that are due and not done (trainer/assessment.py).
+        lengths: how long the run was to be, and from which step on (trainer/lengthening.py).
     """
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
@@ -42,6 +53,8 @@ class Progress:
     best: dict[str, FiniteFloat] = field(default_factory=dict)
     skipped: Annotated[int, Field(ge=0, le=STEPS)] = 0
     norms: Annotated[list[Norm], Field(max_length=WINDOW)] = field(default_factory=list)
+    owed: list[Literal["held_out", "sample", "maps"]] = field(default_factory=list)
+    lengths: list[Stretch] = field(default_factory=list)
 
     def extra(self) -> dict[str, Any]:
         """As a checkpoint holds it; a best value that is no number is none."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from models.convolution.hyena import Hyena
 from parallel.engines.engine import blocks_of
 from parallel.launch import machine
 from parallel.offload import AT_HOME
@@ -11,6 +12,7 @@ from trainer import build, slurm
 from trainer.config import Config, Fault, Launch
 from trainer.data.sources import build as build_source
 from trainer.data.tasks.task import Task
+from trainer.generate import beginning
 
 MEETING = ("nodes", "node_rank", "endpoint", "address")
 
@@ -80,6 +82,36 @@ def homeless(config: Config) -> Iterator[str]:
     gpus = config.launch.gpus if config.launch.name == "slurm" else machine()[1]
     if config.engine.offload_activations and gpus == 0:
         yield AT_HOME
+
+
+def too_short(config: Config, model: nn.Module) -> Iterator[str]:
+    """A sample that is longer than what a layer of the model can take."""
+    wish = config.evaluation
+    if not wish.every or not wish.generate:
+        return
+    try:
+        start = len(beginning(build_source(build.plain(config.data)).tokenizer(), wish.prompt))
+    except ValueError:  # said elsewhere
+        return
+    limits = {who: limit for module in model.modules() for who, limit in _limits(module)}
+    if not limits:
+        return
+    who = min(limits, key=lambda name: limits[name])
+    room = limits[who] - start + 1  # the last token is drawn and not read
+    if wish.generate <= room:
+        return
+    way = f"use evaluation.generate={room}" if room > 0 else "use a shorter evaluation.prompt"
+    yield (
+        f"evaluation.generate={wish.generate}: a sample of so many tokens after {start} of the prompt is longer than the "
+        f"{limits[who]} that {who} can take; {way}, or a larger context_length"
+    )
+
+
+def _limits(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """(class, longest document) of a layer that has such a limit."""
+    most = module.filter.length if isinstance(module, Hyena) else getattr(module, "max_length", None)
+    if isinstance(most, int):
+        yield type(module).__name__, most
 
 
 def unsayable(config: Config) -> Iterator[str]:

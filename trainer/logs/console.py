@@ -1,9 +1,11 @@
 """What a user sees while a run goes on: a progress bar on a terminal, a plain line every few seconds elsewhere."""
 
+import io
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -11,6 +13,7 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from trainer.logs.jsonl import EVALUATION, METRICS, Row
+from trainer.logs.streams import plain
 
 INTERVAL_S = 5.0
 
@@ -50,11 +53,11 @@ class Console:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.steps, self.first, self.speaks, self.clock = steps, first, speaks, clock
-        self.file = file or sys.stdout
+        self.file = file or sys.stdout or io.StringIO()  # there is none where it was closed before we began
         self.begin = self.last = clock()
         self.bar: Progress | None = None
         self.task = TaskID(0)
-        if speaks and self.file.isatty():
+        if speaks and _is_terminal(self.file):
             self.bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
@@ -67,9 +70,18 @@ class Console:
             self.task = self.bar.add_task("", total=steps, completed=first, told="")
 
     def say(self, text: str) -> None:
-        """One line (or several) for the user, above the bar."""
+        """One line (or several) for the user, above the bar. A screen that fails is left alone; the run goes on."""
         if not self.speaks:
             return
+        text = plain(text)
+        try:
+            self._print(text)
+        except UnicodeEncodeError as error:
+            self.say(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+        except (OSError, ValueError):
+            self.speaks = False
+
+    def _print(self, text: str) -> None:
         if self.bar is not None:
             self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -88,10 +100,11 @@ class Console:
         told = f"loss {row.loss:.4f}  {count(row.tokens_per_second)} tokens/s"
         now = self.clock()
         if self.bar is not None:
-            self.bar.start()
-            self.bar.update(self.task, completed=row.step, told=told)
-            if row.step == self.steps:
-                self.bar.stop()
+            with self._unharmed():
+                self.bar.start()
+                self.bar.update(self.task, completed=row.step, told=told)
+                if row.step == self.steps:
+                    self.bar.stop()
             return
         if row.step in (self.first + 1, self.steps) or now - self.last >= INTERVAL_S:
             self.last = now
@@ -102,16 +115,34 @@ class Console:
     def close(self) -> None:
         """Leave the terminal as it was; safe to call twice."""
         if self.bar is not None:
-            self.bar.stop()
+            with self._unharmed():
+                self.bar.stop()
+
+    @contextmanager
+    def _unharmed(self) -> Iterator[None]:
+        """Whatever the terminal does to the bar, the run goes on without it."""
+        try:
+            yield
+        except (OSError, ValueError):
+            self.speaks = False
 
     def finish(
-        self, directory: Path, *, stopped: str | None = None, wandb: str | None = None, more: Sequence[str] = ()
+        self,
+        directory: Path,
+        *,
+        stopped: str | None = None,
+        owed: Sequence[str] = (),
+        broken: Sequence[str] = (),
+        wandb: str | None = None,
+        more: Sequence[str] = (),
     ) -> None:
         """The last screen: where everything lies, and what to try next.
 
         Args:
-            directory: of the run; only what is there is listed.
+            directory: of the run; only what is there, and not empty, is listed.
             stopped: why the run ended before its last step, or None.
+            owed: what was due and is not done, which the same command does.
+            broken: what was tried and failed.
             wandb: where the W&B run is: an address, or the directory of an offline run.
             more: commands to try, before ours.
         """
@@ -125,16 +156,36 @@ class Console:
             ("sample", [directory / "sample.txt"]),
             ("plots", plots),
         ]
-        found = [(name, str(path)) for name, paths in places for path in paths if path.exists()]
+        found = [(name, str(path)) for name, paths in places for path in paths if _holds_something(path)]
         if wandb:
             found.append(("W&B", wandb))
         head = f"stopped: {stopped}" if stopped else "finished"
+        if not stopped and owed:
+            head = "trained to the last step, but not evaluated,"
         lines = ["", f"{head} after {duration(self.clock() - self.begin)}; {directory} holds"]
         lines += [f"  {name:<11} {path}" for name, path in found]
+        if broken:
+            lines.append(f"failed: {', '.join(broken)}; the reasons are above")
+        if owed:
+            lines.append(f"owed: {', '.join(owed)}; the same command does that")
         run = shlex.quote(str(directory))
         next_ = [*more]
-        if stopped:
+        if stopped or owed:
             next_ = [f"python -m trainer run_dir={run} ...   with the same settings goes on from there", *next_]
         if wandb and Path(wandb).is_dir():
             next_.append(f"wandb sync {shlex.quote(wandb)}")
-        self.say("\n".join([*lines, "try next", *(f"  {command}" for command in next_)]))
+        if next_:
+            lines += ["try next", *(f"  {command}" for command in next_)]
+        self.say("\n".join(lines))
+
+
+def _holds_something(path: Path) -> bool:
+    """Whether there is a folder, or a file with anything in it."""
+    return path.is_dir() or (path.is_file() and path.stat().st_size > 0)
+
+
+def _is_terminal(file: TextIO) -> bool:
+    try:
+        return file.isatty()
+    except (OSError, ValueError):
+        return False

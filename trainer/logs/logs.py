@@ -97,6 +97,11 @@ class Logs:
         if self.wandb is not None:
             self.wandb.evaluation(step, name, value, by_position=made_of.get("by_position"))
 
+    def drop_evaluation(self, step: int) -> None:
+        """Drop what is written of this step's evaluation, which was cut short and is done again."""
+        if self.writes:
+            self.evaluations.truncate_after(step - 1)
+
     def maps(self, step: int, maps: Sequence[Map], left_out: int) -> None:
         """Draw attention maps, of all softmaxes but so many; W&B gets the picture at the end, with the others."""
         if not maps:

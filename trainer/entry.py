@@ -1,0 +1,35 @@
+"""Where every command begins: streams that cannot fail, and help for whoever asks."""
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from parallel.outcome import SAVED
+from trainer.logs.streams import protect
+
+HELP = ("-h", "--help")
+
+
+def enter(main: Callable[[list[str]], int], help_text: str | None = None) -> NoReturn:
+    """Run a command with the words of the command line, and exit with its status.
+
+    Args:
+        main: takes the words, returns the exit status.
+        help_text: printed instead where --help or -h is among the words; None where `main` answers that itself.
+    """
+    protect()
+    words = sys.argv[1:]
+    if help_text is not None and asks_for_help(words):
+        print(help_text.strip())
+        sys.exit(0)
+    try:
+        status = main(words)
+    except KeyboardInterrupt:
+        status = SAVED[signal.SIGINT]
+    sys.exit(status)
+
+
+def asks_for_help(words: Sequence[str]) -> bool:
+    """Whether one of the words asks what the command does."""
+    return any(word in HELP for word in words)
