@@ -123,7 +123,7 @@ class Schedule(Node):
     """Learning rate over steps."""
 
     extend: Literal["hold", "restart", "stretch"] | None = Field(
-        default=None, description="the learning rate of a run that goes on with other steps; null = refused where it would change"
+        default=None, description="the learning rate of a run that goes on with other steps; null = none that changes it"
     )
 
     def settings(self) -> dict[str, Any]:

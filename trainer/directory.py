@@ -22,7 +22,8 @@ from trainer.config import BAD_RUN, Config, Fault
 from trainer.reading import yaml_file
 
 CONFIG, ENVIRONMENT, LOCK, RANKS_LOCK, SCRATCH = "config.yaml", "environment.json", ".lock", ".ranks.lock", ".launch"
-FREE = ("parallel", "engine", "launch", "log", "logs", "wandb", "checkpoint", "evaluation", "resume", "run_dir", "steps", "schedule.extend")
+FREE = ("parallel", "engine", "launch", "log", "logs", "wandb", "checkpoint", "evaluation", "resume", "run_dir", "steps")
+FREE += ("schedule.extend",)
 PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf", "pydantic", "datasets", "pyarrow", "tokenizers", "wandb")
 PACKAGES += ("deepspeed", "flash-attn", "flash-linear-attention", "triton", "liger-kernel")
 DYING_S = 6.0  # ranks whose launcher was killed are gone within this time

@@ -30,7 +30,8 @@ def generate(
 ) -> str | None:
     """`prompt` and `count` tokens after it; ends early where the model ends its document.
 
-    None when `stop`, which is asked before every token, says so (on all ranks). Each token is drawn by a number that is a pure function of (seed, step, place), whatever the ranks.
+    None when `stop`, which is asked before every token, says so (on all ranks).
+    Each token is drawn by a number that is a pure function of (seed, step, place), whatever the ranks.
     """
     tokens = beginning(tokenizer, prompt)
     for place in range(count):

@@ -110,9 +110,10 @@ def unfit(config: Config) -> Iterator[str]:
             f"steps={config.steps}: the run in {run} has taken {taken} already; use steps={taken} or more, another run_dir, "
             "or resume=PATH of an earlier checkpoint"
         )
-    elif taken and before != config.steps and config.schedule.extend is None:
-        if not agrees(schedule, taken, before, config.steps):
-            yield refusal(schedule, taken, before, config.steps)
+        return
+    changes = taken > 0 and before != config.steps and config.schedule.extend is None
+    if changes and not agrees(schedule, taken, before, config.steps):
+        yield refusal(schedule, taken, before, config.steps)
 
 
 def _place(config: Config) -> Path | None:

@@ -67,7 +67,8 @@ def test_a_terminal_gets_a_bar_and_lines_above_it():
 
 def test_the_last_screen_lists_what_is_there_and_nothing_else(tmp_path):
     file = io.StringIO()
-    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "evaluation.jsonl").write_text("")
     for step in (1, 2):
         (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
     Console(1, file=file).finish(tmp_path, wandb=str(tmp_path), more=["python -m scripts.generate x"])
