@@ -26,12 +26,12 @@ from trainer.logs.jsonl import EVALUATION, read
 from trainer.logs.logs import Logs
 from trainer.maps import attention_maps
 from trainer.share import Share
-from trainer.state import Progress
+from trainer.state import Part, Progress
 from trainer.watch import limit
 
-HELD_OUT = "held_out"
-SAMPLE = "sample"
-MAPS = "maps"
+HELD_OUT: Part = "held_out"
+SAMPLE: Part = "sample"
+MAPS: Part = "maps"
 PARTS = (HELD_OUT, SAMPLE, MAPS)
 LOSS = "held_out_loss"
 MARKS = {SAMPLE: "sample_step", MAPS: "maps_step"}  # of summary.json: the step that the last one is of
@@ -74,13 +74,13 @@ class Assessment:
         self.broken: list[str] = []  # "part of step N", for the last screen
         self.meeting = _meeting(mesh, config.launch.timeout_s)
 
-    def due(self, step: int) -> list[str]:
+    def due(self, step: int) -> list[Part]:
         """The parts of an evaluation that are due after a step."""
         wish = self.config.evaluation
         last = step == self.config.steps
         if not wish.every or not (last or step % wish.every == 0):
             return []
-        parts = [HELD_OUT]
+        parts: list[Part] = [HELD_OUT]
         if last and wish.generate:
             parts.append(SAMPLE)
         if last and wish.maps:
@@ -238,7 +238,10 @@ def _meeting(mesh: Mesh, timeout_s: float) -> dist.ProcessGroup | None:
 def _collectives_begun(mesh: Mesh) -> int:
     """How many collectives this rank has begun on the groups of the mesh."""
     groups = {id(group): group for group in vars(mesh).values() if isinstance(group, dist.ProcessGroup)}
-    return sum(group._get_sequence_number_for_group() for group in groups.values())
+    count = 0
+    for group in groups.values():
+        count += group._get_sequence_number_for_group()  # pyright: ignore[reportAttributeAccessIssue]
+    return count
 
 
 def _is_lost_contact(error: Exception) -> bool:

@@ -26,7 +26,7 @@ from trainer.lengthening import Factor, factor, go_on
 from trainer.logs.jsonl import Row
 from trainer.logs.meters import Meter, peak_memory_bytes
 from trainer.share import Share
-from trainer.state import Progress
+from trainer.state import Part, Progress
 from trainer.sums import Sums
 
 
@@ -73,7 +73,7 @@ class Loop:
     stop: Stop
     log: Callable[[Row], None]
     evaluate: Callable[[Progress], object]
-    due: Callable[[int], list[str]] = lambda step: []
+    due: Callable[[int], list[Part]] = lambda step: []
     say: Callable[[str], None] = print
     at: Callable[[str, int], None] = lambda phase, step: None
     lanes: Lanes | None = None

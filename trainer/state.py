@@ -19,6 +19,7 @@ from trainer.wholeness import LARGEST, STEPS
 
 WINDOW = 128  # finite gradient norms that the median is taken of
 Norm = Annotated[FiniteFloat, Field(ge=0)]
+Part = Literal["held_out", "sample", "maps"]  # of an evaluation
 
 
 class Stretch(TypedDict):
@@ -53,7 +54,7 @@ class Progress:
     best: dict[str, FiniteFloat] = field(default_factory=dict)
     skipped: Annotated[int, Field(ge=0, le=STEPS)] = 0
     norms: Annotated[list[Norm], Field(max_length=WINDOW)] = field(default_factory=list)
-    owed: list[Literal["held_out", "sample", "maps"]] = field(default_factory=list)
+    owed: list[Part] = field(default_factory=list)
     lengths: list[Stretch] = field(default_factory=list)
 
     def extra(self) -> dict[str, Any]:

@@ -33,7 +33,8 @@ COMMON = (
 def signals_itself(*args, **kwargs):
     """In the place of a part of an evaluation: a signal comes, and the part sees it."""
     os.kill(os.getpid(), signal.SIGTERM)
-    assert kwargs.get("stop", args[4] if len(args) > 4 else None)()
+    stop = kwargs["stop"] if "stop" in kwargs else args[4]
+    assert stop()
 
 
 def breaks(*args, **kwargs):
@@ -58,7 +59,7 @@ def disagreeing(env):
     here = Assessment.__new__(Assessment)
     here.mesh = build_mesh(env.size, 1)
     here.meeting = assessment._meeting(here.mesh, 60)
-    here.config = SimpleNamespace(launch=SimpleNamespace(timeout_s=60))
+    here.config = SimpleNamespace(launch=SimpleNamespace(timeout_s=60))  # pyright: ignore[reportAttributeAccessIssue]
     trouble = IndexError("8 places") if env.rank == 1 else None
     same = here._any_broke(trouble)
     if env.rank == 1:
