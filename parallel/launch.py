@@ -16,7 +16,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -139,7 +139,8 @@ def _listening(heard: list[signal.Signals], note: Path) -> Iterator[None]:
         again = bool(heard)
         heard.append(signal.Signals(number))
         if not again:
-            note.write_text(str(number))
+            with suppress(OSError):  # a full disk: the ranks name the signal that they got
+                note.write_text(str(number))
             raise SignalException(f"got {heard[0].name}", sigval=heard[0] if deaf else signal.SIGTERM)
         if number == signal.SIGINT and heard.count(signal.SIGINT) > 1:
             raise KeyboardInterrupt
