@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.loss import IGNORE
+from trainer.agreement import mark
 from trainer.data.stream import Stream
 from trainer.data.tasks.task import Grades, Task
 from trainer.lanes import Lanes
@@ -39,11 +40,12 @@ def bucket(pos: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, share: Share, stream: Stream, batches: int, stop: Callable[[], bool], lanes: Lanes | None = None
+    model: nn.Module, share: Share, stream: Stream, batches: int, stop: Callable[[int, str], bool], lanes: Lanes | None = None
 ) -> Evaluated | None:
     """The loss over the first `batches` held-out batches, the same on every rank; None when `stop` says so (all ranks).
 
     Args:
+        stop: as Stop.asked: is told the mark of each batch, and what it is.
         lanes: new ones, where batches go on from one another.
     """
     cursor = stream.start()
@@ -51,10 +53,10 @@ def evaluate(
     task: Task | None = getattr(stream, "task", None)
     grades: Grades = {}
     many = batches if stream.batches is None else min(batches, stream.batches)
-    for _ in range(many):
-        if stop():
-            return None
+    for turn in range(many):
         batch, cursor = stream.read(cursor)
+        if stop(mark(batch, stream.fingerprint), f"held-out batch {turn + 1}"):
+            return None
         for number, (piece, _) in enumerate(share(batch)):
             span = piece.span if lanes is None else lanes.enter(number, piece.span)
             losses = model(piece.tokens, span, piece.targets).to(torch.float64)

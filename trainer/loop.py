@@ -17,9 +17,11 @@ from parallel.engines.engine import Engine
 from parallel.launch import asked_by
 from parallel.mesh import Mesh
 from parallel.outcome import handling
+from trainer.agreement import differing_batch, mark
 from trainer.checkpoint import Checkpoints
 from trainer.config import Config
-from trainer.data.stream import Stream
+from trainer.data.batch import Batch
+from trainer.data.stream import Cursor, Stream
 from trainer.guard import Guard, Skip
 from trainer.lanes import Held, Lanes
 from trainer.lengthening import Factor, factor, go_on
@@ -45,12 +47,23 @@ class Stop:
     def _note(self, number: int, frame: Any) -> None:
         self.caught = self.caught or asked_by(number)  # a second signal does not change the reason
 
-    def asked(self) -> bool:
-        """True on every rank when any of them caught a signal; collective."""
-        word = torch.tensor(float(self.caught), device=self.mesh.device)
+    def asked(self, mine: int = 0, what: str = "the batch") -> bool:
+        """True on every rank when any of them caught a signal; collective.
+
+        Args:
+            mine: the mark of what this rank is about to compute from (trainer/agreement.py); 0 = nothing to compare.
+            what: what a message calls that.
+
+        Raises:
+            Fault: the ranks' marks are not all the same; on every rank.
+        """
+        word = torch.tensor([self.caught, mine, -mine], dtype=torch.float64, device=self.mesh.device)
         if self.mesh.world_group is not None:
             dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.mesh.world_group)
-        self.caught = int(word.item())
+        caught, largest, smallest = word.tolist()
+        if largest != -smallest:
+            raise differing_batch(self.mesh, mine, what)
+        self.caught = int(caught)
         return self.caught > 0
 
 
@@ -87,8 +100,12 @@ class Loop:
         self._set_length(progress)
         with self.meter.pause():
             self._assess(progress)  # what the checkpoint that the run goes on from owed
-        while progress.step < self.config.steps and not self.stop.asked():
-            self._step(progress)
+        while progress.step < self.config.steps:
+            self.at("reading the batch", progress.step + 1)
+            batch, cursor = self.stream.read(progress.cursor)
+            if self.stop.asked(mark(batch, self.stream.fingerprint), f"step {progress.step + 1}"):
+                break
+            self._step(progress, batch, cursor)
             last = progress.step == self.config.steps
             with self.meter.pause():
                 progress.owed = self.due(progress.step)
@@ -124,12 +141,10 @@ class Loop:
         self.checkpoints.save(progress.step, self.engine.state() | carried, progress.extra())
         self.saved = progress.step
 
-    def _step(self, progress: Progress) -> None:
+    def _step(self, progress: Progress, batch: Batch, cursor: Cursor) -> None:
         """One optimiser step."""
         step = progress.step + 1
         rate = self.config.optim.learning_rate * factor(self.schedule, progress.lengths, step)
-        self.at("reading the batch", step)
-        batch, cursor = self.stream.read(progress.cursor)
         valid = self.share.valid(batch)
         rows, sums = int(batch.span().valid().any(1).sum()), Sums()
         held = None if self.lanes is None else self.lanes.held()

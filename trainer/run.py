@@ -21,6 +21,7 @@ from parallel.offload import Offload
 from parallel.outcome import SAVED
 from parallel.place import place
 from trainer import directory as directories
+from trainer.agreement import agree, agree_on_weights
 from trainer.archive import Archive
 from trainer.assessment import Assessment
 from trainer.build import build, build_model, find_class, plain, sizes_taken
@@ -105,6 +106,16 @@ class Run:
             say=console.say,
         )
         limit([self.checkpoints.control], config.launch.timeout_s)
+        self._agree()
+
+    def _agree(self) -> None:
+        """Every rank has built the run for itself: end it where they came to different ones."""
+        facts = {"the settings": directories.plain(self.config), "the training data": self.stream.fingerprint}
+        if self.held_out is not None:
+            facts["the held-out data"] = self.held_out.fingerprint
+        facts["the initial weights"] = self.engine.drawn
+        agree(self.mesh, facts, "after the run was built")
+        agree_on_weights(self.mesh, self.engine, "after the run was built")
 
     def _stream(self, split: str) -> Stream:
         config = self.config
@@ -154,6 +165,8 @@ class Run:
         if place is None:
             return Progress(self.stream.start())
         progress = restore(self.checkpoints, place, self.engine, self.stream, self.lanes)
+        agree(self.mesh, {"the place to go on from": progress.extra()}, f"after resuming from {place}")
+        agree_on_weights(self.mesh, self.engine, f"after resuming from {place}")
         self.checkpoints.forget_after(progress.step)
         self.console.say(f"resumed from {place} at step {progress.step}")
         return progress

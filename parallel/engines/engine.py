@@ -40,6 +40,7 @@ class Engine:
         model: what to call in forward, after `wrap`.
         parameters: {plain name: what the optimiser updates}, whole or sharded; tied parameters once.
         optimiser: torch's.
+        drawn: a digest of the initial weights, whole; equal on every rank (parallel/engines/copies.py).
 
     Args:
         mesh: this run's ranks.
@@ -57,6 +58,7 @@ class Engine:
     model: nn.Module
     parameters: dict[str, nn.Parameter]
     optimiser: Optimizer
+    drawn: str
 
     def __init__(
         self,

@@ -69,7 +69,7 @@ class Fsdp(Engine):
                 module.set_gradient_divide_factor(1.0)
         kept = {id(parameter) for parameter in apart}
         names = {name for name, parameter in model.named_parameters() if id(parameter) in kept}
-        materialise(model, self.mesh.device, self.seed)
+        self.drawn = materialise(model, self.mesh.device, self.seed)
         self.apart = [parameter for name, parameter in model.named_parameters() if name in names]
         return model
 

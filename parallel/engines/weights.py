@@ -5,6 +5,7 @@ and keeps the part that is its own, so that a sharded start equals the unsharded
 initialisation is not rank-aware on a CPU mesh: every shard would draw the same numbers.)
 """
 
+import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -13,10 +14,31 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.init import initial_tensor
 
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # a tensor's bits, by bytes of an element
+PART = 1 << 24  # elements weighed at once
+WEIGHT = -7046029254386353131  # 2^64 / golden ratio as a signed number: spreads neighbouring places apart
+
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that lies on this rank: all of it, unless it is a DTensor. Shares memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> str:
+    """A number of 64 bits for the bits of what lies on this rank, computed where it lies.
+
+    Bits are added up with an odd weight for each place, so that no change of one element is missed.
+    """
+    flat = local(tensor).detach().contiguous().flatten()
+    flat = torch.view_as_real(flat).flatten() if flat.is_complex() else flat
+    bits = flat.view(WORDS[flat.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, len(bits), PART):
+        part = bits[start : start + PART].long()
+        places = torch.arange(start, start + len(part), device=bits.device)
+        total += ((part + 1) * (places * WEIGHT | 1)).sum()
+    return f"{int(total) & (1 << 64) - 1:016x}"
 
 
 @torch.no_grad()
@@ -38,25 +60,32 @@ def put(target: Tensor, value: Tensor) -> None:
     local(target).copy_(local(value))
 
 
-def materialise(model: nn.Module, device: torch.device, seed: int) -> None:
+def materialise(model: nn.Module, device: torch.device, seed: int) -> str:
     """Fill every parameter and buffer that is on the meta device, in place; what has values already is only moved.
 
     Tied parameters stay tied, names and `requires_grad` stay, and a DTensor keeps its sharding.
 
+    Returns:
+        A digest of the whole parameters, before they were cut: it must be equal on every rank.
+
     Raises:
         ValueError: a module has a buffer on the meta device and no `reset_buffers()` to compute it again.
     """
-    places = _places(model)
+    places, drawn = _places(model), hashlib.blake2b(digest_size=16)
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             fresh = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
-            put(fresh, initial_tensor(model, name, seed).to(parameter.dtype))
+            value = initial_tensor(model, name, seed).to(parameter.dtype)
+            drawn.update(f"{name} {checksum(value)} ".encode())
+            put(fresh, value)
             for module, attribute in places[id(parameter)]:
                 setattr(module, attribute, fresh)
         elif not isinstance(parameter, DTensor):
             parameter.data = parameter.data.to(device)
+            drawn.update(f"{name} {checksum(parameter)} ".encode())
     for name, module in model.named_modules():
         _materialise_buffers(name, module, device)
+    return drawn.hexdigest()
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

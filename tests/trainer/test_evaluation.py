@@ -43,7 +43,7 @@ def share(mesh):
     return Share(mesh, rows=3, context_length=61, micro_batch="auto", policy="zigzag")
 
 
-def never():
+def never(*_):
     return False
 
 
@@ -83,7 +83,7 @@ def test_it_is_the_plain_mean_over_valid_targets(folder):
 
 
 def test_a_signal_ends_it(folder):
-    assert evaluate(decoder(), share(Mesh.alone()), stream(folder), 4, lambda: True) is None
+    assert evaluate(decoder(), share(Mesh.alone()), stream(folder), 4, lambda *_: True) is None
 
 
 def test_buckets_double():

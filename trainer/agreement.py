@@ -1,0 +1,85 @@
+"""Whether all ranks mean the same run: settings, data, batches and weights are derived by every rank for itself.
+
+Ranks that share a row must hold the same row, and no later number would show that they do not. So each compares what it
+derived with the others, by hash: a batch in the reduction that asks for signals before every step, what a run begins with
+once, by a gather of some bytes.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel.engines.copies import compare, compare_tensors, held, split
+from parallel.engines.engine import Engine
+from parallel.mesh import Mesh
+from trainer.config import BAD_RUN, Fault
+from trainer.data.batch import Batch
+
+MARK_BYTES = 6  # a float64 holds integers of 53 bits exactly
+REMEDY = (
+    "give every machine the same files, tokenizer and versions of the packages (environment.json lists them), "
+    "then run the same command again"
+)
+
+
+def mark(batch: Batch, fingerprint: str = "") -> int:
+    """A number that stands for a batch and the data it came from; equal where both are. Never 0."""
+    seen = hashlib.blake2b(fingerprint.encode(), digest_size=MARK_BYTES)
+    for tensor in batch:
+        if tensor is not None:
+            seen.update(tensor.contiguous().numpy().data)
+    return int.from_bytes(seen.digest(), "little") or 1
+
+
+def differing_batch(mesh: Mesh, mine: int, what: str) -> Fault:
+    """The fault of ranks whose marks are not all equal; collective."""
+    marks = torch.zeros(mesh.size, dtype=torch.float64, device=mesh.device)
+    marks[mesh.rank] = float(mine)
+    dist.all_reduce(marks, group=mesh.world_group)
+    sides: dict[float, list[int]] = {}
+    for rank, number in enumerate(marks.tolist()):
+        sides.setdefault(number, []).append(rank)
+    others, most = split(sides)
+    return Fault(
+        f"{what}: {_ranks(others)} read another batch than {_ranks(most)}, though every rank must read the same; the run "
+        f"ends before anything is computed from it, and the last checkpoint is intact; {REMEDY}",
+        BAD_RUN,
+    )
+
+
+def agree(mesh: Mesh, facts: Mapping[str, Any], when: str) -> None:
+    """Compares what every rank derived for itself, by name. Collective; raises Fault on every rank where one differs."""
+    texts = {name: hashlib.blake2b(_json(fact).encode(), digest_size=16).hexdigest() for name, fact in facts.items()}
+    if difference := compare({"": texts}, mesh.world_group):
+        raise Fault(
+            f"{when}: {difference.name} of {_ranks(difference.others)} differ from those of {_ranks(difference.most)}, "
+            f"though all must have the same; {REMEDY}",
+            BAD_RUN,
+        )
+
+
+def agree_on_weights(mesh: Mesh, engine: Engine, when: str) -> None:
+    """Compares the weights that more than one rank holds. Collective; raises Fault on every rank where two differ."""
+    if difference := compare_tensors(held(engine), mesh.world_group):
+        raise Fault(
+            f"{when}: {difference.name} of {_ranks(difference.others)} has other numbers than on {_ranks(difference.most)}, "
+            f"though it is to be the same; {REMEDY}",
+            BAD_RUN,
+        )
+
+
+def _json(fact: Any) -> str:
+    return json.dumps(fact, sort_keys=True, default=str)
+
+
+def _ranks(numbers: list[int]) -> str:
+    """'rank 3', or 'ranks 0, 1 and 2'; of many the first few."""
+    if len(numbers) == 1:
+        return f"rank {numbers[0]}"
+    shown = [str(number) for number in numbers[:8]]
+    last = f"{len(numbers) - len(shown)} more" if len(numbers) > len(shown) else shown.pop()
+    return f"ranks {', '.join(shown)} and {last}"
