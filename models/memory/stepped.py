@@ -14,6 +14,7 @@ from models.memory.memory import Memory
 from models.memory.segments import Segments
 from models.mixing.relay import Relay
 from models.past import Carrier
+from models.same_graph import tied
 from models.span import Span
 
 State = tuple[Tensor, ...]
@@ -64,6 +65,7 @@ class Stepped(Carrier, ABC):
         if span.past is not None:
             for number, tensor in enumerate(state):
                 span.past.leave(f"{self.place}.{number}", tensor)
+        logits = tied(logits, *self.parameters())  # what a last token writes is read by nobody
         return self._losses(logits, targets) if targets is not None else self._all(logits)
 
     def _found(self, span: Span, blank: State) -> State:

@@ -25,6 +25,7 @@ from models.memory.memory import Memory, Through
 from models.mixing.relay import Relay, by_document
 from models.mixing.softmax import Softmax
 from models.past import Carrier
+from models.same_graph import tied
 from models.span import PADDING, READ, WRITE, Span
 
 
@@ -161,7 +162,7 @@ class Stack(Carrier):
         y, (last,) = self.relay(step, (x,), (state,), at=span, size=self.settings.segment, depth=self.depth)
         if span.past is not None:
             span.past.leave(self.place, last)
-        return y
+        return tied(y, self.norm.weight)  # else a rank with one segment a row would not use what it writes
 
     def _fresh(self, x: Tensor) -> Tensor:
         """[B, m, width]: what a document starts from."""

@@ -16,6 +16,7 @@ from models.kernels.chunks import on_host
 from models.kernels.fft import convolve
 from models.mixing.window import widened
 from models.past import Carrier
+from models.same_graph import tied
 from models.scores import Tensors
 from models.span import PADDING, Span
 
@@ -85,6 +86,8 @@ class Convolution(Carrier):
         out = x_flat.new_zeros(size, x.shape[2])
         if parts:
             out = out.index_add(0, torch.cat(wheres), torch.cat(parts))
+        else:  # padding alone
+            out = tied(out, x_flat, taps)
         return out.view(*at.shape, x.shape[2]).to(x.dtype)
 
 

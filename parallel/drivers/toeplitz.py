@@ -58,8 +58,6 @@ class _Toeplitz(torch.autograd.Function):
             leaves = [block.to(wide).detach().requires_grad_(), taps.to(wide).detach().requires_grad_()]
             with torch.enable_grad():
                 out = core.partial(leaves[:1], leaves[1:], at=at, of=at.cut.spans[source])
-            if not out.requires_grad:  # no token of the block stands before one of ours
-                return torch.zeros_like(leaves[0])
             d_block, d_here = torch.autograd.grad(out, leaves, grad)
             d_taps.add_(d_here)
             return d_block

@@ -6,19 +6,21 @@ of experts lies over its ranks by expert and, by another dim, over the ranks tha
 Source: Zhao et al. 2023 (arXiv:2304.11277) for the idea. FSDP2 averages gradients; we make it add them (see Engine).
 """
 
+import weakref
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from models.mixing.relay import stepped
 from models.span import Span
 from parallel.engines.engine import BuildOptimiser, Engine, blocks_of
 from parallel.engines.experts import even_dim, share_experts
-from parallel.engines.gradients import add_up
+from parallel.engines.gradients import add_up, used_anywhere
 from parallel.engines.weights import materialise
 from parallel.mesh import Mesh
 
@@ -61,9 +63,11 @@ class Fsdp(Engine):
         for block in _separable(model):
             fully_shard(block, reshard_after_forward=self.reshard_after_forward, **options)
         fully_shard(model, reshard_after_forward=False, **options)  # backward begins with what the root gathered
+        self.used = Used(model)
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                _seal_spans(module)
+                _seal_spans(module, self.used.watch(module))
+                module.set_reduce_scatter_unused_params(True)  # ranks may need other parameters: the exchange is the same
                 # a sum, not a mean: gloo has no pre-multiplied sum, so the plain one is forced before the factor of 1
                 module.set_force_sum_reduction_for_comms(True)
                 module.set_gradient_divide_factor(1.0)
@@ -102,6 +106,58 @@ class Fsdp(Engine):
         if last:
             trained = [parameter for parameter in self.apart if parameter.requires_grad]
             add_up(trained, self.mesh.world_group, self.mesh.experts_data_group)
+            self._drop_unused()
+
+    def _drop_unused(self) -> None:
+        """Give back None, as in the other engines, to the parameters that no rank needed: they got zeros above."""
+        names = [name for name in self.used.names if name in self.parameters]
+        flags = [name in self.used.here for name in names]
+        somewhere = used_anywhere(flags, self.mesh.world_group, self.mesh.device)
+        for name, used in zip(names, somewhere, strict=True):
+            if not used:
+                self.parameters[name].grad = None
+        self.used.here.clear()
+
+
+class Used:
+    """Which sharded parameters got a gradient on this rank.
+
+    FSDP2 computes with whole tensors that stand in for the shards while a module runs: those are watched.
+
+    Attributes:
+        names: of all parameters that are sharded. here: of those that got a gradient since it was cleared.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.names: list[str] = []
+        self.here: set[str] = set()
+        self._name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._watched: dict[str, weakref.ref] = {}
+
+    def watch(self, unit: FSDPModule) -> Callable[[], None]:
+        """What to call while the unit's parameters are whole."""
+        inner: set[nn.Module] = set()
+        for module in cast(nn.Module, unit).modules():
+            if module is not unit and isinstance(module, FSDPModule):
+                inner.update(cast(nn.Module, module).modules())
+        owned = [
+            (self._name_of[id(parameter)], module, leaf)
+            for module in cast(nn.Module, unit).modules()
+            if module not in inner
+            for leaf, parameter in module.named_parameters(recurse=False)
+            if isinstance(parameter, DTensor) and parameter.requires_grad
+        ]
+        self.names += dict.fromkeys(name for name, _, _ in owned)
+
+        def look() -> None:
+            for name, module, leaf in owned:
+                whole = module.get_parameter(leaf)
+                known = self._watched.get(name)
+                if known is None or known() is not whole:
+                    whole.register_post_accumulate_grad_hook(lambda _, name=name: self.here.add(name))
+                    self._watched[name] = weakref.ref(whole)
+
+        return look
 
 
 class _Sealed:
@@ -115,11 +171,16 @@ class _Sealed:
         self.span = span
 
 
-def _seal_spans(module: nn.Module) -> None:
-    """Seal every Span before FSDP2's hooks see it, and open it again around the module's own forward."""
+def _seal_spans(module: nn.Module, look: Callable[[], None]) -> None:
+    """Seal every Span before FSDP2's hooks see it, and open it again around the module's own forward.
+
+    Args:
+        look: called before that forward, while the parameters are whole.
+    """
     forward = module.forward
 
     def opened(*args: Any, **kwargs: Any) -> Any:
+        look()
         return forward(*map(_open, args), **{key: _open(value) for key, value in kwargs.items()})
 
     module.forward = opened

@@ -31,15 +31,23 @@ def add_up(parameters: Sequence[nn.Parameter], group: ProcessGroup | None, holde
     """
     if group is None or dist.get_world_size(group) == 1 or not parameters:
         return
-    used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-    dist.all_reduce(used, op=dist.ReduceOp.MAX, group=group)  # [parameters] -> [parameters]
-    for parameter, anywhere in zip(parameters, used.tolist()):
-        if anywhere and parameter.grad is None:
+    used = used_anywhere([p.grad is not None for p in parameters], group, parameters[0].device)
+    for parameter, somewhere in zip(parameters, used, strict=True):
+        if somewhere and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     grads = [p.grad for p in parameters if p.grad is not None]
     _sum([grad for grad in grads if not isinstance(grad, DTensor)], group)
     if holders is not None:
         _sum([local(grad) for grad in grads if isinstance(grad, DTensor)], holders)
+
+
+def used_anywhere(here: Sequence[bool], group: ProcessGroup | None, device: torch.device) -> list[bool]:
+    """Of parameters that got a gradient here or not, whether they got one on some rank; all ranks must call."""
+    if group is None or dist.get_world_size(group) == 1 or not here:
+        return list(here)
+    used = torch.tensor([float(flag) for flag in here], device=device)
+    dist.all_reduce(used, op=dist.ReduceOp.MAX, group=group)  # [parameters] -> [parameters]
+    return [flag > 0 for flag in used.tolist()]
 
 
 def _sum(tensors: Sequence[Tensor], group: ProcessGroup) -> None:

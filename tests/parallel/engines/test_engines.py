@@ -138,6 +138,31 @@ def test_single_counts_a_parameter_unused_on_one_rank_as_zero_there():
     assert torch.equal(first, second) and first.abs().sum() > 0
 
 
+def partly_used(env, name, micro):
+    """Rank 1 needs neither the middle of block 0 nor its norm, and nobody the bias of block 1."""
+    engine = engine_here(name, env.size)
+    batch = rows(0, COUNT)
+    first, second = engine.model.blocks
+    second.up.forward = lambda x: torch.nn.functional.linear(x, second.up.weight)
+    if env.rank:
+        first.up.forward = lambda x: x[..., :4]
+        first.norm.forward = lambda x: x
+    for part in range(micro):
+        engine.backward(losses(engine.model, batch[3 + part]) / valid(batch), last=part == micro - 1)
+    grads = {key: p.grad for key, p in engine.parameters.items()}
+    return {key: g.full_tensor() if isinstance(g, DTensor) else g for key, g in grads.items()}
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_fsdp_counts_a_parameter_unused_on_one_rank_as_zero_there_and_as_unused_if_no_rank_has_it(micro):
+    expected = ranks(3, partly_used, "single", micro)[0]
+    for grads in ranks(3, partly_used, "fsdp", micro):
+        assert {key for key, grad in grads.items() if grad is None} == {"blocks.1.up.bias"}
+        assert grads["blocks.0.up.weight"].abs().sum() > 0
+        del grads["blocks.1.up.bias"]
+        torch.testing.assert_close(grads, {key: expected[key] for key in grads}, rtol=0, atol=1e-12)
+
+
 def measured(env, name):
     """The norm with clipping off, of a gradient that stays as it is."""
     engine = engine_here(name, env.size)

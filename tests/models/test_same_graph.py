@@ -1,0 +1,76 @@
+"""Which parameters get a gradient does not depend on the rows: else ranks with other rows would exchange other things."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.init import initialise
+from models.same_graph import tied
+from tests.parallel.parity import packed
+from trainer.build import build_model
+from trainer.compose import compose
+
+CONF = Path(__file__).parents[2] / "conf"
+TOKENS, WORDS = 24, 20
+ROWS = {
+    "uneven": packed([[13, 1, 9], [3, 20, 1]], TOKENS),
+    "single segments": packed([[3], [1]], TOKENS),
+    "single tokens": packed([[1, 1], [1]], TOKENS),
+    "whole": packed([[TOKENS], [TOKENS]], TOKENS),
+    "padding": packed([[], []], TOKENS),
+}
+SIZES = ("model.width=16", "model.heads=2", "model.kv_heads=2", "model.layers=2", "model.ffn=12", f"context_length={TOKENS}")
+MORE = {
+    "memory=lookup": ("memory.length=24", "memory.layers=[0]"),
+    "memory=tokens": ("memory.length=2", "memory.segment=8"),
+    "memory=compressive": ("memory.segment=8",),
+}
+
+
+def yamls(group):
+    names = {path.stem for path in (CONF / group).glob("*.yaml")} - {"decoder"}
+    mixers = {path.stem for path in (CONF / "mixer").glob("*.yaml")}
+    return sorted(f"{group}={name}" for name in (names - mixers if group == "model" else names))
+
+
+CASES = [
+    *(word for group in ("mixer", "position", "memory", "model") for word in yamls(group)),
+    "model=rwkv6",  # their feed-forward layers are their own
+    "model=rwkv7",
+]
+
+
+def with_gradient(config, span):
+    """Names of the parameters with a gradient, and of all."""
+    with torch.device("cpu"):
+        model = initialise(build_model(config, WORDS), 1)
+    for module in model.modules():
+        if hasattr(module, "reset_buffers"):
+            module.reset_buffers()
+    tokens = torch.randint(0, WORDS, span.shape)
+    loss = model(tokens, span, tokens.masked_fill(~span.valid(), -100)).sum()
+    for module in model.modules():
+        for extra in (getattr(module, "auxiliary", None) or {}).values():
+            loss = loss + extra.sum()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    names = {name for name, p in model.named_parameters() if p.grad is not None}
+    return names, {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("word", CASES)
+def test_all_rows_give_the_same_parameters_a_gradient(word):
+    asked = compose((word, "wandb.mode=disabled", f"model.vocabulary={WORDS}", *SIZES, *MORE.get(word, ())))
+    assert asked.config is not None, asked.faults
+    for rows, span in ROWS.items():
+        names, every = with_gradient(asked.config, span)
+        assert names == every, f"{rows}: {sorted(every - names)}"
+
+
+def test_what_is_tied_gets_zeros_beside_what_it_has():
+    used, idle, x = (torch.randn(2, 3, requires_grad=True) for _ in range(3))
+    y = tied(x * used, used, idle)
+    assert torch.equal(y, x * used)
+    y.sum().backward()
+    assert torch.equal(used.grad, x) and torch.equal(idle.grad, torch.zeros(2, 3)) and torch.equal(x.grad, used)
