@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from trainer.data.faults import DataFault, Report
-from trainer.data.readers import sound
+from trainer.data.readers import Unread, reason, sound, too_large
 from trainer.data.sources import Source
 from trainer.data.split import digest, is_held_out
 
@@ -19,7 +19,7 @@ SAMPLED = 1000  # documents in which a first one with text is looked for
 class Examples(Protocol):
     """A data set that is read in order and can go on where it was (`datasets.IterableDataset` is one)."""
 
-    def __iter__(self) -> Iterator[dict[str, Any]]: ...
+    def __iter__(self) -> Iterator[dict[str, Any] | Unread]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -35,18 +35,22 @@ class Endless(Source):
         """The data set at its beginning. Raises ValueError where it cannot be had."""
         raise NotImplementedError
 
+    def leave_out(self, report: Report) -> None:
+        """Count in the report what the data leaves out by its nature."""
+
     def identity(self) -> str:
         """What the data is called; part of a cursor's fingerprint and of messages."""
         raise NotImplementedError
 
     def sample(self) -> str:
         """A digest of the first document, which tells data of one name apart. Raises ValueError where there is none."""
-        for _, text in itertools.islice(self.texts(Report("skip")), SAMPLED):
+        report = Report("skip")
+        for _, text in itertools.islice(self.texts(report), SAMPLED):
             if text is not None:
                 return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         raise DataFault(
             f"{self.identity()} has no text in the field {self.text_field!r} of its first documents (at most {SAMPLED} "
-            "were looked at); name the field with data.text_field, or give other data"
+            f"were looked at; {report.text() or 'there is none'}); name the field with data.text_field, or give other data"
         )
 
     def texts(
@@ -60,15 +64,17 @@ class Endless(Source):
         except DataFault:
             raise
         except Exception as error:  # readers, decoders and networks each have errors of their own
-            reason = f"{type(error).__name__}: {error}"
+            said = f"{type(error).__name__}: {reason(error)}"
             raise DataFault(
-                f"{self.identity()} cannot be read on behind document {number} ({reason}); check the data or the network, "
+                f"{self.identity()} cannot be read on behind document {number} ({said}); check the data or the network, "
                 "then run the same command again: it goes on from the last checkpoint"
             ) from error
 
-    def _text(self, example: dict[str, Any], number: int, report: Report) -> str | None:
+    def _text(self, example: dict[str, Any] | Unread, number: int, report: Report) -> str | None:
         place, field = f"{self.identity()} document {number}", self.text_field
-        if field not in example:
+        if isinstance(example, Unread):
+            report.fault(*example)
+        elif field not in example:
             names = ", ".join(example)
             report.fault(
                 "documents without text", f"{place} has no field {field!r} (it has: {names}); see data.text_field"
@@ -78,6 +84,8 @@ class Endless(Source):
             report.fault("documents without text", f"{place}: field {field!r} is not text but {kind}")
         elif not sound(example[field]):
             report.fault("documents not in UTF-8", f"{place}: field {field!r} holds half a surrogate pair")
+        elif len(example[field]) > self.max_document_bytes:
+            report.fault(*too_large(place, len(example[field]), self.max_document_bytes))
         elif not example[field]:
             report.empty += 1
         else:

@@ -71,6 +71,7 @@ class EndlessStream(Stream):
         self.tokenizer = source.tokenizer()
         self.vocabulary = self.tokenizer.vocabulary
         self.report = Report(source.on_error)
+        source.leave_out(self.report)
         if split == "held_out" and not source.held_out:
             raise DataFault(NONE_HELD_OUT, BAD_WISH)
         shape = (split, source.held_out, context_length, rows, lanes)

@@ -1,10 +1,18 @@
 """A data set of the Hugging Face hub, or a local folder in its layout, streamed."""
 
 import os
+from typing import Any
 
-from datasets import load_dataset
+from datasets import DatasetBuilder, config, load_dataset, load_dataset_builder
+from datasets.packaged_modules.csv.csv import Csv
+from datasets.packaged_modules.json.json import Json
+from datasets.packaged_modules.parquet.parquet import Parquet
 
 from trainer.data.dealing import Endless, Examples
+from trainer.data.faults import Report
+from trainer.data.places import spare_folder, writable
+from trainer.data.readers import MOST
+from trainer.data.rows import Rows, strangers
 
 
 class Hub(Endless):
@@ -29,8 +37,11 @@ class Hub(Endless):
         tokenizer: str = "bytes",
         held_out: float = 0.001,
         on_error: str = "raise",
+        max_document_bytes: int = MOST,
     ):
-        super().__init__(tokenizer=tokenizer, held_out=held_out, on_error=on_error)
+        super().__init__(
+            tokenizer=tokenizer, held_out=held_out, on_error=on_error, max_document_bytes=max_document_bytes
+        )
         if not isinstance(name, str) or not name:
             raise ValueError("data=hub needs data.name: a data set of the Hugging Face hub, or a local folder of one")
         for key, value in {"split": split, "text_field": text_field}.items():
@@ -47,18 +58,67 @@ class Hub(Endless):
         return "/".join(part for part in parts if part)
 
     def open(self) -> Examples:
-        path = os.path.expanduser(self.name)
-        path = path if os.path.isdir(path) else self.name
+        path = self._place()
         try:
-            found = load_dataset(path, self.subset, split=self.split, revision=self.revision, streaming=True)
+            builder = load_dataset_builder(path, self.subset, revision=self.revision, cache_dir=cache_folder())
+            files = _files(builder)
+            if files is not None and self.split in files:
+                tables = isinstance(builder, Parquet)
+                return Rows(files[self.split], parquet=tables, field=self.text_field, most=self.max_document_bytes)
+            if files is not None:
+                raise ValueError(f"there is no split {self.split}; it has {', '.join(map(str, files))}")
+            examples = load_dataset(
+                path,
+                self.subset,
+                split=self.split,
+                revision=self.revision,
+                cache_dir=cache_folder(),
+                streaming=True,
+                **_only(builder, self.text_field),
+            )
         except Exception as error:  # many kinds: no such name, no access, no network, a bad split, a spoilt file
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise ValueError(
                 f"data.name={self.name} (subset {self.subset}, split {self.split}) cannot be had as a data set: "
                 f"{lines[0]}; check the name, data.subset and data.split, or the network, or give a local folder"
             ) from error
-        columns = found.column_names
+        columns = examples.column_names
         if columns is not None and self.text_field not in columns:
             names = ", ".join(columns)
             raise ValueError(f"{self.name} has no column {self.text_field!r} (it has: {names}); set data.text_field")
-        return found.select_columns([self.text_field]) if columns is not None else found
+        return examples.select_columns([self.text_field]) if columns is not None else examples
+
+    def leave_out(self, report: Report) -> None:
+        """Tells of the files of a local folder that are no part of the data set: the library takes one kind of them."""
+        folder = self._place()
+        if not os.path.isdir(folder):
+            return
+        builder = load_dataset_builder(folder, self.subset, revision=self.revision, cache_dir=cache_folder())
+        within = builder.config.data_files or {}
+        for path, why in strangers(folder, [file for files in within.values() for file in files]).items():
+            report.passed("files that are no part of the data set", f"{path}: {why}")
+
+    def _place(self) -> str:
+        path = os.path.expanduser(self.name)
+        return path if os.path.isdir(path) else self.name
+
+
+def _files(builder: DatasetBuilder) -> dict[str, list[str]] | None:
+    """The files of each split, where they are plain JSON or Parquet; None where the library has to read them itself."""
+    config: Any = builder.config
+    plain_json = isinstance(builder, Json) and config.field is None and config.encoding in (None, "utf-8")
+    plain_table = isinstance(builder, Parquet) and config.filters is None
+    if not (plain_json or plain_table) or not config.data_files:
+        return None
+    return {str(split): [str(file) for file in files] for split, files in config.data_files.items()}
+
+
+def _only(builder: DatasetBuilder, field: str) -> dict[str, Any]:
+    """What keeps the library from reading other columns of a table of another kind."""
+    return {"usecols": [field]} if isinstance(builder, Csv) else {}
+
+
+def cache_folder() -> str | None:
+    """Where the library may keep notes; None = in its own place, if that can be written."""
+    usual = os.path.expanduser(str(config.HF_DATASETS_CACHE))
+    return None if writable(usual) else spare_folder("datasets", f"{usual} cannot be written")

@@ -137,7 +137,7 @@ def _of_group(batches: Iterator[pa.RecordBatch], row: int, name: str, field: str
         words = column.dictionary if places is not None else column
         if places is not None and not _within(places, len(words)):
             raise ValueError("a row points outside of its dictionary")
-        sizes = pc.binary_length(words.cast(_bytes_of(words.type)))
+        sizes = pc.call_function("binary_length", [words.cast(_bytes_of(words.type))])
         for number in range(len(column)):
             at = number if places is None else places[number].as_py()
             yield Cell(row, _text(words, sizes, at, f"{name} row {row}", field, most))
@@ -145,7 +145,7 @@ def _of_group(batches: Iterator[pa.RecordBatch], row: int, name: str, field: str
 
 
 def _within(places: pa.Array, size: int) -> bool:
-    bounds = pc.min_max(places).as_py()
+    bounds = pc.call_function("min_max", [places]).as_py()
     return bounds["min"] is None or 0 <= bounds["min"] <= bounds["max"] < size
 
 

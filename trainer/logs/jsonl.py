@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from trainer.reading import Unreadable, json_value, lines
 
@@ -120,7 +120,7 @@ def read(path: Path | str) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _is_row(row: Any) -> bool:
+def _is_row(row: Any) -> TypeGuard[dict[str, Any]]:
     """Says of a value whether whoever reads rows can count on it: a whole step, and numbers where figures are."""
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return False

@@ -145,7 +145,7 @@ def test_reading_a_table_goes_on_at_any_row(first, tmp_path):
     texts = [f"text {i}" for i in range(5000)]
     parquet.write_table(columns(texts), tmp_path / "a.parquet", row_group_size=2000)
     with open(tmp_path / "a.parquet", "rb") as source:
-        assert [cell for cell in cells(source, "a", "text", MIB, first)] == list(enumerate(texts))[first:]
+        assert list(cells(source, "a", "text", MIB, first)) == list(enumerate(texts))[first:]
 
 
 def test_a_parquet_file_spoilt_anywhere_gives_rows_or_one_fault_with_file_and_place(tmp_path):
