@@ -6,6 +6,8 @@ A mask is evaluated three ways, which a test holds equal:
     outlook  NONE, SOME or ALL for two boxes of tokens: lets whole blocks be skipped, or computed without a mask
     band     the visible range of pos_q - pos_k between two unbroken runs: what causal and window kernels take
 
+A fourth property, `causal_from`, bounds what may be seen ahead of a query; a loss of the next token needs 0 of every layer.
+
 Padding is no mask's business: nothing sees it and it sees nothing (`dense` of the whole is cut by validity in `visible`).
 Masks are frozen dataclasses: hashable, without parameters, compared by value.
 
@@ -22,6 +24,7 @@ from models.span import PREFIX, Span
 
 NONE, SOME, ALL = 0, 1, 2  # outlooks: no key is visible to any query, it depends, every key to every query
 FAR = 1 << 62  # further than any two tokens are apart
+PROBE = 512  # tokens on which a mask that does not state `causal_from` is tried out
 
 
 class Box(NamedTuple):
@@ -54,6 +57,12 @@ def _certain(no: bool, yes: bool) -> int:
 class Mask:
     """Everything sees everything; the parent of all masks."""
 
+    def __init_subclass__(cls, **settings: object) -> None:
+        """A mask that shows other keys than its parent inherits no claim about them: it is tried out."""
+        super().__init_subclass__(**settings)
+        if "dense" in vars(cls) and "causal_from" not in vars(cls):
+            cls.causal_from = Mask.causal_from  # type: ignore[method-assign]
+
     def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
         """[B, H or 1, T, S] bool: may this query see this key? `heads` [H] int64 are global head numbers."""
         return torch.ones(q.shape[0], 1, q.shape[1], k.shape[1], dtype=torch.bool, device=q.pos.device)
@@ -65,6 +74,22 @@ class Mask:
     def band(self, q: Box, k: Box) -> Band | None:
         """Visible range of pos_q - pos_k between two runs, or None where that is no band."""
         return EVERY
+
+    def causal_from(self) -> int:
+        """A position such that no key at it or behind it is seen by an earlier query; 0 = causal, FAR = none is known.
+
+        Speaks of text that sees text of its own document. Tokens with other roles are left out: what a memory adds lies
+        before those that read it, and tokens of the role PREFIX are targets of no loss.
+
+        This default, for masks that state nothing themselves, looks at the dense mask of PROBE tokens.
+        """
+        line = Span.line(1, PROBE, "cpu")
+        seen = self.dense(line, line, torch.zeros(1, dtype=torch.long, device="cpu"))[0].any(0)
+        ahead = (seen & (line.pos[0][None, :] > line.pos[0][:, None])).any(0).nonzero()
+        if not len(ahead):
+            return 0
+        last = int(ahead[-1])
+        return FAR if last >= PROBE // 2 else last + 1
 
     def __and__(self, other: "Mask") -> "Mask":
         return Both(self, other)
@@ -95,6 +120,9 @@ class Both(Mask):
             return EMPTY if EMPTY in (a, b) else None
         return max(a[0], b[0]), min(a[1], b[1])
 
+    def causal_from(self) -> int:
+        return min(self.a.causal_from(), self.b.causal_from())
+
 
 @dataclass(frozen=True)
 class Either(Mask):
@@ -117,6 +145,9 @@ class Either(Mask):
             return b if a[0] > a[1] else a
         touch = max(a[0], b[0]) <= min(a[1], b[1]) + 1  # their union is one band
         return (min(a[0], b[0]), max(a[1], b[1])) if touch else None
+
+    def causal_from(self) -> int:
+        return max(self.a.causal_from(), self.b.causal_from())
 
 
 @dataclass(frozen=True)
@@ -149,6 +180,9 @@ class Causal(Mask):
     def band(self, q: Box, k: Box) -> Band | None:
         return 0, FAR
 
+    def causal_from(self) -> int:
+        return 0
+
 
 @dataclass(frozen=True)
 class SameDocument(Mask):
@@ -163,6 +197,9 @@ class SameDocument(Mask):
 
     def band(self, q: Box, k: Box) -> Band | None:
         return EVERY if q.doc_low == k.doc_low else EMPTY
+
+    def causal_from(self) -> int:
+        return FAR
 
 
 @dataclass(frozen=True)
@@ -184,6 +221,9 @@ class Reach(Mask):
     def band(self, q: Box, k: Box) -> Band | None:
         return -FAR, self.reach - 1
 
+    def causal_from(self) -> int:
+        return FAR
+
 
 @dataclass(frozen=True)
 class First(Mask):
@@ -204,6 +244,9 @@ class First(Mask):
     def band(self, q: Box, k: Box) -> Band | None:
         return {NONE: EMPTY, SOME: None, ALL: EVERY}[self.outlook(q, k)]
 
+    def causal_from(self) -> int:
+        return self.count if self.count > 1 else 0  # the very first token is ahead of none
+
 
 @dataclass(frozen=True)
 class Prefix(Mask):
@@ -217,6 +260,9 @@ class Prefix(Mask):
 
     def band(self, q: Box, k: Box) -> Band | None:
         return {NONE: EMPTY, SOME: None, ALL: EVERY}[self.outlook(q, k)]
+
+    def causal_from(self) -> int:
+        return 0  # text is no prefix
 
 
 @dataclass(frozen=True)
@@ -238,6 +284,9 @@ class Chunk(Mask):
 
     def band(self, q: Box, k: Box) -> Band | None:
         return {NONE: EMPTY, SOME: None, ALL: EVERY}[self.outlook(q, k)]
+
+    def causal_from(self) -> int:
+        return FAR if self.size > 1 else 0
 
 
 def visible(mask: Mask, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:

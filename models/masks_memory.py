@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.masks import ALL, EMPTY, EVERY, NONE, SOME, Band, Box, Chunk, Mask
+from models.masks import ALL, EMPTY, EVERY, FAR, NONE, SOME, Band, Box, Chunk, Mask
 from models.span import READ, Span
 
 STALE = 17  # the role of a token of the row at hand as later segments see it: its input carries no gradient
@@ -56,6 +56,9 @@ class Recalled(Mask):
     def band(self, q: Box, k: Box) -> Band | None:
         return {NONE: EMPTY, SOME: None, ALL: EVERY}[self.outlook(q, k)]
 
+    def causal_from(self) -> int:
+        return FAR if self.size > 1 else 0
+
 
 @dataclass(frozen=True)
 class Earlier(Mask):
@@ -81,3 +84,7 @@ class Earlier(Mask):
 
     def band(self, q: Box, k: Box) -> Band | None:
         return {NONE: EMPTY, SOME: None, ALL: EVERY}[self.outlook(q, k)]
+
+
+    def causal_from(self) -> int:
+        return 0

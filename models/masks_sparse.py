@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.masks import ALL, EMPTY, EVERY, NONE, SOME, Band, Box, Mask
-from models.span import GLOBAL, Span
+from models.masks import ALL, EMPTY, EVERY, FAR, NONE, SOME, Band, Box, Mask
+from models.span import GLOBAL, TEXT, Span
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class GlobalKey(Landmark):
     def band(self, q: Box, k: Box) -> Band | None:
         return (EMPTY, None, EVERY)[self.certainty(k)]
 
+    def causal_from(self) -> int:
+        if self.every:
+            return FAR
+        return self.first if self.first > 1 else 0
+
 
 @dataclass(frozen=True)
 class GlobalQuery(Landmark):
@@ -72,6 +77,9 @@ class GlobalQuery(Landmark):
 
     def band(self, q: Box, k: Box) -> Band | None:
         return (EMPTY, None, EVERY)[self.certainty(q)]
+
+    def causal_from(self) -> int:
+        return FAR if self.first or self.every else 0
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,9 @@ class RoleKey(Mask):
 
     def band(self, q: Box, k: Box) -> Band | None:
         return (EMPTY, None, EVERY)[self.outlook(q, k)]
+
+    def causal_from(self) -> int:
+        return FAR if self.role == TEXT else 0
 
 
 @dataclass(frozen=True)
@@ -130,6 +141,9 @@ class Near(Mask):
     def band(self, q: Box, k: Box) -> Band | None:
         return (1 - self.reach, self.reach - 1) if max(self.gaps) == 1 else None
 
+    def causal_from(self) -> int:
+        return FAR if self.reach > 1 else 0
+
 
 @dataclass(frozen=True)
 class NearBlocks(Mask):
@@ -156,6 +170,9 @@ class NearBlocks(Mask):
 
     def band(self, q: Box, k: Box) -> Band | None:
         return None
+
+    def causal_from(self) -> int:
+        return FAR if self.window or self.block > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -209,6 +226,9 @@ class RandomBlocks(Mask):
 
     def band(self, q: Box, k: Box) -> Band | None:
         return EMPTY if self.outlook(q, k) == NONE else None
+
+    def causal_from(self) -> int:
+        return FAR if self.both else 0  # blocks are drawn from those before
 
 
 def _linked(drawn: Tensor, other: Tensor) -> Tensor:

@@ -24,12 +24,16 @@ class Score:
         query_heads, payload_heads, param_heads: for each tensor of the tuple, the dim that counts heads, or None.
         biased: `bias` gives something, which a kernel must then hold for a whole block at once.
         plain: the logits are exactly `scale * q k` plus `bias`, so that a kernel that knows only those may compute them.
+        two_sided: some of the params serve only keys that come later than their query; useless under a causal mask.
+        one_sided: keys that come later are all treated as one at distance 0; their order is lost without a causal mask.
     """
 
     query_heads: tuple[int | None, ...] = (2,)
     payload_heads: tuple[int | None, ...] = (2, 2)
     param_heads: tuple[int | None, ...] = ()
     plain, biased = True, False
+    two_sided = False
+    one_sided = False
 
     def __init__(self, scale: float | None = None):
         self._scale = scale

@@ -17,8 +17,8 @@ from parallel.spread import METHODS, refusals, unreachable
 from trainer import build, directory, slurm, zero
 from trainer.config import Config, Fault, Launch, Memory
 from trainer.data.opening import check as look_at
-from trainer.data.sources import build as build_source
 from trainer.lengthening import unfit
+from trainer.objectives.contradictions import misused, unlearnable, vocabulary
 from trainer.unmet import homeless, meeting, too_short, unplaced, unsayable, whole_only
 
 RANKS_PER_CORE = 8
@@ -46,7 +46,8 @@ def check(
     """
     faults = list(known)
     carried = machinery(config) if started is None else outside(config, started, starter)
-    answers = (each(config) for each in (sizes, built, spreading, engine, directory.judge, unfit, nodes, data))
+    asked = (sizes, built, spreading, engine, directory.judge, unfit, nodes, data, misused)
+    answers = (each(config) for each in asked)
     for answer in (carried, *answers):
         faults += [each for each in answer if not any(key in each for key in mended)]
     if len(faults) == len(known):
@@ -231,6 +232,7 @@ def nodes(config: Config) -> Iterator[str]:
     for where, node, given in (
         ("optim", config.optim, {}),
         ("schedule", config.schedule, {}),
+        ("objective", config.objective, {}),
         ("memory", build.memory_node(config), sizes),
     ):
         if faults := build.judge(node, given, where):
@@ -261,12 +263,8 @@ def data(config: Config) -> Iterator[str]:
 
 def model(config: Config, given: Collection[str]) -> Iterator[str]:
     """Whether the model can be built, and takes what was asked for; it is built without memory."""
-    tokens, asked = build_source(build.plain(config.data)).tokenizer().vocabulary, config.model.vocabulary
-    if asked is not None and asked < tokens:
-        yield (
-            f"model.vocabulary={asked}, but the tokenizer data.tokenizer has {tokens} tokens; "
-            f"use model.vocabulary={tokens} or null"
-        )
+    tokens, small = vocabulary(config)
+    yield from small
     try:
         place = build.build(config.position, build.offered(config, tokens), "position")
         with torch.device("meta"):
@@ -275,6 +273,7 @@ def model(config: Config, given: Collection[str]) -> Iterator[str]:
         yield str(fault)
         return
     yield from whole_only(config, built_model)
+    yield from unlearnable(config, built_model)
     if config.engine.name == "deepspeed":
         yield from zero.handed_on(config, built_model)
     if config.parallel.context > 1:

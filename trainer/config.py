@@ -97,6 +97,14 @@ class Data(Node):
     """Documents and tokens; further keys belong to the source that `_target_` names."""
 
 
+class Objective(Node):
+    """What a model reads of a row and has to say at each of its tokens."""
+
+    target: str = Field(
+        default="trainer.objectives.next_token.NextToken", alias="_target_", min_length=3, description="the class to build"
+    )
+
+
 class Optim(Node):
     """What turns a gradient into a step."""
 
@@ -268,6 +276,7 @@ class Config(Part):
     position: Node
     memory: Memory = Field(default_factory=lambda: Memory.model_validate({}))
     data: Data
+    objective: Objective = Field(default_factory=lambda: Objective.model_validate({}))
     optim: Optim
     schedule: Schedule
     parallel: Parallel = Parallel()

@@ -34,6 +34,8 @@ from parallel.spread import DRIVERS, spread
 from trainer.build import build_model
 from trainer.config import Config
 from trainer.directory import plain
+from trainer.objectives.stream import objective_of
+from trainer.objectives.trial import trial, trial_symbols
 
 TOKENS, VOCABULARY, HEAD_WIDTH = 121, 29, 8
 BOUND = 1e-11  # of a tensor's largest magnitude, in float64
@@ -93,7 +95,8 @@ def rows(lengths: Sequence[Sequence[int]] = ALONE, first: int = 0) -> Span:
 
 def built(config: Config) -> nn.Module:
     """The small model with weights large enough for every term to count (a layer that starts at 0 would hide its faults)."""
-    model = build_model(config, VOCABULARY).double()
+    vocabulary = trial_symbols(objective_of(config), VOCABULARY, TOKENS).vocabulary
+    model = build_model(config, vocabulary).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = initial_tensor(model, name, 1).double()
@@ -143,19 +146,27 @@ class Examination:
 
     def _compared(self, span: Span, past: Past | None, dealt: Past | None) -> float:
         """How far the losses of a row differ; adds up gradients."""
+        tokens, span, targets = self._learned(span)
         cut = layouts(self.config.parallel.layout, span, self.mesh.context_size, heads=self.mesh.heads_size)
-        here, targets = cut_span(span, cut, self.mesh.context_rank), _targets(self.tokens, span)
+        here = cut_span(span, cut, self.mesh.context_rank)
         forget(self.one)
         forget(self.many)
-        want = self.one(self.tokens, past.enter(span) if past else span, targets)
+        want = self.one(tokens, past.enter(span) if past else span, targets)
         _summed(self.one, want).backward()
-        part, aims = here.cut.shard(self.tokens, 0), here.cut.shard(targets, IGNORE)
+        part, aims = here.cut.shard(tokens, 0), here.cut.shard(targets, IGNORE)
         got = self.many(part, dealt.enter(here) if dealt else here, aims)
         _summed(self.many, got).backward()
         for each in (past, dealt):
             if each is not None:
                 each.advance()
         return _relative(got.detach(), here.cut.shard(want.detach(), 0))
+
+    def _learned(self, span: Span) -> tuple[Tensor, Span, Tensor]:
+        """Tokens, addresses and targets [B, T] that the run's objective makes of the doctor's rows."""
+        objective = objective_of(self.config)
+        if not objective.rewrites:
+            return self.tokens, span, _targets(self.tokens, span)
+        return trial(objective, self.tokens, span, VOCABULARY, self.config.seed)
 
     def _gradients(self) -> Finding:
         worst, where = 0.0, "no parameter"

@@ -18,10 +18,10 @@ from parallel.engines.engine import STORED
 from parallel.engines.weights import materialise
 from trainer import directory
 from trainer.archive import Archive
-from trainer.build import build_model, plain
+from trainer.build import build_model
 from trainer.config import BAD_RUN, Config, Fault
-from trainer.data.sources import build as build_source
 from trainer.logs.redact import without_secrets
+from trainer.objectives.stream import vocabulary_of
 from trainer.reading import json_object
 from trainer.trust import demand_own
 from trainer.wholeness import LARGEST
@@ -119,5 +119,5 @@ def _blank(config: Config, vocabulary: int) -> dict[str, Tensor]:
 
 
 def _vocabulary(config: Config) -> int:
-    """The model's, or the tokenizer's where the config leaves it to that."""
-    return config.model.vocabulary or build_source(plain(config.data)).tokenizer().vocabulary
+    """The model's, or that of the data and the objective where the config leaves it to them."""
+    return config.model.vocabulary or vocabulary_of(config)

@@ -14,7 +14,7 @@ from models.span import Span
 from trainer import build
 from trainer.compose import compose
 from trainer.config import Config, Fault
-from trainer.data.sources import build as build_source
+from trainer.objectives.stream import vocabulary_of
 
 EIGHTS, PAIRS = 8, 2  # features a head: what kernels like, and what rotations need
 WIDE = 64  # from this head width on, eights are fine enough
@@ -37,7 +37,7 @@ def fit(config: Config, words: Sequence[str]) -> tuple[Config, str]:
     """
     if config.match == "none":
         return config, ""
-    tokens = build_source(build.plain(config.data)).tokenizer().vocabulary
+    tokens = vocabulary_of(config)
     cost = _cost(config.match, tokens)
     wish = reference(config, words)
     goal = cost(wish)

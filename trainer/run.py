@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from models.attention.prefix import PrefixAttention
+from models.causality import plain_sight
 from models.sizes import count_flops, count_parameters
 from models.span import Span
 from parallel.engines.engine import Engine
@@ -24,10 +24,9 @@ from trainer import directory as directories
 from trainer.agreement import agree, agree_on_weights
 from trainer.archive import Archive
 from trainer.assessment import Assessment
-from trainer.build import build, build_model, find_class, plain, sizes_taken
+from trainer.build import build, build_model, find_class, sizes_taken
 from trainer.checkpoint import Checkpoints
 from trainer.config import BAD_RUN, DONE, Config, Fault
-from trainer.data.opening import open_stream
 from trainer.data.stream import Stream
 from trainer.lanes import Lanes
 from trainer.logs.console import Console
@@ -35,6 +34,8 @@ from trainer.logs.jsonl import Row
 from trainer.logs.logs import Logs
 from trainer.logs.meters import Meter, Peak, peak
 from trainer.loop import Loop, Stop
+from trainer.objectives.contradictions import remarks
+from trainer.objectives.stream import open_rows
 from trainer.share import Share
 from trainer.state import Progress, restore
 from trainer.watch import At, limit, watching
@@ -94,7 +95,7 @@ class Run:
             context_length=config.context_length,
             micro_batch=config.parallel.micro_batch,
             policy=config.parallel.layout,
-            prefix=max((m.length for m in self.engine.model.modules() if isinstance(m, PrefixAttention)), default=0),
+            prefix=self.prefix,
         )
         console.say(f"share: {self.share.describe()}")
         self.lanes = self._lanes()
@@ -120,14 +121,7 @@ class Run:
     def _stream(self, split: str) -> Stream:
         config = self.config
         try:
-            return open_stream(
-                plain(config.data),
-                context_length=config.context_length,
-                rows=config.rows,
-                seed=config.seed,
-                split=split,
-                lanes=config.memory.carries,
-            )
+            return open_rows(config, split)
         except ValueError as error:
             raise Fault(str(error), BAD_RUN) from error
 
@@ -137,6 +131,9 @@ class Run:
         with torch.device("meta"):
             model = build_model(config, self.stream.vocabulary)
         self.parameters, self.flops = count_parameters(model), count_flops(model)
+        self.prefix = plain_sight(model)
+        for line in remarks(config, model):
+            self.console.say(line)
         for where, taken in sizes_taken(config, self.stream.vocabulary).items():
             if taken:
                 self.console.say(f"{where}: {', '.join(f'{key}={value}' for key, value in taken.items())}")

@@ -19,6 +19,7 @@ from trainer.build import TARGET
 from trainer.config import Config, Fault
 from trainer.data.sources import Source
 from trainer.directory import plain
+from trainer.objectives.objective import Objective
 from trainer.optim import AdamW
 
 PACKAGES = ("models", "parallel", "trainer")
@@ -32,6 +33,7 @@ KINDS: dict[str, tuple[type, ...]] = {  # by place in the config; a node within 
     "position": (Position,),
     "memory": (Memory,),
     "data": (Source,),
+    "objective": (Objective,),
     "optim": (AdamW,),
     "schedule": SCHEDULES,
 }

@@ -17,6 +17,8 @@ class Wrapped(Score):
         super().__init__()
         self.inner, self.plain, self.biased = inner, inner.plain, inner.biased
         self.query_heads, self.payload_heads, self.param_heads = inner.query_heads, inner.payload_heads, inner.param_heads
+        self.two_sided = inner.two_sided
+        self.one_sided = inner.one_sided
 
     def scale(self, q: Tensor) -> float:
         return self.inner.scale(q)

@@ -19,14 +19,14 @@ from models.attention.longformer import Longformer
 from models.attention.prefix import PrefixAttention
 from models.convolution.hyena import Hyena
 from models.init import Rule, Usual
-from models.masks import ALL, EMPTY, EVERY, NONE, SOME, Band, Both, Box, Mask, SameDocument
+from models.masks import ALL, EMPTY, EVERY, FAR, NONE, SOME, Band, Both, Box, Mask, SameDocument
 from models.masks_sparse import RoleKey
 from models.memory.memory import Memory, Through
 from models.mixing.relay import Relay, by_document
 from models.mixing.softmax import Softmax
 from models.past import Carrier
 from models.same_graph import tied
-from models.span import PADDING, READ, WRITE, Span
+from models.span import PADDING, READ, TEXT, WRITE, Span
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ class RoleQuery(Mask):
 
     def band(self, q: Box, k: Box) -> Band | None:
         return (EMPTY, None, EVERY)[self.outlook(q, k)]
+
+    def causal_from(self) -> int:
+        return FAR if self.role == TEXT else 0
 
 
 MEMORY = SameDocument() & (RoleKey(READ) | RoleQuery(WRITE))  # all see what is read; what is written sees all

@@ -71,6 +71,8 @@ class T5Score(Score):
     def __init__(self, starts: tuple[int, ...], both: bool, scale: float | None):
         super().__init__(scale)
         self.starts, self.both = starts, both
+        self.two_sided = both
+        self.one_sided = not both
 
     def bucket(self, at: Span, of: Span) -> Tensor:
         """[B, T, S] int64."""

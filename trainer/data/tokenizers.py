@@ -104,6 +104,10 @@ class HuggingFace:
         said = f"{backend.to_str()} {self.end_of_text}"
         self.fingerprint = "tokenizers/" + hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
 
+    def number(self, word: str) -> int | None:
+        """The number of a word that is one token, a special one too; None where there is no such token."""
+        return self.backend.token_to_id(word)
+
     def encode(self, text: str) -> np.ndarray:
         return self.encode_many([text])[0]
 

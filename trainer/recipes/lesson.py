@@ -14,20 +14,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from models.attention.prefix import PrefixAttention
 from models.auxiliary import begin
+from models.causality import plain_sight
 from models.sizes import count_parameters
 from parallel.mesh import Mesh
 from parallel.place import place
-from trainer.build import build, build_engine, build_model, plain
+from trainer.build import build, build_engine, build_model
 from trainer.config import Config
-from trainer.data.opening import open_stream
 from trainer.data.stream import Stream
 from trainer.evaluation import Evaluated, evaluate
 from trainer.lanes import Lanes
 from trainer.logs.jsonl import Row
 from trainer.logs.meters import Meter, Peak
 from trainer.loop import Loop, Stop
+from trainer.objectives.stream import open_rows
 from trainer.prepare import wish
 from trainer.share import Share
 from trainer.state import Progress
@@ -144,14 +144,7 @@ def examine(config: Config, weights: Mapping[str, Tensor]) -> Evaluated:
 
 
 def _stream(config: Config, split: str) -> Stream:
-    return open_stream(
-        plain(config.data),
-        context_length=config.context_length,
-        rows=config.rows,
-        seed=config.seed,
-        split=split,
-        lanes=config.memory.carries,
-    )
+    return open_rows(config, split)
 
 
 def _share(config: Config, model: nn.Module) -> Share:
@@ -161,7 +154,7 @@ def _share(config: Config, model: nn.Module) -> Share:
         context_length=config.context_length,
         micro_batch=config.parallel.micro_batch,
         policy=config.parallel.layout,
-        prefix=max((m.length for m in model.modules() if isinstance(m, PrefixAttention)), default=0),
+        prefix=plain_sight(model),
     )
 
 

@@ -1,0 +1,90 @@
+"""The rows of a run under its objective: a stream of text, with the objective applied to it."""
+
+import hashlib
+
+import torch
+
+from trainer.build import build, plain
+from trainer.config import Config
+from trainer.data.batch import Batch
+from trainer.data.opening import open_stream
+from trainer.data.sources import build as build_source
+from trainer.data.stream import Cursor, Stream
+from trainer.objectives.objective import Objective, Symbols
+
+
+class ObjectiveStream(Stream):
+    """Applies an objective to every batch of a stream of text.
+
+    Args:
+        text: rows of text, of `objective.reads(context_length)` tokens.
+        objective: makes inputs and targets of them.
+        context_length: tokens in a row as the model reads it.
+        seed: of the objective's choices. Held-out data takes the same whatever the seed of the run.
+    """
+
+    def __init__(self, text: Stream, objective: Objective, *, context_length: int, seed: int):
+        self.text = text
+        self.objective = objective
+        self.context_length = context_length
+        self.seed = seed
+        self.tokenizer = text.tokenizer
+        self.symbols: Symbols = objective.symbols(text.tokenizer, context_length)
+        self.vocabulary = self.symbols.vocabulary
+        self.batches = text.batches
+        settings = f"{type(objective).__name__} {sorted(vars(objective).items())}"
+        written = f"{text.fingerprint} {settings} {context_length} {seed} {self.symbols}"
+        self.fingerprint = hashlib.blake2b(written.encode(), digest_size=12).hexdigest()
+
+    def start(self) -> Cursor:
+        """The cursor of the text, with a fingerprint that includes the objective."""
+        return self.text.start() | {"fingerprint": self.fingerprint}
+
+    def read(self, cursor: Cursor) -> tuple[Batch, Cursor]:
+        """See Stream.read; a row's number counts among its choices, so each epoch draws anew."""
+        self.admit(cursor)
+        batch, following = self.text.read(cursor | {"fingerprint": self.text.fingerprint})
+        rows = cursor["rows"] + torch.arange(len(batch.tokens))
+        batch = self.objective.apply(batch, rows, self.seed, self.symbols, self.context_length)
+        return batch, following | {"fingerprint": self.fingerprint}
+
+    def describe(self, steps: int | None = None) -> str:
+        """See Stream.describe."""
+        made = self.objective.describe(self.symbols, self.context_length)
+        return f"{self.text.describe(steps)}; {made}"
+
+
+def objective_of(config: Config) -> Objective:
+    """The objective that a config names.
+
+    Raises:
+        Fault: an unknown class or setting.
+    """
+    return build(config.objective, {}, "objective")
+
+
+def vocabulary_of(config: Config) -> int:
+    """How many tokens the data and the objective of a config have between them."""
+    tokenizer = build_source(plain(config.data)).tokenizer()
+    return objective_of(config).symbols(tokenizer, config.context_length).vocabulary
+
+
+def open_rows(config: Config, split: str) -> Stream:
+    """The batches that the model of a config is trained on, or its held-out ones.
+
+    Raises:
+        ValueError: settings or data that cannot be read.
+    """
+    objective = objective_of(config)
+    text = open_stream(
+        plain(config.data),
+        context_length=objective.reads(config.context_length),
+        rows=config.rows,
+        seed=config.seed,
+        split=split,
+        lanes=config.memory.carries,
+    )
+    if not objective.rewrites:
+        return text
+    seed = config.seed if split == "train" else 0
+    return ObjectiveStream(text, objective, context_length=config.context_length, seed=seed)
