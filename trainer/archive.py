@@ -1,5 +1,6 @@
 """Reading checkpoints back, on any number of ranks and whatever wrote them: the newest whole one, or one by name."""
 
+import errno
 import re
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from trainer.config import BAD_RUN, Fault
+from trainer.inside import LINKED
 from trainer.manifest import LABELS, broken, ravel, read_manifest, unravel
 from trainer.shards import ShardReader
 from trainer.wholeness import DTYPES
@@ -90,6 +92,8 @@ class Archive:
 
     def _list(self) -> list[Path]:
         found = {}
+        if self.directory.is_symlink():
+            raise OSError(errno.ELOOP, LINKED, str(self.directory))
         if self.directory.is_dir():
             found = {int(match[1]): path for path in self.directory.iterdir() if (match := NAME.fullmatch(path.name))}
         return [found[step] for step in sorted(found, reverse=True)]

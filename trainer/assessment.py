@@ -19,6 +19,7 @@ from trainer.config import Config
 from trainer.data.stream import Stream
 from trainer.evaluation import evaluate
 from trainer.generate import generate
+from trainer.inside import replace_inside
 from trainer.lanes import Lanes
 from trainer.logs import summary
 from trainer.logs.console import Console
@@ -213,7 +214,7 @@ class Assessment:
         self.console.say("sample:\n" + "\n".join(f"  | {line}" for line in text.split("\n")))
         if self.mesh.rank == 0:
             path = self.directory / "sample.txt"
-            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+            replace_inside(path.parent, path.name, text.encode("utf-8", "backslashreplace"))
             self.logs.note(**{MARKS[SAMPLE]: progress.step})
         return True
 

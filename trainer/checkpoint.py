@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, asy
 
 from trainer.archive import Archive
 from trainer.config import BAD_RUN, Fault
+from trainer.inside import make_inside
 from trainer.manifest import sync, unravel
 from trainer.pace import Pace
 from trainer.shards import ShardWriter
@@ -81,11 +82,14 @@ class Checkpoints(Archive):
 
     def _tidy(self) -> None:
         """Remove what a killed run left half-written or half-deleted; put back what it had only moved away."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        make_inside(self.directory.parent, self.directory.name)
         for path in list(self.directory.iterdir()):
             match = HIDDEN.fullmatch(path.name)
             if match and match[2] == "old" and not (self.directory / match[1]).exists():
                 path.rename(self.directory / match[1])
+            elif match and path.is_symlink():
+                path.unlink()
             elif match:
                 shutil.rmtree(path)
 

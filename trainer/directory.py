@@ -1,6 +1,7 @@
 """The directory of a run: one writer at a time, and a record of what was asked for and where it ran."""
 
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import yaml
 from pydantic import ValidationError
 
 from trainer.config import BAD_RUN, Config, Fault
+from trainer.inside import LINKED, links_inside, open_inside, replace_inside
 from trainer.reading import yaml_file
 
 CONFIG, ENVIRONMENT, LOCK, RANKS_LOCK, SCRATCH = "config.yaml", "environment.json", ".lock", ".ranks.lock", ".launch"
@@ -36,7 +38,7 @@ def plain(config: Config) -> dict[str, Any]:
 
 def read(directory: Path) -> Config:
     """The config that a run directory records. Raises ValueError where it holds none, OSError where it cannot be read."""
-    value = yaml_file(directory / CONFIG)
+    value = yaml_file(directory / CONFIG, follow=False)
     try:
         return Config.model_validate(value)
     except ValidationError as error:
@@ -50,13 +52,32 @@ def holds_run(directory: Path) -> bool:
 
 
 def fresh(name: str, root: Path = Path("runs")) -> Path:
-    """A directory name that is not taken: runs/NAME-DATE-TIME, numbered where two runs start in one second."""
+    """A directory name that nobody has taken by now, to be shown; whoever wants to have it calls `take`."""
+    return next(path for path in _names(name, root) if not os.path.lexists(path))
+
+
+def _names(name: str, root: Path) -> Iterator[Path]:
+    """Names for a directory, the best first: runs/NAME-DATE-TIME, then numbered for runs that start in the same second."""
     first = root / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    number, path = 1, first
-    while path.exists():
-        number += 1
-        path = first.with_name(f"{first.name}-{number}")
-    return path
+    yield first
+    for number in itertools.count(2):
+        yield first.with_name(f"{first.name}-{number}")
+
+
+def take(name: str, root: Path = Path("runs")) -> Path:
+    """Make a directory that nobody has made before; of several that want one name, mkdir lets one have it."""
+    for path in _names(name, root):
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+        except FileExistsError:
+            if not root.is_dir():
+                raise Fault(f"run_dir={path} cannot be made: {root} is a file; give run_dir=PATH") from None
+        except OSError as error:
+            raise Fault(f"run_dir={path} cannot be made: {error.strerror}; choose another run_dir") from error
+        else:
+            return path
+    raise AssertionError("the names have no end")
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -78,6 +99,8 @@ def judge(config: Config) -> list[str]:
         directory = Path(config.run_dir)
         if directory.exists() and not directory.is_dir():
             return [f"run_dir={directory}: it is a file; name a directory"]
+        if faults := linked(directory):
+            return faults
         if holds_run(directory):
             if config.resume == "never":
                 return [f"resume=never, but run_dir={directory} holds a run; choose another run_dir, or resume=auto"]
@@ -85,6 +108,15 @@ def judge(config: Config) -> list[str]:
     if config.resume not in ("auto", "never"):
         faults += _judge_source(config)
     return faults
+
+
+def linked(directory: Path) -> list[str]:
+    """One message for the symbolic links in a run directory, if there are any: a run writes into its own directory alone."""
+    try:
+        links = links_inside(directory) if directory.is_dir() else []
+    except OSError as error:
+        return [f"run_dir={directory} cannot be read: {error.strerror}; choose another run_dir"]
+    return [f"run_dir={directory}: {links[0]}: {LINKED}, or choose another run_dir"] if links else []
 
 
 def _judge_source(config: Config) -> list[str]:
@@ -124,7 +156,7 @@ def lock(directory: Path) -> Iterator[None]:
     """
     with _opened(directory / LOCK) as launcher, _opened(directory / RANKS_LOCK) as ranks:
         if not _take(launcher, fcntl.LOCK_EX, 0.0):
-            owner = (directory / LOCK).read_text().strip() or "another process"
+            owner = os.pread(launcher, 200, 0).decode(errors="replace").strip() or "another process"
             raise Fault(f"run_dir={directory} is in use by {owner}; wait for it, or choose another run_dir")
         os.ftruncate(launcher, 0)
         os.pwrite(launcher, f"process {os.getpid()} on {platform.node()}".encode(), 0)
@@ -145,9 +177,10 @@ def presence(directory: Path) -> Iterator[None]:
 @contextmanager
 def _opened(path: Path) -> Iterator[int]:
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        file = open_inside(path.parent, path.name, os.O_RDWR | os.O_CREAT)
     except OSError as error:
-        raise Fault(f"run_dir={path.parent} cannot be written: {error.strerror}; choose another run_dir") from error
+        why = f"{path.name}: {error.strerror}"
+        raise Fault(f"run_dir={path.parent} cannot be written: {why}; choose another run_dir") from error
     try:
         yield file
     finally:
@@ -177,18 +210,12 @@ def make(directory: Path) -> None:
 def record(directory: Path, config: Config) -> None:
     """Write config.yaml (resolved) and environment.json; each is replaced whole. Fault when the disk will not have them."""
     try:
-        _replace(directory / CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
-        _replace(directory / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
+        replace_inside(directory, CONFIG, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+        replace_inside(directory, ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
     except OSError as error:
         raise Fault(
             f"run_dir={directory} cannot be written: {error.strerror}; make room, or choose another", BAD_RUN
         ) from error
-
-
-def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text)
-    beside.replace(path)
 
 
 def environment() -> dict[str, Any]:

@@ -7,6 +7,7 @@ No pickle: any safetensors reader opens the weights, and opening them runs nobod
 """
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ def export(source: Path, output: Path, trust: bool = False) -> int:
     run = source if directory.holds_run(source) else source.parent.parent
     if not directory.holds_run(run):
         raise Fault(f"{source} is no run directory and no checkpoint of one; name RUN_DIR or RUN_DIR/checkpoints/step_N")
-    if taken := [name for name in (WEIGHTS, CONFIG) if (output / name).exists()]:
+    if taken := [name for name in (WEIGHTS, CONFIG) if os.path.lexists(output / name)]:
         raise Fault(f"{output} holds {' and '.join(taken)} already; name another folder")
     config = _config(run)
     if not trust:

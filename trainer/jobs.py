@@ -10,6 +10,7 @@ from statistics import median
 from typing import NamedTuple
 
 from trainer.config import Fault
+from trainer.inside import replace_inside
 from trainer.logs.jsonl import EVALUATION, METRICS, read
 from trainer.logs.redact import word_without_secrets
 from trainer.reading import json_object
@@ -44,9 +45,7 @@ class Outcome:
 
     def write(self, directory: Path) -> None:
         """Replace what the directory told."""
-        beside = directory / f".{OUTCOME}.new"
-        beside.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        beside.replace(directory / OUTCOME)
+        replace_inside(directory, OUTCOME, json.dumps(asdict(self), indent=2) + "\n")
 
 
 def outcome(job: Job) -> Outcome | None:
@@ -59,7 +58,7 @@ def outcome(job: Job) -> Outcome | None:
     if not path.is_file():
         return None
     try:
-        told = Outcome(**json_object(path))
+        told = Outcome(**json_object(path, follow=False))
     except (ValueError, TypeError, OSError) as error:
         raise Fault(f"{path} cannot be read ({error}); remove it, and job {job.number} runs again") from error
     if essence(told.settings) != essence(job.settings):

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trainer.inside import LINKED
 from trainer.reading import MANIFEST_BYTES, contents, json_value
 from trainer.wholeness import DTYPES, check_manifest
 
@@ -79,8 +80,10 @@ def read_manifest(place: Path) -> dict[str, Any]:
     Raises:
         ValueError: the checkpoint is not whole; the message says in what.
     """
+    if place.is_symlink():
+        raise ValueError(LINKED)
     try:
-        manifest = json_value(contents(place / MANIFEST, MANIFEST_BYTES), f"its {MANIFEST}")
+        manifest = json_value(contents(place / MANIFEST, MANIFEST_BYTES, follow=False), f"its {MANIFEST}")
     except FileNotFoundError:
         raise ValueError(f"it has no {MANIFEST}, which is written last") from None
     if not isinstance(manifest, dict) or manifest.get("sha256") != digest(manifest):

@@ -46,8 +46,11 @@ def wish(
 
 def settle(config: Config) -> tuple[Config, Path]:
     """The config with its run directory filled in, and that directory, made."""
-    path = Path(config.run_dir) if config.run_dir else directory.fresh(config.name)
-    directory.make(path)
+    if config.run_dir:
+        path = Path(config.run_dir)
+        directory.make(path)
+    else:
+        path = directory.take(config.name)
     return config.model_copy(update={"run_dir": str(path)}), path.resolve()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from parallel.launch import machine
 from parallel.outcome import SAVED, handling
 from trainer.config import Fault
+from trainer.inside import open_inside
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Crowd:
         """From the main thread, for the kernel ties a task's life to the thread that started it."""
         environment, own = self.slots.take(task.ranks)
         self.began(number)
-        with open(task.output, "ab") as output:
+        with open(open_inside(task.output.parent, task.output.name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as output:
             process = subprocess.Popen(
                 task.command,
                 stdin=subprocess.DEVNULL,

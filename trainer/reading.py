@@ -5,6 +5,7 @@ the stack of whoever walks over it, or overflow where a number becomes a tensor.
 of the file and the place in it; that a file is not there stays the FileNotFoundError that it is.
 """
 
+import errno
 import json
 import math
 import os
@@ -33,15 +34,21 @@ class Unreadable(ValueError):
     """A file that is not what it should be, in the user's words."""
 
 
-def contents(path: Path | str, most: int = JSON_BYTES) -> bytes:
-    """The bytes of an ordinary file of at most `most` bytes.
+def contents(path: Path | str, most: int = JSON_BYTES, follow: bool = True) -> bytes:
+    """The bytes of an ordinary file of at most `most` bytes; `follow` says whether it may be a symbolic link.
 
     Raises:
         Unreadable: it is a pipe, a device or a folder, or larger.
         OSError: it is not there or may not be read.
     """
     # A pipe without a writer would be waited for without end.
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        handle = os.open(path, flags if follow else flags | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise Unreadable(f"{path} is a symbolic link, which is not followed; remove it") from error
+        raise
     with open(handle, "rb") as source:
         facts = os.fstat(source.fileno())
         if not stat.S_ISREG(facts.st_mode):
@@ -52,14 +59,14 @@ def contents(path: Path | str, most: int = JSON_BYTES) -> bytes:
     return raw
 
 
-def json_file(path: Path | str, most: int = JSON_BYTES) -> Any:
+def json_file(path: Path | str, most: int = JSON_BYTES, follow: bool = True) -> Any:
     """The value of a JSON file. Raises Unreadable or OSError."""
-    return json_value(contents(path, most), str(path))
+    return json_value(contents(path, most, follow), str(path))
 
 
-def json_object(path: Path | str, most: int = JSON_BYTES) -> dict[str, Any]:
+def json_object(path: Path | str, most: int = JSON_BYTES, follow: bool = True) -> dict[str, Any]:
     """The object of a JSON file. Raises Unreadable (it is another value, too) or OSError."""
-    value = json_file(path, most)
+    value = json_file(path, most, follow)
     if not isinstance(value, dict):
         raise Unreadable(f"{path} holds no JSON object but {type(value).__name__}")
     return value
@@ -82,9 +89,9 @@ def json_value(text: bytes | str, name: str) -> Any:
     return value
 
 
-def yaml_file(path: Path | str) -> Any:
+def yaml_file(path: Path | str, follow: bool = True) -> Any:
     """The value of a YAML file, as `yaml.safe_load` gives it. Raises Unreadable or OSError."""
-    return yaml_value(contents(path, YAML_BYTES), str(path))
+    return yaml_value(contents(path, YAML_BYTES, follow), str(path))
 
 
 def yaml_value(text: bytes | str, name: str) -> Any:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from trainer.config import Config, Fault, Launch
+from trainer.inside import replace_inside
 
 IN_JOB = "--in-job"  # hidden: number of the machine, HOST:PORT of the first, then a run's settings
 SCRIPT = "slurm.sh"
@@ -71,7 +72,7 @@ def submit(config: Config, path: Path, words: Sequence[str]) -> str:
     try:
         file.touch(0o600)  # launch.setup may hold secrets
         file.chmod(0o600)
-        file.write_text(script(config, path, words))
+        replace_inside(path, SCRIPT, script(config, path, words))
     except OSError as error:
         raise Fault(f"run_dir={path} cannot be written: {error.strerror}; choose another run_dir") from error
     done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True)

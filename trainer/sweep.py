@@ -25,6 +25,7 @@ from trainer.compose import CONF, MANY, sweep_words
 from trainer.config import BUG, Config, Fault
 from trainer.config import DONE as WELL
 from trainer.crowd import Batch, arguments, judge
+from trainer.inside import replace_inside
 from trainer.jobs import DONE, Job, essence, figures, outcome, own, table
 from trainer.launcher import Plan
 from trainer.processes import Slots
@@ -37,7 +38,7 @@ COMMAND = (sys.executable, "-u", "-m", "trainer")
 def _recorded(record: Path) -> list[str]:
     """The settings of the sweep that a directory holds. Raises Fault where the record is spoilt."""
     try:
-        return [str(word) for word in json_object(record)["settings"]]
+        return [str(word) for word in json_object(record, follow=False)["settings"]]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise Fault(f"{record} cannot be read ({error}); give another hydra.sweep.dir, or remove that file") from error
 
@@ -135,7 +136,7 @@ class Sweep:
             self.held.enter_context(directory.lock(plan.directory))
         except Fault as fault:
             raise Fault(str(fault).replace("run_dir", "hydra.sweep.dir")) from fault
-        (plan.directory / RECORD).write_text(json.dumps({"settings": essence(plan.settings)}, indent=2) + "\n")
+        replace_inside(plan.directory, RECORD, json.dumps({"settings": essence(plan.settings)}, indent=2) + "\n")
 
     def batch(self, jobs: Sequence[Job]) -> list[float | Exception]:
         """The held-out loss of each job, or why there is none; a grid does not care and goes on with NaN."""
@@ -183,7 +184,7 @@ class Sweep:
         """Print the table, and how to go on where something is left; returns the exit status."""
         assert self.plan is not None
         told = table(self.jobs)
-        (self.plan.directory / TABLE).write_text(told + "\n")
+        replace_inside(self.plan.directory, TABLE, told + "\n")
         print(told)
         ended = [outcome(job) for job in self.jobs]
         left = [job.number for job, each in zip(self.jobs, ended) if each is None or each.outcome != DONE]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
+from trainer.inside import open_inside, replace_inside
 from trainer.reading import Unreadable, json_value, lines
 
 BESIDE = ("auxiliary", "statistics", "skipped")  # parts of a row that are dictionaries, or not there
@@ -51,9 +52,15 @@ class Lines:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._open()
+        self.file.close()
         if self.path.exists() and not _ends_well(self.path):
             _rewrite(self.path, list(read(self.path)))
-        self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open for the life of a run)
+        self._open()
+
+    def _open(self) -> None:
+        handle = open_inside(self.path.parent, self.path.name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self.file = open(handle, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open for the life of a run)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row. NaN and infinities are written as null, for JSON has no such numbers."""
@@ -66,7 +73,7 @@ class Lines:
         if len(kept) < len(rows):
             self.file.close()
             _rewrite(self.path, kept)
-            self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            self._open()
         return len(rows) - len(kept)
 
     def close(self) -> None:
@@ -105,9 +112,10 @@ def read(path: Path | str) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: a line before the last is no JSON object with a step.
     """
-    if not Path(path).exists():
+    place = Path(path)
+    if not os.path.lexists(place):
         return
-    with open(path, "rb") as file:
+    with open(open_inside(place.parent, place.name, os.O_RDONLY), "rb") as file:
         for number, (line, length) in enumerate(lines(file), 1):
             try:
                 row = json_value(line, "it") if length == len(line) else None
@@ -139,12 +147,7 @@ def _ends_well(path: Path) -> bool:
 
 def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
     """Put a new file in the place of the old by one rename: a kill leaves the old or the new."""
-    beside = path.with_name(f".{path.name}.tmp")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    replace_inside(path.parent, path.name, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _finite(value: Any) -> Any:

@@ -69,7 +69,7 @@ class Logs:
         if not path.is_file():
             return {}
         try:
-            told = json_object(path)
+            told = json_object(path, follow=False)
         except ValueError as error:
             self.console.say(f"{error}: W&B is not told of the code")
             return {}

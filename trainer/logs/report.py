@@ -1,5 +1,6 @@
 """Pictures of a run: loss over steps and tokens, loss by position in the context, grades of a task, and attention maps."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +14,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
 from models.analysis.maps import Map
 from trainer.caption import caption
+from trainer.inside import replace_inside
 from trainer.logs.jsonl import EVALUATION, METRICS, read
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#4a5568"
@@ -179,6 +181,7 @@ def _grades(rows: list[dict[str, Any]], title: str) -> Figure:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    path.parent.parent.mkdir(parents=True, exist_ok=True)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.removeprefix("."))
+    return replace_inside(path.parent.parent, f"{path.parent.name}/{path.name}", drawn.getvalue())

@@ -8,9 +8,11 @@ and of a task the last grades, as held_out_NAME.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from trainer.inside import replace_inside
 from trainer.reading import json_object
 
 SUMMARY = "summary.json"
@@ -23,10 +25,10 @@ def read(directory: Path) -> dict[str, Any]:
         ValueError: the file is no JSON object.
     """
     path = directory / SUMMARY
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
-        return json_object(path)
+        return json_object(path, follow=False)
     except ValueError as error:
         raise ValueError(f"{error}; remove it") from error
 
@@ -37,6 +39,4 @@ def note(directory: Path, **facts: Any) -> None:
         known = read(directory)
     except ValueError:
         known = {}  # what a broken disk left; a run does not end for it
-    beside = directory / f".{SUMMARY}.new"
-    beside.write_text(json.dumps({**known, **facts}, indent=2) + "\n", encoding="utf-8")
-    beside.replace(directory / SUMMARY)
+    replace_inside(directory, SUMMARY, json.dumps({**known, **facts}, indent=2) + "\n")

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import wandb
 
+from trainer.inside import make_inside, read_inside, replace_inside
 from trainer.logs.jsonl import BESIDE, Row
 from trainer.logs.redact import without_secrets
 
@@ -29,8 +30,10 @@ IDENTITY = "run_id"
 
 def identity_of(directory: Path | str) -> str | None:
     """The id that a run directory's W&B run has, if it ever had one."""
-    path = Path(directory) / "wandb" / IDENTITY
-    return path.read_text(encoding="ascii").strip() or None if path.is_file() else None
+    try:
+        return read_inside(Path(directory), f"wandb/{IDENTITY}").decode("ascii").strip() or None
+    except FileNotFoundError:
+        return None
 
 
 class Wandb:
@@ -71,7 +74,8 @@ class Wandb:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
             self.identity = identity or identity_of(directory) or self.identity
-            (self.directory / "wandb").mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            make_inside(self.directory, "wandb")
             self._keep_identity()
             mode = self._mode(mode, min(PROBE_S, init_timeout_s))
             if mode == "offline":  # for W&B's own telemetry too, which would wait for the network when the process ends
@@ -119,7 +123,7 @@ class Wandb:
             self.run.define_metric(name, step_metric="tokens")
 
     def _keep_identity(self) -> None:
-        (self.directory / "wandb" / IDENTITY).write_text(self.identity + "\n", encoding="ascii")
+        replace_inside(self.directory, f"wandb/{IDENTITY}", self.identity + "\n")
 
     def _lost(self, error: Exception) -> None:
         self.run = None

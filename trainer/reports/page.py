@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
+from trainer.inside import make_inside, replace_inside
 from trainer.logs.console import count
 from trainer.markdown import markdown
 from trainer.reports.pictures import by_position, draw
@@ -46,11 +47,11 @@ def write(directory: Path) -> Path:
     """
     runs = collect(directory)
     rows, place = variants(runs), directory / PLACE
-    place.mkdir(exist_ok=True)
+    make_inside(directory, PLACE)
     pictures = draw(rows, place)
     title = directory.resolve().name
     head, cells = ["variant", *(name for name, _ in _columns(rows)), "state"], _variant_rows(rows)
-    (place / TABLE).write_text(markdown([head, *(each for _, each in cells)]) + "\n", encoding="utf-8")
+    replace_inside(directory, f"{PLACE}/{TABLE}", markdown([head, *(each for _, each in cells)]) + "\n")
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{_told(runs)}</p>",
@@ -66,9 +67,7 @@ def write(directory: Path) -> Path:
     parts += ["<h2>Runs and their commands</h2>", _table(["run", "loss", "held out", "state", "command"], _run_rows(runs))]
     top = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     page = f'<!doctype html>\n<html lang="en"><head>{top}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
-    beside = place / f".{PAGE}.new"
-    beside.write_text(page, encoding="utf-8")
-    return beside.replace(place / PAGE)
+    return replace_inside(directory, f"{PLACE}/{PAGE}", page)
 
 
 def _told(runs: Sequence[Told]) -> str:

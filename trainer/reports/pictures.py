@@ -1,5 +1,6 @@
 """The pictures of a report: learning curves, loss against cost, and held-out loss by position."""
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
 from trainer.caption import caption
+from trainer.inside import replace_inside
 from trainer.reports.runs import Told
 from trainer.reports.variants import Variant, frontier, quality
 
@@ -35,8 +37,9 @@ def draw(variants: Sequence[Variant], directory: Path) -> dict[str, Path]:
         path = directory / f"{name}.png"
         path.unlink(missing_ok=True)  # of an earlier report
         if figure is not None:
-            figure.savefig(path)
-            paths[name] = path
+            drawn = io.BytesIO()
+            figure.savefig(drawn, format="png")
+            paths[name] = replace_inside(directory.parent, f"{directory.name}/{path.name}", drawn.getvalue())
     return paths
 
 

@@ -110,13 +110,13 @@ def _began(directory: Path, run: Told) -> dict[str, Any]:
     """What was asked for: of a job as its sweep noted it, else of the command."""
     settings, label = (), run.name
     if (directory / OUTCOME).is_file():
-        settings = tuple(json_object(directory / OUTCOME)["settings"])
+        settings = tuple(json_object(directory / OUTCOME, follow=False)["settings"])
     if (directory / ENVIRONMENT).is_file() and not settings:
-        words = json_object(directory / ENVIRONMENT).get("command") or []
+        words = json_object(directory / ENVIRONMENT, follow=False).get("command") or []
         ours = ("run_dir=", *(OF_SWEEP if JOB_OF in words else ()))
         settings = tuple(word for word in words[1:] if "=" in word and not word.startswith(ours))
     if (directory / CONFIG).is_file():
-        label = yaml_file(directory / CONFIG)["name"]
+        label = yaml_file(directory / CONFIG, follow=False)["name"]
     plain = [word_without_secrets(word.lstrip("+")) for word in settings]
     asked = bool(settings) or (directory / ENVIRONMENT).is_file()
     command = shlex.join(["python", "-m", "trainer", *plain]) if asked else ""
@@ -165,7 +165,7 @@ def _ended(directory: Path, run: Told) -> dict[str, Any]:
     """How the sweep saw it end; a run of its own, or one that has not ended, by its last step."""
     reached = run.state.startswith("step ")
     if (directory / OUTCOME).is_file():
-        told = json_object(directory / OUTCOME)
+        told = json_object(directory / OUTCOME, follow=False)
         if told["outcome"] == FAILED:
             return {"state": f"failed with exit status {told['code']}: {redacted(told['message'])}"}
         if told["outcome"] == DONE:
@@ -173,7 +173,7 @@ def _ended(directory: Path, run: Told) -> dict[str, Any]:
         return {"state": f"{told['outcome']}, {run.state}" if reached else told["outcome"]}
     if not reached:
         return {"state": "no step yet" if (directory / CONFIG).is_file() else "not started"}
-    wanted = yaml_file(directory / CONFIG)["steps"] if (directory / CONFIG).is_file() else None
+    wanted = yaml_file(directory / CONFIG, follow=False)["steps"] if (directory / CONFIG).is_file() else None
     finished = run.state == f"step {wanted}"
     return {"state": DONE if finished else f"unfinished, {run.state} of {wanted or 'an unknown number'}", "finished": finished}
 
