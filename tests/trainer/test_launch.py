@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,6 +121,20 @@ def test_the_ranks_of_a_killed_launcher_are_gone_within_five_seconds(launcher) -
     while any(lives(rank) for rank in ranks) and time.monotonic() < end:
         time.sleep(0.05)
     assert [rank for rank in ranks if lives(rank)] == []
+
+
+def open_to_others(process: psutil.Process) -> list[str]:
+    """Sockets of a process and of all that it started which listen beyond the loopback interface, or carry data there."""
+    sockets = [entry for each in [process, *process.children(recursive=True)] for entry in each.net_connections("inet")]
+    assert sockets, "nothing was looked at"
+    return [str(entry) for entry in sockets if not entry.laddr.ip.startswith(("127.", "::1", "::ffff:127."))]
+
+
+def test_no_process_of_a_run_listens_beyond_its_machine(launcher, monkeypatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", next(name for name in psutil.net_if_addrs() if name != "lo"))
+    process = launcher("wait")
+    numbers(process)
+    assert open_to_others(psutil.Process(process.pid)) == []
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
