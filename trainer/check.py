@@ -18,6 +18,7 @@ from trainer import build, directory, slurm, zero
 from trainer.config import Config, Fault, Launch, Memory
 from trainer.data.opening import check as look_at
 from trainer.lengthening import unfit
+from trainer.logs.labels import judge as judge_labels
 from trainer.objectives.contradictions import misused, unlearnable, vocabulary
 from trainer.unmet import homeless, meeting, too_short, unplaced, unsayable, whole_only
 
@@ -46,7 +47,7 @@ def check(
     """
     faults = list(known)
     carried = machinery(config) if started is None else outside(config, started, starter)
-    asked = (sizes, built, spreading, engine, directory.judge, unfit, nodes, data, misused)
+    asked = (sizes, built, spreading, engine, directory.judge, unfit, judge_labels, nodes, data, misused)
     answers = (each(config) for each in asked)
     for answer in (carried, *answers):
         faults += [each for each in answer if not any(key in each for key in mended)]

@@ -218,15 +218,29 @@ class Wandb(Part):
     """Weights & Biases."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = Field(default="auto", description="auto = online with a key")
-    project: str = Field(default="longspan", min_length=1, description="project on the server")
+    project: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="project on the server; null = WANDB_PROJECT, else longspan"
+    )
+    entity: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="user or team that the project is of; null = WANDB_ENTITY, else the key's owner"
+    )
     group: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
-        default=None, description="runs shown together; null = in a sweep its folder's name"
+        default=None, description="runs shown together; null = WANDB_RUN_GROUP, else in a sweep its folder's name"
     )
     name: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
-        default=None, description="of the run on the server; null = in a sweep what varies, else name"
+        default=None, description="of the run on the server; null = WANDB_NAME, else in a sweep what varies, else name"
     )
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(
-        default=[], description="of the run on the server; none = in a sweep the settings that vary"
+        default=[], description="of the run on the server; none = WANDB_TAGS, else in a sweep the settings that vary"
+    )
+    notes: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="a longer text beside the name; null = WANDB_NOTES"
+    )
+    id: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="of the run on the server; null = the run directory's, WANDB_RUN_ID, or a new one"
+    )
+    alerts: bool | list[Literal["spike", "skipped", "hang", "end"]] = Field(
+        default=False, description="what W&B sends a message about: true = all, or some of spike, skipped, hang, end"
     )
     artifacts: bool = Field(default=False, description="send the newest checkpoint at the end")
     init_timeout_s: Positive = Field(default=10, description="wait for the server, then offline")

@@ -10,11 +10,13 @@ from trainer.config import DONE as WELL
 from trainer.config import Config, Fault
 from trainer.jobs import DONE, FAILED, OUTCOME, OUTPUT, STOPPED, Job, Outcome, figures, varied
 from trainer.launcher import Plan
+from trainer.logs.labels import variable
 from trainer.processes import Crowd, Ended, Slots, Task
 
 JOB_OF = "--job-of"  # hidden: the sweep's process number, then a run's settings
 TWICE = "{} is the folder of several jobs; hydra.sweep.subdir must tell them apart"
 BATCH = "launch=slurm hands over a run at a time, and -m waits for its jobs; submit a script with the whole sweep in it"
+ONE_ID = "wandb.id and WANDB_RUN_ID name one run of W&B, and -m starts several; leave them out"
 BLIND = "evaluation.every=0, but a search goes by held-out loss; use for example evaluation.every=50"
 
 
@@ -39,6 +41,9 @@ def judge(jobs: Sequence[Job], known: Sequence[Job], plan: Plan) -> dict[int, Co
             continue
         if configs[job.number].launch.name == "slurm":
             faults.setdefault(BATCH, []).append(job)
+        wandb = configs[job.number].wandb
+        if len(places) > 1 and wandb.mode != "disabled" and (wandb.id or variable("id")):
+            faults.setdefault(ONE_ID, []).append(job)
         if plan.searches and not configs[job.number].evaluation.every:
             faults.setdefault(BLIND, []).append(job)
     if faults:
@@ -66,11 +71,11 @@ def labels(config: Config, own: Sequence[str], group: str) -> list[str]:
         return []
     group, name, *tags = [re.sub(r"""[\\'"$]""", "", each) for each in (group, " ".join(own), *own)]
     found = []
-    if wish.group is None and group:
+    if (wish.group or variable("group")) is None and group:
         found.append(f"wandb.group='{group[:128]}'")
-    if wish.name is None:
+    if (wish.name or variable("name")) is None:
         found.append(f"wandb.name='{name[:128]}'")
-    if not wish.tags:
+    if not (wish.tags or variable("tags")):
         found.append(f"wandb.tags=[{','.join(repr(tag[:64]) for tag in tags)}]")
     return found
 

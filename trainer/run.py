@@ -65,9 +65,10 @@ def run(config: Config, ranks: Ranks, directory: Path) -> int:
     )
     console = Console(config.steps, speaks=mesh.rank == 0)
     notes = directory / directories.SCRATCH / f"watch_{attempt()[0]}"
-    with Stop(mesh, SAVED).listening() as stop, watching(notes, mesh, config.launch.timeout_s) as at:
+    logs = Logs(directory, config, console, writes=mesh.rank == 0)
+    with logs.alerting(), Stop(mesh, SAVED).listening() as stop, watching(notes, mesh, config.launch.timeout_s) as at:
         try:
-            return Run(config, mesh, directory, console, stop, at).whole()
+            return Run(config, mesh, directory, console, stop, at, logs).whole()
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             what = f"the disk under {directory} is full" if full else f"{error.filename or directory}: {error.strerror}"
@@ -80,11 +81,11 @@ def run(config: Config, ranks: Ranks, directory: Path) -> int:
 class Run:
     """The parts of a run, made in the order in which they need each other."""
 
-    def __init__(self, config: Config, mesh: Mesh, directory: Path, console: Console, stop: Stop, at: At):
+    def __init__(self, config: Config, mesh: Mesh, directory: Path, console: Console, stop: Stop, at: At, logs: Logs):
         self.config, self.mesh, self.directory, self.console = config, mesh, directory, console
         self.stop, self.at = stop, at
         self.first = mesh.rank == 0
-        self.logs = Logs(directory, config, console, writes=self.first)
+        self.logs = logs
         self.stream = self._stream("train")
         self.held_out = self._stream("held_out") if config.evaluation.every else None
         console.say(f"data: {self.stream.describe(config.steps)}")

@@ -13,7 +13,7 @@ import pytest
 from tests.trainer.test_launch import ROOT, open_to_others
 from trainer.logs.jsonl import METRICS, read
 
-SMALL = ["data=copy", "model.width=16", "model.layers=1", "model.heads=2", "context_length=32", "batch_tokens=128"]
+SMALL = ["data=copy", "model.width=16", "model.layers=1", "model.heads=2", "context_length=64", "batch_tokens=256"]
 SMALL += ["evaluation.every=0", "checkpoint.every=0", "wandb.mode=disabled", "log.every=1"]
 
 

@@ -2,22 +2,27 @@
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from models.analysis.maps import Map
 from trainer import directory as directories
-from trainer.config import Config
+from trainer.config import Config, Fault
 from trainer.jobs import figures
-from trainer.logs import summary
+from trainer.logs import scratch, summary
+from trainer.logs.alerts import Alerts
 from trainer.logs.console import Console
 from trainer.logs.jsonl import METRICS, Evaluations, Metrics, Row, read
+from trainer.logs.labels import labels
 from trainer.logs.redact import without_secrets, word_without_secrets
 from trainer.logs.report import attention, grades, plots
 from trainer.reading import json_object
+from trainer.watch import Hang
 
 NO_MAPS = "attention maps: none, no softmax of this model sees a whole row"
+ALERT_S = 10.0  # a run that failed waits so long for its alert to be sent
 LOGGER = "trainer.logs.wandb"  # imported on rank 0 alone, and only when it is wanted
 
 
@@ -31,6 +36,7 @@ class Logs:
     def __init__(self, directory: Path, config: Config, console: Console, *, writes: bool):
         self.directory, self.config, self.console, self.writes = directory, config, console, writes
         self.wandb: Any = None
+        self.alerts: Alerts | None = None
         self.drawn: list[Path] = []
 
     def open(self, step: int, identity: str | None, **facts: Any) -> str | None:
@@ -49,19 +55,46 @@ class Logs:
         wish = self.config.wandb
         if wish.mode == "disabled":
             return identity
-        self.wandb = importlib.import_module(LOGGER).Wandb(
+        try:
+            with scratch.inside(self.directory):  # W&B makes temporary folders when it is imported
+                self.wandb = self._begun(identity)
+        except OSError as error:
+            self.console.say(f"W&B: switched off for this run ({error}); metrics.jsonl has everything")
+            return identity
+        self.alerts = Alerts(wish.alerts, self.config.name, self.config.optim.spike, self.wandb.alert)
+        return self.wandb.identity
+
+    def _begun(self, identity: str | None) -> Any:
+        """The W&B run."""
+        wish = self.config.wandb
+        return importlib.import_module(LOGGER).Wandb(
             self.directory,
             mode=wish.mode,
-            project=wish.project,
-            name=wish.name or self.config.name,
-            group=wish.group,
-            tags=wish.tags,
+            labels=labels(self.config),
             config={**directories.plain(self.config), "code": self._code()},
             init_timeout_s=wish.init_timeout_s,
             identity=identity,
             say=self.console.say,
         )
-        return self.wandb.identity
+
+    @contextmanager
+    def alerting(self) -> Iterator[None]:
+        """Tell W&B when what happens inside ends the run otherwise than in order."""
+        try:
+            yield
+        except Exception as error:
+            self._alert_of(error)
+            raise
+
+    def _alert_of(self, error: Exception) -> None:
+        if self.wandb is None or self.alerts is None:
+            return
+        if isinstance(error, Hang):
+            self.alerts.hung(str(error))
+        text = str(error) if isinstance(error, Fault) else f"{type(error).__name__}: {error}"
+        self.alerts.ended("failed", text)
+        if self.alerts.wants("end") or (isinstance(error, Hang) and self.alerts.wants("hang")):
+            self.wandb.finish({}, exit_code=1, wait_s=ALERT_S)  # else what was said would go with this process
 
     def _code(self) -> dict[str, Any]:
         """Which code ran, on what, by which command; the difference to the commit itself stays on this machine."""
@@ -89,6 +122,8 @@ class Logs:
             self.metrics.add(row)
         if self.wandb is not None:
             self.wandb.step(row)
+        if self.alerts is not None:
+            self.alerts.step(row)
 
     def evaluation(self, step: int, name: str, value: float, **made_of: Any) -> None:
         """One value of an evaluation, and what it is made of."""
@@ -122,6 +157,9 @@ class Logs:
         images = [*plots(self.directory, title=self.config.name), *self.drawn]
         if self.wandb is None:
             return None
+        if self.alerts is not None:
+            head = "finished" if step >= self.config.steps else f"stopped at step {step} of {self.config.steps}"
+            self.alerts.ended(head, ", ".join(f"{name} {value:.6g}" for name, value in came_to.items()))
         where = self.wandb.place
         saved = sorted((self.directory / "checkpoints").glob("step_*")) if self.config.wandb.artifacts else []
         self.wandb.finish(

@@ -21,10 +21,13 @@ import wandb
 
 from trainer.inside import make_inside, read_inside, replace_inside
 from trainer.logs.jsonl import BESIDE, Row
+from trainer.logs.labels import Labels, variable
 from trainer.logs.redact import without_secrets
 
 PROBE_S, FINISH_S = 3.0, 30.0
 UPLOAD_S = 300.0  # instead of FINISH_S, where a checkpoint is sent as well
+ALERT_GAP_S = 60.0  # between two alerts of one title
+MAX_TITLE = 250
 IDENTITY = "run_id"
 
 
@@ -42,7 +45,7 @@ class Wandb:
     Args:
         directory: of the run; files go into its wandb/.
         mode: auto (online when a key is found, else offline), online or offline.
-        group, tags: under which the server shows the run; those of a sweep's jobs are its folder and what varies.
+        labels: under which the server shows the run, and where W&B writes.
         init_timeout_s: the longest wait for the server at the start; then the run is offline.
         config: of the run; uploaded without secrets.
         identity: the run's id from its checkpoint; None = the run directory's own, or a new one.
@@ -56,11 +59,8 @@ class Wandb:
         directory: Path | str,
         *,
         mode: str,
-        project: str,
-        name: str,
+        labels: Labels,
         config: dict[str, Any],
-        group: str | None = None,
-        tags: Sequence[str] = (),
         init_timeout_s: float = 10.0,
         identity: str | None = None,
         say: Callable[[str], None] = print,
@@ -69,19 +69,20 @@ class Wandb:
         self.run: Any = None
         self.tokens = 0
         self.tables: dict[str, Sequence[dict[str, Any]]] = {}
-        self.identity = identity or secrets.token_hex(4)
+        self.root = labels.folder or self.directory
+        self.identity = labels.identity or identity or variable("id") or secrets.token_hex(4)
         # W&B's reports about itself would hold the process up at its end, for many seconds, when the server does not answer.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
-            self.identity = identity or identity_of(directory) or self.identity
+            self.identity = labels.identity or identity or identity_of(directory) or self.identity
             self.directory.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(parents=True, exist_ok=True)  # W&B would take another folder in silence
             make_inside(self.directory, "wandb")
             self._keep_identity()
             mode = self._mode(mode, min(PROBE_S, init_timeout_s))
             if mode == "offline":  # for W&B's own telemetry too, which would wait for the network when the process ends
                 wandb.setup(wandb.Settings(silent=True, mode="offline"))
-            labels = {"project": project, "name": name, "group": group, "tags": list(tags) or None}
-            self._open(mode, init_timeout_s, **labels, config=without_secrets(config))
+            self._open(mode, init_timeout_s, **_shown_as(labels), config=without_secrets(config))
         except Exception as error:
             self._lost(error)
 
@@ -104,7 +105,7 @@ class Wandb:
     def _open(self, mode: str, wait_s: float, **run: Any) -> None:
         settings = {"silent": True, "console": "off", "init_timeout": wait_s, "disable_git": True, "save_code": False}
         settings |= {"finish_timeout": FINISH_S} if "finish_timeout" in wandb.Settings.model_fields else {}
-        wishes = {"dir": str(self.directory), "id": self.identity, "resume": "allow", **run}
+        wishes = {"dir": str(self.root), "id": self.identity, "resume": "allow", **run}
         try:
             self.run = wandb.init(mode=mode, settings=wandb.Settings(**settings), **wishes)  # type: ignore[arg-type]
         except Exception as error:
@@ -151,6 +152,15 @@ class Wandb:
         self.tables |= {f"report/{name}_by_position": by_position} if by_position else {}
         self._log(step, {f"evaluation/{name}": value})
 
+    def alert(self, title: str, text: str) -> None:
+        """Have the server send a message to the user; without a network it is sent with the rest."""
+        if self.run is None:
+            return
+        try:
+            self.run.alert(title=title[:MAX_TITLE], text=text, level="WARN", wait_duration=ALERT_GAP_S)
+        except Exception as error:
+            self._lost(error)
+
     @property
     def place(self) -> str | None:
         """Where to look: the run's address, or the directory that `wandb sync` takes; None when switched off."""
@@ -166,17 +176,18 @@ class Wandb:
         tables: Mapping[str, Sequence[dict[str, Any]]] = {},
         checkpoint: Path | None = None,
         exit_code: int = 0,
+        wait_s: float | None = None,
     ) -> None:
         """Send the summary, the pictures, tables by name (their rows, in order) and a checkpoint, and close the run.
 
-        Waits for the network at most half a minute, with a checkpoint five minutes. W&B keeps a copy of the checkpoint, so
-        that a run that goes on may remove it.
+        Waits for the network at most wait_s, by itself half a minute, with a checkpoint five minutes. W&B keeps a copy of
+        the checkpoint, so that a run that goes on may remove it.
         """
         if self.run is None:
             return
         run, trouble = self.run, []
         rows_of = {**self.tables, **{f"report/{name}": rows for name, rows in tables.items()}}
-        wait_s = FINISH_S if checkpoint is None else UPLOAD_S
+        wait_s = wait_s or (FINISH_S if checkpoint is None else UPLOAD_S)
 
         def close() -> None:
             try:
@@ -199,7 +210,19 @@ class Wandb:
         if trouble:
             self._lost(trouble[0])
         elif thread.is_alive() or time.monotonic() - began > wait_s:  # W&B gives up by then, and does not say so
-            self.say(f"W&B: the server is slow or gone; `wandb sync` sends what it lacks from {self.directory / 'wandb'}")
+            self.say(f"W&B: the server is slow or gone; `wandb sync` sends what it lacks from {self.root / 'wandb'}")
+
+
+def _shown_as(labels: Labels) -> dict[str, Any]:
+    """The labels as wandb.init takes them."""
+    return {
+        "project": labels.project,
+        "entity": labels.entity,
+        "name": labels.name,
+        "group": labels.group,
+        "tags": list(labels.tags) or None,
+        "notes": labels.notes,
+    }
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> wandb.Table:

@@ -1,6 +1,7 @@
 """W&B gets every metric, keeps its id, shows no secret, and never stops or holds up a run."""
 
 import json
+import os
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ from trainer.compose import compose
 from trainer.logs import wandb as ours
 from trainer.logs.console import Console
 from trainer.logs.jsonl import Row
+from trainer.logs.labels import Labels
 from trainer.logs.logs import Logs
 from trainer.logs.report import plots
 
@@ -31,15 +33,15 @@ def row(step: int) -> Row:
 @pytest.fixture(autouse=True)
 def nobody(monkeypatch, tmp_path):
     """A user without W&B settings, and a service process that ends with the test."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_DIR", "WANDB_IDENTITY_TOKEN_FILE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     yield
     wandb.teardown()
 
 
 def begin(directory: Path, said: list, **settings) -> ours.Wandb:
-    settings = {"mode": "auto", "project": "longspan", "name": "r", "config": {}} | settings
+    settings = {"mode": "auto", "labels": Labels("longspan", "r"), "config": {}} | settings
     return ours.Wandb(directory, say=said.append, **settings)
 
 
@@ -52,13 +54,16 @@ def offline(directory: Path) -> list[Path]:
 def test_an_offline_file_holds_every_metric_and_no_secret(tmp_path):
     said, config = [], {"data": {"tokenizer": "bytes", "hf_token": "s3cret", "path": "https://me:s3cret@host/x"}}
     labels = {"group": "a sweep", "tags": ["model=full", "seed=1"], "name": "model=full seed=1"}
-    run = begin(tmp_path, said, config=config | {"batch_tokens": 64}, **labels)
+    labels |= {"project": "longspan", "entity": "team", "notes": "why"}
+    shown = Labels(**labels | {"tags": tuple(labels["tags"])})
+    run = begin(tmp_path, said, config=config | {"batch_tokens": 64}, labels=shown)
     for step in (1, 2, 3):
         run.step(row(step))
     run.step(row(4)._replace(auxiliary={"balance": 0.1}, statistics={"load": 1.5, "blocks.1.feedforward/load": 1.5}))
     bars = [{"begin": 0, "end": 1, "loss": 4.0, "tokens": 3}, {"begin": 1, "end": 2, "loss": None, "tokens": 0}]
     run.evaluation(4, "held_out", 2.75, by_position=bars[:1])
     run.evaluation(4, "held_out", 2.5, by_position=bars)
+    run.alert("mine: step skipped", "step 4 was skipped")
     place = run.place
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0, "tokens": 64}\n')
     (tmp_path / "step_4").mkdir()
@@ -67,6 +72,7 @@ def test_an_offline_file_holds_every_metric_and_no_secret(tmp_path):
     [path] = offline(tmp_path)
     found = wandb_file.read(path)
     assert found.labels == labels
+    assert found.alerts == {"mine: step skipped": "step 4 was skipped"}
     assert found.artifacts[f"checkpoint-{run.identity}"] == ["weights"]
     assert said == [] and place == str(path.parent)
     history = {step: {} for step in (1, 2, 3, 4)}
@@ -117,6 +123,21 @@ def test_an_offline_run_holds_loss_by_position_attention_and_grades_as_tables_pi
         "report/held_out_loss_by_position.path": {"columns": ["begin", "end", "loss", "tokens"], "data": [[0, 1, 4.0, 3]]},
         "report/held_out_grades.path": {"columns": ["step", "accuracy"], "data": [[1, 0.125], [2, 0.75]]},
     }
+
+
+def test_an_id_that_was_asked_for_counts_before_the_directorys_and_the_variables_after_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "of-the-variable")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+    first = begin(tmp_path / "run", [], labels=Labels("longspan", "r", folder=tmp_path / "elsewhere"))
+    first.finish({})
+    assert first.identity == ours.identity_of(tmp_path / "run") == "of-the-variable"
+    monkeypatch.setenv("WANDB_RUN_ID", "of-another-run")
+    again = begin(tmp_path / "run", [], labels=Labels("longspan", "r", folder=tmp_path / "elsewhere"))
+    again.finish({})
+    asked = begin(tmp_path / "run", [], labels=Labels("longspan", "r", identity="mine"), identity="of-a-checkpoint")
+    asked.finish({})
+    assert (again.identity, asked.identity) == ("of-the-variable", "mine")
+    assert len(offline(tmp_path / "elsewhere")) >= 1 and len(offline(tmp_path / "run")) == 1
 
 
 def test_a_resumed_run_keeps_its_id(tmp_path):

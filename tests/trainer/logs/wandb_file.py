@@ -21,6 +21,7 @@ class Run(NamedTuple):
     axes: dict[str, str]
     labels: dict[str, Any]
     artifacts: dict[str, list[str]]
+    alerts: dict[str, str]
 
 
 def _records(raw: bytes) -> Iterator[bytes]:
@@ -49,7 +50,7 @@ def _values(items: Any) -> dict[str, Any]:
 
 def read(path: Path) -> Run:
     """Everything that was written to one .wandb file."""
-    run = Run("", {}, [], {}, {}, {}, {})
+    run = Run("", {}, [], {}, {}, {}, {}, {})
     for raw in _records(path.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(raw)
@@ -58,6 +59,7 @@ def read(path: Path) -> Run:
             run = run._replace(identity=record.run.run_id)
             told = record.run
             run.labels.update(group=told.run_group, tags=list(told.tags), name=told.display_name)
+            run.labels.update(entity=told.entity, project=told.project, notes=told.notes)
             run.config.update(_values(record.run.config.update))
         elif kind == "config":
             run.config.update(_values(record.config.update))
@@ -67,6 +69,8 @@ def read(path: Path) -> Run:
             run.summary.update(_values(record.summary.update))
         elif kind == "artifact":
             run.artifacts[record.artifact.name] = [entry.path for entry in record.artifact.manifest.contents]
+        elif kind == "alert":
+            run.alerts[record.alert.title] = record.alert.text
         elif kind == "metric":
             run.axes[record.metric.glob_name or record.metric.name] = record.metric.step_metric
     return run

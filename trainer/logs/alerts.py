@@ -1,0 +1,63 @@
+"""Alerts: what W&B sends a mail or a message about, chosen by `wandb.alerts`."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from statistics import median
+
+from trainer.logs.jsonl import Row
+from trainer.logs.redact import redacted
+
+KINDS = ("spike", "skipped", "hang", "end")
+WINDOW = 128  # gradient norms of logged steps that the median is taken of
+LEAST = 16  # fewer tell nothing of what is usual
+USUAL = 5.0  # times the median that make a spike, where optim.spike gives no number of its own
+
+Send = Callable[[str, str], None]  # (title, text)
+
+
+class Alerts:
+    """Decides what is worth an alert.
+
+    Args:
+        wanted: kinds; True = all.
+        name: of the run.
+        spike: optim.spike; 0 = none, then USUAL counts.
+        send: takes a title and a text.
+    """
+
+    def __init__(self, wanted: bool | Sequence[str], name: str, spike: float, send: Send):
+        self.wanted = frozenset(KINDS if wanted is True else wanted or ())
+        self.name = name
+        self.limit = spike or USUAL
+        self.send = send
+        self.norms: deque[float] = deque(maxlen=WINDOW)
+
+    def step(self, row: Row) -> None:
+        """Look at a logged step: was it skipped, or does its gradient leap?"""
+        norm = row.grad_norm
+        finite = norm is not None and math.isfinite(norm)
+        usual = median(self.norms) if len(self.norms) >= LEAST else math.inf
+        leaps = finite and norm > self.limit * usual
+        if finite:
+            self.norms.append(norm)
+        if leaps:
+            self._tell("spike", "gradient spike", f"step {row.step}: gradient norm {norm:.4g}, usual {usual:.4g}")
+        if row.skipped is not None and not (leaps and "spike" in self.wanted):
+            self._tell("skipped", "step skipped", f"step {row.step} was skipped: {row.skipped['why']}")
+
+    def ended(self, head: str, text: str) -> None:
+        """The run came to its end, in order or not."""
+        self._tell("end", head, text)
+
+    def hung(self, text: str) -> None:
+        """Ranks waited too long for one another."""
+        self._tell("hang", "ranks hang", text)
+
+    def wants(self, kind: str) -> bool:
+        """Whether alerts of a kind are sent."""
+        return kind in self.wanted
+
+    def _tell(self, kind: str, head: str, text: str) -> None:
+        if kind in self.wanted:
+            self.send(f"{self.name}: {head}", redacted(text))
