@@ -60,4 +60,4 @@ class Alerts:
 
     def _tell(self, kind: str, head: str, text: str) -> None:
         if kind in self.wanted:
-            self.send(f"{self.name}: {head}", redacted(text))
+            self.send(f"{head}: {self.name}", redacted(text))

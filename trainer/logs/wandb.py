@@ -27,7 +27,7 @@ from trainer.logs.redact import without_secrets
 PROBE_S, FINISH_S = 3.0, 30.0
 UPLOAD_S = 300.0  # instead of FINISH_S, where a checkpoint is sent as well
 ALERT_GAP_S = 60.0  # between two alerts of one title
-MAX_TITLE = 250
+MAX_TITLE = 63
 IDENTITY = "run_id"
 
 

@@ -103,7 +103,7 @@ def test_alerts_tell_of_spikes_skips_hangs_and_the_end_and_of_nothing_else():
     alerts.hung("rank 1 did not come; token=S3cr3t")
     alerts.ended("finished", "loss 1")
     assert [title for title, _ in sent] == [
-        "mine: gradient spike", "mine: step skipped", "mine: ranks hang", "mine: finished"
+        "gradient spike: mine", "step skipped: mine", "ranks hang: mine", "finished: mine"
     ]  # fmt: skip
     assert "S3cr3t" not in str(sent) and "step 31: gradient norm 100" in sent[0][1]
     quiet = Alerts(["end"], "mine", 0.0, lambda *alert: sent.append(alert))
