@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trainer.inside import make_inside
+
 FOLDER = Path("wandb") / "tmp"
 
 
@@ -16,11 +18,12 @@ def inside(directory: Path) -> Iterator[None]:
     What W&B makes when it is imported it takes away when the process ends, but not when the process is killed. Only the one
     writer of the directory comes here, so whatever lies there is of a run that has ended.
     """
-    folder = directory / FOLDER
+    directory.mkdir(parents=True, exist_ok=True)
+    folder = make_inside(directory, str(FOLDER.parent)) / FOLDER.name  # refused behind a link: it would clear elsewhere
     if folder.is_symlink():
         folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_inside(directory, str(FOLDER))
     before = tempfile.tempdir
     tempfile.tempdir = str(folder)
     try:

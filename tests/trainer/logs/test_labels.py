@@ -128,4 +128,8 @@ def test_temporary_folders_lie_in_the_run_directory_and_the_next_start_clears_th
     left.parent.symlink_to(elsewhere)
     with scratch.inside(tmp_path):
         assert not left.parent.is_symlink()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "wandb").symlink_to(tmp_path / "wandb")
+    with pytest.raises(OSError), scratch.inside(tmp_path / "other"):
+        pytest.fail("went behind a link")
     assert (elsewhere / "file").exists()
