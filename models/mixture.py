@@ -15,6 +15,7 @@ from models.feedforward import SwiGLU
 from models.init import Rule, Usual
 from models.mixing.dispatch import Dispatch
 from models.mixing.tally import Tally
+from models.ranges import Few, Many, Some
 from models.router import Router, balance_loss, figures, marked, ranked, told, z_loss
 from models.span import PADDING, READ, WRITE, Span
 
@@ -132,9 +133,9 @@ class TopKMixture(Mixture):
         layers: int = 1,
         seed: int = 0,
         *,
-        experts: int = 8,
-        top: int = 2,
-        shared: int = 0,
+        experts: Many = 8,
+        top: Few = 2,
+        shared: Some = 0,
         hidden: int | None = None,
         score: str = "softmax",
         scaling: float = 1.0,

@@ -8,6 +8,7 @@ from torch import Tensor
 from models.experts import Experts
 from models.mixing.tally import OVER
 from models.mixture import Mixture, judge
+from models.ranges import Many, Shares
 from models.router import Router, marked, ranked
 from models.span import Span
 
@@ -41,10 +42,10 @@ class Switch(Mixture):
         layers: int = 1,
         seed: int = 0,
         *,
-        experts: int = 8,
+        experts: Many = 8,
         hidden: int | None = None,
-        capacity_factor: float | None = 1.25,
-        eval_capacity_factor: float | None = 2.0,
+        capacity_factor: Shares | None = 1.25,
+        eval_capacity_factor: Shares | None = 2.0,
         capacity_over: str = "document",
         jitter: float = 0.01,
         router_scale: float = 0.1,

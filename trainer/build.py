@@ -4,10 +4,9 @@ A size on offer (width, heads, position, ...) is given to every constructor whos
 sets it itself. So a mixer asks for what it needs by naming it, and a new mixer needs no edit here.
 """
 
-import difflib
-import importlib
-import inspect
+import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,79 +15,8 @@ from models.memory.memory import Memory
 from models.mixing.relay import misfits
 from models.past import name_carriers
 from trainer.config import Config, Fault, Model, Node
-
-TARGET = "_target_"
-
-
-def find_class(target: str, where: str) -> type:
-    """The class that a dotted name stands for; Fault when there is none."""
-    home, _, name = target.rpartition(".")
-    try:
-        module = importlib.import_module(home)
-    except (ImportError, ValueError) as error:
-        raise Fault(f"{where}.{TARGET}={target}: {error}; name a class as package.module.Class") from error
-    found = getattr(module, name, None)
-    if not isinstance(found, type):
-        known = [key for key, value in vars(module).items() if isinstance(value, type) and value.__module__ == home]
-        raise Fault(f"{where}.{TARGET}={target}: {home} has no class {name}{nearest(name, known)}")
-    return found
-
-
-def nearest(word: str, known: Any) -> str:
-    """'; did you mean X?' or '; known: A, B' for a message about an unknown word."""
-    known = sorted({str(each) for each in known})
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]}?"
-    return f"; known: {', '.join(known)}" if known else ""
-
-
-def parameters(kind: type) -> dict[str, inspect.Parameter]:
-    """The named parameters of a constructor; what it swallows by ** does not count as known."""
-    swallowed = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return {key: each for key, each in inspect.signature(kind).parameters.items() if each.kind not in swallowed}
-
-
-def is_node(value: Any) -> bool:
-    return isinstance(value, Mapping) and TARGET in value
-
-
-def plain(node: Node | Mapping[str, Any]) -> dict[str, Any]:
-    """A node as {"_target_": ..., settings}."""
-    return {TARGET: node.target, **node.settings()} if isinstance(node, Node) else dict(node)
-
-
-def judge(node: Node | Mapping[str, Any], offers: Mapping[str, Any], where: str) -> list[str]:
-    """What keeps a node from being built: unknown class, unknown settings, settings that are missing."""
-    asked = plain(node)
-    try:
-        kind = find_class(asked.pop(TARGET), where)
-    except Fault as fault:
-        return [str(fault)]
-    known = parameters(kind)
-    sizes = Model.model_fields.keys() - {"target"} if where == "model" else set()
-    free = [f"{where}.{key}" for key in (set(known) - set(offers)) | sizes] or [f"{where}.{key}" for key in known]
-    faults = [
-        f"{where}.{key}={value}: {kind.__name__} has no such setting{nearest(f'{where}.{key}', free)}"
-        for key, value in asked.items()
-        if key not in known
-    ]
-    for key, each in known.items():
-        if each.default is inspect.Parameter.empty and key not in asked and key not in offers:
-            faults.append(f"{where}.{key}: {kind.__name__} needs it and it is not set; write {where}.{key}=VALUE")
-    for key, value in asked.items():
-        for place, inner in _inner(value, f"{where}.{key}"):
-            faults += judge(inner, offers, place)
-    return faults
-
-
-def _inner(value: Any, where: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """The nodes that a setting holds, itself or in a list."""
-    if is_node(value):
-        return [(where, value)]
-    if isinstance(value, list | tuple):
-        return [found for i, each in enumerate(value) for found in _inner(each, f"{where}.{i}")]
-    return []
+from trainer.judging import find_class, judge, nearest, parameters, plain
+from trainer.values import TARGET, is_node
 
 
 def taken(node: Node | Mapping[str, Any], offers: Mapping[str, Any], where: str = "node") -> dict[str, Any]:
@@ -116,8 +44,18 @@ def build(node: Node | Mapping[str, Any], offers: Mapping[str, Any], where: str 
     settings = {key: _value(value, offers, f"{where}.{key}") for key, value in asked.items()}
     try:
         return kind(**taken(node, offers, where), **settings)
-    except (ValueError, TypeError) as error:
-        raise Fault(f"{where}: {error}") from error
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as error:
+        raise Fault(f"{where}: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    """What a constructor complains of; of an error that is no judgement of its settings also the kind and the place."""
+    if isinstance(error, ValueError):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}{place}; change what its constructor was given"
 
 
 def _value(value: Any, offers: Mapping[str, Any], where: str) -> Any:

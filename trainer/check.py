@@ -4,27 +4,26 @@ Cheap questions come first, but all are asked. What is not built yet is refused 
 """
 
 import importlib.util
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 
-import torch
-
-from parallel.engines.engine import SELECTIVE
-from parallel.engines.experts import unshared
+from parallel.engines.engine import SELECTIVE, Engine
 from parallel.launch import attempt, machine
 from parallel.layout import POLICIES
 from parallel.mesh import misfits
-from parallel.spread import METHODS, refusals, unreachable
-from trainer import build, directory, slurm, zero
+from parallel.spread import METHODS
+from trainer import build, directory, room, slurm, zero
 from trainer.config import Config, Fault, Launch, Memory
 from trainer.data.opening import check as look_at
 from trainer.lengthening import unfit
 from trainer.logs.labels import judge as judge_labels
-from trainer.objectives.contradictions import misused, unlearnable, vocabulary
-from trainer.unmet import homeless, meeting, too_short, unplaced, unsayable, whole_only
+from trainer.objectives.contradictions import misused
+from trainer.parts import model, nodes, too_long
+from trainer.unmet import homeless, meeting, unsayable
 
 RANKS_PER_CORE = 8
 NO_MEMORY = Memory.model_fields["target"].default
 MATCHES = ("none", "parameters", "flops")
+ENGINES = {name: f"parallel.engines.{name}.{name.capitalize()}" for name in ("single", "fsdp", "deepspeed")}
 LAUNCHES = ("local", "multinode", "slurm")
 
 
@@ -47,7 +46,7 @@ def check(
     """
     faults = list(known)
     carried = machinery(config) if started is None else outside(config, started, starter)
-    asked = (sizes, built, spreading, engine, directory.judge, unfit, judge_labels, nodes, data, misused)
+    asked = (sizes, room.tokens, built, spreading, engine, directory.judge, unfit, judge_labels, nodes, data, misused)
     answers = (each(config) for each in asked)
     for answer in (carried, *answers):
         faults += [each for each in answer if not any(key in each for key in mended)]
@@ -84,7 +83,7 @@ def sizes(config: Config) -> Iterator[str]:
             f"use model.kv_heads={min(fit, key=lambda n: abs(n - (model.kv_heads or 1)))}"
         )
     if model.max_length and config.context_length > model.max_length:
-        yield _too_long(config, model.max_length, f"model.max_length={model.max_length}")
+        yield too_long(config, model.max_length, f"model.max_length={model.max_length}")
     if rows == int(rows) and isinstance(config.parallel.micro_batch, int):
         each = -(-int(rows) // config.parallel.data)
         if config.parallel.micro_batch > each:
@@ -92,13 +91,6 @@ def sizes(config: Config) -> Iterator[str]:
                 f"parallel.micro_batch={config.parallel.micro_batch}, but a step has {each} rows for each data rank "
                 f"(batch_tokens / context_length / parallel.data); use parallel.micro_batch={each}"
             )
-
-
-def _too_long(config: Config, limit: int, who: str) -> str:
-    return (
-        f"context_length={config.context_length} is longer than {who} allows; "
-        f"use context_length={limit}, or position=rope, which has no limit"
-    )
 
 
 def built(config: Config) -> Iterator[str]:
@@ -190,6 +182,8 @@ def engine(config: Config) -> Iterator[str]:
     there = importlib.util.find_spec(asked.target.rpartition(".")[0] or asked.target)
     if there is None:
         yield f"engine={asked.name} is not built yet; use engine=fsdp"
+    elif asked.target != ENGINES[asked.name]:  # a user's own; ours may be slow to import
+        yield from another_engine(asked.target)
     if asked.checkpointing == "selective" and asked.compile:
         yield SELECTIVE
     yield from homeless(config)
@@ -206,47 +200,15 @@ def engine(config: Config) -> Iterator[str]:
             yield f"engine.{key}={shown} is a setting of engine={owner}, but engine={asked.name}; use engine={owner}"
 
 
-def nodes(config: Config) -> Iterator[str]:
-    """Whether every node's settings are those of its class."""
-    offers = dict.fromkeys(build.offered(config, 1), None)
-    within = {**offers, "position": None, "layer": None}
-    yield from build.judge(config.position, offers, "position")
-    if config.mixer is not None:
-        yield from build.judge(config.mixer, within, "mixer")
-    for label, node in config.model.mixers.items():
-        yield from build.judge(node, within, f"model.mixers.{label}")
-    if config.model.feedforward is not None:
-        yield from build.judge(config.model.feedforward, within, "model.feedforward")
-    for label, node in config.model.feedforwards.items():
-        yield from build.judge(node, within, f"model.feedforwards.{label}")
-    for labels in (build.labels, build.feedforward_labels):
-        try:
-            labels(config)
-        except Fault as fault:
-            yield str(fault)
-    yield from unplaced(config)
-    within |= {"mixers": None, "feedforwards": None, "memory": None}
-    yield from build.judge(build.model_node(config), within, "model")
-    if config.memory.carries == (config.memory.target == NO_MEMORY):
-        yield f"memory.name={config.memory.name}, but memory._target_={config.memory.target}; use memory={config.memory.name}"
-    sizes = build.offered(config, 1)
-    for where, node, given in (
-        ("optim", config.optim, {}),
-        ("schedule", config.schedule, {}),
-        ("objective", config.objective, {}),
-        ("memory", build.memory_node(config), sizes),
-    ):
-        if faults := build.judge(node, given, where):
-            yield from faults
-        else:
-            yield from _tried(lambda where=where, node=node, given=given: build.build(node, given, where))
-
-
-def _tried(attempt: Callable[[], object]) -> Iterator[str]:
+def another_engine(target: str) -> Iterator[str]:
+    """Whether a class that no yaml of conf/engine names is an engine."""
     try:
-        attempt()
-    except (Fault, ValueError) as error:
-        yield str(error)
+        kind = build.find_class(target, "engine")
+    except Fault as fault:
+        yield str(fault)
+        return
+    if not issubclass(kind, Engine):
+        yield f"engine._target_={target}: {kind.__name__} is no engine; leave engine._target_ out, or name a class of that kind"
 
 
 def data(config: Config) -> Iterator[str]:
@@ -260,41 +222,3 @@ def data(config: Config) -> Iterator[str]:
         evaluates = bool(config.evaluation.every) and node.get("held_out") != 0
         yield from look_at(node, evaluates=evaluates, context_length=config.context_length, lanes=config.memory.carries)
         yield from unsayable(config)
-
-
-def model(config: Config, given: Collection[str]) -> Iterator[str]:
-    """Whether the model can be built, and takes what was asked for; it is built without memory."""
-    tokens, small = vocabulary(config)
-    yield from small
-    try:
-        place = build.build(config.position, build.offered(config, tokens), "position")
-        with torch.device("meta"):
-            built_model = build.build_model(config, tokens)
-    except Fault as fault:
-        yield str(fault)
-        return
-    yield from whole_only(config, built_model)
-    yield from unlearnable(config, built_model)
-    if config.engine.name == "deepspeed":
-        yield from zero.handed_on(config, built_model)
-    if config.parallel.context > 1:
-        yield from refusals(built_model, config.parallel.method)
-    if config.parallel.experts > 1:
-        yield from unshared(built_model, config.parallel.experts) + unreachable(built_model)
-    for who in (place, built_model):
-        limit = getattr(who, "max_length", None)
-        if limit is not None and limit < config.context_length:
-            yield _too_long(config, limit, f"{type(who).__name__} (max_length={limit})")
-    yield from too_short(config, built_model)
-    if config.memory.carries and (limit := getattr(place, "max_length", None)) is not None:
-        yield (
-            f"memory={config.memory.name}: positions go on from row to row, but position.max_length={limit}; "
-            "use position=rope or position=relative, which have no limit"
-        )
-    taken = [name for each in build.sizes_taken(config, tokens).values() for name in each]
-    if config.model.max_length is not None and "max_length" not in taken:  # a limit; sizes are offers, which the log lists
-        yield f"model.max_length={config.model.max_length}, but nothing in this model takes it; use model.max_length=null"
-    if config.memory.carries and "memory" not in taken:
-        yield f"memory={config.memory.name}, but {type(built_model).__name__} takes no memory; leave memory= out"
-    if "position" in given and "position" not in taken:
-        yield f"position={config.position.target}, but nothing in this model takes a position; leave position= out"

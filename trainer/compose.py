@@ -21,9 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
-from trainer.build import nearest
 from trainer.config import Config, Fault, Node
+from trainer.judging import nearest, settle
 from trainer.reading import vet_yaml
+from trainer.values import shown
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 MANY = ("-m", "--multirun")
@@ -194,6 +195,9 @@ def _plain(overrides: list[str]) -> dict[str, Any]:
         raise Fault(" ".join(str(error).split())) from error
     assert isinstance(plain, dict)
     plain.pop("experiment", None)
+    for key, node in plain.items():
+        if key != "engine":  # typed in Config; its module may be slow to import
+            settle(node)
     return plain  # type: ignore[return-value]
 
 
@@ -225,12 +229,12 @@ def _explain(key: str, errors: list[Any], usual: Any, tree: Any) -> str:
         while isinstance(value, dict) and value:  # an unknown group: name what was written of it
             inner, value = next(iter(value.items()))
             key = f"{key}.{inner}"
-        return f"{key}={_short(value)}: there is no such setting{_nearest_key(key)}"
-    example = "" if usual is None or isinstance(usual, dict) else f"; for example {key}={_short(usual)}"
+        return f"{key}={shown(value)}: there is no such setting{_nearest_key(key)}"
+    example = "" if usual is None or isinstance(usual, dict) else f"; for example {key}={shown(usual)}"
     if kind == "missing":
         return f"{key} is not set{example or f'; write {key}=VALUE'}"
     facts = dict.fromkeys(_fact(each) for each in errors)
-    return f"{key}={_short(value)}: {' or '.join(facts)}{example}"
+    return f"{key}={shown(value)}: {' or '.join(facts)}{example}"
 
 
 def _fact(error: Any) -> str:
@@ -247,11 +251,6 @@ def _fact(error: Any) -> str:
         if kind == name or kind.startswith(f"{name}_"):
             return words
     return error["msg"].removeprefix("Value error, ")
-
-
-def _short(value: Any) -> str:
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _at(tree: Any, key: str) -> Any:

@@ -7,7 +7,25 @@ listed below, and an unknown key is an error.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from trainer.scalars import (
+    Count,
+    Flag,
+    Grace,
+    Heads,
+    Layers,
+    Natural,
+    Positive,
+    Ranks,
+    Real,
+    Seconds,
+    Seed,
+    Share,
+    Size,
+    Vocabulary,
+    Whole,
+)
 
 # Exit statuses. 129, 130 and 143 (parallel.outcome.SAVED): stopped by SIGHUP, SIGINT or SIGTERM after saving.
 DONE, BUG, BAD_WISH, BAD_RUN = 0, 1, 2, 3
@@ -28,18 +46,6 @@ class Fault(Exception):
         self.code = code
 
 
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a number, not true or false")
-    return value
-
-
-Whole = Annotated[int, BeforeValidator(_no_bool)]
-Real = Annotated[float, BeforeValidator(_no_bool)]
-Count = Annotated[Whole, Field(ge=1)]
-Natural = Annotated[Whole, Field(ge=0)]
-Positive = Annotated[Real, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[Real, Field(ge=0, lt=1, allow_inf_nan=False)]
 WORD = r"^[A-Za-z0-9][A-Za-z0-9._=,+-]*$"
 
 
@@ -64,14 +70,14 @@ class Node(Part):
 class Model(Node):
     """The whole model; a pattern lists labels of nodes and is repeated or cut to `layers`."""
 
-    width: Count = Field(description="features of the residual stream")
-    layers: Count = Field(description="blocks")
-    heads: Count = Field(description="query heads, offered to every mixer")
-    kv_heads: Count | None = Field(default=None, description="key-value heads; null = as many as heads")
+    width: Size = Field(description="features of the residual stream")
+    layers: Layers = Field(description="blocks")
+    heads: Heads = Field(description="query heads, offered to every mixer")
+    kv_heads: Heads | None = Field(default=None, description="key-value heads; null = as many as heads")
     ffn: Count | Positive | None = Field(
         default=None, description="feed-forward width; 2.75 = a multiple of width, 352 = itself"
     )
-    vocabulary: Count | None = Field(default=None, description="tokens known; null = the tokenizer's")
+    vocabulary: Vocabulary | None = Field(default=None, description="tokens known; null = the tokenizer's")
     max_length: Count | None = Field(default=None, description="longest document position the model may meet; null = any")
     pattern: list[str] = Field(default=[], description="labels of mixers, repeated or cut to layers")
     mixers: dict[str, Node] = Field(default={}, description="the mixers that pattern names")
@@ -142,16 +148,16 @@ class Schedule(Node):
 class Parallel(Part):
     """How a run is spread; ranks = context x data."""
 
-    context: Count = Field(default=1, description="ranks that share one sequence")
-    data: Count = Field(default=1, description="groups that read different rows")
-    experts: Count = Field(default=1, description="neighbouring ranks that hold all experts between them")
+    context: Ranks = Field(default=1, description="ranks that share one sequence")
+    data: Ranks = Field(default=1, description="groups that read different rows")
+    experts: Ranks = Field(default=1, description="neighbouring ranks that hold all experts between them")
     micro_batch: Literal["auto"] | Count = Field(default="auto", description="rows per rank and forward")
     method: Literal["auto", "ring", "heads", "fetch", "usp"] = Field(
         default="auto", description="how softmax attention is spread"
     )
     layout: Literal["zigzag", "contiguous", "balanced"] = Field(default="zigzag", description="which tokens a rank holds")
-    heads: Count | None = Field(default=None, description="under usp: ranks among which heads are divided")
-    ring: Count | None = Field(default=None, description="under usp: ranks of the ring; heads x ring = context")
+    heads: Ranks | None = Field(default=None, description="under usp: ranks among which heads are divided")
+    ring: Ranks | None = Field(default=None, description="under usp: ranks of the ring; heads x ring = context")
     tensor: Count = Field(default=1, description="tensor parallelism: out of scope, only 1")
     pipeline: Count = Field(default=1, description="pipeline parallelism: out of scope, only 1")
 
@@ -172,17 +178,17 @@ class Engine(Node):
     offload: Literal["none", "optimizer", "parameters"] | None = Field(
         default=None, description="what lies in the host's memory (optimizer: its state); only engine=deepspeed"
     )
-    reshard_after_forward: bool | None = Field(default=None, description="free gathered weights at once; only engine=fsdp")
-    replicas: Count | None = Field(
+    reshard_after_forward: Flag | None = Field(default=None, description="free gathered weights at once; only engine=fsdp")
+    replicas: Ranks | None = Field(
         default=None, description="times that parameters are held, each time sharded over ranks of its own; only engine=fsdp"
     )
     checkpointing: Literal["none", "full", "selective"] = Field(
         default="none", description="computed twice: nothing, blocks, or blocks but for their attention"
     )
-    offload_activations: bool = Field(
+    offload_activations: Flag = Field(
         default=False, description="what blocks save for backward waits in the host's memory; only with an accelerator"
     )
-    compile: bool = Field(default=False, description="torch.compile, block by block")
+    compile: Flag = Field(default=False, description="torch.compile, block by block")
 
 
 class Launch(Part):
@@ -190,11 +196,11 @@ class Launch(Part):
 
     name: Literal["local", "multinode", "slurm"] = Field(default="local", description="where ranks are started")
     max_restarts: Natural = Field(default=0, description="times that all ranks are started again after one died")
-    oversubscribe: bool = Field(default=False, description="allow more than 8 ranks per core")
-    dry_run: bool = Field(default=False, description="say what would be started, and leave")
-    timeout_s: Positive = Field(default=600, description="longest wait in one collective")
-    grace_s: Count = Field(default=60, description="time to save after SIGTERM, before SIGKILL")
-    nodes: Count = Field(default=1, description="machines, each with as many ranks; only launch=multinode or slurm")
+    oversubscribe: Flag = Field(default=False, description="allow more than 8 ranks per core")
+    dry_run: Flag = Field(default=False, description="say what would be started, and leave")
+    timeout_s: Seconds = Field(default=600, description="longest wait in one collective")
+    grace_s: Grace = Field(default=60, description="time to save after SIGTERM, before SIGKILL")
+    nodes: Ranks = Field(default=1, description="machines, each with as many ranks; only launch=multinode or slurm")
     node_rank: Natural | None = Field(default=None, description="which of the machines this is; 0 holds the meeting")
     endpoint: str | None = Field(default=None, description="HOST:PORT of machine 0, where all meet; only launch=multinode")
     address: str | None = Field(default=None, description="by which the others reach this machine; null = its name")
@@ -203,7 +209,7 @@ class Launch(Part):
     time: str | None = Field(default=None, description="longest time of the job, as sbatch takes it; null = the partition's")
     gpus: Natural | None = Field(default=None, description="of each machine; null = one a rank")
     cores: Count = Field(default=4, description="processor cores for each rank")
-    requeue: bool = Field(default=True, description="put back a job that was preempted or ran out of time")
+    requeue: Flag = Field(default=True, description="put back a job that was preempted or ran out of time")
     options: list[str] = Field(default=[], description="further options of sbatch")
     setup: list[str] = Field(default=[], description="shell lines of the job before the ranks start")
 
@@ -242,8 +248,8 @@ class Wandb(Part):
     alerts: bool | list[Literal["spike", "skipped", "hang", "end"]] = Field(
         default=False, description="what W&B sends a message about: true = all, or some of spike, skipped, hang, end"
     )
-    artifacts: bool = Field(default=False, description="send the newest checkpoint at the end")
-    init_timeout_s: Positive = Field(default=10, description="wait for the server, then offline")
+    artifacts: Flag = Field(default=False, description="send the newest checkpoint at the end")
+    init_timeout_s: Seconds = Field(default=10, description="wait for the server, then offline")
 
 
 class Checkpoint(Part):
@@ -251,15 +257,15 @@ class Checkpoint(Part):
 
     every: Natural = Field(description="steps between two; 0 = never, not at the end either")
     keep: Count = Field(default=2, description="newest ones kept")
-    asynchronous: bool = Field(default=True, description="write while training goes on")
+    asynchronous: Flag = Field(default=True, description="write while training goes on")
 
 
 class Evaluation(Part):
     """Held-out loss, a generated sample and attention maps."""
 
     every: Natural = Field(description="steps between two; 0 = never, not at the end either")
-    batches: Count = Field(default=4, description="held-out batches each time")
-    generate: Natural = Field(default=0, description="tokens of the sample; 0 = none")
+    batches: Size = Field(default=4, description="held-out batches each time")
+    generate: Annotated[Natural, Field(le=2**24)] = Field(default=0, description="tokens of the sample; 0 = none")
     prompt: str = Field(default="", description="what the sample begins with")
     maps: Annotated[Natural, Field(le=512)] = Field(
         default=0, description="held-out tokens whose attention is drawn after the last evaluation; 0 = none"
@@ -278,7 +284,7 @@ class Config(Part):
 
     name: str = Field(pattern=WORD, max_length=128, description="name of the run")
     steps: Count = Field(description="optimiser steps")
-    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = Field(description="of weights, order of data, dropout")
+    seed: Seed = Field(description="of weights, order of data, dropout")
     context_length: Count = Field(description="tokens in one packed row")
     batch_tokens: Count = Field(description="tokens in one optimiser step, over all ranks")
     precision: Literal["float32", "float64", "bfloat16"] = Field(description="type of the arithmetic")

@@ -4,6 +4,7 @@ from models.attention.full import CAUSAL, Attention
 from models.masks import Mask, SameDocument
 from models.masks_sparse import GlobalKey, GlobalQuery, NearBlocks, RandomBlocks
 from models.positions.position import Position
+from models.ranges import Some
 
 
 class BigBird(Attention):
@@ -35,9 +36,9 @@ class BigBird(Attention):
         seed: int,
         *,
         block: int,
-        window: int = 1,
-        first: int = 1,
-        random: int = 3,
+        window: Some = 1,
+        first: Some = 1,
+        random: Some = 3,
         per_head: bool = True,
         symmetric: bool = False,
     ):

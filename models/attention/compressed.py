@@ -15,6 +15,7 @@ from models.mixing.lookup import SUMMARY, BlockEnds, Lookup, Picked
 from models.mixing.softmax import Softmax
 from models.positions.position import Position
 from models.positions.rope import Rope
+from models.ranges import Count, Few
 from models.span import Span
 
 
@@ -51,12 +52,12 @@ class Compressed(nn.Module):
         turned: int | None = None,
         query_latent: int | None = None,
         block: int = 4,
-        top: int = 64,
+        top: Few = 64,
         reach: int = 128,
-        index_heads: int = 4,
+        index_heads: Few = 4,
         index_channels: int = 32,
         groups: int = 1,
-        group_width: int | None = None,
+        group_width: Count | None = None,
         dense_steps: int = 0,
     ):
         super().__init__()

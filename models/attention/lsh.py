@@ -11,6 +11,7 @@ from models.attention.turning import only_turns
 from models.mixing.lookup import Lookup, find, take
 from models.mixing.softmax import Softmax
 from models.positions.position import Position
+from models.ranges import Few, Many
 from models.scores import Score, Tensors, dots
 from models.span import Span
 
@@ -75,8 +76,8 @@ class Lsh(nn.Module):
         context_length: int,
         *,
         size: int = 64,
-        rounds: int = 2,
-        buckets: int | None = None,
+        rounds: Few = 2,
+        buckets: Many | None = None,
     ):
         super().__init__()
         if width % heads:

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from models.attention.full import Attention
 from models.positions.position import Position
+from models.ranges import Positive
 
 
 class QKNorm(Attention):
@@ -16,7 +17,7 @@ class QKNorm(Attention):
     learned scale; this one keeps 1 / sqrt(D).
     """
 
-    def __init__(self, width: int, heads: int, kv_heads: int, position: Position, *, eps: float = 1e-6):
+    def __init__(self, width: int, heads: int, kv_heads: int, position: Position, *, eps: Positive = 1e-6):
         super().__init__(width, heads, kv_heads, position)
         if eps <= 0:
             raise ValueError(

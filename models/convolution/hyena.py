@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from models.convolution.short import Taps, uniform
 from models.init import Rule, constant
 from models.mixing.convolution import Convolution
+from models.ranges import Few, Many, Positive
 from models.span import Span
 
 FAST, SLOW = math.log(100) / 0.3, math.log(100) / 1.5  # decay over context_length: to 1 % within 0.3 and 1.5 of it
@@ -86,12 +87,12 @@ class Hyena(nn.Module):
         width: int,
         context_length: int,
         *,
-        order: int = 2,
+        order: Few = 2,
         taps: int = 3,
-        filter_width: int = 64,
-        bands: int = 16,
-        speed: float = 10.0,
-        filter_rate: float = 1.0,
+        filter_width: Many = 64,
+        bands: Many = 16,
+        speed: Positive = 10.0,
+        filter_rate: Positive = 1.0,
     ):
         super().__init__()
         if order < 2:

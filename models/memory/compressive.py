@@ -18,6 +18,7 @@ from models.memory.local import WAY_OUT, attention_beside, check_segment, within
 from models.memory.memory import Memory
 from models.mixing.compress import Compress
 from models.mixing.softmax import Softmax
+from models.ranges import Piece
 from models.span import Span
 
 RULES = "linear", "delta"
@@ -38,7 +39,7 @@ class Compressive(Memory):
     documents, shares a memory among the query heads that share keys, and works out all segments of a row at once.
     """
 
-    def __init__(self, length: int = 0, *, rule: str = "linear", segment: int | None = None):
+    def __init__(self, length: int = 0, *, rule: str = "linear", segment: Piece | None = None):
         if length:
             raise ValueError(
                 f"memory.length={length}, but memory=compressive has the same size whatever was read; use memory.length=0, "
@@ -61,7 +62,6 @@ class Compressive(Memory):
         within(attention, self.segment)
         attention.beside = CompressiveMemory(attention.q.out_features // attention.head_width, self.rule, self.segment)
         return attention
-
 
     def judge(self, mixers: Sequence[nn.Module]) -> None:
         """See Memory."""

@@ -8,6 +8,7 @@ from models.loss import token_losses
 from models.masks_sparse import GlobalKey
 from models.mixing.softmax import Softmax
 from models.mixing.window import Window
+from models.ranges import Few
 from models.scores import Score
 from models.span import Span
 
@@ -34,7 +35,7 @@ class KeyValue(nn.Module):
     facts lie beside the question, and answers are scored by embeddings of their own, as here by the head.
     """
 
-    def __init__(self, vocabulary: int, width: int, *, hops: int = 2, fact: int = 3, shared: bool = False):
+    def __init__(self, vocabulary: int, width: int, *, hops: Few = 2, fact: Few = 3, shared: bool = False):
         super().__init__()
         if hops < 1:
             raise ValueError(f"hops={hops} is how many times the memory is read; use 1 or more")

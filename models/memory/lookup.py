@@ -24,6 +24,7 @@ from models.memory.memory import Memory
 from models.mixing.recall import Recall
 from models.mixing.softmax import Softmax
 from models.past import Carrier
+from models.ranges import Few, Piece
 from models.span import Span
 
 DEVICES = None, "cpu"
@@ -52,8 +53,8 @@ class Memorizing(Memory):
         length: int,
         *,
         layers: Sequence[int] | None = None,
-        segment: int | None = None,
-        count: int = 32,
+        segment: Piece | None = None,
+        count: Few = 32,
         device: str | None = None,
     ):
         if length < 1:

@@ -18,6 +18,7 @@ from models.masks_memory import STALE, Recalled
 from models.memory.memory import Memory
 from models.mixing.softmax import Softmax
 from models.past import Carrier
+from models.ranges import Piece
 from models.span import READ, Span
 
 NOT_EXACT = {  # mixers that have no exact form here, and why
@@ -42,7 +43,7 @@ class Segments(Memory):
     `segment` is null counts segments by document. Theirs keeps M tokens counted back from the end of the batch as well.
     """
 
-    def __init__(self, length: int, segment: int | None = None):
+    def __init__(self, length: int, segment: Piece | None = None):
         if length < 0:
             raise ValueError(f"memory.length={length} is a number of tokens; use 1 or more, or memory=none")
         if segment is not None and segment < 1:

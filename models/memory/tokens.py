@@ -25,6 +25,7 @@ from models.memory.memory import Memory, Through
 from models.mixing.relay import Relay, by_document
 from models.mixing.softmax import Softmax
 from models.past import Carrier
+from models.ranges import Few, Piece
 from models.same_graph import tied
 from models.span import PADDING, READ, TEXT, WRITE, Span
 
@@ -74,8 +75,8 @@ class Tokens(Memory):
 
     def __init__(
         self,
-        length: int,
-        segment: int | None = None,
+        length: Few,
+        segment: Piece | None = None,
         depth: int | None = None,
         curriculum: Sequence[int] = (),
         recompute: bool = False,

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from models.memory.memory import Memory
 from models.memory.stepped import Gates, State, Stepped, scaled
+from models.ranges import Count, Few, Many
 
 EMPTY = 1e-6  # in every slot of a memory that nothing was written to
 TINY = 1e-16  # keeps logarithms of zero finite
@@ -43,9 +44,9 @@ class Turing(Stepped):
         heads: int,
         memory: Memory | None = None,
         *,
-        slots: int = 128,
-        slot_width: int = 20,
-        reach: int = 1,
+        slots: Many = 128,
+        slot_width: Count = 20,
+        reach: Few = 1,
         controller: str = "feedforward",
     ):
         super().__init__(vocabulary, memory)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.init import DEVIATION
 from models.positions.position import Position
+from models.ranges import Positive
 from models.span import Span
 
 
@@ -22,7 +23,7 @@ class Sinusoidal(Position):
     Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.5.
     """
 
-    def __init__(self, base: float = 10_000.0, amplitude: float = DEVIATION):
+    def __init__(self, base: float = 10_000.0, amplitude: Positive = DEVIATION):
         if base <= 1:
             raise ValueError(f"position.base is a wavelength in tokens and must be above 1; got {base}")
         if amplitude <= 0:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.positions.position import Position
+from models.ranges import Many, Positive
 from models.scores import Score, Tensors
 from models.span import Span
 
@@ -26,7 +27,7 @@ class T5(Position):
     Every layer has a table of its own; T5 shares the first layer's. Source: Raffel et al. 2019 (arXiv:1910.10683).
     """
 
-    def __init__(self, buckets: int = 32, reach: int = 128, *, both: bool = False, scale: float | None = None):
+    def __init__(self, buckets: Many = 32, reach: int = 128, *, both: bool = False, scale: Positive | None = None):
         each = buckets // 2 if both else buckets
         if each < 2 or buckets % (2 if both else 1):
             kind = "an even number from 4 (both ways)" if both else "2 or more"

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from models.positions.interpolated import stretch
 from models.positions.rope import Rope
+from models.ranges import Shares
 from models.span import Span
 
 
@@ -32,7 +33,7 @@ class Yarn(Rope):
         *,
         fast: float = 32.0,
         slow: float = 1.0,
-        magnitude: float | None = None,
+        magnitude: Shares | None = None,
     ):
         super().__init__(base)
         if not fast > slow > 0:

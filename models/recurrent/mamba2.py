@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from models.convolution.short import SiluTaps
 from models.init import Rule, constant
 from models.mixing.scan import Scan
+from models.ranges import Few
 from models.recurrent.delta import delays, paces
 from models.recurrent.linear import head_width
 from models.span import Span
@@ -28,7 +29,7 @@ class Mamba2(nn.Module):
     Source: Dao & Gu 2024 (arXiv:2405.21060), with one group of keys and queries.
     """
 
-    def __init__(self, width: int, heads: int, *, state: int = 64, expand: int = 2, taps: int = 4):
+    def __init__(self, width: int, heads: int, *, state: int = 64, expand: Few = 2, taps: int = 4):
         super().__init__()
         if state < 1 or expand < 1:
             raise ValueError(f"state={state} and expand={expand} are widths and must be 1 or more")

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from models.ranges import Many
 from models.recurrent.linear import LinearAttention
 
 ROOM = 60.0  # exponent up to which a key's feature may grow: sums over any number of tokens stay finite in float32
@@ -41,7 +42,7 @@ class Performer(LinearAttention):
     and only as much of it as float32 needs. The queries' maximum is each token's own and cancels.
     """
 
-    def __init__(self, width: int, heads: int, seed: int, layer: int, *, features: int = 128, redraw: int = 1000):
+    def __init__(self, width: int, heads: int, seed: int, layer: int, *, features: Many = 128, redraw: int = 1000):
         super().__init__(width, heads)
         if features < 1 or redraw < 0:
             raise ValueError(f"features={features} must be 1 or more and redraw={redraw} a number of steps, 0 for never")

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from models.init import Rule, normal
 from models.mixing.scan import Scan
+from models.ranges import Few
 from models.recurrent.linear import head_width
 from models.span import Span
 
@@ -32,7 +33,7 @@ class Retention(nn.Module):
     the norm per head takes out again, so they are left out; angles are taken in float64, for long documents.
     """
 
-    def __init__(self, width: int, heads: int, *, expand: int = 2):
+    def __init__(self, width: int, heads: int, *, expand: Few = 2):
         super().__init__()
         self.heads, self.head_width = heads, head_width(width, heads)
         if self.head_width % 2:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from models.ranges import Few, Many
 from trainer.data.faults import DataFault
 from trainer.data.tasks.task import Example, bounds, whole
 from trainer.data.tasks.vectors import MARKS, Vectors
@@ -22,9 +23,9 @@ class Associative(Vectors):
     def __init__(
         self,
         *,
-        minimum: int = 2,
-        maximum: int = 6,
-        vectors_each: int = 3,
+        minimum: Many = 2,
+        maximum: Many = 6,
+        vectors_each: Few = 3,
         bits: int = 6,
         held_out: float = 0.1,
         per_row: int | None = None,

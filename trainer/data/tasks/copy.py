@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from models.ranges import Many
 from trainer.data.tasks.task import Example, bounds
 from trainer.data.tasks.vectors import Vectors
 
@@ -18,7 +19,7 @@ class Copy(Vectors):
     """
 
     def __init__(
-        self, *, minimum: int = 1, maximum: int = 20, bits: int = 8, held_out: float = 0.1, per_row: int | None = None
+        self, *, minimum: Many = 1, maximum: Many = 20, bits: int = 8, held_out: float = 0.1, per_row: int | None = None
     ):
         super().__init__(bits=bits, more=0, held_out=held_out, per_row=per_row)
         self.sizes = bounds(minimum, maximum)

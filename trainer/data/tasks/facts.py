@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from models.ranges import Few, Many
 from trainer.data.faults import DataFault
 from trainer.data.stdlib import Stdlib
 from trainer.data.tasks.task import Example, Task, bounds, whole
@@ -36,10 +37,10 @@ class Facts(Task):
     def __init__(
         self,
         *,
-        fewest: int = 2,
-        most: int = 6,
-        hops: int = 1,
-        entities: int = 256,
+        fewest: Many = 2,
+        most: Many = 6,
+        hops: Few = 1,
+        entities: Many = 256,
         held_out: float = 0.1,
         per_row: int | None = None,
     ):

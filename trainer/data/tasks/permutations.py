@@ -4,6 +4,7 @@ from itertools import permutations
 
 import numpy as np
 
+from models.ranges import Few, Many
 from trainer.data.faults import DataFault
 from trainer.data.tasks.task import Example, Task, bounds, whole
 
@@ -30,9 +31,9 @@ class Permutations(Task):
     def __init__(
         self,
         *,
-        elements: int = 3,
-        minimum: int = 16,
-        maximum: int = 32,
+        elements: Few = 3,
+        minimum: Many = 16,
+        maximum: Many = 32,
         swaps: bool = False,
         held_out: float = 0.1,
         per_row: int | None = None,

@@ -3,6 +3,7 @@
 import numpy as np
 
 from models.loss import IGNORE
+from models.ranges import Count, Many
 from trainer.data.faults import DataFault
 from trainer.data.tasks.task import Example, Task, bounds, whole
 
@@ -28,11 +29,11 @@ class Recall(Task):
     def __init__(
         self,
         *,
-        pairs: int = 8,
+        pairs: Many = 8,
         fewest: int | None = None,
-        keys: int = 64,
-        values: int = 64,
-        length: int = 64,
+        keys: Many = 64,
+        values: Many = 64,
+        length: Count = 64,
         nearness: float = 0.01,
         held_out: float = 0.1,
         per_row: int | None = None,

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from models.ranges import Few, Many
 from trainer.data.tasks.task import Example, bounds
 from trainer.data.tasks.vectors import MARKS, Vectors
 
@@ -22,10 +23,10 @@ class RepeatCopy(Vectors):
     def __init__(
         self,
         *,
-        minimum: int = 1,
-        maximum: int = 10,
-        fewest: int = 1,
-        most: int = 10,
+        minimum: Many = 1,
+        maximum: Many = 10,
+        fewest: Few = 1,
+        most: Few = 10,
         bits: int = 8,
         held_out: float = 0.1,
         per_row: int | None = None,

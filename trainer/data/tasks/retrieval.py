@@ -3,6 +3,7 @@
 import numpy as np
 
 from models.loss import IGNORE
+from models.ranges import Many
 from trainer.data.faults import DataFault
 from trainer.data.tasks.task import Example, Task, bounds, whole
 
@@ -27,13 +28,13 @@ class Retrieval(Task):
     def __init__(
         self,
         *,
-        segment: int = 32,
+        segment: Many = 32,
         near: int = 0,
         far: int = 1,
-        pairs: int = 4,
-        keys: int = 32,
-        values: int = 16,
-        fillers: int = 16,
+        pairs: Many = 4,
+        keys: Many = 32,
+        values: Many = 16,
+        fillers: Many = 16,
         held_out: float = 0.1,
         per_row: int | None = None,
     ):

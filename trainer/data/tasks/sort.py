@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from models.ranges import Many
 from trainer.data.faults import DataFault
 from trainer.data.tasks.task import Example, bounds, whole
 from trainer.data.tasks.vectors import MARKS, Vectors
@@ -24,10 +25,10 @@ class Sort(Vectors):
     def __init__(
         self,
         *,
-        minimum: int = 2,
-        maximum: int = 8,
+        minimum: Many = 2,
+        maximum: Many = 8,
         kept: int | None = None,
-        levels: int = 64,
+        levels: Many = 64,
         bits: int = 8,
         held_out: float = 0.1,
         per_row: int | None = None,
