@@ -26,6 +26,10 @@ REMEDY = (
 )
 
 
+class Disagreement(Fault):
+    """Ranks that derived different things: nothing that they compute together from now on means anything."""
+
+
 def mark(batch: Batch, fingerprint: str = "") -> int:
     """A number that stands for a batch and the data it came from; equal where both are. Never 0."""
     seen = hashlib.blake2b(fingerprint.encode(), digest_size=MARK_BYTES)
@@ -44,7 +48,7 @@ def differing_batch(mesh: Mesh, mine: int, what: str) -> Fault:
     for rank, number in enumerate(marks.tolist()):
         sides.setdefault(number, []).append(rank)
     others, most = split(sides)
-    return Fault(
+    return Disagreement(
         f"{what}: {_ranks(others)} read another batch than {_ranks(most)}, though every rank must read the same; the run "
         f"ends before anything is computed from it, and the last checkpoint is intact; {REMEDY}",
         BAD_RUN,
@@ -55,7 +59,7 @@ def agree(mesh: Mesh, facts: Mapping[str, Any], when: str) -> None:
     """Compares what every rank derived for itself, by name. Collective; raises Fault on every rank where one differs."""
     texts = {name: hashlib.blake2b(_json(fact).encode(), digest_size=16).hexdigest() for name, fact in facts.items()}
     if difference := compare({"": texts}, mesh.world_group):
-        raise Fault(
+        raise Disagreement(
             f"{when}: {difference.name} of {_ranks(difference.others)} differ from those of {_ranks(difference.most)}, "
             f"though all must have the same; {REMEDY}",
             BAD_RUN,
@@ -65,7 +69,7 @@ def agree(mesh: Mesh, facts: Mapping[str, Any], when: str) -> None:
 def agree_on_weights(mesh: Mesh, engine: Engine, when: str) -> None:
     """Compares the weights that more than one rank holds. Collective; raises Fault on every rank where two differ."""
     if difference := compare_tensors(held(engine), mesh.world_group):
-        raise Fault(
+        raise Disagreement(
             f"{when}: {difference.name} of {_ranks(difference.others)} has other numbers than on {_ranks(difference.most)}, "
             f"though it is to be the same; {REMEDY}",
             BAD_RUN,

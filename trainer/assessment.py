@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from parallel.engines.engine import Engine
 from parallel.mesh import Mesh
+from trainer.agreement import Disagreement
 from trainer.config import Config
 from trainer.data.stream import Stream
 from trainer.evaluation import evaluate
@@ -45,7 +46,7 @@ class Assessment:
     Args:
         stream: held-out text; None under evaluation.every=0.
         lanes: makes new ones, where `memory=` carries something.
-        stopped: whether a signal asked the run to stop; collective.
+        stopped: as Stop.asked: whether a signal asked the run to stop; collective.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Assessment:
         lanes: Callable[[], Lanes | None],
         logs: Logs,
         console: Console,
-        stopped: Callable[[], bool],
+        stopped: Callable[..., bool],
     ):
         self.config = config
         self.mesh = mesh
@@ -144,7 +145,7 @@ class Assessment:
         try:
             done = work(progress)
         except Exception as error:
-            if _is_lost_contact(error):
+            if isinstance(error, Disagreement) or _is_lost_contact(error):
                 raise
             trouble = error
             done = False
@@ -185,8 +186,14 @@ class Assessment:
         result = evaluate(self.engine.model, self.share, self.stream, wish.batches, self.stopped, self.lanes())
         if result is None:
             return False
-        _note_best(progress, result.loss)
         step = progress.step
+        if result.loss is None:
+            self.console.say(
+                f"step {step}: no held-out loss, for the held-out data has no token to predict; raise data.held_out, or give "
+                "other data"
+            )
+            return True
+        _note_best(progress, result.loss)
         self.console.say(f"step {step}: held-out loss {result.loss:.4f} over {result.tokens} tokens")
         for name, value in result.graded.items():
             self.console.say(f"step {step}: held-out {name} {value:.4f}")

@@ -23,11 +23,12 @@ BUCKETS = 48  # positions 0, 1, 2 to 3, 4 to 7, ...: enough for any row
 class Evaluated(NamedTuple):
     """Held-out loss in nats per token, how many tokens it was taken over, and the same by position.
 
+    loss: None where there was nothing to predict: that is no figure.
     by_position: [{"begin", "end", "loss": nats, "tokens": how many}] over half-open ranges of positions in the document.
     graded: {name: share}, how a task grades what the model finds likeliest at each target; empty where the data is no task.
     """
 
-    loss: float
+    loss: float | None
     tokens: int
     by_position: list[dict[str, Any]]
     graded: dict[str, float] = {}  # never written to
@@ -78,7 +79,8 @@ def evaluate(
         if count[b]
     ]
     graded = _shares(grades, share)
-    return Evaluated(float(total.sum() / count.sum().clamp_min(1)), int(count.sum()), found, graded)
+    tokens = int(count.sum())
+    return Evaluated(float(total.sum() / tokens) if tokens else None, tokens, found, graded)
 
 
 def _added(a: Grades, b: Grades) -> Grades:
@@ -87,8 +89,8 @@ def _added(a: Grades, b: Grades) -> Grades:
 
 
 def _shares(grades: Grades, share: Share) -> dict[str, float]:
-    """What was counted, over all ranks, as shares of 1; the names are the same on every rank."""
+    """What was counted, over all ranks, as shares of 1; the names are the same on every rank. A share of nothing is none."""
     counts = torch.tensor([grades[name] for name in sorted(grades)], dtype=torch.float64, device=share.mesh.device)
     if share.mesh.world_group is not None and len(counts):
         dist.all_reduce(counts, group=share.mesh.world_group)
-    return {name: many / max(of, 1.0) for name, (many, of) in zip(sorted(grades), counts.tolist())}
+    return {name: many / of for name, (many, of) in zip(sorted(grades), counts.tolist()) if of}

@@ -28,6 +28,7 @@ class Skip(NamedTuple):
     finite: bool
     cursor: dict[str, Any]
     rows: list[int]
+    way: str
 
     def row(self) -> dict[str, Any]:
         """As metrics.jsonl holds it."""
@@ -59,34 +60,41 @@ class Guard:
         """Note which rows of a micro-batch have a loss that is not finite. losses: [m, c]."""
         self.flags.append(~losses.detach().isfinite().all(1))
 
-    def verdict(self, progress: Progress, loss: float, norm: float) -> Skip | None:
-        """None where the step is to be taken; the same on every rank, whatever the last bits of their norms. Collective."""
+    def verdict(self, progress: Progress, loss: float, norm: float, *, predicts: bool = True) -> Skip | None:
+        """None where the step is to be taken; the same on every rank, whatever the last bits of their norms. Collective.
+
+        predicts: False = the batch had no token to predict, and should have had one: its loss is no figure.
+        """
         flags, self.flags = self.flags, []
         largest = torch.tensor([x if math.isfinite(x) else math.inf for x in (loss, norm)], dtype=torch.float64)
         largest = self._most(largest)
         finite, agreed = bool(largest.isfinite().all()), largest[1].item()
         usual = median(progress.norms) if len(progress.norms) >= LEAST else math.inf
-        if finite and self.optim.spike:
+        if finite and self.optim.spike and predicts:
             progress.norms = [*progress.norms, agreed][-WINDOW:]
         if not finite:
             why = f"the loss is {loss} and the gradient norm {norm}"
+            way = "lower optim.learning_rate, or choose another precision"
+        elif not predicts:
+            why = "its batch has no token to predict"
+            way = "give documents of more tokens, or a model with a shorter prefix"
         elif self.optim.spike and agreed > self.optim.spike * usual:
             why = f"the gradient norm {norm:.4g} is more than optim.spike={self.optim.spike:g} times the usual {usual:.4g}"
+            way = "raise optim.spike"
         else:
             progress.skipped = 0
             return None
         progress.skipped += 1
-        return Skip(why, finite, progress.cursor, self._rows(flags))
+        return Skip(why, finite, progress.cursor, self._rows(flags), way)
 
     def bear(self, progress: Progress, skip: Skip) -> None:
         """After the step was told of. Raises Fault where too many were skipped one after another."""
         if progress.skipped < self.optim.max_skipped:
             return
         many = "the last step was" if progress.skipped == 1 else f"the last {progress.skipped} steps were"
-        way = "raise optim.spike" if skip.finite else "lower optim.learning_rate, or choose another precision"
         raise Fault(
             f"step {progress.step}: {skip.why}; {many} skipped (optim.max_skipped={self.optim.max_skipped}), so the run ends; "
-            f"the last checkpoint is intact; {way}, and begin again in another run_dir",
+            f"the last checkpoint is intact; {skip.way}, and begin again in another run_dir",
             BAD_RUN,
         )
 

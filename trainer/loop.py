@@ -168,7 +168,8 @@ class Loop:
         every = sums.over(self.mesh.world_group)
         means = {name: value.item() for name, value in every.items() if "/" not in name}  # "layer/name": statistics
         loss = means.pop("loss")
-        skip, figures = self.guard.verdict(progress, loss, norm), {}
+        skip = self.guard.verdict(progress, loss, norm, predicts=valid > 0 or self.stream.pauses)
+        figures = {}
         if skip is None:
             self.engine.step(rate)
             figures = settle(self.engine.model, every)
@@ -179,7 +180,7 @@ class Loop:
         self.meter.add(valid, self.flops(batch.span()))
         if skip is not None or _due(self.config.log.every, step, step in (1, self.config.steps)):
             beside = {"auxiliary": means or None, "statistics": figures or None, "skipped": skip and skip.row()}
-            self.log(self._row(progress, loss, norm, rate)._replace(**beside))
+            self.log(self._row(progress, loss if valid else None, norm, rate)._replace(**beside))
         if skip is not None:
             self.guard.bear(progress, skip)
 
@@ -190,7 +191,7 @@ class Loop:
             self.lanes.put_back(held)
         self.say(skip.line(step))
 
-    def _row(self, progress: Progress, loss: float, norm: float, rate: float) -> Row:
+    def _row(self, progress: Progress, loss: float | None, norm: float, rate: float) -> Row:
         """What metrics.jsonl says of a step; memory is that of the fullest rank."""
         memory = torch.tensor(float(peak_memory_bytes(self.mesh.device)), dtype=torch.float64, device=self.mesh.device)
         if self.mesh.world_group is not None:

@@ -161,6 +161,19 @@ def test_a_leap_is_judged_by_the_median_of_finite_norms_and_a_nan_never_spoils_i
     assert grown[0] and not grown[-1], "where gradients have grown for good, the median follows"
 
 
+def test_a_step_that_has_nothing_to_predict_is_left_out_and_too_many_end_the_run():
+    progress, judge = Progress({}), guard(spike=4.0, max_skipped=3)
+    for turn in range(3):
+        judge.look(torch.zeros(2, 8))
+        skip = judge.verdict(progress, 0.0, 0.0, predicts=False)
+        assert skip is not None and skip.finite and "has no token to predict" in skip.line(turn + 1)
+        if turn < 2:
+            judge.bear(progress, skip)
+    assert not progress.norms, "a norm of nothing is nobody's usual"
+    with pytest.raises(Fault, match="give documents of more tokens"):
+        judge.bear(progress, skip)
+
+
 def test_a_resumed_guard_judges_as_the_one_that_went_on():
     norms = [1.0 + (n * 37 % 11) / 7 for n in range(40)] + [9.0, 8.0, 7.9]
     truth, whole, judge = [], Progress({}), guard(spike=4.0)

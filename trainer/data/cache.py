@@ -77,7 +77,7 @@ def _built(folder: Path, source: Local, files: list[File], tokenizer: Tokenizer)
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     part.mkdir()
     try:
-        facts = write(part, _told(source.documents(files, report)), tokenizer)
+        facts = write(part, _told(source.documents(files, report)), tokenizer, report)
         if not facts["documents"]:
             raise DataFault(nothing(len(files), report))
         with open(part / FACTS, "w", encoding="utf-8") as out:

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from trainer.data.faults import DataFault
+from trainer.data.faults import DataFault, Report
 from trainer.data.split import digest
 from trainer.data.tokenizers import Tokenizer
 from trainer.reading import json_object
 
-FORMAT = 1
+FORMAT = 2
 TOKENS, FACTS = "tokens.arrow", "facts.json"
 TEXTS, CHARACTERS = 256, 8 << 20  # tokenised together, at most
 BLOCK = 4 << 20  # tokens in one record batch, about
@@ -31,14 +31,18 @@ class Damaged(Exception):
     """A corpus whose files are not what was written."""
 
 
-def write(folder: Path, named: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Tokenise (name, text) documents into tokens.arrow of a folder; returns the facts, which are not yet written."""
+def write(folder: Path, named: Iterable[tuple[str, str]], tokenizer: Tokenizer, report: Report) -> dict[str, Any]:
+    """Tokenise (name, text) documents into tokens.arrow of a folder; returns the facts, which are not yet written.
+
+    A document of which the tokenizer makes no token is left out, and counted in `report`: its end alone is nothing that
+    could be predicted.
+    """
     dtype = np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.uint32
     kind = pa.from_numpy_dtype(dtype)
     schema = pa.schema([("hash", pa.uint64()), ("tokens", pa.large_list(kind))])
     content, sums, documents, tokens = hashlib.blake2b(digest_size=16), [], 0, 0
     with pa.OSFile(str(folder / TOKENS), "wb") as sink, pa.ipc.new_file(sink, schema) as out:
-        for hashes, ids in _blocks(named, tokenizer, dtype):
+        for hashes, ids in _blocks(named, tokenizer, dtype, report):
             flat, lengths = np.concatenate(ids), np.array([len(one) for one in ids], np.int64)
             ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
             lists = pa.LargeListArray.from_arrays(pa.array(ends), pa.array(flat, kind))
@@ -55,12 +59,15 @@ def write(folder: Path, named: Iterable[tuple[str, str]], tokenizer: Tokenizer) 
 
 
 def _blocks(
-    named: Iterable[tuple[str, str]], tokenizer: Tokenizer, dtype: Any
+    named: Iterable[tuple[str, str]], tokenizer: Tokenizer, dtype: Any, report: Report
 ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
     """(hashes, token arrays) of as many whole documents as make a record batch."""
     hashes, ids, held = [], [], 0
     for names, texts in _handfuls(named):
         for name, found in zip(names, tokenizer.encode_many(texts)):
+            if not len(found):
+                report.silent += 1
+                continue
             hashes.append(digest(name))
             ids.append(np.append(found.astype(dtype), dtype(tokenizer.end_of_text)))
             held += len(ids[-1])

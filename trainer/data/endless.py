@@ -18,6 +18,10 @@ from trainer.data.faults import NONE_HELD_OUT, DataFault, Report
 from trainer.data.packing import Piece, Row, lay, stack
 from trainer.data.stream import Cursor, Stream
 
+NOTHING = (
+    "{} has nothing to train on: of none of its documents does data.tokenizer={} make a token; give other data, or another "
+    "tokenizer"
+)
 SNAPSHOT = 64  # documents read between two states kept for cursors
 KEPT = 4 << 20  # tokens of held-out batches kept in memory, so that the next evaluation does not read again
 
@@ -39,7 +43,8 @@ class Lane:
         pieces, begin, left = [], self.offset, length
         for number, tokens in enumerate(self.waiting, self.taken):
             piece = Piece(number, begin, tokens[begin : begin + left])
-            pieces.append(piece)
+            if len(piece.tokens):
+                pieces.append(piece)
             left, begin = left - len(piece.tokens), 0
             if not left:
                 break
@@ -105,9 +110,14 @@ class EndlessStream(Stream):
         self.lanes = [Lane(taken, offset) for taken, offset in cursor["lanes"]]
         self.dealer = Dealer(self.source, self.split, self.report, cursor["reader"])
         self.snapshots: deque[dict[str, Any]] = deque([cursor["reader"]])
+        # What lies before the place to go on from is not tokenised again: it held tokens, or the run would have ended.
+        self.epoch, self.spoke = self.dealer.epoch, self.dealer.fresh > 0
 
     def _deal(self) -> bool:
-        """Give the next document to its lane; False where there is none. A lane drops what it had finished before."""
+        """Give the next document to its lane; False where there is none. A lane drops what it had finished before.
+
+        A document without tokens keeps its number, and nothing is laid for it, not even its end.
+        """
         if self.dealer.read >= SNAPSHOT:
             state = self.dealer.state()
             if state["dealt"] == self.snapshots[-1]["dealt"]:
@@ -116,12 +126,26 @@ class EndlessStream(Stream):
         text = self.dealer.next()
         if text is None:
             return False
+        if self.dealer.epoch > self.epoch:
+            if not self.spoke:
+                raise DataFault(NOTHING.format(self.source.identity(), self.source.tokenizer_name))
+            self.epoch, self.spoke = self.dealer.epoch, False
         turn, number = divmod(self.dealer.dealt - 1, self.rows)
         lane = self.lanes[number]
         if turn >= lane.taken:
-            tokens = self.tokenizer.encode(text).astype(np.uint32)
-            lane.add(np.append(tokens, np.uint32(self.tokenizer.end_of_text)))
+            lane.add(self._tokens(text))
+        else:
+            self.spoke = True
         return True
+
+    def _tokens(self, text: str) -> np.ndarray:
+        """The tokens of a document with its end; none where the tokenizer makes none."""
+        tokens = self.tokenizer.encode(text).astype(np.uint32)
+        if not len(tokens):
+            self.report.silent += 1
+            return tokens
+        self.spoke = True
+        return np.append(tokens, np.uint32(self.tokenizer.end_of_text))
 
     def _cursor(self, rows: int) -> Cursor:
         """The state of the reader kept in it is the newest before every document that a lane has yet to finish."""

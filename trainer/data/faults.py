@@ -28,6 +28,7 @@ class Report:
         self.counts: dict[str, int] = {}
         self.examples: list[str] = []
         self.empty = 0
+        self.silent = 0  # documents with text, of which the tokenizer makes no token
 
     def fault(self, cause: str, message: str) -> None:
         """Tell of one file or document that cannot be read; `cause` is a short plural noun to count it under."""
@@ -50,15 +51,19 @@ class Report:
         parts = [f"{count} {cause}" for cause, count in sorted(self.counts.items())]
         if self.empty:
             parts.append(f"{self.empty} documents without text")
+        if self.silent:
+            parts.append(f"{self.silent} documents of which the tokenizer makes no token")
         first = f" (first: {self.examples[0]})" if self.examples else ""
         return f"left out {', '.join(parts)}{first}" if parts else ""
 
     def facts(self) -> dict[str, Any]:
         """The report as plain data; `Report.of` is the way back."""
-        return {"on_error": self.on_error, "counts": self.counts, "examples": self.examples, "empty": self.empty}
+        seen = {"on_error": self.on_error, "counts": self.counts, "examples": self.examples}
+        return seen | {"empty": self.empty, "silent": self.silent}
 
     @staticmethod
     def of(facts: dict[str, Any]) -> "Report":
         report = Report(facts["on_error"])
-        report.counts, report.examples, report.empty = facts["counts"], facts["examples"], facts["empty"]
+        report.counts, report.examples = facts["counts"], facts["examples"]
+        report.empty, report.silent = facts["empty"], facts["silent"]
         return report

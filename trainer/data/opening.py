@@ -7,8 +7,8 @@ from typing import Any
 
 from trainer.data.cache import nothing, place
 from trainer.data.corpus import FACTS
-from trainer.data.dealing import Endless
-from trainer.data.endless import EndlessStream
+from trainer.data.dealing import SAMPLED, Endless
+from trainer.data.endless import NOTHING, EndlessStream
 from trainer.data.faults import NONE_HELD_OUT, ONE_DOCUMENT, Report
 from trainer.data.readers import File, suffix_of
 from trainer.data.sources import Local, Source, build
@@ -16,9 +16,11 @@ from trainer.data.split import SPLITS
 from trainer.data.stream import FiniteStream, Stream
 from trainer.data.synthetic import SyntheticStream
 from trainer.data.tasks.task import Task
+from trainer.data.tokenizers import Tokenizer
 from trainer.reading import json_object
 
 LOOK = 64 << 20  # bytes read by `check`
+SLICE = 4096  # characters tokenised at once in search of a token
 GLANCE = 4  # documents of an endless source read by `check`
 
 
@@ -84,13 +86,12 @@ def check(
             files = source.files()
             count = None if tokenizer is None else _cached(place(source, files, tokenizer))
             if count is None:
-                faults, count = _look(source, files)
+                faults, count = _look(source, files, tokenizer)
                 found += faults
             if evaluates and count == 1 and source.held_out:
                 found.append(ONE_DOCUMENT)
         elif isinstance(source, Endless):
-            for _ in itertools.islice(source.texts(Report(source.on_error)), GLANCE):
-                pass
+            found += _glance(source, tokenizer)
         elif isinstance(source, Task) and context_length is not None:
             for split in ("train", "held_out") if evaluates and source.held_out else ("train",):
                 SyntheticStream(source, context_length=context_length, rows=1, seed=0, split=split, lanes=lanes)
@@ -107,14 +108,37 @@ def _cached(folder: Path) -> int | None:
         return None
 
 
-def _look(source: Local, files: list[File]) -> tuple[list[str], int | None]:
+def _glance(source: Endless, tokenizer: Tokenizer | None) -> list[str]:
+    """The faults of the first documents: GLANCE of them, and more where the tokenizer makes no token of those."""
+    speaks = tokenizer is None
+    texts = itertools.islice(source.texts(Report(source.on_error)), SAMPLED)
+    seen = 0
+    for seen, (_, text) in enumerate(texts, 1):
+        speaks = speaks or (text is not None and _speaks(tokenizer, text))
+        if seen >= GLANCE and speaks:
+            return []
+    name = f"{source.identity()} (of which {seen} documents were read)"
+    return [] if speaks else [NOTHING.format(name, source.tokenizer_name)]
+
+
+def _speaks(tokenizer: Tokenizer | None, text: str) -> bool:
+    """Whether a tokenizer makes any token of a text; looks at as little of it as shows that."""
+    if tokenizer is None:
+        return True
+    return any(len(tokenizer.encode(text[at : at + SLICE])) for at in range(0, len(text), SLICE))
+
+
+def _look(source: Local, files: list[File], tokenizer: Tokenizer | None) -> tuple[list[str], int | None]:
     """The faults of the first LOOK bytes, and how many documents there are in all where that was seen."""
     report, left, documents = Report("skip"), LOOK, 0
+    speaks = False
     for file in files:
         told_by_stat = file.unreadable or file.size > source.max_document_bytes
         if file.folder or (left <= 0 and not told_by_stat):
             continue
-        documents += sum(1 for _ in source.documents([file], report, limit=max(left, 1)))
+        for _, text in source.documents([file], report, limit=max(left, 1)):
+            documents += 1
+            speaks = speaks or _speaks(tokenizer, text)
         left -= file.size
     count = documents if left > 0 or (len(files) == 1 and suffix_of(files[0].path) == ".txt") else None
     if source.on_error == "raise" and report.left_out:
@@ -122,4 +146,6 @@ def _look(source: Local, files: list[File]) -> tuple[list[str], int | None]:
         way_out = "mend or remove it, or leave such data out with data.on_error=skip"
         messages = [f"{message}; {way_out}" for message in report.examples]
         return [*messages, *([f"and {more} more faults of the data"] if more else [])], count
-    return ([nothing(len(files), report)] if count == 0 else []), count
+    if count and not speaks:
+        report.silent = documents
+    return ([nothing(len(files), report)] if count is not None and not speaks else []), count

@@ -30,6 +30,7 @@ class Stream(ABC):
         fingerprint: of the data, the tokenizer and all that shapes the rows; equal where batches are equal.
         vocabulary: token numbers are below it.
         rows: of a batch.
+        pauses: whether a whole batch may have nothing to predict, because examples go on over several rows.
         batches: how many batches there are before padding (held-out data) or before an epoch has been read (training
             data); None where nobody knows.
     """
@@ -39,6 +40,7 @@ class Stream(ABC):
     rows: int
     tokenizer: Tokenizer
     batches: int | None
+    pauses: bool = False
 
     @abstractmethod
     def start(self) -> Cursor:

@@ -52,6 +52,7 @@ class SyntheticStream(Stream):
         self.context_length, self.rows, self.split, self.lanes = context_length, rows, split, lanes
         self.key = f"{split} {seed if split == 'train' else 0}"
         self.stretch = -(-(task.longest - (not task.aimed)) // context_length) if lanes else 1
+        self.pauses = self.stretch > 1
         self._stretches: dict[int, Packed] = {}
         settings = sorted((name, value) for name, value in vars(task).items())
         said = f"{type(task).__name__} {settings} {self.key} {context_length} {rows if lanes else None}"

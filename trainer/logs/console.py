@@ -97,7 +97,8 @@ class Console:
         """A step is done. The first and the last always print; in between a line every few seconds."""
         if not self.speaks:
             return
-        told = f"loss {row.loss:.4f}  {count(row.tokens_per_second)} tokens/s"
+        loss = "nothing to predict" if row.loss is None else f"loss {row.loss:.4f}"
+        told = f"{loss}  {count(row.tokens_per_second)} tokens/s"
         now = self.clock()
         if self.bar is not None:
             with self._unharmed():

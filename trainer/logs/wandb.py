@@ -145,7 +145,9 @@ class Wandb:
         beside = {part: parts.pop(part) or {} for part in BESIDE}
         values = {name: value for name, value in parts.items() if value is not None}
         values |= {f"{part}/{name}": value for part, found in beside.items() for name, value in found.items()}
-        self._log(row.step, {**values, "by_tokens/loss": row.loss})
+        if row.loss is not None:
+            values["by_tokens/loss"] = row.loss
+        self._log(row.step, values)
 
     def evaluation(self, step: int, name: str, value: float, by_position: Sequence[dict[str, Any]] | None = None) -> None:
         """Send one value of an evaluation; its parts by position are a table at the end, the last ones only."""

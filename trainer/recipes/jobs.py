@@ -73,7 +73,8 @@ def told(learned: Learned) -> str:
 
 
 def _figures(exam: Evaluated) -> str:
-    return ", ".join([f"loss {exam.loss:.3f}", *(f"{name} {share:.3f}" for name, share in exam.graded.items())])
+    loss = "nothing to predict" if exam.loss is None else f"loss {exam.loss:.3f}"
+    return ", ".join([loss, *(f"{name} {share:.3f}" for name, share in exam.graded.items())])
 
 
 def _serve(queue: Queue) -> None:

@@ -7,6 +7,7 @@
 What a run has beside its loop (a directory, checkpoints, logs) is left out; figures stay in memory.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -88,7 +89,12 @@ class Learned:
     @property
     def loss(self) -> float:
         """Nats per predicted token, on held-out data like the training data."""
-        return self.exams[HELD_OUT].loss
+        return self.loss_of(HELD_OUT)
+
+    def loss_of(self, exam: str) -> float:
+        """Nats per predicted token in an exam; NaN where it had nothing to predict."""
+        loss = self.exams[exam].loss
+        return math.nan if loss is None else loss
 
 
 def teach(lesson: Lesson, seed: int) -> Learned:

@@ -105,7 +105,7 @@ def _bits(exam: str | None = None) -> Callable[[Learned], float]:
     def figure(learned: Learned) -> float:
         if exam is None:
             return learned.loss / math.log(2)
-        return learned.exams[exam].loss / math.log(2) if exam in learned.exams else math.nan
+        return learned.loss_of(exam) / math.log(2) if exam in learned.exams else math.nan
 
     return figure
 
