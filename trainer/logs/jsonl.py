@@ -21,11 +21,11 @@ FIGURES = ("loss", "tokens", "tokens_per_second", "step_seconds", "peak_memory_b
 class Row(NamedTuple):
     """One line of metrics.jsonl.
 
-    step counts from 1; loss in nats per token, the language loss alone, None where nothing was predicted; tokens trained on
-    since the beginning; grad_norm before clipping; peak_memory_bytes of the fullest rank; mfu a share of 1
-    (trainer/logs/meters.py), None where the peak of the device is not known; auxiliary: losses of layers beside the language loss; statistics: figures of
-    layers, "layer/figure" and their mean "figure"; skipped: why the step was not taken, the cursor of its batch and the rows
-    whose loss is not finite. They are left out where there are none.
+    step counts from 1; loss in nats per token, the language loss alone, None where nothing was predicted; tokens
+    trained on since the beginning; grad_norm before clipping; peak_memory_bytes of the fullest rank; mfu a share of 1
+    (trainer/logs/meters.py), None where the peak of the device is not known; auxiliary: losses of layers beside the
+    language loss; statistics: figures of layers, "layer/figure" and their mean "figure"; skipped: why the step was not
+    taken, the cursor of its batch and the rows whose loss is not finite. They are left out where there are none.
     """
 
     step: int
