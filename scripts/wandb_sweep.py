@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep
+from hydra.core.override_parser.types import IntervalSweep, QuotedString
 
 from trainer.compose import sweep_words
 from trainer.config import DONE, Fault
@@ -36,7 +36,7 @@ def plan(words: Sequence[str]) -> dict[str, Any]:
             spread = "log_uniform_values" if "log" in value.tags else "uniform"
             swept[override.key_or_group] = {"distribution": spread, "min": value.start, "max": value.end}
         elif override.is_sweep_override():
-            swept[override.key_or_group] = {"values": list(override.sweep_iterator())}
+            swept[override.key_or_group] = {"values": [_value(each) for each in override.sweep_iterator()]}
         else:
             fixed.append((override.input_line or "").lstrip("+"))
     grid = all("values" in each for each in swept.values())
@@ -52,6 +52,11 @@ def plan(words: Sequence[str]) -> dict[str, Any]:
         "parameters": swept,
         "command": ["${env}", "${interpreter}", "-m", "trainer", "${args_no_hyphens}", *fixed],
     }
+
+
+def _value(value: Any) -> Any:
+    """A value as YAML and W&B know it, without the quotes that Hydra's grammar needs."""
+    return value.text if isinstance(value, QuotedString) else value
 
 
 def main(words: list[str]) -> int:

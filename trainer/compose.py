@@ -24,6 +24,7 @@ from yaml import YAMLError
 from trainer.config import Config, Fault, Node
 from trainer.judging import nearest, settle
 from trainer.reading import vet_yaml
+from trainer.texts import Texts, for_shell, quoted
 from trainer.values import shown
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -34,7 +35,7 @@ FACTS = {
     "float": "a number is needed",
     "finite_number": "a finite number is needed",
     "bool": "true or false is needed",
-    "string": "a text is needed",
+    "string": "a text is needed (in a YAML file in quotes)",
     "list": "a list is needed, as [a,b]",
     "tuple": "a list of two is needed, as [a,b]",
     "too_short": "it is empty",
@@ -70,11 +71,12 @@ def compose(overrides: Sequence[str]) -> Wish:
         A Wish; its config is None only where nothing can be composed at all.
     """
     faults: list[str] = []
-    chosen, values, given = _sort(overrides, faults)
+    texts = _texts(overrides)
+    chosen, values, given = _sort(overrides, faults, texts)
     try:
-        tree = _plain([*chosen, *values])
+        tree = texts.restored(_plain([*chosen, *values]))
     except Fault as fault:
-        return Wish(None, [*faults, str(fault)], frozenset(given))
+        return Wish(None, [*faults, texts.restored(str(fault))], frozenset(given))
     try:
         return Wish(Config.model_validate(tree), faults, frozenset(given))
     except ValidationError as error:
@@ -105,11 +107,40 @@ def compose(overrides: Sequence[str]) -> Wish:
 
 def sweep_words(overrides: Sequence[str], faults: list[str]) -> list[str]:
     """The settings of a sweep as Hydra's sweepers take them; what cannot be read or chosen becomes a fault."""
-    chosen, values, _ = _sort(overrides, faults, sweeps=True)
+    chosen, values, _ = _sort(overrides, faults, _texts(overrides), sweeps=True)
     return [*chosen, *values]
 
 
-def _sort(overrides: Sequence[str], faults: list[str], sweeps: bool = False) -> tuple[list[str], list[str], set[str]]:
+def _texts(overrides: Sequence[str]) -> Texts:
+    """What of a command line is text, in the light of the groups that it chooses."""
+    words = [word.lstrip("+").partition("=") for word in overrides]
+    chosen = tuple(f"{key}={value}" for key, _, value in words if _is_group(key) and (CONF / key / f"{value}.yaml").is_file())
+    return Texts({key: value for key, _, value in words}, lambda: _defaults(chosen))
+
+
+def _is_group(key: str) -> bool:
+    return bool(key) and not _is_hydra(key) and (CONF / key.partition("@")[0]).is_dir()
+
+
+def _spelled(text: str, texts: Texts, sweeps: bool) -> str:
+    """A setting as Hydra is to read it; Fault where it cannot be read at all."""
+    key, equals, raw = text.partition("=")
+    name = key.lstrip("+")
+    if not equals or not name:
+        raise Fault(f"{text}: a setting is written KEY=VALUE, for example steps=100; see python -m trainer --help")
+    if _is_group(name) or name.startswith("~"):
+        return text
+    value = texts.swept(name, raw) if sweeps else texts.spelled(name, raw)
+    if value is None:
+        one = for_shell(f"{name}={quoted(raw)}")
+        many = for_shell(f"{name}={','.join(quoted(part.strip()) for part in raw.split(','))}")
+        raise Fault(f"{text}: one text, or several? write {one} or {many}")
+    return f"{key}={value}"
+
+
+def _sort(
+    overrides: Sequence[str], faults: list[str], texts: Texts, sweeps: bool = False
+) -> tuple[list[str], list[str], set[str]]:
     """Group choices, values and the keys that were given; what cannot be read becomes a fault."""
     parser = OverridesParser.create()
     chosen, values, given = [], [], set()
@@ -117,12 +148,17 @@ def _sort(overrides: Sequence[str], faults: list[str], sweeps: bool = False) -> 
         if text in MANY:
             faults.append(f"{text}: this command takes one run's settings; sweeps are python -m trainer -m KEY=VALUE,VALUE")
             continue
+        typed = text
         try:
+            text = _spelled(typed, texts, sweeps)
             override = parser.parse_override(text)
-        except HydraException:
-            faults.append(f"{text}: a setting is written KEY=VALUE, for example steps=100; see python -m trainer --help")
+        except Fault as fault:
+            faults.append(str(fault))
             continue
-        fault = _misuse(override, text, sweeps)
+        except HydraException:
+            faults.append(f"{typed}: a setting is written KEY=VALUE, for example steps=100; see python -m trainer --help")
+            continue
+        fault = _misuse(override, typed, sweeps, texts)
         if fault:
             faults.append(fault)
             continue
@@ -142,8 +178,9 @@ def _is_hydra(key: str) -> bool:
     return key.startswith(("hydra.", "hydra/")) or key == "hydra"
 
 
-def _misuse(override: Override, text: str, sweeps: bool) -> str | None:
+def _misuse(override: Override, text: str, sweeps: bool, texts: Texts) -> str | None:
     key, value = override.key_or_group, override.value()
+    raw = text.partition("=")[2]
     if _is_hydra(key):
         if not sweeps:
             return f"{text}: Hydra only composes here and has no say in the run; its directory is run_dir=PATH"
@@ -153,7 +190,8 @@ def _misuse(override: Override, text: str, sweeps: bool) -> str | None:
     if sweeps and key == "run_dir":
         return f"{text}: every job of a sweep has a directory of its own; give the folder of all with hydra.sweep.dir=PATH"
     if override.is_sweep_override() and not sweeps:
-        return f"{text}: one command starts one run; for one of each value give -m as well (a list is [a,b])"
+        one = f"; one text is {for_shell(f'{key}={quoted(raw)}')}" if texts.may_be_one(key) else ""
+        return f"{text}: one command starts one run; for one of each value give -m as well (a list is [a,b]{one})"
     if not (CONF / key).is_dir() or override.is_delete() or override.package:
         return None
     wanted = value if isinstance(value, list) else [value]

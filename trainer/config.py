@@ -52,7 +52,7 @@ WORD = r"^[A-Za-z0-9][A-Za-z0-9._=,+-]*$"
 class Part(BaseModel):
     """A group of knobs: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class Node(Part):

@@ -12,6 +12,7 @@ from trainer.jobs import DONE, FAILED, OUTCOME, OUTPUT, STOPPED, Job, Outcome, f
 from trainer.launcher import Plan
 from trainer.logs.labels import variable
 from trainer.processes import Crowd, Ended, Slots, Task
+from trainer.texts import quoted
 
 JOB_OF = "--job-of"  # hidden: the sweep's process number, then a run's settings
 TWICE = "{} is the folder of several jobs; hydra.sweep.subdir must tell them apart"
@@ -57,8 +58,7 @@ def judge(jobs: Sequence[Job], known: Sequence[Job], plan: Plan) -> dict[int, Co
 
 def arguments(job: Job) -> list[str]:
     """What the command of a job is given; the directory may hold signs that Hydra reads as its own."""
-    path = str(job.directory).replace("\\", "\\\\").replace("'", "\\'")
-    return [*(each.lstrip("+") for each in job.settings), f"run_dir='{path}'"]
+    return [*(each.lstrip("+") for each in job.settings), f"run_dir={quoted(str(job.directory))}"]
 
 
 def labels(config: Config, own: Sequence[str], group: str) -> list[str]:
@@ -76,7 +76,7 @@ def labels(config: Config, own: Sequence[str], group: str) -> list[str]:
     if (wish.name or variable("name")) is None:
         found.append(f"wandb.name='{name[:128]}'")
     if not (wish.tags or variable("tags")):
-        found.append(f"wandb.tags=[{','.join(repr(tag[:64]) for tag in tags)}]")
+        found.append(f"wandb.tags=[{','.join(quoted(tag[:64]) for tag in tags)}]")
     return found
 
 
