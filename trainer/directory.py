@@ -10,7 +10,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from trainer.config import BAD_RUN, Config, Fault
 from trainer.inside import LINKED, links_inside, open_inside, replace_inside
+from trainer.locks import flocked, held, say_lacking
 from trainer.reading import yaml_file
 
 CONFIG, ENVIRONMENT, LOCK, RANKS_LOCK, SCRATCH = "config.yaml", "environment.json", ".lock", ".ranks.lock", ".launch"
@@ -28,6 +29,7 @@ FREE = ("parallel", "engine", "launch", "log", "logs", "wandb", "checkpoint", "e
 FREE += ("schedule.extend",)
 PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf", "pydantic", "datasets", "pyarrow", "tokenizers", "wandb")
 PACKAGES += ("deepspeed", "flash-attn", "flash-linear-attention", "triton", "liger-kernel")
+HELD = ".lock.held"
 DYING_S = 6.0  # ranks whose launcher was killed are gone within this time
 
 
@@ -155,7 +157,12 @@ def lock(directory: Path) -> Iterator[None]:
         Fault: another process runs here, or ranks of a killed launcher do not end.
     """
     with _opened(directory / LOCK) as launcher, _opened(directory / RANKS_LOCK) as ranks:
-        if not _take(launcher, fcntl.LOCK_EX, 0.0):
+        taken = _take(launcher, fcntl.LOCK_EX, 0.0)
+        if taken is None:
+            with _locked_by_folder(directory):
+                yield
+            return
+        if not taken:
             owner = os.pread(launcher, 200, 0).decode(errors="replace").strip() or "another process"
             raise Fault(f"run_dir={directory} is in use by {owner}; wait for it, or choose another run_dir")
         os.ftruncate(launcher, 0)
@@ -187,16 +194,29 @@ def _opened(path: Path) -> Iterator[int]:
         os.close(file)
 
 
-def _take(file: int, kind: int, patience_s: float) -> bool:
+def _take(file: int, kind: int, patience_s: float) -> bool | None:
+    """Take a lock: whether that worked in time; None where the file system has no locks."""
     end = time.monotonic() + patience_s
-    while True:
+    while (taken := flocked(file, kind)) is False and time.monotonic() < end:
+        time.sleep(0.1)
+    return taken
+
+
+@contextmanager
+def _locked_by_folder(directory: Path) -> Iterator[None]:
+    """The same where the file system has no locks; ranks are not counted then. Raises Fault where a launcher runs here."""
+    say_lacking(str(directory))
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= end:
-                return False
-            time.sleep(0.1)
+            stack.enter_context(held(directory / HELD, lambda: None, DYING_S))
+        except TimeoutError as error:
+            raise Fault(
+                f"run_dir={directory} is in use: {error}; wait for it, or choose another run_dir (after a crash of another "
+                f"machine remove {directory / HELD})"
+            ) from error
+        except OSError as error:
+            raise Fault(f"run_dir={directory} cannot be written: {error.strerror}; choose another run_dir") from error
+        yield
 
 
 def make(directory: Path) -> None:

@@ -1,6 +1,5 @@
 """The token cache: a corpus is built by one process, once, while the others wait for it."""
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -8,14 +7,15 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.data.corpus import FACTS, FORMAT, Corpus, Damaged, write
 from trainer.data.faults import DataFault, Report
-from trainer.data.readers import File
+from trainer.data.places import home, spare_folder, writable
+from trainer.data.readers import File, reason
 from trainer.data.sources import Local
 from trainer.data.tokenizers import Tokenizer
+from trainer.locks import exclusive
 
 LOG = logging.getLogger("longspan.data")
 TELL_S = 10  # seconds between two lines about how far the tokenising is
@@ -24,14 +24,34 @@ TELL_S = 10  # seconds between two lines about how far the tokenising is
 def place(source: Local, files: list[File], tokenizer: Tokenizer) -> Path:
     """The folder of the corpus of these files under this tokenizer, whether or not it exists."""
     key = hashlib.blake2b(f"{FORMAT} {source.key(files)} {tokenizer.fingerprint}".encode(), digest_size=12).hexdigest()
-    root = os.path.expanduser(source.cache) if source.cache else _home()
-    return Path(root) / f"{type(source).__name__.lower()}-{key}"
+    name = f"{type(source).__name__.lower()}-{key}"
+    return Path(os.path.expanduser(source.cache) if source.cache else _home(name)) / name
 
 
-def _home() -> str:
-    """The user's cache folder (XDG base directories: an unset or relative variable counts as none)."""
+def _home(corpus: str) -> str:
+    """The user's cache folder (XDG base directories: an unset or relative variable counts as none).
+
+    Where there is none that can be written, and none that has the corpus, a folder for temporary files.
+
+    Raises ValueError where there is no folder to write to at all.
+    """
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "longspan")
+    user = home()
+    if not os.path.isabs(base):
+        base = str(user / ".cache") if user is not None else ""
+    folder = os.path.join(base, "longspan") if base else ""
+    if folder and (writable(folder) or os.path.isdir(os.path.join(folder, corpus))):
+        return folder
+    try:
+        return spare_folder("cache", f"{folder or 'a home folder'} {'cannot be written' if folder else 'is not known'}")
+    except OSError as error:
+        raise ValueError(
+            f"data.cache=null: there is no folder that the tokens can be written to ({reason(error)}); give one with data.cache"
+        ) from error
+
+
+def _say_waiting() -> None:
+    LOG.info("another process is tokenising the data; waiting for it")
 
 
 def corpus_of(source: Local, tokenizer: Tokenizer) -> Corpus:
@@ -49,7 +69,7 @@ def corpus_of(source: Local, tokenizer: Tokenizer) -> Corpus:
     if found is None:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(folder.with_suffix(".lock")):
+            with exclusive(folder.with_suffix(".lock"), _say_waiting):
                 found = _opened(folder) or _built(folder, source, files, tokenizer)
         except OSError as error:
             raise DataFault(
@@ -103,15 +123,3 @@ def _told(named: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
 def nothing(files: int, report: Report) -> str:
     """The message for data of which no document is left."""
     return f"no document is left of {files} files ({report.text() or 'they hold no text'}); give other data"
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the operating system takes back when its holder dies."""
-    with open(path, "a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            LOG.info("another process is tokenising the data; waiting for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

@@ -39,9 +39,7 @@ class Hub(Endless):
         on_error: str = "raise",
         max_document_bytes: int = MOST,
     ):
-        super().__init__(
-            tokenizer=tokenizer, held_out=held_out, on_error=on_error, max_document_bytes=max_document_bytes
-        )
+        super().__init__(tokenizer=tokenizer, held_out=held_out, on_error=on_error, max_document_bytes=max_document_bytes)
         if not isinstance(name, str) or not name:
             raise ValueError("data=hub needs data.name: a data set of the Hugging Face hub, or a local folder of one")
         for key, value in {"split": split, "text_field": text_field}.items():

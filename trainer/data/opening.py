@@ -10,6 +10,7 @@ from trainer.data.corpus import FACTS
 from trainer.data.dealing import SAMPLED, Endless
 from trainer.data.endless import NOTHING, EndlessStream
 from trainer.data.faults import NONE_HELD_OUT, ONE_DOCUMENT, Report
+from trainer.data.places import writable
 from trainer.data.readers import File, suffix_of
 from trainer.data.sources import Local, Source, build
 from trainer.data.split import SPLITS
@@ -84,8 +85,11 @@ def check(
     try:
         if isinstance(source, Local):
             files = source.files()
-            count = None if tokenizer is None else _cached(place(source, files, tokenizer))
+            folder = None if tokenizer is None else place(source, files, tokenizer)
+            count = None if folder is None else _cached(folder)
             if count is None:
+                if folder is not None and not writable(folder.parent):
+                    found.append(f"data.cache={folder.parent}: it cannot be written; give another folder")
                 faults, count = _look(source, files, tokenizer)
                 found += faults
             if evaluates and count == 1 and source.held_out:

@@ -150,7 +150,7 @@ def load(name: str) -> Tokenizer:
     """
     if name == "bytes":
         return Bytes()
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir() or path.is_file():
         return _local(name, path)
     if path.is_absolute() or path.suffix == ".json" or name.count("/") > 1 or name.startswith((".", "~")):

@@ -239,7 +239,7 @@ def _brief(error: Exception) -> str:
 
 def _in_netrc(address: str) -> bool:
     """Whether the user's netrc file has a key for this server, or for W&B's own."""
-    for path in (Path.home() / ".netrc", Path.home() / "_netrc"):
+    for path in (Path(os.path.expanduser(name)) for name in ("~/.netrc", "~/_netrc")):
         try:
             hosts = netrc.netrc(path).hosts
         except (OSError, netrc.NetrcParseError):

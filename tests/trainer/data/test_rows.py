@@ -135,7 +135,12 @@ def test_a_spoilt_file_among_good_ones_is_one_message_or_counted(kind, tmp_path)
     else:
         (tmp_path / "a.jsonl").write_bytes(jsonl({"text": "a"}))
         (tmp_path / "c.jsonl").write_bytes(jsonl({"text": "c"}))
-        spoilt = {"gz": gzip.compress(good)[:-300], "xz": lzma.compress(good)[:-300], "utf8": b'{"text": "\xff"}\n', "nothing": b"no"}
+        spoilt = {
+            "gz": gzip.compress(good)[:-300],
+            "xz": lzma.compress(good)[:-300],
+            "utf8": b'{"text": "\xff"}\n',
+            "nothing": b"no",
+        }
         (tmp_path / f"b.jsonl{'.' + kind if kind in ('gz', 'xz') else ''}").write_bytes(spoilt[kind])
     with pytest.raises(DataFault, match=r"/b\.") as error:
         texts_of(tmp_path)
