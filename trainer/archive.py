@@ -171,16 +171,23 @@ class Archive:
         trees = {key: manifest["state"][key] for key in state}
         return Saved(manifest["step"], ravel(trees, tensors), manifest["extra"])
 
+    def extra(self, place: Path | str) -> dict[str, Any]:
+        """The dict that was saved beside the tensors. Raises Fault where the checkpoint has no whole manifest."""
+        return self._manifest(place)["extra"]
+
+    def _manifest(self, place: Path | str) -> dict[str, Any]:
+        try:
+            return read_manifest(Path(place))
+        except (ValueError, OSError) as error:
+            raise Fault(f"cannot resume from {place}: {error}; name another checkpoint, or resume=auto", BAD_RUN) from error
+
     def blank(self, place: Path | str, part: str) -> dict[str, Any]:
         """Empty tensors of the names and shapes that a part of the checkpoint has, for `load` to fill; {} where it has none.
 
         Raises:
             Fault: the checkpoint has no manifest, or a damaged one.
         """
-        try:
-            manifest = read_manifest(Path(place))
-        except (ValueError, OSError) as error:
-            raise Fault(f"cannot resume from {place}: {error}; name another checkpoint, or resume=auto", BAD_RUN) from error
+        manifest = self._manifest(place)
 
         def empty(tree: Any) -> Any:
             if not isinstance(tree, dict) or "$tuple" in tree:

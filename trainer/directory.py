@@ -20,6 +20,7 @@ import yaml
 from pydantic import ValidationError
 
 from trainer.config import BAD_RUN, Config, Fault
+from trainer.data.sources import kind_of
 from trainer.inside import LINKED, links_inside, open_inside, replace_inside
 from trainer.locks import flocked, held, say_lacking
 from trainer.reading import yaml_file
@@ -138,11 +139,23 @@ def other_run(config: Config, directory: Path) -> list[str]:
         old = plain(read(directory))
     except (ValueError, OSError) as error:
         return [f"{directory / CONFIG} cannot be read ({str(error).splitlines()[0]}); choose another run_dir"]
+    free = (*FREE, "name", *_decided_by_content(old, config))
     return [
         f"{key}={_word(new)}: the run in {directory} has {key}={_word(was)}; use that value, or another run_dir"
         for key, was, new in differences(old, plain(config))
-        if key.partition(".")[0] not in (*FREE, "name") and key not in FREE
+        if key.partition(".")[0] not in free and key not in free
     ]
+
+
+def _decided_by_content(old: dict[str, Any], config: Config) -> list[str]:
+    """Settings of the data that may be spelt otherwise: whether it is the same data shows when it is opened."""
+    if old["data"].get("_target_") != config.data.target:
+        return []
+    try:
+        kind = kind_of(config.data.target)
+    except ValueError:  # said elsewhere
+        return []
+    return [f"data.{key}" for key in kind.content_decides]
 
 
 def _word(value: Any) -> str:

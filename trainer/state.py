@@ -86,6 +86,9 @@ def restore(archive: Archive, place: Path, engine: Engine, stream: Stream, lanes
     Raises:
         Fault: anything in the checkpoint that is not of this run; found before the engine takes over any of it.
     """
+    cursor = archive.extra(place).get("cursor")
+    if isinstance(cursor, dict) and (reason := _of_other_data(cursor, stream)):  # before tensors that do not fit are told of
+        raise Fault(f"cannot resume from {place}: {reason}", BAD_RUN)
     carried = {} if lanes is None else {"past": archive.blank(place, "past")}
     state = engine.state()
     saved: Saved = archive.load(place, state | carried)
@@ -105,12 +108,19 @@ def restore(archive: Archive, place: Path, engine: Engine, stream: Stream, lanes
     return progress
 
 
-def _astray(progress: Progress, stream: Stream) -> str | None:
-    """Why the training data cannot be read on from where a checkpoint says it was, or None."""
+def _of_other_data(cursor: dict[str, Any], stream: Stream) -> str | None:
+    """Why a cursor belongs to other data than the stream's, or None."""
     try:
-        stream.admit(progress.cursor)
+        stream.admit(cursor)
     except ValueError as error:
         return str(error)
+    return None
+
+
+def _astray(progress: Progress, stream: Stream) -> str | None:
+    """Why the training data cannot be read on from where a checkpoint says it was, or None."""
+    if reason := _of_other_data(progress.cursor, stream):
+        return reason
     beginning = stream.start()
     if problem := misfit(beginning, progress.cursor):
         return problem

@@ -39,8 +39,12 @@ class Endless(Source):
         """Count in the report what the data leaves out by its nature."""
 
     def identity(self) -> str:
-        """What the data is called; part of a cursor's fingerprint and of messages."""
+        """What the data is called in messages."""
         raise NotImplementedError
+
+    def content(self) -> str:
+        """What tells the data from any other, wherever it lies; part of a cursor's fingerprint."""
+        return self.identity()
 
     def sample(self) -> str:
         """A digest of the first document, which tells data of one name apart. Raises ValueError where there is none."""

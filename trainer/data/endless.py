@@ -80,7 +80,8 @@ class EndlessStream(Stream):
         if split == "held_out" and not source.held_out:
             raise DataFault(NONE_HELD_OUT, BAD_WISH)
         shape = (split, source.held_out, context_length, rows, lanes)
-        said = f"{source.identity()} {source.sample()} {self.tokenizer.fingerprint} {shape}"
+        sample = source.sample()  # first, for it says what is wrong with the data
+        said = f"{source.content()} {sample} {self.tokenizer.fingerprint} {shape}"
         self.fingerprint = hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
         self._at: Cursor | None = None
         self._kept: dict[int, tuple[Batch, Cursor]] = {}

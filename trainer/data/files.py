@@ -19,6 +19,7 @@ class Files(Local):
         text_field: the field or column that holds the text.
     """
 
+    content_decides = (*Local.content_decides, "path", "text_field")
     readers = {".txt": whole, ".jsonl": lines, ".parquet": table}
 
     def __init__(
@@ -50,7 +51,7 @@ class Files(Local):
         if os.path.isdir(pattern):
             raise ValueError(f"data.path={self.path} is a folder; give a glob, such as '{pattern.rstrip('/')}/*.jsonl'")
         matches = _matches(pattern)
-        root = _root(pattern)
+        root = _common(matches) or _root(pattern)
         listed = [file_at(path, os.path.relpath(path, root or ".")) for path in matches]
         listed += [_closed(path, why, root) for path, why in unlisted(pattern).items()]
         if all(file.folder for file in listed):
@@ -127,8 +128,17 @@ def _closed(folder: str, why: str, root: str) -> File:
     return File(os.path.abspath(folder), os.path.relpath(folder, root or "."), 0, 0, f"a folder: {why}")
 
 
+def _common(matches: list[str]) -> str:
+    """The folder that all matching files lie in; '' where there are none.
+
+    Names are kept relative to it, so that the data may move, and whatever glob matches these files names them alike.
+    """
+    folders = [os.path.dirname(os.path.abspath(path)) for path in matches if not os.path.isdir(path)]
+    return os.path.commonpath(folders) if folders else ""
+
+
 def _root(pattern: str) -> str:
-    """The folder above the glob's first wildcard: names are kept relative to it, so that the data may move."""
+    """The folder above the glob's first wildcard."""
     if os.path.isfile(pattern):
         return os.path.dirname(pattern)
     parts = pattern.split("/")

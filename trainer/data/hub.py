@@ -13,6 +13,7 @@ from trainer.data.faults import Report
 from trainer.data.places import spare_folder, writable
 from trainer.data.readers import MOST
 from trainer.data.rows import Rows, strangers
+from trainer.data.samples import sampled
 
 
 class Hub(Endless):
@@ -25,6 +26,8 @@ class Hub(Endless):
         revision: a commit or tag; None = the newest. Name one, if the data may change before a run is resumed.
         text_field: the column that holds the text.
     """
+
+    content_decides = (*Endless.content_decides, "name")
 
     def __init__(
         self,
@@ -54,6 +57,15 @@ class Hub(Endless):
         name = os.path.basename(os.path.abspath(path)) if os.path.isdir(path) else self.name
         parts = [name, self.subset, self.split, self.revision]
         return "/".join(part for part in parts if part)
+
+    def content(self) -> str:
+        """Of a local folder the files of the split, in order, by their sizes and samples of their bytes."""
+        folder = self._place()
+        if not os.path.isdir(folder):
+            return self.identity()
+        builder = load_dataset_builder(folder, self.subset, revision=self.revision, cache_dir=cache_folder())
+        files = (builder.config.data_files or {}).get(self.split, [])
+        return f"{self.split} {self.text_field} {' '.join(sampled(str(file)) for file in files)}"
 
     def open(self) -> Examples:
         path = self._place()

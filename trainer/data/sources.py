@@ -14,12 +14,18 @@ from trainer.data.tokenizers import Tokenizer, load
 class Source:
     """Documents in a fixed order, and the settings that every source takes.
 
+    Attributes:
+        content_decides: settings that say where the data lies or how it is read. A run that goes on may spell them
+            otherwise: the fingerprint of what is read tells whether it is the same data.
+
     Args:
         tokenizer: bytes, the path of a tokenizer.json or of a folder with one, or a name on the Hugging Face hub.
         held_out: fraction of the documents kept from training, 0 <= held_out < 1.
         on_error: raise = a document that cannot be read ends the run; skip = it is counted and left out.
         max_document_bytes: of a text, a line of JSON, or a page of a Parquet file; a larger one cannot be read.
     """
+
+    content_decides: tuple[str, ...] = ("tokenizer", "on_error", "max_document_bytes")
 
     def __init__(self, *, tokenizer: str, held_out: float, on_error: str, max_document_bytes: int = MOST):
         if isinstance(max_document_bytes, bool) or not isinstance(max_document_bytes, int) or max_document_bytes < 1:
@@ -46,6 +52,7 @@ class Local(Source):
         cache: folder for the tokens; null = longspan in the user's cache folder.
     """
 
+    content_decides = (*Source.content_decides, "cache")
     readers: Mapping[str, Reader] = {}  # for each suffix, how such a file is read
     text_field = "text"
 
@@ -82,6 +89,16 @@ def build(data: Mapping[str, Any] | Source) -> Source:
         return data
     settings = dict(data)
     target = settings.pop("_target_", None)
+    kind = kind_of(target)
+    unknown = [key for key in settings if key not in inspect.signature(kind).parameters]
+    if unknown:
+        known = ", ".join(inspect.signature(kind).parameters)
+        raise ValueError(f"data.{unknown[0]} is not a setting of {target}; it takes {known}")
+    return kind(**settings)
+
+
+def kind_of(target: Any) -> type[Source]:
+    """The class that a data node names by `_target_`. Raises ValueError where it cannot be had, or is no source."""
     module, _, name = str(target).rpartition(".")
     try:
         kind = getattr(importlib.import_module(module), name)
@@ -89,8 +106,4 @@ def build(data: Mapping[str, Any] | Source) -> Source:
         raise ValueError(f"data._target_={target} cannot be imported ({error}); use data=stdlib, files or hub") from error
     if not (inspect.isclass(kind) and issubclass(kind, Source)):
         raise ValueError(f"data._target_={target} is no source of documents; use data=stdlib, data=files or data=hub")
-    unknown = [key for key in settings if key not in inspect.signature(kind).parameters]
-    if unknown:
-        known = ", ".join(inspect.signature(kind).parameters)
-        raise ValueError(f"data.{unknown[0]} is not a setting of {target}; it takes {known}")
-    return kind(**settings)
+    return kind

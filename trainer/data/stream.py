@@ -60,7 +60,7 @@ class Stream(ABC):
             raise ValueError(
                 f"the place to go on from belongs to other data (fingerprint {cursor.get('fingerprint')}, this data "
                 f"has {self.fingerprint}): documents, tokenizer, seed, context_length or data settings were changed; "
-                "set them back, or begin anew with resume=never"
+                "set them back, or begin anew in another run_dir"
             )
 
 
