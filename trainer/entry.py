@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from parallel.outcome import SAVED
+from trainer.config import Fault
+from trainer.data.places import furnish
 from trainer.logs.streams import protect
 
 HELP = ("-h", "--help")
@@ -24,7 +26,11 @@ def enter(main: Callable[[list[str]], int], help_text: str | None = None) -> NoR
         print(help_text.strip())
         sys.exit(0)
     try:
+        furnish()
         status = main(words)
+    except Fault as fault:  # of the system that the command runs on; those of its wishes it tells of itself
+        print(fault, file=sys.stderr)
+        status = fault.code
     except KeyboardInterrupt:
         status = SAVED[signal.SIGINT]
     sys.exit(status)

@@ -170,6 +170,10 @@ def notes(folder: Path, size: int) -> list[Note | None]:
     return found
 
 
+def _since(beat: float, now: float) -> str:
+    return f"for {now - beat:.0f} s" if beat <= now else "since the machine's clock was set back"
+
+
 def accuse(every: Sequence[Note | None], here: tuple[int, str], timeout_s: float, now: float | None = None) -> str:
     """The message that names who is behind, and how that shows.
 
@@ -180,14 +184,14 @@ def accuse(every: Sequence[Note | None], here: tuple[int, str], timeout_s: float
     now, size = time.time() if now is None else now, len(every)
     there = {rank: note for rank, note in enumerate(every) if note is not None}
     missing = [rank for rank in range(size) if rank not in there]
-    still = {rank: note for rank, note in there.items() if now - note.beat > STILL_S}
+    still = {rank: note for rank, note in there.items() if abs(now - note.beat) > STILL_S}
     first = max((note.passed for note in there.values()), default=0)
     late = {rank: note for rank, note in there.items() if note.passed < first}
     busy = {rank: note for rank, note in there.items() if not note.waits}
     if missing:
         who = [f"rank {rank} of {size} left no word" for rank in missing]
     elif still:
-        who = [f"rank {r} of {size} stands still: no sign for {now - n.beat:.0f} s, in {n.place()}" for r, n in still.items()]
+        who = [f"rank {r} of {size} stands still: no sign {_since(n.beat, now)}, in {n.place()}" for r, n in still.items()]
     elif late:
         who = [f"rank {rank} of {size} did not come: it is in {note.place()}" for rank, note in late.items()]
     elif 0 < len(busy) < size:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import getpass
 import os
 import signal
 import subprocess
@@ -12,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from trainer import directory, locks
+from trainer import directory, entry, locks
 from trainer.config import Fault
 from trainer.data import cache, places
 from trainer.data.cache import place
 from trainer.data.opening import check, open_stream
 from trainer.data.sources import build
 from trainer.locks import exclusive, held
+from trainer.watch import Note, accuse
 
 SETTINGS = {"context_length": 8, "rows": 1, "seed": 0}
 
@@ -187,3 +189,40 @@ def test_a_folder_of_somebody_else_is_not_taken(tmp_path, monkeypatch, homeless)
 def test_a_tilde_of_nobody_is_one_message(tmp_path, homeless):
     (said,) = check(source(tmp_path, tokenizer="~nobody-here/tok.json", cache=str(tmp_path / "c")))
     assert "there is no such file" in said
+
+
+def test_a_process_without_home_and_user_name_is_given_both(homeless, monkeypatch, caplog):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    places.furnish()
+    assert getpass.getuser() == f"user{os.getuid()}"
+    assert os.environ["HOME"] == str(homeless / f"longspan-{os.getuid()}" / "home") and os.path.isdir(os.environ["HOME"])
+    for variable in ("HOME", "LOGNAME"):
+        monkeypatch.setenv(variable, os.environ[variable])
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["a home folder is not known"]
+
+
+def test_what_the_user_set_is_left_as_it_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USER", "somebody")
+    before = dict(os.environ)
+    places.furnish()
+    assert dict(os.environ) == before
+
+
+def test_no_folder_for_temporary_files_is_one_message_and_exit_status_3(monkeypatch, capsys):
+    def nowhere():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr("tempfile.gettempdir", nowhere)
+    monkeypatch.setattr(entry, "protect", lambda: None)
+    with pytest.raises(SystemExit) as end:
+        entry.enter(lambda words: 0)
+    assert end.value.code == 3 and capsys.readouterr().err.startswith("TMPDIR: No usable temporary directory")
+
+
+def test_a_clock_that_is_set_back_does_not_hide_who_stands_still():
+    beats = [1000.0, 1000.0 - 3600, 1000.0 + 3600]
+    notes = [Note(3, 4, "forward", "", False, beat) for beat in beats]
+    said = accuse(notes, (4, "forward"), 30.0, 1000.0)
+    assert "rank 1 of 3 stands still" in said and "rank 2 of 3 stands still" in said and "rank 0" not in said

@@ -1,12 +1,36 @@
 """Folders to write to, on machines that lack a home, a user name, or a disk where one is expected."""
 
+import getpass
 import logging
 import os
 import tempfile
 from functools import cache
 from pathlib import Path
 
+from trainer.config import BAD_RUN, Fault
+
 LOG = logging.getLogger("longspan.data")
+
+
+def furnish() -> None:
+    """Give this process, and those that it starts, what libraries take for granted: HOME and a user name.
+
+    Without them W&B is switched off or fills the console, `datasets` makes a folder that is called `~`, and torch's compiler
+    ends in a traceback. What the user set is left as it is.
+
+    Raises:
+        Fault: there is no folder for temporary files.
+    """
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise Fault(f"TMPDIR: {error.strerror}; set TMPDIR to a folder that can be written", BAD_RUN) from error
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # the kind differs between versions of Python
+        os.environ["LOGNAME"] = f"user{os.getuid()}"
+    if not os.path.isabs(os.environ.get("HOME", "")):
+        os.environ["HOME"] = str(home() or spare_folder("home", "a home folder is not known"))
 
 
 def home() -> Path | None:
