@@ -13,14 +13,16 @@ from trainer.reports.pictures import by_position, draw
 from trainer.reports.runs import Told, collect
 from trainer.reports.variants import Spread, Variant, variants
 
+WIDEST = 12  # columns of figures that a page of 1,280 has room for
 PLACE, PAGE, TABLE = "report", "index.html", "variants.md"
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a202c; max-width: 1280px; margin: 2rem auto; padding: 0 1rem; }
 h1, h2 { font-weight: 600; } h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #e2e8f0; text-align: right; vertical-align: top; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font: 13px/1.4 system-ui, sans-serif; }
+table { font-variant-numeric: tabular-nums; } td { white-space: nowrap; } th { overflow-wrap: anywhere; }
+th, td { padding: .3rem .45rem; border-bottom: 1px solid #e2e8f0; text-align: right; vertical-align: top; }
 th { color: #4a5568; font-weight: 600; border-bottom: 2px solid #cbd5e0; }
-td.words, th.words { text-align: left; white-space: normal; } td.state { min-width: 6rem; }
+td.words, th.words { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
 tr.bad td { background: #fff5f5; } code { font: 13px/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; } p.small { color: #4a5568; font-size: 13px; }
 """
@@ -28,6 +30,7 @@ TITLES = {
     "curves": "Learning curves",
     "pareto": "Loss against cost",
     "by_position": "Held-out loss by position",
+    "evaluations": "Accuracies and other evaluations",
 }
 NOTE = (
     "Losses are nats per token, after the last step; \u00b1 is the standard deviation over the seeds of a row. FLOPs are of "
@@ -56,7 +59,7 @@ def write(directory: Path) -> Path:
         f"<h1>{escape(title)}</h1>",
         f"<p>{_told(runs)}</p>",
         "<h2>Variants</h2>",
-        _table(head, cells),
+        *_tables(head, cells),
         f'<p class="small">{escape(NOTE)}</p>',
     ]
     for name, path in pictures.items():
@@ -127,8 +130,27 @@ def _positions(rows: Sequence[Variant]) -> str:
     told = [(variant, by_position(variant)) for variant in rows]
     ranges = sorted({place for _, found in told for place in found})
     head = [f"{begin}" if end == begin + 1 else f"{begin}-{end - 1}" for begin, end in ranges]
+    if len(ranges) > WIDEST:  # then a line for each range, or the table would leave the page
+        shown = [(each.name, found) for each, found in told if found]
+        lines = [
+            (True, [name, *(short(found.get(place, math.nan), ".3f") for _, found in shown)])
+            for name, place in zip(head, ranges)
+        ]
+        return "\n".join(_tables(["position", *(name for name, _ in shown)], lines))
     cells = [[each.name, *(short(found.get(place, math.nan), ".3f") for place in ranges)] for each, found in told if found]
     return _table(["position", *head], [(True, each) for each in cells])
+
+
+def _tables(head: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """As few tables as there must be for each to fit a page; the first column is in all of them, states in the last."""
+    figures = len(head) - 1
+    count = max(1, -(-figures // WIDEST))
+    share = -(-figures // count)
+    tables = []
+    for begin in range(1, len(head), share):
+        chosen = [0, *range(begin, min(begin + share, len(head)))]
+        tables.append(_table([head[at] for at in chosen], [(well, [cells[at] for at in chosen]) for well, cells in rows]))
+    return tables
 
 
 def _table(head: Sequence[str], rows: Sequence[Row]) -> str:

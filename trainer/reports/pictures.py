@@ -2,12 +2,14 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
@@ -18,6 +20,9 @@ from trainer.reports.variants import Variant, frontier, quality
 
 GREY, PALE = "#4a5568", "#e2e8f0"
 MARKERS = "osD^vPX*<>"
+ACROSS = 3  # panels side by side
+LEGEND_POINTS, LEGEND_SHARE = 9, 0.96  # size of its letters; the part of a sheet's width that it may take
+LETTER = 0.6  # mean width of a letter, of its size
 COSTS: tuple[tuple[str, Callable[[Told], float]], ...] = (
     ("training FLOPs", lambda run: run.flops_per_token * run.tokens),
     ("training seconds x ranks", lambda run: run.seconds * run.ranks),
@@ -31,6 +36,7 @@ def draw(variants: Sequence[Variant], directory: Path) -> dict[str, Path]:
         "curves": _curves(variants),
         "pareto": _pareto(variants),
         "by_position": _by_position(variants),
+        "evaluations": _evaluations(variants),
     }
     paths = {}
     for name, figure in figures.items():
@@ -50,9 +56,14 @@ def _look(number: int) -> dict[str, object]:
 
 
 def _sheet(panels: int, title: str, width: float = 5.4) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width * panels, 4.8), dpi=130, layout="constrained")
+    columns = min(panels, ACROSS)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(width * columns, 4.8 * rows), dpi=130, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=GREY)
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for each in axes[panels:]:
+        each.set_axis_off()
+    del axes[panels:]
     for each in axes:
         each.grid(color=PALE, linewidth=0.8)
         each.set_axisbelow(True)
@@ -62,9 +73,23 @@ def _sheet(panels: int, title: str, width: float = 5.4) -> tuple[Figure, list[Ax
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
+    """What is what, below the panels: as many columns as fit, long names in several lines, and a sheet that grows."""
     handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    if not handles:
+        return
+    room = figure.bbox.width * LEGEND_SHARE
+    letters = int(room / (LEGEND_POINTS * LETTER * figure.dpi / 72)) - 8  # beside the line that a name stands for
+    labels = [textwrap.fill(label, max(letters, 16)) for label in labels]
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for columns in range(min(4, len(labels)), 0, -1):
+        legend = figure.legend(
+            handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=LEGEND_POINTS
+        )
+        size = legend.get_window_extent(renderer)
+        if size.width <= room or columns == 1:
+            break
+        legend.remove()
+    figure.set_figheight(figure.get_figheight() + size.height / figure.dpi)
 
 
 def _curves(variants: Sequence[Variant]) -> Figure | None:
@@ -153,6 +178,30 @@ def _by_position(variants: Sequence[Variant]) -> Figure | None:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
     axes.set_xlabel("position (tokens, ranges twice as long each)")
     _legend(figure, axes)
+    return figure
+
+
+def _evaluations(variants: Sequence[Variant]) -> Figure | None:
+    """Accuracies and other evaluations while training, a panel each; those with one value have no curve."""
+    found: dict[str, None] = {}
+    for variant in variants:
+        for run in variant.counted:
+            found |= {name: None for name, points in run.grades.items() if len(points) > 1}
+    if not found:
+        return None
+    figure, axes = _sheet(len(found), "evaluations while training")
+    for each, name in zip(axes, found):
+        values = []
+        for number, variant in enumerate(variants):
+            curves = [run.grades[name] for run in variant.counted if run.grades.get(name)]
+            values += [value for curve in curves for _, value in curve]
+            _band(each, curves, caption(variant.name), _look(number))
+        each.set_title(caption(name), fontsize=10, color=GREY)
+        each.set_xlabel("tokens trained on")
+        each.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if min(values) >= 0 and max(values) <= 1:  # shares
+            each.set_ylim(-0.03, 1.03)
+    _legend(figure, max(axes, key=lambda one: len(one.get_lines())))
     return figure
 
 

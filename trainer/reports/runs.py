@@ -36,7 +36,7 @@ class Told:
         tokens_per_second: of the middle step. seconds: of training, without evaluation and saving. ranks.
         peak_bytes: most on one rank. sent_bytes: by the rank that sends most, each step.
         curve: [(tokens, loss)]. checks: [(tokens, held-out loss)]. by_position: the last evaluation's, by (begin, end).
-        graded: the last value of every other evaluation. What is not known is NaN, or empty.
+        graded: the last value of every other evaluation. grades: its [(tokens, value)]. What is not known is NaN, or empty.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Told:
     checks: list[tuple[float, float]] = field(default_factory=list)
     by_position: dict[tuple[int, int], float] = field(default_factory=dict)
     graded: dict[str, float] = field(default_factory=dict)
+    grades: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
 
 def collect(directory: Path) -> list[Told]:
@@ -153,6 +154,10 @@ def _evaluated(directory: Path, run: Told) -> dict[str, Any]:
     tokens = {row["step"]: row["tokens"] for row in read(directory / METRICS)}
     held_out = [row for row in rows if row.get("name") == HELD_OUT]
     found: dict[str, Any] = {"graded": {row["name"]: float(row["value"]) for row in rows if row["name"] != HELD_OUT}}
+    found["grades"] = {}
+    for row in rows:
+        if row["name"] != HELD_OUT and row["step"] in tokens:
+            found["grades"].setdefault(row["name"], []).append((tokens[row["step"]], float(row["value"])))
     if held_out:
         found["held_out"] = float(held_out[-1]["value"])
         found["checks"] = [(tokens[row["step"]], row["value"]) for row in held_out if row["step"] in tokens]

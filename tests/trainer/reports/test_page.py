@@ -1,13 +1,16 @@
 """The page needs nothing but itself, every row is in it, and its pictures show the rows."""
 
 import base64
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from scripts.report import main
 from tests.trainer.reports.folders import sweep, trained
+from trainer.jobs import Outcome
 from trainer.reports import pictures
 from trainer.reports.runs import collect
 from trainer.reports.variants import variants
@@ -138,3 +141,53 @@ def test_a_report_that_cannot_be_written_is_one_line_and_exit_status_3(tmp_path:
     (tmp_path / "report").write_text("in the way")
     assert main([str(tmp_path)]) == 3
     assert "report: File exists; mend that" in capsys.readouterr().err
+
+
+def named(place: Path, count: int) -> Path:
+    """A sweep whose variants have long names, and which was graded in several ways while it trained."""
+    place.mkdir()
+    (place / "sweep.json").write_text('{"settings": []}')
+    for number in range(count):
+        trained(place / str(number), 2.0 + number / 10)
+        rows = [
+            {"step": step, "name": name, "value": (step + number) / 100}
+            for step in (20, 40)
+            for name in ("accuracy", *(f"recall_of_{pairs}_pairs" for pairs in range(15)))
+        ]
+        with open(place / str(number) / "evaluation.jsonl", "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        long = f"++mixer._target_=somebody.has.a.very.long.name.of.a.module.Mixer{number}"
+        Outcome(["model=full", long, "++mixer.temperature=0.125"], "done", 0, 9.0).write(place / str(number))
+    return place
+
+
+@pytest.mark.parametrize("draw", [pictures._curves, pictures._pareto, pictures._by_position, pictures._evaluations])
+def test_legends_of_long_names_lie_on_the_sheet_and_below_the_panels(tmp_path: Path, draw) -> None:
+    figure = draw(variants(collect(named(tmp_path / "all", 9))))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent(canvas.get_renderer())
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
+    assert len(legend.get_texts()) == 9
+    for axes in figure.axes:
+        if axes.axison:
+            assert axes.get_window_extent().y0 >= box.y1 and axes.get_window_extent().height > 200
+
+
+def test_accuracies_have_curves_and_tables_fit_the_page(tmp_path: Path) -> None:
+    place = named(tmp_path / "all", 3)
+    figure = pictures._evaluations(variants(collect(place)))
+    assert figure is not None
+    by_name = {axes.get_title(): axes for axes in figure.axes}
+    assert len([name for name in by_name if name]) == 16
+    assert points(by_name["accuracy"].get_lines()[0]) == [(20 * 4096, 0.2), (40 * 4096, 0.4)]
+    assert main([str(place)]) == 0
+    page = Page((place / "report" / "index.html").read_text())
+    assert len(page.images) == 4 and max(len(row) for row in page.rows) <= 13
+    heads = [row for row in page.rows if row[0] == "variant"]
+    assert {name for head in heads for name in head} > {"accuracy", "recall_of_14_pairs", "state", "bytes sent/step"}
+
+
+def test_a_curve_of_one_value_is_none(place: Path) -> None:
+    assert pictures._evaluations(variants(collect(place))) is None
