@@ -55,7 +55,8 @@ class Experts(nn.Module):
 
     def initial(self) -> dict[str, Rule]:
         """As the dense layer's `down` (models/decoder.py)."""
-        return {"down": Usual((2 * self.layers) ** -0.5)}
+        small = Usual((2 * self.layers) ** -0.5)
+        return {name: small if name == "down" else Usual() for name, _ in self.named_parameters()}
 
     def forward(self, tokens: Tensor, counts: Tensor, keep: Tensor | None = None) -> Tensor:
         """[N, W].

@@ -6,11 +6,15 @@ sets it itself. So a mixer asks for what it needs by naming it, and a new mixer 
 
 import traceback
 from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from models.construction import Origin
 from models.memory.memory import Memory
 from models.mixing.relay import misfits
 from models.past import name_carriers
@@ -154,24 +158,73 @@ def build_model(config: Config, vocabulary: int) -> nn.Module:
     Raises:
         Fault: any setting that no constructor takes, or that a constructor refuses.
     """
-    offers = offered(config, vocabulary)
-    parts: dict[str, list[nn.Module]] = {"mixers": [], "feedforwards": []}
-    for layer, (label, beside) in enumerate(zip(labels(config), feedforward_labels(config))):
-        for kind, (where, node) in zip(parts, (mixer_node(config, label), feedforward_node(config, beside))):
-            place = build(config.position, offers, "position")
-            parts[kind].append(build(node, {**offers, "position": place, "layer": layer}, where))
-    memory = build_memory(config, offers)
-    parts["mixers"] = [_around(memory, mixer, {**offers, "layer": layer}) for layer, mixer in enumerate(parts["mixers"])]
-    try:
-        memory.judge(parts["mixers"])
-    except ValueError as error:
-        raise Fault(f"memory: {error}") from error
-    place = build(config.position, offers, "position")
-    model = build(model_node(config), {**offers, "position": place, "memory": memory, **parts}, "model")
+    model = _assembled(config, vocabulary)
+    others = (model_node(config), plain(config.position), memory_node(config))
+    model.origin = Origin(partial(_assembled, config, vocabulary, layers_on="meta"), _foreign(others))
     if faults := misfits(model):
         raise Fault("\n".join(faults))
     name_carriers(model)
     return model
+
+
+def _assembled(config: Config, vocabulary: int, layers_on: str | None = None) -> nn.Module:
+    """The model; its mixers and feed-forward layers are on the device in force, or on `layers_on`."""
+    offers = offered(config, vocabulary)
+    memory = build_memory(config, offers)
+    with torch.device(layers_on) if layers_on else nullcontext():
+        mixers, feedforwards = _layers(config, vocabulary)
+        mixers = [_around(memory, mixer, {**offers, "layer": layer}) for layer, mixer in enumerate(mixers)]
+    try:
+        memory.judge(mixers)
+    except ValueError as error:
+        raise Fault(f"memory: {error}") from error
+    for layer, (label, mixer) in enumerate(zip(labels(config), mixers, strict=True)):
+        nodes = (mixer_node(config, label)[1], config.position, memory_node(config))
+        mixer.origin = Origin(partial(_mixer, config, vocabulary, layer), _foreign(nodes))
+    for layer, (label, feedforward) in enumerate(zip(feedforward_labels(config), feedforwards, strict=True)):
+        nodes = (feedforward_node(config, label)[1], config.position)
+        feedforward.origin = Origin(partial(_feedforward, config, vocabulary, layer), _foreign(nodes))
+    place = build(config.position, offers, "position")
+    parts = {"mixers": mixers, "feedforwards": feedforwards}
+    return build(model_node(config), {**offers, "position": place, "memory": memory, **parts}, "model")
+
+
+def _layers(config: Config, vocabulary: int) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The mixers, before a memory is put around them, and the feed-forward layers."""
+    pairs = list(zip(labels(config), feedforward_labels(config)))
+    offers = offered(config, vocabulary)
+    mixers = [_layer(config, offers, layer, mixer_node(config, label)) for layer, (label, _) in enumerate(pairs)]
+    feedforwards = [_layer(config, offers, layer, feedforward_node(config, label)) for layer, (_, label) in enumerate(pairs)]
+    return mixers, feedforwards
+
+
+def _layer(config: Config, offers: Mapping[str, Any], layer: int, placed: tuple[str, Node]) -> nn.Module:
+    """A mixer or a feed-forward layer, from (where its node stands, the node)."""
+    where, node = placed
+    place = build(config.position, offers, "position")
+    return build(node, {**offers, "position": place, "layer": layer}, where)
+
+
+def _mixer(config: Config, vocabulary: int, layer: int) -> nn.Module:
+    """The mixer of a layer with its memory, alone."""
+    offers = offered(config, vocabulary)
+    mixer = _layer(config, offers, layer, mixer_node(config, labels(config)[layer]))
+    return _around(build_memory(config, offers), mixer, {**offers, "layer": layer})
+
+
+def _feedforward(config: Config, vocabulary: int, layer: int) -> nn.Module:
+    """The feed-forward layer of a layer, alone."""
+    return _layer(config, offered(config, vocabulary), layer, feedforward_node(config, feedforward_labels(config)[layer]))
+
+
+def _foreign(nodes: Any) -> bool:
+    """Whether a node among these, or inside them, names a class that is not ours."""
+    if isinstance(nodes, Node):
+        nodes = plain(nodes)
+    if isinstance(nodes, Mapping):
+        own = str(nodes.get(TARGET, "models.")).startswith("models.")
+        return not own or any(_foreign(value) for value in nodes.values())
+    return isinstance(nodes, list | tuple) and any(_foreign(value) for value in nodes)
 
 
 def memory_node(config: Config) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.auxiliary import auxiliary, forget
-from models.init import initial_tensor
+from models.init import initial_tensor, rules
 from models.loss import IGNORE
 from models.masks import visible
 from models.mixing.softmax import Softmax
@@ -97,9 +97,10 @@ def built(config: Config) -> nn.Module:
     """The small model with weights large enough for every term to count (a layer that starts at 0 would hide its faults)."""
     vocabulary = trial_symbols(objective_of(config), VOCABULARY, TOKENS).vocabulary
     model = build_model(config, vocabulary).double()
+    known = rules(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            noise = initial_tensor(model, name, 1).double()
+            noise = initial_tensor(model, name, 1).double() if name in known else parameter.clone()
             spread_out = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)), dtype=torch.float64)
             parameter.copy_(noise + spread_out * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1))
     return model

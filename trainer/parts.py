@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from omegaconf import OmegaConf
 
+from models.construction import never_filled
 from parallel.engines.experts import unshared
 from parallel.spread import refusals, unreachable
 from trainer import build, room, zero
@@ -81,6 +82,7 @@ def model(config: Config, given: Collection[str]) -> Iterator[str]:
         yield str(fault)
         return
     yield from room.parameters(config, built_model)
+    yield from never_filled(built_model, config.seed)
     yield from whole_only(config, built_model)
     yield from unlearnable(config, built_model)
     if config.engine.name == "deepspeed":

@@ -37,6 +37,7 @@ from trainer.loop import Loop, Stop
 from trainer.objectives.contradictions import remarks
 from trainer.objectives.stream import open_rows
 from trainer.share import Share
+from trainer.started_from import weight_lines
 from trainer.state import Progress, restore
 from trainer.watch import At, limit, watching
 
@@ -161,6 +162,8 @@ class Run:
         if place is None and self.config.resume not in ("auto", "never"):
             place = self._named(Path(self.config.resume))
         if place is None:
+            for line in weight_lines(self.engine.how):
+                self.console.say(line)
             return Progress(self.stream.start())
         progress = restore(self.checkpoints, place, self.engine, self.stream, self.lanes)
         agree(self.mesh, {"the place to go on from": progress.extra()}, f"after resuming from {place}")

@@ -32,6 +32,12 @@ def settings(config: Config) -> Iterator[str]:
 def handed_on(config: Config, model: nn.Module) -> Iterator[str]:
     """Of the built model."""
     yield from unstepped(model, _stage(config), config.parallel.context)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 0:
+            yield (
+                f"engine=deepspeed: {name} is a parameter without dims, which DeepSpeed cannot hold; give it the shape [1], "
+                "or use engine=fsdp"
+            )
 
 
 def _stage(config: Config) -> int:

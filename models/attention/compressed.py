@@ -8,7 +8,7 @@ from models.attention.compressor import EVERY, ChosenScore, Compressor, turn_las
 from models.attention.full import CAUSAL
 from models.attention.indexer import Indexer, index_scores, lesson
 from models.attention.turning import only_turns
-from models.init import Rule, constant
+from models.init import Rule, Usual, constant
 from models.masks import Reach
 from models.masks_sparse import RoleKey
 from models.mixing.lookup import SUMMARY, BlockEnds, Lookup, Picked
@@ -90,7 +90,7 @@ class Compressed(nn.Module):
 
     def initial(self) -> dict[str, Rule]:
         """The sink starts as a key of logit 0."""
-        return {"sink": constant(0.0)}
+        return {"sink": constant(0.0), "group": Usual()}
 
     def begin(self, step: int) -> None:
         """Step numbers start at 1."""

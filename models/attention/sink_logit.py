@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from models.attention.full import CAUSAL, Attention
 from models.attention.scoring import Sunk
+from models.init import Rule, constant
 from models.masks import Reach
 from models.mixing.softmax import Softmax
 from models.positions.position import Position
@@ -16,6 +17,9 @@ class _WithSink(nn.Module):
     def __init__(self, tables: nn.Module | None, heads: int):
         super().__init__()
         self.inner, self.logit = tables, nn.Parameter(torch.zeros(heads))
+
+    def initial(self) -> dict[str, Rule]:
+        return {"logit": constant(0.0)}
 
     def forward(self) -> tuple[Tensor, ...]:
         return (*(self.inner() if self.inner is not None else ()), self.logit)

@@ -4,14 +4,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.init import Rule
+from models.init import Described, Rule
 from models.mixing.window import Window
 from models.span import Span
 
 
 def uniform(bound: float) -> Rule:
     """Uniform between -bound and bound."""
-    return lambda shape, generator: (torch.rand(shape, generator=generator) * 2 - 1) * bound
+    return Described(
+        lambda shape, generator: (torch.rand(shape, generator=generator) * 2 - 1) * bound, f"uniform({bound:.3g})"
+    )
 
 
 class Taps(nn.Module):

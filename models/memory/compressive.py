@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.init import Rule, constant
 from models.memory.local import WAY_OUT, attention_beside, check_segment, within
 from models.memory.memory import Memory
 from models.mixing.compress import Compress
@@ -82,6 +83,10 @@ class CompressiveMemory(nn.Module):
         self.gate = nn.Parameter(torch.zeros(heads))
         self.mix = Compress(segment)
         self.mass = Compress(segment) if rule == "delta" else None
+
+    def initial(self) -> dict[str, Rule]:
+        """Half of what comes out is recalled at first."""
+        return {"gate": constant(0.0)}
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, local: Tensor, span: Span) -> Tensor:
         """[B, T, H, D]: q and local [B, T, H, D], k and v [B, T, G, D], without positions."""

@@ -122,7 +122,7 @@ class ExternalMemory(Carrier):
 
     def initial(self) -> dict[str, Rule]:
         """Scales start where a query can tell one key from all the others."""
-        return {"scale": constant(self.start)}
+        return {"gate": constant(0.0), "scale": constant(self.start)}
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, local: Tensor, span: Span) -> Tensor:
         """[B, T, H, D]: q and local [B, T, H, D], k and v [B, T, G, D], without positions; keeps k and v for the next rows."""

@@ -6,6 +6,7 @@ Letters: B rows, T queries, S keys, H heads, D head width, W = H D, N different 
 import torch
 from torch import Tensor, nn
 
+from models.init import Rule, Usual
 from models.positions.position import Position
 from models.positions.sinusoidal import sinusoid
 from models.scores import Score, Tensors, dots
@@ -45,6 +46,9 @@ class RelativeTables(nn.Module):
         super().__init__()
         self.u, self.v = (nn.Parameter(torch.zeros(heads, head_width)) for _ in range(2))
         self.distance = nn.Parameter(torch.zeros(heads, head_width, heads * head_width))
+
+    def initial(self) -> dict[str, Rule]:
+        return dict.fromkeys(("u", "v", "distance"), Usual())
 
     def forward(self) -> tuple[Tensor, ...]:
         return self.u, self.v, self.distance

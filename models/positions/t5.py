@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.init import Rule, Usual
 from models.positions.position import Position
 from models.ranges import Many, Positive
 from models.scores import Score, Tensors
@@ -58,6 +59,9 @@ class T5Table(nn.Module):
     def __init__(self, buckets: int, heads: int):
         super().__init__()
         self.table = nn.Parameter(torch.zeros(buckets, heads))
+
+    def initial(self) -> dict[str, Rule]:
+        return {"table": Usual()}
 
     def forward(self) -> tuple[Tensor, ...]:
         return (self.table,)

@@ -84,7 +84,7 @@ class Deepspeed(Engine):
         """See Engine.wrap. What is returned walks like the plain model: names and modules are its own."""
         model = model.to(STORED[self.precision])
         aliases = dict(named(model))
-        self.drawn = materialise(model, torch.device("cpu") if self.zero else self.mesh.device, self.seed)
+        self.drawn = materialise(model, torch.device("cpu") if self.zero else self.mesh.device, self.seed, self.how)
         self.plain, self.parameters = model, dict(model.named_parameters())
         self.aliases = {name: first for name, first in aliases.items() if first in self.parameters}
         masters = {}

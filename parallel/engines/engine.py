@@ -81,6 +81,7 @@ class Engine:
         self.precision = precision
         self.computed = getattr(torch, precision)  # what matrix products are taken in
         self.seed = seed
+        self.how: dict[str, str] = {}
         self.checkpointing = checkpointing
         self.compile = compile
 

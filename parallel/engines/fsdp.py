@@ -59,6 +59,7 @@ class Fsdp(Engine):
         if self.precision == "bfloat16":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         apart = self._place_experts(model, policy)
+        apart |= {parameter for parameter in model.parameters() if parameter.dim() == 0}  # FSDP2 cuts no scalar
         options: dict[str, Any] = {"mesh": self.mesh.device_mesh, "mp_policy": policy, "ignored_params": apart}
         for block in _separable(model):
             fully_shard(block, reshard_after_forward=self.reshard_after_forward, **options)
@@ -73,7 +74,7 @@ class Fsdp(Engine):
                 module.set_gradient_divide_factor(1.0)
         kept = {id(parameter) for parameter in apart}
         names = {name for name, parameter in model.named_parameters() if id(parameter) in kept}
-        self.drawn = materialise(model, self.mesh.device, self.seed)
+        self.drawn = materialise(model, self.mesh.device, self.seed, self.how)
         self.apart = [parameter for name, parameter in model.named_parameters() if name in names]
         return model
 

@@ -24,7 +24,7 @@ class Single(Engine):
 
     def _place(self, model: nn.Module) -> nn.Module:
         share_experts(model, self.mesh, self.computed)
-        self.drawn = materialise(model, self.mesh.device, self.seed)
+        self.drawn = materialise(model, self.mesh.device, self.seed, self.how)
         self.copies: list[tuple[nn.Parameter, nn.Parameter]] = []
         if self.precision == "bfloat16":
             for module in (model, *blocks_of(model)):
