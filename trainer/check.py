@@ -18,7 +18,7 @@ from trainer.lengthening import unfit
 from trainer.logs.labels import judge as judge_labels
 from trainer.objectives.contradictions import misused
 from trainer.parts import model, nodes, too_long
-from trainer.unmet import homeless, meeting, unsayable
+from trainer.unmet import homeless, meeting, unsayable, unwritable
 
 RANKS_PER_CORE = 8
 NO_MEMORY = Memory.model_fields["target"].default
@@ -44,7 +44,9 @@ def check(
         known: messages found before; they come first.
         started: ranks that somebody else has started already; None when this machine starts them. starter: who that was.
     """
-    faults = list(known)
+    faults = [*known, *unwritable(config)]
+    if len(faults) > len(known):
+        return faults
     carried = machinery(config) if started is None else outside(config, started, starter)
     asked = (sizes, room.tokens, built, spreading, engine, directory.judge, unfit, judge_labels, nodes, data, misused)
     answers = (each(config) for each in asked)
@@ -122,6 +124,11 @@ def spreading(config: Config) -> Iterator[str]:
         yield (
             f"parallel.method=heads over {context} ranks needs {context} query heads, but model.heads={heads}; "
             f"use parallel.method=ring, or parallel.context={heads}"
+        )
+    if parallel.method == "usp" and (parallel.heads or 1) > heads:
+        yield (
+            f"parallel.heads={parallel.heads} divides query heads among {parallel.heads} ranks, but model.heads={heads}; "
+            f"use parallel.heads={heads} or fewer, and more in parallel.ring"
         )
     grid = {key: size for key, size in (("heads", parallel.heads), ("ring", parallel.ring)) if size is not None}
     if parallel.method != "usp":

@@ -5,6 +5,7 @@ run and the user sees everything at once.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -29,6 +30,7 @@ from trainer.values import shown
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 MANY = ("-m", "--multirun")
+MAY_BE_NULL = ("mixer", "experiment")
 OF_SWEEPS = ("hydra.sweep.", "hydra.sweeper.", "hydra.launcher.", "hydra/sweeper", "hydra/launcher=torchrun")
 FACTS = {
     "int": "a whole number is needed",
@@ -164,9 +166,9 @@ def _sort(
             continue
         key = override.key_or_group
         given.add(key)
-        if _is_hydra(key):
+        if _is_hydra(key) or override.package:
             chosen.append(text)
-        elif (CONF / key).is_dir() or override.package or override.is_delete():
+        elif (CONF / key).is_dir() or override.is_delete():
             chosen.append(text.lstrip("+"))
         else:
             # forced in here: whether a key is known is judged by Config and by the signatures, in one place
@@ -194,7 +196,12 @@ def _misuse(override: Override, text: str, sweeps: bool, texts: Texts) -> str | 
         return f"{text}: one command starts one run; for one of each value give -m as well (a list is [a,b]{one})"
     if not (CONF / key).is_dir() or override.is_delete() or override.package:
         return None
-    wanted = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and not override.is_sweep_override():
+        several = "; layers of several kinds are model.pattern=[A,B], as in model=hybrid" if key == "mixer" else ""
+        return f"{text}: choose one {key}, not a list{several}"
+    if value is None and key not in MAY_BE_NULL:
+        return f"{text}: one has to be chosen; known: {', '.join(choices(key))}"
+    wanted = [value]
     if override.is_sweep_override():
         wanted = list(override.sweep_iterator()) if override.is_discrete_sweep() else []
     for each in wanted:
@@ -230,7 +237,7 @@ def _plain(overrides: list[str]) -> dict[str, Any]:
             raise Fault("\n".join(f"{key} is not set; write {key}=VALUE" for key in sorted(missing)))
         plain = OmegaConf.to_container(tree, resolve=True)
     except (HydraException, OmegaConfBaseException, ValueError, YAMLError, RecursionError) as error:
-        raise Fault(" ".join(str(error).split())) from error
+        raise Fault(_plainly(" ".join(str(error).split()))) from error
     assert isinstance(plain, dict)
     plain.pop("experiment", None)
     for key, node in plain.items():
@@ -244,6 +251,15 @@ def _vet(folder: Path) -> None:
     """Raise Unreadable for a settings file that Hydra could not read, or would unfold without end; once in a process."""
     for path in sorted(folder.rglob("*.yaml")):
         vet_yaml(path)
+
+
+def _plainly(said: str) -> str:
+    """Hydra's word of a group that is put into a place, as GROUP@PLACE=NAME, with the way that works."""
+    if there := re.match(r"Multiple values for (\S+@\S+?)\. ", said):
+        return f"+{there[1]}: there is one in that place already; write it without +, {there[1]}=NAME"
+    if absent := re.match(r"Could not override '(\S+@\S+)'", said):
+        return f"{absent[1]}: nothing is in that place yet; write +{absent[1]}=NAME"
+    return said
 
 
 def _by_key(error: ValidationError, tree: Any) -> dict[str, list[Any]]:

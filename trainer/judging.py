@@ -68,6 +68,7 @@ def judge(node: Node | Mapping[str, Any], offers: Mapping[str, Any], where: str)
     for key, value in asked.items():
         if key in known and (unfit := breach(value, hints.get(key, Any), key)):
             faults.append(f"{where}.{key}={shown(value)}: {unfit}{_example(f'{where}.{key}', known[key])}")
+            continue
         for place, inner in _inner(value, f"{where}.{key}"):
             faults += judge(inner, offers, place) or _other_kind(inner, hints.get(key, Any), place)
     return faults

@@ -13,7 +13,10 @@ from trainer.config import Config, Fault, Launch
 from trainer.data.sources import build as build_source
 from trainer.data.tasks.task import Task
 from trainer.generate import beginning
+from trainer.values import shown
 
+NAME_BYTES = 255  # of the usual file systems
+PATH_BYTES = 4095
 MEETING = ("nodes", "node_rank", "endpoint", "address")
 
 
@@ -135,3 +138,21 @@ def unsayable(config: Config) -> Iterator[str]:
         source.tokenizer().encode(config.evaluation.prompt)
     except ValueError as error:
         yield f"evaluation.prompt={config.evaluation.prompt}: {error}"
+
+
+def unwritable(config: Config) -> Iterator[str]:
+    """Texts that name files and are longer than the system lets a name or a path be; nothing else may look at those."""
+    settings = {f"data.{key}": value for key, value in config.data.settings().items()}
+    for key, value in {"run_dir": config.run_dir, "resume": config.resume, **settings}.items():
+        if not isinstance(value, str):
+            continue
+        longest = max(len(part.encode("utf-8", "surrogatepass")) for part in value.split("/"))
+        fact = None
+        if longest > NAME_BYTES:
+            fact = f"the name of a file has at most {NAME_BYTES} bytes, here one has {longest}"
+        elif len(value.encode("utf-8", "surrogatepass")) > PATH_BYTES:
+            fact = f"a path has at most {PATH_BYTES} bytes, this one {len(value)}"
+        elif "\0" in value:
+            fact = "no path holds a null byte"
+        if fact:
+            yield f"{key}={shown(value)}: {fact}; write it shorter"
