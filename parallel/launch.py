@@ -31,8 +31,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from parallel.nodes import LOOPBACK, Nodes, NoMeeting, alone, interface_of, listener, loopback, resolved
 from parallel.outcome import SAVED, Outcome, handling, of_failure, of_no_meeting, of_signal, of_success
 from parallel.rendezvous import BACKEND, ROUND, Rendezvous, store_of
+from parallel.signed import sign_objects
 
 OUTCOME = "LONGSPAN_OUTCOME"
+SECRET = "LONGSPAN_SECRET"  # by which ranks know what comes from a rank
 HEARD = ".heard"  # beside the outcome: the number of the signal that the launcher was asked to stop by
 
 
@@ -160,6 +162,7 @@ def _prepare(ranks: int, told: Path, nodes: Nodes) -> None:
     for key, value in usual.items():
         os.environ.setdefault(key, value)
     os.environ[OUTCOME] = str(told)
+    os.environ[SECRET] = nodes.secret  # other users cannot read the environment of our processes
     # the agent describes every failure at length; `Outcome.message` says it once
     for name in [*logging.root.manager.loggerDict, "torch.distributed.elastic"]:
         if name.startswith("torch.distributed"):
@@ -248,6 +251,8 @@ def initialise(timeout_s: float = 600, store: Any = None) -> Ranks:
     Where there are GPUs each rank takes the one of its local number: NCCL carries its tensors and gloo those on the CPU.
     """
     rank, size = place()
+    if SECRET in os.environ:
+        sign_objects(os.environ[SECRET])
     store = store or meet()
     local_rank, local_size = _local_place(store)
     if local_size == size:  # nobody beyond this machine has to reach us

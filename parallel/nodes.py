@@ -1,8 +1,9 @@
 """The machines of a run, as one of them sees it, and the address at which each can be reached."""
 
 import ipaddress
+import secrets
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import psutil
 
@@ -21,6 +22,7 @@ class Nodes:
         many: machines, each with as many ranks. rank: which of them this is; 0 holds the meeting.
         endpoint: HOST:PORT of machine 0. address: by which the others reach this one; None = its name.
         name: of the run, the same on all. timeout_s: longest wait for the others, also for one that comes back.
+        secret: by which the ranks of all machines know one another, the same on all; one machine has a fresh one.
     """
 
     many: int
@@ -29,6 +31,7 @@ class Nodes:
     address: str | None
     name: str
     timeout_s: float
+    secret: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
 
     @property
     def host(self) -> str:

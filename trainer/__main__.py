@@ -31,6 +31,7 @@ from trainer.crowd import JOB_OF
 from trainer.entry import asks_for_help, enter
 from trainer.help import text
 from trainer.logs.streams import plain
+from trainer.secret import shared_secret
 from trainer.sweep import sweep
 
 RANK_OF = "--rank-of"  # hidden: RUN_DIR, then the launcher's process number
@@ -172,6 +173,7 @@ def within(words: Sequence[str], start: starters.Start) -> int:
             raise Fault(told["fault"] if start.rank == 0 else "", told["code"])
         config, path = Config.model_validate(told["config"]), Path(told["path"])
         held.enter_context(directory.presence(path))
+        os.environ[launch.SECRET] = shared_secret(path)
         try:
             return run(config, launch.initialise(config.launch.timeout_s, store), path)
         except BaseException as error:

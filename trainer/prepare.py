@@ -10,6 +10,7 @@ from trainer.check import check
 from trainer.compose import compose
 from trainer.config import Config, Fault
 from trainer.matching import fit
+from trainer.secret import shared_secret
 
 
 def wish(
@@ -67,7 +68,8 @@ def nodes(config: Config, path: Path) -> Nodes | None:
     if wish.name != "multinode":
         return None
     assert wish.endpoint is not None and wish.node_rank is not None, "the check asks for both"
-    return Nodes(wish.nodes, wish.node_rank, wish.endpoint, wish.address, f"longspan-{path.name}", wish.timeout_s)
+    name, secret = f"longspan-{path.name}", shared_secret(path)
+    return Nodes(wish.nodes, wish.node_rank, wish.endpoint, wish.address, name, wish.timeout_s, secret)
 
 
 def plan(config: Config, command: Sequence[str]) -> str:
