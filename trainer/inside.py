@@ -73,14 +73,14 @@ def make_inside(root: Path, name: str) -> Path:
         return root / name
 
 
-def replace_inside(root: Path, name: str, content: str | bytes) -> Path:
+def replace_inside(root: Path, name: str, content: str | bytes, mode: int = 0o644) -> Path:
     """Make `content` that of the file root/name by one rename: a kill leaves the old or the new. A link there is replaced."""
     *names, last = Path(name).parts
     beside = f".{last}.{secrets.token_hex(8)}"
     raw = content.encode("utf-8") if isinstance(content, str) else content
     with _folder(root, names, make=True) as folder:
         try:
-            with open(_open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, folder, root / name), "wb") as file:
+            with open(_open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode, folder, root / name), "wb") as file:
                 file.write(raw)
                 file.flush()
                 os.fsync(file.fileno())

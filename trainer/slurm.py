@@ -70,9 +70,7 @@ def submit(config: Config, path: Path, words: Sequence[str]) -> str:
     """
     file = path / SCRIPT
     try:
-        file.touch(0o600)  # launch.setup may hold secrets
-        file.chmod(0o600)
-        replace_inside(path, SCRIPT, script(config, path, words))
+        replace_inside(path, SCRIPT, script(config, path, words), mode=0o600)  # launch.setup may hold secrets
     except OSError as error:
         raise Fault(f"run_dir={path} cannot be written: {error.strerror}; choose another run_dir") from error
     done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True)

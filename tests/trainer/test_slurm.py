@@ -108,6 +108,15 @@ def test_jobs_that_could_not_run_or_go_on_are_refused(cluster: Path, words: tupl
     assert len(found) == 1 and message in found[0]
 
 
+@pytest.mark.parametrize("path", ["/shared/a\n#SBATCH --uid=0\n", "/shared/a\rb", "/shared/a\u2028b", "a\x1b[2J"])
+def test_a_run_directory_that_would_begin_a_line_of_its_own_is_refused(cluster: Path, path: str) -> None:
+    for words in (WORDS, WORDS[2:]):
+        asked = composed(*words) if words is WORDS else compose(list(words)).config
+        assert asked is not None and check(asked.model_copy(update={"run_dir": "/shared/a ü=b"})) == []
+        found = check(asked.model_copy(update={"run_dir": path}))
+        assert len(found) == 1 and "control character" in found[0] and found[0].isprintable()
+
+
 def test_a_job_that_never_comes_back_need_not_resume(cluster: Path) -> None:
     assert faults(*WORDS) == [] == faults(*WORDS, "launch.requeue=false", "resume=never", "checkpoint.every=0")
 
@@ -144,6 +153,13 @@ def test_sbatch_gets_the_script_of_the_run_directory_and_may_refuse_it(
     monkeypatch.setenv("FULL", "yes")
     with pytest.raises(Fault, match=r"sbatch does not take the job: QOSMaxSubmitJobPerUserLimit; the script is .*slurm.sh"):
         slurm.submit(composed(), path, WORDS)
+
+
+def test_a_batch_script_is_its_owners_alone(cluster: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    slurm.submit(composed(), path, WORDS)
+    assert (path / slurm.SCRIPT).stat().st_mode & 0o777 == 0o600
 
 
 def test_a_sweep_does_not_hand_its_jobs_over(cluster: Path) -> None:
