@@ -18,7 +18,7 @@ from models.mixing.softmax import Softmax
 from parallel.engines.engine import Engine, blocks_of
 from parallel.moves import Wire
 from parallel.offload import Offload
-from parallel.spread import spread
+from parallel.spread import OPAQUE, spread
 
 
 def place(model: nn.Module, engine: Engine, *, method: str = "auto", offload: Offload | None = None) -> Wire | None:
@@ -43,11 +43,19 @@ def place(model: nn.Module, engine: Engine, *, method: str = "auto", offload: Of
         elif engine.checkpointing == "selective":
             block.forward = compute_all_but_attention_again(block, offload)
         if engine.compile:
+            hide(block)
             block.forward = torch.compile(block.forward)  # no module is put in between: names stay as they are
         if offload is not None:
             block.forward = offload.around(block)
     engine.wrap(model)
     return wire
+
+
+def hide(block: nn.Module) -> None:
+    """Keep the compiler out of a block's primitives and their drivers: it compiles what lies between them."""
+    for module in block.modules():
+        if isinstance(module, OPAQUE):
+            module.forward = torch.compiler.disable(module.forward)
 
 
 def compute_again(forward: Callable) -> Callable:

@@ -59,6 +59,13 @@ DRIVERS: Drivers = {  # kind -> (leaf, wire, method) -> driver
     Relay: lambda leaf, wire, method: HandOn(leaf, wire),
 }
 
+# What a compiler does not look into: exchanges and plans, which are Python over lengths that change from step to step, and
+# kernels, which are compiled already. Between them it meets plain arithmetic on tensors of one shape.
+OPAQUE: tuple[type[nn.Module], ...] = (
+    *DRIVERS, Dispatch, Auto, Channels, Compressing, Fetch, Halo, HandOn, Heads, Passing, Recalling, Ring, Tallying, TopK,
+    Travel, Usp,
+)  # fmt: skip
+
 
 def refusals(model: nn.Module, method: str) -> list[str]:
     """Why a model cannot be shared by this method: one sentence for each layer that has no exact form under it."""

@@ -92,6 +92,47 @@ def test_a_placed_decoder_trains_what_it_trains_alone(name, method, size, grid, 
         torch.testing.assert_close(parameters, expected, rtol=0, atol=1e-10)
 
 
+def compiled(env, name, method, grid, settings):
+    """As `placed`, with the capture of the compiler and not its kernels, which would take minutes and say no more."""
+    compiler, torch.compile = torch.compile, functools.partial(torch.compile, backend="aot_eager")
+    try:
+        return placed(env, name, method, grid, {**settings, "compile": True})
+    finally:
+        torch.compile = compiler
+        torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, method, size, checkpointing", [
+    ("single", "ring", 3, "none"), ("single", "auto", 3, "full"), ("fsdp", "heads", 2, "none"), ("fsdp", "fetch", 3, "full"),
+])  # fmt: skip
+def test_compiled_blocks_share_their_rows_over_ranks(name, method, size, checkpointing):
+    expected, expected_norms = alone()
+    for parameters, norms, sent in ranks(size, compiled, name, method, {}, {"checkpointing": checkpointing}):
+        assert sent > 0
+        torch.testing.assert_close(norms, expected_norms, rtol=1e-10, atol=0)
+        torch.testing.assert_close(parameters, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_the_compiler_sees_what_lies_between_the_primitives_and_nothing_of_these(monkeypatch):
+    seen = []
+
+    def look(graph, examples):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=look))
+    model = initialise(decoder(), seed=5)
+    engine = Single(Mesh.alone(), AdamW(learning_rate=1e-2), precision="float64", compile=True)
+    place(model, engine)
+    tokens, targets, span = data(0)
+    engine.model(tokens, span, targets).sum().backward()
+    assert any("silu" in name for name in seen), "the feed-forward layer is compiled"
+    assert not any(word in name for name in seen for word in ("softmax", "logsumexp", "attention")), seen
+    torch.compiler.reset()
+
+
 class Counted(nn.Module):
     """A block that counts how often it was computed."""
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from parallel.launch import Ranks
+from trainer.compose import compose
 from trainer.config import BAD_RUN, BAD_WISH, Config, Fault
 from trainer.logs.jsonl import METRICS, read
 from trainer.parity import write_documents
@@ -27,8 +28,8 @@ from trainer.verify.draw import SMALL, draw_mistakes, draw_run
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 1e-1}  # of the first step's loss alone below float64
 STEPS = 3
-CHECK_S = 30.0  # a wish is judged within this time, on a machine that others use as well
-RUN_S = 120.0
+CHECK_S = 120.0  # a wish is judged within this time, on a machine that others use as well
+RUN_S = 240.0
 LARGE = 1 << 22  # tokens x width x layers of a mistyped run that is not tried, only judged
 REAL = 100  # of so many mistyped commands one is a start of its own
 
@@ -52,6 +53,7 @@ class Fuzz:
     def __init__(self, folder: Path, seed: int):
         self.folder, self.seed = folder, seed
         self.documents = write_documents(folder / "text")
+        compose(SMALL)  # reads and keeps the configs, before they are forked
         self.crews = Crews(folder)
         self.outcomes: Counter[str] = Counter()
 

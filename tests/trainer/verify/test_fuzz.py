@@ -56,9 +56,10 @@ _live = fuzzing.live
 @pytest.mark.slow
 def test_a_run_that_differs_is_a_finding(session, monkeypatch):
     monkeypatch.setattr(fuzzing, "live", _wrong)
-    common = ["precision=float64", "mixer=full", "data=files", f"data.path={session.documents}", "model.width=8", "model.heads=1"]
-    common += [f"data.cache={session.folder / 'cache'}", "model.kv_heads=1", "context_length=8", "batch_tokens=16"]
-    common += ["evaluation.every=0", *fuzzing.SMALL]
+    common = ["precision=float64", "mixer=full", "data=files", f"data.path={session.documents}", "model.width=8"]
+    common += ["model.heads=1", "evaluation.every=0", f"data.cache={session.folder / 'cache'}"]
+    common += ["model.kv_heads=1", "context_length=8", "batch_tokens=16"]
+    common += fuzzing.SMALL
     found = session._compare(0, common, ["parallel.context=2", "engine=single"], 2)
     assert found and "loss" in found and session.outcomes["differs"] == 1
     monkeypatch.setattr(fuzzing, "live", _live)
