@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
 from trainer.config import Config, Fault, Node
-from trainer.judging import nearest, settle
+from trainer.judging import ALIKE, nearest_key, settle
 from trainer.reading import vet_yaml
 from trainer.texts import Texts, for_shell, quoted
 from trainer.values import shown
@@ -334,10 +334,22 @@ def known_keys(part: type[BaseModel] = Config, prefix: str = "") -> Iterable[str
 
 
 def _nearest_key(key: str) -> str:
+    """A known key for one that is misspelled, or that lacks its group; never one of another meaning, else what there is."""
     known = [each for each in known_keys() if not each.endswith("_target_")]
     leaf = key.rpartition(".")[2]
-    if same := [each for each in known if each.rpartition(".")[2] == leaf]:
-        return f"; did you mean {' or '.join(same)}?"
-    beside = [each for each in known if each.rpartition(".")[0] == key.rpartition(".")[0]]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-    return f"; did you mean {close[0]}?" if close else nearest(key, beside)
+    if lacking := [each for each in known if each.endswith(f".{key}")]:
+        return f"; did you mean {' or '.join(lacking)}?"
+    homes = [each for each in known if each.rpartition(".")[2] == leaf]
+    if len(homes) == 1:  # the only setting of that name, written into another group
+        return f"; did you mean {homes[0]}?"
+    alike = [each for each in known if _is_alike(each, key)]
+    if alike:
+        return f"; did you mean {difflib.get_close_matches(key, alike, n=1, cutoff=0)[0]}?"
+    return nearest_key(key, [each for each in known if each.rpartition(".")[0] == key.rpartition(".")[0]])
+
+
+def _is_alike(known: str, key: str) -> bool:
+    """Whether two keys are the same but for spelling, word by word."""
+    words = list(zip(known.split("."), key.split(".")))
+    same_depth = known.count(".") == key.count(".")
+    return same_depth and all(difflib.SequenceMatcher(None, a, b).ratio() >= ALIKE for a, b in words)

@@ -3,11 +3,13 @@
 import difflib
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trainer.config import Fault, Model, Node
 from trainer.values import PLAIN, TARGET, annotations, breach, classes, is_node, settled, shown
+
+ALIKE = 0.65  # how alike two words must be for one to be taken for the other, misspelled
 
 
 def find_class(target: str, where: str) -> type:
@@ -35,6 +37,15 @@ def nearest(word: str, known: Any) -> str:
     return f"; known: {', '.join(known)}" if known else ""
 
 
+def nearest_key(key: str, known: Iterable[str]) -> str:
+    """The same about an unknown setting: its last words are compared, for what they have in common in front says nothing."""
+    by_leaf = {each.rpartition(".")[2]: each for each in known}
+    close = difflib.get_close_matches(key.rpartition(".")[2], by_leaf, n=1, cutoff=ALIKE)
+    if close:
+        return f"; did you mean {by_leaf[close[0]]}?"
+    return f"; known: {', '.join(sorted(by_leaf.values()))}" if by_leaf else ""
+
+
 def parameters(kind: type) -> dict[str, inspect.Parameter]:
     """The named parameters of a constructor; what it swallows by ** does not count as known."""
     swallowed = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
@@ -57,7 +68,7 @@ def judge(node: Node | Mapping[str, Any], offers: Mapping[str, Any], where: str)
     sizes = Model.model_fields.keys() - {"target"} if where == "model" else set()
     free = [f"{where}.{key}" for key in (set(known) - set(offers)) | sizes] or [f"{where}.{key}" for key in known]
     faults = [
-        f"{where}.{key}={value}: {kind.__name__} has no such setting{nearest(f'{where}.{key}', free)}"
+        f"{where}.{key}={value}: {kind.__name__} has no such setting{nearest_key(f'{where}.{key}', free)}"
         for key, value in asked.items()
         if key not in known
     ]

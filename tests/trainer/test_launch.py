@@ -1,6 +1,7 @@
 """Ranks are started, told who they are, stopped with their launcher, and heard once when they fail."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -30,10 +31,12 @@ from parallel import launch
 from parallel.lifeline import die_with
 from trainer.config import Fault
 die_with(launcher)
+from parallel.outcome import SAVED, handling
 if launch.word_left():
     sys.exit(0)
 heard = []
-signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+listening = handling(SAVED, lambda number, frame: heard.append(launch.asked_by(number)))
+listening.__enter__()
 try:
     ranks = launch.initialise(60)
     n = launch.attempt()[0]
@@ -51,7 +54,7 @@ try:
         dist.all_reduce(stop)
         if stop.item():
             time.sleep(0.3)
-            code = 143
+            code = SAVED[heard[0]] if heard else 143
             break
         time.sleep(0.05)
     dist.destroy_process_group()
@@ -71,8 +74,10 @@ def launcher(tmp_path: Path):
     (tmp_path / "rank.py").write_text(RANK)
     started: list[subprocess.Popen] = []
 
-    def begin(what: str, restarts: int = 0) -> subprocess.Popen:
+    def begin(what: str, restarts: int = 0, before: str = "") -> subprocess.Popen:
         command = [sys.executable, "-c", LAUNCHER, str(tmp_path / "scratch"), str(restarts), str(tmp_path / "rank.py"), what]
+        if before:
+            command = ["bash", "-c", f"{before} exec {shlex.join(command)}"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
         started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=ROOT))
@@ -148,6 +153,24 @@ def test_a_signal_reaches_the_ranks_which_save_and_leave(launcher, number: signa
     said, err = ended(process)
     assert said == f"END {code}"
     assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("ignored", "number", "code"),
+    [("HUP", signal.SIGHUP, 143), ("INT QUIT", signal.SIGINT, 143), ("TERM", signal.SIGHUP, 129)],
+)
+def test_a_signal_that_was_ignored_when_we_were_started_stays_ignored(launcher, ignored, number, code) -> None:
+    process = launcher("wait", before=f"trap '' {ignored};")
+    numbers(process)
+    if ignored == "TERM":
+        process.send_signal(signal.SIGTERM)
+    else:
+        process.send_signal(number)
+    time.sleep(1.0)
+    assert process.poll() is None
+    process.send_signal(number if ignored == "TERM" else signal.SIGTERM)
+    said, err = ended(process)
+    assert said == f"END {code}" and err == ""
 
 
 @pytest.mark.slow

@@ -6,9 +6,9 @@ from typing import Literal
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from trainer.judging import plain
 from trainer.compose import compose, sweep_words
 from trainer.config import Config
+from trainer.judging import judge, plain
 from trainer.texts import kind_of, quoted, split, unquoted
 
 TYPED = (
@@ -113,3 +113,27 @@ def test_what_takes_texts() -> None:
     assert kind_of(str | None) == kind_of(Literal["a", "b"]) == "text"
     assert kind_of(list[str]) == kind_of(str | list[str] | None) == "texts"
     assert [kind_of(kind) for kind in (str | int, Literal["auto"] | int, bool, float, list[int], None)] == [None] * 6
+
+
+@pytest.mark.parametrize(
+    ("words", "end"),
+    [
+        (["learning_rate=1"], "did you mean optim.learning_rate?"),
+        (["every=1"], "did you mean log.every or checkpoint.every or evaluation.every?"),
+        (["trainer.steps=1"], "did you mean steps?"),
+        (["paralel.contxt=1"], "did you mean parallel.context?"),
+        (["evaluation.name=1"], "known: evaluation."),
+        (["wandb.cache=1"], "known: wandb."),
+    ],
+)
+def test_an_unknown_key_is_never_taken_for_one_of_another_meaning(words: list[str], end: str) -> None:
+    (fault,) = compose(words).faults
+    assert end in fault
+
+
+def test_neither_is_an_unknown_setting_of_a_class() -> None:
+    config = composed("data=hub", "data.name=x", "data.cache=1", "data.tokenzier=bytes")
+    faults = judge(config.data, {}, "data")
+    cache = next(fault for fault in faults if fault.startswith("data.cache="))
+    assert "did you mean" not in cache and "known: data." in cache
+    assert any("did you mean data.tokenizer?" in fault for fault in faults)
