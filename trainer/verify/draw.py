@@ -1,11 +1,13 @@
 """What the fuzzer tries: random runs over everything that the configs offer, and settings that somebody may have mistyped."""
 
+import importlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, get_args
 
-from trainer.compose import choices, known_keys
+from trainer.compose import CONF, choices, known_keys
 from trainer.config import Config, Parallel
 
 SMALL = (
@@ -37,6 +39,18 @@ STRANGE = (
 def options(group: str) -> list[str]:
     """What a group of the config offers."""
     return [name for name in choices(group) if name]
+
+
+def import_parts() -> None:
+    """Import the modules of all that the configs offer, so that what is forked has them, and all from the same day."""
+    for group in ("model", "mixer", "position", "memory", "data", "optim", "schedule", "engine"):
+        for target in re.findall(r"_target_: ([\w.]+)", _texts(group)):
+            importlib.import_module(target.rpartition(".")[0])
+
+
+def _texts(group: str) -> str:
+    """All yamls of a group."""
+    return "\n".join(path.read_text("utf-8") for path in sorted((CONF / group).glob("*.yaml")))
 
 
 def words_of(kind: str) -> tuple[Any, ...]:
@@ -121,6 +135,6 @@ def _mistake(random: Random) -> list[str]:
 
 def _settings(group: str, part: str) -> list[str]:
     """The settings that the yaml of a part lists."""
-    text = (Path(__file__).parents[2] / "conf" / group / f"{part}.yaml").read_text("utf-8")
+    text = (CONF / group / f"{part}.yaml").read_text("utf-8")
     rows = [line for line in text.splitlines() if line[:1].isalpha() and ":" in line]
     return [line.partition(":")[0] for line in rows]

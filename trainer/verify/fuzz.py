@@ -24,7 +24,7 @@ from trainer.parity import write_documents
 from trainer.prepare import wish
 from trainer.run import run
 from trainer.verify.crew import Answer, Crews
-from trainer.verify.draw import SMALL, draw_mistakes, draw_run
+from trainer.verify.draw import SMALL, draw_mistakes, draw_run, import_parts
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 1e-1}  # of the first step's loss alone below float64
 STEPS = 3
@@ -54,6 +54,7 @@ class Fuzz:
         self.folder, self.seed = folder, seed
         self.documents = write_documents(folder / "text")
         compose(SMALL)  # reads and keeps the configs, before they are forked
+        import_parts()
         self.crews = Crews(folder)
         self.outcomes: Counter[str] = Counter()
 
