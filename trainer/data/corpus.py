@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from trainer.data.faults import DataFault, Report
 from trainer.data.split import digest
-from trainer.data.tokenizers import Tokenizer
+from trainer.data.tokenizers import Tokenizer, ended
 from trainer.reading import json_object
 
 FORMAT = 2
@@ -43,13 +43,14 @@ def write(folder: Path, named: Iterable[tuple[str, str]], tokenizer: Tokenizer, 
     content, sums, documents, tokens = hashlib.blake2b(digest_size=16), [], 0, 0
     with pa.OSFile(str(folder / TOKENS), "wb") as sink, pa.ipc.new_file(sink, schema) as out:
         for hashes, ids in _blocks(named, tokenizer, dtype, report):
-            flat, lengths = np.concatenate(ids), np.array([len(one) for one in ids], np.int64)
+            flat = ids[0] if len(ids) == 1 else np.concatenate(ids)
+            lengths = np.array([len(one) for one in ids], np.int64)
             ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
             lists = pa.LargeListArray.from_arrays(pa.array(ends), pa.array(flat, kind))
             out.write_batch(pa.record_batch([pa.array(hashes, pa.uint64()), lists], schema=schema))
             for part in (np.array(hashes, np.uint64), lengths, flat):
-                content.update(part.tobytes())
-            sums.append(zlib.crc32(flat.tobytes()))
+                content.update(memoryview(part))
+            sums.append(zlib.crc32(memoryview(flat)))
             documents, tokens = documents + len(ids), tokens + len(flat)
     with open(folder / TOKENS, "rb") as done:
         os.fsync(done.fileno())
@@ -68,8 +69,11 @@ def _blocks(
             if not len(found):
                 report.silent += 1
                 continue
+            if ids and len(found) >= BLOCK:  # to lay a large document beside others would copy it
+                yield hashes, ids
+                hashes, ids, held = [], [], 0
             hashes.append(digest(name))
-            ids.append(np.append(found.astype(dtype), dtype(tokenizer.end_of_text)))
+            ids.append(ended(found.astype(dtype, copy=False), tokenizer.end_of_text))
             held += len(ids[-1])
         if held >= BLOCK:
             yield hashes, ids

@@ -17,6 +17,7 @@ from trainer.data.dealing import Dealer, Endless
 from trainer.data.faults import NONE_HELD_OUT, DataFault, Report
 from trainer.data.packing import Piece, Row, lay, stack
 from trainer.data.stream import Cursor, Stream
+from trainer.data.tokenizers import ended
 
 NOTHING = (
     "{} has nothing to train on: of none of its documents does data.tokenizer={} make a token; give other data, or another "
@@ -141,12 +142,12 @@ class EndlessStream(Stream):
 
     def _tokens(self, text: str) -> np.ndarray:
         """The tokens of a document with its end; none where the tokenizer makes none."""
-        tokens = self.tokenizer.encode(text).astype(np.uint32)
+        tokens = self.tokenizer.encode(text)
         if not len(tokens):
             self.report.silent += 1
             return tokens
         self.spoke = True
-        return np.append(tokens, np.uint32(self.tokenizer.end_of_text))
+        return ended(tokens, self.tokenizer.end_of_text)
 
     def _cursor(self, rows: int) -> Cursor:
         """The state of the reader kept in it is the newest before every document that a lane has yet to finish."""

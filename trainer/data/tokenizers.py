@@ -21,6 +21,7 @@ LARGEST_FILE = 256 << 20  # bytes of a tokenizer.json; the largest that are in u
 LARGEST_SETTINGS = 16 << 20  # bytes of a tokenizer_config.json
 LARGEST_GAP = 1 << 16  # numbers that no token has, beyond as many as there are tokens
 SHOWN = 60  # characters of a text that a message quotes
+PIECE = 1 << 18  # characters of a long text that are turned to bytes at a time
 
 
 class Tokenizer(Protocol):
@@ -51,7 +52,16 @@ class Bytes:
     remark = ""
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16)
+        if len(text) <= PIECE:
+            return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16)
+        size = len(text) if text.isascii() else sum(len(piece.encode("utf-8")) for piece in _pieces(text))
+        ids = np.empty(size, np.uint16)
+        end = 0
+        for piece in _pieces(text):
+            raw = np.frombuffer(piece.encode("utf-8"), np.uint8)
+            ids[end : end + len(raw)] = raw
+            end += len(raw)
+        return ids
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
@@ -140,6 +150,19 @@ class HuggingFace:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = [int(i) for i in ids if 0 <= i != self.end_of_text]
         return self.backend.decode(ids, skip_special_tokens=True)
+
+
+def ended(tokens: np.ndarray, end: int) -> np.ndarray:
+    """The tokens with the end of text behind them, in the memory that they have, where it is their own."""
+    if not tokens.flags.owndata or not tokens.flags.writeable:
+        tokens = tokens.copy()
+    tokens.resize(len(tokens) + 1, refcheck=False)
+    tokens[-1] = end
+    return tokens
+
+
+def _pieces(text: str) -> Iterator[str]:
+    return (text[start : start + PIECE] for start in range(0, len(text), PIECE))
 
 
 def load(name: str) -> Tokenizer:

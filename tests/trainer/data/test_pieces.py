@@ -4,17 +4,21 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from trainer.data.corpus import Corpus, write
 from trainer.data.faults import Report
 from trainer.data.files import file_at
 from trainer.data.opening import check, open_stream
 from trainer.data.pages import pages
 from trainer.data.readers import Reading, Unread, documents, lines, whole
 from trainer.data.tables import cells, table
+from trainer.data.tokenizers import Bytes
 
 SETTINGS = {"context_length": 8, "rows": 1, "seed": 0}
 MIB = 1 << 20
@@ -229,3 +233,24 @@ def test_fields_that_nobody_asked_for_may_hold_anything(tmp_path, files):
     assert len(open_stream(files(tmp_path / "a.jsonl"), **SETTINGS).documents) == 4
     (tmp_path / "b.jsonl").write_bytes(b'{"text": 12}\n')
     assert "field 'text' is not text but a number" in check(files(tmp_path / "b.jsonl"))[0]
+
+
+@pytest.mark.parametrize("letters", ["abc ", "aé\u20ac\U0001f600"])
+def test_a_long_text_has_the_tokens_of_its_bytes_in_at_most_three_times_its_memory(letters, tmp_path, monkeypatch):
+    text = (letters * (1 << 20))[: (3 << 20) + 7]
+    ids = Bytes().encode(text)
+    assert ids.astype(np.uint8).tobytes() == text.encode() and ids.dtype == np.uint16
+    monkeypatch.setattr("trainer.data.corpus.BLOCK", 1 << 20)
+    named = [("a", "short"), ("b", text), ("c", "x" * (1 << 20)), ("d", "end")]
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    facts = write(tmp_path, iter(named), Bytes(), Report())
+    peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    corpus = Corpus(tmp_path)
+    stored = [corpus.tokens(number, 0, 1 << 30) for number in range(4)]
+    for (_, wanted), tokens in zip(named, stored):
+        assert tokens[-1] == 256 and tokens[:-1].astype(np.uint8).tobytes() == wanted.encode()
+    # Beside the text itself: two bytes for each token, and pieces of it (of four bytes a character at most).
+    assert peak < 2 * len(ids) + (8 << 20)
