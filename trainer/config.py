@@ -79,6 +79,9 @@ class Model(Node):
     )
     vocabulary: Vocabulary | None = Field(default=None, description="tokens known; null = the tokenizer's")
     max_length: Count | None = Field(default=None, description="longest document position the model may meet; null = any")
+    allow_leaks: Flag = Field(
+        default=False, description="train a class of your own that leaks between tokens; unshared only"
+    )
     pattern: list[str] = Field(default=[], description="labels of mixers, repeated or cut to layers")
     mixers: dict[str, Node] = Field(default={}, description="the mixers that pattern names")
     feedforward: Node | None = Field(default=None, description="one for all layers; replaces feedforward_pattern")

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from models.construction import never_filled
 from parallel.engines.experts import unshared
 from parallel.spread import refusals, unreachable
-from trainer import build, room, zero
+from trainer import build, foreign, room, zero
 from trainer.compose import CONF
 from trainer.config import Config, Fault
 from trainer.objectives.contradictions import unlearnable, vocabulary
@@ -85,6 +85,7 @@ def model(config: Config, given: Collection[str]) -> Iterator[str]:
     yield from never_filled(built_model, config.seed)
     yield from whole_only(config, built_model)
     yield from unlearnable(config, built_model)
+    yield from foreign.judge(config)
     if config.engine.name == "deepspeed":
         yield from zero.handed_on(config, built_model)
     if config.parallel.context > 1:

@@ -1,0 +1,77 @@
+"""Layers as users write them: some mix tokens by themselves, which no driver can spread."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.attention.full import Attention
+from models.span import Span
+
+
+class PlainAttention(nn.Module):
+    """Scaled dot products of torch, causal, blind to documents."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.inner, self.out = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.inner(x).chunk(3, -1))
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class Careful(PlainAttention):
+    """The same with a mask of documents: no leak, but on every rank its own part of the row."""
+
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.inner(x).chunk(3, -1))
+        same = span.doc[:, None, :, None] == span.doc[:, None, None, :]
+        seen = same & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2))
+
+
+class Recurrent(nn.Module):
+    """A GRU over the whole row."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.inner = nn.GRU(width, width, batch_first=True)
+
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        return self.inner(x)[0]
+
+
+class Ahead(nn.Module):
+    """A convolution that sees the token after."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.inner = nn.Conv1d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        return self.inner(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Centred(nn.Module):
+    """A feed-forward layer that takes the mean over the row away."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, span: Span | None = None) -> Tensor:
+        return self.inner(x - x.mean(1, keepdim=True))
+
+
+class Scaled(Attention):
+    """Our attention with a factor: mixes by a primitive alone."""
+
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        return 2 * super().forward(x, span)
+
+
+class Local(Centred):
+    """A feed-forward layer that looks at each token by itself."""
+
+    def forward(self, x: Tensor, span: Span | None = None) -> Tensor:
+        return self.inner(x).relu()

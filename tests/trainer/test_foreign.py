@@ -1,0 +1,57 @@
+"""A layer that is not ours is tried on a tiny twin: what mixes tokens by itself is not shared, what leaks is not trained."""
+
+import re
+import time
+
+import pytest
+
+from trainer.check import check
+from trainer.compose import compose
+
+SMALL = ("context_length=64", "batch_tokens=128", "model.width=32", "model.layers=2", "launch.oversubscribe=true")
+ITSELF, DOCUMENTS, LATER = "mixes tokens by itself", "learn of another", "come after them"
+
+
+def faults(*words: str) -> list[str]:
+    asked = compose([*SMALL, *words])
+    return asked.faults if asked.config is None else check(asked.config, asked.given, asked.mended, asked.faults)
+
+
+def mixer(name: str) -> tuple[str, str]:
+    return "mixer=full", f"mixer._target_=tests.trainer.leaking.{name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "alone", "shared"),
+    [
+        ("PlainAttention", [DOCUMENTS], [ITSELF, DOCUMENTS]),
+        ("Careful", [], [ITSELF]),
+        ("Recurrent", [DOCUMENTS], [ITSELF, DOCUMENTS]),
+        ("Ahead", [DOCUMENTS, LATER], [ITSELF, DOCUMENTS, LATER]),
+        ("Scaled", [], []),
+    ],
+)
+def test_what_mixes_tokens_by_itself_or_leaks_is_refused(name: str, alone: list[str], shared: list[str]) -> None:
+    began = time.process_time()
+    for words, wanted in ((("parallel.context=1",), alone), (("parallel.context=2",), shared)):
+        told = faults(*mixer(name), *words)
+        assert len(told) == len(wanted), told
+        for said, line in zip(wanted, told, strict=True):
+            assert said in line and name in line and "primitive" in line
+    assert time.process_time() - began < 20
+
+
+def test_a_leak_is_trained_where_that_is_asked_for_and_nothing_is_shared() -> None:
+    assert faults(*mixer("Recurrent"), "model.allow_leaks=true") == []
+    assert faults(*mixer("Recurrent"), "model.allow_leaks=true", "parallel.context=2") != []
+
+
+def test_feedforward_layers_are_tried_too() -> None:
+    word = "model.feedforward={_target_: tests.trainer.leaking.Centred}"
+    assert re.search("Centred mixes tokens by itself", "\n".join(faults(word, "parallel.context=2")))
+    assert faults("model.feedforward={_target_: tests.trainer.leaking.Local}", "parallel.context=2") == []
+
+
+def test_what_cannot_be_tried_is_said_so() -> None:
+    told = faults(*mixer("Careful"), "model.feedforward={_target_: torch.nn.LSTMCell, input_size: 3, hidden_size: 3}")
+    assert len(told) == 1 and "could not be tried" in told[0] and "model.allow_leaks=true" in told[0]

@@ -1,0 +1,176 @@
+"""Layers that are not ours: proved on a tiny twin, before ranks start, to let tokens learn of each other by primitives alone.
+
+What parallel/ spreads are the primitives of models/mixing/: a layer that mixes tokens in any other way would see, on every
+rank, its own part of the row only, and would train on without a word. The proof needs no ranks: the twin runs once and what
+its primitives say is written down; it runs again with some tokens changed and its primitives say the same as before. Nothing
+but the changed tokens themselves may move then. In the same way, with primitives at work, no token before a changed one and
+none of another document may move.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.span import Span
+from parallel.spread import DRIVERS
+from trainer.build import find_class, plain
+from trainer.config import Config, Fault, Memory
+from trainer.directory import plain as as_tree
+from trainer.doctor import VOCABULARY, built, rows, small
+from trainer.values import is_node
+
+OURS = ("models", "parallel", "trainer")
+PAGE = "models/mixing/softmax.py shows what a primitive takes, models/attention/full.py how a layer calls one"
+BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-4}  # of the largest logit
+PLACE = 20  # of the changed token in its document
+
+
+def targets(node: Any) -> Iterator[str]:
+    """The classes that a node, a list or a group of nodes names."""
+    if is_node(node):
+        yield str(node["_target_"])
+    inner = list(node.values()) if isinstance(node, Mapping) else node if isinstance(node, list | tuple) else []
+    for value in inner:
+        yield from targets(value)
+
+
+def strangers(config: Config) -> list[str]:
+    """The names of the classes that a config's layers are of and that are not ours."""
+    named = [*targets(as_tree(config)["model"]), *targets(plain(config.position)), *targets(plain(config.memory))]
+    if config.mixer is not None:
+        named += targets(plain(config.mixer))
+    foreign = [name for name in dict.fromkeys(named) if _outside(name)]
+    return [name.rpartition(".")[2] for name in foreign]
+
+
+def _outside(target: str) -> bool:
+    try:
+        kind = find_class(target, "")
+    except Fault:  # said elsewhere
+        return False
+    return kind.__module__.partition(".")[0] not in OURS
+
+
+def judge(config: Config) -> Iterator[str]:
+    """What keeps layers that are not ours from being shared, or from training without a leak."""
+    names = strangers(config)
+    if not names or (config.parallel.context == 1 and config.model.allow_leaks):
+        return
+    who = " and ".join(names)
+    try:
+        moved, bound = _tried(config)
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        fact = f"{who} could not be tried on a tiny twin ({type(error).__name__}: {first}), so nothing is known of leaks"
+        yield f"{fact}; let it work at any width, length and precision{_way_out(config)}"
+        return
+    shared = config.parallel.context > 1
+    if shared and moved.frozen > bound:
+        yield (
+            f"parallel.context={config.parallel.context}: {who} mixes tokens by itself, so each rank would see its own part of "
+            f"the row only; put that into a primitive ({PAGE}), or use parallel.context=1"
+        )
+    if moved.documents > bound:
+        yield (
+            f"{who} lets tokens of one document learn of another in the same row; use the span that it is given, best through "
+            f"a primitive ({PAGE}){_way_out(config)}"
+        )
+    if moved.earlier > bound and _predicts_the_next(config):
+        yield (
+            f"{who} lets tokens see those that come after them, which next-token loss rewards; make it causal, best through a "
+            f"primitive ({PAGE}){_way_out(config)}"
+        )
+
+
+def _way_out(config: Config) -> str:
+    return "" if config.parallel.context > 1 else ", or train so knowingly with model.allow_leaks=true"
+
+
+def _predicts_the_next(config: Config) -> bool:
+    return config.objective.target.endswith(".NextToken")
+
+
+@dataclass(frozen=True)
+class Moved:
+    """How far logits moved that must not have, in units of the largest: with primitives that say the same as before, in other
+    documents and padding, and earlier in the changed token's own document."""
+
+    frozen: float
+    documents: float
+    earlier: float
+
+
+def _tried(config: Config) -> tuple[Moved, float]:
+    """In float64, or in float32 where a layer knows nothing else."""
+    tree = as_tree(small(config))
+    if not _outside(config.memory.target):
+        tree["memory"] = as_tree(config.model_copy(update={"memory": Memory.model_validate({})}))["memory"]
+    tiny = Config.model_validate(tree)
+    try:
+        return _probed(tiny, torch.float64), BOUNDS[torch.float64]
+    except (RuntimeError, TypeError):
+        return _probed(tiny, torch.float32), BOUNDS[torch.float32]
+
+
+def _probed(tiny: Config, dtype: torch.dtype) -> Moved:
+    span = rows()
+    tokens = torch.randint(VOCABULARY, span.shape, generator=torch.Generator().manual_seed(3))
+    victim = torch.zeros_like(tokens, dtype=torch.bool)
+    victim[0] = (span.doc[0] == 2) & (span.pos[0] == PLACE)
+    own = torch.zeros_like(victim)
+    own[0] = span.doc[0] == 2
+    one, whole = (torch.where(these, (tokens + 7) % VOCABULARY, tokens) for these in (victim, own))
+    frozen = _difference(tiny, dtype, span, (tokens, one), _Tape())
+    plainly = _difference(tiny, dtype, span, (tokens, one), None)
+    entire = _difference(tiny, dtype, span, (tokens, whole), None)  # short-sighted layers leak at a document's ends alone
+    earlier = own & (span.pos < PLACE)
+    documents = max(_largest(plainly, ~own), _largest(entire, ~own))
+    return Moved(_largest(frozen, ~victim), documents, _largest(plainly, earlier))
+
+
+class _Tape:
+    """What primitives said in the first run, said again in the second."""
+
+    def __init__(self) -> None:
+        self.said: list[Any] = []
+        self.again = False
+
+    def hook(self, module: nn.Module, given: Any, out: Any) -> Any:
+        if self.again:
+            return self.said.pop(0)
+        self.said.append(out)
+        return out
+
+
+@torch.no_grad()
+def _difference(tiny: Config, dtype: torch.dtype, span: Span, both: tuple[Tensor, Tensor], tape: _Tape | None) -> Tensor:
+    """[B, T] how far the logits of two token rows lie apart; what is not finite lies infinitely far."""
+    model = built(tiny).to(dtype)
+    if tape is not None:
+        for module in model.modules():
+            if isinstance(module, tuple(DRIVERS)):
+                module.register_forward_hook(tape.hook)
+    seen = []
+    for tokens in both:
+        with _same_chance():
+            seen.append(model(tokens, span.map(torch.clone)))
+        if tape is not None:
+            tape.again = True
+    scale = seen[0].abs().max().clamp_min(1e-12)
+    return ((seen[1] - seen[0]).abs().amax(-1) / scale).nan_to_num(nan=torch.inf)
+
+
+@contextmanager
+def _same_chance() -> Iterator[None]:
+    """Both runs draw alike, and the rest of the process as if there had been none."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def _largest(moved: Tensor, where: Tensor) -> float:
+    return moved[where].max().item()
