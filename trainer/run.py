@@ -27,7 +27,6 @@ from trainer.assessment import Assessment
 from trainer.build import build, build_model, find_class, sizes_taken
 from trainer.checkpoint import Checkpoints
 from trainer.config import BAD_RUN, DONE, Config, Fault
-from trainer.data.stream import Stream
 from trainer.lanes import Lanes
 from trainer.logs.console import Console
 from trainer.logs.jsonl import Row
@@ -87,8 +86,8 @@ class Run:
         self.stop, self.at = stop, at
         self.first = mesh.rank == 0
         self.logs = logs
-        self.stream = self._stream("train")
-        self.held_out = self._stream("held_out") if config.evaluation.every else None
+        self.stream = open_rows(config, "train")
+        self.held_out = open_rows(config, "held_out") if config.evaluation.every else None
         console.say(f"data: {self.stream.describe(config.steps)}")
         self.engine = self._engine()
         self.share = Share(
@@ -119,13 +118,6 @@ class Run:
         facts["the initial weights"] = self.engine.drawn
         agree(self.mesh, facts, "after the run was built")
         agree_on_weights(self.mesh, self.engine, "after the run was built")
-
-    def _stream(self, split: str) -> Stream:
-        config = self.config
-        try:
-            return open_rows(config, split)
-        except ValueError as error:
-            raise Fault(str(error), BAD_RUN) from error
 
     def _engine(self) -> Engine:
         """The model, placed and with its initial weights, in the engine that trains it."""

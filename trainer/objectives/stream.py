@@ -5,7 +5,7 @@ import hashlib
 import torch
 
 from trainer.build import build, plain
-from trainer.config import Config
+from trainer.config import BAD_RUN, Config, Fault
 from trainer.data.batch import Batch
 from trainer.data.opening import open_stream
 from trainer.data.sources import build as build_source
@@ -32,6 +32,7 @@ class ObjectiveStream(Stream):
         self.symbols: Symbols = objective.symbols(text.tokenizer, context_length)
         self.vocabulary = self.symbols.vocabulary
         self.batches = text.batches
+        self.rows = text.rows
         settings = f"{type(objective).__name__} {sorted(vars(objective).items())}"
         written = f"{text.fingerprint} {settings} {context_length} {seed} {self.symbols}"
         self.fingerprint = hashlib.blake2b(written.encode(), digest_size=12).hexdigest()
@@ -73,17 +74,20 @@ def open_rows(config: Config, split: str) -> Stream:
     """The batches that the model of a config is trained on, or its held-out ones.
 
     Raises:
-        ValueError: settings or data that cannot be read.
+        Fault: settings or data that cannot be read.
     """
     objective = objective_of(config)
-    text = open_stream(
-        plain(config.data),
-        context_length=objective.reads(config.context_length),
-        rows=config.rows,
-        seed=config.seed,
-        split=split,
-        lanes=config.memory.carries,
-    )
+    try:
+        text = open_stream(
+            plain(config.data),
+            context_length=objective.reads(config.context_length),
+            rows=config.rows,
+            seed=config.seed,
+            split=split,
+            lanes=config.memory.carries,
+        )
+    except ValueError as error:
+        raise Fault(str(error), BAD_RUN) from error
     if not objective.rewrites:
         return text
     seed = config.seed if split == "train" else 0
