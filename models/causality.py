@@ -6,6 +6,7 @@ and have nothing to say here; a layer of any other kind that sees ahead says so 
 `causal_from`, as a mask has it.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import nn
@@ -79,5 +80,5 @@ def _causal_from(module: nn.Module) -> int:
     mask = getattr(module, "mask", None)
     if isinstance(mask, Mask):
         return mask.causal_from()
-    stated = getattr(module, "causal_from", None)
-    return int(stated()) if callable(stated) else 0
+    stated: Callable[[], int] | None = getattr(module, "causal_from", None)
+    return 0 if stated is None else stated()

@@ -8,6 +8,7 @@ evaluation and its positions all follow from the targets.
 Letters: R rows, T context length.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ class Objective:
         Special tokens are the tokenizer's own if it has all of them, else further numbers.
         """
         words = self.words(context_length)
-        lookup = getattr(tokenizer, "number", None)
+        lookup: Callable[[str], int | None] | None = getattr(tokenizer, "number", None)
         known = [_first(lookup, names) for names in words] if lookup is not None else []
         own = [number for number in known if number is not None]
         text = tokenizer.vocabulary
@@ -122,9 +123,8 @@ def share_between(name: str, value: float, low: float, high: float, example: flo
     return float(value)
 
 
-def _first(lookup: object, names: tuple[str, ...]) -> int | None:
+def _first(lookup: Callable[[str], int | None], names: tuple[str, ...]) -> int | None:
     """The number of the first of these words that a tokenizer has as one token."""
-    assert callable(lookup)
     numbers = [lookup(name) for name in names]
     return next((number for number in numbers if number is not None), None)
 

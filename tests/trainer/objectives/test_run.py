@@ -8,7 +8,7 @@ import torch
 
 from parallel.launch import Ranks
 from tests.pool import ranks
-from trainer.directory import make
+from trainer.directory import make, record
 from trainer.export import export, reopen
 from trainer.objectives.contradictions import vocabulary
 from trainer.parity import write_documents
@@ -101,6 +101,8 @@ def test_a_run_and_its_resumption_on_other_ranks_have_the_same_figures(kind, tmp
     assert held_out[0][0]["tokens"] == held_out[0][1]["tokens"], (
         "every evaluation has the same targets"
     )
+    config = wish(words)
+    record(one, config)  # as the command does before it starts ranks
     export(one, tmp_path / "exported")
-    tokens = vocabulary(wish(words))[0]
+    tokens = vocabulary(config)[0]
     assert tokens > 257 and reopen(tmp_path / "exported").head.weight.shape[0] == tokens
