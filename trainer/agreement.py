@@ -8,6 +8,7 @@ once, by a gather of some bytes.
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from parallel.engines.engine import Engine
 from parallel.mesh import Mesh
 from trainer.config import BAD_RUN, Fault
 from trainer.data.batch import Batch
+from trainer.data.stream import Stream
 
 MARK_BYTES = 6  # a float64 holds integers of 53 bits exactly
 REMEDY = (
@@ -74,6 +76,23 @@ def agree_on_weights(mesh: Mesh, engine: Engine, when: str) -> None:
             f"though it is to be the same; {REMEDY}",
             BAD_RUN,
         )
+
+
+def agree_on_run(mesh: Mesh, engine: Engine, settings: Mapping[str, Any], stream: Stream, held_out: Stream | None) -> None:
+    """Ends a run, on every rank, that its ranks have built differently. Collective."""
+    when = "after the run was built"
+    facts = {"the settings": settings, "the training data": stream.fingerprint}
+    if held_out is not None:
+        facts["the held-out data"] = held_out.fingerprint
+    agree(mesh, {**facts, "the initial weights": engine.drawn}, when)
+    agree_on_weights(mesh, engine, when)
+
+
+def agree_on_resumed(mesh: Mesh, engine: Engine, progress: Mapping[str, Any], place: Path) -> None:
+    """Ends a run, on every rank, of which ranks have read a checkpoint differently. Collective."""
+    when = f"after resuming from {place}"
+    agree(mesh, {"the place to go on from": progress}, when)
+    agree_on_weights(mesh, engine, when)
 
 
 def _json(fact: Any) -> str:

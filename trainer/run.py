@@ -21,7 +21,7 @@ from parallel.offload import Offload
 from parallel.outcome import SAVED
 from parallel.place import place
 from trainer import directory as directories
-from trainer.agreement import agree, agree_on_weights
+from trainer.agreement import agree_on_resumed, agree_on_run
 from trainer.archive import Archive
 from trainer.assessment import Assessment
 from trainer.build import build, build_model, find_class, sizes_taken
@@ -108,16 +108,7 @@ class Run:
             say=console.say,
         )
         limit([self.checkpoints.control], config.launch.timeout_s)
-        self._agree()
-
-    def _agree(self) -> None:
-        """Every rank has built the run for itself: end it where they came to different ones."""
-        facts = {"the settings": directories.plain(self.config), "the training data": self.stream.fingerprint}
-        if self.held_out is not None:
-            facts["the held-out data"] = self.held_out.fingerprint
-        facts["the initial weights"] = self.engine.drawn
-        agree(self.mesh, facts, "after the run was built")
-        agree_on_weights(self.mesh, self.engine, "after the run was built")
+        agree_on_run(mesh, self.engine, directories.plain(config), self.stream, self.held_out)
 
     def _engine(self) -> Engine:
         """The model, placed and with its initial weights, in the engine that trains it."""
@@ -158,8 +149,7 @@ class Run:
                 self.console.say(line)
             return Progress(self.stream.start())
         progress = restore(self.checkpoints, place, self.engine, self.stream, self.lanes)
-        agree(self.mesh, {"the place to go on from": progress.extra()}, f"after resuming from {place}")
-        agree_on_weights(self.mesh, self.engine, f"after resuming from {place}")
+        agree_on_resumed(mesh=self.mesh, engine=self.engine, progress=progress.extra(), place=place)
         self.checkpoints.forget_after(progress.step)
         self.console.say(f"resumed from {place} at step {progress.step}")
         return progress
