@@ -29,9 +29,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from parallel.nodes import LOOPBACK, Nodes, NoMeeting, alone, interface_of, listener, loopback, resolved
-from parallel.outcome import SAVED, Outcome, handling, of_failure, of_no_meeting, of_signal, of_success
+from parallel.outcome import REFUSED, SAVED, Outcome, handling, of_failure, of_no_meeting, of_signal, of_success
 from parallel.rendezvous import BACKEND, ROUND, Rendezvous, store_of
 from parallel.signed import sign_objects
+from parallel.starters import started
 
 OUTCOME = "LONGSPAN_OUTCOME"
 SECRET = "LONGSPAN_SECRET"  # by which ranks know what comes from a rank
@@ -89,6 +90,8 @@ def start(
         say: takes a line about the other machines.
     """
     nodes = nodes or alone(f"longspan-{os.getpid()}")
+    if nodes.many == 1 and (outer := started()) is not None and outer.size > 1:  # each would do the whole by itself
+        return Outcome(REFUSED, f"{outer.starter} started {outer.size} processes, and this command starts its own; start one")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     told = scratch / "outcome"

@@ -12,7 +12,9 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 FAILED = 1
-NOT_MET = 3  # the status of what the network did, as trainer/config.py has it
+# Exit statuses as trainer/config.py has them: a wish that cannot be honoured, and what the network did.
+REFUSED = 2
+NOT_MET = 3
 SAVED = {  # exit status: stopped by it, state saved
     signal.SIGTERM: 143,
     signal.SIGINT: 130,

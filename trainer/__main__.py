@@ -35,6 +35,7 @@ from trainer.secret import shared_secret
 from trainer.sweep import sweep
 
 RANK_OF = "--rank-of"  # hidden: RUN_DIR, then the launcher's process number
+ONE_A_MACHINE = ("launch=multinode", "launch.name=multinode")  # srun may start one launcher on each machine
 WISH, HEARD = "wish", "heard"  # under torchrun: keys of the store that the ranks meet at
 RUN = "trainer.run"  # imported in the ranks alone, so that a wish is refused quickly
 
@@ -53,7 +54,7 @@ def main(words: Sequence[str]) -> int:
         if words[:1] == [JOB_OF]:
             die_with(int(words[1]))
             return command(words[2:])
-        start = _started()
+        start = None if any(word in ONE_A_MACHINE for word in words) else _started()
         if any(word in MANY for word in words):
             return many(words, start)
         return command(words) if start is None else within(starters.without_local_rank(list(words)), start)

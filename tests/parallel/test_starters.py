@@ -73,6 +73,12 @@ def test_without_a_place_to_meet_the_start_is_refused_and_the_way_out_said(varia
     assert launch.place() == (1, 4) and os.environ["LOCAL_RANK"] == "0" and "LOCAL_WORLD_SIZE" not in os.environ
 
 
+def test_a_command_that_starts_its_own_ranks_is_refused_among_several(variables, tmp_path):
+    variables(OMPI_COMM_WORLD_RANK=1, OMPI_COMM_WORLD_SIZE=2)
+    end = launch.start(["-c", "raise SystemExit(7)"], ranks=1, scratch=tmp_path / "scratch")
+    assert end.code == 2 and end.message.startswith("mpirun started 2 processes") and not (tmp_path / "scratch").exists()
+
+
 def test_the_word_that_deepspeed_adds_is_taken_out():
     assert without_local_rank(["--local_rank=3", "steps=2", "--local-rank=0"]) == ["steps=2"]
 

@@ -30,6 +30,13 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+def until_a_step(process: subprocess.Popen) -> None:
+    for line in process.stdout:  # pyright: ignore[reportOptionalIterable]
+        if line.startswith("step "):
+            return
+    pytest.fail(f"no step was taken: {process.communicate()[1]}")
+
+
 @pytest.mark.slow
 def test_two_processes_of_srun_are_two_ranks_of_one_run(tmp_path: Path) -> None:
     words = [*SMALL, "steps=3", "parallel.context=2", f"run_dir={tmp_path / 'run'}"]
@@ -58,10 +65,28 @@ def test_nothing_of_a_whole_run_listens_beyond_its_machine(tmp_path: Path) -> No
     words = [*SMALL, "steps=100000", "parallel.context=2", f"run_dir={tmp_path / 'run'}", "wandb.mode=offline"]
     process = begin(words)
     try:
-        for line in process.stdout:  # pyright: ignore[reportOptionalIterable]
-            if line.startswith("step "):
-                break
+        until_a_step(process)
         assert open_to_others(psutil.Process(process.pid)) == []
     finally:
         process.terminate()
         process.communicate(timeout=60)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_leaves_nothing_of_wandb_outside_of_its_directory_and_the_next_start_clears_it(tmp_path: Path) -> None:
+    own, run = tmp_path / "tmp", tmp_path / "run"
+    own.mkdir()
+    words = [*SMALL, f"run_dir={run}", "wandb.mode=offline"]
+    process = begin([*words, "steps=100000"], TMPDIR=own)
+    until_a_step(process)
+    ranks = [child for child in psutil.Process(process.pid).children() if "--rank-of" in child.cmdline()]
+    ranks[0].kill()
+    assert "was killed by SIGKILL" in process.communicate(timeout=120)[1]
+    left = set((run / "wandb" / "tmp").iterdir())
+    assert left, "W&B made no folder, so nothing was tried"
+    assert [path.name for path in own.iterdir() if "wandb" in path.name] == []
+    again = begin([*words, "steps=100000"], TMPDIR=own)
+    until_a_step(again)
+    assert not left & set((run / "wandb" / "tmp").iterdir())
+    again.terminate()
+    again.communicate(timeout=120)

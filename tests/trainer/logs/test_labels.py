@@ -8,12 +8,15 @@ import pytest
 
 from trainer.check import check
 from trainer.compose import compose
-from trainer.config import Config
+from trainer.config import Config, Fault
 from trainer.crowd import labels as sweep_labels
 from trainer.logs import scratch
 from trainer.logs.alerts import Alerts
+from trainer.logs.console import Console
 from trainer.logs.jsonl import Row
 from trainer.logs.labels import Labels, labels
+from trainer.logs.logs import Logs
+from trainer.watch import Hang
 
 VARIABLES = {
     "WANDB_PROJECT": "theirs",
@@ -111,6 +114,38 @@ def test_alerts_tell_of_spikes_skips_hangs_and_the_end_and_of_nothing_else():
     quiet.step(row(1, 1.0, {"why": "x"}))
     assert len(sent) == 4
     assert Alerts(False, "mine", 0.0, print).wanted == frozenset()
+
+
+class Sent:
+    """In the place of a W&B run."""
+
+    def __init__(self):
+        self.alerts: list[tuple[str, str]] = []
+        self.finished: list[int] = []
+
+    def alert(self, title: str, text: str) -> None:
+        self.alerts.append((title, text))
+
+    def finish(self, summary, exit_code: int = 0, wait_s: float | None = None) -> None:
+        self.finished.append(exit_code)
+
+
+@pytest.mark.parametrize(
+    ("error", "titles"),
+    [
+        (Hang("rank 1 of 2 did not come"), ["ranks hang: mine", "failed: mine"]),
+        (Fault("the disk is full", 3), ["failed: mine"]),
+        (RuntimeError("a bug"), ["failed: mine"]),
+    ],
+)
+def test_a_run_that_ends_badly_says_so_before_its_process_goes(tmp_path, error, titles):
+    logs = Logs(tmp_path, config("wandb.alerts=true"), Console(2, speaks=False), writes=True)
+    logs.wandb = sent = Sent()
+    logs.alerts = Alerts(True, "mine", 0.0, sent.alert)
+    with pytest.raises(type(error)), logs.alerting():
+        raise error
+    assert [title for title, _ in sent.alerts] == titles and str(error) in sent.alerts[0][1]
+    assert sent.finished == [1]
 
 
 def test_temporary_folders_lie_in_the_run_directory_and_the_next_start_clears_them(tmp_path: Path):
