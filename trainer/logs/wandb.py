@@ -8,11 +8,13 @@ import netrc
 import os
 import secrets
 import ssl
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,7 +24,7 @@ import wandb
 from trainer.inside import make_inside, read_inside, replace_inside
 from trainer.logs.jsonl import BESIDE, Row
 from trainer.logs.labels import Labels, variable
-from trainer.logs.redact import without_secrets
+from trainer.logs.redact import without_secrets, word_without_secrets
 
 PROBE_S, FINISH_S = 3.0, 30.0
 UPLOAD_S = 300.0  # instead of FINISH_S, where a checkpoint is sent as well
@@ -82,7 +84,8 @@ class Wandb:
             mode = self._mode(mode, min(PROBE_S, init_timeout_s))
             if mode == "offline":  # for W&B's own telemetry too, which would wait for the network when the process ends
                 wandb.setup(wandb.Settings(silent=True, mode="offline"))
-            self._open(mode, init_timeout_s, **_shown_as(labels), config=without_secrets(config))
+            with _command_without_secrets():
+                self._open(mode, init_timeout_s, **_shown_as(labels), config=without_secrets(config))
         except Exception as error:
             self._lost(error)
 
@@ -213,6 +216,17 @@ class Wandb:
             self._lost(trouble[0])
         elif thread.is_alive() or time.monotonic() - began > wait_s:  # W&B gives up by then, and does not say so
             self.say(f"W&B: the server is slow or gone; `wandb sync` sends what it lacks from {self.root / 'wandb'}")
+
+
+@contextmanager
+def _command_without_secrets() -> Iterator[None]:
+    """Hide secrets from W&B's own record of the command; under somebody else's launcher it holds the user's settings."""
+    command = sys.argv
+    sys.argv = [word_without_secrets(word) for word in command]
+    try:
+        yield
+    finally:
+        sys.argv = command
 
 
 def _shown_as(labels: Labels) -> dict[str, Any]:

@@ -51,7 +51,8 @@ def offline(directory: Path) -> list[Path]:
     return sorted(directory.glob("wandb/offline-run-*/run-*.wandb"))
 
 
-def test_an_offline_file_holds_every_metric_and_no_secret(tmp_path):
+def test_an_offline_file_holds_every_metric_and_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["trainer", "data.hf_token=s3cret", "launch.setup=[export HF_TOKEN=s3cret]"])
     said, config = [], {"data": {"tokenizer": "bytes", "hf_token": "s3cret", "path": "https://me:s3cret@host/x"}}
     labels = {"group": "a sweep", "tags": ["model=full", "seed=1"], "name": "model=full seed=1"}
     labels |= {"project": "longspan", "entity": "team", "notes": "why"}
@@ -93,7 +94,8 @@ def test_an_offline_file_holds_every_metric_and_no_secret(tmp_path):
     assert list(path.parent.glob("files/media/images/report/loss*.png"))
     assert found.config["data"] == {"tokenizer": "bytes", "hf_token": "***", "path": "https://***@host/x"}
     assert found.config["batch_tokens"] == 64
-    assert b"s3cret" not in path.read_bytes()
+    written = [file for file in path.parent.rglob("*") if file.is_file()]
+    assert path in written and not any(b"s3cret" in file.read_bytes() for file in written)
 
 
 def test_an_offline_run_holds_loss_by_position_attention_and_grades_as_tables_pictures_and_curves(tmp_path):
