@@ -49,8 +49,8 @@ def write(folder: Path, named: Iterable[tuple[str, str]], tokenizer: Tokenizer, 
             lists = pa.LargeListArray.from_arrays(pa.array(ends), pa.array(flat, kind))
             out.write_batch(pa.record_batch([pa.array(hashes, pa.uint64()), lists], schema=schema))
             for part in (np.array(hashes, np.uint64), lengths, flat):
-                content.update(memoryview(part))
-            sums.append(zlib.crc32(memoryview(flat)))
+                content.update(part.data)
+            sums.append(zlib.crc32(flat.data))
             documents, tokens = documents + len(ids), tokens + len(flat)
     with open(folder / TOKENS, "rb") as done:
         os.fsync(done.fileno())
