@@ -12,6 +12,7 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 FAILED = 1
+LONGEST = 1 << 20  # bytes of what rank 0 leaves
 # Exit statuses as trainer/config.py has them: a wish that cannot be honoured, and what the network did.
 REFUSED = 2
 NOT_MET = 3
@@ -58,7 +59,16 @@ def handling(
 
 def told(path: Path) -> Outcome | None:
     """What rank 0 left at an orderly end; None when no rank came to one."""
-    return Outcome(*json.loads(path.read_text())) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        with open(path, "rb") as file:
+            code, message = json.loads(file.read(LONGEST))
+        if type(code) is not int or not isinstance(message, str):
+            raise ValueError("no exit status and message")
+    except (OSError, ValueError, TypeError, RecursionError) as error:  # a full disk cuts it, for example
+        return Outcome(FAILED, f"rank 0 came to an end, but what it left in {path} cannot be read ({error})")
+    return Outcome(code, message)
 
 
 def of_success(path: Path) -> Outcome:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from matplotlib.figure import Figure
 
+from parallel.outcome import Outcome, told
 from trainer import compose, directory, reading
 from trainer.caption import caption
 from trainer.config import Fault
@@ -192,3 +193,13 @@ def test_any_name_can_stand_in_a_picture(name, tmp_path):
     figure.savefig(tmp_path / "x.png")
     (label,) = axes.get_legend_handles_labels()[1]
     assert label.replace("\\$", "").count("$") == 0
+
+
+@pytest.mark.parametrize("left", [b"", b"[0, ", b"[0]", b'["0", "x"]', b"[" * 5000, b"7", b"\xff"])
+def test_what_rank_0_left_may_be_spoilt(left, tmp_path):
+    assert told(tmp_path / "end") is None
+    (tmp_path / "end").write_bytes(left)
+    end = told(tmp_path / "end")
+    assert end is not None and end.code == 1 and "cannot be read" in end.message
+    (tmp_path / "end").write_text(json.dumps([143, "saved"]))
+    assert told(tmp_path / "end") == Outcome(143, "saved")
