@@ -1,9 +1,10 @@
 """Rotary positions: queries and keys are turned by their own position, scores then depend on the distance alone."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.positions.position import Position
+from models.scores import Score
 from models.span import Span
 
 
@@ -24,6 +25,11 @@ class Rope(Position):
         if width % 2:
             raise ValueError(f"rotary positions turn pairs of channels: the head width must be even, got {width}")
         return self.base ** -(torch.arange(width // 2, device=device, dtype=dtype) / (width // 2))
+
+    def score(self, heads: int, head_width: int) -> tuple[Score, nn.Module | None]:
+        """See Position.score; raises ValueError for heads that cannot be turned, when the layer is built."""
+        self.speeds(head_width, torch.device("meta"), torch.float32)
+        return super().score(heads, head_width)
 
     def turn(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, H, D] turned; angles in float32, or float64 where x is, whatever x is computed in."""
