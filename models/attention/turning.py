@@ -14,10 +14,10 @@ def only_turns(position: Position, mixer: str, heads: int, width: int) -> Positi
     Raises:
         ValueError: the position shapes scores, or `width` channels do not fall into pairs.
     """
+    if width % 2:
+        raise ValueError(f"mixer={mixer}: a position turns pairs of channels, {width} were given; choose an even number")
     score, tables = position.score(heads, width)
     if type(score) is not Score or tables is not None:
         kind = type(position).__name__
         raise ValueError(f"mixer={mixer} needs a position that turns queries and keys, {kind} shapes scores; use position=rope")
-    if width % 2:
-        raise ValueError(f"mixer={mixer}: a position turns pairs of channels, {width} were given; choose an even number")
     return position

@@ -16,7 +16,7 @@ TURNING = [Rope(), Interpolated(2.0), Ntk(2.0), Yarn(2.0, original_length=64)]
 @pytest.mark.parametrize("position", TURNING, ids=lambda position: type(position).__name__)
 def test_heads_of_an_odd_width_are_refused_when_built(position):
     Attention(8, 2, 1, position)
-    with pytest.raises(ValueError, match="even|at least 4"), torch.device("meta"):
+    with pytest.raises(ValueError, match=r"even|at least 4"), torch.device("meta"):
         Attention(6, 2, 1, position)
 
 
