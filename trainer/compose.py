@@ -165,7 +165,7 @@ def _sort(
             faults.append(fault)
             continue
         key = override.key_or_group
-        given.add(key)
+        given.add(override.package if override.package else key)
         if _is_hydra(key) or override.package:
             chosen.append(text)
         elif (CONF / key).is_dir() or override.is_delete():

@@ -1,15 +1,19 @@
 """A batch of jobs: judged together before any starts, then run side by side, each in a directory of its own."""
 
+import json
 import os
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from trainer import prepare
 from trainer.config import DONE as WELL
 from trainer.config import Config, Fault
+from trainer.directory import plain
 from trainer.jobs import DONE, FAILED, OUTCOME, OUTPUT, STOPPED, Job, Outcome, figures, varied
 from trainer.launcher import Plan
+from trainer.logs.jsonl import EVALUATION, METRICS
 from trainer.logs.labels import variable
 from trainer.processes import Crowd, Ended, Slots, Task
 from trainer.texts import quoted
@@ -18,24 +22,30 @@ JOB_OF = "--job-of"  # hidden: the sweep's process number, then a run's settings
 TWICE = "{} is the folder of several jobs; hydra.sweep.subdir must tell them apart"
 BATCH = "launch=slurm hands over a run at a time, and -m waits for its jobs; submit a script with the whole sweep in it"
 ONE_ID = "wandb.id and WANDB_RUN_ID name one run of W&B, and -m starts several; leave them out"
+APART = ("name", "run_dir", "resume", "launch", "log", "wandb")
 BLIND = "evaluation.every=0, but a search goes by held-out loss; use for example evaluation.every=50"
 
 
-def judge(jobs: Sequence[Job], known: Sequence[Job], plan: Plan) -> dict[int, Config]:
-    """The config of each job, by number.
+def judge(jobs: Sequence[Job], known: Sequence[Job], plan: Plan, effective: dict[int, str]) -> dict[int, Config]:
+    """The config of each job, by number; `effective` is filled with what each comes to, see essential.
 
     Raises:
         Fault: everything that is wrong with any of them, and of which jobs that is true.
     """
     configs: dict[int, Config] = {}
     said: dict[str, None] = {}  # what was fitted, once for all seeds
+    idle: dict[int, dict[str, str]] = {}  # settings that reach no part of a job's model
     faults: dict[str, list[Job]] = {}
     places = [job.directory for job in (*known, *jobs)]
     for job in jobs:
         if places.count(job.directory) > 1:
             faults.setdefault(TWICE.format(job.directory), []).append(job)
         try:
-            configs[job.number] = prepare.wish(arguments(job), say=lambda each: said.setdefault(each))
+            configs[job.number] = prepare.wish(
+                arguments(job),
+                say=lambda each: said.setdefault(each),
+                dropped=lambda keys, job=job: idle.update({job.number: keys}),
+            )
         except Fault as fault:
             for each in str(fault).splitlines():
                 faults.setdefault(each, []).append(job)
@@ -47,13 +57,44 @@ def judge(jobs: Sequence[Job], known: Sequence[Job], plan: Plan) -> dict[int, Co
             faults.setdefault(ONE_ID, []).append(job)
         if plan.searches and not configs[job.number].evaluation.every:
             faults.setdefault(BLIND, []).append(job)
+    for key in set.intersection(*(set(keys) for keys in idle.values())) if len(idle) == len(jobs) else ():
+        if not key.startswith("model.") or "replace" in idle[jobs[0].number][key]:  # sizes are offers
+            faults.setdefault(idle[jobs[0].number][key], []).extend(jobs)
     if faults:
         names = varied(jobs)
         told = {fault: "; ".join(f"job {job.number}: {names[job.number]}" for job in of) for fault, of in faults.items()}
         raise Fault("\n".join(f"{fault} ({told[fault]})" if len(of) < len(jobs) else fault for fault, of in faults.items()))
     for each in said:
         print(each)
+    for job in jobs:
+        for sentence in idle[job.number].values():
+            print(f"job {job.number}: {sentence}")
+    effective.update({job.number: essential(configs[job.number], idle[job.number]) for job in jobs})
     return configs
+
+
+def essential(config: Config, idle: Collection[str]) -> str:
+    """The config as text without what makes no other run: names, folders, the console, and settings that reach no part."""
+    tree = {key: value for key, value in plain(config).items() if key not in APART}
+    for key in idle:
+        *road, last = key.split(".")
+        place = tree
+        for part in road:
+            place = place[part]
+        place[last] = None
+    return json.dumps(tree, sort_keys=True)
+
+
+def twins(jobs: Sequence[Job], effective: dict[int, str]) -> dict[int, int]:
+    """By job that need not run the job that is the same run."""
+    first: dict[str, int] = {}
+    found = {}
+    for job in jobs:
+        if job.number in effective:
+            other = first.setdefault(effective[job.number], job.number)
+            if other != job.number:
+                found[job.number] = other
+    return found
 
 
 def arguments(job: Job) -> list[str]:
@@ -137,3 +178,13 @@ class Batch:
             file.seek(self.read[number])
             said = file.read().decode(errors="replace").splitlines()
         return next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
+
+
+def told_again(job: Job, other: Job, was: Outcome) -> None:
+    """Give a job's folder the figures of the job that was run for both."""
+    job.directory.mkdir(parents=True, exist_ok=True)
+    for name in (METRICS, EVALUATION):
+        if (other.directory / name).is_file():
+            shutil.copyfile(other.directory / name, job.directory / name)
+    said = f"the same run as job {other.number}"
+    Outcome(list(job.settings), was.outcome, was.code, was.seconds, said).write(job.directory)

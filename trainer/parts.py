@@ -12,6 +12,7 @@ from trainer import build, foreign, room, zero
 from trainer.compose import CONF
 from trainer.config import Config, Fault
 from trainer.objectives.contradictions import unlearnable, vocabulary
+from trainer.reach import unreached
 from trainer.unmet import too_short, unplaced, whole_only
 from trainer.values import TARGET
 
@@ -107,8 +108,7 @@ def model(config: Config, given: Collection[str]) -> Iterator[str]:
         yield f"model.max_length={config.model.max_length}, but nothing in this model takes it; use model.max_length=null"
     if config.memory.carries and "memory" not in taken:
         yield f"memory={config.memory.name}, but {type(built_model).__name__} takes no memory; leave memory= out"
-    if "position" in given and "position" not in taken:
-        yield f"position={config.position.target}, but nothing in this model takes a position; leave position= out"
+    yield from unreached(config, given, tokens).values()
 
 
 def too_long(config: Config, limit: int, who: str) -> str:

@@ -10,6 +10,7 @@ from trainer.check import check
 from trainer.compose import compose
 from trainer.config import Config, Fault
 from trainer.matching import fit
+from trainer.reach import offers, unreached
 from trainer.secret import shared_secret
 
 
@@ -19,11 +20,14 @@ def wish(
     say: Callable[[str], None] = print,
     here: Callable[[Config], Config] | None = None,
     starter: str = "torchrun",
+    dropped: Callable[[dict[str, str]], None] | None = None,
 ) -> Config:
     """The checked config of a command line, its widths fitted where `match=` asks for that.
 
     started: ranks that somebody else has started already; None when they are ours to start. starter: who that was.
     say: is told what was fitted.
+    dropped: is told which settings reach no part, with the sentence that refuses each, where that is no fault (a job of a
+    sweep, whose other jobs take them).
     here: changes what was asked for into what this machine has to do of it.
 
     Raises:
@@ -38,8 +42,14 @@ def wish(
             config, said = fit(config, words)
         except (Fault, ValueError) as error:
             unfit = [str(error)]
-    if faults := check(config, asked.given, asked.mended, asked.faults, started, starter) or unfit:
+    given = frozenset() if dropped else asked.given
+    if faults := check(config, given, asked.mended, asked.faults, started, starter) or unfit:
         raise Fault("\n".join(faults))
+    if dropped:
+        dropped({**unreached(config, asked.given), **offers(config, asked.given)})
+    else:
+        for sentence in offers(config, asked.given).values():
+            say(sentence)
     if said:
         say(said)
     return config

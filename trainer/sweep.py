@@ -24,7 +24,7 @@ from trainer import directory, launcher
 from trainer.compose import CONF, MANY, sweep_words
 from trainer.config import BUG, Config, Fault
 from trainer.config import DONE as WELL
-from trainer.crowd import Batch, arguments, judge
+from trainer.crowd import Batch, arguments, judge, told_again, twins
 from trainer.inside import replace_inside
 from trainer.jobs import DONE, Job, essence, figures, outcome, own, table
 from trainer.launcher import Plan
@@ -145,18 +145,27 @@ class Sweep:
             raise Fault("no job comes of these settings; one of them has no value")
         before = {job.number: outcome(job) for job in jobs}
         left = [job for job in jobs if (was := before[job.number]) is None or was.outcome != DONE]
-        configs = judge(left, self.jobs, self.plan)
+        effective: dict[int, str] = {}
+        done = len(jobs) - len(left)
+        configs = judge(left, self.jobs, self.plan, effective)
+        same, numbers = twins(left, effective), {job.number: job for job in left}
+        for number, other in same.items():
+            print(f"job {number} comes to the same run as job {other}, which is run for both")
+        left = [job for job in left if job.number not in same]
         if any(config.launch.dry_run for config in configs.values()):
             raise self._shown(left, configs)
         slots = Slots(self.plan.ranks)
         if not self.jobs:
             self._take(self.plan)
         self.jobs += jobs
-        ready = f", {len(jobs) - len(left)} of them done already" if len(left) < len(jobs) else ""
+        ready = f", {done} of them done already" if done else ""
         print(f"{len(jobs)} jobs in {self.plan.directory}{ready}; up to {slots.many} ranks at once", flush=True)
         stopped = Batch(left, configs, before, own(jobs), self.command, self.plan.directory.resolve().name).run(slots)
         if stopped is not None:
             raise Stopped(stopped)
+        for number, other in same.items():
+            if was := outcome(numbers[other]):
+                told_again(numbers[number], numbers[other], was)
         return [self._value(job) for job in jobs]
 
     def _value(self, job: Job) -> float | Exception:

@@ -223,9 +223,34 @@ def test_a_wish_is_the_config_when_nothing_is_wrong() -> None:
     assert wish([*SMALL, "seed=7"]).seed == 7
 
 
-def test_a_size_on_offer_that_no_mixer_takes_is_no_fault() -> None:
-    """A sweep gives the same sizes to every architecture; the log lists what each took."""
-    assert faults("model.kv_heads=2", "mixer=multi_query") == []
+UNREACHED = [
+    ("position=alibi mixer=gated_delta", "nothing in this model takes a position", "sliding"),
+    ("position.base=500 mixer=retention", "nothing in this model takes a position", "sliding"),
+    ("mixer=full model.pattern=[full]", "model.pattern", "mixer is set and replaces it"),
+    ("+mixer@model.mixers.sliding=sliding", "model.mixers.sliding is set", "does not name it"),
+]
+
+
+@pytest.mark.parametrize(("words", "said", "remedy"), UNREACHED)
+def test_what_was_written_and_reaches_no_part_is_refused_with_the_parts_that_take_it(words, said, remedy) -> None:
+    told = faults(*words.split())
+    assert len(told) == 1 and said in told[0] and remedy in told[0], told
+
+
+def test_what_reaches_a_part_or_asks_for_nothing_is_no_fault() -> None:
+    for words in ("position=none mixer=gated_delta", "position=learned mixer=gated_delta", "model.heads=8 mixer=multi_query"):
+        assert faults(*words.split()) == []
+
+
+def test_a_size_on_offer_that_no_part_takes_is_said() -> None:
+    """A sweep gives the same sizes to every architecture."""
+    said: list[str] = []
+    wish([*SMALL, "model.kv_heads=2", "model.heads=8", "mixer=hyena"], say=said.append)
+    assert any("model.kv_heads=2 reaches no part" in line and "sliding" in line for line in said), said
+    assert any("model.heads=8 reaches no part" in line and "gated_delta" in line for line in said), said
+    said.clear()
+    wish([*SMALL, "model.kv_heads=2"], say=said.append)
+    assert said == []
 
 
 def test_a_setting_of_an_unknown_group_is_named_as_it_was_written() -> None:
