@@ -92,7 +92,8 @@ def test_a_console_survives_any_file(monkeypatch) -> None:
 
 def test_what_would_act_on_a_terminal_is_shown_escaped() -> None:
     assert plain("a\x1b[2J\x07\r\x9b\x00\u202e\u2028\ud800") == "a\\x1b[2J\\x07\\r\\x9b\\x00\\u202e\\u2028\\ud800"
-    assert plain("tab\tand\nline, \u00fc \u4e2d \U0001f469\u200d\U0001f52c") == "tab\tand\nline, \u00fc \u4e2d \U0001f469\u200d\U0001f52c"
+    kept = "tab\tand\nline, \u00fc \u4e2d \U0001f469\u200d\U0001f52c"
+    assert plain(kept) == kept
     file = io.StringIO()
     Console(1, file=file).say("sample: \x1b]0;title\x07")
     assert file.getvalue() == "sample: \\x1b]0;title\\x07\n"
