@@ -138,14 +138,19 @@ def keys(span: Span) -> Tensor:
 
 def find(what: Span, among: Span) -> tuple[Tensor, Tensor]:
     """Where tokens lie: (index [B, T] into `among`, there [B, T] bool); the index is of no use where there is False."""
+    if not among.shape[1]:  # of rows of padding alone nothing is brought
+        nowhere = torch.zeros_like(what.pos)
+        return nowhere, nowhere.bool()
     order = keys(among).argsort(1)
     sorted_keys, wanted = keys(among).gather(1, order), keys(what)
-    place = torch.searchsorted(sorted_keys.contiguous(), wanted.contiguous()).clamp_max(max(0, order.shape[1] - 1))
+    place = torch.searchsorted(sorted_keys.contiguous(), wanted.contiguous()).clamp_max(order.shape[1] - 1)
     return order.gather(1, place), (sorted_keys.gather(1, place) == wanted) & what.valid()
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """[B, S, ...] at [B, N] -> [B, N, ...]."""
+    """[B, S, ...] at [B, N] -> [B, N, ...]; zeros where S is 0."""
+    if not x.shape[1]:  # a sum, so that every rank builds the same graph
+        return x.sum(1, keepdim=True, dtype=x.dtype).expand(-1, index.shape[1], *x.shape[2:])
     return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:]))
 
 

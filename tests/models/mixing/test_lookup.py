@@ -60,3 +60,15 @@ def test_a_choice_does_not_depend_on_how_many_queries_are_looked_at_together(mon
     monkeypatch.setattr("models.mixing.lookup.CHUNK_SCORES", 200)
     got = store.best(_score, (q,), (k,), Causal(), at=at, of=at, count=4)
     assert torch.equal(got[1], want[1])
+
+
+def test_of_rows_of_padding_nothing_is_brought_and_nothing_is_needed():
+    """Under a balanced layout a row of padding lies nowhere: zeros are looked up in it, with the graph of the others."""
+    what = Span.of(torch.zeros(2, 3, dtype=torch.long), torch.full((2, 3), -1))
+    nothing = what.map(lambda t: t[:, :0])
+    index, there = find(what, nothing)
+    assert index.shape == (2, 3) and not there.any()
+    x = torch.zeros(2, 0, 4, requires_grad=True)
+    y = take(x, index)
+    assert y.shape == (2, 3, 4) and y.eq(0).all() and y.requires_grad
+    assert take(torch.zeros(2, 0, 4, dtype=torch.int32), index).dtype == torch.int32
