@@ -27,7 +27,7 @@ from trainer.scalars import (
     Whole,
 )
 
-# Exit statuses. 129, 130 and 143 (parallel.outcome.SAVED): stopped by SIGHUP, SIGINT or SIGTERM after saving.
+# Exit statuses. 129, 130, 131 and 143 (parallel.outcome.SAVED): stopped by SIGHUP, SIGINT, SIGQUIT or SIGTERM after saving.
 DONE, BUG, BAD_WISH, BAD_RUN = 0, 1, 2, 3
 
 

@@ -19,8 +19,8 @@ Examples
     torchrun --nnodes 2 --nproc-per-node 8 -m trainer parallel.context=16 run_dir=/shared/run
 
 Exit status
-    0 done   1 failed   2 the wish cannot be honoured   3 data, disk or network failed   143, 130, 129 stopped by
-    SIGTERM, SIGINT, SIGHUP after saving
+    0 done   1 failed   2 the wish cannot be honoured   3 data, disk or network failed   143, 130, 129, 131 stopped by
+    SIGTERM, SIGINT, SIGHUP, SIGQUIT after saving; 3 also: an evaluation is owed, which the same command does
 """
 WIDTH = 34
 
