@@ -1,0 +1,133 @@
+"""Every yaml of a part as a run: steps, evaluations, saves, and a resume on another number of ranks.
+
+Mixers begin on two ranks that share each row and go on alone; models begin alone and go on on two. Objectives, optimisers,
+schedules and data are dealt out among them, so that each is met as well.
+"""
+
+import json
+import shutil
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+import torch
+
+from parallel.launch import Ranks
+from tests.pool import ranks
+from trainer.directory import make
+from trainer.logs.jsonl import METRICS, read
+from trainer.parity import write_documents
+from trainer.prepare import wish
+from trainer.run import run
+
+CONF = Path(__file__).parents[2] / "conf"
+TOKENS = 96
+COMMON = (
+    "steps=2", f"context_length={TOKENS}", f"batch_tokens={2 * TOKENS}", "model.width=16", "model.layers=2", "model.heads=2",
+    "model.ffn=16", "checkpoint.every=1", "evaluation.every=1", "evaluation.batches=1", "evaluation.generate=0",
+    "wandb.mode=disabled", "precision=float64", "launch.timeout_s=60",
+)  # fmt: skip
+NEEDED = {  # what a yaml cannot do without, or would make a run of this size long
+    "data=repeat_copy": ("data.maximum=4", "data.most=3"),
+    "mixer=bidirectional": ("objective=masked", "data=files"),
+    "mixer=mamba2": ("mixer.state=4",),
+    "model=bidirectional": ("objective=masked", "data=files"),
+    "memory=compressive": ("memory.segment=16", "data=files"),
+    "memory=lookup": ("memory.length=32", "memory.layers=[0]", "data=files"),
+    "memory=segments": ("memory.length=32", "data=files"),
+    "memory=tokens": ("memory.length=2", "memory.segment=16", "data=files"),
+    "model=ntm": ("model.slots=8", "model.slot_width=4"),
+    "schedule=wsd": ("schedule.warmup_steps=1", "schedule.decay_steps=1"),
+}
+ALONE = ("parallel.context=1", "parallel.data=1", "engine=single")
+SHARED = ("parallel.context=2", "parallel.data=1", "engine=fsdp")
+APART = ("parallel.context=1", "parallel.data=2", "engine=fsdp")
+
+
+def yamls(group):
+    return sorted(f"{group}={path.stem}" for path in (CONF / group).glob("*.yaml") if path.stem != "decoder")
+
+
+def dealt():
+    """(words, how it begins, how it goes on) of every case."""
+    optims, schedules = cycle(yamls("optim")), cycle(yamls("schedule"))
+    data = cycle(yamls("data"))
+    cases = []
+    for group, begin, then in (
+        ("mixer", SHARED, ALONE),
+        ("model", ALONE, SHARED),
+        ("position", SHARED, ALONE),
+        ("memory", APART, ALONE),
+    ):
+        for word in yamls(group):
+            others = [next(optims), next(schedules)]
+            if not any(more.startswith("data=") for more in NEEDED.get(word, ())):
+                others.append(next(data))
+            cases.append(((word, *others), begin, then))
+    return cases
+
+
+CASES = dealt()
+
+
+def test_every_yaml_is_met():
+    met = {word for words, _, _ in CASES for word in (*words, *(more for word in words for more in NEEDED.get(word, ())))}
+    for group in ("mixer", "model", "position", "memory", "optim", "schedule", "data"):
+        assert set(yamls(group)) <= met
+
+
+def in_rank(env, words, directory):
+    config = wish(words, started=env.size)
+    where = Ranks(env.rank, env.size, env.rank, env.size, torch.device("cpu"), "gloo")
+    return run(config, where, Path(directory))
+
+
+def size_of(how):
+    return 1 if how is ALONE else 2
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    glob = Path(write_documents(folder / "text"))
+    hub = folder / "hub"
+    hub.mkdir()
+    lines = [json.dumps({"text": f"line {number} of a text that is long enough to be read " * 3}) for number in range(200)]
+    (hub / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    paths = (f"data.path={glob}", f"data.cache={folder / 'cache'}")
+    return {"data=files": paths, "data=stdlib": (f"data.cache={folder / 'cache'}",), "data=hub": (f"data.name={hub}",)}
+
+
+def spelled(words, texts):
+    needed = [more for word in words for more in NEEDED.get(word, ())]
+    chosen = [*words, *needed]
+    return (*COMMON, *chosen, *(more for word in chosen for more in texts.get(word, ())))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words, begin, then", CASES, ids=[words[0] for words, _, _ in CASES])
+def test_it_steps_evaluates_saves_and_goes_on(words, begin, then, texts, tmp_path):
+    check_run(words, begin, then, texts, tmp_path / "run")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("begin, then", [(ALONE, ALONE), (SHARED, APART), (APART, SHARED)], ids=["1-1", "2c-2d", "2d-2c"])
+@pytest.mark.parametrize("words", [words for words, _, _ in CASES], ids=[words[0] for words, _, _ in CASES])
+def test_it_does_so_on_any_number_of_ranks(words, begin, then, texts, tmp_path):
+    check_run(words, begin, then, texts, tmp_path / "run")
+
+
+def check_run(words, begin, then, texts, directory):
+    """Two steps, then the second again from the checkpoint of the first: the same loss, to rounding."""
+    asked = (*spelled(words, texts), f"run_dir={directory}")
+    make(directory)
+    assert ranks(size_of(begin), in_rank, (*asked, *begin), str(directory)) == [0] * size_of(begin)
+    before = list(read(directory / METRICS))
+    held_out = list(read(directory / "evaluation.jsonl"))
+    assert [row["step"] for row in before] == [1, 2] and {row["step"] for row in held_out} == {1, 2}
+    shutil.rmtree(directory / "checkpoints" / "step_00000002")
+    assert ranks(size_of(then), in_rank, (*asked, *then), str(directory)) == [0] * size_of(then)
+    after = list(read(directory / METRICS))
+    assert [row["step"] for row in after] == [1, 2]
+    assert after[1]["loss"] == pytest.approx(before[1]["loss"], rel=1e-9)
+    assert (directory / "checkpoints" / "step_00000002").is_dir()
