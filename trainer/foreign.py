@@ -21,6 +21,7 @@ from trainer.build import find_class, plain
 from trainer.config import Config, Fault, Memory
 from trainer.directory import plain as as_tree
 from trainer.doctor import VOCABULARY, built, rows, small
+from trainer.objectives.contradictions import learns_next
 from trainer.values import is_node
 
 OURS = ("models", "parallel", "trainer")
@@ -79,19 +80,15 @@ def judge(config: Config) -> Iterator[str]:
             f"{who} lets tokens of one document learn of another in the same row; use the span that it is given, best through "
             f"a primitive ({PAGE}){_way_out(config)}"
         )
-    if moved.earlier > bound and _predicts_the_next(config):
+    if moved.earlier > bound and learns_next(config):
         yield (
             f"{who} lets tokens see those that come after them, which next-token loss rewards; make it causal, best through a "
-            f"primitive ({PAGE}){_way_out(config)}"
+            f"primitive ({PAGE}), or use objective=masked{_way_out(config)}"
         )
 
 
 def _way_out(config: Config) -> str:
     return "" if config.parallel.context > 1 else ", or train so knowingly with model.allow_leaks=true"
-
-
-def _predicts_the_next(config: Config) -> bool:
-    return config.objective.target.endswith(".NextToken")
 
 
 @dataclass(frozen=True)

@@ -69,12 +69,17 @@ def vocabulary(config: Config) -> tuple[int, list[str]]:
     ]
 
 
+def learns_next(config: Config) -> bool:
+    """Whether targets are tokens of the row that stand behind those that predict them."""
+    task = _task(config)
+    return objective_of(config).predicts_next and (task is None or not task.aimed)
+
+
 def unlearnable(config: Config, model: nn.Module) -> Iterator[str]:
     """Faults of a model that is shown what it is to predict, or whose positions serve no mask."""
     objective = objective_of(config)
     ahead = layers_ahead(model)
-    task = _task(config)
-    if objective.predicts_next and (task is None or not task.aimed):
+    if learns_next(config):
         yield from _in_plain_sight(config, objective, ahead)
     useless = [path for path, two_sided in score_mismatches(model) if two_sided]
     if useless and not ahead:

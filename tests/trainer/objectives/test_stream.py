@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from models.loss import IGNORE
+from trainer.compose import compose
 from trainer.data.opening import open_stream
 from trainer.objectives.masked import Masked
 from trainer.objectives.span_corruption import SpanCorruption
-from trainer.objectives.stream import ObjectiveStream
+from trainer.objectives.stream import ObjectiveStream, open_rows
 from trainer.parity import write_documents
 
 LENGTH = 61
@@ -64,11 +65,22 @@ def test_rows_of_other_batches_are_the_same_rows(kind, folder):
     assert equal(*joined)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_held_out_rows_are_the_same_for_every_seed(kind, folder):
-    one, _ = read(stream(folder, kind(), seed=1, split="held_out"), 2)
-    two, _ = read(stream(folder, kind(), seed=2, split="held_out"), 2)
-    assert all(equal(a, b) for a, b in zip(one, two))
+def opened(folder, split, *words):
+    """The rows of a run of these settings."""
+    text = folder / "text" / "*.txt"
+    given = (f"data.path={text}", f"data.cache={folder / 'cache'}", "data.held_out=0.2")
+    sizes = (f"context_length={LENGTH}", f"batch_tokens={4 * LENGTH}")
+    config = compose(["data=files", *given, *sizes, *words]).config
+    assert config is not None
+    return read(open_rows(config, split), 2)[0]
+
+
+@pytest.mark.parametrize("name", ["masked", "span_corruption"])
+def test_held_out_rows_are_the_same_for_every_seed_and_training_rows_are_not(name, folder):
+    for split, same in (("held_out", True), ("train", False)):
+        one, two = (opened(folder, split, f"objective={name}", f"seed={seed}") for seed in (1, 2))
+        assert all(equal(a, b) for a, b in zip(one, two)) == same
+    assert all(batch.aims is None for batch in opened(folder, "train"))
 
 
 def test_a_text_that_is_read_again_is_masked_anew(folder):
