@@ -57,7 +57,7 @@ def judge(jobs: Sequence[Job], known: Sequence[Job], plan: Plan, effective: dict
             faults.setdefault(ONE_ID, []).append(job)
         if plan.searches and not configs[job.number].evaluation.every:
             faults.setdefault(BLIND, []).append(job)
-    for key in set.intersection(*(set(keys) for keys in idle.values())) if len(idle) == len(jobs) else ():
+    for key in set.intersection(*(set(keys) for keys in idle.values())) if idle and len(idle) == len(jobs) else ():
         if not key.startswith("model.") or "replace" in idle[jobs[0].number][key]:  # sizes are offers
             faults.setdefault(idle[jobs[0].number][key], []).extend(jobs)
     if faults:
