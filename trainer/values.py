@@ -117,6 +117,8 @@ def _plain(value: Any, wanted: Any) -> str | None:
         return None if isinstance(value, bool) else "true or false is needed"
     if wanted is float:
         real = isinstance(value, int | float) and not isinstance(value, bool)
+        if real and isinstance(value, int) and value.bit_length() > 1000:
+            return "a number that a machine can hold is needed"
         return None if real else "a number is needed"
     if wanted is str:
         return None if isinstance(value, str) else "a text is needed"
@@ -137,6 +139,9 @@ def settled(value: Any, wanted: Any) -> Any:
     wants_whole = int in _kinds(wanted) and float not in _kinds(wanted)
     if isinstance(value, float) and wants_whole and value.is_integer():
         return int(value)
+    wants_real = float in _kinds(wanted) and int not in _kinds(wanted)
+    if type(value) is int and wants_real:
+        return float(value)  # of more than 64 bits it would overflow where it meets a tensor
     return value
 
 

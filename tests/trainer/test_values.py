@@ -174,3 +174,10 @@ def test_a_mixer_can_be_added_under_a_label_as_the_message_says() -> None:
     asked = compose(["+mixer@model.mixers.sliding=sliding", "model.pattern=[sliding,full]"])
     assert asked.faults == [] and asked.config is not None
     assert asked.config.model.mixers.keys() == {"full", "sliding"}
+
+
+def test_a_whole_number_where_a_fraction_may_stand_becomes_one_that_a_tensor_can_meet():
+    """Found by the fuzzer: position.amplitude of 26 digits overflowed in the first step."""
+    made = settled(10**25, float)
+    assert type(made) is float and made == 1e25 and type(settled(True, float)) is bool
+    assert breach(10**400, float, "position.amplitude") == "a number that a machine can hold is needed"

@@ -122,7 +122,8 @@ def _serve(rank: int, size: int, folder: Path, parent: int, pipe: Connection) ->
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (for the life of the process)
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
-    os.environ.update(GLOO_SOCKET_IFNAME="lo", RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))  # DeepSpeed reads them
+    read_by_deepspeed = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
+    os.environ.update({key: str(value) for key, value in read_by_deepspeed.items()}, GLOO_SOCKET_IFNAME="lo")
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), size), rank=rank, world_size=size)  # pyright: ignore
     while True:
         try:
