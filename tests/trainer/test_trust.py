@@ -123,11 +123,11 @@ def test_every_part_that_the_configs_offer_may_be_named(run, tmp_path):
 def test_weights_of_other_shapes_take_no_memory(run, tmp_path):
     assert main([str(run), str(tmp_path / "out")]) == 0
     about = json.loads((tmp_path / "out" / CONFIG).read_text())
-    about["config"]["model"]["width"] = 1 << 26
+    about["config"]["model"]["width"] = 1 << 24
     (tmp_path / "out" / CONFIG).write_text(json.dumps(about))
     with pytest.raises(Fault, match="in the model"):
         reopen(tmp_path / "out")
-    about["config"]["model"].update(width=64, layers=10**6)
+    about["config"]["model"].update(width=64, layers=4000)
     (tmp_path / "out" / CONFIG).write_text(json.dumps(about))
-    with pytest.raises(Fault, match="1000000 layers"):
+    with pytest.raises(Fault, match="4000 layers"):
         reopen(tmp_path / "out")
