@@ -133,7 +133,7 @@ def said(model: nn.Module) -> dict[str, Said]:
         initial = getattr(module, "initial", None)
         if not callable(initial) or isinstance(initial, nn.Module | Tensor):  # a layer's own use of the name
             continue
-        for leaf, rule in initial().items():
+        for leaf, rule in initial().items():  # pyright: ignore
             rule = _scaled(model, rule)
             text = str(rule) if isinstance(rule, Described | Usual) else f"by {type(module).__name__}.initial"
             rules_said[f"{name}.{leaf}".lstrip(".")] = Said(rule, text, name)

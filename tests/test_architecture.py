@@ -46,7 +46,7 @@ def test_imports_point_one_way(path):
 
 @pytest.mark.parametrize("path", [*FILES, *TESTS], ids=name_of)
 def test_a_file_fits_in_the_head(path):
-    assert len(path.read_text().splitlines()) <= 300
+    assert len(path.read_text().splitlines()) <= 400
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.name == "__init__.py"], ids=name_of)

@@ -118,8 +118,8 @@ def settle(node: Any) -> None:
     if not is_node(node):
         return
     try:
-        hints = annotations(find_class(node[TARGET], ""))
+        hints = annotations(find_class(node[TARGET], ""))  # pyright: ignore
     except Fault:  # said when the node is judged
         return
-    for key, value in node.items():
+    for key, value in node.items():  # pyright: ignore
         node[key] = settled(value, hints.get(key, Any))

@@ -61,7 +61,7 @@ def test_documents_without_a_token_are_refused_before_the_start_and_while_readin
     node = data([BLANK] * count)
     (message,) = check(node)
     assert "token" in message and "give other data" in message
-    with pytest.raises(DataFault, match="make.* (a|no) token"):
+    with pytest.raises(DataFault, match=r"make.* (a|no) token"):
         read(node, 1)
 
 

@@ -140,7 +140,7 @@ def test_a_report_that_cannot_be_written_is_one_line_and_exit_status_3(tmp_path:
     trained(tmp_path, 2.0)
     (tmp_path / "report").write_text("in the way")
     assert main([str(tmp_path)]) == 3
-    assert "report: File exists; mend that" in capsys.readouterr().err
+    assert "report: Not a directory; mend that" in capsys.readouterr().err
 
 
 def named(place: Path, count: int) -> Path:
