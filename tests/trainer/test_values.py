@@ -69,7 +69,8 @@ def test_every_bad_value_of_every_node_of_conf_is_refused() -> None:
         assert group == "data" or not refused(copy.deepcopy(tree)) or name in ("decoder", "slurm", "multinode"), (group, name)
         for road, value in leaves(tree[group]):
             for bad in WRONG[float if road[-1] in REAL else type(value)]:
-                if isinstance(value, str) and isinstance(bad, int | float) and group in ("evaluation", "launch", "engine", "parallel"):
+                worded = group in ("evaluation", "launch", "engine", "parallel")
+                if worded and isinstance(value, str) and isinstance(bad, int | float):
                     continue  # a number is a text there, and a choice is refused by its own words
                 spoilt = copy.deepcopy(tree)
                 place = spoilt[group]
