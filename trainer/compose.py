@@ -83,7 +83,7 @@ def compose(overrides: Sequence[str]) -> Wish:
         return Wish(Config.model_validate(tree), faults, frozenset(given))
     except ValidationError as error:
         wrong = error
-    defaults = _defaults(tuple(chosen))
+    defaults = _defaults(tuple(word for word in chosen if not word.startswith("~")))
     mended = set()
     for key, errors in _by_key(wrong, tree).items():
         usual = _at(defaults, key)
@@ -128,9 +128,11 @@ def _spelled(text: str, texts: Texts, sweeps: bool) -> str:
     """A setting as Hydra is to read it; Fault where it cannot be read at all."""
     key, equals, raw = text.partition("=")
     name = key.lstrip("+")
+    if name.startswith("~"):  # takes a setting away, and needs no value
+        return text
     if not equals or not name:
         raise Fault(f"{text}: a setting is written KEY=VALUE, for example steps=100; see python -m trainer --help")
-    if _is_group(name) or name.startswith("~"):
+    if _is_group(name):
         return text
     value = texts.swept(name, raw) if sweeps else texts.spelled(name, raw)
     if value is None:

@@ -64,7 +64,7 @@ WRONG = [
     ("--multirun", ["--multirun", "sweeps are python -m trainer -m"]),
     ("hydra.run.dir=x", ["hydra.run.dir=x", "run_dir=PATH"]),
     ("steps", ["steps", "KEY=VALUE"]),
-    ("~steps", ["~steps", "KEY=VALUE"]),
+    ("~steps", ["steps is not set", "for example steps="]),
     ("batch_tokens=100", ["batch_tokens=100", "context_length=64", "batch_tokens=64"]),
     ("model.heads=3", ["model.width=128", "model.heads=3", "model.width=129"]),
     ("model.kv_heads=3", ["model.kv_heads=3", "model.heads=4"]),

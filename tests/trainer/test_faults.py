@@ -55,10 +55,10 @@ def poisoned(env, words, directory, way, steps, victim):
         hit = now["step"] in steps and now["left"] == 0 and env.rank == victim
         return WAYS[way](out) if hit else out
 
-    def watched(self, progress):
+    def watched(self, progress, batch, cursor):
         now.update(step=progress.step + 1, left=self.share.pieces)
         before = bits(self)
-        step(self, progress)
+        step(self, progress, batch, cursor)
         if all(torch.equal(a, b) for a, b in zip(before, bits(self))):
             still.append(progress.step)
 
@@ -202,13 +202,13 @@ def test_a_disk_that_is_full_before_the_first_step_is_told_in_a_sentence(tmp_pat
         ["data=files", f"data.path={glob}", f"data.cache={tmp_path / 'cache'}", "context_length=48", "batch_tokens=48"]
     )
 
-    def full(path, text):
+    def full(root, name, content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(directories, "_replace", full)
+    monkeypatch.setattr(directories, "replace_inside", full)
     with pytest.raises(Fault, match="cannot be written: No space left on device; make room") as told:
         directories.record(tmp_path, config)
     assert told.value.code == BAD_RUN
     (tmp_path / directories.LOCK).mkdir()
-    with pytest.raises(Fault, match="cannot be written: Is a directory"), directories.lock(tmp_path):
+    with pytest.raises(Fault, match="cannot be written: .lock: Is a directory; choose"), directories.lock(tmp_path):
         pass
