@@ -35,6 +35,10 @@ class Origin:
     build: Callable[[], nn.Module]
     foreign: bool = False
 
+    def hang_on(self, part: nn.Module) -> None:
+        """The part is one that `build` makes again."""
+        object.__setattr__(part, "origin", self)
+
 
 @dataclass
 class Values:

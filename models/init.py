@@ -10,6 +10,7 @@ a constructor changed after torch had drawn it (models/construction.py).
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import FunctionType, MethodType
 from typing import NamedTuple
 
 import torch
@@ -130,10 +131,10 @@ def said(model: nn.Module) -> dict[str, Said]:
     """By full name, the rules that modules say by `initial`; an outer module's word counts more than an inner one's."""
     rules_said: dict[str, Said] = {}
     for name, module in reversed(list(model.named_modules())):
-        initial = getattr(module, "initial", None)
-        if not callable(initial) or isinstance(initial, nn.Module | Tensor):  # a layer's own use of the name
+        initial = declared(module, "initial", (MethodType, FunctionType), None)
+        if initial is None:
             continue
-        for leaf, rule in initial().items():  # pyright: ignore
+        for leaf, rule in initial().items():
             rule = _scaled(model, rule)
             text = str(rule) if isinstance(rule, Described | Usual) else f"by {type(module).__name__}.initial"
             rules_said[f"{name}.{leaf}".lstrip(".")] = Said(rule, text, name)

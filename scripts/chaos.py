@@ -6,13 +6,12 @@ of a core for each launch, a launch and a quarter for each kill, some 25 launche
 cores that others use.
 """
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.chaos import Chaos, Seen, delay
-from trainer.config import BAD_WISH
+from trainer.config import Fault
 from trainer.entry import enter
 
 WISHES = {"kills": "30", "seed": "0", "only": ""}
@@ -23,13 +22,13 @@ def wishes(words: Sequence[str]) -> dict[str, str]:
     """What the command line asks for.
 
     Raises:
-        ValueError: a word that this command does not know.
+        Fault: a word that this command does not know.
     """
     found = dict(WISHES)
     for word in words:
         key, _, value = word.partition("=")
         if key not in WISHES or (key == "only") != (not value.isdecimal()) or (key == "only" and value not in PARTS):
-            raise ValueError(f"{word}: write kills=NUMBER, seed=NUMBER or only={'|'.join(PARTS)}")
+            raise Fault(f"{word}: write kills=NUMBER, seed=NUMBER or only={'|'.join(PARTS)}")
         found[key] = value
     return found
 
@@ -39,11 +38,7 @@ def tell(text: str) -> None:
 
 
 def main(words: Sequence[str]) -> int:
-    try:
-        asked = wishes(words)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return BAD_WISH
+    asked = wishes(words)
     parts = [asked["only"]] if asked["only"] else PARTS
     table: list[Seen] = []
     with tempfile.TemporaryDirectory() as folder:

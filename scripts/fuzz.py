@@ -5,12 +5,11 @@ against one rank: equal to 1e-9 in float64, or refused up front. `mistakes` mist
 run that works. Prints every finding with its settings; exit status 1 where there is one.
 """
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.config import BAD_WISH
+from trainer.config import Fault
 from trainer.entry import enter
 from trainer.verify.fuzz import fuzz
 
@@ -18,22 +17,18 @@ WISHES = {"seed": 0, "many": 300, "mistakes": 300}
 
 
 def wishes(words: Sequence[str]) -> dict[str, int]:
-    """What the command line asks for. Raises ValueError for a word that this command does not know."""
+    """What the command line asks for. Raises Fault for a word that this command does not know."""
     asked = dict(WISHES)
     for word in words:
         key, _, value = word.partition("=")
         if key not in WISHES or not (value.isascii() and value.isdecimal()):
-            raise ValueError(f"{word}: write {', '.join(f'{name}=NUMBER' for name in WISHES)}")
+            raise Fault(f"{word}: write {', '.join(f'{name}=NUMBER' for name in WISHES)}")
         asked[key] = int(value)
     return asked
 
 
 def main(words: Sequence[str]) -> int:
-    try:
-        asked = wishes(words)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return BAD_WISH
+    asked = wishes(words)
     with tempfile.TemporaryDirectory() as folder:
         findings = fuzz(Path(folder), **asked, say=lambda text: print(text, flush=True))
     print(f"{len(findings)} findings")

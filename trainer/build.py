@@ -160,7 +160,7 @@ def build_model(config: Config, vocabulary: int) -> nn.Module:
     """
     model = _assembled(config, vocabulary)
     others = (model_node(config), plain(config.position), memory_node(config))
-    model.origin = Origin(partial(_assembled, config, vocabulary, layers_on="meta"), _foreign(others))  # pyright: ignore
+    Origin(partial(_assembled, config, vocabulary, layers_on="meta"), _foreign(others)).hang_on(model)
     if faults := misfits(model):
         raise Fault("\n".join(faults))
     name_carriers(model)
@@ -180,10 +180,10 @@ def _assembled(config: Config, vocabulary: int, layers_on: str | None = None) ->
         raise Fault(f"memory: {error}") from error
     for layer, (label, mixer) in enumerate(zip(labels(config), mixers, strict=True)):
         nodes = (mixer_node(config, label)[1], config.position, memory_node(config))
-        mixer.origin = Origin(partial(_mixer, config, vocabulary, layer), _foreign(nodes))  # pyright: ignore
+        Origin(partial(_mixer, config, vocabulary, layer), _foreign(nodes)).hang_on(mixer)
     for layer, (label, feedforward) in enumerate(zip(feedforward_labels(config), feedforwards, strict=True)):
         nodes = (feedforward_node(config, label)[1], config.position)
-        feedforward.origin = Origin(partial(_feedforward, config, vocabulary, layer), _foreign(nodes))  # pyright: ignore
+        Origin(partial(_feedforward, config, vocabulary, layer), _foreign(nodes)).hang_on(feedforward)
     place = build(config.position, offers, "position")
     parts = {"mixers": mixers, "feedforwards": feedforwards}
     return build(model_node(config), {**offers, "position": place, "memory": memory, **parts}, "model")

@@ -28,7 +28,7 @@ def enter(main: Callable[[list[str]], int], help_text: str | None = None) -> NoR
     try:
         furnish()
         status = main(words)
-    except Fault as fault:  # of the system that the command runs on; those of its wishes it tells of itself
+    except Fault as fault:  # of the system that the command runs on, or of a wish
         print(fault, file=sys.stderr)
         status = fault.code
     except KeyboardInterrupt:

@@ -68,7 +68,7 @@ def judge(node: Node | Mapping[str, Any], offers: Mapping[str, Any], where: str)
     sizes = Model.model_fields.keys() - {"target"} if where == "model" else set()
     free = [f"{where}.{key}" for key in (set(known) - set(offers)) | sizes] or [f"{where}.{key}" for key in known]
     faults = [
-        f"{where}.{key}={value}: {kind.__name__} has no such setting{nearest_key(f'{where}.{key}', free)}"
+        f"{where}.{key}={shown(value)}: {kind.__name__} has no such setting{nearest_key(f'{where}.{key}', free)}"
         for key, value in asked.items()
         if key not in known
     ]
@@ -115,11 +115,11 @@ def settle(node: Any) -> None:
     inner = list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
     for value in inner:
         settle(value)
-    if not is_node(node):
+    if not isinstance(node, dict) or not is_node(node):
         return
     try:
-        hints = annotations(find_class(node[TARGET], ""))  # pyright: ignore
+        hints = annotations(find_class(node[TARGET], ""))
     except Fault:  # said when the node is judged
         return
-    for key, value in node.items():  # pyright: ignore
+    for key, value in node.items():
         node[key] = settled(value, hints.get(key, Any))

@@ -172,7 +172,15 @@ def classes(wanted: Any) -> tuple[type, ...]:
 
 def shown(value: Any) -> str:
     """A value as it is written on the command line, cut where it is long."""
-    text = "null" if value is None else str(value)
-    if isinstance(value, bool):
-        text = text.lower()
+    text = _written(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{_written(inner)}' for key, inner in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_written, value))}]"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

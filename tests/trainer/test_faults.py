@@ -210,5 +210,5 @@ def test_a_disk_that_is_full_before_the_first_step_is_told_in_a_sentence(tmp_pat
         directories.record(tmp_path, config)
     assert told.value.code == BAD_RUN
     (tmp_path / directories.LOCK).mkdir()
-    with pytest.raises(Fault, match="cannot be written: .lock: Is a directory; choose"), directories.lock(tmp_path):
+    with pytest.raises(Fault, match=r"cannot be written: \.lock: Is a directory; choose"), directories.lock(tmp_path):
         pass

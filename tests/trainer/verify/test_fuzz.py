@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from scripts.fuzz import wishes
-from trainer.config import Config
+from trainer.config import BAD_WISH, Config, Fault
 from trainer.parity import write_documents
 from trainer.verify import fuzz as fuzzing
 from trainer.verify.crew import Crews
@@ -104,5 +104,6 @@ def test_a_refusal_without_words_or_with_a_trace_is_a_finding(session):
 def test_wishes_that_the_command_does_not_know_are_named():
     assert wishes(["seed=3", "many=5"]) == {"seed": 3, "many": 5, "mistakes": 300}
     for word in ("seeds=1", "many=-1", "many=x", "many"):
-        with pytest.raises(ValueError, match="seed=NUMBER"):
+        with pytest.raises(Fault, match="seed=NUMBER") as told:
             wishes([word])
+        assert told.value.code == BAD_WISH
