@@ -53,7 +53,7 @@ def main(words: Sequence[str]) -> int:
             return command(words[3:], lambda config: slurm.here(config, number, endpoint))
         if words[:1] == [JOB_OF]:
             die_with(int(words[1]))
-            return command(words[2:])
+            return command(words[2:], dropped=lambda found: None)  # the sweep has said which settings reach nothing in this job
         start = None if any(word in ONE_A_MACHINE for word in words) else _started()
         if any(word in MANY for word in words):
             return many(words, start)
@@ -81,9 +81,13 @@ def many(words: Sequence[str], start: starters.Start | None) -> int:
     return sweep(words)
 
 
-def command(words: Sequence[str], here: Callable[[Config], Config] | None = None) -> int:
-    """Check, then start the ranks and wait for them; `here`: see prepare.wish."""
-    config = prepare.wish(words, here=here)
+def command(
+    words: Sequence[str],
+    here: Callable[[Config], Config] | None = None,
+    dropped: Callable[[dict[str, str]], None] | None = None,
+) -> int:
+    """Check, then start the ranks and wait for them; `here` and `dropped`: see prepare.wish."""
+    config = prepare.wish(words, here=here, dropped=dropped)
     if config.launch.name == "slurm":
         return job(config, words)
     arguments = ["-u", "-m", "trainer", RANK_OF]

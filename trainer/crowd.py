@@ -58,8 +58,7 @@ def judge(jobs: Sequence[Job], known: Sequence[Job], plan: Plan, effective: dict
         if plan.searches and not configs[job.number].evaluation.every:
             faults.setdefault(BLIND, []).append(job)
     for key in set.intersection(*(set(keys) for keys in idle.values())) if idle and len(idle) == len(jobs) else ():
-        if not key.startswith("model.") or "replace" in idle[jobs[0].number][key]:  # sizes are offers
-            faults.setdefault(idle[jobs[0].number][key], []).extend(jobs)
+        faults.setdefault(idle[jobs[0].number][key], []).extend(jobs)
     if faults:
         names = varied(jobs)
         told = {fault: "; ".join(f"job {job.number}: {names[job.number]}" for job in of) for fault, of in faults.items()}

@@ -25,7 +25,7 @@ from trainer.objectives.contradictions import learns_next
 from trainer.values import is_node
 
 OURS = ("models", "parallel", "trainer")
-PAGE = "models/mixing/softmax.py shows what a primitive takes, models/attention/full.py how a layer calls one"
+PAGE = "read docs/own_layers.md"
 BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-4}  # of the largest logit
 PLACE = 20  # of the changed token in its document
 

@@ -10,7 +10,7 @@ from trainer.check import check
 from trainer.compose import compose
 from trainer.config import Config, Fault
 from trainer.matching import fit
-from trainer.reach import offers, unreached
+from trainer.reach import unreached
 from trainer.secret import shared_secret
 
 
@@ -46,10 +46,7 @@ def wish(
     if faults := check(config, given, asked.mended, asked.faults, started, starter) or unfit:
         raise Fault("\n".join(faults))
     if dropped:
-        dropped({**unreached(config, asked.given), **offers(config, asked.given)})
-    else:
-        for sentence in offers(config, asked.given).values():
-            say(sentence)
+        dropped(unreached(config, asked.given))
     if said:
         say(said)
     return config

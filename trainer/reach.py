@@ -1,17 +1,17 @@
 """Settings that were written on the command line and reach no part of the model: each is refused by name, never dropped."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from omegaconf import OmegaConf
 
 from models.positions.none import NoPosition
 from models.positions.position import Position
 from trainer import build
-from trainer.compose import CONF
+from trainer.compose import CONF, compose
 from trainer.config import Config, Fault
 from trainer.values import TARGET
 
-SIZES = ("width", "layers", "heads", "kv_heads", "ffn")  # offered to every part; those that do not take them say nothing
+SIZES = ("width", "layers", "heads", "kv_heads", "ffn")  # offered to every part; a config file may offer what nobody takes
 
 
 def unreached(config: Config, given: Collection[str], vocabulary: int = 1) -> dict[str, str]:
@@ -27,21 +27,34 @@ def unreached(config: Config, given: Collection[str], vocabulary: int = 1) -> di
         said = f"position={config.position.target}, but nothing in this model takes a position{_takers('position')}"
         found["position"] = f"{said}; leave {wished[0]}= out"
     found |= dict(_replaced(config, given))
+    if config.match == "none":  # else the sizes are those of the model that this one is to match
+        found |= {
+            f"model.{key}": f"model.{key}={getattr(config.model, key)} reaches no part of this model{_takers(key)}"
+            f"; leave model.{key}= out"
+            for key in _idle(config, taken)
+            if f"model.{key}" in given
+        }
     return found
 
 
-def offers(config: Config, given: Collection[str], vocabulary: int = 1) -> dict[str, str]:
-    """By size that was set by hand and that no part takes a sentence that says so; sizes are offers, which is no fault."""
-    names = {name for sizes in build.sizes_taken(config, vocabulary).values() for name in sizes}
-    return {
-        f"model.{key}": f"model.{key}={getattr(config.model, key)} reaches no part of this model{_takers(key)}"
-        for key in _sizes(config, names)
-        if f"model.{key}" in given
-    }
+def fitting(words: Sequence[str]) -> list[str]:
+    """The settings of a command line without the sizes that no part of its model takes.
+
+    For commands that give the same sizes to many models; a user's own words are refused instead, see unreached.
+    """
+    asked = compose(words)
+    if asked.config is None or asked.config.match != "none":
+        return list(words)
+    try:
+        idle = {f"model.{key}" for key in _idle(asked.config, build.sizes_taken(asked.config, 1))}
+    except Fault:  # said where the same words are checked
+        return list(words)
+    return [word for word in words if word.lstrip("+").partition("=")[0] not in idle]
 
 
-def _sizes(config: Config, names: Collection[str]) -> Iterator[str]:
+def _idle(config: Config, taken: dict[str, dict[str, object]]) -> Iterator[str]:
     """The sizes that no part takes."""
+    names = {name for sizes in taken.values() for name in sizes}
     for key in SIZES:
         used = key in names
         if key == "heads":
@@ -88,10 +101,15 @@ def _replaced(config: Config, given: Collection[str]) -> Iterator[tuple[str, str
 
 
 def _takers(key: str) -> str:
-    """The mixers of conf/ whose constructors take a size."""
-    takers = []
-    for path in sorted((CONF / "mixer").glob("*.yaml")):
-        node = OmegaConf.to_container(OmegaConf.load(path))
-        if isinstance(node, dict) and key in build.parameters(build.find_class(node[TARGET], "mixer")):
-            takers.append(path.stem)
-    return f"; mixers that take it: {', '.join(takers)}" if takers else ""
+    """The mixers of conf/ whose constructors take a size; of what is the model's own business, the models."""
+    for group in ("model",) if key in ("width", "layers", "ffn") else ("mixer",):
+        takers = []
+        for path in sorted((CONF / group).glob("*.yaml")):
+            node = OmegaConf.to_container(OmegaConf.load(path))
+            target = str(node[TARGET] if isinstance(node, dict) and TARGET in node else "models.decoder.Decoder")
+            known = build.parameters(build.find_class(target, group))
+            if key in known or {"layers": "mixers", "ffn": "feedforwards"}.get(key) in known:
+                takers.append(path.stem)
+        if takers:
+            return f"; {group}s that take it: {', '.join(takers)}"
+    return ""

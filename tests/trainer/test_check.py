@@ -10,8 +10,9 @@ import torch
 from trainer import check as asking
 from trainer import unmet
 from trainer.check import check
-from trainer.compose import compose
+from trainer.compose import choices, compose
 from trainer.prepare import wish
+from trainer.reach import fitting
 
 SMALL = ["context_length=64", "batch_tokens=128"]
 
@@ -242,15 +243,40 @@ def test_what_reaches_a_part_or_asks_for_nothing_is_no_fault() -> None:
         assert faults(*words.split()) == []
 
 
-def test_a_size_on_offer_that_no_part_takes_is_said() -> None:
-    """A sweep gives the same sizes to every architecture."""
-    said: list[str] = []
-    wish([*SMALL, "model.kv_heads=2", "model.heads=8", "mixer=hyena"], say=said.append)
-    assert any("model.kv_heads=2 reaches no part" in line and "sliding" in line for line in said), said
-    assert any("model.heads=8 reaches no part" in line and "gated_delta" in line for line in said), said
-    said.clear()
-    wish([*SMALL, "model.kv_heads=2"], say=said.append)
-    assert said == []
+IDLE = [
+    ("mixer=hyena model.heads=8", "model.heads=8 reaches no part of this model", "gated_delta"),
+    ("mixer=multi_query model.kv_heads=2", "model.kv_heads=2 reaches no part of this model", "sliding"),
+    ("model=ntm model.layers=2", "model.layers=2 reaches no part of this model", "lstm"),
+    ("model=key_value model.ffn=3", "model.ffn=3 reaches no part of this model", "hybrid"),
+    ("model=ntm model.kv_heads=1", "model.kv_heads=1 reaches no part of this model", "sliding"),
+]
+
+
+@pytest.mark.parametrize(("words", "said", "takers"), IDLE)
+def test_a_size_that_was_written_and_that_no_part_takes_is_refused_with_the_parts_that_do(words, said, takers) -> None:
+    told = faults(*words.split())
+    assert len(told) == 1 and said in told[0] and takers in told[0] and "leave model." in told[0], told
+
+
+def test_sizes_of_a_recipe_or_of_the_model_to_match_are_no_wishes_of_this_model() -> None:
+    for words in (
+        "experiment=quickstart mixer=hyena evaluation.generate=0",
+        "model=lstm",
+        "mixer=retention model.kv_heads=2 match=flops",  # of full attention, which it is to match
+        "mixer=mamba2 model.heads=2 model.ffn=2.0",
+        "model=full mixer=sliding mixer.reach=8 model.kv_heads=2",
+    ):
+        assert faults(*words.split()) == [], words
+
+
+def test_a_command_that_gives_the_same_sizes_to_many_models_leaves_out_what_a_model_does_not_take() -> None:
+    common = ["model.width=32", "model.layers=2", "model.heads=4", "++model.kv_heads=2"]
+    assert fitting([*common, "mixer=sliding"]) == [*common, "mixer=sliding"]
+    assert fitting([*common, "mixer=hyena"]) == [*common[:2], "mixer=hyena"]
+    assert fitting([*common, "model=lstm"]) == [*common[:2], "model=lstm"]
+    assert fitting([*common, "mixer=hyena", "match=flops"]) == [*common, "mixer=hyena", "match=flops"]
+    for name in choices("model"):
+        assert not any("reaches no part" in each for each in faults(*fitting([*common, f"model={name}"]))), name
 
 
 def test_a_setting_of_an_unknown_group_is_named_as_it_was_written() -> None:

@@ -18,6 +18,7 @@ from trainer.directory import make
 from trainer.logs.jsonl import METRICS, read
 from trainer.parity import write_documents
 from trainer.prepare import wish
+from trainer.reach import fitting
 from trainer.run import run
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -77,7 +78,7 @@ def test_every_yaml_is_met():
 
 
 def in_rank(env, words, directory):
-    config = wish(words, started=env.size)
+    config = wish(fitting(words), started=env.size)
     where = Ranks(env.rank, env.size, env.rank, env.size, torch.device("cpu"), "gloo")
     return run(config, where, Path(directory))
 

@@ -1,7 +1,9 @@
 """A layer that is not ours is tried on a tiny twin: what mixes tokens by itself is not shared, what leaks is not trained."""
 
+import importlib
 import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +57,17 @@ def test_feedforward_layers_are_tried_too() -> None:
 def test_what_cannot_be_tried_is_said_so() -> None:
     told = faults(*mixer("Careful"), "model.feedforward={_target_: torch.nn.LSTMCell, input_size: 3, hidden_size: 3}")
     assert len(told) == 1 and "could not be tried" in told[0] and "model.allow_leaks=true" in told[0]
+
+
+def test_the_page_that_a_message_names_is_there_and_its_layer_can_be_shared(tmp_path: Path, monkeypatch) -> None:
+    [told] = faults(*mixer("Careful"), "parallel.context=2")
+    named = re.search(r"read (\S+\.md)", told)
+    assert named is not None, told
+    page = (Path(__file__).parents[2] / named[1]).read_text("utf-8")
+    code = page.split("```python\n")[1].partition("```")[0]
+    (tmp_path / "averaged_of_the_page.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ("mixer=full", "mixer._target_=averaged_of_the_page.Averaged", "+mixer.temperature=2.0")
+    assert faults(*words, "parallel.context=2") == []
+    for primitive in re.findall(r"`(models\.mixing\.[a-z]+)\.([A-Z]\w+)", page):
+        assert hasattr(importlib.import_module(primitive[0]), primitive[1]), primitive

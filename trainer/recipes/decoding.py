@@ -12,6 +12,7 @@ from models.past import Past
 from models.span import Span
 from trainer.build import build_model
 from trainer.prepare import wish
+from trainer.reach import fitting
 
 ROW = 512  # tokens read at once
 VOCABULARY = 32
@@ -23,7 +24,7 @@ def held_bytes(overrides: Sequence[str], lengths: Sequence[int]) -> list[int]:
     Scans and windows are run, row after row, with a Past, and what it holds is counted: states and tails. What a softmax holds
     is counted without running it: the keys and values that its leaf is called with. Lengths rise and divide by 512.
     """
-    config = wish([*overrides, f"context_length={ROW}", f"batch_tokens={ROW}", "wandb.mode=disabled"])
+    config = wish(fitting([*overrides, f"context_length={ROW}", f"batch_tokens={ROW}", "wandb.mode=disabled"]))
     with torch.device("meta"):
         model = build_model(config, VOCABULARY)
     if any(isinstance(leaf, Softmax) for leaf in model.modules()):

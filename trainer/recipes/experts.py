@@ -10,6 +10,7 @@ from models.sizes import count_flops
 from models.span import Span
 from trainer.build import build_model
 from trainer.prepare import wish
+from trainer.reach import fitting
 from trainer.recipes.jobs import Effort, teach_all
 from trainer.recipes.lesson import Learned, Lesson
 from trainer.recipes.table import table
@@ -74,6 +75,6 @@ def _mean(learned: Learned, name: str, share: tuple[float, float]) -> float:
 
 def _flops(words: tuple[str, ...]) -> int:
     """Forward, of a token of a row that is one document."""
-    config = wish((*words, *SIZES, *TEXT))
+    config = wish(fitting((*words, *SIZES, *TEXT)))
     tokens = config.context_length
     return count_flops(build_model(config, VOCABULARY)).forward(Span.line(1, tokens)) // tokens

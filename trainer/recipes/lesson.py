@@ -30,6 +30,7 @@ from trainer.logs.meters import Meter, Peak
 from trainer.loop import Loop, Stop
 from trainer.objectives.stream import open_rows
 from trainer.prepare import wish
+from trainer.reach import fitting
 from trainer.share import Share
 from trainer.state import Progress
 
@@ -105,7 +106,7 @@ def teach(lesson: Lesson, seed: int) -> Learned:
     """
     began = time.perf_counter()
     every = {HELD_OUT: (), **lesson.exams}
-    configs = {name: wish([*COMMON, *lesson.overrides, *more, f"seed={seed}"]) for name, more in every.items()}
+    configs = {name: wish(fitting([*COMMON, *lesson.overrides, *more, f"seed={seed}"])) for name, more in every.items()}
     config, mesh = configs[HELD_OUT], Mesh.alone()
     stream, rows = _stream(config, "train"), []
     with torch.device("meta"):

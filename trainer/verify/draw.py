@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from trainer.compose import CONF, choices, known_keys
 from trainer.config import Config, Parallel
+from trainer.reach import fitting
 
 SMALL = (
     "steps=3",
@@ -83,7 +84,7 @@ def draw_run(random: Random, folder: Path, documents: str) -> tuple[list[str], l
         common.append(f"data={random.choice([name for name in options('data') if name not in ('files', 'hub', 'stdlib')])}")
     evaluates = random.random() < 0.25
     common += ["evaluation.every=3", "evaluation.batches=1"] if evaluates else ["evaluation.every=0"]
-    return common, _spread(random, context, data), context * data
+    return fitting(common), _spread(random, context, data), context * data
 
 
 def _spread(random: Random, context: int, data: int) -> list[str]:

@@ -109,7 +109,7 @@ class Fuzz:
 
     def mistakes(self, numbers: Sequence[int]) -> Iterator[Finding]:
         """Mistyped settings: judged by the parent's check; what passes takes a step; a few are starts of their own."""
-        base = [*SMALL, "steps=1", "model.width=16", "model.heads=2", "model.kv_heads=1", "context_length=16"]
+        base = [*SMALL, "steps=1", "model.width=16", "model.heads=2", "context_length=16"]
         base += ["batch_tokens=32", "evaluation.every=0", "data=files", f"data.path={self.documents}"]
         base += [f"data.cache={self.folder / 'cache'}"]
         for number in numbers:

@@ -3,6 +3,7 @@
 from trainer.evaluation import Evaluated
 from trainer.logs.jsonl import Row
 from trainer.prepare import wish
+from trainer.reach import fitting
 from trainer.recipes import experts
 from trainer.recipes.jobs import Effort
 from trainer.recipes.lesson import HELD_OUT, Learned
@@ -39,4 +40,4 @@ def test_a_token_costs_the_same_in_all_its_models_up_to_the_routers():
 
 def test_its_settings_can_be_honoured():
     for words in experts.MODELS.values():
-        assert wish((*words, *experts.SIZES, *experts.TEXT)).steps == 400
+        assert wish(fitting((*words, *experts.SIZES, *experts.TEXT))).steps == 400

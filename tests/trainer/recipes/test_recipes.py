@@ -10,6 +10,7 @@ from trainer.config import Fault
 from trainer.evaluation import Evaluated
 from trainer.logs.jsonl import Row
 from trainer.prepare import wish
+from trainer.reach import fitting
 from trainer.recipes import memory, recall
 from trainer.recipes.decoding import held_bytes
 from trainer.recipes.jobs import Effort, teach_all
@@ -116,7 +117,7 @@ def test_a_part_of_a_recipe_is_taught_and_told_alone(monkeypatch) -> None:
 def test_the_lessons_on_memory_can_be_honoured() -> None:
     for lesson in (*memory.TEXT, *memory._retrieval(), *memory._copying(), *memory._facts()):
         for more in ((), *lesson.exams.values()):
-            assert wish((*lesson.overrides, *more)).steps > 1
+            assert wish(fitting((*lesson.overrides, *more))).steps > 1
 
 
 def test_the_family_is_whole_and_every_lesson_of_it_can_be_honoured() -> None:
@@ -125,7 +126,7 @@ def test_the_family_is_whole_and_every_lesson_of_it_can_be_honoured() -> None:
     alone = {"full", "linear", "rwkv6", "rwkv7", "delta", "gated_delta", "mamba2", "hyena", "short_conv"}
     assert behind | alone <= {lesson.name for lesson in lessons}
     for lesson in lessons:
-        assert wish(lesson.overrides).steps > 1
+        assert wish(fitting(lesson.overrides)).steps > 1
 
 
 def test_decoding_holds_what_a_state_takes_whatever_was_read_and_what_keys_and_values_take() -> None:
