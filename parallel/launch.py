@@ -26,8 +26,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.launcher.api import elastic_launch
 
+from parallel.elastic import agent_config
 from parallel.nodes import LOOPBACK, Nodes, NoMeeting, alone, interface_of, listener, loopback, resolved
 from parallel.outcome import REFUSED, SAVED, Outcome, handling, of_failure, of_no_meeting, of_signal, of_success
 from parallel.rendezvous import BACKEND, ROUND, Rendezvous, store_of
@@ -99,7 +100,8 @@ def start(
         _prepare(ranks, told, nodes)
     except NoMeeting as error:
         return of_no_meeting(error)
-    config = LaunchConfig(
+    agent = agent_config(
+        grace_s,
         min_nodes=nodes.many,
         max_nodes=nodes.many,
         run_id=nodes.name,
@@ -110,10 +112,9 @@ def start(
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(log_dir=str(scratch)),
         signals_to_handle="",  # `_listening` hears all of them
-        shutdown_timeout=grace_s,
     )
     heard: list[signal.Signals] = []
-    with _listening(heard, Path(f"{told}{HEARD}")):
+    with agent as config, _listening(heard, Path(f"{told}{HEARD}")):
         try:
             elastic_launch(config, sys.executable)(*command)
             return of_success(told)

@@ -21,6 +21,7 @@ from models.span import Span
 from parallel.engines.engine import BuildOptimiser, Engine, blocks_of
 from parallel.engines.experts import even_dim, share_experts
 from parallel.engines.gradients import add_up, used_anywhere
+from parallel.engines.unused import reduce_unused
 from parallel.engines.weights import materialise
 from parallel.mesh import Mesh
 
@@ -68,7 +69,7 @@ class Fsdp(Engine):
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 _seal_spans(module, self.used.watch(module))
-                module.set_reduce_scatter_unused_params(True)  # ranks may need other parameters: the exchange is the same
+                reduce_unused(module)  # ranks may need other parameters: the exchange is the same
                 # a sum, not a mean: gloo has no pre-multiplied sum, so the plain one is forced before the factor of 1
                 module.set_force_sum_reduction_for_comms(True)
                 module.set_gradient_divide_factor(1.0)

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from parallel.mesh import Mesh
@@ -153,10 +154,17 @@ def partly_used(env, name, micro):
     return {key: g.full_tensor() if isinstance(g, DTensor) else g for key, g in grads.items()}
 
 
+def partly_used_under_an_older_torch(env, name, micro):
+    with pytest.MonkeyPatch.context() as patch:  # the setting came with torch 2.13
+        patch.delattr(FSDPModule, "set_reduce_scatter_unused_params", raising=False)
+        return partly_used(env, name, micro)
+
+
+@pytest.mark.parametrize("used", [partly_used, partly_used_under_an_older_torch])
 @pytest.mark.parametrize("micro", [1, 2])
-def test_fsdp_counts_a_parameter_unused_on_one_rank_as_zero_there_and_as_unused_if_no_rank_has_it(micro):
+def test_fsdp_counts_a_parameter_unused_on_one_rank_as_zero_there_and_as_unused_if_no_rank_has_it(micro, used):
     expected = ranks(3, partly_used, "single", micro)[0]
-    for grads in ranks(3, partly_used, "fsdp", micro):
+    for grads in ranks(3, used, "fsdp", micro):
         assert {key for key, grad in grads.items() if grad is None} == {"blocks.1.up.bias"}
         assert grads["blocks.0.up.weight"].abs().sum() > 0
         del grads["blocks.1.up.bias"]
