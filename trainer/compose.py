@@ -259,6 +259,8 @@ def _plainly(said: str) -> str:
     """Hydra's word of a group that is put into a place, as GROUP@PLACE=NAME, with the way that works."""
     if there := re.match(r"Multiple values for (\S+@\S+?)\. ", said):
         return f"+{there[1]}: there is one in that place already; write it without +, {there[1]}=NAME"
+    if unlike := re.match(r"Error merging override \++((\S+?)=.*)$", said):
+        return f"{unlike[1]}: a group of settings is needed; write {unlike[2]}.NAME=VALUE for each"
     if absent := re.match(r"Could not override '(\S+@\S+)'", said):
         return f"{absent[1]}: nothing is in that place yet; write +{absent[1]}=NAME"
     return said

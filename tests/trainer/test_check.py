@@ -36,6 +36,8 @@ WRONG = [
     # words, and what the one message must say: the wish, the fact, the way out
     ("parallel.contxt=2", ["parallel.contxt=2", "no such setting", "parallel.context"]),
     ("+parallel.contxt=2", ["parallel.contxt=2", "no such setting", "parallel.context"]),
+    ("wandb=[abc]", ["wandb=[abc]: a group of settings is needed; write wandb.NAME=VALUE"]),
+    ("log=[1]", ["log=[1]: a group of settings is needed; write log.NAME=VALUE"]),
     ("heads=2", ["heads=2", "model.heads"]),
     ("mixer=slidng", ["mixer=slidng", "mixer=sliding", "multi_query"]),
     ("model=ful", ["model=ful", "model=full"]),

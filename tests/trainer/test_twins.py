@@ -1,15 +1,19 @@
 """Jobs of a sweep that come to the same run are run once; what no job takes is refused."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from trainer.config import Fault
-from trainer.crowd import judge, told_again, twins
+from trainer.crowd import JOB_OF, judge, told_again, twins
 from trainer.jobs import DONE, Job, Outcome, outcome
 from trainer.launcher import Plan
 from trainer.logs.jsonl import METRICS
 
+ROOT = Path(__file__).parents[2]
 SMALL = ("context_length=64", "batch_tokens=128", "model.width=32", "model.layers=2", "data=copy")
 
 
@@ -43,3 +47,12 @@ def test_a_setting_that_no_job_takes_is_refused(tmp_path: Path) -> None:
     plan: Plan = Grid()  # pyright: ignore
     with pytest.raises(Fault, match="nothing in this model takes a position"):
         judge(jobs(tmp_path, "mixer=gated_delta position=rope", "mixer=hyena position=rope"), [], plan, {})
+
+
+def test_a_job_of_a_sweep_starts_with_the_settings_that_only_other_jobs_take(tmp_path: Path) -> None:
+    """What the sweep has said is not refused again by the command of the job; the same words of a user are."""
+    words = [*SMALL, "mixer=hyena", "position=alibi", "model.heads=2", "launch.dry_run=true", f"run_dir={tmp_path / 'job'}"]
+    for of_sweep, code in (([JOB_OF, str(os.getpid())], 0), ([], 2)):
+        done = subprocess.run([sys.executable, "-m", "trainer", *of_sweep, *words], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == code, done.stderr
+        assert done.stderr.count("reaches no part") == done.stderr.count("takes a position") == (1 if code else 0)
