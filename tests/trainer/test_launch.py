@@ -68,6 +68,12 @@ except Exception as error:
 """
 
 
+def heed_signals() -> None:
+    """What a shell that started the tests in the background ignores would be ignored by all that they start as well."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def launcher(tmp_path: Path):
     """Start a launcher of two ranks; it is killed at the end of the test."""
@@ -80,8 +86,11 @@ def launcher(tmp_path: Path):
             command = ["bash", "-c", f"{before} exec {shlex.join(command)}"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
-        started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=ROOT))
-        return started[-1]
+        process = subprocess.Popen(
+            command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=ROOT, preexec_fn=heed_signals
+        )
+        started.append(process)
+        return process
 
     yield begin
     for process in started:
