@@ -1,4 +1,4 @@
-"""Ranks forked from a process that has imported everything, and used again: a case costs milliseconds, not an import of torch.
+"""Ranks forked from a process that has imported everything, and used again: a case costs no import of torch.
 
 The process that forks computes no gradient itself and holds no process group, so that what is forked starts clean.
 """
@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -112,6 +112,55 @@ class Crews:
         self.crews.clear()
 
 
+def beside(lanes: int, work: Callable[..., None], session: Any, cases: Sequence[Any]) -> Iterator[Any]:
+    """What `lanes` forked processes tell, as it comes: each does work(take, tell, session, cases).
+
+    take: the number of the next case that nobody took, None after the last. Raises RuntimeError where one dies.
+    """
+    context = mp.get_context("fork")
+    following = context.Value("i", 0)
+
+    def take() -> int | None:
+        with following.get_lock():
+            following.value += 1
+            return following.value - 1 if following.value <= len(cases) else None
+
+    def be(pipe: Connection, parent: int) -> None:
+        die_with(parent)
+        try:
+            work(take, pipe.send, session, cases)
+        except BaseException:
+            pipe.send(RuntimeError(traceback.format_exc()))
+        pipe.close()
+
+    pipes: list[Connection] = []
+    processes = []
+    for _ in range(lanes):
+        here, there = context.Pipe(duplex=False)
+        processes.append(context.Process(target=be, args=(there, os.getpid())))
+        processes[-1].start()
+        there.close()
+        pipes.append(here)
+    try:
+        while pipes:
+            for pipe in wait(pipes):
+                try:
+                    told = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    pipes.remove(pipe)  # type: ignore[arg-type]
+                    continue
+                if isinstance(told, RuntimeError):
+                    raise told
+                yield told
+        for process in processes:
+            process.join()
+            if process.exitcode:
+                raise RuntimeError(f"a lane ended with exit status {process.exitcode}")
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def _serve(rank: int, size: int, folder: Path, parent: int, pipe: Connection) -> None:
     die_with(parent)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -124,7 +173,8 @@ def _serve(rank: int, size: int, folder: Path, parent: int, pipe: Connection) ->
     torch.set_num_threads(1)
     read_by_deepspeed = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
     os.environ.update({key: str(value) for key, value in read_by_deepspeed.items()}, GLOO_SOCKET_IFNAME="lo")
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), size), rank=rank, world_size=size)  # pyright: ignore
+    store = dist.FileStore(str(folder / "store"), size)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     while True:
         try:
             work, arguments = pipe.recv()

@@ -1,15 +1,21 @@
-"""What the fuzzer tries: random runs over everything that the configs offer, and settings that somebody may have mistyped."""
+"""Random runs over everything that the configs offer, most of them valid: the parts themselves say what fits them."""
 
 import importlib
 import re
-from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from random import Random
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
-from trainer.compose import CONF, choices, known_keys
-from trainer.config import Config, Parallel
-from trainer.reach import fitting
+from omegaconf import OmegaConf
+
+from models.attention.full import Attention
+from models.memory.local import NOT_EXACT
+from trainer.compose import CONF, choices
+from trainer.config import Engine, Parallel
+from trainer.data.sources import build as build_source
+from trainer.judging import find_class, parameters
+from trainer.values import TARGET
 
 SMALL = (
     "steps=3",
@@ -19,22 +25,31 @@ SMALL = (
     "checkpoint.every=0",
     "wandb.mode=disabled",
     "launch.oversubscribe=true",
-    "launch.timeout_s=40",
+    "launch.timeout_s=150",
 )
 LENGTHS = (1, 2, 3, 5, 8, 13, 16, 24, 33, 48, 64)
 LARGEST_CREW = 4
-OF_TOKENS = {  # settings that count tokens, at the sizes of these runs: by the group's option
-    "memory=segments": ("memory.length=5", "memory.segment=null"),
-    "memory=tokens": ("memory.length=2", "memory.segment=7"),
-    "memory=lookup": ("memory.length=9", "memory.count=3"),
-}
-GROUPS = ("model", "mixer", "position", "memory", "data", "engine", "launch", "optim", "schedule", "experiment")
-MISUSES = ("=", "a=b=c", "steps", "steps=", "=3", "steps=3,4", "--steps", "steps = 3", "hydra.run.dir=/", "\n", "@x=1")
-STRANGE = (
-    "null", "true", "false", "0", "-1", "1", "2", "3.5", "-0.0", "1e30", "1e400", "nan", "inf", "-inf", "abc", "''", "[]", "{}",
-    "[1,2]", "[abc]", "{a:1}", "9223372036854775808", "99999999999999999999999999", "1e-30", "0.1", "none", "x" * 300, "auto",
-    "'a b'", "/nowhere/at/all", "../..", "50%", "ünï", "'$HOME'", "1_000", "0x10", "1e3", "2024_11_27",
-)  # fmt: skip
+SIZES = (1, 2, 3, 4, 5, 8)  # of windows, blocks and the like: shorter than a row, or longer
+LOCAL = ("segments", "lookup", "compressive")  # memories that stand beside the heads of attention
+DISCRETE = ("switch", "moe_topk", "compressed", "lsh", "lookup")  # they choose: where rounding differs, other things
+SMOOTH = "optim.eps=0.001"  # Adam's steps are then no signs, that turn with the last bit of a small gradient
+TEXT = ("files", "hub", "stdlib")
+LATER = (  # what a run imports on its way
+    "matplotlib.backends.backend_agg",
+    "torch._inductor.compile_fx",
+    "torch.profiler",
+    "deepspeed.inference.engine",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.zero.stage3",
+)
+
+
+class Draw(NamedTuple):
+    """A random run: the settings that one rank has too, those of the run that is spread, and its ranks."""
+
+    common: list[str]
+    spread: list[str]
+    ranks: int
 
 
 def options(group: str) -> list[str]:
@@ -44,14 +59,28 @@ def options(group: str) -> list[str]:
 
 def import_parts() -> None:
     """Import the modules of all that the configs offer, so that what is forked has them, and all from the same day."""
-    for group in ("model", "mixer", "position", "memory", "data", "optim", "schedule", "engine"):
-        for target in re.findall(r"_target_: ([\w.]+)", _texts(group)):
-            importlib.import_module(target.rpartition(".")[0])
+    for group in ("model", "mixer", "position", "memory", "data", "objective", "optim", "schedule", "engine"):
+        for path in sorted((CONF / group).glob("*.yaml")):
+            for target in re.findall(r"_target_: ([\w.]+)", path.read_text("utf-8")):
+                importlib.import_module(target.rpartition(".")[0])
+    for name in LATER:
+        importlib.import_module(name)
 
 
-def _texts(group: str) -> str:
-    """All yamls of a group."""
-    return "\n".join(path.read_text("utf-8") for path in sorted((CONF / group).glob("*.yaml")))
+@cache
+def part(group: str, name: str) -> dict[str, Any]:
+    """What the yaml of an option says, its class among it."""
+    return OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))  # type: ignore[return-value]
+
+
+def kind_of(group: str, name: str) -> type:
+    """The class that an option names."""
+    return find_class(part(group, name)[TARGET], group)
+
+
+def settings_of(group: str, name: str) -> dict[str, Any]:
+    """The settings that the yaml of an option lists, with their values."""
+    return {key: value for key, value in part(group, name).items() if key not in (TARGET, "name", "defaults")}
 
 
 def words_of(kind: str) -> tuple[Any, ...]:
@@ -59,83 +88,122 @@ def words_of(kind: str) -> tuple[Any, ...]:
     return get_args(Parallel.model_fields[kind].annotation)
 
 
-def draw_run(random: Random, folder: Path, documents: str) -> tuple[list[str], list[str], int]:
-    """(settings of both runs, settings of the one that is spread, its ranks)."""
+def _either(kind: type, *names: str) -> str:
+    return next(name for name in names if name in kind.model_fields)  # type: ignore[attr-defined]
+
+
+def draw_run(random: Random, folder: Path, documents: str) -> Draw:
+    """A run over as many ranks as it says; `documents`: a glob of texts."""
     context = random.choice((1, 2, 2, 3, 3, 4))
     data = random.choice([n for n in (1, 1, 2, 3) if n * context <= LARGEST_CREW])
-    length = random.choice(LENGTHS)
+    engine = random.choices(("single", "fsdp", "deepspeed"), (4, 4, 2))[0]
+    low = engine == "deepspeed" or random.random() < 0.15
+    precision = random.choices(("float32", "bfloat16"), (3, 2))[0] if low else "float64"
+    memory = random.choice(options("memory")) if random.random() < 0.35 else "none"
+    chosen = _layers(random, memory, precision)
+    chosen += [f"memory={memory}", *_sized(random, "memory", memory)] if memory != "none" else []
+    text = memory != "none" or random.random() < 0.85
+    source = "files" if text else random.choice([name for name in options("data") if name not in TEXT])
+    length = random.choice(LENGTHS) if text else longest(source) + random.choice((0, 1, 5))
+    rows = random.choice((1, 2, 3, 5)) if length < 100 else data
     heads = random.choice((1, 2, 4))
-    common = [*SMALL, f"seed={random.randrange(1000)}", f"model.width={heads * random.choice((4, 8))}", f"model.heads={heads}"]
-    common += [f"context_length={length}", f"batch_tokens={length * random.choice((1, 2, 3, 5))}"]
+    common = [*SMALL, f"seed={random.randrange(1000)}", f"precision={precision}", *chosen]
+    common += [f"model.width={heads * random.choice((4, 8))}", f"model.heads={heads}"]
     common.append(f"model.kv_heads={random.choice([n for n in (1, 2, 4) if heads % n == 0])}")
-    common.append(f"precision={random.choices(('float64', 'float32', 'bfloat16'), (18, 1, 1))[0]}")
-    if random.random() < 0.8:
-        common.append(f"mixer={random.choice(options('mixer'))}")
-    else:
-        common.append(f"model={random.choice(options('model'))}")
-    if random.random() < 0.6:
-        common.append(f"position={random.choice(options('position'))}")
-    if random.random() < 0.4:
-        memory = f"memory={random.choice(options('memory'))}"
-        common += [memory, *OF_TOKENS.get(memory, ())]
-    if random.random() < 0.85:
-        common += ["data=files", f"data.path={documents}", f"data.cache={folder / 'cache'}"]
-    else:
-        common.append(f"data={random.choice([name for name in options('data') if name not in ('files', 'hub', 'stdlib')])}")
-    evaluates = random.random() < 0.25
-    common += ["evaluation.every=3", "evaluation.batches=1"] if evaluates else ["evaluation.every=0"]
-    return fitting(common), _spread(random, context, data), context * data
-
-
-def _spread(random: Random, context: int, data: int) -> list[str]:
-    spread = [f"parallel.context={context}", f"parallel.data={data}"]
-    method = random.choice(words_of("method"))
-    if context > 1:
-        spread += [f"parallel.method={method}", f"parallel.layout={random.choice(words_of('layout'))}"]
-    if method == "usp" and context > 1:
-        inner = random.choice([n for n in (1, 2, 3, 4) if context % n == 0])
-        key = "ulysses" if "ulysses" in Parallel.model_fields else "heads"
-        spread += [f"parallel.{key}={inner}", f"parallel.ring={context // inner}"]
-    if random.random() < 0.4:
-        spread.append(f"parallel.micro_batch={random.choice((1, 2))}")
-    engine = random.choices(("single", "fsdp", "deepspeed"), (4, 4, 1))[0]
-    spread.append(f"engine={engine}")
-    if engine == "deepspeed":
-        key = "zero_stage" if "zero_stage" in Config.model_fields["engine"].annotation.model_fields else "zero"  # type: ignore[union-attr]
-        spread.append(f"engine.{key}={random.randrange(4)}")
+    common += [f"context_length={length}", f"batch_tokens={length * rows}", f"data={source}"]
+    common += [f"data.path={documents}", f"data.cache={folder / 'cache'}"] if text else []
+    common += ["evaluation.every=3", "evaluation.batches=1"] if random.random() < 0.25 else ["evaluation.every=0"]
+    if low:
+        common.append(SMOOTH)
+    elif random.random() < 0.1:
+        common.append("optim=muon")
     if random.random() < 0.2:
-        spread.append(f"engine.checkpointing={random.choice(('full', 'selective'))}")
-    return spread
+        common.append(f"schedule={random.choice(options('schedule'))}")
+    if text and memory == "none":
+        common += _objective(random, common, length)
+    spread = _ranks(random, context, data, heads)
+    if random.random() < 0.4:
+        spread.append(f"parallel.micro_batch={random.choice([n for n in (1, 2) if n <= -(-rows // data)])}")
+    spread += _engine(random, engine, precision, context * data)
+    if {"model=switch", "model=moe_topk"} & set(common) and engine != "deepspeed":
+        spread += [f"parallel.experts={random.choice((1, context * data))}"]
+    return Draw(common, spread, context * data)
 
 
-def draw_mistakes(random: Random, base: Sequence[str]) -> list[str]:
-    """A run's settings with one or two of them mistyped."""
-    words = list(base)
-    for _ in range(random.choice((1, 1, 2))):
-        words += _mistake(random)
+@cache
+def longest(source: str) -> int:
+    """Tokens of a task's longest example."""
+    return build_source(part("data", source)).longest  # type: ignore[attr-defined]
+
+
+def _layers(random: Random, memory: str, precision: str) -> list[str]:
+    """The mixer, or the whole model, and a position where the mixer takes one."""
+    if memory == "none" and random.random() < 0.2:
+        return [f"model={random.choice([name for name in options('model') if fits(name, precision)])}"]
+    mixers = [name for name in options("mixer") if fits(name, precision)]
+    if memory in LOCAL:
+        mixers = [name for name in mixers if _beside(kind_of("mixer", name))]
+    mixer = random.choice(mixers)
+    words = [f"mixer={mixer}", *_sized(random, "mixer", mixer)]
+    if "position" in parameters(kind_of("mixer", mixer)) and random.random() < 0.7:
+        position = random.choice([name for name in options("position") if memory == "none" or name != "learned"])
+        words += [f"position={position}", *_sized(random, "position", position)]
     return words
 
 
-def _mistake(random: Random) -> list[str]:
-    kind = random.random()
-    keys = sorted(key for key in known_keys() if key not in ("run_dir", "name"))
-    key = random.choice(keys)
-    if kind < 0.55:
-        return [f"{key}={random.choice(STRANGE)}"]
-    if kind < 0.75:  # a setting of a node, of a part that is chosen for it
-        group = random.choice(("mixer", "position", "memory", "optim", "schedule"))
-        part = random.choice([name for name in options(group) if name != "none"])
-        node = random.choice(_settings(group, part) or ["length"])
-        return [f"{group}={part}", f"{group}.{node}={random.choice(STRANGE)}"]
-    if kind < 0.85:
-        return [random.choice((key[:-1], key + "x", key.replace(".", ""), f"+{key}", f"~{key}", key.upper())) + "=1"]
-    if kind < 0.93:
-        return [f"{random.choice(GROUPS)}={random.choice(STRANGE)}"]
-    return [random.choice(MISUSES)]
+def fits(name: str, precision: str) -> bool:
+    """Whether an option can be compared in a precision."""
+    return precision != "bfloat16" or name not in DISCRETE
 
 
-def _settings(group: str, part: str) -> list[str]:
-    """The settings that the yaml of a part lists."""
-    text = (CONF / group / f"{part}.yaml").read_text("utf-8")
-    rows = [line for line in text.splitlines() if line[:1].isalpha() and ":" in line]
-    return [line.partition(":")[0] for line in rows]
+def _beside(mixer: type) -> bool:
+    return issubclass(mixer, Attention) and not issubclass(mixer, tuple(NOT_EXACT))
+
+
+def _sized(random: Random, group: str, name: str) -> list[str]:
+    """The sizes of an option, most of them drawn anew: as they stand they exceed every row of these runs."""
+    words = []
+    for key, value in settings_of(group, name).items():
+        if key == "segment":
+            words.append(f"{group}.{key}={random.choice(('null', 3, 5, 7))}")
+        elif isinstance(value, int) and not isinstance(value, bool) and value > 1:
+            if value > max(SIZES) or random.random() < 0.3:
+                words.append(f"{group}.{key}={random.choice(SIZES)}")
+        elif isinstance(value, bool) and random.random() < 0.1 and key not in ("symmetric", "both"):
+            words.append(f"{group}.{key}={str(not value).lower()}")
+    return words
+
+
+def _objective(random: Random, common: list[str], length: int) -> list[str]:
+    if {"mixer=bidirectional", "model=bidirectional"} & set(common):
+        return ["objective=masked"]
+    if random.random() < 0.1:
+        names = [name for name in options("objective") if name != "span_corruption" or length > 8]
+        return [f"objective={random.choice(names)}"]
+    return []
+
+
+def _ranks(random: Random, context: int, data: int, heads: int) -> list[str]:
+    """How the sequence and the rows are spread."""
+    spread = [f"parallel.context={context}", f"parallel.data={data}"]
+    if context == 1:
+        return spread
+    divided = _either(Parallel, "ulysses", "heads")
+    method = random.choice([word for word in words_of("method") if word != divided or context <= heads])
+    spread += [f"parallel.method={method}", f"parallel.layout={random.choice(words_of('layout'))}"]
+    if method == "usp":
+        inner = random.choice([n for n in (1, 2, 3, 4) if context % n == 0 and n <= heads])
+        spread += [f"parallel.{divided}={inner}", f"parallel.ring={context // inner}"]
+    return spread
+
+
+def _engine(random: Random, engine: str, precision: str, ranks: int) -> list[str]:
+    spread = [f"engine={engine}"]
+    if engine == "deepspeed":
+        stage = random.choice([n for n in range(4) if n or precision != "bfloat16"])
+        spread.append(f"engine.{_either(Engine, 'zero_stage', 'zero')}={stage}")
+    if engine == "fsdp" and random.random() < 0.3:
+        spread.append(random.choice(("engine.reshard_after_forward=false", f"engine.replicas={ranks}")))
+    if random.random() < 0.2:
+        spread.append(f"engine.checkpointing={random.choice(('full', 'selective'))}")
+    return spread

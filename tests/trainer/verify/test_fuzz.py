@@ -6,15 +6,18 @@ from random import Random
 
 import pytest
 
+from parallel.drivers.passing import Passing
 from scripts.fuzz import wishes
-from trainer.config import BAD_WISH, Config, Fault
+from trainer.config import BAD_RUN, BAD_WISH, Fault
 from trainer.parity import write_documents
 from trainer.verify import fuzz as fuzzing
-from trainer.verify.crew import Crews
-from trainer.verify.draw import draw_mistakes, draw_run
-from trainer.verify.fuzz import Fuzz
+from trainer.verify.crew import Crews, beside
+from trainer.verify.draw import SMALL, Draw, draw_run, options
+from trainer.verify.fuzz import Fuzz, fuzz
+from trainer.verify.mistype import draw_mistakes
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forking a process that has threads
+MANY, MISTAKES = 12, 24
 
 
 @pytest.fixture
@@ -25,45 +28,101 @@ def session(tmp_path, monkeypatch):
     session.close()
 
 
-def test_cases_are_functions_of_the_seed_and_the_number(tmp_path):
+def test_cases_are_functions_of_the_seed_and_the_number_and_cover_what_there_is(tmp_path):
     documents = write_documents(tmp_path / "text")
     one, two = (draw_run(Random("run 0 7"), tmp_path, documents) for _ in range(2))
     assert one == two != draw_run(Random("run 0 8"), tmp_path, documents)
     assert draw_mistakes(Random("x"), ["a=1"]) == draw_mistakes(Random("x"), ["a=1"])
-    drawn = [" ".join(draw_run(Random(str(n)), tmp_path, documents)[0]) for n in range(400)]
-    for word in ("mixer=full", "mixer=mamba2", "position=t5", "memory=segments", "precision=float32", "evaluation.every=3"):
-        assert any(word in line for line in drawn), word
+    draws = [draw_run(Random(str(n)), tmp_path, documents) for n in range(600)]
+    drawn = {word for draw in draws for word in (*draw.common, *draw.spread, f"ranks {draw.ranks}")}
+    for word in (
+        *(f"mixer={name}" for name in options("mixer")),
+        *(f"position={name}" for name in options("position")),
+        *(f"memory={name}" for name in options("memory") if name != "none"),
+        *(f"engine={name}" for name in ("single", "fsdp", "deepspeed")),
+        *(f"precision={name}" for name in ("float64", "float32", "bfloat16")),
+        *(f"parallel.layout={name}" for name in ("zigzag", "contiguous", "balanced")),
+        *(f"ranks {number}" for number in (1, 2, 3, 4)),
+        *("evaluation.every=3", "optim=muon", "objective=masked", "parallel.micro_batch=1"),
+    ):
+        assert word in drawn, word
 
 
 @pytest.mark.slow
-def test_some_runs_and_mistakes_are_as_promised(session):
-    findings = [*session.runs(range(8)), *session.mistakes(range(8))]
-    assert findings == []
-    assert session.outcomes["equal"] and session.outcomes["refused"], session.outcomes
+def test_some_runs_and_mistakes_are_as_promised(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    said: list[str] = []
+    assert fuzz(tmp_path, seed=0, many=MANY, mistakes=MISTAKES, say=said.append) == []
+    counts = {name: int(count) for count, _, name in (each.partition(" ") for each in said[0].split(", "))}
+    assert sum(count for name, count in counts.items() if name.startswith("equal")) >= 0.75 * MANY, counts
+    assert counts["passed and ran"] >= MISTAKES / 5 and counts["refused"], counts
 
 
-def _wrong(rank: int, config: Config, size: int, place) -> int:
-    code = _live(rank, config, size, place)
-    if size > 1 and rank == 0:
-        path = place / "metrics.jsonl"
-        path.write_text(path.read_text().replace('"loss": ', '"loss": 1'))
-    return code
-
-
-_live = fuzzing.live
+def _drawn(monkeypatch, session, *more: str) -> None:
+    """One run is drawn, whatever the number."""
+    common = [*SMALL, "precision=float64", "data=files", f"data.path={session.documents}", "model.width=8"]
+    common += ["model.heads=1", "model.kv_heads=1", "evaluation.every=0", f"data.cache={session.folder / 'cache'}"]
+    common += ["context_length=8", "batch_tokens=16", *more]
+    draw = Draw(common, ["parallel.context=2", "engine=single"], 2)
+    monkeypatch.setattr(fuzzing, "draw_run", lambda *_: draw)
 
 
 @pytest.mark.slow
-def test_a_run_that_differs_is_a_finding(session, monkeypatch):
-    monkeypatch.setattr(fuzzing, "live", _wrong)
-    common = ["precision=float64", "mixer=full", "data=files", f"data.path={session.documents}", "model.width=8"]
-    common += ["model.heads=1", "evaluation.every=0", f"data.cache={session.folder / 'cache'}"]
-    common += ["model.kv_heads=1", "context_length=8", "batch_tokens=16"]
-    common += fuzzing.SMALL
-    found = session._compare(0, common, ["parallel.context=2", "engine=single"], 2)
-    assert found and "loss" in found and session.outcomes["differs"] == 1
-    monkeypatch.setattr(fuzzing, "live", _live)
-    assert session._compare(1, common, ["parallel.context=2", "engine=single"], 2) is None
+def test_a_broken_driver_is_a_finding(session, monkeypatch):
+    _drawn(monkeypatch, session, "mixer=linear")
+    right = Passing.forward
+    monkeypatch.setattr(Passing, "forward", lambda self, *args, **named: right(self, *args, **named) + 1e-5)
+    (found,) = session.runs([0])
+    assert "step 1: loss" in found.what and session.outcomes["differs"] == 1
+    session.close()  # ranks are forked anew, from what is whole
+    monkeypatch.setattr(Passing, "forward", right)
+    assert list(session.runs([1])) == [] and session.outcomes["equal in float64"] == 1
+
+
+def _raise(*args, **named):
+    raise ZeroDivisionError("a bug")
+
+
+@pytest.mark.slow
+def test_a_trace_is_a_finding_in_the_check_in_a_run_and_in_what_follows_a_mistake(session, monkeypatch):
+    _drawn(monkeypatch, session, "mixer=full")
+    monkeypatch.setattr(fuzzing, "draw_mistakes", lambda random, base: [*base, "steps=1"])
+    for name, outcomes in (("wish", {"check broke": 2}), ("run", {"broke": 1, "passed and broke": 1})):
+        session.outcomes.clear()
+        session.close()
+        with monkeypatch.context() as patch:
+            patch.setattr(fuzzing, name, _raise)
+            found = [*session.runs([0]), *session.mistakes([0])]
+        assert ["ZeroDivisionError: a bug" in each.what for each in found] == [True, True]
+        assert session.outcomes == outcomes
+    session.close()
+    assert [*session.runs([1]), *session.mistakes([1])] == [] and session.outcomes["passed and ran"] == 1
+
+
+def test_only_a_fault_of_data_disk_or_loss_may_end_a_run_that_passed_the_check(session, monkeypatch):
+    monkeypatch.setattr(fuzzing, "draw_mistakes", lambda random, base: [*base, "steps=1"])
+    for code, expected in ((BAD_RUN, 0), (BAD_WISH, 1)):
+
+        def end(*args, code=code):
+            raise Fault("loss: it is not finite; use less", code)
+
+        session.close()
+        with monkeypatch.context() as patch:
+            patch.setattr(fuzzing, "run", end)
+            assert len(list(session.mistakes([0]))) == expected
+
+
+def _number_of(take, tell, session, cases):
+    while (number := take()) is not None:
+        if cases[number] is None:
+            raise KeyError("a bug")
+        tell(cases[number] + session)
+
+
+def test_lanes_take_every_case_once_and_one_that_breaks_is_heard():
+    assert sorted(beside(3, _number_of, 100, range(20))) == list(range(100, 120))
+    with pytest.raises(RuntimeError, match="KeyError"):
+        list(beside(2, _number_of, 1, [1, None, 2]))
 
 
 def _fail(rank: int) -> int:
