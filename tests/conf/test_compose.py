@@ -42,9 +42,12 @@ def test_every_mixer_builds_without_memory_and_refuses_a_setting_it_does_not_hav
         build.build(wrong, build.offered(config, VOCABULARY), "mixer")
 
 
+OBJECTIVES = {"bidirectional": ["objective=masked"]}  # of a model that sees what the usual objective asks for
+
+
 @pytest.mark.parametrize(
     "words",
-    [[f"model={name}"] for name in choices("model") if name != "decoder"]
+    [[f"model={name}", *OBJECTIVES.get(name, [])] for name in choices("model") if name != "decoder"]
     + [[f"experiment={name}"] for name in choices("experiment")],
     ids=" ".join,
 )
