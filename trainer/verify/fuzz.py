@@ -6,6 +6,7 @@ Adam divides by no less than `SMOOTH` says, so that a gradient near zero moves n
 is decided by the seed and the number of the case, so that a finding is repeated by its two numbers.
 """
 
+import math
 import os
 import shutil
 import subprocess
@@ -100,16 +101,23 @@ class Fuzz:
         if answer.trace or answer.values[0]:
             self.outcomes["refused on one rank alone"] += 1
             return f"one rank is refused, many are not: {answer.trace or answer.values[0]}"
-        told = []
+        told, ends = [], []
         for config, place in ((many, there), (one, here)):
             place.mkdir()
             answer = self._run(config, config.parallel.ranks, place)
             if answer.trace:
                 self.outcomes["broke"] += 1
                 return f"{config.parallel.ranks} ranks: {_brief(answer.trace)}"
+            ends.append(answer.values[0])
             told.append(rows(place))
         for place in (here, there):
             shutil.rmtree(place)
+        if ends[0] != ends[1]:
+            self.outcomes["differs"] += 1
+            return f"it ended with {ends[0]}, on one rank with {ends[1]}"
+        if ends[0]:
+            self.outcomes["ended with the same message"] += 1
+            return None
         return self._difference(many, told)
 
     def _difference(self, config: Config, told: list[list[dict[str, Any]]]) -> str | None:
@@ -119,7 +127,7 @@ class Fuzz:
             return f"{len(many)} and {len(one)} of {STEPS} steps were logged"
         for step, (a, b) in enumerate(zip(many, one), 1):
             for name, allowed in zip(("loss", "grad_norm"), TOLERANCE[config.precision]):
-                off = abs(a[name] - b[name]) / max(abs(b[name]), 1e-6)
+                off = _apart(a[name], b[name])
                 self.worst[config.precision, name] = max(off, self.worst.get((config.precision, name), 0.0))
                 if not off <= allowed:
                     self.outcomes["differs"] += 1
@@ -197,7 +205,7 @@ class Fuzz:
         return f"the check: {_brief(told)}"
 
     def _run(self, config: Config, ranks: int, place: Path) -> Answer:
-        return self.crews.run(ranks, live, config, ranks, place, seconds=RUN_S)
+        return self.crews.run(ranks, ended, config, ranks, place, seconds=RUN_S)
 
 
 def judge(rank: int, words: list[str]) -> Config | str:
@@ -234,6 +242,16 @@ def start(rank: int, config: Config, place: Path) -> int | str:
         return f"{fault.code}: {fault}"
 
 
+def ended(rank: int, config: Config, size: int, place: Path) -> int | str:
+    """In a rank: the whole run; '3: message' where a fault of data or loss ends it, the run directory left out."""
+    try:
+        return live(rank, config, size, place)
+    except Fault as fault:
+        if fault.code != BAD_RUN:
+            raise
+        return f"{fault.code}: {fault}".replace(str(place), "run_dir")
+
+
 def live(rank: int, config: Config, size: int, place: Path) -> int:
     """In a rank: the whole run."""
     return run(config, Ranks(rank, size, rank, size, torch.device("cpu"), "gloo"), place)
@@ -242,6 +260,13 @@ def live(rank: int, config: Config, size: int, place: Path) -> int:
 def rows(place: Path) -> list[dict[str, Any]]:
     """What a run logged."""
     return list(read(place / METRICS))
+
+
+def _apart(a: float | None, b: float | None) -> float:
+    """Relative difference of what two rows say; a step without any target has no loss, and must have none in either."""
+    if a is None or b is None:
+        return 0.0 if a is b else math.inf
+    return abs(a - b) / max(abs(b), 1e-6)
 
 
 def _brief(trace: str) -> str:

@@ -79,6 +79,26 @@ def test_a_broken_driver_is_a_finding(session, monkeypatch):
     assert list(session.runs([1])) == [] and session.outcomes["equal in float64"] == 1
 
 
+def test_a_step_without_a_target_has_no_loss_to_compare(session):
+    config = session._judged([*SMALL, "precision=float64", "data=files", f"data.path={session.documents}"])
+    row, none = {"loss": 5.0, "grad_norm": 1.0}, {"loss": None, "grad_norm": None}
+    assert session._difference(config, [[row, none, row], [row, none, row]]) is None
+    assert "step 2: loss None" in session._difference(config, [[row, none, row], [row, row, row]])
+
+
+@pytest.mark.slow
+def test_a_run_that_its_data_ends_has_to_end_so_on_one_rank(session, monkeypatch):
+    _drawn(monkeypatch, session, "mixer=bidirectional", "objective=masked", "objective.probability=0.001")
+    assert list(session.runs([0])) == [] and session.outcomes == {"ended with the same message": 1}
+    session.close()
+    monkeypatch.setattr(fuzzing, "live", lambda rank, config, size, at: size > 1 and _live(rank, config, size, at))
+    (found,) = session.runs([1])
+    assert "no token to predict" in found.what and "on one rank with False" in found.what
+
+
+_live = fuzzing.live
+
+
 def _raise(*args, **named):
     raise ZeroDivisionError("a bug")
 
