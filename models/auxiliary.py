@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 
-class Aside:
+class AuxiliaryOutputs:
     """Sums over the tokens at hand, by name.
 
     Attributes:
@@ -45,7 +45,7 @@ class Aside:
                 left[name] = left[name] + value if name in left else value
 
 
-def begin(model: nn.Module, step: int) -> None:
+def on_step_begin(model: nn.Module, step: int) -> None:
     """Tell every layer which step comes next (the first is 1); what it does then is a function of that number alone."""
     for module in model.modules():
         told = getattr(module, "begin", None)
@@ -53,13 +53,13 @@ def begin(model: nn.Module, step: int) -> None:
             told(step)
 
 
-def forget(model: nn.Module) -> None:
+def reset_auxiliary(model: nn.Module) -> None:
     """Before a forward pass: drop what nobody took, above all what blocks left that were computed again in backward."""
-    auxiliary(model)
+    auxiliary_loss(model)
     statistics(model)
 
 
-def auxiliary(model: nn.Module, tokens: int = 1, rows: int = 1) -> dict[str, Tensor]:
+def auxiliary_loss(model: nn.Module, tokens: int = 1, rows: int = 1) -> dict[str, Tensor]:
     """The losses that layers left in the last forward pass; taken away, so never counted twice. To be summed over ranks.
 
     Args:
@@ -83,7 +83,7 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def settle(model: nn.Module, sums: Mapping[str, Tensor]) -> dict[str, float]:
+def on_step_end(model: nn.Module, sums: Mapping[str, Tensor]) -> dict[str, float]:
     """Hand layers the sums of the whole step; {"module/figure": value} of each layer, {"figure": value} their mean."""
     own: dict[str, dict[str, Tensor]] = {}
     for key, value in sums.items():
@@ -100,10 +100,10 @@ def settle(model: nn.Module, sums: Mapping[str, Tensor]) -> dict[str, float]:
     return {**{name: sum(values) / len(values) for name, values in every.items()}, **found}
 
 
-def _aside(module: nn.Module) -> Aside:
+def _aside(module: nn.Module) -> AuxiliaryOutputs:
     """The module's own, or an empty one."""
     aside = getattr(module, "aside", None)
-    return aside if isinstance(aside, Aside) else Aside()
+    return aside if isinstance(aside, AuxiliaryOutputs) else AuxiliaryOutputs()
 
 
 def _taken(left: object) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from models.attention.attending import Attending
+from models.attention.base import SplitAttention
 from models.declared import declared
 from models.span import Span
 
@@ -37,7 +37,7 @@ class ValueBlock(Block):
 
 
 class RecallBlock(Block):
-    """A block whose mixer keeps what comes in as it comes, and so takes the norm apart (models/attention/attending.py)."""
+    """A block whose mixer keeps what comes in as it comes, and so takes the norm apart (models/attention/base.py)."""
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]."""
@@ -49,5 +49,5 @@ def block(width: int, mixer: nn.Module, feedforward: nn.Module) -> Block:
     """The block that a mixer asks for: it shares values, or it recalls."""
     if declared(mixer, "shares_values", bool, False):
         return ValueBlock(width, mixer, feedforward)
-    recalls = isinstance(mixer, Attending) and mixer.recall is not None
+    recalls = isinstance(mixer, SplitAttention) and mixer.recall is not None
     return (RecallBlock if recalls else Block)(width, mixer, feedforward)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from models.masks import FAR, Mask
-from models.mixing.recall import Recall
+from models.masks.algebra import FAR, Mask
+from models.primitives.knn import KNN
 from models.scores import Score
 
 
@@ -23,7 +23,7 @@ class Ahead(NamedTuple):
         path: of the layer within the model, for example blocks.0.mixer.
         kind: name of its class.
         causal_from: the position in a document from which on nothing is seen ahead;
-            models.masks.FAR = nowhere.
+            models.masks.algebra.FAR = nowhere.
     """
 
     path: str
@@ -75,7 +75,7 @@ def score_mismatches(model: nn.Module) -> list[tuple[str, bool]]:
 def _causal_from(module: nn.Module) -> int:
     """As `Mask.causal_from`, of one module by itself; 0 where it has no mask and states nothing."""
     # What a kNN memory searches is what earlier rows stored, whatever its mask allows.
-    if isinstance(module, Recall):
+    if isinstance(module, KNN):
         return 0
     mask = getattr(module, "mask", None)
     if isinstance(mask, Mask):

@@ -22,7 +22,7 @@ from models.declared import declared
 
 Rule = Callable[[torch.Size, torch.Generator], Tensor]
 
-DEVIATION = 0.02
+INIT_STD = 0.02
 MATRICES = (nn.Linear, nn.Bilinear, _ConvNd, nn.Embedding, nn.EmbeddingBag)
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
 CELLS = (nn.RNNBase, nn.RNNCellBase)
@@ -51,7 +51,7 @@ def normal(deviation: float) -> Rule:
 
 
 @dataclass(frozen=True)
-class Usual:
+class ScaledNormal:
     """Normal, mean 0, in units of the model's usual deviation.
 
     Attributes:
@@ -60,7 +60,7 @@ class Usual:
     """
 
     factor: float = 1.0
-    deviation: float = DEVIATION
+    deviation: float = INIT_STD
 
     def __call__(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator) * (self.factor * self.deviation)
@@ -100,11 +100,11 @@ def _of_torch(owner: nn.Module, leaf: str) -> Rule | None:
     if "bias" in leaf:
         return constant(0.0)
     padding = declared(owner, "padding_idx", int, None)
-    return Usual() if padding is None else Padded(row=padding)
+    return ScaledNormal() if padding is None else Padded(row=padding)
 
 
 @dataclass(frozen=True)
-class Padded(Usual):
+class Padded(ScaledNormal):
     """As Usual, but 0 in the row that stands for padding."""
 
     row: int = 0
@@ -136,7 +136,7 @@ def said(model: nn.Module) -> dict[str, Said]:
             continue
         for leaf, rule in initial().items():
             rule = _scaled(model, rule)
-            text = str(rule) if isinstance(rule, Described | Usual) else f"by {type(module).__name__}.initial"
+            text = str(rule) if isinstance(rule, Described | ScaledNormal) else f"by {type(module).__name__}.initial"
             rules_said[f"{name}.{leaf}".lstrip(".")] = Said(rule, text, name)
     return rules_said
 
@@ -152,15 +152,15 @@ def usual(model: nn.Module) -> dict[str, Rule]:
     return found
 
 
-def rules(model: nn.Module) -> dict[str, Rule]:
+def init_rules(model: nn.Module) -> dict[str, Rule]:
     """The rule of every parameter that has one, by its full name."""
     return usual(model) | {name: rule for name, (rule, _, _) in said(model).items()}
 
 
 def _scaled(model: nn.Module, rule: Rule) -> Rule:
     """In units of the model's own deviation."""
-    deviation = float(declared(model, "deviation", (int, float), DEVIATION))
-    return replace(rule, deviation=deviation) if isinstance(rule, Usual) else rule
+    deviation = float(declared(model, "deviation", (int, float), INIT_STD))
+    return replace(rule, deviation=deviation) if isinstance(rule, ScaledNormal) else rule
 
 
 def draw(rule: Rule, name: str, shape: torch.Size, seed: int) -> Tensor:
@@ -177,7 +177,7 @@ def initial_tensor(model: nn.Module, name: str, seed: int) -> Tensor:
     Raises:
         ValueError: no rule says what it starts from.
     """
-    rule = rules(model).get(name)
+    rule = init_rules(model).get(name)
     if rule is None:
         raise ValueError(f"{name} has no rule; its layer needs a method initial() -> {{name: rule}} (models/init.py)")
     return draw(rule, name, model.get_parameter(name).shape, seed)
@@ -186,7 +186,7 @@ def initial_tensor(model: nn.Module, name: str, seed: int) -> Tensor:
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> nn.Module:
     """Fill the parameters of a model that is whole on this device; those without a rule stay as they were constructed."""
-    known = rules(model)
+    known = init_rules(model)
     for name, parameter in model.named_parameters():
         if name in known:
             parameter.copy_(draw(known[name], name, parameter.shape, seed))

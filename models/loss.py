@@ -43,10 +43,10 @@ class _TokenLosses(torch.autograd.Function):
             valid = targets[part] != IGNORE
             target = targets[part].clamp_min(0)[:, None]
             logits = (hidden[part] @ weight.T).to(wide)
-            mass = logits.logsumexp(-1)
-            losses[part] = (mass - logits.gather(1, target)[:, 0]) * valid
+            lse = logits.logsumexp(-1)
+            losses[part] = (lse - logits.gather(1, target)[:, 0]) * valid
             if d_hidden is not None and d_weight is not None:
-                slope = logits.sub_(mass[:, None]).exp_().scatter_add_(1, target, torch.full_like(mass, -1.0)[:, None])
+                slope = logits.sub_(lse[:, None]).exp_().scatter_add_(1, target, torch.full_like(lse, -1.0)[:, None])
                 slope = (slope * valid[:, None]).to(hidden.dtype)
                 d_hidden[part] = slope @ weight
                 d_weight += (slope.T @ hidden[part]).to(wide)

@@ -6,6 +6,11 @@ may hand a rank some of the heads; `heads` are then the global numbers of those 
 
 Letters: B rows, T queries, S keys, H query heads, G key heads, D key width, E value width.
 """
+# MERGED-DOC models.attention.scoring
+"""Scores made of another score, so that a soft cap, a sink or shared values go with every position scheme.
+
+Letters: B rows, T queries, S keys, H query heads, G key heads, E value width.
+"""
 
 from collections.abc import Sequence
 
@@ -46,15 +51,15 @@ class Score:
         """q [B, T, H, D], k [B, S, G, D], v [B, S, G, E] with G dividing H; per token and differentiable."""
         return query[0], payload[0], payload[1]
 
-    def bias(self, at: Span, of: Span, heads: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def bias(self, span: Span, kv_span: Span, heads: Tensor, dtype: torch.dtype) -> Tensor | None:
         """[B or 1, H or 1, T, S] without parameters, added to the scaled logits; None where there is none."""
         return None
 
-    def logits(self, query: Tensors, payload: Tensors, params: Tensors, at: Span, of: Span, heads: Tensor) -> Tensor:
+    def logits(self, query: Tensors, payload: Tensors, params: Tensors, span: Span, kv_span: Span, heads: Tensor) -> Tensor:
         """[B, H, T, S]: the general form, differentiable in every tensor. Masking comes later."""
         q, k, _ = self.operands(query, payload, params)
-        logits = dots(q, k) * self.scale(q)
-        bias = self.bias(at, of, heads, logits.dtype)
+        logits = grouped_dot_products(q, k) * self.scale(q)
+        bias = self.bias(span, kv_span, heads, logits.dtype)
         return logits if bias is None else logits + bias
 
     def sink(self, params: Tensors) -> Tensor | None:
@@ -62,8 +67,74 @@ class Score:
         return None
 
 
-def dots(q: Tensor, k: Tensor) -> Tensor:
+def grouped_dot_products(q: Tensor, k: Tensor) -> Tensor:
     """[B, H, T, S]: products of q [B, T, H, D] with k [B, S, G, D]; query head h reads key head h // (H / G)."""
     share = q.shape[2] // k.shape[2]
     logits = torch.einsum("btgrd,bsgd->bgrts", q.unflatten(2, (k.shape[2], share)), k)
     return logits.flatten(1, 2)
+
+
+class WrappedScore(Score):
+    """Another score, unchanged; the parent of those that change one thing about it."""
+
+    def __init__(self, inner: Score):
+        super().__init__()
+        self.inner, self.plain, self.biased = inner, inner.plain, inner.biased
+        self.query_heads, self.payload_heads, self.param_heads = inner.query_heads, inner.payload_heads, inner.param_heads
+        self.two_sided = inner.two_sided
+        self.one_sided = inner.one_sided
+
+    def scale(self, q: Tensor) -> float:
+        return self.inner.scale(q)
+
+    def operands(self, query: Tensors, payload: Tensors, params: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+        return self.inner.operands(query, payload, params)
+
+    def bias(self, span: Span, kv_span: Span, heads: Tensor, dtype: torch.dtype) -> Tensor | None:
+        return self.inner.bias(span, kv_span, heads, dtype)
+
+    def logits(self, query: Tensors, payload: Tensors, params: Tensors, span: Span, kv_span: Span, heads: Tensor) -> Tensor:
+        return self.inner.logits(query, payload, params, span, kv_span, heads)
+
+    def sink(self, params: Tensors) -> Tensor | None:
+        return self.inner.sink(params)
+
+
+class SoftcapScore(WrappedScore):
+    """Logits bent smoothly into (-cap, cap): cap tanh(logits / cap).
+
+    What is capped is everything that the inner score gives, a position's bias included; the mask comes after.
+    Source: Gemma 2 (arXiv:2408.00118), Bello et al. 2016 (arXiv:1611.09940).
+    """
+
+    def __init__(self, inner: Score, cap: float):
+        super().__init__(inner)
+        self.cap, self.plain = cap, False
+
+    def logits(self, query: Tensors, payload: Tensors, params: Tensors, span: Span, kv_span: Span, heads: Tensor) -> Tensor:
+        return (self.inner.logits(query, payload, params, span, kv_span, heads) / self.cap).tanh() * self.cap
+
+
+class SinkScore(WrappedScore):
+    """With one more param, the last: [H] the logit of a key without a value, which every query sees."""
+
+    def __init__(self, inner: Score):
+        super().__init__(inner)
+        self.param_heads = (*inner.param_heads, 0)
+
+    def operands(self, query: Tensors, payload: Tensors, params: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+        return self.inner.operands(query, payload, params[:-1])
+
+    def logits(self, query: Tensors, payload: Tensors, params: Tensors, span: Span, kv_span: Span, heads: Tensor) -> Tensor:
+        return self.inner.logits(query, payload, params[:-1], span, kv_span, heads)
+
+    def sink(self, params: Tensors) -> Tensor | None:
+        return params[-1]
+
+
+class SharedValueScore(WrappedScore):
+    """Values may have fewer heads than keys: v [B, S, G', E] with G' dividing G; they travel so and are repeated when used."""
+
+    def operands(self, query: Tensors, payload: Tensors, params: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.inner.operands(query, payload, params)
+        return q, k, v.repeat_interleave(k.shape[2] // v.shape[2], 2)

@@ -22,15 +22,15 @@ class Span:
         doc: [B, T] int64, number of the document, another for every one of a row (in training: of a step); PADDING marks
             tokens that nothing may see.
         role: [B, T] int64, TEXT, PREFIX, GLOBAL, READ or WRITE.
-        cut: how the row was cut over ranks (a parallel.cut.Cut), or None where it was not. Opaque here.
-        plans: what models.kernels.plan worked out for these queries, kept so that layers with equal masks share it.
-        past: what the rows before left in these lanes (a models.past.Past), or None where nothing is carried.
+        cut: how the row was cut over ranks (a parallel.sharding.SequenceSharding), or None where it was not. Opaque here.
+        plans: what models.kernels.block_plan worked out for these queries, kept so that layers with equal masks share it.
+        past: what the rows before left in these lanes (a models.carried_state.CarriedState), or None where nothing is carried.
     """
 
     pos: Tensor
     doc: Tensor
     role: Tensor
-    cut: Any = None
+    sharding: Any = None
     plans: dict = field(default_factory=dict, compare=False, repr=False)
     past: Any = field(default=None, compare=False, repr=False)
 
@@ -52,11 +52,11 @@ class Span:
     def join(self, other: "Span") -> "Span":
         """The addresses of these tokens, then those of the other ones, of the same rows; joined where they are cut too."""
         pos, doc, role = (torch.cat(two, 1) for two in zip(self.addresses(), other.addresses(), strict=True))
-        return Span(pos, doc, role, None if self.cut is None else self.cut.join(other.cut))
+        return Span(pos, doc, role, None if self.sharding is None else self.sharding.join(other.sharding))
 
     def cast(self, role: int) -> "Span":
         """The same tokens, all in this role; on every rank where they are cut."""
-        return Span(self.pos, self.doc, torch.full_like(self.role, role), None if self.cut is None else self.cut.cast(role))
+        return Span(self.pos, self.doc, torch.full_like(self.role, role), None if self.sharding is None else self.sharding.cast(role))
 
     def addresses(self) -> tuple[Tensor, Tensor, Tensor]:
         """(pos, doc, role)."""

@@ -11,9 +11,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from models.masks import Mask
+from models.masks.algebra import Mask
 from models.span import Span
-from parallel.balance import chunk_tokens, chunk_work, deal, visible_keys
+from parallel.load_balance import assign_chunks, chunk_tokens, chunk_work, visible_keys
 
 Run = tuple[int, int]  # start and stop on the global token axis
 
@@ -112,7 +112,7 @@ def balanced(tokens: int, ranks: int, step: int = 1, keys: Tensor | None = None)
     side = chunk_tokens(tokens, ranks, step)
     chunks = _up(-(-tokens // side), ranks)
     work = chunk_work(torch.arange(1, tokens + 1) if keys is None else keys, side, chunks)
-    held = [[(c * side, (c + 1) * side) for c in mine] for mine in deal(work, ranks)]
+    held = [[(c * side, (c + 1) * side) for c in mine] for mine in assign_chunks(work, ranks)]
     return Layout(tuple(tuple(_joined(runs)) for runs in held), tokens)
 
 
@@ -193,5 +193,5 @@ def layouts(policy: str, span: Span, ranks: int, *, heads: int = 1, mask: Mask |
 
 def _gridded(policy: Callable[..., Layout], tokens: int, ranks: int, heads: int, **rest: Tensor) -> Layout:
     if ranks % heads:
-        raise ValueError(f"parallel.heads={heads} does not divide the {ranks} ranks that share a sequence; use a divisor")
+        raise ValueError(f"parallel.ulysses={heads} does not divide the {ranks} ranks that share a sequence; use a divisor")
     return policy(tokens, ranks // heads, heads, **rest).split(heads)

@@ -61,7 +61,7 @@ class Mesh:
         return Mesh(0, 1, 0, 1, 0, 1, None, None, None, None, torch.device(device))
 
 
-def check_shape(
+def validate_shape(
     size: int,
     context: int,
     data: int,
@@ -77,8 +77,8 @@ def check_shape(
         ValueError: a size below 1, context x data other than the ranks, heads without ring or the other way round,
             heads x ring other than context, and what `misfits` says.
     """
-    asked = {"parallel.context": context, "parallel.data": data, "parallel.heads": heads, "parallel.ring": ring}
-    for name, count in {**asked, "parallel.experts": experts, "engine.replicas": replicas}.items():
+    asked = {"parallel.context": context, "parallel.data": data, "parallel.ulysses": heads, "parallel.ring": ring}
+    for name, count in {**asked, "parallel.experts": experts, "engine.replicate": replicas}.items():
         if count is not None and count < 1:
             raise ValueError(f"{name}={count} is no number of ranks; it must be at least 1")
     if context * data != size:
@@ -91,31 +91,31 @@ def check_shape(
         raise ValueError(f"parallel.{given} is given without parallel.{missing}; usp needs both (or give neither)")
     if heads is not None and ring is not None and heads * ring != context:
         raise ValueError(
-            f"parallel.heads={heads} x parallel.ring={ring} is {heads * ring}, but parallel.context={context}; "
+            f"parallel.ulysses={heads} x parallel.ring={ring} is {heads * ring}, but parallel.context={context}; "
             "their product must be the number of ranks that share a sequence"
         )
-    if reasons := misfits(size, experts, replicas):
+    if reasons := shape_errors(size, experts, replicas):
         raise ValueError("\n".join(reasons))
 
 
-def misfits(size: int, experts: int, replicas: int) -> list[str]:
+def shape_errors(size: int, experts: int, replicas: int) -> list[str]:
     """Why `size` ranks cannot share experts, or hold replicas, so many at a time: a sentence each; empty where they can."""
     found = [
         f"{name}={wish} does not divide the number of ranks, {size} (parallel.context x parallel.data); "
-        f"use {name}={near(size, wish)}, or other ranks"
-        for name, wish in (("parallel.experts", experts), ("engine.replicas", replicas))
+        f"use {name}={nearest_divisor(size, wish)}, or other ranks"
+        for name, wish in (("parallel.experts", experts), ("engine.replicate", replicas))
         if size % wish
     ]
     shards = size // replicas
     if not found and shards % experts and experts % shards:
         found.append(
-            f"parallel.experts={experts} and engine.replicas={replicas} do not fit: {shards} ranks hold a replica, and "
-            f"neither number of ranks divides the other; use parallel.experts={near(shards, experts)}, or engine.replicas=1"
+            f"parallel.experts={experts} and engine.replicate={replicas} do not fit: {shards} ranks hold a replica, and "
+            f"neither number of ranks divides the other; use parallel.experts={nearest_divisor(shards, experts)}, or engine.replicate=1"
         )
     return found
 
 
-def near(size: int, wish: int) -> int:
+def nearest_divisor(size: int, wish: int) -> int:
     """The divisor of `size` next to `wish`."""
     return min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: (abs(n - wish), n))
 
@@ -142,7 +142,7 @@ def build_mesh(
         ValueError: as `check_shape`.
     """
     size = dist.get_world_size()
-    check_shape(size, context, data, heads, ring, experts=experts, replicas=replicas)
+    validate_shape(size, context, data, heads, ring, experts=experts, replicas=replicas)
     device = torch.device(device)
     world = init_device_mesh(device.type, (size,), mesh_dim_names=("world",))
     plane = init_device_mesh(device.type, (data, context), mesh_dim_names=("data", "context"))

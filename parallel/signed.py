@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.distributed import distributed_c10d
 
-from parallel.nodes import NoMeeting
+from trainer.launch.nodes import NoMeeting
 
 DIGEST = hashlib.sha256
 

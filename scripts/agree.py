@@ -11,8 +11,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.entry import enter
-from trainer.parity import PLANS, compare
+from trainer.entry import run_command
+from trainer.verify.whole_runs import PLANS, compare
 
 
 def run(words: Sequence[str], ranks: int, directory: Path) -> None:
@@ -36,4 +36,4 @@ def main(names: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

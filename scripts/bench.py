@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from parallel import bench, bench_experts, bench_memory, bench_mixers
-from parallel.launch import initialise, start
-from parallel.starters import Incomplete, adopt, started
-from trainer.entry import enter
+from scripts.benchmarks import attention, experts, memory, mixers
+from trainer.entry import run_command
+from trainer.launch.elastic import init_process_group, start_ranks
+from trainer.launch.starters import Incomplete, adopt, started
 
-BENCHES = {"attention": bench, "experts": bench_experts, "memory": bench_memory, "mixers": bench_mixers}
+BENCHES = {"attention": attention, "experts": experts, "memory": memory, "mixers": mixers}
 
 
 def main(words: list[str]) -> int:
@@ -43,10 +43,10 @@ def main(words: list[str]) -> int:
         return 2
     if outer is None:
         with tempfile.TemporaryDirectory() as folder:
-            outcome = start(["-u", "-m", "scripts.bench", *words], ranks=sizes.ranks, scratch=Path(folder) / "ranks")
+            outcome = start_ranks(["-u", "-m", "scripts.bench", *words], ranks=sizes.ranks, scratch=Path(folder) / "ranks")
         print(outcome.message, file=sys.stderr)
         return outcome.code
-    ranks, rows = initialise(), []
+    ranks, rows = init_process_group(), []
     load = os.getloadavg()[0]
     for row in chosen.measure(sizes, dist.group.WORLD):
         rows.append(row)
@@ -60,4 +60,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

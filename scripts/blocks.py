@@ -9,8 +9,8 @@ import sys
 
 import torch
 
-from parallel.blocks import measure
-from trainer.entry import enter
+from scripts.benchmarks.ring_blocks import measure
+from trainer.entry import run_command
 
 RANKS, REPEATS = (4, 8), 5
 
@@ -34,4 +34,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

@@ -10,9 +10,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.chaos import Chaos, Seen, delay
-from trainer.config import Fault
-from trainer.entry import enter
+from trainer.entry import run_command
+from trainer.errors import UserError
+from trainer.verify.fault_injection import FaultInjection, FaultOutcome, delay
 
 WISHES = {"kills": "30", "seed": "0", "only": ""}
 PARTS = ("kills", "faults", "saves")
@@ -28,7 +28,7 @@ def wishes(words: Sequence[str]) -> dict[str, str]:
     for word in words:
         key, _, value = word.partition("=")
         if key not in WISHES or (key == "only") != (not value.isdecimal()) or (key == "only" and value not in PARTS):
-            raise Fault(f"{word}: write kills=NUMBER, seed=NUMBER or only={'|'.join(PARTS)}")
+            raise UserError(f"{word}: write kills=NUMBER, seed=NUMBER or only={'|'.join(PARTS)}")
         found[key] = value
     return found
 
@@ -40,9 +40,9 @@ def tell(text: str) -> None:
 def main(words: Sequence[str]) -> int:
     asked = wishes(words)
     parts = [asked["only"]] if asked["only"] else PARTS
-    table: list[Seen] = []
+    table: list[FaultOutcome] = []
     with tempfile.TemporaryDirectory() as folder:
-        chaos = Chaos(Path(folder), int(asked["seed"]))
+        chaos = FaultInjection(Path(folder), int(asked["seed"]))
         if "kills" in parts:
             table += chaos.kills(int(asked["kills"]), tell)
         if "faults" in parts:
@@ -58,4 +58,4 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

@@ -16,11 +16,12 @@ from rich.table import Table
 from torch.multiprocessing.spawn import spawn
 
 from parallel.mesh import build_mesh
-from trainer.config import BAD_WISH, Config, Fault
-from trainer.directory import plain
-from trainer.doctor import BREAKS, Examination, Finding
-from trainer.entry import enter
-from trainer.prepare import wish
+from trainer.config.schema import Config
+from trainer.entry import run_command
+from trainer.errors import BAD_CONFIG, UserError
+from trainer.preflight.prepare import load_config
+from trainer.run_dir import plain_config
+from trainer.verify.doctor import BREAKS, Diagnosis, Examination
 
 BREAK = "doctor.break="
 RANKS = 3  # where the config does not share its sequence; with fewer, left and right are the same neighbour
@@ -31,14 +32,14 @@ def examine(rank: int, config: dict, ranks: int, meeting: str, sabotage: str | N
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     wished = Config.model_validate(config)
-    mesh = build_mesh(ranks, 1, heads=wished.parallel.heads, ring=wished.parallel.ring)
+    mesh = build_mesh(ranks, 1, heads=wished.parallel.ulysses, ring=wished.parallel.ring)
     found = list(Examination(wished, mesh, sabotage).findings())
     if rank == 0:
         told.put(found)  # type: ignore[attr-defined]
     dist.destroy_process_group()
 
 
-def show(findings: Sequence[Finding], title: str) -> None:
+def show(findings: Sequence[Diagnosis], title: str) -> None:
     table = Table(title=title, title_justify="left")
     for name in ("check", "what", "figure", "bound", "", "note"):
         table.add_column(name, justify="right" if name in ("figure", "bound") else "left")
@@ -52,15 +53,15 @@ def main(words: Sequence[str]) -> int:
     sabotage = next((word.removeprefix(BREAK) for word in words if word.startswith(BREAK)), None)
     try:
         if sabotage is not None and sabotage not in BREAKS:
-            raise Fault(f"{BREAK}{sabotage}: the doctor knows how to break {', '.join(BREAKS)}")
-        config = wish([word for word in words if not word.startswith(BREAK)])
-    except Fault as fault:
+            raise UserError(f"{BREAK}{sabotage}: the doctor knows how to break {', '.join(BREAKS)}")
+        config = load_config([word for word in words if not word.startswith(BREAK)])
+    except UserError as fault:
         print(fault, file=sys.stderr)
-        return BAD_WISH
+        return BAD_CONFIG
     ranks = config.parallel.context if config.parallel.context > 1 else RANKS
     told = multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (plain(config), ranks, os.path.join(folder, "meeting"), sabotage, told)
+        arguments = (plain_config(config), ranks, os.path.join(folder, "meeting"), sabotage, told)
         spawn(examine, arguments, nprocs=ranks)
     findings = told.get()
     method = f"{config.parallel.method}, {config.parallel.layout}"
@@ -69,4 +70,4 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.config import BAD_RUN, BAD_WISH, Fault
-from trainer.entry import enter
+from trainer.entry import run_command
+from trainer.errors import BAD_CONFIG, BAD_RUN, UserError
 from trainer.export import CONFIG, WEIGHTS, export
 
 TRUST = {"trust=true": True, "trust=false": False}
@@ -24,11 +24,11 @@ def main(words: Sequence[str]) -> int:
     trust = any(TRUST.get(word, False) for word in words)
     if len(folders) != 2:
         print("two folders are wanted: python -m scripts.export RUN_DIR OUTPUT [trust=true]", file=sys.stderr)
-        return BAD_WISH
+        return BAD_CONFIG
     source, output = map(Path, folders)
     try:
         step = export(source, output, trust)
-    except Fault as fault:
+    except UserError as fault:
         print(fault, file=sys.stderr)
         return fault.code
     except OSError as error:
@@ -39,4 +39,4 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

@@ -11,8 +11,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.config import Fault
-from trainer.entry import enter
+from trainer.entry import run_command
+from trainer.errors import UserError
 from trainer.verify.fuzz import fuzz
 
 WISHES = {"seed": 0, "many": 300, "mistakes": 300}
@@ -24,7 +24,7 @@ def wishes(words: Sequence[str]) -> dict[str, int]:
     for word in words:
         key, _, value = word.partition("=")
         if key not in WISHES or not (value.isascii() and value.isdecimal()):
-            raise Fault(f"{word}: write {', '.join(f'{name}=NUMBER' for name in WISHES)}")
+            raise UserError(f"{word}: write {', '.join(f'{name}=NUMBER' for name in WISHES)}")
         asked[key] = int(value)
     return asked
 
@@ -39,4 +39,4 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

@@ -48,7 +48,7 @@ import platform, sys, torch
 count = torch.cuda.device_count()
 cards = [f"{torch.cuda.get_device_name(i)} sm{torch.cuda.get_device_capability(i)}" for i in range(count)]
 print(f"{platform.platform()}; Python {platform.python_version()}; torch {torch.__version__}; CUDA {torch.version.cuda}; {cards}")
-import models, parallel.launch, trainer.run, scripts
+import models, trainer.launch.elastic, trainer.run, scripts
 sys.exit(0 if cards else "there is no GPU here, or this torch was built without CUDA")'
 QUICKSTART=("$PYTHON" -m trainer experiment=quickstart steps=10 parallel.context=1 wandb.mode=disabled evaluation.every=0)
 TESTS=("$PYTHON" -m pytest -p no:cacheprovider -o "addopts=-q --strict-markers --import-mode=importlib" -rfE --tb=short)
@@ -56,15 +56,15 @@ TESTS=("$PYTHON" -m pytest -p no:cacheprovider -o "addopts=-q --strict-markers -
 step 25 5 "environment" "$PYTHON" -c "$ENVIRONMENT"
 step 25 6 "quickstart single bfloat16" "${QUICKSTART[@]}" engine=single precision=bfloat16 "run_dir=$SCRATCH/a"
 step 25 6 "quickstart fsdp bfloat16" "${QUICKSTART[@]}" engine=fsdp precision=bfloat16 "run_dir=$SCRATCH/b"
-step 90 60 "kernel tests on the card" "${TESTS[@]}" tests/models/kernels/test_cuda.py tests/models/kernels/test_scan_cuda.py
+step 90 60 "kernel tests on the card" "${TESTS[@]}" tests/models/kernels/test_sdpa_cuda.py tests/models/kernels/test_scan_fla.py
 step 25 6 "quickstart single float32" "${QUICKSTART[@]}" engine=single precision=float32 "run_dir=$SCRATCH/c"
 step 25 6 "quickstart fsdp float32" "${QUICKSTART[@]}" engine=fsdp precision=float32 "run_dir=$SCRATCH/d"
 step 25 6 "activations on the host" "${QUICKSTART[@]}" engine.offload_activations=true precision=bfloat16 "run_dir=$SCRATCH/e"
 step 25 10 "blocks of a ring of 4 and 8" "$PYTHON" -m scripts.blocks 32768
 step 30 10 "a step with and without offload" "$PYTHON" -m scripts.offload
-step 15 12 "which kernels scans have" "$PYTHON" -c 'from models.kernels.scan_cuda import report; print(report())'
-step 90 60 "other kernel tests" "${TESTS[@]}" tests/models/kernels --ignore=tests/models/kernels/test_cuda.py \
-    --ignore=tests/models/kernels/test_scan_cuda.py
+step 15 12 "which kernels scans have" "$PYTHON" -c 'from models.kernels.scan_fla import report; print(report())'
+step 90 60 "other kernel tests" "${TESTS[@]}" tests/models/kernels --ignore=tests/models/kernels/test_sdpa_cuda.py \
+    --ignore=tests/models/kernels/test_scan_fla.py
 
 say "" "${TABLE[@]}" "$FAILED of ${#TABLE[@]} did not pass, $SECONDS s in all; report in $REPORT"
 exit "$FAILED"

@@ -10,14 +10,14 @@ import sys
 
 import torch
 
-from parallel.bench import parse_into
-from parallel.bench_offload import Sizes, measure
-from trainer.entry import enter
+from scripts.benchmarks.attention import parse_into
+from scripts.benchmarks.offload import OffloadSizes, measure
+from trainer.entry import run_command
 
 
 def main(words: list[str]) -> int:
     try:
-        sizes, fine = parse_into(Sizes(), words), True
+        sizes, fine = parse_into(OffloadSizes(), words), True
         if not torch.cuda.is_available():
             raise ValueError("there is no GPU here, or torch was built without CUDA: activations lie on the host already")
     except ValueError as error:
@@ -31,4 +31,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

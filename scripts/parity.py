@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from xml.etree import ElementTree
 
-from trainer.entry import enter
+from trainer.entry import run_command
 
 TESTS = Path(__file__).parents[1] / "tests" / "parallel" / "test_parity.py"
 
@@ -57,4 +57,4 @@ def _cell(some: list) -> str:
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

@@ -11,18 +11,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.config import BAD_RUN, BAD_WISH, DONE, Fault
-from trainer.entry import enter
+from trainer.entry import run_command
+from trainer.errors import BAD_CONFIG, BAD_RUN, DONE, UserError
 from trainer.reports.page import TABLE, write
 
 
 def main(words: Sequence[str]) -> int:
     if len(words) != 1:
         print("one directory is wanted: python -m scripts.report RUN_OR_SWEEP_DIR", file=sys.stderr)
-        return BAD_WISH
+        return BAD_CONFIG
     try:
         page = write(Path(words[0]))
-    except Fault as fault:
+    except UserError as fault:
         print(fault, file=sys.stderr)
         return fault.code
     except OSError as error:
@@ -36,4 +36,4 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

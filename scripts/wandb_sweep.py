@@ -15,9 +15,9 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, QuotedString
 
-from trainer.compose import sweep_words
-from trainer.config import DONE, Fault
-from trainer.entry import enter
+from trainer.config.compose import sweep_words
+from trainer.entry import run_command
+from trainer.errors import DONE, UserError
 
 METHODS = ("grid", "random", "bayes")
 
@@ -28,7 +28,7 @@ def plan(words: Sequence[str]) -> dict[str, Any]:
     faults: list[str] = []
     settings = sweep_words([word for word in words if not word.startswith("method=")], faults)
     if faults:
-        raise Fault("\n".join(faults))
+        raise UserError("\n".join(faults))
     swept, fixed = {}, []
     for override in OverridesParser.create().parse_overrides(settings):
         value = override.value()
@@ -42,9 +42,9 @@ def plan(words: Sequence[str]) -> dict[str, Any]:
     grid = all("values" in each for each in swept.values())
     method = methods[-1] if methods else "grid" if grid else "random"
     if not swept:
-        raise Fault("no setting has several values; write for example model=full,sliding")
+        raise UserError("no setting has several values; write for example model=full,sliding")
     if method not in METHODS or (method == "grid" and not grid):
-        raise Fault(f"method={method}: choose {', '.join(METHODS)}; grid needs lists of values")
+        raise UserError(f"method={method}: choose {', '.join(METHODS)}; grid needs lists of values")
     return {
         "project": "longspan",
         "method": method,
@@ -63,11 +63,11 @@ def main(words: list[str]) -> int:
     """Print the sweep; returns the exit status."""
     try:
         print(yaml.safe_dump(plan(words), sort_keys=False), end="")
-    except Fault as fault:
+    except UserError as fault:
         print(fault, file=sys.stderr)
         return fault.code
     return DONE
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

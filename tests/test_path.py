@@ -13,6 +13,6 @@ def leads(here, there):
 def test_each_file_of_the_road_imports_the_next():
     assert '"trainer.run"' in (ROOT / "trainer/__main__.py").read_text()
     assert leads("trainer/run.py", "trainer/loop.py")
-    assert leads("trainer/run.py", "trainer/build.py")
-    assert "models.decoder.Decoder" in (ROOT / "conf/model/decoder.yaml").read_text()
-    assert leads("models/decoder.py", "models/loss.py")
+    assert leads("trainer/run.py", "trainer/config/instantiate.py")
+    assert "models.architectures.decoder.Decoder" in (ROOT / "conf/model/decoder.yaml").read_text()
+    assert leads("models/architectures/decoder.py", "models/loss.py")

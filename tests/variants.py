@@ -11,9 +11,9 @@ from models.attention.compressed import Compressed
 from models.attention.differential import Differential
 from models.attention.full import Attention, MultiHead, MultiQuery
 from models.attention.gated import Gated
-from models.attention.latent import Latent
+from models.attention.latent import LatentAttention
 from models.attention.longformer import Longformer
-from models.attention.lsh import Lsh
+from models.attention.lsh import LSHAttention
 from models.attention.prefix import PrefixAttention
 from models.attention.qk_norm import QKNorm
 from models.attention.sink_logit import SinkLogit
@@ -21,14 +21,14 @@ from models.attention.sinks import Sinks
 from models.attention.sliding import Sliding
 from models.attention.softcap import Softcap
 from models.convolution.hyena import Hyena
-from models.convolution.short import ShortConv
+from models.convolution.short_conv import ShortConv
 from models.init import normal
 from models.positions.alibi import Alibi
+from models.positions.base import Position
 from models.positions.interpolated import Interpolated
 from models.positions.learned import Learned
 from models.positions.none import NoPosition
 from models.positions.ntk import Ntk
-from models.positions.position import Position
 from models.positions.relative import Relative
 from models.positions.rope import Rope
 from models.positions.sinusoidal import Sinusoidal
@@ -42,7 +42,7 @@ from models.recurrent.performer import Performer
 from models.recurrent.retention import Retention
 from models.recurrent.rwkv6 import Rwkv6
 from models.recurrent.rwkv7 import Rwkv7
-from models.recurrent.shift import ChannelMix, GatedChannelMix
+from models.recurrent.rwkv_layers import ChannelMix, GatedChannelMix
 
 WIDTH, HEADS = 24, 6
 
@@ -70,7 +70,7 @@ class Taught(nn.Module):
 
     def __init__(self, step: int):
         super().__init__()
-        settings = {"block": 3, "top": 2, "reach": 4, "index_heads": 3, "index_channels": 6, "groups": 2, "turned": 2}
+        settings = {"block": 3, "top": 2, "window": 4, "index_heads": 3, "index_channels": 6, "groups": 2, "rope_dim": 2}
         self.inner = Compressed(WIDTH, HEADS, Rope(), **settings, dense_steps=1)
         self.inner.begin(step)
 
@@ -101,17 +101,17 @@ VARIANTS: dict[str, Callable[[], nn.Module]] = {
     "full": lambda: Attention(WIDTH, HEADS, 3, Rope()),
     "multi_head": lambda: MultiHead(WIDTH, HEADS, Rope()),
     "multi_query": lambda: MultiQuery(WIDTH, HEADS, Rope()),
-    "sliding": lambda: Sliding(WIDTH, HEADS, 2, Rope(), reach=7),
+    "sliding": lambda: Sliding(WIDTH, HEADS, 2, Rope(), window=7),
     "no_position": lambda: Attention(WIDTH, HEADS, 2, NoPosition()),
-    "latent": lambda: Latent(WIDTH, HEADS, Rope(), latent=10, query_latent=9, content=4, turned=2, value=3),
-    "longformer": lambda: Longformer(WIDTH, HEADS, 3, Rope(), 1, 2, reach=[2, 4], gaps=[1, 1, 1, 2, 3, 2], first=1, every=8),
-    "longformer_symmetric": lambda: Longformer(WIDTH, HEADS, 6, Rope(), 0, 1, reach=5, first=2, symmetric=True),
+    "latent": lambda: LatentAttention(WIDTH, HEADS, Rope(), kv_latent=10, q_latent=9, nope_dim=4, rope_dim=2, value_dim=3),
+    "longformer": lambda: Longformer(WIDTH, HEADS, 3, Rope(), 1, 2, window=[2, 4], dilation=[1, 1, 1, 2, 3, 2], first=1, every=8),
+    "longformer_symmetric": lambda: Longformer(WIDTH, HEADS, 6, Rope(), 0, 1, window=5, first=2, symmetric=True),
     "bigbird": lambda: BigBird(WIDTH, HEADS, 3, Rope(), 1, 5, block=3, random=2),
     "bigbird_symmetric": lambda: BigBird(WIDTH, HEADS, 6, Rope(), 1, 5, block=3, random=1, per_head=False, symmetric=True),
     "bidirectional": lambda: Bidirectional(WIDTH, HEADS, 3, Rope()),
     "prefix": lambda: PrefixAttention(WIDTH, HEADS, 3, Rope(), length=5),
-    "sinks": lambda: Sinks(WIDTH, HEADS, 2, Rope(), reach=6, first=3),
-    "sink_logit": lambda: SinkLogit(WIDTH, HEADS, 2, Rope(), reach=9),
+    "sinks": lambda: Sinks(WIDTH, HEADS, 2, Rope(), window=6, sink_tokens=3),
+    "sink_logit": lambda: SinkLogit(WIDTH, HEADS, 2, Rope(), window=9),
     "chunked": lambda: Chunked(WIDTH, HEADS, 3, Rope(), size=8),
     "softcap": lambda: Softcap(WIDTH, HEADS, 3, Rope(), cap=0.3),
     "qk_norm": lambda: QKNorm(WIDTH, HEADS, 3, Rope()),
@@ -125,12 +125,12 @@ VARIANTS: dict[str, Callable[[], nn.Module]] = {
     "relative": lambda: Attention(WIDTH, HEADS, 3, Relative(clamp=30)),
     "sinusoidal": lambda: Placed(Sinusoidal()),
     "learned": lambda: Placed(Learned(64)),
-    "bidirectional_t5": lambda: Bidirectional(WIDTH, HEADS, 3, T5(8, 20, both=True)),
+    "bidirectional_t5": lambda: Bidirectional(WIDTH, HEADS, 3, T5(8, 20, bidirectional=True)),
     "sink_logit_relative": lambda: SinkLogit(WIDTH, HEADS, 2, Relative()),
     "softcap_alibi": lambda: Softcap(WIDTH, HEADS, 3, Alibi(), cap=0.3),
     "differential_t5": lambda: Contrast(WIDTH, HEADS, 2, T5(8, 20), layer=1),
     "differential_alibi": lambda: Contrast(WIDTH, HEADS, 6, Alibi(), layer=8),
-    "lsh": lambda: Lsh(WIDTH, HEADS, Rope(), 1, 3, 51, size=3, rounds=2, buckets=4),
+    "lsh": lambda: LSHAttention(WIDTH, HEADS, Rope(), 1, 3, 51, chunk_size=3, hashes=2, buckets=4),
     "compressed": lambda: Taught(step=2),
     "compressed_dense": lambda: Taught(step=1),
     "linear": lambda: LinearAttention(WIDTH, HEADS),
@@ -143,7 +143,7 @@ VARIANTS: dict[str, Callable[[], nn.Module]] = {
     "channel_mix": lambda: ChannelMix(WIDTH, 30, 1, 2),
     "gated_channel_mix": lambda: GatedChannelMix(WIDTH, 30, 1, 2),
     "delta": lambda: DeltaNet(WIDTH, HEADS),
-    "gated_delta": lambda: GatedDeltaNet(WIDTH, HEADS, reflect=True),
+    "gated_delta": lambda: GatedDeltaNet(WIDTH, HEADS, allow_neg_eigval=True),
     "mamba2": lambda: Mamba2(WIDTH, HEADS, state=5),
     "short_conv": lambda: ShortConv(WIDTH),
     "hyena": lambda: Hyena(WIDTH, 51, order=3, filter_width=8, bands=3),

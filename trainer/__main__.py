@@ -1,10 +1,10 @@
 """python -m trainer KEY=VALUE ...: compose and check once, then start the ranks; or be one of them.
 
-the command        compose -> check -> run directory -> ranks (parallel/launch.py) -> exit status
-launch=slurm       the command is handed to a batch job, which gives it on each of its machines (trainer/slurm.py)
-with -m            every combination of settings is such a command of its own (trainer/sweep.py)
+the command        compose -> check -> run directory -> ranks (trainer/launch/elastic.py) -> exit status
+launch=slurm       the command is handed to a batch job, which gives it on each of its machines (trainer/launch/slurm.py)
+with -m            every combination of settings is such a command of its own (trainer/sweep/sweep.py)
 each rank          read the directory's config.yaml -> join the others -> trainer/run.py
-under torchrun, srun, mpirun or deepspeed (parallel/starters.py)
+under torchrun, srun, mpirun or deepspeed (trainer/launch/starters.py)
                    every process is a rank already: rank 0 checks and makes the directory, the others are told
 """
 
@@ -21,18 +21,20 @@ from typing import Any
 
 import torch.distributed as dist
 
-from parallel import launch, outcome, starters
-from parallel.lifeline import die_with
-from parallel.nodes import NoMeeting
-from trainer import directory, prepare, slurm
-from trainer.compose import MANY
-from trainer.config import BAD_RUN, BUG, DONE, Config, Fault
-from trainer.crowd import JOB_OF
-from trainer.entry import asks_for_help, enter
-from trainer.help import text
+from trainer import run_dir
+from trainer.config.compose import MANY
+from trainer.config.help import text
+from trainer.config.schema import Config
+from trainer.entry import asks_for_help, run_command
+from trainer.errors import BAD_RUN, BUG, DONE, UserError
+from trainer.launch import elastic, exit_report, slurm, starters
+from trainer.launch.nodes import NoMeeting
+from trainer.launch.parent_death import die_with_parent
 from trainer.logs.streams import plain
+from trainer.preflight import prepare
 from trainer.secret import shared_secret
-from trainer.sweep import sweep
+from trainer.sweep.batch import JOB_OF
+from trainer.sweep.sweep import run_sweep
 
 RANK_OF = "--rank-of"  # hidden: RUN_DIR, then the launcher's process number
 ONE_A_MACHINE = ("launch=multinode", "launch.name=multinode")  # srun may start one launcher on each machine
@@ -52,18 +54,18 @@ def main(words: Sequence[str]) -> int:
             number, endpoint = int(words[1]), words[2]
             return command(words[3:], lambda config: slurm.here(config, number, endpoint))
         if words[:1] == [JOB_OF]:
-            die_with(int(words[1]))
+            die_with_parent(int(words[1]))
             return command(words[2:], dropped=lambda found: None)  # the sweep has said which settings reach nothing in this job
         start = None if any(word in ONE_A_MACHINE for word in words) else _started()
         if any(word in MANY for word in words):
             return many(words, start)
         return command(words) if start is None else within(starters.without_local_rank(list(words)), start)
-    except Fault as fault:
+    except UserError as fault:
         if str(fault):
             print(plain(str(fault)), file=sys.stderr)
         return fault.code
     except KeyboardInterrupt:
-        return outcome.SAVED[signal.SIGINT]
+        return exit_report.SAVED[signal.SIGINT]
 
 
 def _started() -> starters.Start | None:
@@ -71,14 +73,14 @@ def _started() -> starters.Start | None:
     try:
         return starters.started()
     except starters.Incomplete as error:
-        raise Fault(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def many(words: Sequence[str], start: starters.Start | None) -> int:
     """Run a sweep; it starts its own ranks, a launch for each job."""
     if start is not None:
-        raise Fault(f"-m starts the ranks of every job itself; leave {start.starter} out" if start.rank == 0 else "")
-    return sweep(words)
+        raise UserError(f"-m starts the ranks of every job itself; leave {start.starter} out" if start.rank == 0 else "")
+    return run_sweep(words)
 
 
 def command(
@@ -87,23 +89,23 @@ def command(
     dropped: Callable[[dict[str, str]], None] | None = None,
 ) -> int:
     """Check, then start the ranks and wait for them; `here` and `dropped`: see prepare.wish."""
-    config = prepare.wish(words, here=here, dropped=dropped)
+    config = prepare.load_config(words, here=here, dropped=dropped)
     if config.launch.name == "slurm":
         return job(config, words)
     arguments = ["-u", "-m", "trainer", RANK_OF]
     if config.launch.dry_run:
-        print(prepare.plan(config, [*arguments, "RUN_DIR", "LAUNCHER"]))
+        print(prepare.dry_run(config, [*arguments, "RUN_DIR", "LAUNCHER"]))
         return DONE
-    config, path = prepare.settle(config)
-    wish, nodes = config.launch, prepare.nodes(config, path)
+    config, path = prepare.create_run_dir(config)
+    wish, nodes = config.launch, prepare.rendezvous_of(config, path)
     with ExitStack() as held:
         if not wish.node_rank:  # of several machines the first does it for all; the others' ranks start after its own
-            held.enter_context(directory.lock(path))
-            prepare.claim(config, path)
-        end = launch.start(
+            held.enter_context(run_dir.lock(path))
+            prepare.write_record(config, path)
+        end = elastic.start_ranks(
             [*arguments, str(path), str(os.getpid())],
             ranks=config.parallel.ranks // wish.nodes,
-            scratch=path / f"{directory.SCRATCH}{wish.node_rank or ''}",
+            scratch=path / f"{run_dir.SCRATCH}{wish.node_rank or ''}",
             max_restarts=wish.max_restarts,
             grace_s=wish.grace_s,
             nodes=nodes,
@@ -116,25 +118,25 @@ def command(
 def job(config: Config, words: Sequence[str]) -> int:
     """Hand the run to Slurm, and do not wait for it."""
     if config.launch.dry_run:
-        path = Path(config.run_dir) if config.run_dir else directory.fresh(config.name)
+        path = Path(config.run_dir) if config.run_dir else run_dir.fresh_path(config.name)
         print(f"{slurm.script(config, path.resolve(), words)}\n# nothing was submitted (launch.dry_run=true)")
     else:
-        config, path = prepare.settle(config)
+        config, path = prepare.create_run_dir(config)
         print(slurm.submit(config, path, words))
     return DONE
 
 
 def as_rank(path: Path, launcher: int) -> int:
     """Be a rank of the run in `path`; whatever ends it is told to the launcher, which shows it once."""
-    die_with(launcher)
-    if launch.word_left():
+    die_with_parent(launcher)
+    if elastic.already_finished():
         return DONE  # an earlier attempt ended in order, and the launcher knows how
     try:
-        config = directory.read(path)
-        with directory.presence(path):
-            ranks = launch.initialise(config.launch.timeout_s)
-            return launch.leave(run(config, ranks, path))
-    except Fault as fault:
+        config = run_dir.read_config(path)
+        with run_dir.presence(path):
+            ranks = elastic.init_process_group(config.launch.timeout_s)
+            return elastic.report_exit(run(config, ranks, path))
+    except UserError as fault:
         return confess(fault, fault.code, fault.again)
     except NoMeeting as error:
         return confess(error, BAD_RUN)
@@ -142,7 +144,7 @@ def as_rank(path: Path, launcher: int) -> int:
         return confess(error, None)
 
 
-def run(config: Config, ranks: launch.Ranks, path: Path) -> int:
+def run(config: Config, ranks: elastic.RankInfo, path: Path) -> int:
     """The run itself. The group is taken down only at an orderly end, or living ranks would wait for dead ones."""
     code = importlib.import_module(RUN).run(config, ranks, path)
     dist.destroy_process_group()
@@ -151,7 +153,7 @@ def run(config: Config, ranks: launch.Ranks, path: Path) -> int:
 
 def confess(error: BaseException, code: int | None, again: bool = False) -> int:
     """End a rank that failed, at once: whatever hangs in the background hangs on a peer that will not answer."""
-    launch.confess(error, code, again=again)
+    elastic.report_failure(error, code, again=again)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(BUG if code is None else code)
@@ -159,14 +161,14 @@ def confess(error: BaseException, code: int | None, again: bool = False) -> int:
 
 def within(words: Sequence[str], start: starters.Start) -> int:
     """Be a rank that somebody else started. Rank 0 settles the wish before the group exists, for the wish sets its timeout."""
-    die_with(os.getppid())
+    die_with_parent(os.getppid())
     try:
         starters.adopt(start)
-        store = launch.meet()
+        store = elastic.rendezvous_store()
     except starters.Incomplete as error:
-        raise Fault(str(error) if start.rank == 0 else "") from error
+        raise UserError(str(error) if start.rank == 0 else "") from error
     except NoMeeting as error:
-        raise Fault(str(error), BAD_RUN) from error
+        raise UserError(str(error), BAD_RUN) from error
     with ExitStack() as held:
         if start.rank == 0:
             store.set(WISH, json.dumps(_settled(words, start, held)))
@@ -175,27 +177,27 @@ def within(words: Sequence[str], start: starters.Start) -> int:
             store.add(HEARD, 1)
             while start.rank == 0 and store.add(HEARD, 0) < start.size:  # the store may live in this process
                 time.sleep(0.05)
-            raise Fault(told["fault"] if start.rank == 0 else "", told["code"])
+            raise UserError(told["fault"] if start.rank == 0 else "", told["code"])
         config, path = Config.model_validate(told["config"]), Path(told["path"])
-        held.enter_context(directory.presence(path))
-        os.environ[launch.SECRET] = shared_secret(path)
+        held.enter_context(run_dir.presence(path))
+        os.environ[elastic.SECRET] = shared_secret(path)
         try:
-            return run(config, launch.initialise(config.launch.timeout_s, store), path)
+            return run(config, elastic.init_process_group(config.launch.timeout_s, store), path)
         except BaseException as error:
-            launch.confess(error, error.code if isinstance(error, Fault) else None)
+            elastic.report_failure(error, error.code if isinstance(error, UserError) else None)
             raise
 
 
 def _settled(words: Sequence[str], start: starters.Start, held: ExitStack) -> dict[str, Any]:
     """What rank 0 tells the others: the config and its directory, which is locked while `held` lasts; or a fault."""
     try:
-        config, path = prepare.settle(prepare.wish(words, started=start.size, starter=start.starter))
-        held.enter_context(directory.lock(path))
-        prepare.claim(config, path)
-    except Fault as fault:
+        config, path = prepare.create_run_dir(prepare.load_config(words, started=start.size, starter=start.starter))
+        held.enter_context(run_dir.lock(path))
+        prepare.write_record(config, path)
+    except UserError as fault:
         return {"fault": str(fault), "code": fault.code}
-    return {"config": directory.plain(config), "path": str(path)}
+    return {"config": run_dir.plain_config(config), "path": str(path)}
 
 
 if __name__ == "__main__":
-    enter(main)
+    run_command(main)

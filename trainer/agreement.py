@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.engines.copies import compare, compare_tensors, held, split
-from parallel.engines.engine import Engine
+from parallel.engines.base import Engine
+from parallel.engines.replica_checks import compare, compare_tensors, held, split
 from parallel.mesh import Mesh
-from trainer.config import BAD_RUN, Fault
 from trainer.data.batch import Batch
-from trainer.data.stream import Stream
+from trainer.data.streams.base import Stream
+from trainer.errors import BAD_RUN, UserError
 
 MARK_BYTES = 6  # a float64 holds integers of 53 bits exactly
 REMEDY = (
@@ -28,7 +28,7 @@ REMEDY = (
 )
 
 
-class Disagreement(Fault):
+class Disagreement(UserError):
     """Ranks that derived different things: nothing that they compute together from now on means anything."""
 
 
@@ -41,7 +41,7 @@ def mark(batch: Batch, fingerprint: str = "") -> int:
     return int.from_bytes(seen.digest(), "little") or 1
 
 
-def differing_batch(mesh: Mesh, mine: int, what: str) -> Fault:
+def differing_batch(mesh: Mesh, mine: int, what: str) -> UserError:
     """The fault of ranks whose marks are not all equal; collective."""
     marks = torch.zeros(mesh.size, dtype=torch.float64, device=mesh.device)
     marks[mesh.rank] = float(mine)

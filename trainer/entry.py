@@ -5,15 +5,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from parallel.outcome import SAVED
-from trainer.config import Fault
-from trainer.data.places import furnish
+from trainer.data.folders import furnish
+from trainer.errors import UserError
+from trainer.launch.exit_report import SAVED
 from trainer.logs.streams import protect
 
 HELP = ("-h", "--help")
 
 
-def enter(main: Callable[[list[str]], int], help_text: str | None = None) -> NoReturn:
+def run_command(main: Callable[[list[str]], int], help_text: str | None = None) -> NoReturn:
     """Run a command with the words of the command line, and exit with its status.
 
     Args:
@@ -28,7 +28,7 @@ def enter(main: Callable[[list[str]], int], help_text: str | None = None) -> NoR
     try:
         furnish()
         status = main(words)
-    except Fault as fault:  # of the system that the command runs on, or of a wish
+    except UserError as fault:  # of the system that the command runs on, or of a wish
         print(fault, file=sys.stderr)
         status = fault.code
     except KeyboardInterrupt:

@@ -15,17 +15,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from parallel.engines.engine import STORED
-from parallel.engines.weights import materialise
-from trainer import directory
-from trainer.archive import Archive
-from trainer.build import build_model
-from trainer.config import BAD_RUN, Config, Fault
+from parallel.engines.base import STORED
+from parallel.engines.materialize import materialize
+from trainer import run_dir
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.wholeness import LARGEST
+from trainer.config.build_model import build_model
+from trainer.config.schema import Config
+from trainer.config.trust import demand_own
+from trainer.errors import BAD_RUN, UserError
+from trainer.limited_reader import json_object
 from trainer.logs.redact import without_secrets
 from trainer.objectives.stream import vocabulary_of
-from trainer.reading import json_object
-from trainer.trust import demand_own
-from trainer.wholeness import LARGEST
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -42,24 +43,24 @@ def export(source: Path, output: Path, trust: bool = False) -> int:
         Fault: a class that is not Longspan's, without trust; no run, no checkpoint or a damaged one, or a folder that holds a
             model already.
     """
-    run = source if directory.holds_run(source) else source.parent.parent
-    if not directory.holds_run(run):
-        raise Fault(f"{source} is no run directory and no checkpoint of one; name RUN_DIR or RUN_DIR/checkpoints/step_N")
+    run = source if run_dir.holds_run(source) else source.parent.parent
+    if not run_dir.holds_run(run):
+        raise UserError(f"{source} is no run directory and no checkpoint of one; name RUN_DIR or RUN_DIR/checkpoints/step_N")
     if taken := [name for name in (WEIGHTS, CONFIG) if os.path.lexists(output / name)]:
-        raise Fault(f"{output} holds {' and '.join(taken)} already; name another folder")
+        raise UserError(f"{output} holds {' and '.join(taken)} already; name another folder")
     config = _config(run)
     if not trust:
-        demand_own(config, str(run / directory.CONFIG))
+        demand_own(config, str(run / run_dir.CONFIG))
     vocabulary = _vocabulary(config)
-    archive = Archive(run / "checkpoints")
+    archive = CheckpointReader(run / "checkpoints")
     try:
         place = archive.latest() if source == run else source
         if place is None:
-            raise Fault(f"{run} holds no checkpoint yet; train on, or set checkpoint.every")
+            raise UserError(f"{run} holds no checkpoint yet; train on, or set checkpoint.every")
         saved = archive.load(place, {"model": _blank(config, vocabulary)})
     finally:
         archive.close()
-    about = {"step": saved.step, "vocabulary": vocabulary, "config": without_secrets(directory.plain(config))}
+    about = {"step": saved.step, "vocabulary": vocabulary, "config": without_secrets(run_dir.plain_config(config))}
     output.mkdir(parents=True, exist_ok=True)
     save_file(saved.state["model"], output / WEIGHTS, metadata={"format": "pt", "step": str(saved.step)})
     (output / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -88,19 +89,19 @@ def reopen(folder: Path, trust: bool = False) -> nn.Module:
         with torch.device("meta"):
             model = build_model(config, vocabulary)
         _fit(model, weights)
-        materialise(model.to(next(iter(weights.values())).dtype), torch.device("cpu"), config.seed)
+        materialize(model.to(next(iter(weights.values())).dtype), torch.device("cpu"), config.seed)
         model.load_state_dict(weights)
     except (OSError, KeyError, StopIteration, ValueError, RuntimeError, SafetensorError) as error:
-        raise Fault(f"{folder} holds no exported model that fits its config ({error}); export it again", BAD_RUN) from error
+        raise UserError(f"{folder} holds no exported model that fits its config ({error}); export it again", BAD_RUN) from error
     return model
 
 
 def _config(run: Path) -> Config:
     """What the run's config.yaml says; Fault where it holds none."""
     try:
-        return directory.read(run)
+        return run_dir.read_config(run)
     except (ValueError, OSError) as error:
-        raise Fault(f"{run / directory.CONFIG} cannot be read ({error}); name another run", BAD_RUN) from error
+        raise UserError(f"{run / run_dir.CONFIG} cannot be read ({error}); name another run", BAD_RUN) from error
 
 
 def _fit(model: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from models.span import Span
-from parallel.spread import DRIVERS
-from trainer.build import find_class, plain
-from trainer.config import Config, Fault, Memory
-from trainer.directory import plain as as_tree
-from trainer.doctor import VOCABULARY, built, rows, small
+from parallel.context_parallel import DRIVERS
+from trainer.config.instantiate import find_class, plain
+from trainer.config.schema import Config, MemoryConfig
+from trainer.config.values import is_node
+from trainer.errors import UserError
 from trainer.objectives.contradictions import learns_next
-from trainer.values import is_node
+from trainer.run_dir import plain_config as as_tree
+from trainer.verify.doctor import VOCABULARY, built, rows, small_twin
 
 OURS = ("models", "parallel", "trainer")
 PAGE = "read docs/own_layers.md"
@@ -51,7 +52,7 @@ def strangers(config: Config) -> list[str]:
 def _outside(target: str) -> bool:
     try:
         kind = find_class(target, "")
-    except Fault:  # said elsewhere
+    except UserError:  # said elsewhere
         return False
     return kind.__module__.partition(".")[0] not in OURS
 
@@ -103,9 +104,9 @@ class Moved:
 
 def _tried(config: Config) -> tuple[Moved, float]:
     """In float64, or in float32 where a layer knows nothing else."""
-    tree = as_tree(small(config))
+    tree = as_tree(small_twin(config))
     if not _outside(config.memory.target):
-        tree["memory"] = as_tree(config.model_copy(update={"memory": Memory.model_validate({})}))["memory"]
+        tree["memory"] = as_tree(config.model_copy(update={"memory": MemoryConfig.model_validate({})}))["memory"]
     tiny = Config.model_validate(tree)
     try:
         return _probed(tiny, torch.float64), BOUNDS[torch.float64]

@@ -4,12 +4,13 @@ from collections.abc import Collection, Iterator, Sequence
 
 from omegaconf import OmegaConf
 
+from models.positions.base import Position
 from models.positions.none import NoPosition
-from models.positions.position import Position
-from trainer import build
-from trainer.compose import CONF, compose
-from trainer.config import Config, Fault
-from trainer.values import TARGET
+from trainer.config import build_model, instantiate
+from trainer.config.compose import CONF, compose
+from trainer.config.schema import Config
+from trainer.config.values import TARGET
+from trainer.errors import UserError
 
 SIZES = ("width", "layers", "heads", "kv_heads", "ffn")  # offered to every part; a config file may offer what nobody takes
 
@@ -21,7 +22,7 @@ def unreached(config: Config, given: Collection[str], vocabulary: int = 1) -> di
         config: whose nodes can be built.
         given: keys and groups that were set by hand.
     """
-    taken, found = build.sizes_taken(config, vocabulary), {}
+    taken, found = build_model.sizes_taken(config, vocabulary), {}
     wished = [key for key in given if key == "position" or key.startswith("position.")]
     if wished and not _placed(config, taken, vocabulary):
         said = f"position={config.position.target}, but nothing in this model takes a position{_takers('position')}"
@@ -46,8 +47,8 @@ def fitting(words: Sequence[str]) -> list[str]:
     if asked.config is None or asked.config.match != "none":
         return list(words)
     try:
-        idle = {f"model.{key}" for key in _idle(asked.config, build.sizes_taken(asked.config, 1))}
-    except Fault:  # said where the same words are checked
+        idle = {f"model.{key}" for key in _idle(asked.config, build_model.sizes_taken(asked.config, 1))}
+    except UserError:  # said where the same words are checked
         return list(words)
     return [word for word in words if word.lstrip("+").partition("=")[0] not in idle]
 
@@ -60,7 +61,7 @@ def _idle(config: Config, taken: dict[str, dict[str, object]]) -> Iterator[str]:
         if key == "heads":
             used = used or ("kv_heads" in names and config.model.kv_heads is None)
         if key == "layers":
-            used = used or build.takes(config, "mixers")
+            used = used or build_model.model_takes(config, "mixers")
         if key == "width":
             used = used or ("ffn" in names and not isinstance(config.model.ffn, int))
         if not used:
@@ -70,8 +71,8 @@ def _idle(config: Config, taken: dict[str, dict[str, object]]) -> Iterator[str]:
 def _placed(config: Config, taken: dict[str, dict[str, object]], vocabulary: int) -> bool:
     """Whether a position does something: in a layer that takes it, or added to the embeddings. None is what none asks for."""
     try:
-        place = build.build(config.position, build.offered(config, vocabulary), "position")
-    except Fault:  # said elsewhere
+        place = instantiate.instantiate(config.position, build_model.offered_sizes(config, vocabulary), "position")
+    except UserError:  # said elsewhere
         return True
     if isinstance(place, NoPosition) or any("position" in sizes for part, sizes in taken.items() if part != "model"):
         return True
@@ -106,8 +107,8 @@ def _takers(key: str) -> str:
         takers = []
         for path in sorted((CONF / group).glob("*.yaml")):
             node = OmegaConf.to_container(OmegaConf.load(path))
-            target = str(node[TARGET] if isinstance(node, dict) and TARGET in node else "models.decoder.Decoder")
-            known = build.parameters(build.find_class(target, group))
+            target = str(node[TARGET] if isinstance(node, dict) and TARGET in node else "models.architectures.decoder.Decoder")
+            known = instantiate.parameters(instantiate.find_class(target, group))
             if key in known or {"layers": "mixers", "ffn": "feedforwards"}.get(key) in known:
                 takers.append(path.stem)
         if takers:

@@ -12,37 +12,41 @@ import torch
 import torch.distributed as dist
 
 from models.causality import plain_sight
-from models.sizes import count_flops, count_parameters
+from models.cost.flops import count_flops
+from models.cost.parameters import count_parameters
 from models.span import Span
-from parallel.engines.engine import Engine
-from parallel.launch import Ranks, attempt
+from parallel.activation_offload import ActivationOffload
+from parallel.engines.base import Engine
 from parallel.mesh import Mesh, build_mesh
-from parallel.offload import Offload
-from parallel.outcome import SAVED
-from parallel.place import place
-from trainer import directory as directories
+from parallel.parallelize import parallelize
+from trainer import run_dir as directories
 from trainer.agreement import agree_on_resumed, agree_on_run
-from trainer.archive import Archive
-from trainer.assessment import Assessment
-from trainer.build import build, build_model, find_class, sizes_taken
-from trainer.checkpoint import Checkpoints
-from trainer.config import BAD_RUN, DONE, Config, Fault
-from trainer.lanes import Lanes
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.writer import CheckpointWriter
+from trainer.config.build_model import build_model, sizes_taken
+from trainer.config.instantiate import find_class, instantiate
+from trainer.config.schema import Config
+from trainer.data.batch_sharding import BatchSharder
+from trainer.data.lanes import Lanes
+from trainer.errors import BAD_RUN, DONE, UserError
+from trainer.evaluation.assessment import Assessment
+from trainer.launch.elastic import RankInfo, restart_count
+from trainer.launch.exit_report import SAVED
 from trainer.logs.console import Console
-from trainer.logs.jsonl import Row
-from trainer.logs.logs import Logs
+from trainer.logs.jsonl import MetricsRow
 from trainer.logs.meters import Meter, Peak, peak
-from trainer.loop import Loop, Stop
+from trainer.logs.run_logger import RunLogger
+from trainer.loop import Loop
 from trainer.objectives.contradictions import remarks
 from trainer.objectives.stream import open_rows
-from trainer.share import Share
+from trainer.progress import Progress, restore_progress
 from trainer.started_from import weight_lines
-from trainer.state import Progress, restore
-from trainer.watch import At, limit, watching
+from trainer.stop_signal import StopSignal
+from trainer.watchdog import EnterPhase, limit, watching
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 QUICKSTART_NEXT = (  # what the last screen offers whoever runs Longspan for the first time
-    "python -m trainer experiment=quickstart mixer=sliding mixer.reach=256   another architecture",
+    "python -m trainer experiment=quickstart mixer=sliding mixer.window=256   another architecture",
     "python -m trainer experiment=quickstart parallel.context=4              the same losses over four ranks",
     "python -m trainer --help                                                every setting",
 )
@@ -51,29 +55,29 @@ APART = ("name", "replicas", "offload_activations")  # settings of an engine tha
 OWNED = {"zero": "deepspeed", "offload": "deepspeed", "reshard_after_forward": "fsdp"}  # those that only one takes
 
 
-def run(config: Config, ranks: Ranks, directory: Path) -> int:
+def run(config: Config, ranks: RankInfo, directory: Path) -> int:
     """Train as the config says; returns the exit status."""
     parallel = config.parallel
     mesh = build_mesh(
         parallel.context,
         parallel.data,
-        heads=parallel.heads,
+        heads=parallel.ulysses,
         ring=parallel.ring,
         experts=parallel.experts,
-        replicas=config.engine.replicas or 1,
+        replicas=config.engine.replicate or 1,
         device=ranks.device,
     )
     console = Console(config.steps, speaks=mesh.rank == 0)
-    notes = directory / directories.SCRATCH / f"watch_{attempt()[0]}"
-    logs = Logs(directory, config, console, writes=mesh.rank == 0)
-    with logs.alerting(), Stop(mesh, SAVED).listening() as stop, watching(notes, mesh, config.launch.timeout_s) as at:
+    notes = directory / directories.SCRATCH / f"watch_{restart_count()[0]}"
+    logs = RunLogger(directory, config, console, writes=mesh.rank == 0)
+    with logs.alerting(), StopSignal(mesh, SAVED).listening() as stop, watching(notes, mesh, config.launch.timeout_s) as heartbeat:
         try:
-            return Run(config, mesh, directory, console, stop, at, logs).whole()
+            return Run(config, mesh, directory, console, stop, heartbeat, logs).whole()
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             what = f"the disk under {directory} is full" if full else f"{error.filename or directory}: {error.strerror}"
             way = "mend that and give the same command again"
-            raise Fault(f"the run ended: {what}; the last whole checkpoint is intact; {way}", BAD_RUN) from error
+            raise UserError(f"the run ended: {what}; the last whole checkpoint is intact; {way}", BAD_RUN) from error
         finally:
             console.close()
 
@@ -81,16 +85,16 @@ def run(config: Config, ranks: Ranks, directory: Path) -> int:
 class Run:
     """The parts of a run, made in the order in which they need each other."""
 
-    def __init__(self, config: Config, mesh: Mesh, directory: Path, console: Console, stop: Stop, at: At, logs: Logs):
+    def __init__(self, config: Config, mesh: Mesh, directory: Path, console: Console, stop: StopSignal, heartbeat: EnterPhase, logs: RunLogger):
         self.config, self.mesh, self.directory, self.console = config, mesh, directory, console
-        self.stop, self.at = stop, at
+        self.stop, self.heartbeat = stop, heartbeat
         self.first = mesh.rank == 0
         self.logs = logs
         self.stream = open_rows(config, "train")
         self.held_out = open_rows(config, "held_out") if config.evaluation.every else None
         console.say(f"data: {self.stream.describe(config.steps)}")
         self.engine = self._engine()
-        self.share = Share(
+        self.share = BatchSharder(
             mesh,
             rows=config.rows,
             context_length=config.context_length,
@@ -100,7 +104,7 @@ class Run:
         )
         console.say(f"share: {self.share.describe()}")
         self.lanes = self._lanes()
-        self.checkpoints = Checkpoints(
+        self.checkpoints = CheckpointWriter(
             directory / "checkpoints",
             keep=config.checkpoint.keep,
             group=mesh.world_group,
@@ -108,7 +112,7 @@ class Run:
             say=console.say,
         )
         limit([self.checkpoints.control], config.launch.timeout_s)
-        agree_on_run(mesh, self.engine, directories.plain(config), self.stream, self.held_out)
+        agree_on_run(mesh, self.engine, directories.plain_config(config), self.stream, self.held_out)
 
     def _engine(self) -> Engine:
         """The model, placed and with its initial weights, in the engine that trains it."""
@@ -126,12 +130,12 @@ class Run:
         name = config.engine.name
         asked = {key: value for key, value in config.engine.settings().items() if key not in APART}
         settings = {key: value for key, value in asked.items() if OWNED.get(key, name) == name}
-        optimiser = build(config.optim, {}, "optim")
+        optimiser = instantiate(config.optim, {}, "optim")
         engine = kind(self.mesh, optimiser, precision=config.precision, seed=config.seed, **settings)
-        offload = Offload(self.mesh.device) if config.engine.offload_activations else None
-        self.wire = place(model, engine, method=config.parallel.method, offload=offload)
-        if self.wire is not None:
-            self.wire.timeout = timedelta(seconds=config.launch.timeout_s)
+        offload = ActivationOffload(self.mesh.device) if config.engine.offload_activations else None
+        self.communicator = parallelize(model, engine, method=config.parallel.method, offload=offload)
+        if self.communicator is not None:
+            self.communicator.timeout = timedelta(seconds=config.launch.timeout_s)
         self.console.say(f"model: {self.parameters.total:,} parameters; engine {config.engine.name}, {config.precision}")
         return engine
 
@@ -148,7 +152,7 @@ class Run:
             for line in weight_lines(self.engine.how):
                 self.console.say(line)
             return Progress(self.stream.start())
-        progress = restore(self.checkpoints, place, self.engine, self.stream, self.lanes)
+        progress = restore_progress(self.checkpoints, place, self.engine, self.stream, self.lanes)
         agree_on_resumed(mesh=self.mesh, engine=self.engine, progress=progress.extra(), place=place)
         self.checkpoints.forget_after(progress.step)
         self.console.say(f"resumed from {place} at step {progress.step}")
@@ -158,13 +162,13 @@ class Run:
         """The checkpoint that resume=PATH means: itself, or the newest whole one of a run directory."""
         if not (source / "checkpoints").is_dir():
             return source
-        archive = Archive(source / "checkpoints", group=self.mesh.world_group, say=self.console.say)
+        archive = CheckpointReader(source / "checkpoints", group=self.mesh.world_group, say=self.console.say)
         try:
             place = archive.latest()
         finally:
             archive.close()
         if place is None:
-            raise Fault(f"resume={source}: it holds no checkpoint yet; name another run, or resume=auto", BAD_RUN)
+            raise UserError(f"resume={source}: it holds no checkpoint yet; name another run, or resume=auto", BAD_RUN)
         return place
 
     def whole(self) -> int:
@@ -172,8 +176,8 @@ class Run:
         config = self.config
         progress = self._resume()
         self.console.go_on_from(progress.step)
-        if (times := attempt()[0]) > 0:
-            self.console.say(f"a rank was lost: all were started again ({times} of launch.max_restarts={attempt()[1]} times)")
+        if (times := restart_count()[0]) > 0:
+            self.console.say(f"a rank was lost: all were started again ({times} of launch.max_restarts={restart_count()[1]} times)")
         self.began = progress.step
         assessment = self._assessment()
         progress.wandb_id = self.logs.open(self.began, progress.wandb_id, **self._facts())
@@ -187,7 +191,7 @@ class Run:
             stream=self.stream,
             share=self.share,
             checkpoints=self.checkpoints,
-            schedule=build(config.schedule, {}, "schedule"),
+            schedule=instantiate(config.schedule, {}, "schedule"),
             flops=self.flops.training,
             meter=meter,
             stop=self.stop,
@@ -195,13 +199,13 @@ class Run:
             evaluate=assessment.run,
             due=assessment.due,
             say=self.console.say,
-            at=self.at,
+            heartbeat=self.heartbeat,
             lanes=self.lanes,
             saved=progress.step,
         )
         try:
             loop.train(progress)
-        except Fault:  # of all ranks, or told to all: what was begun to be saved must not be lost with the rest
+        except UserError:  # of all ranks, or told to all: what was begun to be saved must not be lost with the rest
             self.checkpoints.settle(SETTLE_S)
             raise
         self.checkpoints.close()
@@ -242,18 +246,18 @@ class Run:
 
     def _sent(self) -> int:
         """Bytes that the busiest rank has sent so far to share sequences and experts; collective."""
-        here = sum(self.wire.sent.values()) if self.wire is not None else 0
+        here = sum(self.communicator.bytes_sent.values()) if self.communicator is not None else 0
         sent = torch.tensor(float(here), dtype=torch.float64, device=self.mesh.device)
         if self.mesh.world_group is not None:
             dist.all_reduce(sent, op=dist.ReduceOp.MAX, group=self.mesh.world_group)
         return int(sent.item())
 
-    def _log(self, row: Row) -> None:
+    def _log(self, row: MetricsRow) -> None:
         """A step is done; after the first, what parallel.method=auto chose is known."""
-        if self.wire is not None and self.wire.choices:
-            for choice, many in Counter(self.wire.choices.values()).items():
-                self.console.say(f"share: {many} of {len(self.wire.choices)} layers by {choice}")
-            self.wire.choices.clear()
+        if self.communicator is not None and self.communicator.choices:
+            for choice, many in Counter(self.communicator.choices.values()).items():
+                self.console.say(f"share: {many} of {len(self.communicator.choices)} layers by {choice}")
+            self.communicator.choices.clear()
         if self.lanes is not None and row.step == 1:
             self.console.say(f"memory: rank 0 carries {self.lanes.bytes():,} bytes for its {self.share.each} lanes")
         if row.step == self.began + 1:

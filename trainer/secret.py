@@ -5,8 +5,8 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
-from trainer.config import BAD_RUN, Fault
-from trainer.inside import open_inside, read_inside
+from trainer.errors import BAD_RUN, UserError
+from trainer.safe_files import open_inside, read_inside
 
 NAME = ".secret"
 
@@ -22,7 +22,7 @@ def shared_secret(directory: Path) -> str:
             _make(directory)
         return read_inside(directory, NAME).decode("ascii")
     except (OSError, UnicodeDecodeError) as error:
-        raise Fault(
+        raise UserError(
             f"run_dir={directory}: its {NAME} cannot be used ({error}); remove that file, or choose another run_dir", BAD_RUN
         ) from error
 

@@ -18,9 +18,10 @@ from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
 from pydantic import BaseModel
 
-from trainer.config import Config, Fault, Node
-from trainer.judging import find_class
-from trainer.values import annotations
+from trainer.config.node_checks import find_class
+from trainer.config.schema import ComponentConfig, Config
+from trainer.config.values import annotations
+from trainer.errors import UserError
 
 TARGET = "_target_"
 TEXT = "text"
@@ -71,7 +72,7 @@ class Texts:
         """Whether a text is among the values that a key takes, or nobody says what it takes."""
         try:
             annotation = self._annotation(key.split("."))
-        except (Fault, TypeError, ValueError, ImportError, AttributeError):
+        except (UserError, TypeError, ValueError, ImportError, AttributeError):
             return False
         return annotation in (None, Any, inspect.Parameter.empty) or str in leaves(annotation)
 
@@ -95,7 +96,7 @@ class Texts:
             return TEXT
         try:
             return kind_of(self._annotation(key.split(".")))
-        except (Fault, TypeError, ValueError, ImportError, AttributeError):  # judged elsewhere
+        except (UserError, TypeError, ValueError, ImportError, AttributeError):  # judged elsewhere
             return None
 
     def _annotation(self, path: Sequence[str]) -> Any:
@@ -104,7 +105,7 @@ class Texts:
         for place, name in enumerate(path):
             known = {info.alias or key: info for key, info in part.model_fields.items()}
             if name not in known:
-                return self._of_node(path) if issubclass(part, Node) else None
+                return self._of_node(path) if issubclass(part, ComponentConfig) else None
             annotation = known[name].annotation
             if place == len(path) - 1:
                 return annotation

@@ -1,8 +1,8 @@
 """Attention in both directions."""
 
 from models.attention.full import Attention
-from models.masks import SameDocument
-from models.positions.position import Position
+from models.masks.basic import SameDocument
+from models.positions.base import Position
 
 
 class Bidirectional(Attention):

@@ -1,9 +1,11 @@
 """BigBird: blocks near by, the first blocks of a document, and a few blocks drawn at random."""
 
 from models.attention.full import CAUSAL, Attention
-from models.masks import Mask, SameDocument
-from models.masks_sparse import GlobalKey, GlobalQuery, NearBlocks, RandomBlocks
-from models.positions.position import Position
+from models.masks.algebra import Mask
+from models.masks.basic import SameDocument
+from models.masks.roles import GlobalKey, GlobalQuery
+from models.masks.sparse import NeighborBlocks, RandomBlocks
+from models.positions.base import Position
 from models.ranges import Some
 
 
@@ -44,7 +46,7 @@ class BigBird(Attention):
     ):
         if first < 0 or random < 0:
             raise ValueError(f"first={first} and random={random} are numbers of blocks, 0 or more")
-        near, start = NearBlocks(block, window), first * block
+        near, start = NeighborBlocks(block, window), first * block
         sparse: Mask = near | GlobalKey(start) | GlobalQuery(start)
         if random:
             patterns = heads if per_head else 1

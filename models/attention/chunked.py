@@ -1,8 +1,8 @@
 """Chunked attention: causal inside chunks that do not see one another."""
 
 from models.attention.full import CAUSAL, Attention
-from models.masks import Chunk
-from models.positions.position import Position
+from models.masks.basic import SameChunk
+from models.positions.base import Position
 
 
 class Chunked(Attention):
@@ -15,4 +15,4 @@ class Chunked(Attention):
     """
 
     def __init__(self, width: int, heads: int, kv_heads: int, position: Position, *, size: int):
-        super().__init__(width, heads, kv_heads, position, mask=CAUSAL & Chunk(size))
+        super().__init__(width, heads, kv_heads, position, mask=CAUSAL & SameChunk(size))

@@ -2,14 +2,15 @@
 
 from torch import Tensor, nn
 
-from models.masks import Mask, SameDocument
-from models.mixing.softmax import Softmax
+from models.masks.algebra import Mask
+from models.masks.basic import SameDocument
+from models.primitives.softmax import Softmax
 from models.span import Span
 
 SOURCE = SameDocument()
 
 
-class Cross(nn.Module):
+class CrossAttention(nn.Module):
     """Every token sees the whole of its document's source: the source's tokens of the same row and document number.
 
     Args:
@@ -49,4 +50,4 @@ class Cross(nn.Module):
     def attend(self, x: Tensor, span: Span, memory: tuple[Tensor, Tensor], source_span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width], given what `remember` made of the source."""
         q = self.q(x).unflatten(-1, (-1, self.head_width))
-        return self.out(self.mix((q,), memory, at=span, of=source_span).flatten(-2))
+        return self.out(self.mix((q,), memory, span=span, kv_span=source_span).flatten(-2))

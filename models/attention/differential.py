@@ -8,18 +8,18 @@ from math import exp
 import torch
 from torch import Tensor, nn
 
-from models.attention.attending import Attending
+from models.attention.base import SplitAttention
 from models.attention.full import CAUSAL
-from models.attention.scoring import SharedValues
 from models.init import Rule, constant, normal
-from models.mixing.softmax import Softmax
-from models.positions.position import Position
+from models.positions.base import Position
+from models.primitives.softmax import Softmax
+from models.scores import SharedValueScore
 from models.span import Span
 
 LAMBDAS = "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"
 
 
-class Differential(Attending):
+class Differential(SplitAttention):
     """(softmax(q1 k1) - lambda softmax(q2 k2)) v, then each pair's RMS norm times 1 - lambda_init.
 
     Args:
@@ -56,7 +56,7 @@ class Differential(Attending):
         self.norm = nn.RMSNorm(2 * self.head_width, eps=1e-5)
         score, self.tables = position.score(heads // 2, self.head_width)
         self.counted = score.param_heads  # of each table, the dim that counts pairs
-        self.mix = Softmax(CAUSAL, SharedValues(score))
+        self.mix = Softmax(CAUSAL, SharedValueScore(score))
 
     def initial(self) -> dict[str, Rule]:
         """Lambda's vectors start near zero, so that lambda starts near lambda_init."""
@@ -78,13 +78,13 @@ class Differential(Attending):
         k, v = self.k(x).unflatten(-1, (-1, self.head_width)), self.v(x).unflatten(-1, (self.groups, 2 * self.head_width))
         return self.placing.turn(k, span), v
 
-    def attend(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], of: Span) -> Tensor:
+    def attend(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width], given the keys and values of the tokens `of`."""
         pairs = self.pairs(x.device)
         q = self.placing.turn(self.q(x).unflatten(-1, (-1, self.head_width)), span)
         tables = self.tables() if self.tables is not None else ()
         params = tuple(t if dim is None else t.index_select(dim, pairs) for t, dim in zip(tables, self.counted, strict=True))
-        means = self.mix((q,), payload, params, at=span, of=of, heads=pairs)
+        means = self.mix((q,), payload, params, span=span, kv_span=kv_span, heads=pairs)
         one, two = means.unflatten(2, (self.groups, 2, self.share)).unbind(3)
         difference = self.norm(one - self.weight().to(x.dtype) * two) * (1 - self.start)
         return self.out(difference.flatten(2))

@@ -2,16 +2,17 @@
 
 from torch import Tensor, nn
 
-from models.attention.attending import Attending
-from models.masks import Causal, Mask, SameDocument
-from models.mixing.softmax import Softmax
-from models.positions.position import Position
+from models.attention.base import SplitAttention
+from models.masks.algebra import Mask
+from models.masks.basic import Causal, SameDocument
+from models.positions.base import Position
+from models.primitives.softmax import Softmax
 from models.span import Span
 
 CAUSAL = Causal() & SameDocument()
 
 
-class Attention(Attending):
+class Attention(SplitAttention):
     """Project, place, mix, project back; causal within a document.
 
     Args:
@@ -60,18 +61,18 @@ class Attention(Attending):
         placed = self.placing.turn(k, span), v
         return placed if self.beside is None else (*placed, k)
 
-    def found(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], of: Span) -> Tensor:
+    def found(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span) -> Tensor:
         """[B, T, H D]: the mean of what each head of each token sees."""
         params, q = self.tables() if self.tables is not None else (), self.bare_query(x)
-        means = self.mix((self.placing.turn(q, span),), payload[:2], params, at=span, of=of)
+        means = self.mix((self.placing.turn(q, span),), payload[:2], params, span=span, kv_span=kv_span)
         if self.beside is not None:
             v, k = (each[:, each.shape[1] - x.shape[1] :] for each in payload[1:])
             means = self.beside(q, k, v, means, span)
         return means.flatten(-2)
 
-    def attend(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], of: Span) -> Tensor:
+    def attend(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width], given the keys and values of the tokens `of`."""
-        return self.out(self.found(x, span, payload, of))
+        return self.out(self.found(x, span, payload, kv_span))
 
 
 class MultiHead(Attention):

@@ -14,7 +14,7 @@ Letters: B rows, T queries, S keys, H query heads, G key heads (they divide H), 
 import torch
 from torch import Tensor
 
-from models.kernels.tile import wide
+from models.kernels.reference import accumulation_dtype
 
 
 def _shared(x: Tensor, heads: int) -> Tensor:
@@ -32,17 +32,17 @@ def attention_scores(q: Tensor, k: Tensor) -> Tensor:
     return torch.einsum("bthd,bshd->bhts", q, _shared(k, q.shape[2]))
 
 
-def scaled(scores: Tensor, width: int) -> Tensor:
+def scaled_scores(scores: Tensor, width: int) -> Tensor:
     """Scores over sqrt(width), so that the softmax does not saturate as heads grow wider; width is D."""
     return scores * width**-0.5
 
 
-def masked(scores: Tensor, seen: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def masked_scores(scores: Tensor, seen: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """Scores with `bias` added and minus infinity at keys that a query may not see.
 
     Args:
         scores: [B, H, T, S].
-        seen: bool, broadcast to the scores; see models.masks.visible. None: everything is seen.
+        seen: bool, broadcast to the scores; see models.masks.algebra.visible. None: everything is seen.
         bias: broadcast to the scores; None: nothing is added.
 
     The mask comes before the softmax: zeroing weights afterwards would leave each query's weights not summing to 1.
@@ -53,17 +53,17 @@ def masked(scores: Tensor, seen: Tensor | None = None, bias: Tensor | None = Non
 
 def attention_weights(scores: Tensor) -> Tensor:
     """Softmax over keys, [B, H, T, S] -> [B, H, T, S], in float32 at least; a query that sees nothing gets zeros, not NaN."""
-    scores = scores.to(wide(scores.dtype))
+    scores = scores.to(accumulation_dtype(scores.dtype))
     blind = (scores == -torch.inf).all(-1, keepdim=True)
     return scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
 
 
-def attention_mass(scores: Tensor) -> Tensor:
+def attention_lse(scores: Tensor) -> Tensor:
     """[B, H, T, S] -> [B, H, T]: log of the sum of exp(scores), in nats; minus infinity for a query that sees nothing.
 
-    Two attentions over disjoint keys merge by it (models.kernels.walk.merge).
+    Two attentions over disjoint keys merge by it (models.kernels.blockwise.merge_partials).
     """
-    return scores.to(wide(scores.dtype)).logsumexp(-1)
+    return scores.to(accumulation_dtype(scores.dtype)).logsumexp(-1)
 
 
 def context_vector(weights: Tensor, v: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from models.attention.full import Attention
-from models.positions.position import Position
+from models.positions.base import Position
 from models.span import Span
 
 
@@ -18,6 +18,6 @@ class Gated(Attention):
         super().__init__(width, heads, kv_heads, position)
         self.gate = nn.Linear(width, heads * self.head_width, bias=False)
 
-    def found(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], of: Span) -> Tensor:
+    def found(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span) -> Tensor:
         """[B, T, H D]: what passes the gate."""
-        return super().found(x, span, payload, of) * self.gate(x).sigmoid()
+        return super().found(x, span, payload, kv_span) * self.gate(x).sigmoid()

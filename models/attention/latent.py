@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from models.attention.attending import Attending
+from models.attention.base import SplitAttention
 from models.attention.full import CAUSAL
-from models.attention.turning import only_turns
-from models.mixing.softmax import Softmax
-from models.positions.position import Position
+from models.positions.base import Position, require_rotary
+from models.primitives.softmax import Softmax
 from models.scores import Score, Tensors
 from models.span import Span
 
@@ -36,19 +35,19 @@ class LatentScore(Score):
         return query[0], torch.cat([key, turned[:, :, None].expand(*key.shape[:3], -1)], -1), value
 
 
-class Latent(Attending):
+class LatentAttention(SplitAttention):
     """Causal attention within a document over keys and values that are expanded from a shared latent.
 
     Args:
         width: of what comes in and goes out.
         heads: query heads; each has keys and values of its own, expanded from the latent.
         position: must turn queries and keys, or do nothing (rope, yarn, none, ...): only `turned` channels are given to it.
-        latent: width of what is kept of a token for keys and values; null = two head widths.
-        query_latent: width that queries are squeezed through; null = not squeezed.
-        content: channels of a head's query and key that know no position; null = width / heads.
-        turned: channels of a head's query, and of the one key part that all heads share, that the position turns;
+        kv_latent: width of what is kept of a token for keys and values; null = two head widths.
+        q_latent: width that queries are squeezed through; null = not squeezed.
+        nope_dim: channels of a head's query and key that know no position; null = width / heads.
+        rope_dim: channels of a head's query, and of the one key part that all heads share, that the position turns;
             null = half of width / heads, made even.
-        value: channels of a head's value; null = width / heads.
+        value_dim: channels of a head's value; null = width / heads.
 
     A token costs latent + turned numbers, in a cache or on the wire, instead of 2 x heads x head width.
 
@@ -62,29 +61,29 @@ class Latent(Attending):
         heads: int,
         position: Position,
         *,
-        latent: int | None = None,
-        query_latent: int | None = None,
-        content: int | None = None,
-        turned: int | None = None,
-        value: int | None = None,
+        kv_latent: int | None = None,
+        q_latent: int | None = None,
+        nope_dim: int | None = None,
+        rope_dim: int | None = None,
+        value_dim: int | None = None,
     ):
         super().__init__()
         each = max(1, width // heads)
         sizes = {
-            "latent": 2 * each if latent is None else latent,
-            "content": each if content is None else content,
-            "turned": max(2, each // 4 * 2) if turned is None else turned,
-            "value": each if value is None else value,
+            "latent": 2 * each if kv_latent is None else kv_latent,
+            "content": each if nope_dim is None else nope_dim,
+            "turned": max(2, each // 4 * 2) if rope_dim is None else rope_dim,
+            "value": each if value_dim is None else value_dim,
         }
-        for name, size in {**sizes, "query_latent": 1 if query_latent is None else query_latent}.items():
+        for name, size in {**sizes, "query_latent": 1 if q_latent is None else q_latent}.items():
             if size < 1:
                 raise ValueError(f"{name} is a number of channels and must be 1 or more; got {size}")
-        self.placing = only_turns(position, "latent", heads, sizes["turned"])
+        self.placing = require_rotary(position, "latent", heads, sizes["turned"])
         self.heads, self.sizes = heads, sizes
         query = heads * (sizes["content"] + sizes["turned"])
-        self.squeeze_q = None if query_latent is None else nn.Linear(width, query_latent, bias=False)
-        self.norm_q = None if query_latent is None else nn.RMSNorm(query_latent, eps=1e-6)
-        self.q = nn.Linear(width if query_latent is None else query_latent, query, bias=False)
+        self.squeeze_q = None if q_latent is None else nn.Linear(width, q_latent, bias=False)
+        self.norm_q = None if q_latent is None else nn.RMSNorm(q_latent, eps=1e-6)
+        self.q = nn.Linear(width if q_latent is None else q_latent, query, bias=False)
         self.squeeze = nn.Linear(width, sizes["latent"] + sizes["turned"], bias=False)
         self.norm = nn.RMSNorm(sizes["latent"], eps=1e-6)
         self.up = nn.Linear(sizes["latent"], heads * (sizes["content"] + sizes["value"]), bias=False)
@@ -96,11 +95,11 @@ class Latent(Attending):
         latent, key = self.squeeze(x).split([self.sizes["latent"], self.sizes["turned"]], -1)
         return self.norm(latent), self.placing.turn(key[:, :, None], span)[:, :, 0]
 
-    def attend(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], of: Span) -> Tensor:
+    def attend(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width], given the latents of the tokens `of`."""
         content, turned = self.sizes["content"], self.sizes["turned"]
         squeezed = x if self.squeeze_q is None or self.norm_q is None else self.norm_q(self.squeeze_q(x))
         q = self.q(squeezed).unflatten(-1, (self.heads, content + turned))
         q = torch.cat([q[..., :content], self.placing.turn(q[..., content:], span)], -1)
         up = self.up.weight.unflatten(0, (self.heads, content + self.sizes["value"]))
-        return self.out(self.mix((q,), payload, (up,), at=span, of=of).flatten(-2))
+        return self.out(self.mix((q,), payload, (up,), span=span, kv_span=kv_span).flatten(-2))

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from models.attention.full import CAUSAL, Attention
-from models.masks import SameDocument
-from models.masks_sparse import GlobalKey, GlobalQuery, Near
-from models.mixing.softmax import Softmax
-from models.positions.position import Position
+from models.masks.basic import SameDocument
+from models.masks.roles import GlobalKey, GlobalQuery
+from models.masks.sparse import DilatedWindow
+from models.positions.base import Position
+from models.primitives.softmax import Softmax
 from models.span import Span
 
 
@@ -18,8 +19,8 @@ class Longformer(Attention):
     Args:
         width, heads, kv_heads, position: as in Attention.
         layer, layers: which layer this is, of how many.
-        reach: tokens seen to one side, oneself among them; a list gives every layer its own (they should grow with depth).
-        gaps: the window of a head has holes: it sees every gap-th token, and reaches gap times as far. One for all heads, or
+        window: tokens seen to one side, oneself among them; a list gives every layer its own (they should grow with depth).
+        dilation: the window of a head has holes: it sees every gap-th token, and reaches gap times as far. One for all heads, or
             a list with one for each.
         first: tokens at the start of each document that are global.
         every: each position that this divides is global; 0 = none. Tokens with the role GLOBAL always are.
@@ -41,14 +42,14 @@ class Longformer(Attention):
         layer: int,
         layers: int,
         *,
-        reach: int | Sequence[int],
-        gaps: int | Sequence[int] = 1,
+        window: int | Sequence[int],
+        dilation: int | Sequence[int] = 1,
         first: int = 1,
         every: int = 0,
         symmetric: bool = False,
     ):
-        reaches = _each("reach", reach, layers, "model.layers")
-        near = Near(reaches[layer], tuple(_each("gaps", gaps, heads, "model.heads")))
+        reaches = _each("reach", window, layers, "model.layers")
+        near = DilatedWindow(reaches[layer], tuple(_each("gaps", dilation, heads, "model.heads")))
         whole = SameDocument() if symmetric else CAUSAL
         to_all = GlobalQuery(first, every)
         super().__init__(width, heads, kv_heads, position, mask=whole & ~to_all & (near | GlobalKey(first, every)))
@@ -62,17 +63,17 @@ class Longformer(Attention):
         k, v = (project(x).unflatten(-1, (-1, self.head_width)) for project in (self.global_k, self.global_v))
         return *super().payload(x, span), self.placing.turn(k, span), v
 
-    def found(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], of: Span) -> Tensor:
+    def found(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span) -> Tensor:
         """[B, T, H D]: each softmax gives 0 to queries that are the other one's business."""
         params = self.tables() if self.tables is not None else ()
         q = self.placing.turn(self.global_q(x).unflatten(-1, (-1, self.head_width)), span)
-        whole = self.global_mix((q,), payload[2:], params, at=span, of=of).flatten(-2)
-        return super().found(x, span, payload[:2], of) + whole
+        whole = self.global_mix((q,), payload[2:], params, span=span, kv_span=kv_span).flatten(-2)
+        return super().found(x, span, payload[:2], kv_span) + whole
 
 
-def _each(name: str, value: int | Sequence[int], count: int, of: str) -> list[int]:
+def _each(name: str, value: int | Sequence[int], count: int, kv_span: str) -> list[int]:
     """One value for each of `count`, from one for all or a list."""
     values = [value] * count if isinstance(value, int) else list(value)
     if len(values) != count:
-        raise ValueError(f"{name} lists {len(values)} values for {of}={count}; give {count}, or a single one for all")
+        raise ValueError(f"{name} lists {len(values)} values for {kv_span}={count}; give {count}, or a single one for all")
     return values

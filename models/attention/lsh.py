@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from models.attention.full import CAUSAL
-from models.attention.turning import only_turns
-from models.mixing.lookup import Lookup, find, take
-from models.mixing.softmax import Softmax
-from models.positions.position import Position
+from models.positions.base import Position, require_rotary
+from models.primitives.block_topk import BlockTopK, find, take
+from models.primitives.softmax import Softmax
 from models.ranges import Few, Many
-from models.scores import Score, Tensors, dots
+from models.scores import Score, Tensors, grouped_dot_products
 from models.span import Span
 
 ALONE = -1e4  # added to the logit of a token for itself: it counts only where nothing else is seen
@@ -32,20 +31,20 @@ class BucketScore(Score):
     payload_heads = (2, 2, 2, 2)
     plain = False
 
-    def logits(self, query: Tensors, payload: Tensors, params: Tensors, at: Span, of: Span, heads: Tensor) -> Tensor:
+    def logits(self, query: Tensors, payload: Tensors, params: Tensors, span: Span, kv_span: Span, heads: Tensor) -> Tensor:
         """[B, H, T, S]; keys are unit vectors and the dot product is not scaled further."""
         (q, q_bucket, q_chunk), (k, _, k_bucket, k_chunk) = query, payload
-        logits = dots(q, k)
+        logits = grouped_dot_products(q, k)
         seen = torch.zeros_like(logits, dtype=torch.bool)
         for one in range(q_bucket.shape[-1]):
             here = [x[..., one].transpose(1, 2) for x in (q_bucket, k_bucket, q_chunk, k_chunk)]
             back = here[2][..., :, None] - here[3][..., None, :]
             seen |= (here[0][..., :, None] == here[1][..., None, :]) & ((back == 0) | (back == 1))
-        itself = (at.pos[:, :, None] == of.pos[:, None, :]) & (at.doc[:, :, None] == of.doc[:, None, :])
+        itself = (span.pos[:, :, None] == kv_span.pos[:, None, :]) & (span.doc[:, :, None] == kv_span.doc[:, None, :])
         return torch.where(seen, logits + ALONE * itself[:, None], -torch.inf)
 
 
-class Lsh(nn.Module):
+class LSHAttention(nn.Module):
     """Causal attention within a document, queries and keys shared, restricted to equal hashes.
 
     Args:
@@ -53,8 +52,8 @@ class Lsh(nn.Module):
         position: must turn queries and keys, or do nothing; hashes are taken before it turns.
         layer, seed: what the random rotations of the hashes are drawn from.
         context_length: tokens in a row, from which `buckets` is worked out.
-        size: tokens in a chunk of a bucket; a query sees its own chunk of its bucket and the one before.
-        rounds: independent hashes; a key is seen if any round shows it.
+        chunk_size: tokens in a chunk of a bucket; a query sees its own chunk of its bucket and the one before.
+        hashes: independent hashes; a key is seen if any round shows it.
         buckets: even number of them; null = 2 x context_length / size.
 
     Costs: what is visible is about rounds x 2 x size keys a query, but it is found by a masked tile over all earlier
@@ -75,36 +74,36 @@ class Lsh(nn.Module):
         seed: int,
         context_length: int,
         *,
-        size: int = 64,
-        rounds: Few = 2,
+        chunk_size: int = 64,
+        hashes: Few = 2,
         buckets: Many | None = None,
     ):
         super().__init__()
         if width % heads:
             raise ValueError(f"model.width={width} does not divide among model.heads={heads}; choose a multiple of {heads}")
-        if size < 1 or rounds < 1:
-            raise ValueError(f"size={size} is a number of tokens and rounds={rounds} of hashes; both must be 1 or more")
+        if chunk_size < 1 or hashes < 1:
+            raise ValueError(f"chunk_size={chunk_size} is a number of tokens and hashes={hashes} of hashes; both must be 1 or more")
         self.head_width = width // heads
-        self.placing = only_turns(position, "lsh", heads, self.head_width)
-        self.buckets = max(2, context_length // size * 2) if buckets is None else buckets
+        self.placing = require_rotary(position, "lsh", heads, self.head_width)
+        self.buckets = max(2, context_length // chunk_size * 2) if buckets is None else buckets
         if self.buckets < 2 or self.buckets % 2:
             raise ValueError(
                 f"buckets={buckets}: a hash tells directions from their opposites; choose an even number, 2 or more"
             )
-        self.size, self.drawn = size, (seed, layer, rounds, heads, self.head_width, self.buckets // 2)
+        self.chunk_size, self.drawn = chunk_size, (seed, layer, hashes, heads, self.head_width, self.buckets // 2)
         self.qk, self.v = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.ids, self.mix = Lookup(), Softmax(CAUSAL, BucketScore())
+        self.ids, self.mix = BlockTopK(), Softmax(CAUSAL, BucketScore())
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]."""
         q, v = (project(x).unflatten(-1, (-1, self.head_width)) for project in (self.qk, self.v))
         bucket = self.hashed(q)
-        chunk = self.places(bucket, span) // self.size
+        chunk = self.places(bucket, span) // self.chunk_size
         exact = torch.promote_types(x.dtype, torch.float32)  # whole numbers up to 2^24
         places = bucket.to(exact), chunk.to(exact)
         k = self.placing.turn(nn.functional.normalize(q, dim=-1, eps=1e-12), span)
-        return self.out(self.mix((self.placing.turn(q, span), *places), (k, v, *places), at=span).flatten(-2))
+        return self.out(self.mix((self.placing.turn(q, span), *places), (k, v, *places), span=span).flatten(-2))
 
     def hashed(self, q: Tensor) -> Tensor:
         """[B, T, H, rounds] int64: the direction, among random ones and their opposites, that a query points to most."""
@@ -114,7 +113,7 @@ class Lsh(nn.Module):
 
     def places(self, bucket: Tensor, span: Span) -> Tensor:
         """[B, T, H, rounds] int64: how many earlier tokens of its document are in a token's bucket."""
-        (every,), among = self.ids.bring((bucket.int(),), CAUSAL, at=span, of=span)
+        (every,), among = self.ids.bring((bucket.int(),), CAUSAL, span=span, kv_span=span)
         order = torch.where(among.valid()[..., None, None], every + among.doc[..., None, None] * self.buckets, -1)
         group, index = order.sort(dim=1, stable=True)
         number = torch.arange(group.shape[1], device=group.device).view(1, -1, 1, 1).expand_as(group)

@@ -1,8 +1,9 @@
 """Prefix-LM attention: both ways inside a prefix, causal after it."""
 
 from models.attention.full import Attention
-from models.masks import Causal, First, Prefix, SameDocument
-from models.positions.position import Position
+from models.masks.basic import Causal, FirstTokens, SameDocument
+from models.masks.roles import PrefixTokens
+from models.positions.base import Position
 
 
 class PrefixAttention(Attention):
@@ -24,5 +25,5 @@ class PrefixAttention(Attention):
         if length < 0:
             raise ValueError(f"prefix length={length} is a number of tokens; use 0 (roles alone tell) or more")
         self.length = length
-        mask = SameDocument() & (Causal() | Prefix() | First(length))
+        mask = SameDocument() & (Causal() | PrefixTokens() | FirstTokens(length))
         super().__init__(width, heads, kv_heads, position, mask=mask)

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from models.attention.full import Attention
-from models.positions.position import Position
+from models.positions.base import Position
 from models.ranges import Positive
 
 

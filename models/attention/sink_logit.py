@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from models.attention.full import CAUSAL, Attention
-from models.attention.scoring import Sunk
 from models.init import Rule, constant
-from models.masks import Reach
-from models.mixing.softmax import Softmax
-from models.positions.position import Position
+from models.masks.basic import SlidingWindow
+from models.positions.base import Position
+from models.primitives.softmax import Softmax
+from models.scores import SinkScore
 
 
 class _WithSink(nn.Module):
@@ -31,12 +31,12 @@ class SinkLogit(Attention):
     The same as multiplying the output by sigmoid(mass - logit). Logits start at 0: softmax "off by one".
 
     Args:
-        reach: see only the last `reach` tokens; null: all that came before.
+        window: see only the last `reach` tokens; null: all that came before.
 
     Source: OpenAI 2025, gpt-oss (arXiv:2508.10925); Miller 2023, "Attention is off by one".
     """
 
-    def __init__(self, width: int, heads: int, kv_heads: int, position: Position, *, reach: int | None = None):
-        mask = CAUSAL if reach is None else CAUSAL & Reach(reach)
+    def __init__(self, width: int, heads: int, kv_heads: int, position: Position, *, window: int | None = None):
+        mask = CAUSAL if window is None else CAUSAL & SlidingWindow(window)
         super().__init__(width, heads, kv_heads, position, mask=mask)
-        self.mix, self.tables = Softmax(mask, Sunk(self.mix.score)), _WithSink(self.tables, heads)
+        self.mix, self.tables = Softmax(mask, SinkScore(self.mix.score)), _WithSink(self.tables, heads)

@@ -1,8 +1,8 @@
 """Sliding-window attention."""
 
 from models.attention.full import CAUSAL, Attention
-from models.masks import Reach
-from models.positions.position import Position
+from models.masks.basic import SlidingWindow
+from models.positions.base import Position
 
 
 class Sliding(Attention):
@@ -12,5 +12,5 @@ class Sliding(Attention):
     Mistral's window does; flash-attn's left window is reach - 1.
     """
 
-    def __init__(self, width: int, heads: int, kv_heads: int, position: Position, *, reach: int):
-        super().__init__(width, heads, kv_heads, position, mask=CAUSAL & Reach(reach))
+    def __init__(self, width: int, heads: int, kv_heads: int, position: Position, *, window: int):
+        super().__init__(width, heads, kv_heads, position, mask=CAUSAL & SlidingWindow(window))

@@ -1,9 +1,9 @@
 """Attention whose logits cannot run away: a soft cap."""
 
 from models.attention.full import Attention
-from models.attention.scoring import Capped
-from models.mixing.softmax import Softmax
-from models.positions.position import Position
+from models.positions.base import Position
+from models.primitives.softmax import Softmax
+from models.scores import SoftcapScore
 
 
 class Softcap(Attention):
@@ -19,4 +19,4 @@ class Softcap(Attention):
         if cap <= 0:
             raise ValueError(f"softcap cap={cap} would flatten all logits; use a positive number such as 50, or mixer=full")
         super().__init__(width, heads, kv_heads, position)
-        self.mix = Softmax(self.mix.mask, Capped(self.mix.score, cap))
+        self.mix = Softmax(self.mix.mask, SoftcapScore(self.mix.score, cap))

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.convolution.short import Taps, uniform
+from models.convolution.short_conv import DepthwiseConv, uniform
 from models.init import Rule, constant
-from models.mixing.convolution import Convolution
+from models.primitives.long_conv import LongConv
 from models.ranges import Few, Many, Positive
 from models.span import Span
 
 FAST, SLOW = math.log(100) / 0.3, math.log(100) / 1.5  # decay over context_length: to 1 % within 0.3 and 1.5 of it
 
 
-class Filter(nn.Module):
+class HyenaFilter(nn.Module):
     """A filter per channel as a function of the distance: sines of a small network, faded out by a decay per channel.
 
     Args:
@@ -38,7 +38,7 @@ class Filter(nn.Module):
             raise ValueError(f"filter_rate={rate} is a factor of the learning rate and must be above 0; 1 is the model's own")
         self.rates = dict.fromkeys(self.undecayed, rate)
         self.length, self.bands, self.speed = length, bands, speed
-        self.positions_per_step = length  # its weights see these instead of tokens (models/sizes.py)
+        self.positions_per_step = length  # its weights see these instead of tokens (models/cost/flops.py)
         sizes = [1 + 2 * bands, hidden, hidden]
         self.sizes, self.layers = sizes, nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:]))
         self.frequency = nn.Parameter(torch.empty(hidden))
@@ -73,7 +73,7 @@ class Hyena(nn.Module):
         width: of what comes in and goes out.
         context_length: longest document in tokens, the length of the filters.
         order: gates; one long filter fewer.
-        taps: of the short filter before.
+        conv_kernel: of the short filter before.
         filter_width, bands, speed, filter_rate: see Filter.
 
     Source: Poli et al. 2023 (arXiv:2302.10866). Where its code cuts longer sequences off in silence, a document longer than
@@ -88,7 +88,7 @@ class Hyena(nn.Module):
         context_length: int,
         *,
         order: Few = 2,
-        taps: int = 3,
+        conv_kernel: int = 3,
         filter_width: Many = 64,
         bands: Many = 16,
         speed: Positive = 10.0,
@@ -98,10 +98,10 @@ class Hyena(nn.Module):
         if order < 2:
             raise ValueError(f"order={order} has no long filter; a Hyena layer has order - 1 of them, choose 2 or more")
         self.order, self.inner = order, nn.Linear(width, (order + 1) * width, bias=False)
-        self.short = Taps((order + 1) * width, taps)
-        self.filter = Filter((order - 1) * width, context_length, filter_width, bands, speed, filter_rate)
+        self.short = DepthwiseConv((order + 1) * width, conv_kernel)
+        self.filter = HyenaFilter((order - 1) * width, context_length, filter_width, bands, speed, filter_rate)
         self.bias, self.out = nn.Parameter(torch.empty(order - 1, width)), nn.Linear(width, width, bias=False)
-        self.mix = nn.ModuleList(Convolution() for _ in range(order - 1))
+        self.mix = nn.ModuleList(LongConv() for _ in range(order - 1))
 
     def initial(self) -> dict[str, Rule]:
         return {"bias": lambda shape, generator: torch.randn(shape, generator=generator)}
@@ -112,5 +112,5 @@ class Hyena(nn.Module):
         filters = self.filter().chunk(self.order - 1, -1)
         for gate, taps, bias, mix in zip(reversed(gates[1:]), filters, self.bias, self.mix, strict=True):
             value = gate * value
-            value = mix((value,), (taps,), at=span) + bias * value
+            value = mix((value,), (taps,), span=span) + bias * value
         return self.out(gates[0] * value)

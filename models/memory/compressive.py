@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.init import Rule, constant
-from models.memory.local import WAY_OUT, attention_beside, check_segment, within
-from models.memory.memory import Memory
-from models.mixing.compress import Compress
-from models.mixing.softmax import Softmax
+from models.memory.base import Memory
+from models.memory.local_attention import WAY_OUT, attention_beside, check_segment, within_segment
+from models.primitives.compressive import CompressiveScan
+from models.primitives.softmax import Softmax
 from models.ranges import Piece
 from models.span import Span
 
@@ -60,7 +60,7 @@ class Compressive(Memory):
         if not any(isinstance(leaf, Softmax) for leaf in mixer.modules()):
             return mixer
         attention = attention_beside(mixer, "compressive", sizes.get("position"))
-        within(attention, self.segment)
+        within_segment(attention, self.segment)
         attention.beside = CompressiveMemory(attention.q.out_features // attention.head_width, self.rule, self.segment)
         return attention
 
@@ -81,8 +81,8 @@ class CompressiveMemory(nn.Module):
     def __init__(self, heads: int, rule: str, segment: int | None):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(heads))
-        self.mix = Compress(segment)
-        self.mass = Compress(segment) if rule == "delta" else None
+        self.mix = CompressiveScan(segment)
+        self.lse = CompressiveScan(segment) if rule == "delta" else None
 
     def initial(self) -> dict[str, Rule]:
         """Half of what comes out is recalled at first."""
@@ -93,20 +93,20 @@ class CompressiveMemory(nn.Module):
         wide = torch.promote_types(q.dtype, torch.float32)
         q, k, v = F.elu(q.to(wide)) + 1, F.elu(k.to(wide)) + 1, v.to(wide)
         one = torch.ones_like(v[..., :1])
-        if self.mass is None:
-            found, mass = self.mix((q,), (k, torch.cat([v, one], -1)), at=span).split([v.shape[-1], 1], -1)
+        if self.lse is None:
+            found, lse = self.mix((q,), (k, torch.cat([v, one], -1)), span=span).split([v.shape[-1], 1], -1)
         else:
-            mass, of_keys = self._masses(q, k, one, span)
+            lse, of_keys = self._masses(q, k, one, span)
             weight = torch.where(of_keys > 0, 1 / torch.where(of_keys > 0, of_keys, 1), 0)
-            found = self.mix((q,), (k, v, weight), at=span)
-        there, gate = mass > 0, self.gate.to(wide).sigmoid()[:, None]
-        recalled = found / torch.where(there, mass, 1)
+            found = self.mix((q,), (k, v, weight), span=span)
+        there, gate = lse > 0, self.gate.to(wide).sigmoid()[:, None]
+        recalled = found / torch.where(there, lse, 1)
         return torch.where(there, gate * recalled + (1 - gate) * local.to(wide), local.to(wide)).to(local.dtype)
 
     def _masses(self, q: Tensor, k: Tensor, one: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """phi z of queries [B, T, H, 1] and of keys [B, T, G]; a key asks as one more query of its memory."""
-        assert self.mass is not None
+        assert self.lse is not None
         groups = k.shape[2]
         asked = torch.cat([q.unflatten(2, (groups, -1)), k[:, :, :, None]], 3)
-        mass = self.mass((asked.flatten(2, 3),), (k, one), at=span).unflatten(2, (groups, -1))
-        return mass[:, :, :, :-1].flatten(2, 3), mass[:, :, :, -1, 0]
+        lse = self.lse((asked.flatten(2, 3),), (k, one), span=span).unflatten(2, (groups, -1))
+        return lse[:, :, :, :-1].flatten(2, 3), lse[:, :, :, -1, 0]

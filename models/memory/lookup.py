@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention.full import Attention
+from models.carried_state import StatefulModule
 from models.init import Rule, constant
-from models.kernels.nearest import Store
-from models.masks import SameDocument
-from models.masks_memory import Earlier
-from models.memory.local import attention_beside, check_segment, within
-from models.memory.memory import Memory
-from models.mixing.recall import Recall
-from models.mixing.softmax import Softmax
-from models.past import Carrier
+from models.kernels.knn import KeyValueStore
+from models.masks.basic import SameDocument
+from models.masks.segments import PreviousTokens
+from models.memory.base import Memory
+from models.memory.local_attention import attention_beside, check_segment, within_segment
+from models.primitives.knn import KNN
+from models.primitives.softmax import Softmax
 from models.ranges import Few, Piece
 from models.span import Span
 
@@ -92,7 +92,7 @@ class Memorizing(Memory):
         if not stored and (self.segment is None or not any(isinstance(leaf, Softmax) for leaf in mixer.modules())):
             return mixer
         attention = attention_beside(mixer, "lookup", sizes.get("position"))
-        within(attention, self.segment)
+        within_segment(attention, self.segment)
         if stored:
             attention.beside = ExternalMemory(self, heads_of(attention))
         return attention
@@ -103,7 +103,7 @@ def heads_of(attention: Attention) -> int:
     return attention.q.out_features // attention.head_width
 
 
-class ExternalMemory(Carrier):
+class ExternalMemory(StatefulModule):
     """The store of one layer; owns its gates and scales.
 
     Args:
@@ -117,8 +117,8 @@ class ExternalMemory(Carrier):
         self.kept = memory.length + (memory.segment or 1) - 1  # a row may begin anywhere in a segment
         self.start = log2(max(2, memory.length**2 - memory.length))
         self.gate, self.scale = nn.Parameter(torch.zeros(heads)), nn.Parameter(torch.full((heads,), self.start))
-        before = SameDocument() if self.segment is None else SameDocument() & Earlier(self.segment, memory.length)
-        self.mix = Recall(before, memory.count)
+        before = SameDocument() if self.segment is None else SameDocument() & PreviousTokens(self.segment, memory.length)
+        self.mix = KNN(before, memory.count)
 
     def initial(self) -> dict[str, Rule]:
         """Scales start where a query can tell one key from all the others."""
@@ -129,12 +129,12 @@ class ExternalMemory(Carrier):
         wide = torch.promote_types(q.dtype, torch.float32)
         q = F.normalize(q.to(wide), dim=-1)
         key, value = F.normalize(k.detach().to(wide), dim=-1).to(v.dtype), v.detach()
-        stores = [Store(key, value, span)] if self.segment is not None else []
+        stores = [KeyValueStore(key, value, span)] if self.segment is not None else []
         if span.past is not None:
             both = torch.cat([key, value], -1)
-            kept, of = span.past.tokens(self.place, both if self.device is None else both.to(self.device), self.kept)
-            stores.append(Store(kept[..., : key.shape[-1]], kept[..., key.shape[-1] :], of))
-        found, there = self.mix((q,), stores, (self.scale,), at=span)
+            kept, kv_span = span.past.tokens(self.place, both if self.device is None else both.to(self.device), self.kept)
+            stores.append(KeyValueStore(kept[..., : key.shape[-1]], kept[..., key.shape[-1] :], kv_span))
+        found, there = self.mix((q,), stores, (self.scale,), span=span)
         gate = self.gate.to(wide).sigmoid()[:, None]
         mixed = gate * found.to(wide) + (1 - gate) * local.to(wide)
         return torch.where(there[..., None], mixed, local.to(wide)).to(local.dtype)

@@ -10,24 +10,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.attention.attending import Attending
+from models.attention.base import SplitAttention
 from models.attention.compressed import Compressed
-from models.attention.lsh import Lsh
+from models.attention.lsh import LSHAttention
+from models.carried_state import StatefulModule
 from models.convolution.hyena import Hyena
-from models.masks_memory import STALE, Recalled
-from models.memory.memory import Memory
-from models.mixing.softmax import Softmax
-from models.past import Carrier
+from models.masks.segments import STALE, SegmentRecurrence
+from models.memory.base import Memory
+from models.primitives.softmax import Softmax
 from models.ranges import Piece
 from models.span import READ, Span
 
 NOT_EXACT = {  # mixers that have no exact form here, and why
-    Lsh: "lsh numbers the tokens of a bucket from the start of the document, of which a later row no longer has all",
+    LSHAttention: "lsh numbers the tokens of a bucket from the start of the document, of which a later row no longer has all",
     Compressed: "compressed attention chooses among summaries from the start of the document, of which a later row has none",
 }
 
 
-class Segments(Memory):
+class SegmentMemory(Memory):
     """Attention sees the last M tokens before its segment, in this row and in those before; recurrent layers go on.
 
     Args:
@@ -59,7 +59,7 @@ class Segments(Memory):
         for kind, reason in NOT_EXACT.items():
             if isinstance(mixer, kind):
                 raise ValueError(f"memory=segments: {reason}; use another mixer, or memory=none")
-        if isinstance(mixer, Attending):
+        if isinstance(mixer, SplitAttention):
             self._attach(mixer, sizes.get("position", getattr(mixer, "placing", None)))
         elif any(isinstance(leaf, Softmax) for leaf in mixer.modules()):
             kind = type(mixer).__name__
@@ -72,7 +72,7 @@ class Segments(Memory):
             )
         return mixer
 
-    def _attach(self, mixer: Attending, position: Any) -> None:
+    def _attach(self, mixer: SplitAttention, position: Any) -> None:
         most = getattr(position, "max_length", None)
         if most is not None:
             raise ValueError(
@@ -80,10 +80,10 @@ class Segments(Memory):
             )
         if not self.length:
             raise ValueError("memory.length=0 leaves attention nothing to recall; use 1 or more, or memory=none")
-        self.taken, mixer.recall = True, Recall(self.length, self.segment)
+        self.taken, mixer.recall = True, SegmentReader(self.length, self.segment)
         for leaf in mixer.modules():
             if self.segment is not None and isinstance(leaf, Softmax):
-                leaf.mask = leaf.mask & Recalled(self.segment, self.length)
+                leaf.mask = leaf.mask & SegmentRecurrence(self.segment, self.length)
 
     def stack(self, width: int) -> nn.Module | None:
         """Nothing stands around the layers.
@@ -99,7 +99,7 @@ class Segments(Memory):
         return None
 
 
-class Recall(Carrier):
+class SegmentReader(StatefulModule):
     """What the queries of a layer may see: kept tokens, those of the row as later segments see them, and the row itself.
 
     Args:

@@ -6,7 +6,6 @@ Letters: B rows, T tokens, N pieces of a row, S tokens of a piece, m memory toke
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,44 +16,23 @@ from torch.utils.checkpoint import checkpoint
 from models.attention.compressed import Compressed
 from models.attention.longformer import Longformer
 from models.attention.prefix import PrefixAttention
+from models.carried_state import StatefulModule
 from models.convolution.hyena import Hyena
-from models.init import Rule, Usual
-from models.masks import ALL, EMPTY, EVERY, FAR, NONE, SOME, Band, Both, Box, Mask, SameDocument
-from models.masks_sparse import RoleKey
-from models.memory.memory import Memory, Through
-from models.mixing.relay import Relay, by_document
-from models.mixing.softmax import Softmax
-from models.past import Carrier
+from models.init import Rule, ScaledNormal
+from models.masks.algebra import And
+from models.masks.basic import SameDocument
+from models.masks.roles import RoleKey, RoleQuery
+from models.memory.base import LayerStack, Memory
+from models.primitives.sequential import SequentialScan, segments_by_document
+from models.primitives.softmax import Softmax
 from models.ranges import Few, Piece
 from models.same_graph import tied
-from models.span import PADDING, READ, TEXT, WRITE, Span
-
-
-@dataclass(frozen=True)
-class RoleQuery(Mask):
-    """The query has this role."""
-
-    role: int
-
-    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
-        return (q.role == self.role)[:, None, :, None].expand(-1, 1, -1, k.shape[1])
-
-    def outlook(self, q: Box, k: Box) -> int:
-        if q.role_low == q.role_high:
-            return ALL if q.role_low == self.role else NONE
-        return SOME if q.role_low <= self.role <= q.role_high else NONE
-
-    def band(self, q: Box, k: Box) -> Band | None:
-        return (EMPTY, None, EVERY)[self.outlook(q, k)]
-
-    def causal_from(self) -> int:
-        return FAR if self.role == TEXT else 0
-
+from models.span import PADDING, READ, WRITE, Span
 
 MEMORY = SameDocument() & (RoleKey(READ) | RoleQuery(WRITE))  # all see what is read; what is written sees all
 
 
-class Tokens(Memory):
+class MemoryTokens(Memory):
     """memory=tokens: segments are read one after the other, and memory tokens are all that goes from one to the next.
 
     Args:
@@ -96,7 +74,7 @@ class Tokens(Memory):
         """The mixer as it is, its attention seeing memory tokens too."""
         _judge(self, mixer, sizes.get("context_length"))
         if isinstance(mixer, Longformer):  # two softmaxes that share the keys out between them by query
-            assert isinstance(mixer.global_mix.mask, Both)
+            assert isinstance(mixer.global_mix.mask, And)
             to_all = mixer.global_mix.mask.b
             mixer.mix.mask = (mixer.mix.mask | MEMORY) & ~to_all
             mixer.global_mix.mask = (mixer.global_mix.mask | MEMORY) & to_all
@@ -108,10 +86,10 @@ class Tokens(Memory):
 
     def stack(self, width: int) -> nn.Module:
         """Around all layers."""
-        return Stack(self, width)
+        return RecurrentMemory(self, width)
 
 
-def _judge(memory: Tokens, mixer: nn.Module, context_length: int | None) -> None:
+def _judge(memory: MemoryTokens, mixer: nn.Module, context_length: int | None) -> None:
     """Refuse what has no such form around it.
 
     Raises:
@@ -130,7 +108,7 @@ def _judge(memory: Tokens, mixer: nn.Module, context_length: int | None) -> None
         )
 
 
-class Stack(Carrier):
+class RecurrentMemory(StatefulModule):
     """Goes through all layers once for each segment. Owns the vectors that a document starts from.
 
     Args:
@@ -138,16 +116,16 @@ class Stack(Carrier):
         width: of the residual stream.
     """
 
-    def __init__(self, settings: Tokens, width: int):
+    def __init__(self, settings: MemoryTokens, width: int):
         super().__init__()
         self.settings, self.depth = settings, settings.depth
         self.memory = nn.Parameter(torch.empty(settings.length, width))
         self.norm = nn.RMSNorm(width)  # of what is written: else it would grow with every segment that adds to it
-        self.relay = Relay(by_document)
+        self.relay = SequentialScan(segments_by_document)
 
     def initial(self) -> dict[str, Rule]:
         """Memory tokens start as other tokens do."""
-        return {"memory": Usual()}
+        return {"memory": ScaledNormal()}
 
     def begin(self, step: int) -> None:
         """Step numbers start at 1."""
@@ -158,32 +136,32 @@ class Stack(Carrier):
         """The layers of the decoder that this stands in."""
         return [parent.blocks]
 
-    def forward(self, x: Tensor, span: Span, through: Through) -> Tensor:
+    def forward(self, x: Tensor, span: Span, through: LayerStack) -> Tensor:
         """[B, T, width] -> [B, T, width], 0 at padding."""
         found = None if span.past is None else span.past.state(self.place)
         state = self._fresh(x) if found is None else found.to(x.dtype)
         step = partial(self._step, through)
-        y, (last,) = self.relay(step, (x,), (state,), at=span, size=self.settings.segment, depth=self.depth)
+        y, (last,) = self.relay(step, (x,), (state,), span=span, size=self.settings.segment, depth=self.depth)
         if span.past is not None:
-            span.past.leave(self.place, last)
+            span.past.store(self.place, last)
         return tied(y, self.norm.weight)  # else a rank with one segment a row would not use what it writes
 
     def _fresh(self, x: Tensor) -> Tensor:
         """[B, m, width]: what a document starts from."""
         return self.memory.to(x.dtype).expand(x.shape[0], -1, -1)
 
-    def _step(self, through: Through, xs: tuple[Tensor, ...], at: Span, state: tuple[Tensor, ...]) -> Any:
+    def _step(self, through: LayerStack, xs: tuple[Tensor, ...], span: Span, state: tuple[Tensor, ...]) -> Any:
         """One segment: ([B, S, width], (memory [B, m, width],))."""
-        read = torch.where(at.opens()[:, :1, None], self._fresh(xs[0]), state[0])
+        read = torch.where(span.opens()[:, :1, None], self._fresh(xs[0]), state[0])
         if self.settings.recompute and torch.is_grad_enabled():
-            y, written = checkpoint(self._segment, through, xs[0], at, read, use_reentrant=False, preserve_rng_state=False)
+            y, written = checkpoint(self._segment, through, xs[0], span, read, use_reentrant=False, preserve_rng_state=False)
         else:
-            y, written = self._segment(through, xs[0], at, read)
+            y, written = self._segment(through, xs[0], span, read)
         return y, (written,)
 
-    def _segment(self, through: Through, x: Tensor, at: Span, read: Tensor) -> tuple[Tensor, Tensor]:
+    def _segment(self, through: LayerStack, x: Tensor, span: Span, read: Tensor) -> tuple[Tensor, Tensor]:
         """(y [B, S, width], memory [B, m, width])."""
-        inner, order = enclosed(at, read.shape[1])
+        inner, order = enclosed(span, read.shape[1])
         every = torch.cat([read, x, read], 1)
         out = through(every.gather(1, order[..., None].expand_as(every)), inner)
         back = out.gather(1, order.argsort(1)[..., None].expand_as(out))
@@ -191,17 +169,17 @@ class Stack(Carrier):
         return y, self.norm(written)
 
 
-def enclosed(at: Span, length: int) -> tuple[Span, Tensor]:
+def enclosed(span: Span, length: int) -> tuple[Span, Tensor]:
     """Addresses of [read; segment; write; empty slots], and where among [read; the S slots; write] each of these stands.
 
     [B, 2 m + S] both: a segment that is shorter than its slots has what is written right behind it, so that whoever reads
     tokens in order finds no hole.
     """
-    rows, slots = at.shape
-    some = torch.ones(rows, length, dtype=torch.bool, device=at.pos.device)  # also without a segment: layers see tokens
-    used = torch.cat([some, at.valid(), some], 1)
+    rows, slots = span.shape
+    some = torch.ones(rows, length, dtype=torch.bool, device=span.pos.device)  # also without a segment: layers see tokens
+    used = torch.cat([some, span.valid(), some], 1)
     order = (~used).to(torch.int8).argsort(dim=1, stable=True)
-    role = torch.cat([torch.full_like(at.role[:, :1], kind).expand(-1, length) for kind in (READ, WRITE)], 1)
-    role = torch.cat([role[:, :length], at.role, role[:, length:]], 1).gather(1, order)
-    pos = torch.arange(slots + 2 * length, device=at.pos.device).expand(rows, -1)
+    role = torch.cat([torch.full_like(span.role[:, :1], kind).expand(-1, length) for kind in (READ, WRITE)], 1)
+    role = torch.cat([role[:, :length], span.role, role[:, length:]], 1).gather(1, order)
+    pos = torch.arange(slots + 2 * length, device=span.pos.device).expand(rows, -1)
     return Span(pos, torch.where(used.gather(1, order), 0, PADDING), role), order

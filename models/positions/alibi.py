@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from models.positions.position import Position
+from models.positions.base import Position
 from models.scores import Score
 from models.span import Span
 
@@ -39,8 +39,8 @@ class AlibiScore(Score):
         super().__init__()
         self.slopes = slopes(heads)
 
-    def bias(self, at: Span, of: Span, heads: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def bias(self, span: Span, kv_span: Span, heads: Tensor, dtype: torch.dtype) -> Tensor | None:
         """[B, H, T, S], at most 0."""
-        apart = (at.pos[:, :, None] - of.pos[:, None, :]).abs().to(dtype)
+        apart = (span.pos[:, :, None] - kv_span.pos[:, None, :]).abs().to(dtype)
         slope = torch.tensor(self.slopes, dtype=dtype, device=heads.device)[heads]
         return -slope[:, None, None] * apart[:, None]

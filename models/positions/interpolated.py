@@ -11,13 +11,13 @@ class Interpolated(Rope):
 
     Args:
         factor: how many times longer documents may be.
-        base: of the rotary positions that were trained.
+        theta: of the rotary positions that were trained.
 
     Source: Chen et al. 2023 (arXiv:2306.15595).
     """
 
-    def __init__(self, factor: float, base: float = 10_000.0):
-        super().__init__(base)
+    def __init__(self, factor: float, theta: float = 10_000.0):
+        super().__init__(theta)
         self.factor = stretch(factor)
 
     def speeds(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:

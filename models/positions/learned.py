@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from models.positions.position import Position
+from models.positions.base import Position
 from models.span import Span
 
 

@@ -1,6 +1,6 @@
 """No positions: the causal mask alone tells order."""
 
-from models.positions.position import Position
+from models.positions.base import Position
 
 
 class NoPosition(Position):

@@ -12,7 +12,7 @@ class Ntk(Rope):
 
     Args:
         factor: s; or, where original_length is set, the factor f of the "dynamic" form, s = f L / L0 - (f - 1).
-        base: of the rotary positions that were trained.
+        theta: of the rotary positions that were trained.
         original_length: L0, tokens that the positions were trained for; null: s is the factor itself.
         context_length: L, tokens of a row of this run. It stands for every document of the run, so that all ranks agree.
 
@@ -21,9 +21,9 @@ class Ntk(Rope):
     """
 
     def __init__(
-        self, factor: float, base: float = 10_000.0, *, original_length: int | None = None, context_length: int | None = None
+        self, factor: float, theta: float = 10_000.0, *, original_length: int | None = None, context_length: int | None = None
     ):
-        super().__init__(base)
+        super().__init__(theta)
         self.longer = stretch(factor)
         if original_length is not None:
             if original_length < 1:

@@ -6,10 +6,10 @@ Letters: B rows, T queries, S keys, H heads, D head width, W = H D, N different 
 import torch
 from torch import Tensor, nn
 
-from models.init import Rule, Usual
-from models.positions.position import Position
+from models.init import Rule, ScaledNormal
+from models.positions.base import Position
 from models.positions.sinusoidal import sinusoid
-from models.scores import Score, Tensors, dots
+from models.scores import Score, Tensors, grouped_dot_products
 from models.span import Span
 
 STRIP = 128  # queries that are scored against their distances at once: T queries and S keys have T + S - 1 of them
@@ -20,23 +20,23 @@ class Relative(Position):
 
     Args:
         clamp: distances beyond it count as it; null: none do.
-        base: wavelengths run from 2 pi to 2 pi base tokens.
+        theta: wavelengths run from 2 pi to 2 pi base tokens.
 
     u, v and W_R belong to each layer ("untied"). Source: Dai et al. 2019 (arXiv:1901.02860). Theirs shifts a matrix of all
     distances by one a row. Ours does so within blocks of two unbroken runs, and looks each pair's distance up by address in all
     others, so any cut and any packing of documents will do.
     """
 
-    def __init__(self, clamp: int | None = None, base: float = 10_000.0):
+    def __init__(self, clamp: int | None = None, theta: float = 10_000.0):
         if clamp is not None and clamp < 1:
             raise ValueError(f"position.clamp={clamp} is a distance in tokens; use 1 or more, or null")
-        if base <= 1:
-            raise ValueError(f"position.base is a wavelength in tokens and must be above 1; got {base}")
-        self.clamp, self.base = clamp, base
+        if theta <= 1:
+            raise ValueError(f"position.theta is a wavelength in tokens and must be above 1; got {theta}")
+        self.clamp, self.theta = clamp, theta
 
     def score(self, heads: int, head_width: int) -> tuple[Score, nn.Module | None]:
         """The score, and a module that gives its params (u, v, W_R)."""
-        return RelativeScore(self.clamp, self.base), RelativeTables(heads, head_width)
+        return RelativeScore(self.clamp, self.theta), RelativeTables(heads, head_width)
 
 
 class RelativeTables(nn.Module):
@@ -48,7 +48,7 @@ class RelativeTables(nn.Module):
         self.distance = nn.Parameter(torch.zeros(heads, head_width, heads * head_width))
 
     def initial(self) -> dict[str, Rule]:
-        return dict.fromkeys(("u", "v", "distance"), Usual())
+        return dict.fromkeys(("u", "v", "distance"), ScaledNormal())
 
     def forward(self) -> tuple[Tensor, ...]:
         return self.u, self.v, self.distance
@@ -60,20 +60,20 @@ class RelativeScore(Score):
     param_heads = (0, 0, 0)
     plain = False
 
-    def __init__(self, clamp: int | None, base: float):
+    def __init__(self, clamp: int | None, theta: float):
         super().__init__()
-        self.clamp, self.base = clamp, base
+        self.clamp, self.theta = clamp, theta
 
-    def logits(self, query: Tensors, payload: Tensors, params: Tensors, at: Span, of: Span, heads: Tensor) -> Tensor:
+    def logits(self, query: Tensors, payload: Tensors, params: Tensors, span: Span, kv_span: Span, heads: Tensor) -> Tensor:
         """[B, H, T, S]."""
         (q, k, _), (u, v, table) = self.operands(query, payload, params), params
-        apart = evenly(at, of)
+        apart = evenly(span, kv_span)
         if apart is None:
-            distance, where = distances(at, of)
+            distance, where = distances(span, kv_span)
             told = _meet(q + v, self._keys(distance, table)).gather(3, where[:, None].expand(-1, q.shape[2], -1, -1))
         else:
-            told = self._in_strips(q + v, table, apart, of.shape[1])
-        return (dots(q + u, k) + told) * self.scale(q)
+            told = self._in_strips(q + v, table, apart, kv_span.shape[1])
+        return (grouped_dot_products(q + u, k) + told) * self.scale(q)
 
     def _in_strips(self, query: Tensor, table: Tensor, apart: int, count: int) -> Tensor:
         """[B, H, T, S]: how each query [B, T, H, D] scores its distances to S keys, where `evenly` gave `apart`."""
@@ -89,7 +89,7 @@ class RelativeScore(Score):
         """[H, D, N]: what a query is multiplied with for each distance [N]."""
         if self.clamp is not None:
             distance = distance.clamp(-self.clamp, self.clamp)
-        waves = torch.cat(sinusoid(distance.to(table.dtype), table.shape[2], self.base), -1)[:, : table.shape[2]]
+        waves = torch.cat(sinusoid(distance.to(table.dtype), table.shape[2], self.theta), -1)[:, : table.shape[2]]
         return torch.einsum("nw,hdw->hdn", waves, table)  # narrow first: D is a share of W
 
 
@@ -98,13 +98,13 @@ def _meet(query: Tensor, keys: Tensor) -> Tensor:
     return torch.einsum("bthd,hdn->bhtn", query, keys)
 
 
-def evenly(at: Span, of: Span) -> int | None:
+def evenly(span: Span, kv_span: Span) -> int | None:
     """pos of the first query less that of the first key, where on both axes positions rise by one; None where they do not."""
-    (rows, tokens), keys = at.shape, of.shape[1]
+    (rows, tokens), keys = span.shape, kv_span.shape[1]
     if not rows * tokens * keys:
         return None
-    line = torch.arange(max(tokens, keys), device=at.pos.device)
-    apart, start = at.pos - line[:tokens], of.pos - line[:keys]
+    line = torch.arange(max(tokens, keys), device=span.pos.device)
+    apart, start = span.pos - line[:tokens], kv_span.pos - line[:keys]
     even = (apart == apart[:, :1]).all() & (start == start[:, :1]).all()
     first = apart[:, 0] - start[:, 0]
     return int(first[0]) if even & (first == first[0]).all() else None
@@ -118,9 +118,9 @@ def skewed(x: Tensor, keys: int) -> Tensor:
     return x.flatten(-2).narrow(-1, tokens - 1, tokens * (size - 1)).unflatten(-1, (tokens, size - 1))[..., :keys]
 
 
-def distances(at: Span, of: Span) -> tuple[Tensor, Tensor]:
+def distances(span: Span, kv_span: Span) -> tuple[Tensor, Tensor]:
     """The different values [N] int64 of pos_q - pos_k, rising, and which of them each pair [B, T, S] has."""
-    apart = at.pos[:, :, None] - of.pos[:, None, :]
+    apart = span.pos[:, :, None] - kv_span.pos[:, None, :]
     low = apart.min()
     found = torch.zeros(int(apart.max() - low) + 1, dtype=torch.bool, device=apart.device)
     found[(apart - low).flatten()] = True

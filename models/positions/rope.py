@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from models.positions.position import Position
+from models.positions.base import Position
 from models.scores import Score
 from models.span import Span
 
@@ -12,19 +12,19 @@ class Rope(Position):
     """Source: Su et al. 2021 (arXiv:2104.09864). Pairs are (i, i + D/2), as in NeoX and Llama, not (2i, 2i + 1).
 
     Args:
-        base: the slowest pair takes about 2 pi base tokens to come round.
+        theta: the slowest pair takes about 2 pi base tokens to come round.
     """
 
-    def __init__(self, base: float = 10_000.0):
-        if base <= 1:
-            raise ValueError(f"position.base is a wavelength in tokens and must be above 1; got {base}")
-        self.base = base
+    def __init__(self, theta: float = 10_000.0):
+        if theta <= 1:
+            raise ValueError(f"position.theta is a wavelength in tokens and must be above 1; got {theta}")
+        self.theta = theta
 
     def speeds(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[width / 2] radians per token, fastest first."""
         if width % 2:
             raise ValueError(f"rotary positions turn pairs of channels: the head width must be even, got {width}")
-        return self.base ** -(torch.arange(width // 2, device=device, dtype=dtype) / (width // 2))
+        return self.theta ** -(torch.arange(width // 2, device=device, dtype=dtype) / (width // 2))
 
     def score(self, heads: int, head_width: int) -> tuple[Score, nn.Module | None]:
         """See Position.score; raises ValueError for heads that cannot be turned, when the layer is built."""

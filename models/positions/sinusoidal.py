@@ -6,8 +6,8 @@ Letters: B rows, T tokens.
 import torch
 from torch import Tensor, nn
 
-from models.init import DEVIATION
-from models.positions.position import Position
+from models.init import INIT_STD
+from models.positions.base import Position
 from models.ranges import Positive
 from models.span import Span
 
@@ -16,26 +16,26 @@ class Sinusoidal(Position):
     """Channel 2i holds sin(p / base^(2i / width)), channel 2i + 1 the cosine.
 
     Args:
-        base: wavelengths run from 2 pi to 2 pi base tokens.
+        theta: wavelengths run from 2 pi to 2 pi base tokens.
         amplitude: of the waves. The paper has 1 and multiplies embeddings of deviation 1 / sqrt(width) by sqrt(width);
             here embeddings are left as they are and start with a deviation of 0.02, so waves of 0.02 keep the proportion.
 
     Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.5.
     """
 
-    def __init__(self, base: float = 10_000.0, amplitude: Positive = DEVIATION):
-        if base <= 1:
-            raise ValueError(f"position.base is a wavelength in tokens and must be above 1; got {base}")
+    def __init__(self, theta: float = 10_000.0, amplitude: Positive = INIT_STD):
+        if theta <= 1:
+            raise ValueError(f"position.theta is a wavelength in tokens and must be above 1; got {theta}")
         if amplitude <= 0:
             raise ValueError(f"position.amplitude={amplitude} leaves no positions; use a positive number, or position=none")
-        self.base, self.amplitude = base, amplitude
+        self.theta, self.amplitude = theta, amplitude
 
     def embedding(self, width: int) -> nn.Module | None:
         """A module (span) -> [B, T, width] without parameters."""
-        return Waves(width, self.base, self.amplitude)
+        return SinusoidTable(width, self.theta, self.amplitude)
 
 
-class Waves(nn.Module):
+class SinusoidTable(nn.Module):
     """(span) -> [B, T, width]: the waves at every token's position.
 
     float32; where a model is asked to be float64 (`.double()`), so are the waves.
@@ -43,9 +43,9 @@ class Waves(nn.Module):
 
     precision: Tensor
 
-    def __init__(self, width: int, base: float, amplitude: float):
+    def __init__(self, width: int, theta: float, amplitude: float):
         super().__init__()
-        self.width, self.base, self.amplitude = width, base, amplitude
+        self.width, self.theta, self.amplitude = width, theta, amplitude
         self.register_buffer("precision", torch.zeros(()), persistent=False)
 
     def reset_buffers(self) -> None:
@@ -55,7 +55,7 @@ class Waves(nn.Module):
     def forward(self, span: Span) -> Tensor:
         """[B, T, width], in the dtype that the model was given."""
         wide = torch.promote_types(self.precision.dtype, torch.float32)
-        waves = sinusoid(span.pos.to(wide), self.width, self.base)
+        waves = sinusoid(span.pos.to(wide), self.width, self.theta)
         return (torch.stack(waves, -1).flatten(-2)[..., : self.width] * self.amplitude).to(self.precision.dtype)
 
 

@@ -17,9 +17,9 @@ class Yarn(Rope):
     Args:
         factor: s, how many times longer documents may be.
         original_length: L0, tokens that the positions were trained for.
-        base: of the rotary positions that were trained.
-        fast, slow: turns within L0 above which a pair keeps its speed, and below which it is slowed in full.
-        magnitude: m, by which turned queries and keys are multiplied (logits by m^2); null: 0.1 ln(s) + 1.
+        theta: of the rotary positions that were trained.
+        beta_fast, slow: turns within L0 above which a pair keeps its speed, and below which it is slowed in full.
+        attention_factor: m, by which turned queries and keys are multiplied (logits by m^2); null: 0.1 ln(s) + 1.
 
     Source: Peng et al. 2023 (arXiv:2309.00071). The ramp between the two runs over whole channels, as in their code and
     in transformers.
@@ -29,28 +29,28 @@ class Yarn(Rope):
         self,
         factor: float,
         original_length: int,
-        base: float = 10_000.0,
+        theta: float = 10_000.0,
         *,
-        fast: float = 32.0,
-        slow: float = 1.0,
-        magnitude: Shares | None = None,
+        beta_fast: float = 32.0,
+        beta_slow: float = 1.0,
+        attention_factor: Shares | None = None,
     ):
-        super().__init__(base)
-        if not fast > slow > 0:
-            raise ValueError(f"position.fast={fast} and position.slow={slow} are turns; use fast above slow above 0")
-        if original_length < 2 * pi * slow:
+        super().__init__(theta)
+        if not beta_fast > beta_slow > 0:
+            raise ValueError(f"position.beta_fast={beta_fast} and position.beta_slow={beta_slow} are turns; use fast above slow above 0")
+        if original_length < 2 * pi * beta_slow:
             raise ValueError(
-                f"position.original_length={original_length} is so short that no pair turns {slow} times in it; "
-                f"use {ceil(2 * pi * slow)} or more"
+                f"position.original_length={original_length} is so short that no pair turns {beta_slow} times in it; "
+                f"use {ceil(2 * pi * beta_slow)} or more"
             )
-        if magnitude is not None and magnitude <= 0:
-            raise ValueError(f"position.magnitude={magnitude} would erase queries and keys; use a positive number, or null")
-        self.factor, self.original_length, self.turns = stretch(factor), original_length, (fast, slow)
-        self.magnitude = 0.1 * log(factor) + 1 if magnitude is None else magnitude
+        if attention_factor is not None and attention_factor <= 0:
+            raise ValueError(f"position.attention_factor={attention_factor} would erase queries and keys; use a positive number, or null")
+        self.factor, self.original_length, self.turns = stretch(factor), original_length, (beta_fast, beta_slow)
+        self.attention_factor = 0.1 * log(factor) + 1 if attention_factor is None else attention_factor
 
     def ramp(self, width: int) -> tuple[float, float]:
         """The pair up to which speeds are kept, and the one from which they are slowed in full."""
-        fast, slow = (width * log(self.original_length / (2 * pi * turns)) / (2 * log(self.base)) for turns in self.turns)
+        fast, slow = (width * log(self.original_length / (2 * pi * turns)) / (2 * log(self.theta)) for turns in self.turns)
         low, high = max(floor(fast), 0), min(ceil(slow), width - 1)
         return low, max(high, low + 1e-3)
 
@@ -63,4 +63,4 @@ class Yarn(Rope):
     def turn(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, H, D] turned and magnified, computed in at least float32."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (super().turn(wide, span) * self.magnitude).to(x.dtype)
+        return (super().turn(wide, span) * self.attention_factor).to(x.dtype)

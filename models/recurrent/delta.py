@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.convolution.short import SiluTaps
+from models.convolution.short_conv import SiluDepthwiseConv
 from models.init import Rule
-from models.mixing.scan import Scan
+from models.primitives.scan import Scan
 from models.recurrent.linear import head_width
 from models.span import Span
 
@@ -22,17 +22,17 @@ class DeltaNet(nn.Module):
     Args:
         width: of what comes in and goes out.
         heads: they divide width.
-        taps: of the short convolutions.
-        reflect: let b reach 2 and not 1, so that a token can turn the state over (Grazzi et al. 2024, arXiv:2411.12537).
+        conv_kernel: of the short convolutions.
+        allow_neg_eigval: let b reach 2 and not 1, so that a token can turn the state over (Grazzi et al. 2024, arXiv:2411.12537).
 
     Source: Schlag et al. 2021 (arXiv:2102.11174), Yang et al. 2024 (arXiv:2406.06484).
     """
 
-    def __init__(self, width: int, heads: int, *, taps: int = 4, reflect: bool = False):
+    def __init__(self, width: int, heads: int, *, conv_kernel: int = 4, allow_neg_eigval: bool = False):
         super().__init__()
-        self.heads, self.head_width, self.most = heads, head_width(width, heads), 2.0 if reflect else 1.0
+        self.heads, self.head_width, self.most = heads, head_width(width, heads), 2.0 if allow_neg_eigval else 1.0
         self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.q_taps, self.k_taps, self.v_taps = (SiluTaps(width, taps) for _ in range(3))
+        self.q_taps, self.k_taps, self.v_taps = (SiluDepthwiseConv(width, conv_kernel) for _ in range(3))
         self.step = nn.Linear(width, heads, bias=False)
         self.norm, self.mix = nn.RMSNorm(self.head_width, eps=1e-5), Scan()
 
@@ -55,7 +55,7 @@ class DeltaNet(nn.Module):
         step = (self.most * self.step(x).to(wide).sigmoid())[..., None]
         decay = self.decay(x).to(wide)
         payload = k, step * v.to(wide), decay, k * decay.exp()[..., None], -step * k
-        return self.norm(self.mix((q,), payload, at=span).to(x.dtype))
+        return self.norm(self.mix((q,), payload, span=span).to(x.dtype))
 
 
 class GatedDeltaNet(DeltaNet):
@@ -64,8 +64,8 @@ class GatedDeltaNet(DeltaNet):
     Source: Yang et al. 2024 (arXiv:2412.06464); its keys are narrower and its values wider than width, here both are as wide.
     """
 
-    def __init__(self, width: int, heads: int, *, taps: int = 4, reflect: bool = False):
-        super().__init__(width, heads, taps=taps, reflect=reflect)
+    def __init__(self, width: int, heads: int, *, conv_kernel: int = 4, allow_neg_eigval: bool = False):
+        super().__init__(width, heads, conv_kernel=conv_kernel, allow_neg_eigval=allow_neg_eigval)
         self.forget, self.gate = nn.Linear(width, heads, bias=False), nn.Linear(width, width, bias=False)
         self.pace, self.delay = nn.Parameter(torch.empty(heads)), nn.Parameter(torch.empty(heads))
 

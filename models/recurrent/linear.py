@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.mixing.scan import Scan
+from models.primitives.scan import Scan
 from models.span import Span
 
 TINY = 1e-30  # below any sum of weights that is not 0; above the smallest float32
@@ -24,7 +24,7 @@ def weighted_mean(mix: Scan, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Ten
     """[B, T, H, E]: mean of v [B, T, H, E] with weights q_t k_s, all at least 0 (features [B, T, H, M]); 0 where none is."""
     ones = v.new_ones(*v.shape[:-1], 1)
     still = q.new_zeros(*q.shape[:2], 1)
-    found = mix((q,), (k, torch.cat([v, ones], -1).to(q.dtype), still), at=span)
+    found = mix((q,), (k, torch.cat([v, ones], -1).to(q.dtype), still), span=span)
     return (found[..., :-1] / found[..., -1:].clamp_min(TINY)).to(v.dtype)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.init import Rule, normal
-from models.mixing.scan import Scan
+from models.primitives.scan import Scan
 from models.ranges import Few
 from models.recurrent.linear import head_width
 from models.span import Span
@@ -64,5 +64,5 @@ class Retention(nn.Module):
         """[B, T, width] -> [B, T, width]."""
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v))
         fade = torch.tensor(fading(self.heads), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        y = self.mix((self.turn(q, span),), (self.turn(k, span), v, fade.expand(*x.shape[:2], -1)), at=span)
+        y = self.mix((self.turn(q, span),), (self.turn(k, span), v, fade.expand(*x.shape[:2], -1)), span=span)
         return self.out(self.norm(y).flatten(-2) * F.silu(self.gate(x)))

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.init import Rule, normal
-from models.mixing.scan import Scan
+from models.primitives.scan import Scan
 from models.recurrent.linear import head_width
-from models.recurrent.shift import HeadNorm, LowRank, Shift, ramp
+from models.recurrent.rwkv_layers import HeadNorm, LowRank, TokenShift, ramp
 from models.span import Span
 
 PARTS = ("w", "k", "v", "r", "g")
@@ -32,7 +32,7 @@ class Rwkv6(nn.Module):
         super().__init__()
         self.heads, self.head_width = heads, head_width(width, heads)
         self.depth, self.height = 1 - layer / layers, layer / max(1, layers - 1)
-        self.shift, self.look = Shift(), nn.Parameter(torch.empty(1 + len(PARTS), width))
+        self.shift, self.look = TokenShift(), nn.Parameter(torch.empty(1 + len(PARTS), width))
         self.looks = nn.ModuleList(LowRank(width, rank, nn.Tanh(), base=False) for _ in PARTS)
         self.decay = LowRank(width, rank, nn.Tanh())
         self.k, self.v, self.r, self.g, self.out = (nn.Linear(width, width, bias=False) for _ in range(5))
@@ -55,5 +55,5 @@ class Rwkv6(nn.Module):
         decay = -self.decay(w).to(wide).exp()
         k, v, r, decay = (y.unflatten(-1, (self.heads, -1)) for y in (self.k(k), self.v(v), self.r(r), decay))
         now = (r * self.bonus * k).sum(-1, keepdim=True) * v
-        y = self.mix((r,), (k, v, decay), at=span) + now
+        y = self.mix((r,), (k, v, decay), span=span) + now
         return self.out(self.norm(y.flatten(-2)) * F.silu(self.g(g)))

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.init import Rule, constant, orthogonal
-from models.mixing.scan import Scan
+from models.primitives.scan import Scan
 from models.recurrent.linear import head_width
-from models.recurrent.shift import HeadNorm, LowRank, Shift, ramp
+from models.recurrent.rwkv_layers import HeadNorm, LowRank, TokenShift, ramp
 from models.span import Span
 
 SLOWEST = -math.exp(-0.5)  # log decays lie between this and 0
@@ -27,7 +27,7 @@ class Rwkv7(nn.Module):
         heads: they divide width.
         layer, layers: which layer this is; all but the lowest draw their values toward those of the first such layer.
         rank: of the low-rank maps to decay, rate, gate and values.
-        reflect: let the rate of correction reach 2 and not 1, so that a token can turn the state over (Grazzi et al. 2024,
+        allow_neg_eigval: let the rate of correction reach 2 and not 1, so that a token can turn the state over (Grazzi et al. 2024,
             arXiv:2411.12537); what is put in stays as it is.
 
     Source: Peng et al. 2025 (arXiv:2503.14456); initial weights as in its public trainer, but `out` starts as in every layer
@@ -36,11 +36,11 @@ class Rwkv7(nn.Module):
 
     shares_values = True  # its block hands on the first layer's: models/block.py
 
-    def __init__(self, width: int, heads: int, layer: int, layers: int, *, rank: int = 32, reflect: bool = False):
+    def __init__(self, width: int, heads: int, layer: int, layers: int, *, rank: int = 32, allow_neg_eigval: bool = False):
         super().__init__()
         self.heads, self.head_width = heads, head_width(width, heads)
-        self.layer, self.layers, self.most = layer, layers, 2.0 if reflect else 1.0
-        self.shift, self.look = Shift(), nn.Parameter(torch.empty(len(POWERS), width))
+        self.layer, self.layers, self.most = layer, layers, 2.0 if allow_neg_eigval else 1.0
+        self.shift, self.look = TokenShift(), nn.Parameter(torch.empty(len(POWERS), width))
         self.r, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.decay, self.rate = LowRank(width, rank, nn.Tanh()), LowRank(width, rank)
         self.gate = LowRank(width, rank, nn.Sigmoid(), base=False)
@@ -100,7 +100,7 @@ class Rwkv7(nn.Module):
         direction, k = k * self.direction, k * (1 + (rate - 1) * self.strength)
         r, k, v, rate, decay, direction = (y.unflatten(-1, (self.heads, -1)) for y in (r, k, v, rate, decay, direction))
         direction = F.normalize(direction.to(wide), dim=-1)
-        y = self.mix((r,), (k, v, decay, -direction, self.most * direction * rate), at=span)
+        y = self.mix((r,), (k, v, decay, -direction, self.most * direction * rate), span=span)
         now = (r * k * self.bonus).sum(-1, keepdim=True) * v
         return self.out((self.norm(y.flatten(-2)) + now.flatten(-2)) * self.gate(g)), theirs
 

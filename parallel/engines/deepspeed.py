@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
 
-from parallel.engines.engine import STORED, BuildOptimiser, Engine, blocks_of, same
-from parallel.engines.gradients import clip
+from parallel.engines.base import STORED, BuildOptimiser, Engine, blocks_of, same
+from parallel.engines.deepspeed_limits import STAGE, misfits
+from parallel.engines.gradients import clip_gradients
+from parallel.engines.materialize import materialize, named
 from parallel.engines.single import cast_inputs
-from parallel.engines.weights import materialise, named
-from parallel.engines.zero import STAGE, misfits
 from parallel.mesh import Mesh
 
 BUCKET = 25_000_000  # elements that are sent at once
@@ -41,7 +41,7 @@ class Deepspeed(Engine):
     """ZeRO 0 to 3; in bfloat16 with float32 masters, sums of gradients and communication (not in stage 0).
 
     Args:
-        zero: the stage; 0 = everything whole on every rank, None = 2.
+        zero_stage: the stage; 0 = everything whole on every rank, None = 2.
         offload: what lies in the host's memory: none (or None), optimizer (its state and masters), parameters (these too).
         others: as Engine.
 
@@ -61,16 +61,16 @@ class Deepspeed(Engine):
         seed: int = 0,
         checkpointing: str = "none",
         compile: bool = False,
-        zero: int | None = None,
+        zero_stage: int | None = None,
         offload: str | None = None,
     ):
         super().__init__(mesh, optimiser, precision=precision, seed=seed, checkpointing=checkpointing, compile=compile)
-        self.zero, self.offload = STAGE if zero is None else zero, offload or "none"
-        self.keeps_sums = precision == "bfloat16" and self.zero == 1  # DeepSpeed has an optimiser of its own for it
+        self.zero_stage, self.offload = STAGE if zero_stage is None else zero_stage, offload or "none"
+        self.keeps_sums = precision == "bfloat16" and self.zero_stage == 1  # DeepSpeed has an optimiser of its own for it
         if mesh.device_mesh is None:
             raise ValueError("engine=deepspeed needs started ranks, and there are none; use engine=single in one process")
         reasons = misfits(
-            self.zero,
+            self.zero_stage,
             self.offload,
             precision=precision,
             accelerator=mesh.device.type != "cpu",
@@ -84,7 +84,7 @@ class Deepspeed(Engine):
         """See Engine.wrap. What is returned walks like the plain model: names and modules are its own."""
         model = model.to(STORED[self.precision])
         aliases = dict(named(model))
-        self.drawn = materialise(model, torch.device("cpu") if self.zero else self.mesh.device, self.seed, self.how)
+        self.drawn = materialize(model, torch.device("cpu") if self.zero_stage else self.mesh.device, self.seed, self.how)
         self.plain, self.parameters = model, dict(model.named_parameters())
         self.aliases = {name: first for name, first in aliases.items() if first in self.parameters}
         masters = {}
@@ -95,11 +95,11 @@ class Deepspeed(Engine):
         self.optimiser = self.build_optimiser(model, self.parameters)
         blank = {id(parameter): state for parameter, state in self.optimiser.state.items()}
         shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
-        if self.zero:  # made anew for the shards
+        if self.zero_stage:  # made anew for the shards
             self.optimiser.state.clear()
         self.model = self.started = self._start(model, self.optimiser)
         self.started.named_modules, self.started.state_dict = model.named_modules, model.state_dict
-        if self.zero:
+        if self.zero_stage:
             self._fill(blank, shapes)
         if masters:
             self._put_parameters(masters)
@@ -121,7 +121,7 @@ class Deepspeed(Engine):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {
-                "stage": self.zero,
+                "stage": self.zero_stage,
                 "overlap_comm": False,
                 "reduce_bucket_size": BUCKET,
                 "allgather_bucket_size": BUCKET,
@@ -141,11 +141,11 @@ class Deepspeed(Engine):
 
     def clip(self, max_norm: float | None = None) -> float:
         """See Engine.clip. DeepSpeed scales during its step, by the same factor."""
-        if not self.zero:
-            return clip(list(self.parameters.values()), max_norm, self.mesh.device)
+        if not self.zero_stage:
+            return clip_gradients(list(self.parameters.values()), max_norm, self.mesh.device)
         sharded = self.started.optimizer
         sharded.clip_grad = max_norm or 0.0
-        if self.zero == 3:
+        if self.zero_stage == 3:
             norm = combine_grad_norm_groups(sharded._get_norm_groups())
         elif self.keeps_sums:
             norm = get_global_norm_of_tensors(sharded.get_grads_for_norm()[0])
@@ -163,11 +163,11 @@ class Deepspeed(Engine):
     def skip(self) -> None:
         """See Engine.skip. DeepSpeed leaves a step out where a gradient overflows; it is told that one did."""
         sharded = self.started.optimizer
-        if not self.zero or self.keeps_sums:
-            (sharded if self.zero else self.started).zero_grad()
+        if not self.zero_stage or self.keeps_sums:
+            (sharded if self.zero_stage else self.started).zero_grad()
             return
         told: dict[str, Any] = {"check_grad_overflow": True, "has_overflow": lambda *_: True}
-        if self.zero == 3:
+        if self.zero_stage == 3:
             told = {"_get_norm_groups": lambda: [torch.tensor(-1.0)]}
         own = {name: value for name, value in vars(sharded).items() if name in told}
         vars(sharded).update(told)
@@ -183,7 +183,7 @@ class Deepspeed(Engine):
 
         Memory: while it lives, (parameters and moments) / ranks on each device, and the largest tensor once whole.
         """
-        if not self.zero:
+        if not self.zero_stage:
             return super().state()
         model = {name: value for name, value in self.plain.state_dict().items() if name not in self.aliases}  # buffers
         parts = {name: self._part(self._gathered(parameter)) for name, parameter in self.parameters.items()}
@@ -198,7 +198,7 @@ class Deepspeed(Engine):
 
     def load(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """See Engine.load. Under ZeRO 1 to 3 parameters that share a shard must have taken equally many steps."""
-        if not self.zero:
+        if not self.zero_stage:
             return super().load(state)
         same(self.state(), state)
         self._put_parameters({name: state["model"][name] for name in self.parameters})
@@ -216,7 +216,7 @@ class Deepspeed(Engine):
     def _shards(self) -> dict[str, Tensor]:
         """By name of a trained parameter, the flat float32 shard of it and others that this rank updates."""
         sharded = self.started.optimizer
-        if self.zero == 3:
+        if self.zero_stage == 3:
             groups = zip(sharded.fp16_groups, sharded.fp32_partitioned_groups_flat)
         elif self.keeps_sums:
             groups = zip(sharded.bf16_groups, sharded.fp32_groups_flat_partition)
@@ -233,14 +233,14 @@ class Deepspeed(Engine):
                     key: torch.zeros_like(flat) if value.shape == shapes[name] else value
                     for key, value in blank[id(self.parameters[name])].items()
                 }
-        if self.zero < 3:
+        if self.zero_stage < 3:
             self.started.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _gathered(self, parameter: nn.Parameter) -> Tensor:
         """The whole of it, in float32 where it is trained."""
         if parameter.requires_grad:
             return cast(Tensor, safe_get_full_fp32_param(parameter))
-        with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero == 3):
+        with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
             return parameter.detach().clone()
 
     def _part(self, tensor: Tensor) -> Tensor:
@@ -254,17 +254,17 @@ class Deepspeed(Engine):
         """Set the masters and what is computed with; a value is whole and equal on all ranks, or a DTensor."""
         for name, parameter in self.parameters.items():
             value = _whole(values[name]).to(self.mesh.device)
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.zero == 3):
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.zero_stage == 3):
                 parameter.data.copy_(value)
             if parameter.requires_grad:
                 self._set(parameter, value)
-        if self.zero < 3:
+        if self.zero_stage < 3:
             self.started.optimizer.update_lp_params()
 
     def _set(self, parameter: Any, value: Tensor, key: str | None = None) -> None:
         """Set the master, or the moment `key`, of a parameter on this rank, from the whole."""
         value = value.to(self.mesh.device)
-        if self.zero < 3:
+        if self.zero_stage < 3:
             parameter.set_full_hp_param(value, key)
             return
         size = parameter.ds_tensor.numel()  # DeepSpeed's own cutting fails where the ranks do not divide the elements

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from models.mixing.relay import stepped
+from models.primitives.sequential import sequential_modules
 from models.span import Span
-from parallel.engines.engine import BuildOptimiser, Engine, blocks_of
-from parallel.engines.experts import even_dim, share_experts
-from parallel.engines.gradients import add_up, used_anywhere
+from parallel.engines.base import BuildOptimiser, Engine, blocks_of
+from parallel.engines.expert_sharding import even_dim, share_experts
+from parallel.engines.gradients import all_reduce_gradients, used_anywhere
+from parallel.engines.materialize import materialize
 from parallel.engines.unused import reduce_unused
-from parallel.engines.weights import materialise
 from parallel.mesh import Mesh
 
 
@@ -75,7 +75,7 @@ class Fsdp(Engine):
                 module.set_gradient_divide_factor(1.0)
         kept = {id(parameter) for parameter in apart}
         names = {name for name, parameter in model.named_parameters() if id(parameter) in kept}
-        self.drawn = materialise(model, self.mesh.device, self.seed, self.how)
+        self.drawn = materialize(model, self.mesh.device, self.seed, self.how)
         self.apart = [parameter for name, parameter in model.named_parameters() if name in names]
         return model
 
@@ -107,7 +107,7 @@ class Fsdp(Engine):
         loss.backward()
         if last:
             trained = [parameter for parameter in self.apart if parameter.requires_grad]
-            add_up(trained, self.mesh.world_group, self.mesh.experts_data_group)
+            all_reduce_gradients(trained, self.mesh.world_group, self.mesh.experts_data_group)
             self._drop_unused()
 
     def _drop_unused(self) -> None:
@@ -207,7 +207,7 @@ def _separable(model: nn.Module) -> list[nn.Module]:
     FSDP2 cannot have one parameter in two units. Blocks that run inside the steps of a Relay are left to the root too: ranks go
     through them at different times, so what they need is gathered before the first step and reduced after the last.
     """
-    inside_steps = stepped(model)
+    inside_steps = sequential_modules(model)
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
 
     def apart(block: nn.Module) -> bool:

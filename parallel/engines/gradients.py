@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from parallel.engines.weights import local
+from parallel.engines.materialize import local_tensor
 
 BUCKET_BYTES = 25 * 2**20
 
 
-def add_up(parameters: Sequence[nn.Parameter], group: ProcessGroup | None, holders: ProcessGroup | None = None) -> None:
+def all_reduce_gradients(parameters: Sequence[nn.Parameter], group: ProcessGroup | None, holders: ProcessGroup | None = None) -> None:
     """Replace each gradient by its sum over the group; all ranks that hold it end with the same bits.
 
     Args:
@@ -38,7 +38,7 @@ def add_up(parameters: Sequence[nn.Parameter], group: ProcessGroup | None, holde
     grads = [p.grad for p in parameters if p.grad is not None]
     _sum([grad for grad in grads if not isinstance(grad, DTensor)], group)
     if holders is not None:
-        _sum([local(grad) for grad in grads if isinstance(grad, DTensor)], holders)
+        _sum([local_tensor(grad) for grad in grads if isinstance(grad, DTensor)], holders)
 
 
 def used_anywhere(here: Sequence[bool], group: ProcessGroup | None, device: torch.device) -> list[bool]:
@@ -73,7 +73,7 @@ def buckets(tensors: Sequence[Tensor], limit_bytes: int = BUCKET_BYTES) -> list[
 
 
 @torch.no_grad()
-def clip(parameters: Sequence[nn.Parameter], max_norm: float | None, device: torch.device) -> float:
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None, device: torch.device) -> float:
     """Global L2 norm of the gradients before clipping; scales them down to `max_norm` where they exceed it.
 
     Args:
@@ -83,18 +83,18 @@ def clip(parameters: Sequence[nn.Parameter], max_norm: float | None, device: tor
     is: look at it before the step.
     """
     if max_norm is not None and max_norm < 0:
-        raise ValueError(f"optim.clip={max_norm} is no norm; give a positive number, or 0 not to clip")
+        raise ValueError(f"optim.max_grad_norm={max_norm} is no norm; give a positive number, or 0 not to clip")
     grads = [p.grad for p in parameters if p.grad is not None]
     square = torch.zeros((), dtype=torch.float64, device=device)
     for groups, members in _by_mesh(grads):
-        part = torch.nn.utils.get_total_norm([local(grad) for grad in members]).to(device, torch.float64).square()
+        part = torch.nn.utils.get_total_norm([local_tensor(grad) for grad in members]).to(device, torch.float64).square()
         for group in groups:
             dist.all_reduce(part, group=group)  # [] -> []
         square += part
     norm = square.sqrt().item()
     if max_norm and not norm + 1e-6 <= max_norm:
         for grad in grads:
-            local(grad).mul_(max_norm / (norm + 1e-6))
+            local_tensor(grad).mul_(max_norm / (norm + 1e-6))
     return norm
 
 
@@ -110,4 +110,4 @@ def _by_mesh(grads: Sequence[Tensor]) -> list[tuple[list[ProcessGroup], list[Ten
 def _cut_over(grad: Tensor) -> list[ProcessGroup]:
     if not isinstance(grad, DTensor):
         return []
-    return [grad.device_mesh.get_group(axis) for axis, at in enumerate(grad.placements) if at.is_shard()]
+    return [grad.device_mesh.get_group(axis) for axis, span in enumerate(grad.placements) if span.is_shard()]

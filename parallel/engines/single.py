@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from parallel.engines.engine import Engine, blocks_of
-from parallel.engines.experts import share_experts
-from parallel.engines.gradients import add_up
-from parallel.engines.weights import materialise
+from parallel.engines.base import Engine, blocks_of
+from parallel.engines.expert_sharding import share_experts
+from parallel.engines.gradients import all_reduce_gradients
+from parallel.engines.materialize import materialize
 
 
 class Single(Engine):
@@ -24,7 +24,7 @@ class Single(Engine):
 
     def _place(self, model: nn.Module) -> nn.Module:
         share_experts(model, self.mesh, self.computed)
-        self.drawn = materialise(model, self.mesh.device, self.seed, self.how)
+        self.drawn = materialize(model, self.mesh.device, self.seed, self.how)
         self.copies: list[tuple[nn.Parameter, nn.Parameter]] = []
         if self.precision == "bfloat16":
             for module in (model, *blocks_of(model)):
@@ -53,7 +53,7 @@ class Single(Engine):
                 copy.grad = None
         if last:
             trained = [p for p in self.parameters.values() if p.requires_grad]
-            add_up(trained, self.mesh.world_group, self.mesh.experts_data_group)
+            all_reduce_gradients(trained, self.mesh.world_group, self.mesh.experts_data_group)
 
     def step(self, learning_rate: float) -> None:
         """See Engine.step."""

@@ -13,14 +13,16 @@ from models.attention.prefix import PrefixAttention
 from models.attention.softcap import Softcap
 from models.causality import Ahead, layers_ahead, plain_sight, score_mismatches
 from models.init import initialise
-from models.masks import FAR, Causal, Chunk, First, Mask, Prefix, Reach, SameDocument
-from models.masks_memory import Earlier, Recalled
-from models.masks_sparse import GlobalKey, GlobalQuery, Near, NearBlocks, RandomBlocks, RoleKey
+from models.masks.algebra import FAR, Mask
+from models.masks.basic import Causal, FirstTokens, SameChunk, SameDocument, SlidingWindow
+from models.masks.roles import GlobalKey, GlobalQuery, PrefixTokens, RoleKey
+from models.masks.segments import PreviousTokens, SegmentRecurrence
+from models.masks.sparse import DilatedWindow, NeighborBlocks, RandomBlocks
 from models.memory.tokens import MEMORY
 from models.positions.rope import Rope
 from models.positions.t5 import T5
 from models.span import READ, Span
-from tests.models.test_masks import MASKS
+from tests.models.masks.test_algebra import MASKS
 from tests.variants import VARIANTS, WIDTH
 
 TOKENS = 40
@@ -44,29 +46,29 @@ def test_no_mask_shows_more_than_it_says(mask):
 KNOWN = [
     (Mask(), FAR),
     (CAUSAL, 0),
-    (CAUSAL & Reach(3), 0),
-    (CAUSAL & (Reach(3) | First(9)), 0),
-    (Reach(3), FAR),
-    (SameDocument() & (Causal() | Prefix() | First(7)), 7),
-    (First(1), 0),
-    (Chunk(4), FAR),
-    (Chunk(1), 0),
+    (CAUSAL & SlidingWindow(3), 0),
+    (CAUSAL & (SlidingWindow(3) | FirstTokens(9)), 0),
+    (SlidingWindow(3), FAR),
+    (SameDocument() & (Causal() | PrefixTokens() | FirstTokens(7)), 7),
+    (FirstTokens(1), 0),
+    (SameChunk(4), FAR),
+    (SameChunk(1), 0),
     (~Causal(), FAR),
     (SameDocument() & ~~Causal(), 0),
-    (Near(3, (1, 2, 1, 1, 1, 5)), FAR),
-    (CAUSAL & ~GlobalQuery(2) & (Near(3) | GlobalKey(2)), 0),
+    (DilatedWindow(3, (1, 2, 1, 1, 1, 5)), FAR),
+    (CAUSAL & ~GlobalQuery(2) & (DilatedWindow(3) | GlobalKey(2)), 0),
     (GlobalKey(5), 5),
     (GlobalKey(0, 4), FAR),
     (GlobalQuery(1), FAR),
-    (NearBlocks(1, 0), 0),
-    (NearBlocks(2, 0), FAR),
+    (NeighborBlocks(1, 0), 0),
+    (NeighborBlocks(2, 0), FAR),
     (RandomBlocks(2, 1, 1, 2, 7, 0), 0),
     (RandomBlocks(2, 1, 1, 2, 7, 0, both=True), FAR),
     (RoleKey(READ), 0),
     (CAUSAL | MEMORY, 0),
-    (Earlier(5, 9), 0),
-    (Recalled(5, 9), FAR),
-    (CAUSAL & Recalled(5, 9), 0),
+    (PreviousTokens(5, 9), 0),
+    (SegmentRecurrence(5, 9), FAR),
+    (CAUSAL & SegmentRecurrence(5, 9), 0),
 ]
 
 
@@ -143,10 +145,10 @@ def test_layers_are_named_and_other_kinds_may_state_it_themselves():
     ("layer", "mismatches"),
     [
         (Attention(8, 2, 1, T5(8, 20)), []),
-        (Attention(8, 2, 1, T5(8, 20, both=True)), [True]),
-        (Softcap(8, 2, 1, T5(8, 20, both=True)), [True]),
+        (Attention(8, 2, 1, T5(8, 20, bidirectional=True)), [True]),
+        (Softcap(8, 2, 1, T5(8, 20, bidirectional=True)), [True]),
         (Bidirectional(8, 2, 1, T5(8, 20)), [False]),
-        (Bidirectional(8, 2, 1, T5(8, 20, both=True)), []),
+        (Bidirectional(8, 2, 1, T5(8, 20, bidirectional=True)), []),
         (Bidirectional(8, 2, 1, Rope()), []),
     ],
 )

@@ -7,15 +7,15 @@ from torch import nn
 from models.construction import never_filled
 from parallel.engines.deepspeed import Deepspeed
 from parallel.engines.fsdp import Fsdp
+from parallel.engines.materialize import materialize
 from parallel.engines.single import Single
-from parallel.engines.weights import materialise
 from parallel.mesh import Mesh, build_mesh
-from tests.pool import ranks
-from trainer.build import build_model
-from trainer.compose import compose
-from trainer.optim import AdamW
+from tests.support.pool import ranks
+from trainer.config.build_model import build_model
+from trainer.config.compose import compose
+from trainer.optim.adamw import AdamW
+from trainer.preflight.check_engine import check_deepspeed_model
 from trainer.started_from import weight_lines
-from trainer.zero import handed_on
 
 HERE = "tests.models.test_construction"
 SIZES = ("model.width=8", "model.heads=2", "model.layers=3", "model.ffn=12", "wandb.mode=disabled", "model.vocabulary=11")
@@ -62,7 +62,7 @@ def built(*words):
 def made(*words, seed=3):
     """The model with its values, and what each starts from."""
     model, how = built(*words), {}
-    materialise(model, torch.device("cpu"), seed, how)
+    materialize(model, torch.device("cpu"), seed, how)
     return model, how
 
 
@@ -120,7 +120,7 @@ def test_the_check_says_so_before_any_rank_starts():
 def test_a_parameter_without_dims_is_refused_where_deepspeed_cannot_hold_it():
     asked = compose((f"mixer._target_={HERE}.Cosine", "engine=deepspeed", *SIZES))
     assert asked.config is not None
-    reasons = [reason for reason in handed_on(asked.config, built(f"mixer._target_={HERE}.Cosine")) if "dims" in reason]
+    reasons = [reason for reason in check_deepspeed_model(asked.config, built(f"mixer._target_={HERE}.Cosine")) if "dims" in reason]
     assert len(reasons) == 3 and "blocks.0.mixer.temperature" in reasons[0] and "engine=fsdp" in reasons[0]
 
 

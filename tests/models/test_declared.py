@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from models.architectures.decoder import Decoder
 from models.attention.full import Attention
+from models.cost.flops import count_flops
+from models.cost.parameters import count_parameters
 from models.declared import declared
-from models.decoder import Decoder
 from models.feedforward import SwiGLU
 from models.positions.rope import Rope
-from models.sizes import count_flops, count_parameters
-from trainer.optim import decayed, rates
+from trainer.optim.adamw import decayed_parameters, lr_scales
 
 NAMES = ("positions_per_step", "products", "active_share", "undecayed", "decayed", "rates", "shares_values", "blocks")
 
@@ -32,7 +33,7 @@ def decoder(*mixers):
 def test_a_name_that_means_something_else_in_a_layer_says_nothing(kind):
     plain, taken = decoder(Attention(16, 4, 4, Rope())), decoder(Taken(kind))
     assert count_flops(taken) == count_flops(plain)
-    assert decayed(taken) == decayed(plain) and rates(taken) == {}
+    assert decayed_parameters(taken) == decayed_parameters(plain) and lr_scales(taken) == {}
     own = sum(p.numel() for p in taken.parameters()) - sum(p.numel() for p in plain.parameters())
     assert count_parameters(taken).active == count_parameters(plain).active + own
 

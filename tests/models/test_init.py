@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
+from models.architectures.decoder import Decoder
 from models.attention.full import Attention
-from models.decoder import Decoder
 from models.feedforward import SwiGLU
-from models.init import DEVIATION, constant, initial_tensor, initialise
+from models.init import INIT_STD, constant, initial_tensor, initialise
 from models.positions.rope import Rope
 
 
@@ -41,9 +41,9 @@ def test_a_model_on_the_meta_device_gives_the_same_tensor():
 def test_outputs_start_smaller_the_deeper_the_model():
     wide = Decoder(17, 256, [Attention(256, 4, 4, Rope()) for _ in range(8)], [SwiGLU(256, 512) for _ in range(8)])
     initialise(wide, 0)
-    assert abs(wide.blocks[0].mixer.q.weight.std().item() / DEVIATION - 1) < 0.02
+    assert abs(wide.blocks[0].mixer.q.weight.std().item() / INIT_STD - 1) < 0.02
     for output in (wide.blocks[3].mixer.out, wide.blocks[3].feedforward.down):
-        assert abs(output.weight.std().item() / (DEVIATION / 4) - 1) < 0.02
+        assert abs(output.weight.std().item() / (INIT_STD / 4) - 1) < 0.02
 
 
 def test_norms_start_at_one_and_biases_at_zero():
@@ -76,6 +76,6 @@ def test_the_outer_module_has_the_last_word():
 def test_a_models_deviation_is_that_of_every_matrix_without_a_rule_of_its_own():
     usual = initialise(decoder(), 0).state_dict()
     parts = [Attention(16, 4, 2, Rope()) for _ in range(2)], [SwiGLU(16, 24) for _ in range(2)]
-    wide = initialise(Decoder(17, 16, *parts, deviation=5 * DEVIATION), 0).state_dict()
+    wide = initialise(Decoder(17, 16, *parts, init_std=5 * INIT_STD), 0).state_dict()
     for name, weight in usual.items():
         torch.testing.assert_close(wide[name], weight * 5 if weight.dim() > 1 else weight, msg=name)

@@ -7,9 +7,9 @@ import torch
 
 from models.init import initialise
 from models.same_graph import tied
-from tests.parallel.parity import packed
-from trainer.build import build_model
-from trainer.compose import compose
+from tests.support.parity import packed
+from trainer.config.build_model import build_model
+from trainer.config.compose import compose
 
 CONF = Path(__file__).parents[2] / "conf"
 TOKENS, WORDS = 24, 20

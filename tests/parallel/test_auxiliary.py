@@ -4,22 +4,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.architectures.decoder import Decoder
 from models.attention.compressed import Compressed
-from models.auxiliary import auxiliary
-from models.decoder import Decoder
+from models.auxiliary import auxiliary_loss
 from models.feedforward import SwiGLU
 from models.init import initialise
 from models.loss import IGNORE
 from models.positions.rope import Rope
-from parallel.cut import cut_span
 from parallel.engines.fsdp import Fsdp
 from parallel.engines.single import Single
 from parallel.layout import layout
 from parallel.mesh import build_mesh
-from parallel.place import place
-from tests.parallel.parity import packed, relative
-from tests.pool import ranks
-from trainer.optim import AdamW
+from parallel.parallelize import parallelize
+from parallel.sharding import shard_span
+from tests.support.parity import packed, relative
+from tests.support.pool import ranks
+from trainer.optim.adamw import AdamW
 
 ENGINES = {"single": Single, "fsdp": Fsdp}
 OPTIM = AdamW(learning_rate=1e-2)
@@ -37,7 +37,7 @@ def _given() -> tuple[Tensor, Tensor]:
 
 def _loss(model: nn.Module, tokens: Tensor, span, targets: Tensor) -> Tensor:
     losses = model(tokens, span, targets).sum()
-    return losses + 0.5 * auxiliary(model)["indexer"]
+    return losses + 0.5 * auxiliary_loss(model)["indexer"]
 
 
 def _placed(env, name: str, checkpointing: str) -> float:
@@ -48,9 +48,9 @@ def _placed(env, name: str, checkpointing: str) -> float:
     engine = ENGINES[name](build_mesh(env.size, 1), OPTIM, precision="float64", seed=3, checkpointing=checkpointing)
     with torch.device("meta"):
         model = _model()
-    place(model, engine, method="ring")
-    span = cut_span(packed(), [layout("zigzag", 51, env.size)], env.rank)
-    loss = _loss(engine.model, span.cut.shard(tokens, 0), span, span.cut.shard(targets, IGNORE))
+    parallelize(model, engine, method="ring")
+    span = shard_span(packed(), [layout("zigzag", 51, env.size)], env.rank)
+    loss = _loss(engine.model, span.sharding.shard(tokens, 0), span, span.sharding.shard(targets, IGNORE))
     engine.backward(loss, last=True)
     grads = {key: p.grad for key, p in engine.parameters.items()}
     grads = {key: g.full_tensor() if hasattr(g, "full_tensor") else g for key, g in grads.items()}

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from models.span import PADDING, Span
-from parallel.cut import cut_span
 from parallel.layout import POLICIES, layout, layouts
-from tests.parallel.parity import packed
+from parallel.sharding import shard_span
+from tests.support.parity import packed
 
 
 def held(policy, tokens, ranks, heads=1):
@@ -68,20 +68,20 @@ def test_every_token_has_one_place_and_ranks_hold_equally_many(policy, heads):
 def test_a_group_of_ranks_sees_the_cut_of_the_ring():
     span = packed()
     for policy in POLICIES:
-        parts = [cut_span(span, layouts(policy, span, 6, heads=2), r) for r in range(6)]
-        groups = [part.cut.grouped(2).whole for part in parts]
+        parts = [shard_span(span, layouts(policy, span, 6, heads=2), r) for r in range(6)]
+        groups = [part.sharding.grouped(2).whole for part in parts]
         for rank, group in enumerate(groups):
             ends = [parts[rank // 2 * 2].doc, parts[rank // 2 * 2 + 1].doc]
             assert torch.equal(group.doc, torch.cat(ends, 1))
-            assert (group.cut.rank, group.cut.ranks) == (rank // 2, 3)
-            assert torch.equal(group.cut.whole.pos[:, : span.shape[1]], span.pos)
-        assert parts[0].cut.grouped(2) is parts[0].cut.grouped(2), "plans kept on it must be found again"
+            assert (group.sharding.rank, group.sharding.ranks) == (rank // 2, 3)
+            assert torch.equal(group.sharding.whole.pos[:, : span.shape[1]], span.pos)
+        assert parts[0].sharding.grouped(2) is parts[0].sharding.grouped(2), "plans kept on it must be found again"
 
 
 def test_wishes_that_cannot_be_met_are_refused():
     with pytest.raises(ValueError, match=r"parallel.layout=spiral is none that there is; choose one of contiguous"):
         layout("spiral", 8, 2)
-    with pytest.raises(ValueError, match=r"parallel.heads=3 does not divide the 4 ranks"):
+    with pytest.raises(ValueError, match=r"parallel.ulysses=3 does not divide the 4 ranks"):
         layouts("balanced", Span.line(1, 8), 4, heads=3)
 
 
@@ -89,12 +89,12 @@ def test_wishes_that_cannot_be_met_are_refused():
 @pytest.mark.parametrize("policy", POLICIES)
 def test_joined_rows_lie_one_behind_the_other_with_all_padding_at_the_end(policy, size):
     before, row = packed([[3, 2], [1]], 5), packed([[9, 4], [13]], 13)
-    first = cut_span(before, layouts("contiguous", before, size), 0)
+    first = shard_span(before, layouts("contiguous", before, size), 0)
     for rank in range(size):
-        here = first.cut.spans[rank]
-        held = replace(here, cut=replace(first.cut, rank=rank)).join(cut_span(row, layouts(policy, row, size), rank))
+        here = first.sharding.spans[rank]
+        held = replace(here, sharding=replace(first.sharding, rank=rank)).join(shard_span(row, layouts(policy, row, size), rank))
         assert torch.equal(held.pos[:, : here.shape[1]], here.pos), "a rank's own parts lie end to end"
-        cut = held.cut
+        cut = held.sharding
         assert all(joined.tokens == 18 for joined in cut.layouts) and torch.equal(cut.spans[rank].pos, held.pos)
         for name in ("pos", "doc"):
             want = torch.cat([getattr(before, name), getattr(row, name)], 1)
@@ -104,4 +104,4 @@ def test_joined_rows_lie_one_behind_the_other_with_all_padding_at_the_end(policy
             places = torch.cat([joined.index(other) for other in range(size)])
             assert torch.equal(places.sort().values, torch.arange(joined.length)), "every place once"
         order = torch.arange(2 * cut.whole.shape[1]).view(2, -1)
-        assert torch.equal(cut.joined(cut.parted(order)), order)
+        assert torch.equal(cut.to_global_order(cut.to_rank_order(order)), order)

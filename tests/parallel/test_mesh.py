@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.mesh import Mesh, build_mesh, check_shape, expert_axes
-from tests.pool import ranks
+from parallel.mesh import Mesh, build_mesh, expert_axes, validate_shape
+from tests.support.pool import ranks
 
 SIZE = 4
 
@@ -108,31 +108,31 @@ def test_one_process_needs_no_group():
     [
         ((4, 3, 1), "asks for 3 ranks, but 4 were started"),
         ((1, 0, 1), "parallel.context=0 is no number of ranks"),
-        ((4, 4, 1, 2), "parallel.heads is given without parallel.ring"),
-        ((4, 4, 1, None, 2), "parallel.ring is given without parallel.heads"),
+        ((4, 4, 1, 2), "parallel.ulysses is given without parallel.ring"),
+        ((4, 4, 1, None, 2), "parallel.ring is given without parallel.ulysses"),
         ((4, 4, 1, 2, 3), "is 6, but parallel.context=4"),
     ],
 )
 def test_a_shape_that_the_ranks_cannot_form_is_refused(shape, words):
     with pytest.raises(ValueError, match=words):
-        check_shape(*shape)
+        validate_shape(*shape)
 
 
 @pytest.mark.parametrize(
     "size, experts, replicas, words",
     [
         (4, 3, 1, "parallel.experts=3 does not divide the number of ranks, 4 .*use parallel.experts=2"),
-        (6, 1, 4, "engine.replicas=4 does not divide the number of ranks, 6 .*use engine.replicas=3"),
-        (12, 4, 2, "experts=4 and engine.replicas=2 do not fit: 6 ranks hold a replica.*use parallel.experts=3"),
+        (6, 1, 4, "engine.replicate=4 does not divide the number of ranks, 6 .*use engine.replicate=3"),
+        (12, 4, 2, "experts=4 and engine.replicate=2 do not fit: 6 ranks hold a replica.*use parallel.experts=3"),
         (4, 0, 1, "parallel.experts=0 is no number of ranks"),
     ],
 )
 def test_experts_and_replicas_that_the_ranks_cannot_hold_are_refused(size, experts, replicas, words):
     with pytest.raises(ValueError, match=words):
-        check_shape(size, size, 1, experts=experts, replicas=replicas)
+        validate_shape(size, size, 1, experts=experts, replicas=replicas)
 
 
 def test_a_shape_that_fits_is_taken():
-    check_shape(4, 2, 2)
-    check_shape(8, 4, 2, 2, 2)
-    check_shape(12, 4, 3, experts=6, replicas=4)  # a replica is 3 ranks, which hold half of the experts
+    validate_shape(4, 2, 2)
+    validate_shape(8, 4, 2, 2, 2)
+    validate_shape(12, 4, 3, experts=6, replicas=4)  # a replica is 3 ranks, which hold half of the experts

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from parallel.nodes import NoMeeting
 from parallel.signed import sign_objects
-from tests.pool import Env, ranks
-from trainer.config import Fault
+from tests.support.pool import Env, ranks
+from trainer.errors import UserError
+from trainer.launch.nodes import NoMeeting
 from trainer.secret import NAME, shared_secret
 
 
@@ -79,5 +79,5 @@ def test_a_run_directory_has_one_secret_for_its_owner_alone(tmp_path):
     assert shared_secret(tmp_path / "other") != secret
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / NAME).symlink_to(tmp_path / NAME)
-    with pytest.raises(Fault, match="remove that file, or choose another run_dir"):
+    with pytest.raises(UserError, match="remove that file, or choose another run_dir"):
         shared_secret(tmp_path / "linked")

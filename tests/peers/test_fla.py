@@ -11,12 +11,12 @@ from fla.ops.rwkv6.recurrent_naive import naive_recurrent_rwkv6
 from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
 from torch.nn import functional as F
 
-from models.mixing.scan import Scan
+from models.primitives.scan import Scan
 from models.recurrent.linear import weighted_mean
 from models.recurrent.retention import fading
 from models.span import Span
-from tests.models.mixing.scans import inputs
-from tests.parallel.parity import relative
+from tests.support.parity import relative
+from tests.support.scan_inputs import inputs
 
 T, HEADS, D, E = 70, 3, 8, 6
 SPAN = Span.line(2, T)
@@ -41,17 +41,17 @@ def linear():
 def retention():
     (q,), (k, v, _) = given("none")
     fade = torch.tensor(fading(HEADS)).expand(2, T, HEADS)
-    return Scan()((q * D**-0.5,), (k, v, fade), at=SPAN), first(naive_retention(first(q), first(k), first(v)))
+    return Scan()((q * D**-0.5,), (k, v, fade), span=SPAN), first(naive_retention(first(q), first(k), first(v)))
 
 
 def scalar_gate():
     (q,), (k, v, decay) = given("scalar")
-    return Scan()((q,), (k, v, decay), at=SPAN), naive_recurrent_simple_gla(q, k, v, decay, scale=1.0)
+    return Scan()((q,), (k, v, decay), span=SPAN), naive_recurrent_simple_gla(q, k, v, decay, scale=1.0)
 
 
 def vector_gate():
     (q,), (k, v, decay) = given("vector")
-    return Scan()((q * D**-0.5,), (k, v, decay), at=SPAN), naive_recurrent_gla(q, k, v, decay)[0]
+    return Scan()((q * D**-0.5,), (k, v, decay), span=SPAN), naive_recurrent_gla(q, k, v, decay)[0]
 
 
 def rwkv6():
@@ -59,21 +59,21 @@ def rwkv6():
     bonus = torch.randn(HEADS, D)
     want = naive_recurrent_rwkv6(*map(first, (q, k, v, decay)), bonus, scale=1.0)[0]
     now = (q * bonus * k).sum(-1, keepdim=True) * v
-    return Scan(before=True)((q,), (k, v, decay), at=SPAN) + now, first(want)
+    return Scan(before=True)((q,), (k, v, decay), span=SPAN) + now, first(want)
 
 
 def delta():
     (q,), (k, v, decay) = given("none")
     step = torch.rand(2, T, HEADS)
     want = delta_rule_recurrence(*map(first, (q, k, v)), first(step))[0]
-    got = Scan()((q * D**-0.5,), (k, step[..., None] * v, decay, k, -step[..., None] * k), at=SPAN)
+    got = Scan()((q * D**-0.5,), (k, step[..., None] * v, decay, k, -step[..., None] * k), span=SPAN)
     return got, first(want)
 
 
 def low_rank():
     (q,), (k, v, decay, a, b) = given("vector delta")
     want = dplr_recurrence(*map(first, (q, k, v, a, b, decay)))[0]
-    return Scan()((q * D**-0.5,), (k, v, decay, a, b), at=SPAN), first(want)
+    return Scan()((q * D**-0.5,), (k, v, decay, a, b), span=SPAN), first(want)
 
 
 CASES = [linear, retention, scalar_gate, vector_gate, rwkv6, delta, low_rank]

@@ -3,11 +3,11 @@
 import torch
 from performer_pytorch.performer_pytorch import causal_linear_attention_noncuda, softmax_kernel
 
-from models.mixing.scan import Scan
+from models.primitives.scan import Scan
 from models.recurrent.linear import weighted_mean
 from models.recurrent.performer import Performer, directions
 from models.span import Span
-from tests.parallel.parity import relative
+from tests.support.parity import relative
 
 
 def case():

@@ -116,7 +116,7 @@ def test_llama_with_yarn():
 
 def test_mistrals_window():
     config = MistralConfig(**SIZES, sliding_window=9)
-    check(MistralAttention(config, 0), Sliding(WIDTH, HEADS, KV, Rope(), reach=9), config, reach=9)
+    check(MistralAttention(config, 0), Sliding(WIDTH, HEADS, KV, Rope(), window=9), config, reach=9)
 
 
 def test_gpt_oss_sink_logit():
@@ -129,7 +129,7 @@ def test_gpt_oss_sink_logit():
         attention_bias=False,
         rope_parameters=rope,
     )
-    ours = SinkLogit(WIDTH, HEADS, KV, Rope(), reach=9)
+    ours = SinkLogit(WIDTH, HEADS, KV, Rope(), window=9)
     names = {**LLAMA, "tables.logit": "sinks"}
     check(GptOssAttention(config, 0), ours, config, names, reach=9, turns=GptOssRotaryEmbedding)
 
@@ -192,7 +192,7 @@ def test_t5_buckets(decoder):
     config.relative_attention_num_buckets, config.relative_attention_max_distance = 12, 24
     theirs = randomise(T5Attention(config, has_relative_attention_bias=True, layer_idx=0))
     kind = Attention if decoder else Bidirectional
-    ours = kind(WIDTH, HEADS, HEADS, T5(12, 24, both=not decoder, scale=1.0))
+    ours = kind(WIDTH, HEADS, HEADS, T5(12, 24, bidirectional=not decoder, scale=1.0))
     copy(theirs, ours, T5_NAMES)
     seen = mask() if decoder else torch.zeros(1, 1, TOKENS, TOKENS)
     assert compare(theirs, ours, T5_NAMES, lambda x: theirs(x, mask=seen)[0]) < 1e-5
@@ -200,9 +200,9 @@ def test_t5_buckets(decoder):
 
 @pytest.mark.parametrize("both", [False, True])
 def test_t5_far_distances_fall_into_their_buckets(both):
-    at, of = Span.of(torch.tensor([[3000]]), torch.tensor([[0]])), Span.line(1, 6000)
-    want = T5Attention._relative_position_bucket(of.pos - 3000, bidirectional=both, num_buckets=32, max_distance=128)
-    assert torch.equal(T5(both=both).score(1, 1)[0].bucket(at, of)[:, 0], want)
+    span, kv_span = Span.of(torch.tensor([[3000]]), torch.tensor([[0]])), Span.line(1, 6000)
+    want = T5Attention._relative_position_bucket(kv_span.pos - 3000, bidirectional=both, num_buckets=32, max_distance=128)
+    assert torch.equal(T5(bidirectional=both).score(1, 1)[0].bucket(span, kv_span)[:, 0], want)
 
 
 XLNET = {"q.weight": "q", "k.weight": "k", "v.weight": "v", "out.weight": "o"}
@@ -246,11 +246,11 @@ def test_xlnet_relative_scores():
         ("yarn", Yarn(4.0, 512), {"original_max_position_embeddings": 512}),
         (
             "yarn",
-            Yarn(40.0, 4096, fast=20, slow=2),
+            Yarn(40.0, 4096, beta_fast=20, beta_slow=2),
             {"original_max_position_embeddings": 4096, "beta_fast": 20, "beta_slow": 2},
         ),
         ("yarn", Yarn(2.0, 7), {"original_max_position_embeddings": 7}),
-        ("yarn", Yarn(8.0, 512, magnitude=1.0), {"original_max_position_embeddings": 512, "attention_factor": 1.0}),
+        ("yarn", Yarn(8.0, 512, attention_factor=1.0), {"original_max_position_embeddings": 512, "attention_factor": 1.0}),
         ("linear", Interpolated(3.0), {}),
         ("dynamic", Ntk(2.0, original_length=512, context_length=2048), {}),
     ],

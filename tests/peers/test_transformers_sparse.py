@@ -16,7 +16,7 @@ from transformers.models.longformer.modeling_longformer import LongformerSelfAtt
 
 from models.attention.bigbird import BigBird
 from models.attention.compressed import Compressed
-from models.attention.latent import Latent
+from models.attention.latent import LatentAttention
 from models.attention.longformer import Longformer
 from models.positions.none import NoPosition
 from models.positions.rope import Rope
@@ -68,9 +68,9 @@ def test_latent_attention_is_deepseek_v3():
     )  # fmt: skip
     theirs = _fill(DeepseekV3Attention(config, 0))
     position = DeepseekV3RotaryEmbedding(config)
-    ours = Latent(
+    ours = LatentAttention(
         WIDTH, heads, Rope(config.rope_parameters["rope_theta"]),
-        latent=latent, query_latent=10, content=content, turned=turned, value=value,
+        kv_latent=latent, q_latent=10, nope_dim=content, rope_dim=turned, value_dim=value,
     )  # fmt: skip
     rows = torch.cat([torch.arange(content), content + _unweave(turned)])
     q_order = torch.cat([h * (content + turned) + rows for h in range(heads)])
@@ -112,7 +112,7 @@ def test_longformer_is_transformers_longformer():
         attention_probs_dropout_prob=0.0, max_position_embeddings=TOKENS,
     )  # fmt: skip
     theirs = _fill(LongformerSelfAttention(config, 0)).eval()
-    ours = Longformer(WIDTH, 4, 4, NoPosition(), 0, 1, reach=window // 2 + 1, first=0, symmetric=True)
+    ours = Longformer(WIDTH, 4, 4, NoPosition(), 0, 1, window=window // 2 + 1, first=0, symmetric=True)
     _identity_out(ours)
     for name in ("query", "key", "value"):
         for kind, mine in (("", name[0]), ("_global", f"global_{name[0]}")):
@@ -141,9 +141,9 @@ class _Repeated(Score):
         super().__init__()
         self.block, self.random, self.blocks = block, random, blocks
 
-    def bias(self, at, of, heads, dtype):
-        middle = (at.pos >= self.block) & (at.pos < (self.blocks - 1) * self.block)
-        again = middle[:, :, None] & (of.pos < self.block)[:, None, :]
+    def bias(self, span, kv_span, heads, dtype):
+        middle = (span.pos >= self.block) & (span.pos < (self.blocks - 1) * self.block)
+        again = middle[:, :, None] & (kv_span.pos < self.block)[:, None, :]
         return (again * math.log(1 + self.random)).to(dtype)[:, None]
 
 
@@ -184,7 +184,7 @@ def _compressed_pair(top: int) -> tuple[Compressed, nn.Module, nn.Module, dict[s
     )  # fmt: skip
     theirs = _fill(DeepseekV4Attention(config, 0))
     ours = Compressed(
-        WIDTH, heads, Rope(100.0), channels=channels, turned=turned, query_latent=10, block=3, top=top, reach=5,
+        WIDTH, heads, Rope(100.0), channels=channels, rope_dim=turned, q_latent=10, block=3, top=top, window=5,
         index_heads=3, index_channels=index_channels, groups=2, group_width=7,
     )  # fmt: skip
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from parallel.launch import Ranks
-from tests.pool import ranks
+from tests.support.pool import ranks
 from trainer import run as running
-from trainer.compose import compose
-from trainer.directory import make
+from trainer.config.compose import compose
+from trainer.launch.elastic import RankInfo
 from trainer.logs.jsonl import METRICS, read
-from trainer.parity import write_documents
+from trainer.run_dir import make_run_dir
+from trainer.verify.whole_runs import write_documents
 
 COMMON = (
     "steps=30", "context_length=48", "batch_tokens=192", "model.width=32", "model.layers=2", "model.heads=4",
@@ -34,7 +34,7 @@ def shared(method: str, *more: str) -> tuple[str, ...]:
     return ("parallel.context=3", f"parallel.method={method}", "engine=fsdp", *more)
 
 
-GRID = ("parallel.context=4", "parallel.method=usp", "parallel.heads=2", "parallel.ring=2", "engine=fsdp")
+GRID = ("parallel.context=4", "parallel.method=usp", "parallel.ulysses=2", "parallel.ring=2", "engine=fsdp")
 CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {  # overrides, how they are shared, ranks
     "full": (("model=full",), shared("ring"), 3),
     "full_usp": (("model=full",), GRID, 4),
@@ -60,7 +60,7 @@ def train(env, words: tuple[str, ...], directory: str) -> None:
     """Be one rank of a run; called in a pool that has imported everything."""
     composed = compose(words)
     assert composed.config is not None and not composed.faults, composed.faults
-    rank = Ranks(env.rank, env.size, env.rank, env.size, torch.device("cpu"), "gloo")
+    rank = RankInfo(env.rank, env.size, env.rank, env.size, torch.device("cpu"), "gloo")
     assert running.run(composed.config, rank, Path(directory)) == 0
 
 
@@ -74,7 +74,7 @@ def losses(name: str, folder: Path) -> dict[str, list[float]]:
         if str(count) in result:
             continue
         directory = folder / f"{name}_{count}"
-        make(directory)
+        make_run_dir(directory)
         ranks(count, train, (*COMMON, *data, *overrides, *way, f"run_dir={directory}"), str(directory))
         result[str(count)] = [row["loss"] for row in read(directory / METRICS)]
     return result

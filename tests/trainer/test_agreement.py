@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from parallel.engines.copies import compare_tensors, held
-from parallel.engines.weights import local
+from parallel.engines.materialize import local_tensor
+from parallel.engines.replica_checks import compare_tensors, held
 from parallel.mesh import build_mesh
-from tests.parallel.engines import small
-from tests.parallel.engines.small import ENGINES
-from tests.pool import ranks
-from tests.trainer.test_parity import in_rank
+from tests.support import small_model
+from tests.support.pool import ranks
+from tests.support.small_model import ENGINES
+from tests.trainer.verify.test_whole_runs import in_rank
 from trainer.agreement import agree, agree_on_weights, mark
-from trainer.config import BAD_RUN, Fault
 from trainer.data.batch import Batch
-from trainer.data.hub import Hub
+from trainer.data.sources.hub import Hub
 from trainer.data.split import digest, is_held_out
-from trainer.directory import make
-from trainer.loop import Stop
-from trainer.parity import write_documents
+from trainer.errors import BAD_RUN, UserError
+from trainer.run_dir import make_run_dir
+from trainer.stop_signal import StopSignal
+from trainer.verify.whole_runs import write_documents
 
 
 def batch(change=None):
@@ -41,11 +41,11 @@ def test_a_mark_stands_for_all_of_a_batch_and_for_its_data():
 
 
 def asked(env, odd):
-    stop = Stop(build_mesh(env.size, 1), ())
+    stop = StopSignal(build_mesh(env.size, 1), ())
     assert not stop.asked() and not stop.asked(mark(batch()), "step 6")
     try:
         stop.asked(mark(batch(3 if env.rank in odd else None)), "step 7")
-    except Fault as fault:
+    except UserError as fault:
         return fault.code, str(fault)
 
 
@@ -98,7 +98,7 @@ def torn_run(env, words, directory, odd_document):
             texts[odd_document] = texts[odd_document].upper()
         return Listed(texts)
 
-    with mock.patch.object(Hub, "open", opened), pytest.raises(Fault) as caught:
+    with mock.patch.object(Hub, "open", opened), pytest.raises(UserError) as caught:
         in_rank(env, words, directory)
     return str(caught.value)
 
@@ -111,7 +111,7 @@ def test_a_run_whose_ranks_read_different_texts_ends(where, tmp_path):
     odd = int(np.flatnonzero(kept)[12 if not evaluates else 0])  # of training documents, not one of the first batch
     words = (*COMMON, "steps=6" if not evaluates else "steps=1", f"evaluation.every={int(evaluates)}")
     words += ("data=hub", f"data.name={tmp_path}", f"run_dir={tmp_path / 'run'}")
-    make(tmp_path / "run")
+    make_run_dir(tmp_path / "run")
     batch = "held-out batch 1" if evaluates else "step [2-6]"
     for said in ranks(3, torn_run, words, str(tmp_path / "run"), odd):
         assert re.match(f"{batch}: rank 2 read another batch than ranks 0 and 1,", said), said
@@ -124,10 +124,10 @@ def files_of_its_own(env, words, folder):
     if env.rank == env.size - 1:
         with open(next((here / "text").glob("*.txt")), "a") as file:
             file.write("and one word more")
-    make(here / "run")
+    make_run_dir(here / "run")
     words = [*words, f"data.path={documents}", f"data.cache={here / 'cache'}", f"run_dir={here / 'run'}"]
     # the settings of all ranks come from one file; here only what they find under them differs
-    with mock.patch("trainer.run.directories.plain", lambda config: {}), pytest.raises(Fault) as caught:
+    with mock.patch("trainer.run.directories.plain", lambda config: {}), pytest.raises(UserError) as caught:
         in_rank(env, words, str(here / "run"))
     return str(caught.value)
 
@@ -141,7 +141,7 @@ def test_a_run_whose_machines_have_different_files_does_not_begin(tmp_path):
 def facts(env):
     mesh = build_mesh(1, env.size)
     agree(mesh, {"the settings": {"a": 1}}, "now")
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         agree(mesh, {"the settings": {"a": 1}, "the weights": env.rank == 1}, "now")
     return str(caught.value)
 
@@ -153,14 +153,14 @@ def test_facts_that_differ_are_named():
 def spoilt(env, name, model, options, hit):
     """What is said of an engine, and of it after one number of a copy was changed on rank 1."""
     mesh = build_mesh(1, env.size, **{key: value for key, value in options.items() if key != "precision"})
-    engine = ENGINES[name](mesh, small.OPTIM, precision=options.get("precision", "float64"), seed=3)
+    engine = ENGINES[name](mesh, small_model.OPTIM, precision=options.get("precision", "float64"), seed=3)
     engine.wrap(model())
     agree_on_weights(mesh, engine, "built")
     agree(mesh, {"the initial weights": engine.drawn}, "built")
     target = dict(held(engine))[hit]
     if env.rank == 1:
         with torch.no_grad():
-            local(target).view(-1)[-1] += 1e-3
+            local_tensor(target).view(-1)[-1] += 1e-3
     return compare_tensors(held(engine), mesh.world_group), engine.drawn
 
 
@@ -179,7 +179,7 @@ WEIGHT, MOMENT = "blocks.0.up.weight", "blocks.1.up.weight.exp_avg (of the optim
     ],
 )
 def test_a_copy_that_differs_is_named_with_its_ranks(name, options, hit, sides):
-    results = ranks(4, spoilt, name, small.on_meta, options, hit)
+    results = ranks(4, spoilt, name, small_model.on_meta, options, hit)
     assert len({drawn for _, drawn in results}) == 1
     for difference, _ in results:
         assert difference is None if sides is None else tuple(difference) == (hit, *sides)
@@ -188,10 +188,10 @@ def test_a_copy_that_differs_is_named_with_its_ranks(name, options, hit, sides):
 def drawn_otherwise(env):
     """The last rank draws other weights; each holds a shard that no other rank holds."""
     mesh = build_mesh(1, env.size)
-    engine = ENGINES["fsdp"](mesh, small.OPTIM, precision="float64", seed=3 + (env.rank == env.size - 1))
-    engine.wrap(small.on_meta())
+    engine = ENGINES["fsdp"](mesh, small_model.OPTIM, precision="float64", seed=3 + (env.rank == env.size - 1))
+    engine.wrap(small_model.on_meta())
     assert compare_tensors(held(engine), mesh.world_group) is None
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         agree(mesh, {"the initial weights": engine.drawn}, "built")
     return str(caught.value)
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.build import build_model
-from trainer.compose import compose
-from trainer.muon import Muon, matrices
-from trainer.optim import decayed
+from trainer.config.build_model import build_model
+from trainer.config.compose import compose
+from trainer.optim.adamw import decayed_parameters
+from trainer.optim.muon import Muon, matrices
 
 CONF = Path(__file__).parents[2] / "conf"
 SWIGLU = "feedforward.up feedforward.gate feedforward.down"
@@ -81,7 +81,7 @@ def built(*words):
 @pytest.mark.parametrize("group, name", CASES)
 def test_these_decay_and_no_others(group, name):
     model = built(f"{group}={name}")
-    assert bare(decayed(model)) == expected(group, name)
+    assert bare(decayed_parameters(model)) == expected(group, name)
 
 
 SOME = [("mixer", "rwkv7"), ("position", "relative"), ("memory", "tokens"), ("model", "moe_topk")]
@@ -93,7 +93,7 @@ def test_muon_gives_what_it_does_not_take_to_an_adamw_that_decays_the_same(group
     optimiser = Muon(weight_decay=0.3)(model, dict(model.named_parameters()))
     names = {id(parameter): key for key, parameter in model.named_parameters()}
     shrunk = {names[id(p)] for part in optimiser.param_groups if part["weight_decay"] for p in part["params"]}
-    assert shrunk == decayed(model) and set() < matrices(model) <= shrunk
+    assert shrunk == decayed_parameters(model) and set() < matrices(model) <= shrunk
 
 
 class Mine(nn.Module):
@@ -111,4 +111,4 @@ class Mine(nn.Module):
 
 def test_the_matrices_of_torchs_layers_decay_in_a_layer_of_a_user_and_nothing_else():
     matrices_of_torch = {"cell.weight_ih_l0", "cell.weight_hh_l0", "filter.weight"}
-    assert decayed(Mine()) == matrices_of_torch | {"attend.in_proj_weight", "attend.out_proj.weight"}
+    assert decayed_parameters(Mine()) == matrices_of_torch | {"attend.in_proj_weight", "attend.out_proj.weight"}

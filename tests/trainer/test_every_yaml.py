@@ -12,20 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel.launch import Ranks
-from tests.pool import ranks
-from trainer.directory import make
+from tests.support.pool import ranks
+from trainer.launch.elastic import RankInfo
 from trainer.logs.jsonl import METRICS, read
-from trainer.parity import write_documents
-from trainer.prepare import wish
+from trainer.preflight.prepare import load_config
 from trainer.reach import fitting
 from trainer.run import run
+from trainer.run_dir import make_run_dir
+from trainer.verify.whole_runs import write_documents
 
 CONF = Path(__file__).parents[2] / "conf"
 TOKENS = 96
 COMMON = (
     "steps=2", f"context_length={TOKENS}", f"batch_tokens={2 * TOKENS}", "model.width=16", "model.layers=2", "model.heads=2",
-    "model.ffn=16", "checkpoint.every=1", "evaluation.every=1", "evaluation.batches=1", "evaluation.generate=0",
+    "model.ffn=16", "checkpoint.every=1", "evaluation.every=1", "evaluation.batches=1", "evaluation.sample_tokens=0",
     "wandb.mode=disabled", "precision=float64", "launch.timeout_s=60",
 )  # fmt: skip
 NEEDED = {  # what a yaml cannot do without, or would make a run of this size long
@@ -78,8 +78,8 @@ def test_every_yaml_is_met():
 
 
 def in_rank(env, words, directory):
-    config = wish(fitting(words), started=env.size)
-    where = Ranks(env.rank, env.size, env.rank, env.size, torch.device("cpu"), "gloo")
+    config = load_config(fitting(words), started=env.size)
+    where = RankInfo(env.rank, env.size, env.rank, env.size, torch.device("cpu"), "gloo")
     return run(config, where, Path(directory))
 
 
@@ -121,7 +121,7 @@ def test_it_does_so_on_any_number_of_ranks(words, begin, then, texts, tmp_path):
 def check_run(words, begin, then, texts, directory):
     """Two steps, then the second again from the checkpoint of the first: the same loss, to rounding."""
     asked = (*spelled(words, texts), f"run_dir={directory}")
-    make(directory)
+    make_run_dir(directory)
     assert ranks(size_of(begin), in_rank, (*asked, *begin), str(directory)) == [0] * size_of(begin)
     before = list(read(directory / METRICS))
     held_out = list(read(directory / "evaluation.jsonl"))

@@ -9,13 +9,13 @@ from safetensors import safe_open
 
 from models.span import Span
 from scripts.export import main
-from tests.trainer.test_parity import in_pool
-from trainer.archive import Archive
-from trainer.config import Fault
-from trainer.directory import record
+from tests.trainer.verify.test_whole_runs import in_pool
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.errors import UserError
 from trainer.export import CONFIG, WEIGHTS, export, reopen
-from trainer.parity import COMMON, write_documents
-from trainer.prepare import wish
+from trainer.preflight.prepare import load_config
+from trainer.run_dir import record
+from trainer.verify.whole_runs import COMMON, write_documents
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +25,10 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     data = ("data=files", f"data.path={write_documents(folder / 'text')}", f"data.cache={folder / 'cache'}")
     for name, size in (("single", 1), ("fsdp", 2)):
-        words = (*COMMON, *data, "steps=3", "checkpoint.every=3", "model.tie=true", "precision=float64", f"engine={name}")
+        words = (*COMMON, *data, "steps=3", "checkpoint.every=3", "model.tie_embeddings=true", "precision=float64", f"engine={name}")
         words = (*words, f"parallel.data={size}", f"run_dir={folder / name}")
         in_pool(words, size, folder / name)
-        record(folder / name, wish(words, started=size))
+        record(folder / name, load_config(words, started=size))
     return folder
 
 
@@ -47,7 +47,7 @@ def test_what_two_ranks_sharded_is_the_model_of_one_device(runs, tmp_path):
 
 def test_the_file_holds_every_tensor_of_the_checkpoint_bit_for_bit(runs, tmp_path):
     export(runs / "fsdp", tmp_path)
-    archive, place = Archive(runs / "fsdp" / "checkpoints"), runs / "fsdp" / "checkpoints" / "step_00000003"
+    archive, place = CheckpointReader(runs / "fsdp" / "checkpoints"), runs / "fsdp" / "checkpoints" / "step_00000003"
     saved = archive.load(place, {"model": archive.blank(place, "model")}).state["model"]
     with safe_open(tmp_path / WEIGHTS, "pt") as file:
         assert set(file.keys()) == set(saved)
@@ -66,7 +66,7 @@ def test_a_folder_that_holds_a_model_is_left_alone(runs, tmp_path, capsys):
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(Fault, match="no run directory"):
+    with pytest.raises(UserError, match="no run directory"):
         export(tmp_path, tmp_path / "out")
     assert main([str(tmp_path)]) == 2
 
@@ -75,5 +75,5 @@ def test_a_damaged_export_is_said_to_be_one(runs, tmp_path):
     export(runs / "single", tmp_path)
     raw = (tmp_path / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).write_bytes(raw[: len(raw) // 2])
-    with pytest.raises(Fault, match="export it again"):
+    with pytest.raises(UserError, match="export it again"):
         reopen(tmp_path)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.check import check
-from trainer.compose import compose
+from trainer.config.compose import compose
+from trainer.preflight.check import check_config
 
 SMALL = ("context_length=64", "batch_tokens=128", "model.width=32", "model.layers=2", "launch.oversubscribe=true")
 ITSELF, DOCUMENTS, LATER = "mixes tokens by itself", "learn of another", "come after them"
@@ -16,7 +16,7 @@ ITSELF, DOCUMENTS, LATER = "mixes tokens by itself", "learn of another", "come a
 
 def faults(*words: str) -> list[str]:
     asked = compose([*SMALL, *words])
-    return asked.faults if asked.config is None else check(asked.config, asked.given, asked.mended, asked.faults)
+    return asked.faults if asked.config is None else check_config(asked.config, asked.given, asked.mended, asked.faults)
 
 
 def mixer(name: str) -> tuple[str, str]:

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from trainer import directory, entry, locks
-from trainer.config import Fault
-from trainer.data import cache, places
+from trainer import entry, locks, run_dir
+from trainer.data import cache, folders
 from trainer.data.cache import place
-from trainer.data.opening import check, open_stream
-from trainer.data.sources import build
+from trainer.data.open import check, open_stream
+from trainer.data.sources.base import build_source
+from trainer.errors import UserError
 from trainer.locks import exclusive, held
-from trainer.watch import Note, accuse
+from trainer.watchdog import HeartbeatNote, describe_hang
 
 SETTINGS = {"context_length": 8, "rows": 1, "seed": 0}
 
@@ -40,7 +40,7 @@ def test_without_file_locks_a_corpus_is_still_built_once(lockless, tmp_path, cap
     (tmp_path / "a.txt").write_text("text")
     built = []
     node = {
-        "_target_": "trainer.data.files.Files",
+        "_target_": "trainer.data.sources.files.Files",
         "path": f"{tmp_path}/a.txt",
         "cache": str(tmp_path / "cache"),
         "held_out": 0.0,
@@ -66,14 +66,14 @@ def test_without_file_locks_a_corpus_is_still_built_once(lockless, tmp_path, cap
 
 
 def test_without_file_locks_a_run_directory_has_one_launcher_at_a_time(lockless, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(directory, "DYING_S", 0.5)
-    with directory.lock(tmp_path):
-        with directory.presence(tmp_path):
+    monkeypatch.setattr(run_dir, "DYING_S", 0.5)
+    with run_dir.lock(tmp_path):
+        with run_dir.presence(tmp_path):
             pass
-        with pytest.raises(Fault, match=f"is in use: .* held by process {os.getpid()} on "):
-            with directory.lock(tmp_path):
+        with pytest.raises(UserError, match=f"is in use: .* held by process {os.getpid()} on "):
+            with run_dir.lock(tmp_path):
                 pass
-    with directory.lock(tmp_path):
+    with run_dir.lock(tmp_path):
         pass
     assert sum("no file locks" in record.getMessage() for record in caplog.records) == 1
 
@@ -137,14 +137,14 @@ def homeless(monkeypatch, tmp_path):
 
     monkeypatch.setattr("pwd.getpwuid", nobody)
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    places.spare_folder.cache_clear()
+    folders.spare_folder.cache_clear()
     yield tmp_path
-    places.spare_folder.cache_clear()
+    folders.spare_folder.cache_clear()
 
 
 def source(tmp_path, **settings):
     (tmp_path / "a.txt").write_text("text")
-    return build({"_target_": "trainer.data.files.Files", "path": f"{tmp_path}/a.txt", "held_out": 0.0} | settings)
+    return build_source({"_target_": "trainer.data.sources.files.Files", "path": f"{tmp_path}/a.txt", "held_out": 0.0} | settings)
 
 
 def test_without_a_home_folder_the_tokens_lie_among_temporary_files(homeless, caplog):
@@ -194,7 +194,7 @@ def test_a_tilde_of_nobody_is_one_message(tmp_path, homeless):
 def test_a_process_without_home_and_user_name_is_given_both(homeless, monkeypatch, caplog):
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
-    places.furnish()
+    folders.furnish()
     assert getpass.getuser() == f"user{os.getuid()}"
     assert os.environ["HOME"] == str(homeless / f"longspan-{os.getuid()}" / "home") and os.path.isdir(os.environ["HOME"])
     for variable in ("HOME", "LOGNAME"):
@@ -206,7 +206,7 @@ def test_what_the_user_set_is_left_as_it_is(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USER", "somebody")
     before = dict(os.environ)
-    places.furnish()
+    folders.furnish()
     assert dict(os.environ) == before
 
 
@@ -217,12 +217,12 @@ def test_no_folder_for_temporary_files_is_one_message_and_exit_status_3(monkeypa
     monkeypatch.setattr("tempfile.gettempdir", nowhere)
     monkeypatch.setattr(entry, "protect", lambda: None)
     with pytest.raises(SystemExit) as end:
-        entry.enter(lambda words: 0)
+        entry.run_command(lambda words: 0)
     assert end.value.code == 3 and capsys.readouterr().err.startswith("TMPDIR: No usable temporary directory")
 
 
 def test_a_clock_that_is_set_back_does_not_hide_who_stands_still():
     beats = [1000.0, 1000.0 - 3600, 1000.0 + 3600]
-    notes = [Note(3, 4, "forward", "", False, beat) for beat in beats]
-    said = accuse(notes, (4, "forward"), 30.0, 1000.0)
+    notes = [HeartbeatNote(3, 4, "forward", "", False, beat) for beat in beats]
+    said = describe_hang(notes, (4, "forward"), 30.0, 1000.0)
     assert "rank 1 of 3 stands still" in said and "rank 2 of 3 stands still" in said and "rank 0" not in said

@@ -12,14 +12,15 @@ import torch
 import yaml
 
 from tests.test_architecture import ROOT
-from tests.trainer.test_killed import words
-from trainer import directory, prepare
-from trainer.archive import Archive
-from trainer.checkpoint import Checkpoints
-from trainer.config import Fault
+from tests.trainer.verify.test_killed import words
+from trainer import run_dir
+from trainer.checkpoint.manifest import MANIFEST
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.writer import CheckpointWriter
 from trainer.data.corpus import Corpus, Damaged
+from trainer.errors import UserError
 from trainer.logs.jsonl import METRICS, Metrics, read
-from trainer.manifest import MANIFEST
+from trainer.preflight import prepare
 
 SECRETS = {
     "WANDB_API_KEY": "0123456789" * 4,
@@ -32,7 +33,7 @@ SECRETS = {
 def test_no_secret_is_in_the_run_directory_or_in_what_a_crash_prints(tmp_path):
     unreachable = {"WANDB_BASE_URL": "http://127.0.0.1:9"}  # a key, but nobody answers: the run is offline
     command = [sys.executable, "-m", "trainer", *words(tmp_path, "run", "engine=single", "evaluation.every=0")]
-    command += ["mixer._target_=tests.trainer.breaking.Breaking", "wandb.mode=auto", "model.layers=1"]
+    command += ["mixer._target_=tests.support.breaking_data.Breaking", "wandb.mode=auto", "model.layers=1"]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **SECRETS, **unreachable, "HOME": str(tmp_path)}, capture_output=True, text=True
     )
@@ -40,7 +41,7 @@ def test_no_secret_is_in_the_run_directory_or_in_what_a_crash_prints(tmp_path):
     assert done.returncode == 1 and "RuntimeError: a bug that a user wrote" in told, told
     assert "going on offline" in told, told
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert {directory.CONFIG, directory.ENVIRONMENT, METRICS} <= {path.name for path in files}
+    assert {run_dir.CONFIG, run_dir.ENVIRONMENT, METRICS} <= {path.name for path in files}
     assert any(path.suffix == ".wandb" for path in files), "W&B wrote its own files"
     for name, secret in SECRETS.items():
         assert secret not in told, f"{name} is printed"
@@ -78,9 +79,9 @@ def trap(tmp_path, monkeypatch):
 def strangers(tmp_path):
     """A run directory with all that ours hold, and the wish to go on in it."""
     wish = words(tmp_path, "theirs", "engine=single")
-    config, path = prepare.settle(prepare.wish(wish))
-    directory.record(path, config)
-    checkpoints = Checkpoints(path / "checkpoints", say=lambda text: None)
+    config, path = prepare.create_run_dir(prepare.load_config(wish))
+    run_dir.record(path, config)
+    checkpoints = CheckpointWriter(path / "checkpoints", say=lambda text: None)
     checkpoints.save(2, {"model": {"w": torch.ones(64)}}, {})
     checkpoints.close()
     (path / METRICS).write_text('{"step": 1, "loss": 3.0, "tokens": 4}\n')
@@ -94,7 +95,7 @@ def test_a_pickle_in_the_place_of_any_file_of_a_run_directory_is_not_opened(tmp_
         theirs = path.with_name(f"theirs {number}")
         shutil.copytree(path, theirs)
         here = theirs / "checkpoints" / place.name
-        for file in (METRICS, "evaluation.jsonl", directory.LOCK, directory.ENVIRONMENT, "wandb/run_id"):
+        for file in (METRICS, "evaluation.jsonl", run_dir.LOCK, run_dir.ENVIRONMENT, "wandb/run_id"):
             (theirs / file).parent.mkdir(exist_ok=True)
             (theirs / file).write_bytes(content + b"\n")
         with pytest.raises(ValueError, match="no JSON object"):
@@ -104,26 +105,26 @@ def test_a_pickle_in_the_place_of_any_file_of_a_run_directory_is_not_opened(tmp_
         for file in (MANIFEST, "shard_00000.safetensors", ".metadata"):
             (here / file).write_bytes(content)
             if file != ".metadata":
-                with pytest.raises(Fault, match="is whole"):
-                    Archive(theirs / "checkpoints", say=lambda text: None).latest()
+                with pytest.raises(UserError, match="is whole"):
+                    CheckpointReader(theirs / "checkpoints", say=lambda text: None).latest()
                 shutil.copy(place / file, here / file)
-        (theirs / directory.CONFIG).write_bytes(content)
+        (theirs / run_dir.CONFIG).write_bytes(content)
         for words_ in ([*wish, f"run_dir={str(theirs)!r}"], [*wish, f"resume={str(theirs)!r}", f"run_dir={tmp_path / 'mine'}"]):
-            with pytest.raises(Fault, match=r"config.yaml cannot be read"):
-                prepare.wish(words_)
+            with pytest.raises(UserError, match=r"config.yaml cannot be read"):
+                prepare.load_config(words_)
 
 
 @pytest.mark.parametrize("how", ["a tag", "a target"])
 def test_a_config_of_a_stranger_makes_nothing(how, tmp_path, trap):
     wish, path = strangers(tmp_path)
-    config = yaml.safe_load((path / directory.CONFIG).read_text())
+    config = yaml.safe_load((path / run_dir.CONFIG).read_text())
     if how == "a tag":
-        (path / directory.CONFIG).write_text(f"name: !!python/object/apply:os.mkdir ['{tmp_path / 'sprung'}']\n")
+        (path / run_dir.CONFIG).write_text(f"name: !!python/object/apply:os.mkdir ['{tmp_path / 'sprung'}']\n")
     else:
         config["schedule"] = {"_target_": "subprocess.Popen", "args": ["mkdir", str(tmp_path / "sprung")]}
-        (path / directory.CONFIG).write_text(yaml.safe_dump(config))
-    with pytest.raises(Fault, match="cannot be read" if how == "a tag" else "schedule._target_"):
-        prepare.wish(wish)
+        (path / run_dir.CONFIG).write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match="cannot be read" if how == "a tag" else "schedule._target_"):
+        prepare.load_config(wish)
 
 
 def test_a_pickle_in_the_token_cache_is_not_opened(tmp_path, trap):

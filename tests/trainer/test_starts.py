@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.trainer.test_launch import ROOT, open_to_others
+from tests.trainer.launch.test_elastic import ROOT, open_to_others
 from trainer.logs.jsonl import METRICS, read
 
 SMALL = ["data=copy", "model.width=16", "model.layers=1", "model.heads=2", "context_length=64", "batch_tokens=256"]

@@ -6,9 +6,9 @@ from typing import Literal
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from trainer.compose import compose, sweep_words
-from trainer.config import Config
-from trainer.judging import judge, plain
+from trainer.config.compose import compose, sweep_words
+from trainer.config.node_checks import as_node, node_errors
+from trainer.config.schema import Config
 from trainer.texts import kind_of, quoted, split, unquoted
 
 TYPED = (
@@ -28,7 +28,7 @@ def composed(*words: str) -> Config:
 def test_a_text_stays_as_it_was_typed(typed: str) -> None:
     words = ("data=hub", f"data.name={typed}", f"+data.revision={typed}", f"run_dir={typed}", f"evaluation.prompt={typed}")
     config = composed(*words, f"wandb.project={typed}", f"data.split={typed}", f"wandb.tags=[{quoted(typed)},b]")
-    data = plain(config.data)
+    data = as_node(config.data)
     assert (data["name"], data["revision"], data["split"]) == (typed,) * 3
     assert (config.run_dir, config.evaluation.prompt, config.wandb.project) == (typed,) * 3
     assert config.wandb.tags == [typed, "b"]
@@ -45,8 +45,8 @@ def test_null_is_no_text_where_there_may_be_none_and_lists_are_lists_of_texts() 
 
 
 def test_a_class_that_the_command_names_says_which_of_its_settings_are_texts() -> None:
-    words = ("data._target_=trainer.data.files.Files", "data.path=1_0,2", "data.held_out=1e-2")
-    data = plain(composed(*words).data)
+    words = ("data._target_=trainer.data.sources.files.Files", "data.path=1_0,2", "data.held_out=1e-2")
+    data = as_node(composed(*words).data)
     assert data["path"] == "1_0,2" and data["held_out"] == 0.01
 
 
@@ -94,7 +94,7 @@ def test_a_sweep_keeps_each_of_its_texts(word: str, values: list[object]) -> Non
     jobs = [composed(f"{override.key_or_group}={spelled}") for spelled in override.sweep_string_iterator()]
     found = []
     for config in jobs:
-        part = plain(config.data) if word.startswith("data.") else config
+        part = as_node(config.data) if word.startswith("data.") else config
         for name in override.key_or_group.split(".")[word.startswith("data.") :]:
             part = part[name] if isinstance(part, dict) else getattr(part, name)
         found.append(part)
@@ -133,7 +133,7 @@ def test_an_unknown_key_is_never_taken_for_one_of_another_meaning(words: list[st
 
 def test_neither_is_an_unknown_setting_of_a_class() -> None:
     config = composed("data=hub", "data.name=x", "data.cache=1", "data.tokenzier=bytes")
-    faults = judge(config.data, {}, "data")
+    faults = node_errors(config.data, {}, "data")
     cache = next(fault for fault in faults if fault.startswith("data.cache="))
     assert "did you mean" not in cache and "known: data." in cache
     assert any("did you mean data.tokenizer?" in fault for fault in faults)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import Fault
-from trainer.crowd import JOB_OF, judge, told_again, twins
-from trainer.jobs import DONE, Job, Outcome, outcome
-from trainer.launcher import Plan
+from trainer.errors import UserError
 from trainer.logs.jsonl import METRICS
+from trainer.sweep.batch import JOB_OF, check_jobs, told_again, twins
+from trainer.sweep.hydra_launcher import SweepPlan
+from trainer.sweep.jobs import DONE, Job, JobOutcome, outcome
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("context_length=64", "batch_tokens=128", "model.width=32", "model.layers=2", "data=copy")
@@ -28,25 +28,25 @@ def jobs(folder: Path, *settings: str) -> list[Job]:
 
 
 def test_jobs_with_equal_effective_configs_are_run_once_and_said(tmp_path: Path, capsys) -> None:
-    plan: Plan = Grid()  # pyright: ignore
+    plan: SweepPlan = Grid()  # pyright: ignore
     wished = ("mixer=full position=rope", "mixer=full position=none")
     dropped = ("mixer=gated_delta position=rope", "mixer=gated_delta position=alibi")
     made, effective = jobs(tmp_path, *wished, *dropped), {}
-    judge(made, [], plan, effective)
+    check_jobs(made, [], plan, effective)
     assert twins(made, effective) == {3: 2}
     assert "nothing in this model takes a position" in capsys.readouterr().out
     made[2].directory.mkdir()
     (made[2].directory / METRICS).write_text('{"step": 1}\n')
-    told_again(made[3], made[2], Outcome(list(made[2].settings), DONE, 0, 3.0))
+    told_again(made[3], made[2], JobOutcome(list(made[2].settings), DONE, 0, 3.0))
     again = outcome(made[3])
     assert again is not None and (again.outcome, again.message) == (DONE, "the same run as job 2")
     assert (made[3].directory / METRICS).read_text() == '{"step": 1}\n'
 
 
 def test_a_setting_that_no_job_takes_is_refused(tmp_path: Path) -> None:
-    plan: Plan = Grid()  # pyright: ignore
-    with pytest.raises(Fault, match="nothing in this model takes a position"):
-        judge(jobs(tmp_path, "mixer=gated_delta position=rope", "mixer=hyena position=rope"), [], plan, {})
+    plan: SweepPlan = Grid()  # pyright: ignore
+    with pytest.raises(UserError, match="nothing in this model takes a position"):
+        check_jobs(jobs(tmp_path, "mixer=gated_delta position=rope", "mixer=hyena position=rope"), [], plan, {})
 
 
 def test_a_job_of_a_sweep_starts_with_the_settings_that_only_other_jobs_take(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from trainer.data.corpus import FACTS, FORMAT, Corpus, Damaged, write
-from trainer.data.faults import DataFault, Report
-from trainer.data.places import home, spare_folder, writable
-from trainer.data.readers import File, reason
-from trainer.data.sources import Local
+from trainer.data.errors import DataError, ReadReport
+from trainer.data.folders import home, spare_folder, writable
+from trainer.data.sources.base import Local
+from trainer.data.sources.readers import File, reason
 from trainer.data.tokenizers import Tokenizer
 from trainer.locks import exclusive
 
@@ -72,7 +72,7 @@ def corpus_of(source: Local, tokenizer: Tokenizer) -> Corpus:
             with exclusive(folder.with_suffix(".lock"), _say_waiting):
                 found = _opened(folder) or _built(folder, source, files, tokenizer)
         except OSError as error:
-            raise DataFault(
+            raise DataError(
                 f"the token cache {folder} cannot be written ({error}); give a folder with data.cache"
             ) from error
     return found
@@ -92,14 +92,14 @@ def _built(folder: Path, source: Local, files: list[File], tokenizer: Tokenizer)
     """Called under the lock: whatever lies beside the folder under its name was left by a process that died."""
     for old in [folder, *folder.parent.glob(f"{folder.name}.part-*")]:
         shutil.rmtree(old, ignore_errors=True)
-    report = Report(source.on_error)
+    report = ReadReport(source.on_error)
     LOG.info("tokenising %d files into %s", len(files), folder)
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     part.mkdir()
     try:
         facts = write(part, _told(source.documents(files, report)), tokenizer, report)
         if not facts["documents"]:
-            raise DataFault(nothing(len(files), report))
+            raise DataError(nothing(len(files), report))
         with open(part / FACTS, "w", encoding="utf-8") as out:
             json.dump(facts | {"report": report.facts()}, out)
             out.flush()
@@ -120,6 +120,6 @@ def _told(named: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
         yield document
 
 
-def nothing(files: int, report: Report) -> str:
+def nothing(files: int, report: ReadReport) -> str:
     """The message for data of which no document is left."""
     return f"no document is left of {files} files ({report.text() or 'they hold no text'}); give other data"

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from trainer.data.faults import DataFault, Report
+from trainer.data.errors import DataError, ReadReport
 from trainer.data.split import digest
 from trainer.data.tokenizers import Tokenizer, ended
-from trainer.reading import json_object
+from trainer.limited_reader import json_object
 
 FORMAT = 2
 TOKENS, FACTS = "tokens.arrow", "facts.json"
@@ -31,7 +31,7 @@ class Damaged(Exception):
     """A corpus whose files are not what was written."""
 
 
-def write(folder: Path, named: Iterable[tuple[str, str]], tokenizer: Tokenizer, report: Report) -> dict[str, Any]:
+def write(folder: Path, named: Iterable[tuple[str, str]], tokenizer: Tokenizer, report: ReadReport) -> dict[str, Any]:
     """Tokenise (name, text) documents into tokens.arrow of a folder; returns the facts, which are not yet written.
 
     A document of which the tokenizer makes no token is left out, and counted in `report`: its end alone is nothing that
@@ -60,7 +60,7 @@ def write(folder: Path, named: Iterable[tuple[str, str]], tokenizer: Tokenizer, 
 
 
 def _blocks(
-    named: Iterable[tuple[str, str]], tokenizer: Tokenizer, dtype: Any, report: Report
+    named: Iterable[tuple[str, str]], tokenizer: Tokenizer, dtype: Any, report: ReadReport
 ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
     """(hashes, token arrays) of as many whole documents as make a record batch."""
     hashes, ids, held = [], [], 0
@@ -152,7 +152,7 @@ class Corpus:
             try:
                 self._check(block)
             except Damaged as error:
-                raise DataFault(
+                raise DataError(
                     f"the token cache {self.folder} is damaged ({error}); remove it and run again"
                 ) from error
         first, end = self.ends[block][document - self.firsts[block] :][:2]

@@ -11,7 +11,7 @@ from trainer.data.batch import Batch
 from trainer.data.corpus import Corpus
 
 
-class Row(NamedTuple):
+class PackedRow(NamedTuple):
     """One packed row: three [T+1] int64 arrays; PADDING as the document where there is no token."""
 
     tokens: np.ndarray
@@ -19,7 +19,7 @@ class Row(NamedTuple):
     pos: np.ndarray
 
 
-class Piece(NamedTuple):
+class DocumentSlice(NamedTuple):
     """Consecutive tokens of one document: the document's number, the place of the first token in it, the tokens."""
 
     document: int
@@ -27,13 +27,13 @@ class Piece(NamedTuple):
     tokens: np.ndarray
 
 
-def lay(pieces: Sequence[Piece], length: int, *, goes_on: bool) -> Row:
+def lay_out(pieces: Sequence[DocumentSlice], length: int, *, goes_on: bool) -> PackedRow:
     """Lay pieces end to end into a row of `length` tokens, padded behind.
 
     goes_on: False = documents are numbered from 0 and the first one, if cut, starts again at pos 0; True = numbers and
     positions are those of the pieces, for a memory that has seen what came before.
     """
-    row = Row(np.zeros(length, np.int64), np.full(length, PADDING, np.int64), np.zeros(length, np.int64))
+    row = PackedRow(np.zeros(length, np.int64), np.full(length, PADDING, np.int64), np.zeros(length, np.int64))
     if pieces:
         counts = np.array([len(piece.tokens) for piece in pieces])
         filled = int(counts.sum())
@@ -47,7 +47,7 @@ def lay(pieces: Sequence[Piece], length: int, *, goes_on: bool) -> Row:
     return row
 
 
-def stack(rows: Sequence[Row]) -> Batch:
+def stack(rows: Sequence[PackedRow]) -> Batch:
     """A batch of rows of one length."""
     tokens, doc, pos = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*rows))
     return Batch(tokens, doc, pos, torch.full_like(tokens, TEXT))
@@ -68,7 +68,7 @@ class Concatenation:
         self.corpus, self.order, self.context_length, self.first_number = corpus, order, context_length, first_number
         self.ends = np.cumsum(corpus.lengths[order])
 
-    def row(self, number: int, *, goes_on: bool) -> Row:
+    def row(self, number: int, *, goes_on: bool) -> PackedRow:
         """Row `number`, or one of padding behind the last."""
         length, total = self.context_length + 1, int(self.ends[-1])
         here, stop = number * self.context_length, min(number * self.context_length + length, total)
@@ -78,9 +78,9 @@ class Concatenation:
             begin = int(self.ends[place] - self.corpus.lengths[document])
             until = min(stop, int(self.ends[place]))
             tokens = self.corpus.tokens(document, here - begin, until - begin)
-            pieces.append(Piece(self.first_number + place, here - begin, tokens))
+            pieces.append(DocumentSlice(self.first_number + place, here - begin, tokens))
             here, place = until, place + 1
-        return lay(pieces, length, goes_on=goes_on)
+        return lay_out(pieces, length, goes_on=goes_on)
 
 
 def rows_of(tokens: int, context_length: int) -> int:

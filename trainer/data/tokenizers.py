@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from tokenizers import Tokenizer as Backend
 
-from trainer.data.faults import DataFault
-from trainer.reading import json_file
+from trainer.data.errors import DataError
+from trainer.limited_reader import json_file
 
 # How known models call the token that ends a text; the first that the tokenizer has is taken.
 ENDINGS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "<EOS>", "[SEP]")
@@ -99,9 +99,9 @@ class HuggingFace:
         known = [word for word in (ending, *ENDINGS) if word is not None and word in words]
         self.vocabulary = max(words.values(), default=-1) + 1  # not the number of words: there may be gaps
         if not words:
-            raise DataFault(f"data.tokenizer={name}: it has no token; give another, or bytes")
+            raise DataError(f"data.tokenizer={name}: it has no token; give another, or bytes")
         if self.vocabulary > 2 * len(words) + LARGEST_GAP:
-            raise DataFault(
+            raise DataError(
                 f"data.tokenizer={name}: its numbers run up to {self.vocabulary - 1}, but it has only {len(words)} tokens, "
                 f"and a model has a row for every number up to the last (at most {LARGEST_GAP} more than twice the tokens "
                 "are allowed); number its tokens without gaps"
@@ -142,7 +142,7 @@ class HuggingFace:
                     return again
                 culprit = text
                 break
-        return DataFault(
+        return DataError(
             f"data.tokenizer={self.name} cannot encode a text that begins {culprit[:SHOWN]!r} ({_first_line(error)}); "
             "give a tokenizer that has a number for every text, such as one of bytes"
         )

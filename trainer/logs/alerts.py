@@ -5,13 +5,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import median
 
-from trainer.logs.jsonl import Row
+from trainer.logs.jsonl import MetricsRow
 from trainer.logs.redact import redacted
 
 KINDS = ("spike", "skipped", "hang", "end")
 WINDOW = 128  # gradient norms of logged steps that the median is taken of
 LEAST = 16  # fewer tell nothing of what is usual
-USUAL = 5.0  # times the median that make a spike, where optim.spike gives no number of its own
+USUAL = 5.0  # times the median that make a spike, where optim.skip_above gives no number of its own
 
 Send = Callable[[str, str], None]  # (title, text)
 
@@ -22,7 +22,7 @@ class Alerts:
     Args:
         wanted: kinds; True = all.
         name: of the run.
-        spike: optim.spike; 0 = none, then USUAL counts.
+        spike: optim.skip_above; 0 = none, then USUAL counts.
         send: takes a title and a text.
     """
 
@@ -33,7 +33,7 @@ class Alerts:
         self.send = send
         self.norms: deque[float] = deque(maxlen=WINDOW)
 
-    def step(self, row: Row) -> None:
+    def step(self, row: MetricsRow) -> None:
         """Look at a logged step: was it skipped, or does its gradient leap?"""
         norm = row.grad_norm
         finite = norm is not None and math.isfinite(norm)

@@ -12,7 +12,7 @@ from typing import TextIO
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from trainer.logs.jsonl import EVALUATION, METRICS, Row
+from trainer.logs.jsonl import EVALUATION, METRICS, MetricsRow
 from trainer.logs.streams import plain
 
 INTERVAL_S = 5.0
@@ -93,7 +93,7 @@ class Console:
         if self.bar is not None:
             self.bar.reset(self.task, total=self.steps, completed=step, told="")
 
-    def step(self, row: Row) -> None:
+    def step(self, row: MetricsRow) -> None:
         """A step is done. The first and the last always print; in between a line every few seconds."""
         if not self.speaks:
             return

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from trainer.inside import open_inside, replace_inside
-from trainer.reading import Unreadable, json_value, lines
+from trainer.limited_reader import Unreadable, json_value, lines
+from trainer.safe_files import open_inside, replace_inside
 
 BESIDE = ("auxiliary", "statistics", "skipped")  # parts of a row that are dictionaries, or not there
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.jsonl"
 FIGURES = ("loss", "tokens", "tokens_per_second", "step_seconds", "peak_memory_bytes", "value")
 
 
-class Row(NamedTuple):
+class MetricsRow(NamedTuple):
     """One line of metrics.jsonl.
 
     step counts from 1; loss in nats per token, the language loss alone, None where nothing was predicted; tokens
@@ -90,7 +90,7 @@ class Metrics(Lines):
     def __init__(self, directory: Path | str):
         super().__init__(Path(directory) / METRICS)
 
-    def add(self, row: Row) -> None:
+    def add(self, row: MetricsRow) -> None:
         """Append the row of a step."""
         self.write({key: value for key, value in row._asdict().items() if value is not None or key not in BESIDE})
 

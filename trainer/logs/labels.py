@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config import Config
+from trainer.config.schema import Config
 
 FORBIDDEN = re.compile(r"[/\\#?%:]")  # in the name of a project; the server takes none of these
 IDENTITY = re.compile(r"[A-Za-z0-9_.-]{1,128}")

@@ -3,7 +3,7 @@
 Seconds are those of training alone: what runs under `pause` (evaluation, checkpoints, plots) is not counted.
 MFU = FLOPs of the step / (step seconds x peak FLOP/s of all devices), after Chowdhery et al. 2022 (arXiv:2204.02311).
 Theirs counts every pair of tokens of a row in attention; ours takes the FLOPs that the caller counted, which are those
-of visible pairs (causal, within a document: models/sizes.py), 3 x forward, and none for recomputation.
+of visible pairs (causal, within a document: models/cost/flops.py), 3 x forward, and none for recomputation.
 """
 
 import re
@@ -48,7 +48,7 @@ class Peak(NamedTuple):
     source: str
 
 
-class Reading(NamedTuple):
+class MeterReading(NamedTuple):
     """What the meter says about the steps since it was read last."""
 
     tokens_per_second: float
@@ -110,13 +110,13 @@ class Meter:
         finally:
             self.paused += self.clock() - begin
 
-    def read(self) -> Reading:
+    def read(self) -> MeterReading:
         """Means over the steps since the last reading, which begin anew. At least one step must have been added."""
         now = self.clock()
         seconds = max(now - self.begin - self.paused, 1e-9)
         rate = self.peak.flops_per_second
         mfu = None if rate is None else self.flops / (seconds * rate * self.devices)
-        reading = Reading(self.tokens / seconds, seconds / self.steps, mfu)
+        reading = MeterReading(self.tokens / seconds, seconds / self.steps, mfu)
         self.tokens = self.flops = self.steps = 0
         self.paused, self.begin = 0.0, now
         return reading

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainer.inside import make_inside
+from trainer.safe_files import make_inside
 
 FOLDER = Path("wandb") / "tmp"
 

@@ -21,10 +21,10 @@ from urllib.parse import urlsplit
 
 import wandb
 
-from trainer.inside import make_inside, read_inside, replace_inside
-from trainer.logs.jsonl import BESIDE, Row
+from trainer.logs.jsonl import BESIDE, MetricsRow
 from trainer.logs.labels import Labels, variable
 from trainer.logs.redact import without_secrets, word_without_secrets
+from trainer.safe_files import make_inside, read_inside, replace_inside
 
 PROBE_S, FINISH_S = 3.0, 30.0
 UPLOAD_S = 300.0  # instead of FINISH_S, where a checkpoint is sent as well
@@ -41,7 +41,7 @@ def identity_of(directory: Path | str) -> str | None:
         return None
 
 
-class Wandb:
+class WandbLogger:
     """The W&B run of a run directory.
 
     Args:
@@ -141,7 +141,7 @@ class Wandb:
         except Exception as error:
             self._lost(error)
 
-    def step(self, row: Row) -> None:
+    def step(self, row: MetricsRow) -> None:
         """Send the row of a step."""
         self.tokens = row.tokens
         parts = row._asdict()

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from torch import nn
 
 from models.causality import Ahead, layers_ahead, plain_sight, score_mismatches
-from models.masks import FAR
-from trainer import build
-from trainer.config import Config, Fault
-from trainer.data.sources import build as build_source
-from trainer.data.tasks.task import Task
-from trainer.objectives.objective import Objective
+from models.masks.algebra import FAR
+from trainer.config import build_model, instantiate
+from trainer.config.schema import Config
+from trainer.data.sources.base import build_source
+from trainer.data.tasks.base import SyntheticTask
+from trainer.errors import UserError
+from trainer.objectives.base import Objective
 from trainer.objectives.stream import objective_of
 
 
@@ -18,7 +19,7 @@ def misused(config: Config) -> Iterator[str]:
     """Faults of the objective beside the data, the memory and the sample; no model is needed."""
     try:
         objective = objective_of(config)
-    except (Fault, ValueError):  # reported where nodes are checked
+    except (UserError, ValueError):  # reported where nodes are checked
         return
     key = f"objective={_name(config)}"
     if not isinstance(objective, Objective):
@@ -45,17 +46,17 @@ def misused(config: Config) -> Iterator[str]:
             "on from row to row; "
             "use memory=none or objective=next_token"
         )
-    if config.evaluation.generate:
+    if config.evaluation.sample_tokens:
         yield (
-            f"evaluation.generate={config.evaluation.generate} writes token after token, "
+            f"evaluation.sample_tokens={config.evaluation.sample_tokens} writes token after token, "
             f"which {key} does not teach; "
-            "use evaluation.generate=0"
+            "use evaluation.sample_tokens=0"
         )
 
 
 def vocabulary(config: Config) -> tuple[int, list[str]]:
     """Tokens of data and objective together, and the fault of a model.vocabulary below that."""
-    tokenizer = build_source(build.plain(config.data)).tokenizer()
+    tokenizer = build_source(instantiate.plain(config.data)).tokenizer()
     symbols = objective_of(config).symbols(tokenizer, config.context_length)
     tokens = symbols.vocabulary
     asked = config.model.vocabulary
@@ -85,9 +86,9 @@ def unlearnable(config: Config, model: nn.Module) -> Iterator[str]:
     if useless and not ahead:
         kind = config.position.target.rpartition(".")[2]
         yield (
-            f"position.both=true: half of what {kind} learns serves keys that come later than "
+            f"position.bidirectional=true: half of what {kind} learns serves keys that come later than "
             "their query, and no layer shows "
-            f"any ({useless[0]}); use position.both=false, or objective=masked with layers "
+            f"any ({useless[0]}); use position.bidirectional=false, or objective=masked with layers "
             "that see both sides, "
             "as model=bidirectional"
         )
@@ -138,7 +139,7 @@ def remarks(config: Config, model: nn.Module) -> list[str]:
         kind = config.position.target.rpartition(".")[2]
         lines.append(
             f"position: {kind} counts all keys that come later as at distance 0; "
-            "position.both=true tells them apart"
+            "position.bidirectional=true tells them apart"
         )
     return lines
 
@@ -150,13 +151,13 @@ def _name(config: Config) -> str:
     return objective.name if ours else config.objective.target
 
 
-def _task(config: Config) -> Task | None:
+def _task(config: Config) -> SyntheticTask | None:
     """The task that the data is, or None where it is text or cannot be had (reported elsewhere)."""
     try:
-        source = build_source(build.plain(config.data))
+        source = build_source(instantiate.plain(config.data))
     except ValueError:
         return None
-    return source if isinstance(source, Task) else None
+    return source if isinstance(source, SyntheticTask) else None
 
 
 def _named(layers: list[Ahead]) -> str:
@@ -171,6 +172,6 @@ def _named(layers: list[Ahead]) -> str:
 def _node(config: Config, layer: Ahead) -> str:
     """Where the settings of a layer's mixer stand in the config."""
     parts = layer.path.split(".")
-    labels = build.labels(config)
+    labels = build_model.mixer_labels(config)
     number = int(parts[1]) if len(parts) > 2 and parts[1].isdigit() else 0
-    return build.mixer_node(config, labels[number])[0] if number < len(labels) else "mixer"
+    return build_model.mixer_node(config, labels[number])[0] if number < len(labels) else "mixer"

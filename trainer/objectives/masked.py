@@ -5,7 +5,7 @@ from torch import Tensor
 
 from models.loss import IGNORE
 from trainer.data.batch import Batch
-from trainer.objectives.objective import Objective, Symbols, draw, share_between, text_only
+from trainer.objectives.base import Objective, Symbols, draw, share_between, text_only
 
 NAMES = ("[MASK]", "<mask>", "<|mask|>", "<MASK>")  # of the mask token in tokenizers that have one
 

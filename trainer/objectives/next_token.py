@@ -1,6 +1,6 @@
 """objective=next_token: every token predicts the one after it in its document."""
 
-from trainer.objectives.objective import Objective
+from trainer.objectives.base import Objective
 
 
 class NextToken(Objective):

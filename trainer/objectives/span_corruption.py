@@ -12,7 +12,7 @@ from torch import Tensor
 from models.loss import IGNORE
 from models.span import PADDING, PREFIX, TEXT
 from trainer.data.batch import Batch
-from trainer.objectives.objective import Objective, Symbols, draw, share_between, text_only
+from trainer.objectives.base import Objective, Symbols, draw, share_between, text_only
 
 
 class Plan(NamedTuple):

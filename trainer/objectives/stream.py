@@ -4,13 +4,14 @@ import hashlib
 
 import torch
 
-from trainer.build import build, plain
-from trainer.config import BAD_RUN, Config, Fault
+from trainer.config.instantiate import instantiate, plain
+from trainer.config.schema import Config
 from trainer.data.batch import Batch
-from trainer.data.opening import open_stream
-from trainer.data.sources import build as build_source
-from trainer.data.stream import Cursor, Stream
-from trainer.objectives.objective import Objective, Symbols
+from trainer.data.open import open_stream
+from trainer.data.sources.base import build_source
+from trainer.data.streams.base import Cursor, Stream
+from trainer.errors import BAD_RUN, UserError
+from trainer.objectives.base import Objective, Symbols
 
 
 class ObjectiveStream(Stream):
@@ -61,7 +62,7 @@ def objective_of(config: Config) -> Objective:
     Raises:
         Fault: an unknown class or setting.
     """
-    return build(config.objective, {}, "objective")
+    return instantiate(config.objective, {}, "objective")
 
 
 def vocabulary_of(config: Config) -> int:
@@ -87,7 +88,7 @@ def open_rows(config: Config, split: str) -> Stream:
             lanes=config.memory.carries,
         )
     except ValueError as error:
-        raise Fault(str(error), BAD_RUN) from error
+        raise UserError(str(error), BAD_RUN) from error
     if not objective.rewrites:
         return text
     seed = config.seed if split == "train" else 0

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from models.span import PADDING, Span
 from trainer.data.batch import Batch
-from trainer.objectives.objective import Objective, Symbols
+from trainer.objectives.base import Objective, Symbols
 
 
 def trial_symbols(objective: Objective, text: int, length: int) -> Symbols:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
-from trainer.inside import make_inside, replace_inside
 from trainer.logs.console import count
-from trainer.markdown import markdown
-from trainer.reports.pictures import by_position, draw
-from trainer.reports.runs import Told, collect
+from trainer.reports.markdown import markdown
+from trainer.reports.plots import by_position, draw
+from trainer.reports.runs import RunRecord, collect
 from trainer.reports.variants import Spread, Variant, variants
+from trainer.safe_files import make_inside, replace_inside
 
 WIDEST = 12  # columns of figures that a page of 1,280 has room for
 PLACE, PAGE, TABLE = "report", "index.html", "variants.md"
@@ -73,7 +73,7 @@ def write(directory: Path) -> Path:
     return replace_inside(directory, f"{PLACE}/{PAGE}", page)
 
 
-def _told(runs: Sequence[Told]) -> str:
+def _told(runs: Sequence[RunRecord]) -> str:
     done = sum(run.finished for run in runs)
     rest = "" if done == len(runs) else f"; {len(runs) - done} did not get to the end, and say so below"
     return escape(f"{len(runs)} run{'s' * (len(runs) > 1)}, {done} finished{rest}.")
@@ -110,17 +110,17 @@ def loss(value: Spread) -> str:
     return "-" if math.isnan(value.mean) else f"{value.mean:.4f}{spread}"
 
 
-Row = tuple[bool, list[str]]  # whether all of it went well, and the cells, the first of them words
+PageRow = tuple[bool, list[str]]  # whether all of it went well, and the cells, the first of them words
 
 
-def _variant_rows(rows: Sequence[Variant]) -> list[Row]:
+def _variant_rows(rows: Sequence[Variant]) -> list[PageRow]:
     columns = _columns(rows)
     return [
         (all(run.finished for run in each.runs), [each.name, *(cell(each) for _, cell in columns), each.state]) for each in rows
     ]
 
 
-def _run_rows(runs: Sequence[Told]) -> list[Row]:
+def _run_rows(runs: Sequence[RunRecord]) -> list[PageRow]:
     shown = [(run, short(run.loss, ".4f"), short(run.held_out, ".4f")) for run in runs]
     return [(run.finished, [run.name, *values, run.state, run.command or "-"]) for run, *values in shown]
 
@@ -141,7 +141,7 @@ def _positions(rows: Sequence[Variant]) -> str:
     return _table(["position", *head], [(True, each) for each in cells])
 
 
-def _tables(head: Sequence[str], rows: Sequence[Row]) -> list[str]:
+def _tables(head: Sequence[str], rows: Sequence[PageRow]) -> list[str]:
     """As few tables as there must be for each to fit a page; the first column is in all of them, states in the last."""
     figures = len(head) - 1
     count = max(1, -(-figures // WIDEST))
@@ -153,7 +153,7 @@ def _tables(head: Sequence[str], rows: Sequence[Row]) -> list[str]:
     return tables
 
 
-def _table(head: Sequence[str], rows: Sequence[Row]) -> str:
+def _table(head: Sequence[str], rows: Sequence[PageRow]) -> str:
     """The first column is words, and so are states; commands are set as code."""
     words = {0} | {at for at, name in enumerate(head) if name in ("state", "command")}
 

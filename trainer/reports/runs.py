@@ -8,15 +8,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from trainer.config import Fault
-from trainer.crowd import JOB_OF
-from trainer.directory import CONFIG, ENVIRONMENT
-from trainer.jobs import DONE, FAILED, OUTCOME, OUTPUT, Job, essence, varied
+from trainer.errors import UserError
+from trainer.limited_reader import json_object, yaml_file
 from trainer.logs import summary
 from trainer.logs.jsonl import EVALUATION, METRICS, read
 from trainer.logs.redact import redacted, word_without_secrets
-from trainer.reading import json_object, yaml_file
-from trainer.sweep import RECORD
+from trainer.run_dir import CONFIG, ENVIRONMENT
+from trainer.sweep.batch import JOB_OF
+from trainer.sweep.jobs import DONE, FAILED, OUTCOME, OUTPUT, Job, essence, varied
+from trainer.sweep.sweep import RECORD
 
 HELD_OUT = "held_out_loss"
 SIGNS = (CONFIG, METRICS, OUTCOME, OUTPUT)  # any of them makes a folder that of a run
@@ -25,7 +25,7 @@ OF_SWEEP = ("wandb.group=", "wandb.name=", "wandb.tags=")  # what a sweep may ad
 
 
 @dataclass(frozen=True)
-class Told:
+class RunRecord:
     """One run.
 
     Attributes:
@@ -62,17 +62,17 @@ class Told:
     grades: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
 
-def collect(directory: Path) -> list[Told]:
+def collect(directory: Path) -> list[RunRecord]:
     """The run in a directory, or every run below it.
 
     Raises:
         Fault: there is no such directory, or no run in it.
     """
     if not directory.is_dir():
-        raise Fault(f"{directory}: there is no such directory; name that of a run, or of a sweep")
+        raise UserError(f"{directory}: there is no such directory; name that of a run, or of a sweep")
     places = sorted(_places(directory), key=_in_order)
     if not places:
-        raise Fault(f"{directory} holds no run and no sweep: no {CONFIG} or {METRICS} in it or below it; name another")
+        raise UserError(f"{directory} holds no run and no sweep: no {CONFIG} or {METRICS} in it or below it; name another")
     own = directory.resolve().name  # of a single run
     runs = [_told(place, own if place == directory else str(place.relative_to(directory))) for place in places]
     jobs = [Job(number, run.settings, directory) for number, run in enumerate(runs) if run.settings]
@@ -96,9 +96,9 @@ def _in_order(path: Path) -> list[tuple[bool, int, str]]:
     return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.parts]
 
 
-def _told(directory: Path, name: str) -> Told:
+def _told(directory: Path, name: str) -> RunRecord:
     """Everything that can be read of one run; what cannot be read is said in its state."""
-    run, troubles = Told(name), []
+    run, troubles = RunRecord(name), []
     for reader in (_began, _summed, _trained, _evaluated, _ended):
         try:
             run = replace(run, **reader(directory, run))
@@ -107,7 +107,7 @@ def _told(directory: Path, name: str) -> Told:
     return replace(run, state=f"{run.state} ({'; '.join(dict.fromkeys(troubles))})" if troubles else run.state)
 
 
-def _began(directory: Path, run: Told) -> dict[str, Any]:
+def _began(directory: Path, run: RunRecord) -> dict[str, Any]:
     """What was asked for: of a job as its sweep noted it, else of the command."""
     settings, label = (), run.name
     if (directory / OUTCOME).is_file():
@@ -124,14 +124,14 @@ def _began(directory: Path, run: Told) -> dict[str, Any]:
     return {"settings": tuple(essence(plain)), "label": label, "command": command, "state": "started"}
 
 
-def _summed(directory: Path, run: Told) -> dict[str, Any]:
+def _summed(directory: Path, run: RunRecord) -> dict[str, Any]:
     facts = summary.read(directory)
     names = {"parameters": "parameters", "flops_per_token": "flops_per_token", "ranks": "ranks"}
     names |= {"sent_bytes": "sent_bytes_per_step"}
     return {name: float(facts[key]) for name, key in names.items() if facts.get(key) is not None}
 
 
-def _trained(directory: Path, run: Told) -> dict[str, Any]:
+def _trained(directory: Path, run: RunRecord) -> dict[str, Any]:
     rows = list(read(directory / METRICS))
     if not rows:
         return {}
@@ -149,7 +149,7 @@ def _trained(directory: Path, run: Told) -> dict[str, Any]:
     }
 
 
-def _evaluated(directory: Path, run: Told) -> dict[str, Any]:
+def _evaluated(directory: Path, run: RunRecord) -> dict[str, Any]:
     rows = [row for row in read(directory / EVALUATION) if row.get("value") is not None]
     tokens = {row["step"]: row["tokens"] for row in read(directory / METRICS)}
     held_out = [row for row in rows if row.get("name") == HELD_OUT]
@@ -166,7 +166,7 @@ def _evaluated(directory: Path, run: Told) -> dict[str, Any]:
     return found
 
 
-def _ended(directory: Path, run: Told) -> dict[str, Any]:
+def _ended(directory: Path, run: RunRecord) -> dict[str, Any]:
     """How the sweep saw it end; a run of its own, or one that has not ended, by its last step."""
     reached = run.state.startswith("step ")
     if (directory / OUTCOME).is_file():

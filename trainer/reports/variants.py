@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-from trainer.reports.runs import Told
+from trainer.reports.runs import RunRecord
 
 SEED = "seed="
 
@@ -28,10 +28,10 @@ class Variant:
     """
 
     name: str
-    runs: tuple[Told, ...]
+    runs: tuple[RunRecord, ...]
 
     @property
-    def counted(self) -> tuple[Told, ...]:
+    def counted(self) -> tuple[RunRecord, ...]:
         return tuple(run for run in self.runs if run.finished) or self.runs
 
     @property
@@ -43,7 +43,7 @@ class Variant:
         others = [f"{run.name}: {run.state}" for run in self.runs if not run.finished]
         return f"{done} of {len(self.runs)} runs; {'; '.join(others)}"
 
-    def spread(self, figure: Callable[[Told], float]) -> Spread:
+    def spread(self, figure: Callable[[RunRecord], float]) -> Spread:
         """Of one figure, over the runs that know it."""
         return spread(figure(run) for run in self.counted)
 
@@ -54,9 +54,9 @@ def spread(values: Iterable[float]) -> Spread:
     return Spread(fmean(known) if known else math.nan, stdev(known) if len(known) > 1 else math.nan)
 
 
-def variants(runs: Sequence[Told]) -> list[Variant]:
+def variants(runs: Sequence[RunRecord]) -> list[Variant]:
     """Best first: by held-out loss, where there is none by training loss, and those without any last."""
-    found: dict[str, list[Told]] = {}
+    found: dict[str, list[RunRecord]] = {}
     for run in runs:
         plain = " ".join(word for word in run.label.split(" ") if not word.startswith(SEED))
         found.setdefault(plain or "all seeds", []).append(run)

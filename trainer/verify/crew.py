@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from parallel.lifeline import die_with
+from trainer.launch.parent_death import die_with_parent
 
 JOBS = 25  # a crew does before it is replaced: each leaves process groups, whose threads never rest
 
@@ -126,7 +126,7 @@ def beside(lanes: int, work: Callable[..., None], session: Any, cases: Sequence[
             return following.value - 1 if following.value <= len(cases) else None
 
     def be(pipe: Connection, parent: int) -> None:
-        die_with(parent)
+        die_with_parent(parent)
         try:
             work(take, pipe.send, session, cases)
         except BaseException:
@@ -162,7 +162,7 @@ def beside(lanes: int, work: Callable[..., None], session: Any, cases: Sequence[
 
 
 def _serve(rank: int, size: int, folder: Path, parent: int, pipe: Connection) -> None:
-    die_with(parent)
+    die_with_parent(parent)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     output = os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

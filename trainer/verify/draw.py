@@ -10,12 +10,12 @@ from typing import Any, NamedTuple, get_args
 from omegaconf import OmegaConf
 
 from models.attention.full import Attention
-from models.memory.local import NOT_EXACT
-from trainer.compose import CONF, choices
-from trainer.config import Engine, Parallel
-from trainer.data.sources import build as build_source
-from trainer.judging import find_class, parameters
-from trainer.values import TARGET
+from models.memory.local_attention import NOT_EXACT
+from trainer.config.compose import CONF, choices
+from trainer.config.node_checks import find_class, parameters
+from trainer.config.schema import EngineConfig, ParallelConfig
+from trainer.config.values import TARGET
+from trainer.data.sources.base import build_source
 
 SMALL = (
     "steps=3",
@@ -85,7 +85,7 @@ def settings_of(group: str, name: str) -> dict[str, Any]:
 
 def words_of(kind: str) -> tuple[Any, ...]:
     """The words that a setting of `parallel` may have."""
-    return get_args(Parallel.model_fields[kind].annotation)
+    return get_args(ParallelConfig.model_fields[kind].annotation)
 
 
 def _either(kind: type, *names: str) -> str:
@@ -188,7 +188,7 @@ def _ranks(random: Random, context: int, data: int, heads: int) -> list[str]:
     spread = [f"parallel.context={context}", f"parallel.data={data}"]
     if context == 1:
         return spread
-    divided = _either(Parallel, "ulysses", "heads")
+    divided = _either(ParallelConfig, "ulysses", "heads")
     method = random.choice([word for word in words_of("method") if word != divided or context <= heads])
     spread += [f"parallel.method={method}", f"parallel.layout={random.choice(words_of('layout'))}"]
     if method == "usp":
@@ -201,9 +201,9 @@ def _engine(random: Random, engine: str, precision: str, ranks: int) -> list[str
     spread = [f"engine={engine}"]
     if engine == "deepspeed":
         stage = random.choice([n for n in range(4) if n or precision != "bfloat16"])
-        spread.append(f"engine.{_either(Engine, 'zero_stage', 'zero')}={stage}")
+        spread.append(f"engine.{_either(EngineConfig, 'zero_stage', 'zero')}={stage}")
     if engine == "fsdp" and random.random() < 0.3:
-        spread.append(random.choice(("engine.reshard_after_forward=false", f"engine.replicas={ranks}")))
+        spread.append(random.choice(("engine.reshard_after_forward=false", f"engine.replicate={ranks}")))
     if random.random() < 0.2:
         spread.append(f"engine.checkpointing={random.choice(('full', 'selective'))}")
     return spread

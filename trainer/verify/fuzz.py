@@ -21,19 +21,20 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from parallel.launch import Ranks
-from trainer import directory
-from trainer.check import check
-from trainer.compose import compose
-from trainer.config import BAD_RUN, BAD_WISH, Config, Fault, Parallel
+from trainer import run_dir
+from trainer.config.compose import compose
+from trainer.config.schema import Config, ParallelConfig
+from trainer.errors import BAD_CONFIG, BAD_RUN, UserError
+from trainer.launch.elastic import RankInfo
 from trainer.logs.jsonl import METRICS, read
-from trainer.parity import write_documents
-from trainer.prepare import claim, plan, settle, wish
+from trainer.preflight.check import check_config
+from trainer.preflight.prepare import create_run_dir, dry_run, load_config, write_record
 from trainer.reach import fitting
 from trainer.run import run
 from trainer.verify.crew import Answer, Crews, beside
 from trainer.verify.draw import LARGEST_CREW, SMALL, draw_run, import_parts
 from trainer.verify.mistype import draw_mistakes
+from trainer.verify.whole_runs import write_documents
 
 TOLERANCE = {"float64": (1e-9, 1e-9), "float32": (1e-4, 1e-3), "bfloat16": (2e-2, 1e-1)}  # of losses, of gradient norms
 STEPS = 3
@@ -96,7 +97,7 @@ class Fuzz:
     def _compare(self, number: int, many: Config) -> str | None:
         """What is wrong with a run, or None."""
         here, there = self.folder / f"{number}-one", self.folder / f"{number}-many"
-        one = many.model_copy(update={"parallel": Parallel(), "engine": self.single, "run_dir": str(here)})
+        one = many.model_copy(update={"parallel": ParallelConfig(), "engine": self.single, "run_dir": str(here)})
         answer = self.crews.run(1, judge_again, one, seconds=CHECK_S)
         if answer.trace or answer.values[0]:
             self.outcomes["refused on one rank alone"] += 1
@@ -165,7 +166,7 @@ class Fuzz:
 
     def _costly(self, config: Config) -> bool:
         """Whether a mistyped run is more than a moment's work here, or work of other machines."""
-        tokens = config.batch_tokens * config.steps + config.evaluation.generate
+        tokens = config.batch_tokens * config.steps + config.evaluation.sample_tokens
         tokens += config.evaluation.batches * config.batch_tokens if config.evaluation.every else 0
         large = tokens * config.model.width * config.model.layers > LARGE or config.steps > 100
         elsewhere = config.launch.name != "local" or config.parallel.ranks > LARGEST_CREW
@@ -186,7 +187,7 @@ class Fuzz:
             )
         except subprocess.TimeoutExpired:
             return f"no end in {RUN_S:g} s"
-        if "Traceback" in done.stdout + done.stderr or done.returncode not in (0, BAD_WISH, BAD_RUN):
+        if "Traceback" in done.stdout + done.stderr or done.returncode not in (0, BAD_CONFIG, BAD_RUN):
             return f"exit status {done.returncode}: {_brief(done.stderr)}"
         return None
 
@@ -198,7 +199,7 @@ class Fuzz:
     def _refusal(self, told: str) -> str | None:
         """None where a refusal is one as it should be."""
         code, _, message = told.partition(": ")
-        if code in (str(BAD_WISH), str(BAD_RUN)) and message.strip() and "Traceback" not in message:
+        if code in (str(BAD_CONFIG), str(BAD_RUN)) and message.strip() and "Traceback" not in message:
             self.outcomes["refused"] += 1
             return None
         self.outcomes["check broke"] += 1
@@ -211,8 +212,8 @@ class Fuzz:
 def judge(rank: int, words: list[str]) -> Config | str:
     """In a forked process: what the command would check before it starts ranks."""
     try:
-        return wish(words, say=lambda text: None)
-    except Fault as fault:
+        return load_config(words, say=lambda text: None)
+    except UserError as fault:
         return f"{fault.code}: {fault}"
 
 
@@ -223,22 +224,22 @@ def fitted(rank: int, words: list[str]) -> Config | str:
 
 def judge_again(rank: int, config: Config) -> str:
     """In a forked process: why a config that was not typed is refused; nothing where it is not."""
-    return "\n".join(check(config))
+    return "\n".join(check_config(config))
 
 
 def start(rank: int, config: Config, place: Path) -> int | str:
     """In a rank: what the command does after its check, then the run; '3: message' where that ends it."""
     try:
         if config.launch.dry_run:
-            return len(plan(config, [])) * 0
+            return len(dry_run(config, [])) * 0
         with ExitStack() as held:
             if rank == 0:
-                config, path = settle(config)
-                held.enter_context(directory.lock(path))
-                claim(config, path)
+                config, path = create_run_dir(config)
+                held.enter_context(run_dir.lock(path))
+                write_record(config, path)
             dist.barrier()
-            return live(rank, directory.read(place), config.parallel.ranks, place)
-    except Fault as fault:
+            return live(rank, run_dir.read_config(place), config.parallel.ranks, place)
+    except UserError as fault:
         return f"{fault.code}: {fault}"
 
 
@@ -246,7 +247,7 @@ def ended(rank: int, config: Config, size: int, place: Path) -> int | str:
     """In a rank: the whole run; '3: message' where a fault of data or loss ends it, the run directory left out."""
     try:
         return live(rank, config, size, place)
-    except Fault as fault:
+    except UserError as fault:
         if fault.code != BAD_RUN:
             raise
         return f"{fault.code}: {fault}".replace(str(place), "run_dir")
@@ -254,7 +255,7 @@ def ended(rank: int, config: Config, size: int, place: Path) -> int | str:
 
 def live(rank: int, config: Config, size: int, place: Path) -> int:
     """In a rank: the whole run."""
-    return run(config, Ranks(rank, size, rank, size, torch.device("cpu"), "gloo"), place)
+    return run(config, RankInfo(rank, size, rank, size, torch.device("cpu"), "gloo"), place)
 
 
 def rows(place: Path) -> list[dict[str, Any]]:

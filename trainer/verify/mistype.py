@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
-from trainer.compose import known_keys
-from trainer.config import Config
+from trainer.config.compose import known_keys
+from trainer.config.schema import Config
 from trainer.verify.draw import options, settings_of
 
 OF_PARTS = ("mixer", "position", "memory", "optim", "schedule", "objective")

@@ -4,8 +4,8 @@ import torch
 
 from models.attention.bigbird import BigBird
 from models.init import initialise
-from models.kernels.plan import plan
-from models.masks import visible
+from models.kernels.block_plan import plan_tiles
+from models.masks.algebra import visible
 from models.positions.rope import Rope
 from models.span import Span
 
@@ -15,8 +15,8 @@ def _layer(**settings) -> BigBird:
 
 
 def _graph(layer: BigBird, tokens: int) -> torch.Tensor:
-    at = Span.line(1, tokens)
-    return visible(layer.mix.mask, at, at, torch.arange(4))[0]
+    span = Span.line(1, tokens)
+    return visible(layer.mix.mask, span, span, torch.arange(4))[0]
 
 
 def test_it_is_softmax_attention_over_its_graph():
@@ -63,7 +63,7 @@ def test_work_grows_with_the_visible_area():
     layer = _layer(block=256, random=1, per_head=False)
 
     def area(tokens: int) -> int:
-        at = Span.line(1, tokens)
-        return sum((b.q1 - b.q0) * (b.k1 - b.k0) for b in plan(layer.mix.mask, at, at))
+        span = Span.line(1, tokens)
+        return sum((b.q1 - b.q0) * (b.k1 - b.k0) for b in plan_tiles(layer.mix.mask, span, span))
 
     assert area(32768) < 5 * area(8192)  # all pairs would be 16 times as many

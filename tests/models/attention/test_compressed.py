@@ -5,13 +5,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from models.attention.compressed import Compressed
-from models.attention.compressor import turn_last
-from models.auxiliary import auxiliary, begin
+from models.attention.compressed_blocks import rotate_last
+from models.auxiliary import auxiliary_loss, on_step_begin
 from models.init import initialise
-from models.mixing.lookup import BlockEnds
 from models.positions.alibi import Alibi
 from models.positions.rope import Rope
 from models.positions.yarn import Yarn
+from models.primitives.block_topk import BlockEnds
 from models.span import Span
 
 SETTINGS = {"block": 3, "top": 2, "reach": 4, "index_heads": 3, "index_channels": 6, "groups": 2, "turned": 2}
@@ -50,7 +50,7 @@ def _summary(press, x, start: int, first: bool, position: Rope):
 
 def _turned(vector, pos: int, position: Rope, turned: int = 2):
     span = Span.of(torch.tensor([[pos]]), torch.zeros(1, 1, dtype=torch.long))
-    return turn_last(vector.view(1, 1, 1, -1), span, position, turned).view(-1)
+    return rotate_last(vector.view(1, 1, 1, -1), span, position, turned).view(-1)
 
 
 def _loop(layer: Compressed, x: torch.Tensor, span: Span, dense: bool = False):
@@ -121,7 +121,7 @@ def test_attention_teaches_the_indexer_and_learns_nothing_from_it():
     assert all(p.grad is None for p in layer.indexer.parameters())
     taught = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
     into = x.grad.clone()
-    auxiliary(layer)["indexer"].backward()
+    auxiliary_loss(layer)["indexer"].backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in layer.indexer.parameters() if p.dim() > 1)
     assert torch.equal(x.grad, into)
     assert all(torch.equal(layer.get_parameter(name).grad, grad) for name, grad in taught.items())
@@ -133,9 +133,9 @@ def test_the_indexer_learns_where_attention_looks():
     optimiser = torch.optim.Adam(layer.indexer.parameters(), lr=3e-2)
     losses = []
     for step in range(1, 61):
-        begin(layer, step)
+        on_step_begin(layer, step)
         layer(x, span)
-        loss = auxiliary(layer)["indexer"] / 192
+        loss = auxiliary_loss(layer)["indexer"] / 192
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -147,17 +147,17 @@ def test_losses_are_taken_once_and_only_where_there_are_gradients():
     layer = _layer()
     with torch.no_grad():
         layer(_x(), _span())
-    assert auxiliary(layer) == {}
+    assert auxiliary_loss(layer) == {}
     layer(_x(), _span())
-    assert auxiliary(layer)["indexer"] > 0
-    assert auxiliary(layer) == {}
+    assert auxiliary_loss(layer)["indexer"] > 0
+    assert auxiliary_loss(layer) == {}
 
 
 def test_the_loss_survives_activation_checkpointing():
     def gradients(again: bool) -> list:
         layer, span, x = _layer(), _span(), _x()
         out = checkpoint(layer, x, span, use_reentrant=False) if again else layer(x, span)
-        (out.square().sum() + auxiliary(layer)["indexer"]).backward()
+        (out.square().sum() + auxiliary_loss(layer)["indexer"]).backward()
         return [p.grad for p in layer.parameters()]
 
     for a, b in zip(gradients(True), gradients(False), strict=True):
@@ -167,7 +167,7 @@ def test_the_loss_survives_activation_checkpointing():
 def test_nothing_later_and_no_other_document_is_seen():
     layer, span, x = _layer(), _span(), _x()
     before = layer(x, span)
-    loss = auxiliary(layer)
+    loss = auxiliary_loss(layer)
     for moved in (5, 16, 17, 20):
         y = x.clone()
         y[:, moved] += 3
@@ -190,7 +190,7 @@ def test_a_block_is_complete_at_its_last_token():
     ("position", "settings", "message"),
     [
         (Alibi(), {}, "Alibi shapes scores"),
-        (Yarn(4.0, 16), {}, "position.magnitude=1.0"),
+        (Yarn(4.0, 16), {}, "position.attention_factor=1.0"),
         (Rope(), {"groups": 3}, "groups=3"),
         (Rope(), {"turned": 8}, "turned=8"),
         (Rope(), {"top": 0}, "top must be 1 or more"),

@@ -3,20 +3,20 @@
 import pytest
 import torch
 
-from models.attention.latent import Latent
+from models.attention.latent import LatentAttention
 from models.init import initialise
-from models.positions.position import Position
+from models.positions.base import Position
 from models.positions.rope import Rope
 from models.scores import Score
 from models.span import Span
-from parallel.cut import cut_span
+from parallel.context_parallel import apply_context_parallel
 from parallel.layout import layout
-from parallel.spread import spread
-from tests.pool import ranks
+from parallel.sharding import shard_span
+from tests.support.pool import ranks
 
 
-def _layer() -> Latent:
-    return initialise(Latent(16, 4, Rope(), latent=6, query_latent=5, content=4, turned=2, value=3), seed=0).double()
+def _layer() -> LatentAttention:
+    return initialise(LatentAttention(16, 4, Rope(), kv_latent=6, q_latent=5, nope_dim=4, rope_dim=2, value_dim=3), seed=0).double()
 
 
 def test_it_equals_attention_in_the_space_of_the_latents():
@@ -37,12 +37,12 @@ def test_it_equals_attention_in_the_space_of_the_latents():
 
 
 def _sent(env, heads):
-    layer = initialise(Latent(16, heads, Rope(), latent=6, content=4, turned=2, value=3), seed=0).double()
-    wire = spread(layer, env.group, "ring")
+    layer = initialise(LatentAttention(16, heads, Rope(), kv_latent=6, nope_dim=4, rope_dim=2, value_dim=3), seed=0).double()
+    communicator = apply_context_parallel(layer, env.group, "ring")
     span = Span.line(1, 24)
-    here = cut_span(span, [layout("zigzag", 24, env.size)], env.rank)
+    here = shard_span(span, [layout("zigzag", 24, env.size)], env.rank)
     layer(torch.randn(1, 24 // env.size, 16, dtype=torch.float64), here)
-    return wire.sent["ring"]
+    return communicator.bytes_sent["ring"]
 
 
 def test_only_latents_go_round_the_ring_however_many_heads():
@@ -68,4 +68,4 @@ class _Shaping(Position):
 )
 def test_what_cannot_be_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        Latent(16, 4, **settings)
+        LatentAttention(16, 4, **settings)

@@ -50,7 +50,7 @@ def test_every_layer_may_have_a_reach_of_its_own():
     moved = x.clone()
     moved[:, 10] += 1
     for layer, reach in enumerate([2, 5]):
-        one = initialise(Longformer(12, 3, 3, NoPosition(), layer, 2, reach=[2, 5], first=0), seed=0).double()
+        one = initialise(Longformer(12, 3, 3, NoPosition(), layer, 2, window=[2, 5], first=0), seed=0).double()
         touched = (one(x, span) != one(moved, span)).any(-1)[0].nonzero()[:, 0].tolist()
         assert touched == list(range(10, 10 + reach))
 

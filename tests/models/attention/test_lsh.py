@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.attention.lsh import ALONE, Lsh
+from models.attention.lsh import ALONE, LSHAttention
 from models.init import initialise
 from models.positions.none import NoPosition
 from models.positions.rope import Rope
@@ -11,8 +11,8 @@ from models.positions.t5 import T5
 from models.span import Span
 
 
-def _layer(position=None, **settings) -> Lsh:
-    return initialise(Lsh(12, 3, position or NoPosition(), 0, 5, 32, **settings), seed=0).double()
+def _layer(position=None, **settings) -> LSHAttention:
+    return initialise(LSHAttention(12, 3, position or NoPosition(), 0, 5, 32, **settings), seed=0).double()
 
 
 def _two_documents() -> Span:
@@ -21,7 +21,7 @@ def _two_documents() -> Span:
     return Span.of(pos[None], doc[None])
 
 
-def _loop(layer: Lsh, x: torch.Tensor, span: Span) -> torch.Tensor:
+def _loop(layer: LSHAttention, x: torch.Tensor, span: Span) -> torch.Tensor:
     """Round by round over sets of keys, merged by mass with shared keys counted once, as the paper writes it."""
     q, v = layer.qk(x).unflatten(-1, (3, 4))[0], layer.v(x).unflatten(-1, (3, 4))[0]
     bucket, out = layer.hashed(q[None])[0], torch.zeros_like(q)
@@ -80,10 +80,10 @@ def test_more_rounds_come_nearer_to_full_attention():
 def test_hashes_depend_on_seed_and_layer():
     q = torch.randn(1, 50, 3, 4, dtype=torch.float64)
     settings = {"size": 4, "buckets": 8}
-    one, same = (Lsh(12, 3, NoPosition(), 0, 5, 32, **settings).hashed(q) for _ in range(2))
+    one, same = (LSHAttention(12, 3, NoPosition(), 0, 5, 32, **settings).hashed(q) for _ in range(2))
     assert torch.equal(one, same)
     for layer, seed in ((1, 5), (0, 6)):
-        assert (Lsh(12, 3, NoPosition(), layer, seed, 32, **settings).hashed(q) != one).float().mean() > 0.5
+        assert (LSHAttention(12, 3, NoPosition(), layer, seed, 32, **settings).hashed(q) != one).float().mean() > 0.5
 
 
 @pytest.mark.parametrize(
@@ -96,4 +96,4 @@ def test_hashes_depend_on_seed_and_layer():
 )
 def test_what_cannot_be_is_refused(position, settings, message):
     with pytest.raises(ValueError, match=message):
-        Lsh(12, 3, position, 0, 0, 32, **settings)
+        LSHAttention(12, 3, position, 0, 0, 32, **settings)

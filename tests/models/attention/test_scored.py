@@ -8,17 +8,17 @@ from torch.nn import functional as F
 
 from models.attention.differential import Differential
 from models.attention.full import CAUSAL, Attention
-from models.attention.functional import attention_mass, attention_scores, attention_weights, masked, scaled
+from models.attention.functional import attention_lse, attention_scores, attention_weights, masked_scores, scaled_scores
 from models.attention.gated import Gated
 from models.attention.qk_norm import QKNorm
 from models.attention.sink_logit import SinkLogit
 from models.attention.softcap import Softcap
-from models.masks import visible
+from models.masks.algebra import visible
 from models.positions.alibi import Alibi
 from models.positions.none import NoPosition
 from models.positions.rope import Rope
 from models.positions.t5 import T5
-from tests.models.attention.spelled import HEADS, KV, WIDTH, furthest, given, spelled
+from tests.support.spelled_out_attention import HEADS, KV, WIDTH, furthest, given, spelled
 
 
 @pytest.mark.parametrize("position", [Rope, Alibi, lambda: T5(8, 20)])
@@ -34,9 +34,9 @@ def test_a_sink_takes_its_share_of_every_mean(position):
     params = plain.tables() if plain.tables is not None else ()
     logits = plain.mix.score.logits((q,), (k, k), params, span, span, torch.arange(HEADS))
     if isinstance(plain.placing, Alibi):
-        assert (logits - scaled(attention_scores(q, k), 4)).abs().max() > 1
-    mass = attention_mass(masked(logits, visible(CAUSAL, span, span))).transpose(1, 2)
-    kept = torch.sigmoid(mass - layer.tables.logit).repeat_interleave(4, 2)
+        assert (logits - scaled_scores(attention_scores(q, k), 4)).abs().max() > 1
+    lse = attention_lse(masked_scores(logits, visible(CAUSAL, span, span))).transpose(1, 2)
+    kept = torch.sigmoid(lse - layer.tables.logit).repeat_interleave(4, 2)
     assert furthest(layer(x, span), plain(x, span) * kept, span) < 1e-12
     assert furthest(before, layer(x, span), span) > 1e-3
 
@@ -92,7 +92,7 @@ def test_differential_attention_is_two_softmaxes_a_pair(position, kv_heads):
                 bias = made.bias(span, span, torch.tensor([pair]), scores.dtype)
                 if isinstance(layer.placing, T5):
                     bias = layer.tables.table[made.bucket(span, span)][..., pair][:, None]
-                maps.append(attention_weights(masked(scores, seen, None if bias is None else bias[:, 0])))
+                maps.append(attention_weights(masked_scores(scores, seen, None if bias is None else bias[:, 0])))
             outs.append(F.rms_norm((maps[0] - weight * maps[1]) @ v[:, :, group], (8,), layer.norm.weight, 1e-5))
     want = layer.out(torch.cat(outs, -1) * (1 - start))
     assert furthest(layer(x, span), want, span) < 1e-11

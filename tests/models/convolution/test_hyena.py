@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from models.convolution.hyena import Filter, Hyena
+from models.convolution.hyena import Hyena, HyenaFilter
 from models.init import initialise
 from models.span import Span
-from tests.parallel.parity import relative
+from tests.support.parity import relative
 
 
 def test_hyena_is_gates_between_toeplitz_matrices():
@@ -35,7 +35,7 @@ def test_an_order_without_a_long_filter_is_refused():
 
 
 def test_a_filter_of_bfloat16_weights_tells_far_distances_apart():
-    want = initialise(Filter(8, 2048, 64, 16, 10.0), 1)()
-    got = initialise(Filter(8, 2048, 64, 16, 10.0), 1).bfloat16()()
+    want = initialise(HyenaFilter(8, 2048, 64, 16, 10.0), 1)()
+    got = initialise(HyenaFilter(8, 2048, 64, 16, 10.0), 1).bfloat16()()
     assert got.dtype == torch.float32 and relative(got, want) < 0.05
     assert (got[1000] != got[1001]).all()

@@ -10,19 +10,19 @@ from torch.nn import functional as F
 from models.attention.bidirectional import Bidirectional
 from models.attention.full import Attention
 from models.attention.gated import Gated
-from models.attention.latent import Latent
+from models.attention.latent import LatentAttention
 from models.attention.qk_norm import QKNorm
 from models.attention.sinks import Sinks
+from models.carried_state import CarriedState, name_stateful_modules
 from models.init import initialise
 from models.memory.compressive import Compressive, CompressiveMemory
-from models.past import Past, name_carriers
 from models.positions.alibi import Alibi
 from models.positions.learned import Learned
 from models.positions.relative import Relative
 from models.positions.rope import Rope
 from models.recurrent.retention import Retention
 from models.span import Span
-from tests.parallel.parity import relative
+from tests.support.parity import relative
 
 WIDTH, HEADS, GROUPS, TOKENS = 16, 4, 2, 45
 LENGTHS = [[20, 1, 24], [37, 8]]
@@ -31,7 +31,7 @@ MIXERS = {
     "full": lambda: Attention(WIDTH, HEADS, GROUPS, Rope()),
     "alibi": lambda: Attention(WIDTH, HEADS, GROUPS, Alibi()),
     "relative": lambda: Attention(WIDTH, HEADS, GROUPS, Relative()),
-    "sinks": lambda: Sinks(WIDTH, HEADS, GROUPS, Rope(), reach=2, first=1),
+    "sinks": lambda: Sinks(WIDTH, HEADS, GROUPS, Rope(), window=2, sink_tokens=1),
     "gated": lambda: Gated(WIDTH, HEADS, GROUPS, Rope()),
     "qk_norm": lambda: QKNorm(WIDTH, HEADS, GROUPS, Rope()),
 }
@@ -55,7 +55,7 @@ def build(mixer: nn.Module, rule: str, segment: int | None) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2)
-    name_carriers(model)
+    name_stateful_modules(model)
     return model
 
 
@@ -69,25 +69,25 @@ def spelled(model, x: Tensor, rule: str, segment: int) -> Tensor:
             for head in range(HEADS):
                 channels = slice(4 * head, 4 * head + 4)
                 shared = slice(4 * (head // 2), 4 * (head // 2) + 4)
-                memory, mass = torch.zeros(4, 4, dtype=x.dtype), torch.zeros(4, dtype=x.dtype)
+                memory, lse = torch.zeros(4, 4, dtype=x.dtype), torch.zeros(4, dtype=x.dtype)
                 for first in range(0, length, segment):
                     part = slice(begin + first, begin + min(length, first + segment))
                     q, k, v = (
                         F.linear(x[row, part], weight)
                         for weight in (model.q.weight[channels], model.k.weight[shared], model.v.weight[shared])
                     )
-                    at = Span.line(1, length).map(lambda t, f=first: t[:, f : f + segment])
-                    q_turned, k_turned = (Rope().turn(y[None, :, None], at)[0, :, 0] for y in (q, k))
+                    span = Span.line(1, length).map(lambda t, f=first: t[:, f : f + segment])
+                    q_turned, k_turned = (Rope().turn(y[None, :, None], span)[0, :, 0] for y in (q, k))
                     scores = (q_turned @ k_turned.T / 2).masked_fill(torch.ones(len(q), len(q)).triu(1).bool(), -torch.inf)
                     local, q, k = scores.softmax(-1) @ v, F.elu(q) + 1, F.elu(k) + 1
                     if first:
-                        recalled = (q @ memory) / (q @ mass)[:, None]
+                        recalled = (q @ memory) / (q @ lse)[:, None]
                         out[row, part, head] = gates[head] * recalled + (1 - gates[head]) * local
-                        known = (k @ memory) / (k @ mass)[:, None]
+                        known = (k @ memory) / (k @ lse)[:, None]
                     else:
                         out[row, part, head], known = local, 0
                     memory = memory + k.T @ (v - known if rule == "delta" else v)
-                    mass = mass + k.sum(0)
+                    lse = lse + k.sum(0)
             begin += length
     return F.linear(out.flatten(2), model.out.weight)
 
@@ -107,12 +107,12 @@ def test_it_is_the_equations_of_the_paper_in_outputs_and_gradients(rule, segment
 @pytest.mark.parametrize("name", MIXERS)
 @pytest.mark.parametrize("rule", RULES)
 def test_rows_with_their_past_are_the_whole_wherever_they_are_cut(rule, name):
-    model, x, past = build(MIXERS[name](), rule, 5), content(), Past()
+    model, x, past = build(MIXERS[name](), rule, 5), content(), CarriedState()
     want = model(x, rows())
     for cuts in ([10, 20], [20, 21, 37], [8, 9, 22, 30]):  # where segments end, where documents end, anywhere
         edges, got = [0, *cuts, TOKENS], []
         for start, stop in zip(edges[:-1], edges[1:]):
-            got.append(model(x[:, start:stop], past.enter(rows(start, stop))))
+            got.append(model(x[:, start:stop], past.attach(rows(start, stop))))
             past.advance()
         assert relative(torch.cat(got, 1), want) < 1e-12
 
@@ -123,10 +123,10 @@ def test_where_a_row_is_a_segment_it_reads_the_rows_before(rule):
     x = content()[:1]
     by_address, by_row = (build(MIXERS["full"](), rule, segment) for segment in (9, None))
     line = Span.line(1, TOKENS)
-    want, past = by_address(x, line), Past()
+    want, past = by_address(x, line), CarriedState()
     for start in range(0, TOKENS, 9):
         part = line.map(lambda t, s=start: t[:, s : s + 9])
-        assert relative(by_row(x[:, start : start + 9], past.enter(part)), want[:, start : start + 9]) < 1e-12
+        assert relative(by_row(x[:, start : start + 9], past.attach(part)), want[:, start : start + 9]) < 1e-12
         past.advance()
     assert past.bytes() == 8 * GROUPS * (2 * 4 * 5 if rule == "linear" else 2 * 4 * 4 + 2 * 4 * 1)  # whatever was read
 
@@ -168,7 +168,7 @@ def test_the_delta_rule_overwrites_where_the_linear_rule_averages():
 def test_what_has_no_exact_form_is_refused_by_name():
     for mixer, word in (
         (Bidirectional(WIDTH, HEADS, GROUPS, Rope()), "bidirectional"),
-        (Latent(WIDTH, HEADS, Rope()), "Latent"),
+        (LatentAttention(WIDTH, HEADS, Rope()), "LatentAttention"),
         (Attention(WIDTH, HEADS, GROUPS, Learned(99)), "99"),
     ):
         with pytest.raises(ValueError, match=f"memory=compressive.*{word}"):

@@ -9,17 +9,17 @@ from torch.nn import functional as F
 
 from models.attention.chunked import Chunked
 from models.attention.full import Attention
-from models.attention.latent import Latent
+from models.attention.latent import LatentAttention
 from models.attention.qk_norm import QKNorm
+from models.carried_state import CarriedState, name_stateful_modules
 from models.init import initialise
 from models.memory.lookup import Memorizing
-from models.past import Past, name_carriers
 from models.positions.alibi import Alibi
 from models.positions.rope import Rope
 from models.recurrent.retention import Retention
 from models.span import PADDING, Span
 from tests.models.memory.test_compressive import GROUPS, HEADS, LENGTHS, TOKENS, WIDTH, content, rows
-from tests.parallel.parity import relative
+from tests.support.parity import relative
 
 MIXERS = {
     "full": lambda: Attention(WIDTH, HEADS, GROUPS, Rope()),
@@ -35,7 +35,7 @@ def build(mixer: nn.Module, memory: Memorizing) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2)
-    name_carriers(model)
+    name_stateful_modules(model)
     return model
 
 
@@ -47,9 +47,9 @@ def spelled(model, x: Tensor, segment: int, length: int, count: int) -> Tensor:
     for row, lengths in enumerate(LENGTHS):
         begin = 0
         for tokens in lengths:
-            at = Span.line(1, tokens)
+            span = Span.line(1, tokens)
             part = slice(begin, begin + tokens)
-            q_turned, k_turned = (Rope().turn(y[row : row + 1, part], at)[0] for y in (q, k))
+            q_turned, k_turned = (Rope().turn(y[row : row + 1, part], span)[0] for y in (q, k))
             for t in range(tokens):
                 start = t // segment * segment
                 for head in range(HEADS):
@@ -83,25 +83,25 @@ def test_it_is_its_definition_in_outputs_and_gradients(segment, length, count):
 @pytest.mark.parametrize("name", MIXERS)
 def test_rows_with_their_past_are_the_whole_wherever_they_are_cut(name, device):
     for length, segment in ((9, 5), (60, 4), (3, 1)):
-        model, x, past = build(MIXERS[name](), Memorizing(length, segment=segment, count=3, device=device)), content(), Past()
+        model, x, past = build(MIXERS[name](), Memorizing(length, segment=segment, count=3, device=device)), content(), CarriedState()
         want = model(x, rows())
         for cuts in ([10, 20], [20, 21, 37], [8, 9, 22, 30]):  # where segments end, where documents end, anywhere
             edges, got = [0, *cuts, TOKENS], []
             for start, stop in zip(edges[:-1], edges[1:]):
-                got.append(model(x[:, start:stop], past.enter(rows(start, stop))))
+                got.append(model(x[:, start:stop], past.attach(rows(start, stop))))
                 past.advance()
             assert relative(torch.cat(got, 1), want) < 1e-12
 
 
 def test_where_a_row_is_a_segment_it_finds_the_rows_before():
-    x, line, past = content()[:1], Span.line(1, TOKENS), Past()
+    x, line, past = content()[:1], Span.line(1, TOKENS), CarriedState()
     by_address, by_row = (build(MIXERS["full"](), Memorizing(18, segment=s, count=4)) for s in (9, None))
     with torch.no_grad():  # scales start where the number of kept tokens says
         by_row.beside.scale.copy_(by_address.beside.scale)
     want = by_address(x, line)
     for start in range(0, TOKENS, 9):
         part = line.map(lambda t, s=start: t[:, s : s + 9])
-        assert relative(by_row(x[:, start : start + 9], past.enter(part)), want[:, start : start + 9]) < 1e-12
+        assert relative(by_row(x[:, start : start + 9], past.attach(part)), want[:, start : start + 9]) < 1e-12
         past.advance()
 
 
@@ -127,18 +127,18 @@ def test_the_end_of_a_document_and_padding_clear_the_store():
     model, x = build(MIXERS["full"](), Memorizing(30, count=3)), content()[:1, :8]
     line = Span.line(1, 24)
     first, second = (line.map(lambda t, s=s: t[:, s : s + 8]) for s in (0, 8))
-    past = Past()
+    past = CarriedState()
 
-    def read(span: Span, past: Past) -> Tensor:
-        out = model(x, past.enter(span))
+    def read(span: Span, past: CarriedState) -> Tensor:
+        out = model(x, past.attach(span))
         past.advance()
         return out
 
-    alone = read(second, Past())  # nothing was kept
+    alone = read(second, CarriedState())  # nothing was kept
     start, joined, fresh = read(first, past), read(second, past), read(first, past)
     assert relative(joined, alone) > 1e-2 and relative(fresh, start) == 0
     two = Span.of(torch.cat([second.pos[:, :3], first.pos[:, :5]], 1), (torch.arange(8) > 2).long()[None])
-    after, without = read(two, past), read(two, Past())
+    after, without = read(two, past), read(two, CarriedState())
     assert relative(after[:, :3], without[:, :3]) > 1e-2 and relative(after[:, 3:], without[:, 3:]) == 0
     read(first, past)
     read(Span.of(first.pos, torch.where(first.pos < 5, 0, PADDING)), past)
@@ -151,13 +151,13 @@ def test_stores_stand_three_quarters_up_or_where_they_are_wanted():
     mixers: list[Any] = [memory.around(MIXERS["full"](), layer=layer, layers=4) for layer in range(4)]
     assert [mixer.beside is not None for mixer in mixers] == [True, False, False, True]
     assert all(mixer.mix.mask == Chunked(WIDTH, 4, 2, Rope(), size=4).mix.mask for mixer in mixers)  # all see a segment only
-    other = Latent(WIDTH, HEADS, Rope())
+    other = LatentAttention(WIDTH, HEADS, Rope())
     assert Memorizing(9, layers=[1]).around(other, layer=0, layers=2) is other  # no segments: it sees the row, as ever
 
 
 def test_what_has_no_exact_form_is_refused_by_name():
     memory = Memorizing(9, layers=[0], segment=4)
-    for layer, mixer, word in ((0, Retention(WIDTH, HEADS), "Retention"), (1, Latent(WIDTH, HEADS, Rope()), "Latent")):
+    for layer, mixer, word in ((0, Retention(WIDTH, HEADS), "Retention"), (1, LatentAttention(WIDTH, HEADS, Rope()), "LatentAttention")):
         with pytest.raises(ValueError, match=f"memory=lookup.*{word}"):
             memory.around(mixer, layer=layer, layers=2)
     assert isinstance(memory.around(Retention(WIDTH, HEADS), layer=1, layers=2), Retention)

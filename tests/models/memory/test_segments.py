@@ -6,16 +6,16 @@ from torch import Tensor, nn
 
 from models.attention.compressed import Compressed
 from models.attention.full import Attention
-from models.attention.lsh import Lsh
+from models.attention.lsh import LSHAttention
+from models.carried_state import CarriedState
 from models.convolution.hyena import Hyena
-from models.masks_memory import Recalled
-from models.memory.segments import Segments
-from models.past import Past
+from models.masks.segments import SegmentRecurrence
+from models.memory.segments import SegmentMemory
 from models.positions.learned import Learned
 from models.positions.relative import Relative
 from models.positions.rope import Rope
 from models.recurrent.retention import Retention
-from tests.parallel.recalling import Stack, build, lanes
+from tests.support.knn_rows import Stack, build, lanes
 from tests.variants import HEADS, WIDTH
 
 LENGTHS = [[20, 1, 16, 50], [37, 50]]
@@ -31,11 +31,11 @@ def content(rows: int = 2, tokens: int = TOKENS) -> Tensor:
     return torch.randn(rows, tokens, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
-def pieces(model: nn.Module, x: Tensor, lengths: list[list[int]], cuts: list[int], past: Past) -> Tensor:
+def pieces(model: nn.Module, x: Tensor, lengths: list[list[int]], cuts: list[int], past: CarriedState) -> Tensor:
     """Read row by row."""
     edges, out = [0, *cuts, x.shape[1]], []
     for start, stop in zip(edges[:-1], edges[1:]):
-        out.append(model(x[:, start:stop], past.enter(lanes(lengths, start, stop))))
+        out.append(model(x[:, start:stop], past.attach(lanes(lengths, start, stop))))
         past.advance()
     return torch.cat(out, 1)
 
@@ -48,29 +48,29 @@ def apart(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("name", RECALLING)
 def test_rows_with_their_past_give_what_the_whole_gives_wherever_they_are_cut(name, cuts):
     for length, segment in ((7, 5), (1, 3), (60, 4)):
-        model, x = build(name, Segments(length, segment)), content()
+        model, x = build(name, SegmentMemory(length, segment)), content()
         want = model(x, lanes(LENGTHS, 0, TOKENS))
-        assert apart(pieces(model, x, LENGTHS, CUTS[cuts], Past()), want) < 1e-12
+        assert apart(pieces(model, x, LENGTHS, CUTS[cuts], CarriedState()), want) < 1e-12
 
 
 @pytest.mark.parametrize("name", ["full", "relative", "alibi", "chunked", "latent", "differential"])
 def test_a_memory_that_reaches_to_the_start_of_the_document_is_full_attention(name):
     x = content()
-    want = build(name, Segments(1, 1))
+    want = build(name, SegmentMemory(1, 1))
     for block in want.blocks:  # undo: plain attention over the whole row
         block.mixer.recall = None
         block.mixer.mix.mask = block.mixer.mix.mask.a
-    got = pieces(build(name, Segments(TOKENS)), x, LENGTHS, CUTS["anywhere"], Past())
+    got = pieces(build(name, SegmentMemory(TOKENS)), x, LENGTHS, CUTS["anywhere"], CarriedState())
     assert apart(got, want(x, lanes(LENGTHS, 0, TOKENS))) < 1e-12
 
 
-class Attached(Past):
+class Attached(CarriedState):
     """Keeps the gradient of what it keeps, on one device: what the recurrence would be without its stop."""
 
     def tokens(self, name, x, length):
-        kept, of = super().tokens(name, x, length)
+        kept, kv_span = super().tokens(name, x, length)
         self._tokens[name] = x, length
-        return kept, of
+        return kept, kv_span
 
     def advance(self):
         kept = {n: torch.cat([self._kept(n, x, m), x], 1)[:, x.shape[1] :] for n, (x, m) in self._tokens.items()}
@@ -85,7 +85,7 @@ def gradients(model: nn.Module, x: Tensor, out: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", ["full", "relative", "latent", "differential"])
 def test_without_the_stop_all_gradients_are_those_of_the_whole(name):
-    x, model = content().requires_grad_(), build(name, Segments(TOKENS))
+    x, model = content().requires_grad_(), build(name, SegmentMemory(TOKENS))
     want = gradients(model, x, model(x, lanes(LENGTHS, 0, TOKENS)))
     got = gradients(model, x, pieces(model, x, LENGTHS, CUTS["anywhere"], Attached()))
     assert max(apart(a, b) for a, b in zip(got, want, strict=True)) < 1e-11
@@ -94,14 +94,14 @@ def test_without_the_stop_all_gradients_are_those_of_the_whole(name):
 @pytest.mark.parametrize("name", ["full", "relative", "latent", "differential", "longformer"])
 def test_rows_cut_between_segments_have_the_gradients_of_the_whole(name):
     """Where a row ends with a segment, the stop between segments is the stop between rows."""
-    x, model, lengths = content().requires_grad_(), build(name, Segments(7, 5)), [[20, 10, 50], [50]]
+    x, model, lengths = content().requires_grad_(), build(name, SegmentMemory(7, 5)), [[20, 10, 50], [50]]
     want = gradients(model, x, model(x, lanes(lengths, 0, TOKENS)))
-    got = gradients(model, x, pieces(model, x, lengths, [5, 20, 25], Past()))
+    got = gradients(model, x, pieces(model, x, lengths, [5, 20, 25], CarriedState()))
     assert max(apart(a, b) for a, b in zip(got, want, strict=True)) < 1e-11
 
 
 def test_nothing_is_learned_through_what_is_recalled_but_it_is_seen():
-    model, x = build("relative", Segments(4, 4)), content().requires_grad_()
+    model, x = build("relative", SegmentMemory(4, 4)), content().requires_grad_()
     out = model(x, lanes([[TOKENS]] * 2, 0, TOKENS))
     (grad,) = torch.autograd.grad(out[:, 8:12].square().sum(), x)
     assert (grad[:, :8] == 0).all() and (grad[:, 8:12] != 0).any(-1).all()
@@ -150,17 +150,17 @@ def shifted(layer: Attention, tables: tuple[Tensor, ...], norm: nn.Module, kept:
 @pytest.mark.parametrize("equations", [by_distance, shifted])
 def test_it_is_what_the_paper_computes_gradients_of_all_weights_included(equations):
     length, rows, x = 6, [9, 5, 8], content(1, 22)
-    model = build("relative", Segments(length))
+    model = build("relative", SegmentMemory(length))
     for block in model.blocks:
         block.mixer.mix.score.clamp = None
     layer, norm = model.blocks[0].mixer, model.blocks[0].mixer_norm
     with torch.no_grad():
         for weight, middle in ((layer.tables.u, 0), (layer.tables.v, 0), (norm.weight, 1)):
             weight.normal_(middle, 0.5)
-    parameters, past, start, kept = [norm.weight, *layer.parameters()], Past(), 0, x[0, :0]
+    parameters, past, start, kept = [norm.weight, *layer.parameters()], CarriedState(), 0, x[0, :0]
     for size in rows:
         row = x[:, start : start + size].clone().requires_grad_()
-        got = layer(row, past.enter(lanes([[22]], start, start + size)), norm)
+        got = layer(row, past.attach(lanes([[22]], start, start + size)), norm)
         past.advance()
         want = equations(layer, layer.tables(), norm, kept, row[0])
         assert apart(got[0], want) < 1e-13
@@ -172,14 +172,14 @@ def test_it_is_what_the_paper_computes_gradients_of_all_weights_included(equatio
 
 
 def test_names_and_initial_weights_are_those_without_memory():
-    with_memory, without = build("relative", Segments(5, 3)), Stack([])
+    with_memory, without = build("relative", SegmentMemory(5, 3)), Stack([])
     without = build("relative", NoMemory())
     assert list(with_memory.state_dict()) == list(without.state_dict())
     for a, b in zip(with_memory.parameters(), without.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-class NoMemory(Segments):
+class NoMemory(SegmentMemory):
     """Leaves mixers as they are."""
 
     def __init__(self):
@@ -191,15 +191,15 @@ class NoMemory(Segments):
 
 def test_a_row_without_a_past_is_a_first_row():
     for segment in (None, 5):
-        model, x = build("relative", Segments(7, segment)), content()
-        first = model(x, Past().enter(lanes(LENGTHS, 0, TOKENS)))
+        model, x = build("relative", SegmentMemory(7, segment)), content()
+        first = model(x, CarriedState().attach(lanes(LENGTHS, 0, TOKENS)))
         assert apart(model(x, lanes(LENGTHS, 0, TOKENS)), first) < 1e-13
 
 
 def test_a_layer_keeps_no_more_than_it_may_need():
-    past = Past()
-    model, x = build("full", Segments(7, 5)), content()
-    model(x, past.enter(lanes(LENGTHS, 0, TOKENS)))
+    past = CarriedState()
+    model, x = build("full", SegmentMemory(7, 5)), content()
+    model(x, past.attach(lanes(LENGTHS, 0, TOKENS)))
     past.advance()
     assert {name: kept.shape for name, (_, kept) in past.kept.items()} == {
         f"blocks.{i}.mixer.recall": (2, 11, WIDTH) for i in range(2)
@@ -210,11 +210,11 @@ def test_a_layer_keeps_no_more_than_it_may_need():
 @pytest.mark.parametrize(
     ("memory", "mixer", "reason"),
     [
-        (Segments(4), lambda: Lsh(WIDTH, HEADS, Rope(), 0, 1, 64), "lsh numbers the tokens"),
-        (Segments(4), lambda: Compressed(WIDTH, HEADS, Rope(), turned=2, index_channels=4), "compressed attention chooses"),
-        (Segments(4), lambda: Hyena(WIDTH, 64), "hyena's filter has 64 taps"),
-        (Segments(4), lambda: Attention(WIDTH, HEADS, 3, Learned(64)), "this position has 64 of them"),
-        (Segments(0), lambda: Attention(WIDTH, HEADS, 3, Relative()), "nothing to recall"),
+        (SegmentMemory(4), lambda: LSHAttention(WIDTH, HEADS, Rope(), 0, 1, 64), "lsh numbers the tokens"),
+        (SegmentMemory(4), lambda: Compressed(WIDTH, HEADS, Rope(), rope_dim=2, index_channels=4), "compressed attention chooses"),
+        (SegmentMemory(4), lambda: Hyena(WIDTH, 64), "hyena's filter has 64 taps"),
+        (SegmentMemory(4), lambda: Attention(WIDTH, HEADS, 3, Learned(64)), "this position has 64 of them"),
+        (SegmentMemory(0), lambda: Attention(WIDTH, HEADS, 3, Relative()), "nothing to recall"),
     ],
 )
 def test_what_has_no_exact_form_is_refused_with_a_way_out(memory, mixer, reason):
@@ -223,12 +223,12 @@ def test_what_has_no_exact_form_is_refused_with_a_way_out(memory, mixer, reason)
 
 
 def test_settings_that_no_layer_takes_are_refused():
-    memory = Segments(4, 2)
+    memory = SegmentMemory(4, 2)
     memory.around(Retention(WIDTH, HEADS))
     with pytest.raises(ValueError, match="no layer is attention"):
         memory.stack(WIDTH)
-    Segments(0).stack(WIDTH)
-    for wrong in (lambda: Segments(-1), lambda: Segments(3, 0)):
+    SegmentMemory(0).stack(WIDTH)
+    for wrong in (lambda: SegmentMemory(-1), lambda: SegmentMemory(3, 0)):
         with pytest.raises(ValueError, match="is a number of tokens"):
             wrong()
 
@@ -236,4 +236,4 @@ def test_settings_that_no_layer_takes_are_refused():
 def test_a_mixer_is_told_of_segments_by_its_mask():
     mixer = Attention(WIDTH, HEADS, 3, Rope())
     own = mixer.mix.mask
-    assert Segments(4, 2).around(mixer) is mixer and mixer.mix.mask == own & Recalled(2, 4)
+    assert SegmentMemory(4, 2).around(mixer) is mixer and mixer.mix.mask == own & SegmentRecurrence(2, 4)

@@ -4,15 +4,16 @@ import pytest
 import torch
 
 from models.attention.full import Attention, MultiHead
-from models.auxiliary import begin
-from models.masks import Box, visible
-from models.memory.tokens import MEMORY, RoleQuery, Stack, Tokens, enclosed
-from models.mixing.relay import Relay
-from models.past import Past
+from models.auxiliary import on_step_begin
+from models.carried_state import CarriedState
+from models.masks.algebra import Bounds, visible
+from models.masks.roles import RoleQuery
+from models.memory.tokens import MEMORY, MemoryTokens, RecurrentMemory, enclosed
 from models.positions.rope import Rope
+from models.primitives.sequential import SequentialScan
 from models.span import READ, TEXT, WRITE, Span
-from tests.models.memory.recurrent_decoder import VOCABULARY, decoder, lanes
-from tests.parallel.parity import packed, relative
+from tests.support.parity import packed, relative
+from tests.support.recurrent_decoder import VOCABULARY, decoder, lanes
 from tests.variants import HEADS, VARIANTS, WIDTH
 
 REFUSED = {"prefix", "compressed", "compressed_dense"}
@@ -56,7 +57,7 @@ def test_what_is_read_and_written_sees_what_it_should():
     """Rows of the table: who looks; columns: at whom. r r are read, t t t the segment, w w written, . is no token."""
     span, order = enclosed(packed([[3]], 4), 2)
     assert order.tolist() == [[0, 1, 2, 3, 4, 6, 7, 5]] and span.role[0, :7].tolist() == [READ] * 2 + [TEXT] * 3 + [WRITE] * 2
-    mixer = Tokens(2, 4).around(Attention(WIDTH, HEADS, 3, Rope()))
+    mixer = MemoryTokens(2, 4).around(Attention(WIDTH, HEADS, 3, Rope()))
     seen = visible(mixer.mix.mask, span, span)[0, 0]
     want = """
         xx......
@@ -72,7 +73,7 @@ def test_what_is_read_and_written_sees_what_it_should():
 
 def test_a_query_of_a_longformer_sees_memory_through_one_of_its_softmaxes():
     span, _ = enclosed(packed([[9, 4], [13]], 13), 3)
-    mixer = Tokens(3, 9).around(VARIANTS["longformer"]())
+    mixer = MemoryTokens(3, 9).around(VARIANTS["longformer"]())
     heads = torch.arange(HEADS)
     local, whole = (visible(mix.mask, span, span, heads).expand(2, HEADS, 19, 19) for mix in (mixer.mix, mixer.global_mix))
     assert not (local.any(-1) & whole.any(-1)).any()
@@ -87,14 +88,14 @@ def test_the_mask_says_the_same_of_boxes_and_runs_as_of_tokens():
             for b in range(0, 19, 4):
                 q, k = (_box(span, row, i, i + 4) for i in (a, b))
                 part = dense[row, a : a + 4, b : b + 4]
-                assert MEMORY.outlook(q, k) in ({1, 2} if part.all() else {1} if part.any() else {0, 1})
+                assert MEMORY.coverage(q, k) in ({1, 2} if part.all() else {1} if part.any() else {0, 1})
     assert RoleQuery(WRITE).band(_box(span, 0, 0, 3), _box(span, 0, 0, 3)) == (1, 0)
     assert RoleQuery(READ).band(_box(span, 0, 0, 3), _box(span, 0, 0, 3))[0] < -1000
 
 
 def _box(span, row, start, stop):
     bounds = [f(t[row, start:stop]).item() for t in (span.pos, span.doc, span.role) for f in (torch.amin, torch.amax)]
-    return Box(*bounds, run=False)
+    return Bounds(*bounds, run=False)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -122,7 +123,7 @@ def run(model, steps, past):
     """Logits of consecutive rows of the same lanes."""
     found = []
     for tokens, span, _ in steps:
-        found.append(model(tokens, past.enter(span) if past else span))
+        found.append(model(tokens, past.attach(span) if past else span))
         if past:
             past.advance()
     return found
@@ -136,7 +137,7 @@ def test_rows_with_their_past_are_the_whole_at_once(mixer):
     tokens = torch.randint(VOCABULARY, whole.shape, generator=torch.Generator().manual_seed(3))
     want = model(tokens, whole)
     rows = [(tokens[:, i : i + 48], whole.map(lambda t, i=i: t[:, i : i + 48]), None) for i in (0, 48, 96)]
-    got = torch.cat(run(model, rows, Past()), 1)
+    got = torch.cat(run(model, rows, CarriedState()), 1)
     assert relative(got, want) < 1e-12
     alone = torch.cat(run(model, rows, None), 1)
     assert relative(alone[:, :48], want[:, :48]) < 1e-12 and relative(alone[:, 48:], want[:, 48:]) > 1e-3
@@ -144,9 +145,9 @@ def test_rows_with_their_past_are_the_whole_at_once(mixer):
 
 def test_documents_that_end_and_begin_in_lanes_are_read_as_one_row_would_be():
     """Cuts of rows inside and on the borders of documents; a memory goes on with its document and no further."""
-    model, past, carried = decoder(segment=7), Past(), {}
+    model, past, carried = decoder(segment=7), CarriedState(), {}
     for tokens, span, _ in lanes():
-        got, want = model(tokens, past.enter(span)), spelled_out(model, tokens, span, carried)
+        got, want = model(tokens, past.attach(span)), spelled_out(model, tokens, span, carried)
         assert relative(got * span.valid()[..., None], want) < 1e-12
         past.advance()
         assert all(relative(past.states["memory"][1][row], carried[row]) < 1e-12 for row in range(2))
@@ -177,8 +178,8 @@ def test_the_gradient_reaches_back_over_depth_segments_and_no_further():
 def test_a_truncation_that_detaches_a_local_name_is_found_out():
     """The slip of a published recipe: the detached state is bound to the name inside a function and dropped there."""
 
-    class Careless(Relay):
-        def forward(self, step, xs, state, *, at, size=None, depth=None):
+    class Careless(SequentialScan):
+        def forward(self, step, xs, state, *, span, size=None, depth=None):
             def manage(state):
                 state = tuple(s.detach() for s in state)
 
@@ -186,23 +187,23 @@ def test_a_truncation_that_detaches_a_local_name_is_found_out():
                 manage(state)
                 return step(xs, span, state)
 
-            return super().forward(careless, xs, state, at=at, size=size)
+            return super().forward(careless, xs, state, span=span, size=size)
 
     model = decoder(segment=4, depth=1)
-    model.memory.relay = Careless(model.memory.relay.cut)
+    model.memory.relay = Careless(model.memory.relay.sharding)
     assert reached(1, model) == UNCUT != reached(1)
 
 
 def test_a_gradient_that_is_cut_is_the_same_where_it_is_not():
     """With depth 2 of 4 segments: the gradient is that of two rows of two segments each, read with a past."""
     model, x = decoder(segment=4, depth=2), torch.randint(VOCABULARY, (1, 16), generator=torch.Generator().manual_seed(3))
-    span, past = Span.line(1, 16), Past()
+    span, past = Span.line(1, 16), CarriedState()
     model(x, span).square().sum().backward()
     want = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     model.memory.depth = None
     for i in (0, 8):
-        model(x[:, i : i + 8], past.enter(span.map(lambda t, i=i: t[:, i : i + 8]))).square().sum().backward()
+        model(x[:, i : i + 8], past.attach(span.map(lambda t, i=i: t[:, i : i + 8]))).square().sum().backward()
         past.advance()
     assert max(relative(p.grad, want[name]) for name, p in model.named_parameters()) < 1e-12
 
@@ -211,10 +212,10 @@ def test_the_curriculum_is_a_function_of_the_step():
     model = decoder(segment=4, depth=4, curriculum=[3, 4, 10])
     depths = []
     for step in (1, 2, 3, 4, 9, 10, 11, 2):
-        begin(model, step)
+        on_step_begin(model, step)
         depths.append(model.memory.depth)
     assert depths == [1, 1, 2, 3, 3, 4, 4, 1]
-    begin(model, 1)
+    on_step_begin(model, 1)
     assert reached(None, model)[4] == "....x"
 
 
@@ -243,19 +244,19 @@ def test_memory_tokens_learn_and_are_what_a_document_starts_from():
     model = decoder(segment=4)
     model(torch.zeros(1, 8, dtype=torch.long), Span.line(1, 8)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.memory.parameters())
-    assert isinstance(model.memory, Stack) and model.memory.memory.shape == (3, WIDTH)
+    assert isinstance(model.memory, RecurrentMemory) and model.memory.memory.shape == (3, WIDTH)
 
 
 @pytest.mark.parametrize("mixer", sorted(REFUSED))
 def test_a_mixer_without_such_a_form_is_refused_by_name(mixer):
     made = VARIANTS[mixer]()
     with pytest.raises(ValueError, match=r"memory=tokens reads segment by segment, and (PrefixAttention|Compressed) .* use "):
-        Tokens(3, 4).around(getattr(made, "inner", made))
+        MemoryTokens(3, 4).around(getattr(made, "inner", made))
 
 
 def test_a_hyena_needs_filters_as_long_as_a_segment_with_its_memory():
     for segment, fits in ((45, True), (46, False), (None, False)):
-        make = lambda segment=segment: Tokens(3, segment).around(VARIANTS["hyena"](), context_length=51)  # noqa: E731
+        make = lambda segment=segment: MemoryTokens(3, segment).around(VARIANTS["hyena"](), context_length=51)  # noqa: E731
         if fits:
             make()
         else:
@@ -276,10 +277,10 @@ def test_a_hyena_needs_filters_as_long_as_a_segment_with_its_memory():
 )
 def test_settings_that_say_nothing_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
-        Tokens(**{"length": 3, "segment": 4, **settings})
+        MemoryTokens(**{"length": 3, "segment": 4, **settings})
 
 
 def test_mixers_without_attention_are_left_as_they_are():
     kinds = [type(m) for m in VARIANTS["retention"]().modules()]
-    assert [type(m) for m in Tokens(3, 4).around(VARIANTS["retention"]()).modules()] == kinds
+    assert [type(m) for m in MemoryTokens(3, 4).around(VARIANTS["retention"]()).modules()] == kinds
     assert MultiHead(WIDTH, HEADS, Rope()).mix.mask == Attention(WIDTH, HEADS, 3, Rope()).mix.mask  # shared masks untouched

@@ -8,7 +8,7 @@ import torch
 from models.positions.learned import Learned
 from models.positions.sinusoidal import Sinusoidal
 from models.span import Span
-from tests.parallel.parity import packed
+from tests.support.parity import packed
 
 
 @pytest.mark.parametrize("width", [6, 7])
@@ -52,7 +52,7 @@ def test_a_learned_table_is_as_long_as_the_context_or_longer():
         Learned(64, 63)
 
 
-@pytest.mark.parametrize("wrong", [lambda: Sinusoidal(base=1.0), lambda: Sinusoidal(amplitude=0.0)])
+@pytest.mark.parametrize("wrong", [lambda: Sinusoidal(theta=1.0), lambda: Sinusoidal(amplitude=0.0)])
 def test_a_setting_that_makes_no_sense_is_refused(wrong):
     with pytest.raises(ValueError, match=r"above 1|positive"):
         wrong()

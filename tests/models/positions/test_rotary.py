@@ -15,7 +15,7 @@ CPU, F64 = torch.device("cpu"), torch.float64
 SCHEMES = [Rope(), Interpolated(4.0), Ntk(4.0), Ntk(2.0, original_length=64, context_length=256), Yarn(4.0, 64)]
 
 
-def at(*positions: int) -> Span:
+def span(*positions: int) -> Span:
     pos = torch.tensor([positions])
     return Span.of(pos, torch.zeros_like(pos))
 
@@ -28,15 +28,15 @@ def draw(tokens: int, width: int = 16) -> torch.Tensor:
 def test_scores_depend_on_the_distance_alone(scheme):
     q, k = draw(1), draw(1) + 1
     near, far = (
-        (scheme.turn(q, at(p + 7)) * scheme.turn(k, at(p))).sum(-1) for p in (0, 1000)
+        (scheme.turn(q, span(p + 7)) * scheme.turn(k, span(p))).sum(-1) for p in (0, 1000)
     )  # fmt: skip
     assert (near - far).abs().max() < 1e-11
-    assert ((scheme.turn(q, at(8)) * scheme.turn(k, at(0))).sum(-1) - near).abs().max() > 1e-3
+    assert ((scheme.turn(q, span(8)) * scheme.turn(k, span(0))).sum(-1) - near).abs().max() > 1e-3
 
 
 def test_interpolation_puts_twice_the_tokens_where_the_trained_ones_were():
     x = draw(3)
-    assert (Interpolated(2.0).turn(x, at(0, 10, 500)) - Rope().turn(x, at(0, 5, 250))).abs().max() < 1e-12
+    assert (Interpolated(2.0).turn(x, span(0, 10, 500)) - Rope().turn(x, span(0, 5, 250))).abs().max() < 1e-12
 
 
 def test_ntk_leaves_the_fastest_pair_and_slows_the_slowest_by_the_factor():
@@ -71,8 +71,9 @@ def test_yarn_keeps_what_turns_often_and_slows_what_turns_rarely():
 
 
 def test_yarn_multiplies_logits_by_the_square_of_its_magnitude():
-    x, span = draw(3), at(0, 3, 90)
-    grown, plain = Yarn(8.0, 64).turn(x, span), Yarn(8.0, 64, magnitude=1.0).turn(x, span)
+    x = draw(3)
+    q_span = span(0, 3, 90)
+    grown, plain = Yarn(8.0, 64).turn(x, q_span), Yarn(8.0, 64, attention_factor=1.0).turn(x, q_span)
     m = 0.1 * log(8) + 1
     assert ((grown * grown).sum(-1) - m**2 * (plain * plain).sum(-1)).abs().max() < 1e-11
     assert (plain.norm(dim=-1) - x.norm(dim=-1)).abs().max() < 1e-12
@@ -81,7 +82,7 @@ def test_yarn_multiplies_logits_by_the_square_of_its_magnitude():
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_low_precision_is_rounded_once(scheme):
     x = draw(2).bfloat16()
-    got, wide = scheme.turn(x, at(3, 70_000)), scheme.turn(x.float(), at(3, 70_000))
+    got, wide = scheme.turn(x, span(3, 70_000)), scheme.turn(x.float(), span(3, 70_000))
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, wide.bfloat16())
 
@@ -96,9 +97,9 @@ def test_low_precision_is_rounded_once(scheme):
         (lambda: Ntk(2.0).speeds(2, CPU, F64), "at least 4"),
         (lambda: Yarn(0.5, 64), "factor=0.5"),
         (lambda: Yarn(2.0, 4), "7 or more"),
-        (lambda: Yarn(2.0, 64, fast=1.0, slow=2.0), "fast above slow"),
-        (lambda: Yarn(2.0, 64, magnitude=0.0), "positive"),
-        (lambda: Yarn(2.0, 64, base=1.0), "above 1"),
+        (lambda: Yarn(2.0, 64, beta_fast=1.0, beta_slow=2.0), "fast above slow"),
+        (lambda: Yarn(2.0, 64, attention_factor=0.0), "positive"),
+        (lambda: Yarn(2.0, 64, theta=1.0), "above 1"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused(wrong, says):

@@ -24,4 +24,4 @@ def test_a_longer_base_needs_two_pairs_wherever_it_turns():
     with pytest.raises(ValueError, match="at least 4 channels"):
         Attention(4, 2, 1, Ntk(2.0))
     with pytest.raises(ValueError, match="at least 4 channels"):
-        Compressed(8, 2, Ntk(2.0), turned=2)
+        Compressed(8, 2, Ntk(2.0), rope_dim=2)

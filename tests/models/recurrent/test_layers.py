@@ -7,13 +7,13 @@ import torch
 from torch.nn import functional as F
 
 from models.init import initialise
-from models.mixing.scan import Scan
+from models.primitives.scan import Scan
 from models.recurrent.linear import LinearAttention
 from models.recurrent.performer import ROOM, Performer, directions
 from models.recurrent.retention import Retention
 from models.recurrent.rwkv7 import Rwkv7
 from models.span import Span
-from tests.parallel.parity import build, packed, relative
+from tests.support.parity import build, packed, relative
 from tests.variants import VARIANTS, WIDTH
 
 LINEAR = [
@@ -149,7 +149,7 @@ def test_performer_does_not_overflow_whatever_the_keys_are():
 @pytest.mark.parametrize("most", [1, 2])
 def test_rwkv7_is_the_published_recurrence(level, given, most):
     """Re-derived from the paper (arXiv:2503.14456, section 4), a token and a head at a time, values in rows."""
-    layer, tokens, heads, size = initialise(Rwkv7(16, 2, level, 3, rank=4, reflect=most == 2), 1).double(), 11, 2, 8
+    layer, tokens, heads, size = initialise(Rwkv7(16, 2, level, 3, rank=4, allow_neg_eigval=most == 2), 1).double(), 11, 2, 8
     for parameter in layer.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     x, first = torch.randn(2, tokens, 16, dtype=torch.float64)
@@ -200,7 +200,7 @@ def test_the_state_while_decoding_does_not_grow():
     for t in range(40):
         now = Span.of(torch.tensor([[t]]), torch.tensor([[0]]))
         here = [y[:, t : t + 1] for y in (key, value, decay)]
-        _, state = Scan().recur((query[:, t : t + 1],), here, at=now, state=state)
+        _, state = Scan().recur((query[:, t : t + 1],), here, span=now, state=state)
         sizes.add(state.numel())
     assert sizes == {2 * 4 * 4}
 

@@ -9,8 +9,8 @@ import torch.distributed.checkpoint as dcp
 import parallel.engines.deepspeed
 from parallel.engines.deepspeed import Deepspeed
 from parallel.mesh import Mesh, build_mesh
-from tests.parallel.engines.small import CLIP, ENGINES, OPTIM, on_meta, plain_start, rows, train, truth
-from tests.pool import ranks
+from tests.support.pool import ranks
+from tests.support.small_model import CLIP, ENGINES, OPTIM, on_meta, plain_start, rows, train, truth
 
 COUNT = 6  # rows a step: 1, 2 and 3 ranks and 2 micro-batches divide it
 STEPS = 3
@@ -182,9 +182,9 @@ def test_a_state_of_another_shape_is_refused():
     "settings, words",
     [
         ({"precision": "float64"}, "float64"),
-        ({"precision": "bfloat16", "zero": 0}, "engine.zero=1"),
+        ({"precision": "bfloat16", "zero": 0}, "engine.zero_stage=1"),
         ({"offload": "optimizer"}, "engine.offload=none"),
-        ({"zero": 3, "compile": True}, "engine.zero=2"),
+        ({"zero": 3, "compile": True}, "engine.zero_stage=2"),
     ],
 )
 def test_what_it_cannot_do_is_refused_with_a_way_out(settings, words):

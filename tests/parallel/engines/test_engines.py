@@ -8,7 +8,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from parallel.mesh import Mesh
-from tests.parallel.engines.small import (
+from tests.support.pool import ranks
+from tests.support.small_model import (
     CLIP,
     ENGINES,
     OPTIM,
@@ -22,8 +23,7 @@ from tests.parallel.engines.small import (
     truth,
     valid,
     whole,
-)  # fmt: skip
-from tests.pool import ranks
+)
 
 COUNT = 6  # rows a step: 1, 2 and 3 ranks and 2 micro-batches divide it
 STEPS = 3

@@ -7,23 +7,23 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from parallel.mesh import Mesh, build_mesh
-from tests.parallel.engines import mixture, small
-from tests.pool import ranks
+from tests.support import small_mixture, small_model
+from tests.support.pool import ranks
 
 COUNT, STEPS = 8, 50  # rows a step; they differ in how many valid targets they have
 
 
 def trained(env, name, replicas, precision, micro):
-    engine = small.ENGINES[name](build_mesh(1, env.size, replicas=replicas), small.OPTIM, precision=precision, seed=3)
-    engine.wrap(small.on_meta())
+    engine = small_model.ENGINES[name](build_mesh(1, env.size, replicas=replicas), small_model.OPTIM, precision=precision, seed=3)
+    engine.wrap(small_model.on_meta())
     sizes = {key: p.to_local().numel() if isinstance(p, DTensor) else p.numel() for key, p in engine.parameters.items()}
-    norms = small.train(engine, 0, STEPS, COUNT, micro)
-    return norms, small.whole(engine), sizes
+    norms = small_model.train(engine, 0, STEPS, COUNT, micro)
+    return norms, small_model.whole(engine), sizes
 
 
 @functools.cache
 def plain():
-    return small.truth(STEPS, COUNT)
+    return small_model.truth(STEPS, COUNT)
 
 
 @pytest.mark.parametrize("micro", [1, 2])
@@ -49,15 +49,15 @@ def test_a_rank_holds_its_share_of_one_replica():
 
 
 def mixed(env, shape):
-    engine = mixture.engine_here("fsdp", shape)
+    engine = small_mixture.engine_here("fsdp", shape)
     sizes = {key: tuple(p.to_local().shape) for key, p in engine.parameters.items()}
-    return *mixture.train(engine, range(5)), mixture.everything(engine)["model"], sizes["blocks.0.mixture.experts.up"]
+    return *small_mixture.train(engine, range(5)), small_mixture.everything(engine)["model"], sizes["blocks.0.mixture.experts.up"]
 
 
 @functools.cache
 def alone():
-    engine = mixture.engine_on(Mesh.alone(), "single")
-    return *mixture.train(engine, range(5)), mixture.everything(engine)["model"]
+    engine = small_mixture.engine_on(Mesh.alone(), "single")
+    return *small_mixture.train(engine, range(5)), small_mixture.everything(engine)["model"]
 
 
 @pytest.mark.parametrize(

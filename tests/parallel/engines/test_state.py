@@ -6,8 +6,8 @@ import torch.distributed.checkpoint as dcp
 
 from parallel.engines.single import Single
 from parallel.mesh import Mesh
-from tests.parallel.engines.small import OPTIM, engine_here, on_meta, train
-from tests.pool import ranks
+from tests.support.pool import ranks
+from tests.support.small_model import OPTIM, engine_here, on_meta, train
 
 COUNT = 6
 

@@ -5,19 +5,19 @@ import functools
 import pytest
 import torch
 
+from models.architectures.decoder import Decoder
 from models.attention.full import Attention
-from models.auxiliary import auxiliary, begin, forget
-from models.decoder import Decoder
+from models.auxiliary import auxiliary_loss, on_step_begin, reset_auxiliary
 from models.loss import IGNORE
-from models.mixture import TopKMixture
+from models.moe.switch import Switch
+from models.moe.topk import TopKMixture
 from models.positions.rope import Rope
-from models.switch import Switch
-from parallel.cut import cut_span
 from parallel.layout import layout
 from parallel.mesh import Mesh, build_mesh
-from parallel.place import place
-from tests.parallel.engines.mixture import CLIP, ENGINES, OPTIM, WIDTH, WORDS, data, everything
-from tests.pool import ranks
+from parallel.parallelize import parallelize
+from parallel.sharding import shard_span
+from tests.support.pool import ranks
+from tests.support.small_mixture import CLIP, ENGINES, OPTIM, WIDTH, WORDS, data, everything
 
 STEPS = 3
 
@@ -38,22 +38,22 @@ def decoder():
 def trained(env, name, shape, settings):
     mesh = build_mesh(**shape) if env else Mesh.alone()
     engine = ENGINES[name](mesh, OPTIM, precision="float64", seed=5, **settings)
-    wire = place(decoder(), engine, method="ring")
+    communicator = parallelize(decoder(), engine, method="ring")
     losses, norms = [], []
     for step in range(STEPS):
         tokens, targets, span = data(step)
         valid, total = int((targets != IGNORE).sum()), torch.zeros(2, dtype=torch.float64)
-        begin(engine.model, step + 1)
+        on_step_begin(engine.model, step + 1)
         mine = range(len(tokens))[mesh.data_rank :: mesh.data_size]
         for row in mine:
             one = slice(row, row + 1)
             here, words, wanted = span.map(lambda x, one=one: x[one]), tokens[one], targets[one]
             if mesh.context_size > 1:
-                here = cut_span(here, [layout("zigzag", span.shape[1], mesh.context_size)], mesh.context_rank)
-                words, wanted = here.cut.shard(words, 0), here.cut.shard(wanted, IGNORE)
-            forget(engine.model)
+                here = shard_span(here, [layout("zigzag", span.shape[1], mesh.context_size)], mesh.context_rank)
+                words, wanted = here.sharding.shard(words, 0), here.sharding.shard(wanted, IGNORE)
+            reset_auxiliary(engine.model)
             loss = engine.model(words, here, wanted).sum() / valid
-            beside = sum(auxiliary(engine.model, tokens=valid, rows=len(tokens)).values())
+            beside = sum(auxiliary_loss(engine.model, tokens=valid, rows=len(tokens)).values())
             engine.backward(loss + beside, last=row == mine[-1])
             total += torch.stack([loss.detach(), beside.detach()])
         if mesh.world_group is not None:
@@ -61,7 +61,7 @@ def trained(env, name, shape, settings):
         losses.append(total.tolist())
         norms.append(engine.clip(CLIP))
         engine.step(0.01)
-    return losses, norms, everything(engine)["model"], wire and sorted(wire.sent)
+    return losses, norms, everything(engine)["model"], communicator and sorted(communicator.bytes_sent)
 
 
 @functools.cache

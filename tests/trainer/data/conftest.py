@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.data.opening import open_stream
+from trainer.data.open import open_stream
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def files(tmp_path):
 
     def node(path, **settings):
         base = {"tokenizer": "bytes", "held_out": 0.0, "cache": str(tmp_path / "cache")}
-        return {"_target_": "trainer.data.files.Files", "path": str(path)} | base | settings
+        return {"_target_": "trainer.data.sources.files.Files", "path": str(path)} | base | settings
 
     return node
 

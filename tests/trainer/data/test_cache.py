@@ -13,8 +13,8 @@ import pytest
 
 from trainer.data import corpus
 from trainer.data.cache import corpus_of
-from trainer.data.opening import check, open_stream
-from trainer.data.sources import build
+from trainer.data.open import check, open_stream
+from trainer.data.sources.base import build_source
 from trainer.data.tokenizers import Bytes
 
 
@@ -25,7 +25,7 @@ def corpora(folder):
 BUILDER = """
 import json, logging, sys
 from trainer.data.cache import corpus_of
-from trainer.data.files import Files
+from trainer.data.sources.files import Files
 
 said = []
 handler = logging.Handler()
@@ -59,7 +59,7 @@ def test_processes_that_start_at_once_build_one_corpus(files, texts, words, tmp_
 
 
 def test_a_corpus_is_read_again_and_not_built_again(files, texts, words, monkeypatch):
-    source = build(files(texts(words(10))))
+    source = build_source(files(texts(words(10))))
     corpus_of(source, Bytes())
     monkeypatch.setattr("trainer.data.cache.write", None)
     assert corpus_of(source, Bytes()).facts["documents"] == 10
@@ -84,7 +84,7 @@ def flip(path):
 
 @pytest.mark.parametrize("name", SPOIL)
 def test_a_damaged_corpus_is_built_again_and_it_is_said(name, files, texts, tmp_path, caplog):
-    source = build(files(texts(["hay", "needle"])))
+    source = build_source(files(texts(["hay", "needle"])))
     before = corpus_of(source, Bytes()).facts
     (folder,) = corpora(tmp_path / "cache")
     SPOIL[name](folder)
@@ -95,7 +95,7 @@ def test_a_damaged_corpus_is_built_again_and_it_is_said(name, files, texts, tmp_
 
 
 def test_damage_behind_what_is_looked_at_first_is_found_when_read(files, texts, tmp_path, monkeypatch):
-    source = build(files(texts(["hay", "needle"])))
+    source = build_source(files(texts(["hay", "needle"])))
     corpus_of(source, Bytes())
     (folder,) = corpora(tmp_path / "cache")
     flip(folder / "tokens.arrow")
@@ -112,51 +112,51 @@ def test_a_build_that_fails_leaves_nothing_and_what_a_dead_one_left_is_swept(fil
         open_stream(node, context_length=4, rows=1, seed=0)
     assert corpora(tmp_path / "cache") == []
     good.write_text('{"text": "fine"}\n')
-    (folder,) = (corpus_of(build(node), Bytes()).folder,)
+    (folder,) = (corpus_of(build_source(node), Bytes()).folder,)
     shutil.rmtree(folder)
     folder.with_name(folder.name + ".part-123").mkdir()
-    corpus_of(build(node), Bytes())
+    corpus_of(build_source(node), Bytes())
     assert corpora(tmp_path / "cache") == [folder]
 
 
 def test_changed_files_and_other_settings_have_corpora_of_their_own(files, texts, tmp_path):
     path = texts(["one"])
-    first = corpus_of(build(files(path)), Bytes())
+    first = corpus_of(build_source(files(path)), Bytes())
     texts(["two!"])
-    second = corpus_of(build(files(path)), Bytes())
-    third = corpus_of(build(files(path, on_error="skip")), Bytes())
+    second = corpus_of(build_source(files(path)), Bytes())
+    third = corpus_of(build_source(files(path, on_error="skip")), Bytes())
     assert len({first.folder, second.folder, third.folder}) == 3
     assert first.facts["fingerprint"] != second.facts["fingerprint"] == third.facts["fingerprint"]
 
 
 def test_a_check_of_cached_data_reads_no_file(files, texts, monkeypatch):
     node = files(texts(["one"]))
-    monkeypatch.setattr("trainer.data.opening._look", lambda *_: (["looked"], 1))
+    monkeypatch.setattr("trainer.data.open._look", lambda *_: (["looked"], 1))
     assert check(node) == ["looked"]
-    corpus_of(build(node), Bytes())
+    corpus_of(build_source(node), Bytes())
     assert check(node) == []
 
 
 def test_a_cache_that_cannot_be_written_is_one_message(files, texts, tmp_path):
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(ValueError, match=r"cannot be written .* give a folder with data.cache"):
-        corpus_of(build(files(texts(["one"]), cache=str(tmp_path / "taken"))), Bytes())
+        corpus_of(build_source(files(texts(["one"]), cache=str(tmp_path / "taken"))), Bytes())
 
 
 def test_the_users_cache_folder_is_the_default(files, texts, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert corpus_of(build(files(texts(["one"]), cache=None)), Bytes()).folder.parent == tmp_path / "xdg" / "longspan"
+    assert corpus_of(build_source(files(texts(["one"]), cache=None)), Bytes()).folder.parent == tmp_path / "xdg" / "longspan"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert corpus_of(build(files(texts(["one"]), cache=None)), Bytes()).folder.parent == tmp_path / ".cache/longspan"
+    assert corpus_of(build_source(files(texts(["one"]), cache=None)), Bytes()).folder.parent == tmp_path / ".cache/longspan"
 
 
 def test_blocks_join_without_a_seam(files, texts, words, monkeypatch, tmp_path):
     found = words(50)
-    whole = corpus_of(build(files(texts(found))), Bytes())
+    whole = corpus_of(build_source(files(texts(found))), Bytes())
     monkeypatch.setattr(corpus, "BLOCK", 100)
     monkeypatch.setattr(corpus, "TEXTS", 3)
-    parts = corpus_of(build(files(texts(found), cache=str(tmp_path / "other"))), Bytes())
+    parts = corpus_of(build_source(files(texts(found), cache=str(tmp_path / "other"))), Bytes())
     assert len(parts.flats) > 5 and len(whole.flats) == 1
     assert (parts.hashes == whole.hashes).all() and (parts.lengths == whole.lengths).all()
     assert [Bytes().decode(parts.tokens(i, 0, 99)) for i in range(50)] == found
@@ -170,7 +170,7 @@ class Renamed(Bytes):
 
 
 def test_another_tokenizer_has_a_corpus_and_a_fingerprint_of_its_own(files, texts):
-    source = build(files(texts(["one"])))
+    source = build_source(files(texts(["one"])))
     first, second = corpus_of(source, Bytes()), corpus_of(source, Renamed())
     assert first.folder != second.folder and first.facts["fingerprint"] != second.facts["fingerprint"]
 
@@ -185,6 +185,6 @@ class Wide(Bytes):
 
 
 def test_large_vocabularies_are_stored_in_four_bytes(files, texts):
-    found = corpus_of(build(files(texts(["az"]))), Wide())
+    found = corpus_of(build_source(files(texts(["az"]))), Wide())
     assert found.tokens(0, 0, 9).tolist() == [100_097, 100_122, 100_256]
     assert json.loads((found.folder / "facts.json").read_text())["vocabulary"] == 100_257

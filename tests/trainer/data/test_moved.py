@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.pool import ranks
+from tests.support.pool import ranks
 from tests.trainer.data.test_tokenizers import trained
-from tests.trainer.test_parity import in_rank
-from trainer.config import Fault
-from trainer.data.hub import Hub
-from trainer.data.opening import open_stream
-from trainer.directory import make, other_run, record
-from trainer.prepare import wish
+from tests.trainer.verify.test_whole_runs import in_rank
+from trainer.data.open import open_stream
+from trainer.data.sources.hub import Hub
+from trainer.errors import UserError
+from trainer.preflight.prepare import load_config
+from trainer.run_dir import make_run_dir, other_run, record
 
-FILES, HUB = "trainer.data.files.Files", "trainer.data.hub.Hub"
+FILES, HUB = "trainer.data.sources.files.Files", "trainer.data.sources.hub.Hub"
 
 
 def write(folder, count=40, start=0):
@@ -87,7 +87,7 @@ def test_a_run_goes_on_with_its_data_elsewhere_and_not_with_others(source, tmp_p
         return (*COMMON, f"steps={steps}", "schedule.extend=stretch", f"data={source}", place, *more,
                 f"data.tokenizer={tokenizer}", f"run_dir={run_dir}")  # fmt: skip
 
-    make(run_dir)
+    make_run_dir(run_dir)
     assert ranks(1, recorded, words(first, 1, "c1", tokenizer), str(run_dir)) == [0]
     shutil.move(first, tmp_path / "y")
     (tmp_path / "tok").mkdir()
@@ -99,19 +99,19 @@ def test_a_run_goes_on_with_its_data_elsewhere_and_not_with_others(source, tmp_p
     for strange in (words(tmp_path / "other", 3, "c2", tmp_path / "tok"), words(tmp_path / "y", 3, "c2", "bytes")):
         (said,) = ranks(1, refused, strange, str(run_dir))
         assert "cannot resume from" in said and "belongs to other data" in said
-    refusals = other_run(wish([*(word for word in moved if "held_out" not in word and "run_dir" not in word),
+    refusals = other_run(load_config([*(word for word in moved if "held_out" not in word and "run_dir" not in word),
                                "data.held_out=0.5"]), run_dir)  # fmt: skip
     assert [refusal.partition("=")[0] for refusal in refusals] == ["data.held_out"]
 
 
 def recorded(env, words, directory):
     """As a launch does it: judged against the run that the directory holds, recorded, run."""
-    config = wish(words, started=env.size)
+    config = load_config(words, started=env.size)
     record(Path(directory), config)
     return in_rank(env, words, directory)
 
 
 def refused(env, words, directory):
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(UserError) as caught:
         in_rank(env, words, directory)
     return str(caught.value)

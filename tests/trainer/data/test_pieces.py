@@ -12,17 +12,17 @@ import pytest
 from pyarrow import parquet
 
 from trainer.data.corpus import Corpus, write
-from trainer.data.faults import Report
-from trainer.data.files import file_at
-from trainer.data.opening import check, open_stream
-from trainer.data.pages import pages
-from trainer.data.readers import Reading, Unread, documents, lines, whole
-from trainer.data.tables import cells, table
+from trainer.data.errors import ReadReport
+from trainer.data.open import check, open_stream
+from trainer.data.sources.files import file_at
+from trainer.data.sources.parquet import cells, read_table
+from trainer.data.sources.parquet_pages import pages
+from trainer.data.sources.readers import ReadRequest, Unread, documents, lines, whole
 from trainer.data.tokenizers import Bytes
 
 SETTINGS = {"context_length": 8, "rows": 1, "seed": 0}
 MIB = 1 << 20
-READERS = {".txt": whole, ".jsonl": lines, ".parquet": table}
+READERS = {".txt": whole, ".jsonl": lines, ".parquet": read_table}
 
 
 def columns(texts):
@@ -74,9 +74,9 @@ CASES = {
 }
 MEASURE = """
 import resource, sys
-from trainer.data.faults import Report
-from trainer.data.readers import Reading, documents
-from trainer.data.files import Files, file_at
+from trainer.data.errors import Report
+from trainer.data.sources.readers import Reading, documents
+from trainer.data.sources.files import Files, file_at
 report = Report("skip")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 count = sum(1 for _ in documents(file_at(sys.argv[1], "x"), Reading("text", report, None, int(sys.argv[2])), Files.readers))
@@ -101,8 +101,8 @@ def test_the_memory_of_reading_is_at_most_three_times_the_largest_piece(name, tm
 def test_a_document_as_large_as_the_limit_is_read_and_one_byte_more_is_not(tmp_path, files):
     def read(name, content, most):
         (tmp_path / name).write_bytes(content)
-        report = Report("skip")
-        reading = Reading("text", report, None, most)
+        report = ReadReport("skip")
+        reading = ReadRequest("text", report, None, most)
         return [text for _, text in documents(file_at(str(tmp_path / name), name), reading, READERS)], report
 
     line = b'{"text": "abc"}'
@@ -156,8 +156,8 @@ def test_a_parquet_file_spoilt_anywhere_gives_rows_or_one_fault_with_file_and_pl
     parquet.write_table(columns([f"text {i}" * 9 for i in range(300)]), tmp_path / "a.parquet", row_group_size=100)
     good = (tmp_path / "a.parquet").read_bytes()
     faults = 0
-    for at in range(0, len(good), 29):
-        (tmp_path / "b.parquet").write_bytes(good[:at] + bytes([good[at] ^ 255]) + good[at + 1 :])
+    for span in range(0, len(good), 29):
+        (tmp_path / "b.parquet").write_bytes(good[:span] + bytes([good[span] ^ 255]) + good[span + 1 :])
         with open(tmp_path / "b.parquet", "rb") as source:
             for cell in cells(source, "b.parquet", "text", MIB):
                 if isinstance(cell.text, Unread):
@@ -242,10 +242,10 @@ def test_a_long_text_has_the_tokens_of_its_bytes_in_at_most_three_times_its_memo
     assert ids.astype(np.uint8).tobytes() == text.encode() and ids.dtype == np.uint16
     monkeypatch.setattr("trainer.data.corpus.BLOCK", 1 << 20)
     named = [("a", "short"), ("b", text), ("c", "x" * (1 << 20)), ("d", "end")]
-    write(tmp_path, iter(named[:1]), Bytes(), Report())  # what the libraries take once
+    write(tmp_path, iter(named[:1]), Bytes(), ReadReport())  # what the libraries take once
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    facts = write(tmp_path, iter(named), Bytes(), Report())
+    facts = write(tmp_path, iter(named), Bytes(), ReadReport())
     peak = tracemalloc.get_traced_memory()[1] - before
     tracemalloc.stop()
     (tmp_path / "facts.json").write_text(json.dumps(facts))

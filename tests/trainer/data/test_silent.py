@@ -6,11 +6,11 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from models.loss import IGNORE
-from tests.pool import ranks
-from tests.trainer.test_parity import in_rank
-from trainer.data.faults import DataFault
-from trainer.data.opening import check, open_stream
-from trainer.directory import make
+from tests.support.pool import ranks
+from tests.trainer.verify.test_whole_runs import in_rank
+from trainer.data.errors import DataError
+from trainer.data.open import check, open_stream
+from trainer.run_dir import make_run_dir
 
 UNKNOWN, A, B, END = range(4)
 BLANK = "   "
@@ -36,9 +36,9 @@ def data(request, tmp_path, tokenizer):
         (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         common = {"tokenizer": tokenizer, "held_out": 0.0, **settings}
         if request.param == "hub":
-            return {"_target_": "trainer.data.hub.Hub", "name": str(folder), **common}
+            return {"_target_": "trainer.data.sources.hub.Hub", "name": str(folder), **common}
         path, cache = str(folder / "*.jsonl"), str(tmp_path / "cache")
-        return {"_target_": "trainer.data.files.Files", "path": path, "cache": cache, **common}
+        return {"_target_": "trainer.data.sources.files.Files", "path": path, "cache": cache, **common}
 
     return node
 
@@ -61,7 +61,7 @@ def test_documents_without_a_token_are_refused_before_the_start_and_while_readin
     node = data([BLANK] * count)
     (message,) = check(node)
     assert "token" in message and "give other data" in message
-    with pytest.raises(DataFault, match=r"make.* (a|no) token"):
+    with pytest.raises(DataError, match=r"make.* (a|no) token"):
         read(node, 1)
 
 
@@ -102,7 +102,7 @@ def test_an_evaluation_over_no_tokens_is_no_figure(tmp_path, tokenizer):
     words = ("steps=2", "context_length=8", "batch_tokens=16", "model.width=8", "model.layers=1", "model.heads=1", "data=hub",
              f"data.name={folder}", f"data.tokenizer={tokenizer}", "data.held_out=1e-9", "evaluation.every=1",
              "checkpoint.every=2", "wandb.mode=disabled", "engine=single", f"run_dir={run_dir}")  # fmt: skip
-    make(run_dir)
+    make_run_dir(run_dir)
     assert ranks(1, in_rank, words, str(run_dir)) == [0]
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and all(row["loss"] > 0 for row in rows)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from trainer.data.faults import DataFault
+from trainer.data.errors import DataError
 from trainer.data.tokenizers import Bytes, HuggingFace, load
 
 TEXT = "def f(x): return 'Gr\xfc\xdfe, \u4e16\u754c \U0001f642'\n"
@@ -120,7 +120,7 @@ def word_level(path, words, **rest):
 @pytest.mark.parametrize("number", [4294967295, 30_000_000, 70_000])
 def test_numbers_far_beyond_the_tokens_are_refused(tmp_path, number):
     name = word_level(tmp_path / "tokenizer.json", {"x": 0, "b": number})
-    with pytest.raises(DataFault, match=f"run up to {number}, but it has only 2 tokens"):
+    with pytest.raises(DataError, match=f"run up to {number}, but it has only 2 tokens"):
         load(name)
 
 
@@ -129,7 +129,7 @@ def test_small_gaps_among_the_numbers_are_none_of_our_business(tmp_path):
 
 
 def test_a_tokenizer_without_tokens_is_refused(tmp_path):
-    with pytest.raises(DataFault, match="it has no token"):
+    with pytest.raises(DataError, match="it has no token"):
         load(word_level(tmp_path / "tokenizer.json", {}))
 
 
@@ -172,5 +172,5 @@ def test_strange_settings_beside_a_tokenizer_are_a_message(tmp_path, settings):
 
 def test_a_text_that_the_tokenizer_cannot_encode_is_a_message(tmp_path):
     found = load(word_level(tmp_path / "tokenizer.json", {"a": 0, "b": 1}))
-    with pytest.raises(DataFault, match="cannot encode a text that begins 'zzz'"):
+    with pytest.raises(DataError, match="cannot encode a text that begins 'zzz'"):
         found.encode_many(["a", "zzz", "b"])

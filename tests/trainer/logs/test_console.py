@@ -3,7 +3,7 @@
 import io
 
 from trainer.logs.console import Console, count, duration
-from trainer.logs.jsonl import Row
+from trainer.logs.jsonl import MetricsRow
 
 
 class Clock:
@@ -18,8 +18,8 @@ class Screen(io.StringIO):
         return True
 
 
-def row(step: int) -> Row:
-    return Row(step, 2.5, 64 * step, 12345.0, 0.5, 1.0, 1e-3, 10**6, 0.5)
+def row(step: int) -> MetricsRow:
+    return MetricsRow(step, 2.5, 64 * step, 12345.0, 0.5, 1.0, 1e-3, 10**6, 0.5)
 
 
 def test_plain_lines_come_first_last_and_every_few_seconds():

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from trainer.logs.jsonl import Evaluations, Metrics, Row, read
+from trainer.logs.jsonl import Evaluations, Metrics, MetricsRow, read
 
 FIELDS = ["step", "loss", "tokens", "tokens_per_second", "step_seconds", "grad_norm", "learning_rate"]
 FIELDS += ["peak_memory_bytes", "mfu"]
 
 
-def row(step: int, loss: float = 1.0) -> Row:
-    return Row(step, loss, 8 * step, 100.0, 0.5, 1.0, 1e-3, 10**6, None)
+def row(step: int, loss: float = 1.0) -> MetricsRow:
+    return MetricsRow(step, loss, 8 * step, 100.0, 0.5, 1.0, 1e-3, 10**6, None)
 
 
 def steps(path: Path) -> list[int]:

@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from trainer.check import check
-from trainer.compose import compose
-from trainer.config import Config, Fault
-from trainer.crowd import labels as sweep_labels
+from trainer.config.compose import compose
+from trainer.config.schema import Config
+from trainer.errors import UserError
 from trainer.logs import scratch
 from trainer.logs.alerts import Alerts
 from trainer.logs.console import Console
-from trainer.logs.jsonl import Row
+from trainer.logs.jsonl import MetricsRow
 from trainer.logs.labels import Labels, labels
-from trainer.logs.logs import Logs
-from trainer.watch import Hang
+from trainer.logs.run_logger import RunLogger
+from trainer.preflight.check import check_config
+from trainer.sweep.batch import labels as sweep_labels
+from trainer.watchdog import Hang
 
 VARIABLES = {
     "WANDB_PROJECT": "theirs",
@@ -70,9 +71,9 @@ def test_a_sweep_names_its_jobs_only_where_nobody_did(monkeypatch):
     ],
 )
 def test_what_wandb_would_not_take_is_refused(word, message):
-    faults = check(config(word))
+    faults = check_config(config(word))
     assert len(faults) == 1 and message in faults[0]
-    assert check(config(word, "wandb.mode=disabled")) == []
+    assert check_config(config(word, "wandb.mode=disabled")) == []
 
 
 @pytest.mark.parametrize(
@@ -87,12 +88,12 @@ def test_what_wandb_would_not_take_is_refused(word, message):
 def test_a_variable_that_wandb_would_not_take_is_refused_by_its_name(monkeypatch, name, value, message):
     monkeypatch.setattr(os, "access", lambda place, mode: not str(place).startswith("/proc"))
     monkeypatch.setenv(name, value)
-    faults = check(config())
+    faults = check_config(config())
     assert len(faults) == 1 and message in faults[0]
 
 
-def row(step: int, norm: float = 1.0, skipped=None) -> Row:
-    return Row(step, 1.0, 64 * step, 1.0, 1.0, norm, 1e-3, 1, None, skipped=skipped)
+def row(step: int, norm: float = 1.0, skipped=None) -> MetricsRow:
+    return MetricsRow(step, 1.0, 64 * step, 1.0, 1.0, norm, 1e-3, 1, None, skipped=skipped)
 
 
 def test_alerts_tell_of_spikes_skips_hangs_and_the_end_and_of_nothing_else():
@@ -134,12 +135,12 @@ class Sent:
     ("error", "titles"),
     [
         (Hang("rank 1 of 2 did not come"), ["ranks hang: mine", "failed: mine"]),
-        (Fault("the disk is full", 3), ["failed: mine"]),
+        (UserError("the disk is full", 3), ["failed: mine"]),
         (RuntimeError("a bug"), ["failed: mine"]),
     ],
 )
 def test_a_run_that_ends_badly_says_so_before_its_process_goes(tmp_path, error, titles):
-    logs = Logs(tmp_path, config("wandb.alerts=true"), Console(2, speaks=False), writes=True)
+    logs = RunLogger(tmp_path, config("wandb.alerts=true"), Console(2, speaks=False), writes=True)
     logs.wandb = sent = Sent()
     logs.alerts = Alerts(True, "mine", 0.0, sent.alert)
     with pytest.raises(type(error)), logs.alerting():

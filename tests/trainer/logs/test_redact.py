@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from trainer.jobs import Job, own
 from trainer.logs.redact import redacted, secret_key, without_secrets, word_without_secrets
+from trainer.sweep.jobs import Job, own
 
 SECRET = "S3cr3tV4lue"
 
@@ -71,7 +71,7 @@ def test_secrets_inside_of_values_are_hidden(text):
     [
         "module load cuda/12.4", "--constraint=a100", "--qos=low", "--mail-user me@example.org", "export OMP_NUM_THREADS=4",
         "https://host/data.jsonl?size=3&page=4", "data.tokenizer=bytes", "/data/*.jsonl", "model=full seed=1", "d41d8cd98f00",
-        "batch_tokens=8192 context_length=2048", "optim.betas=[0.9,0.95]", "models.decoder.Decoder", "step 3: loss 2.5",
+        "batch_tokens=8192 context_length=2048", "optim.betas=[0.9,0.95]", "models.architectures.decoder.Decoder", "step 3: loss 2.5",
     ],
 )  # fmt: skip
 def test_ordinary_values_stay_as_they_are(text):

@@ -11,23 +11,23 @@ import pytest
 import torch
 import wandb
 
-from models.analysis.maps import Map
+from models.analysis.attention_maps import AttentionMap
 from models.span import Span
-from tests.trainer.logs import wandb_file
-from tests.trainer.logs.wandb_server import Server
-from trainer.compose import compose
+from tests.support import wandb_file
+from tests.support.wandb_server import Server
+from trainer.config.compose import compose
 from trainer.logs import wandb as ours
 from trainer.logs.console import Console
-from trainer.logs.jsonl import Row
+from trainer.logs.jsonl import MetricsRow
 from trainer.logs.labels import Labels
-from trainer.logs.logs import Logs
-from trainer.logs.report import plots
+from trainer.logs.plots import plots
+from trainer.logs.run_logger import RunLogger
 
 KEY = "0123456789" * 4
 
 
-def row(step: int) -> Row:
-    return Row(step, 3.0 / step, 64 * step, 1000.0, 0.5, 1.25, 1e-3, 10**9, None if step == 2 else 0.25)
+def row(step: int) -> MetricsRow:
+    return MetricsRow(step, 3.0 / step, 64 * step, 1000.0, 0.5, 1.25, 1e-3, 10**9, None if step == 2 else 0.25)
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +40,9 @@ def nobody(monkeypatch, tmp_path):
     wandb.teardown()
 
 
-def begin(directory: Path, said: list, **settings) -> ours.Wandb:
+def begin(directory: Path, said: list, **settings) -> ours.WandbLogger:
     settings = {"mode": "auto", "labels": Labels("longspan", "r"), "config": {}} | settings
-    return ours.Wandb(directory, say=said.append, **settings)
+    return ours.WandbLogger(directory, say=said.append, **settings)
 
 
 def offline(directory: Path) -> list[Path]:
@@ -101,14 +101,14 @@ def test_an_offline_file_holds_every_metric_and_no_secret(tmp_path, monkeypatch)
 def test_an_offline_run_holds_loss_by_position_attention_and_grades_as_tables_pictures_and_curves(tmp_path):
     wish = compose(["name=mine", "wandb.mode=offline", "data=recall"]).config
     assert wish is not None
-    log = Logs(tmp_path, wish, Console(2, speaks=False), writes=True)
+    log = RunLogger(tmp_path, wish, Console(2, speaks=False), writes=True)
     log.open(0, None)
     bars = [{"begin": 0, "end": 1, "loss": 4.0, "tokens": 3}]
     for step, accuracy in ((1, 0.125), (2, 0.75)):
         log.step(row(step))
         log.evaluation(step, "held_out_loss", 2.0 / step, tokens=3, by_position=bars)
         log.evaluation(step, "accuracy", accuracy)
-    log.maps(2, [Map("blocks.0.mixer.mix", torch.eye(3)[None], 1, Span.line(1, 3), Span.line(1, 3))], 0)
+    log.maps(2, [AttentionMap("blocks.0.mixer.mix", torch.eye(3)[None], 1, Span.line(1, 3), Span.line(1, 3))], 0)
     log.close(2, 128, {"held_out_loss": 1.0})
     [path] = offline(tmp_path)
     found = wandb_file.read(path)

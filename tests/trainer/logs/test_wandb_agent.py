@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from scripts.wandb_sweep import plan
+from tests.support.wandb_server import Server
 from tests.trainer.logs.test_wandb import KEY
-from tests.trainer.logs.wandb_server import Server
-from trainer.config import Fault
+from trainer.errors import UserError
 
 SMALL = ["steps=2", "context_length=64", "batch_tokens=128", "model.width=16", "model.layers=1", "model.heads=2"]
 EVALUATED = ["evaluation.every=2", "evaluation.batches=1"]
@@ -39,7 +39,7 @@ def test_lists_are_values_ranges_are_distributions_and_the_rest_is_the_command()
     ],
 )
 def test_what_is_no_sweep_is_refused(words, says):
-    with pytest.raises(Fault, match=says):
+    with pytest.raises(UserError, match=says):
         plan(words)
 
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from trainer.build import build_model
-from trainer.check import check
-from trainer.compose import compose
+from trainer.config.build_model import build_model
+from trainer.config.compose import compose
 from trainer.objectives.contradictions import remarks
 from trainer.objectives.stream import vocabulary_of
+from trainer.preflight.check import check_config
 
 SMALL = ["context_length=64", "batch_tokens=128"]
 
@@ -17,7 +17,7 @@ def faults(words: str) -> list[str]:
     return (
         asked.faults
         if asked.config is None
-        else check(asked.config, asked.given, asked.mended, asked.faults)
+        else check_config(asked.config, asked.given, asked.mended, asked.faults)
     )
 
 
@@ -25,7 +25,7 @@ FINE = [
     "",
     "objective=masked",
     "model=bidirectional objective=masked",
-    "model=bidirectional objective=masked position=t5 position.both=true",
+    "model=bidirectional objective=masked position=t5 position.bidirectional=true",
     "mixer=longformer mixer.symmetric=true objective=masked",
     "mixer=bigbird mixer.symmetric=true mixer.block=8 objective=masked",
     "model=prefix model.mixers.prefix.length=32",
@@ -80,8 +80,8 @@ WRONG = [
         ["65 tokens", "context_length=64", "model.mixers.prefix.length=32"],
     ),
     (
-        "position=t5 position.both=true",
-        ["position.both=true", "position.both=false", "objective=masked"],
+        "position=t5 position.bidirectional=true",
+        ["position.bidirectional=true", "position.bidirectional=false", "objective=masked"],
     ),
     ("objective=masked data=copy", ["objective=masked", "Copy", "objective=next_token"]),
     (
@@ -89,8 +89,8 @@ WRONG = [
         ["objective=span_corruption", "Facts", "objective=next_token"],
     ),
     (
-        "objective=masked evaluation.generate=5",
-        ["evaluation.generate=5", "objective=masked", "evaluation.generate=0"],
+        "objective=masked evaluation.sample_tokens=5",
+        ["evaluation.sample_tokens=5", "objective=masked", "evaluation.sample_tokens=0"],
     ),
     (
         "objective=masked model.vocabulary=257",
@@ -111,8 +111,8 @@ WRONG = [
     ),
     ("objective=maskd", ["objective=maskd", "objective=masked"]),
     (
-        "objective._target_=models.past.Past",
-        ["objective._target_=models.past.Past", "objective=next_token"],
+        "objective._target_=models.carried_state.CarriedState",
+        ["objective._target_=models.carried_state.CarriedState", "objective=next_token"],
     ),
     (
         "objective=span_corruption context_length=3 batch_tokens=3",
@@ -143,7 +143,7 @@ def test_a_contradiction_is_refused_in_one_message(words, said):
         ("model=prefix objective=masked", ["no layer sees what comes after a token"]),
         (
             "model=bidirectional objective=masked position=t5",
-            ["position.both=true tells them apart"],
+            ["position.bidirectional=true tells them apart"],
         ),
     ],
 )

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from models.architectures.decoder import Decoder
 from models.attention.bidirectional import Bidirectional
 from models.attention.longformer import Longformer
 from models.attention.prefix import PrefixAttention
-from models.decoder import Decoder
 from models.feedforward import SwiGLU
 from models.init import initialise
 from models.loss import IGNORE
@@ -15,23 +15,23 @@ from models.positions.rope import Rope
 from models.positions.t5 import T5
 from models.recurrent.gated_linear import GatedLinear
 from models.span import PADDING
+from parallel.context_parallel import apply_context_parallel
 from parallel.layout import POLICIES
 from parallel.mesh import Mesh, build_mesh
-from parallel.spread import spread
-from tests.pool import ranks
+from tests.support.pool import ranks
 from trainer.data.batch import Batch
+from trainer.data.batch_sharding import BatchSharder
 from trainer.data.tokenizers import Bytes
-from trainer.evaluation import evaluate
+from trainer.evaluation.held_out import evaluate
 from trainer.objectives.masked import Masked
 from trainer.objectives.span_corruption import SpanCorruption
-from trainer.share import Share
 
 LENGTH = 83
 OBJECTIVES = {"masked": Masked(probability=0.3), "span": SpanCorruption(noise_density=0.3)}
 LAYERS = {
     "masked": lambda: [
-        Bidirectional(16, 4, 2, T5(8, 20, both=True)),
-        Longformer(16, 4, 4, Rope(), 1, 2, reach=5, first=2, symmetric=True),
+        Bidirectional(16, 4, 2, T5(8, 20, bidirectional=True)),
+        Longformer(16, 4, 4, Rope(), 1, 2, window=5, first=2, symmetric=True),
     ],
     "span": lambda: [PrefixAttention(16, 4, 2, Rope(), length=0), GatedLinear(16, 4, rank=5)],
 }
@@ -66,7 +66,7 @@ def model(name):
     layers = LAYERS[name]()
     vocabulary = OBJECTIVES[name].symbols(Bytes(), LENGTH).vocabulary
     return initialise(
-        Decoder(vocabulary, 16, layers, [SwiGLU(16, 24) for _ in layers], deviation=0.2), 5
+        Decoder(vocabulary, 16, layers, [SwiGLU(16, 24) for _ in layers], init_std=0.2), 5
     ).double()
 
 
@@ -89,8 +89,8 @@ def learned(name, mesh, policy, micro_batch, context):
     """(loss, count of targets, gradients, evaluation), summed over ranks."""
     one = model(name)
     if context > 1:
-        spread(one, mesh.context_group, "ring")
-    share = Share(mesh, rows=4, context_length=LENGTH, micro_batch=micro_batch, policy=policy)
+        apply_context_parallel(one, mesh.context_group, "ring")
+    share = BatchSharder(mesh, rows=4, context_length=LENGTH, micro_batch=micro_batch, policy=policy)
     valid, total = share.valid(batch(name)), torch.zeros((), dtype=torch.float64)
     for piece, _ in share(batch(name)):
         loss = one(piece.tokens, piece.span, piece.targets).sum() / valid

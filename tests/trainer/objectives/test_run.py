@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel.launch import Ranks
-from tests.pool import ranks
-from trainer.directory import make, record
+from tests.support.pool import ranks
 from trainer.export import export, reopen
+from trainer.launch.elastic import RankInfo
 from trainer.objectives.contradictions import vocabulary
-from trainer.parity import write_documents
-from trainer.prepare import wish
+from trainer.preflight.prepare import load_config
 from trainer.run import run
+from trainer.run_dir import make_run_dir, record
+from trainer.verify.whole_runs import write_documents
 
 COMMON = (
     "data=files",
@@ -30,20 +30,20 @@ COMMON = (
     "precision=float64",
     "checkpoint.every=3",
     "evaluation.every=3",
-    "evaluation.maps=8",
+    "evaluation.attention_maps=8",
     "wandb.mode=disabled",
 )
 KINDS = {
-    "masked": ("objective=masked", "model=bidirectional", "position=t5", "position.both=true"),
+    "masked": ("objective=masked", "model=bidirectional", "position=t5", "position.bidirectional=true"),
     "span": ("objective=span_corruption", "mixer=prefix", "mixer.length=0"),
 }
 
 
 def in_rank(env, words, directory):
-    config = wish(words, started=env.size)
+    config = load_config(words, started=env.size)
     return run(
         config,
-        Ranks(env.rank, env.size, env.rank, env.size, torch.device("cpu"), "gloo"),
+        RankInfo(env.rank, env.size, env.rank, env.size, torch.device("cpu"), "gloo"),
         Path(directory),
     )
 
@@ -63,9 +63,9 @@ def test_a_run_and_its_resumption_on_other_ranks_have_the_same_figures(kind, tmp
         f"data.cache={tmp_path / 'cache'}",
     )
     one, three = tmp_path / "one", tmp_path / "three"
-    make(one)
+    make_run_dir(one)
     assert ranks(1, in_rank, (*words, f"run_dir={one}"), str(one)) == [0]
-    make(three)
+    make_run_dir(three)
     spread = (
         "parallel.context=3",
         "parallel.layout=balanced",
@@ -101,7 +101,7 @@ def test_a_run_and_its_resumption_on_other_ranks_have_the_same_figures(kind, tmp
     assert held_out[0][0]["tokens"] == held_out[0][1]["tokens"], (
         "every evaluation has the same targets"
     )
-    config = wish(words)
+    config = load_config(words)
     record(one, config)  # as the command does before it starts ranks
     export(one, tmp_path / "exported")
     tokens = vocabulary(config)[0]

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from models.loss import IGNORE
-from trainer.compose import compose
-from trainer.data.opening import open_stream
+from trainer.config.compose import compose
+from trainer.data.open import open_stream
 from trainer.objectives.masked import Masked
 from trainer.objectives.span_corruption import SpanCorruption
 from trainer.objectives.stream import ObjectiveStream, open_rows
-from trainer.parity import write_documents
+from trainer.verify.whole_runs import write_documents
 
 LENGTH = 61
 KINDS = [Masked, SpanCorruption]
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 def stream(folder, objective, rows=4, seed=0, split="train", lanes=False):
     data = {
-        "_target_": "trainer.data.files.Files",
+        "_target_": "trainer.data.sources.files.Files",
         "path": str(folder / "text" / "*.txt"),
         "held_out": 0.2,
     }

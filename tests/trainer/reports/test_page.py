@@ -9,11 +9,11 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from scripts.report import main
-from tests.trainer.reports.folders import sweep, trained
-from trainer.jobs import Outcome
-from trainer.reports import pictures
+from tests.support.run_folders import sweep, trained
+from trainer.reports import plots
 from trainer.reports.runs import collect
 from trainer.reports.variants import variants
+from trainer.sweep.jobs import JobOutcome
 
 EMPTY = ("meta", "img")  # elements that have no end
 
@@ -76,7 +76,7 @@ def test_the_report_of_a_sweep_is_one_page_with_every_row(place: Path, capsys) -
     assert page.images == [(place / "report" / f"{name}.png").read_bytes() for name in ("curves", "pareto", "by_position")]
     head, full, sliding, *_ = page.rows
     assert said.splitlines()[1] == "| --- " * len(head) + "|" and said + "\n" == (place / "report" / "variants.md").read_text()
-    for row, line in zip((head, full, sliding), (said.splitlines()[at] for at in (0, 2, 3)), strict=True):
+    for row, line in zip((head, full, sliding), (said.splitlines()[span] for span in (0, 2, 3)), strict=True):
         assert line == f"| {' | '.join(row)} |"
     told = dict(zip(head, full))
     assert told["variant"] == "model=full" and told["parameters"] == "123k" and told["FLOPs/token"] == "4M"
@@ -105,7 +105,7 @@ def test_the_report_of_a_run_that_has_not_stepped_says_so(tmp_path: Path) -> Non
 
 def test_pictures_show_means_over_seeds_and_what_no_other_beats(place: Path) -> None:
     rows = variants(collect(place))
-    curves = pictures._curves(rows)
+    curves = plots._curves(rows)
     assert curves is not None
     training, held_out = curves.axes
     assert [line.get_label() for line in training.get_lines()] == [
@@ -113,11 +113,11 @@ def test_pictures_show_means_over_seeds_and_what_no_other_beats(place: Path) -> 
     ]
     assert points(held_out.get_lines()[0])[-1][1] == pytest.approx(2.1236, abs=1e-4)
     assert len(points(training.get_lines()[3])) == 40  # the run that goes on is not mixed in
-    pareto = pictures._pareto(rows)
+    pareto = plots._pareto(rows)
     assert pareto is not None and len(pareto.axes) == 3
     best = [round(x / 1e9) for x, _ in points(pareto.axes[0].get_lines()[-1])]
     assert best == [328, 492, 655]  # hyena, sliding, full: retnet is dearer and worse than sliding
-    by_position = pictures._by_position(rows)
+    by_position = plots._by_position(rows)
     assert by_position is not None and points(by_position.axes[0].get_lines()[0])[0][1] == pytest.approx(2.6)
 
 
@@ -157,11 +157,11 @@ def named(place: Path, count: int) -> Path:
         with open(place / str(number) / "evaluation.jsonl", "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         long = f"++mixer._target_=somebody.has.a.very.long.name.of.a.module.Mixer{number}"
-        Outcome(["model=full", long, "++mixer.temperature=0.125"], "done", 0, 9.0).write(place / str(number))
+        JobOutcome(["model=full", long, "++mixer.temperature=0.125"], "done", 0, 9.0).write(place / str(number))
     return place
 
 
-@pytest.mark.parametrize("draw", [pictures._curves, pictures._pareto, pictures._by_position, pictures._evaluations])
+@pytest.mark.parametrize("draw", [plots._curves, plots._pareto, plots._by_position, plots._evaluations])
 def test_legends_of_long_names_lie_on_the_sheet_and_below_the_panels(tmp_path: Path, draw) -> None:
     figure = draw(variants(collect(named(tmp_path / "all", 9))))
     canvas = FigureCanvasAgg(figure)
@@ -177,7 +177,7 @@ def test_legends_of_long_names_lie_on_the_sheet_and_below_the_panels(tmp_path: P
 
 def test_accuracies_have_curves_and_tables_fit_the_page(tmp_path: Path) -> None:
     place = named(tmp_path / "all", 3)
-    figure = pictures._evaluations(variants(collect(place)))
+    figure = plots._evaluations(variants(collect(place)))
     assert figure is not None
     by_name = {axes.get_title(): axes for axes in figure.axes}
     assert len([name for name in by_name if name]) == 16
@@ -190,4 +190,4 @@ def test_accuracies_have_curves_and_tables_fit_the_page(tmp_path: Path) -> None:
 
 
 def test_a_curve_of_one_value_is_none(place: Path) -> None:
-    assert pictures._evaluations(variants(collect(place))) is None
+    assert plots._evaluations(variants(collect(place))) is None

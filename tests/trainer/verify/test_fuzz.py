@@ -6,15 +6,15 @@ from random import Random
 
 import pytest
 
-from parallel.drivers.passing import Passing
+from parallel.drivers.scan import StatePassing
 from scripts.fuzz import wishes
-from trainer.config import BAD_RUN, BAD_WISH, Fault
-from trainer.parity import write_documents
+from trainer.errors import BAD_CONFIG, BAD_RUN, UserError
 from trainer.verify import fuzz as fuzzing
 from trainer.verify.crew import Crews, beside
 from trainer.verify.draw import SMALL, Draw, draw_run, options
 from trainer.verify.fuzz import Fuzz, fuzz
 from trainer.verify.mistype import draw_mistakes
+from trainer.verify.whole_runs import write_documents
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forking a process that has threads
 MANY, MISTAKES = 12, 24
@@ -70,12 +70,12 @@ def _drawn(monkeypatch, session, *more: str) -> None:
 @pytest.mark.slow
 def test_a_broken_driver_is_a_finding(session, monkeypatch):
     _drawn(monkeypatch, session, "mixer=linear")
-    right = Passing.forward
-    monkeypatch.setattr(Passing, "forward", lambda self, *args, **named: right(self, *args, **named) + 1e-5)
+    right = StatePassing.forward
+    monkeypatch.setattr(StatePassing, "forward", lambda self, *args, **named: right(self, *args, **named) + 1e-5)
     (found,) = session.runs([0])
     assert "step 1: loss" in found.what and session.outcomes["differs"] == 1
     session.close()  # ranks are forked anew, from what is whole
-    monkeypatch.setattr(Passing, "forward", right)
+    monkeypatch.setattr(StatePassing, "forward", right)
     assert list(session.runs([1])) == [] and session.outcomes["equal in float64"] == 1
 
 
@@ -91,7 +91,7 @@ def test_a_run_that_its_data_ends_has_to_end_so_on_one_rank(session, monkeypatch
     _drawn(monkeypatch, session, "mixer=bidirectional", "objective=masked", "objective.probability=0.001")
     assert list(session.runs([0])) == [] and session.outcomes == {"ended with the same message": 1}
     session.close()
-    monkeypatch.setattr(fuzzing, "live", lambda rank, config, size, at: size > 1 and _live(rank, config, size, at))
+    monkeypatch.setattr(fuzzing, "live", lambda rank, config, size, heartbeat: size > 1 and _live(rank, config, size, heartbeat))
     (found,) = session.runs([1])
     assert "no token to predict" in found.what and "on one rank with False" in found.what
 
@@ -121,10 +121,10 @@ def test_a_trace_is_a_finding_in_the_check_in_a_run_and_in_what_follows_a_mistak
 
 def test_only_a_fault_of_data_disk_or_loss_may_end_a_run_that_passed_the_check(session, monkeypatch):
     monkeypatch.setattr(fuzzing, "draw_mistakes", lambda random, base: [*base, "steps=1"])
-    for code, expected in ((BAD_RUN, 0), (BAD_WISH, 1)):
+    for code, expected in ((BAD_RUN, 0), (BAD_CONFIG, 1)):
 
         def end(*args, code=code):
-            raise Fault("loss: it is not finite; use less", code)
+            raise UserError("loss: it is not finite; use less", code)
 
         session.close()
         with monkeypatch.context() as patch:
@@ -183,6 +183,6 @@ def test_a_refusal_without_words_or_with_a_trace_is_a_finding(session):
 def test_wishes_that_the_command_does_not_know_are_named():
     assert wishes(["seed=3", "many=5"]) == {"seed": 3, "many": 5, "mistakes": 300}
     for word in ("seeds=1", "many=-1", "many=x", "many"):
-        with pytest.raises(Fault, match="seed=NUMBER") as told:
+        with pytest.raises(UserError, match="seed=NUMBER") as told:
             wishes([word])
-        assert told.value.code == BAD_WISH
+        assert told.value.code == BAD_CONFIG

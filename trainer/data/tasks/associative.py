@@ -3,8 +3,8 @@
 import numpy as np
 
 from models.ranges import Few, Many
-from trainer.data.faults import DataFault
-from trainer.data.tasks.task import Example, bounds, whole
+from trainer.data.errors import DataError
+from trainer.data.tasks.base import Example, bounds, whole
 from trainer.data.tasks.vectors import MARKS, Vectors
 
 
@@ -12,7 +12,7 @@ class Associative(Vectors):
     """A list of items, each some vectors behind a mark; then one of them, but not the last: the next item is wanted.
 
     Args:
-        minimum, maximum: items in the list.
+        min_items, maximum: items in the list.
         vectors_each: vectors of an item.
         bits: of a vector.
         held_out, per_row: as in Task.
@@ -23,19 +23,19 @@ class Associative(Vectors):
     def __init__(
         self,
         *,
-        minimum: Many = 2,
-        maximum: Many = 6,
+        min_items: Many = 2,
+        max_items: Many = 6,
         vectors_each: Few = 3,
         bits: int = 6,
         held_out: float = 0.1,
         per_row: int | None = None,
     ):
         super().__init__(bits=bits, more=2, held_out=held_out, per_row=per_row)
-        self.sizes, self.each = bounds(minimum, maximum, least=2), whole("vectors_each", vectors_each, 1)
-        if 2 ** (bits * vectors_each) < 2 * maximum:
-            raise DataFault(f"data.maximum={maximum} items of {vectors_each} x {bits} bits cannot all differ; give more bits")
+        self.sizes, self.each = bounds(min_items, max_items, least=2), whole("vectors_each", vectors_each, 1)
+        if 2 ** (bits * vectors_each) < 2 * max_items:
+            raise DataError(f"data.maximum={max_items} items of {vectors_each} x {bits} bits cannot all differ; give more bits")
         self.item, self.asked = 2**bits + MARKS, 2**bits + MARKS + 1
-        self.longest = (maximum + 1) * (vectors_each + 1) + 1 + vectors_each
+        self.longest = (max_items + 1) * (vectors_each + 1) + 1 + vectors_each
 
     def example(self, random: np.random.Generator) -> Example:
         wanted, items = int(random.integers(*self.sizes, endpoint=True)), []

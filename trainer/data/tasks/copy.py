@@ -3,15 +3,15 @@
 import numpy as np
 
 from models.ranges import Many
-from trainer.data.tasks.task import Example, bounds
+from trainer.data.tasks.base import Example, bounds
 from trainer.data.tasks.vectors import Vectors
 
 
-class Copy(Vectors):
+class CopyTask(Vectors):
     """A sequence of random vectors, to be said again once it has ended.
 
     Args:
-        minimum, maximum: vectors in a sequence.
+        min_length, maximum: vectors in a sequence.
         bits: of a vector.
         held_out, per_row: as in Task.
 
@@ -19,11 +19,11 @@ class Copy(Vectors):
     """
 
     def __init__(
-        self, *, minimum: Many = 1, maximum: Many = 20, bits: int = 8, held_out: float = 0.1, per_row: int | None = None
+        self, *, min_length: Many = 1, max_length: Many = 20, bits: int = 8, held_out: float = 0.1, per_row: int | None = None
     ):
         super().__init__(bits=bits, more=0, held_out=held_out, per_row=per_row)
-        self.sizes = bounds(minimum, maximum)
-        self.longest = 2 * maximum + 1
+        self.sizes = bounds(min_length, max_length)
+        self.longest = 2 * max_length + 1
 
     def example(self, random: np.random.Generator) -> Example:
         shown = self.vectors(random, int(random.integers(*self.sizes, endpoint=True)))

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 
 from models.ranges import Few, Many
-from trainer.data.faults import DataFault
-from trainer.data.stdlib import Stdlib
-from trainer.data.tasks.task import Example, Task, bounds, whole
+from trainer.data.errors import DataError
+from trainer.data.sources.stdlib import Stdlib
+from trainer.data.tasks.base import Example, SyntheticTask, bounds, whole
 
 OPENING, FOLLOWED_BY = 0, 1  # tokens; entities have the numbers from 2 on
 FACT = 3  # tokens: subject, FOLLOWED_BY, object
 SHORTEST = 6  # functions that a module must define to be read: enough for a stretch of any of its names
 
 
-class Facts(Task):
+class Facts(SyntheticTask):
     """Facts "subject FOLLOWED_BY object" in any order, then a subject again: what follows it is wanted.
 
     The entities are functions of the standard library, named as module.function, and the facts are true: they say in which
@@ -25,7 +25,7 @@ class Facts(Task):
     and the subject of another, so a fact that is found must be read in its direction.
 
     Args:
-        fewest, most: stretches of neighbours that an example tells of, all from different places; each is `hops` + 1 facts.
+        min_facts, most: stretches of neighbours that an example tells of, all from different places; each is `hops` + 1 facts.
         hops: facts between the subject that is asked for and the answer.
         entities: functions known, from the modules in order of their names.
         held_out, per_row: as in Task.
@@ -37,28 +37,28 @@ class Facts(Task):
     def __init__(
         self,
         *,
-        fewest: Many = 2,
-        most: Many = 6,
+        min_facts: Many = 2,
+        max_facts: Many = 6,
         hops: Few = 1,
         entities: Many = 256,
         held_out: float = 0.1,
         per_row: int | None = None,
     ):
         super().__init__(held_out=held_out, per_row=per_row)
-        self.sizes, self.hops = bounds(fewest, most, names=("fewest", "most")), whole("hops", hops, 1)
+        self.sizes, self.hops = bounds(min_facts, max_facts, names=("fewest", "most")), whole("hops", hops, 1)
         self.modules = modules(whole("entities", entities, 1))
         names = [name for module in self.modules for name in module]
         self.words = ["?", "->", *names]
-        self.vocabulary, self.longest = len(self.words), 1 + FACT * most * (hops + 1) + FACT
+        self.vocabulary, self.longest = len(self.words), 1 + FACT * max_facts * (hops + 1) + FACT
         firsts = np.cumsum([0, *(len(module) for module in self.modules)]) + FOLLOWED_BY + 1
         self.starts = [
             int(first) + place
             for first, module in zip(firsts, self.modules)
             for place in range(len(module) - hops - 1)
         ]  # fmt: skip
-        if len(self.starts) < most * (hops + 2) ** 2:
-            raise DataFault(
-                f"data.most={most} stretches of {hops + 2} functions, each in a place of its own, need more than "
+        if len(self.starts) < max_facts * (hops + 2) ** 2:
+            raise DataError(
+                f"data.most={max_facts} stretches of {hops + 2} functions, each in a place of its own, need more than "
                 f"data.entities={entities}; give more entities, or fewer stretches or hops"
             )
 
@@ -96,7 +96,7 @@ def modules(entities: int) -> tuple[tuple[str, ...], ...]:
             found.append(tuple(f"{file.name.removesuffix('.py')}.{name}" for name in names[:left]))
             left -= len(found[-1])
     if left > 0:
-        raise DataFault(f"data.entities={entities}: this Python has {entities - left}; use data.entities={entities - left}")
+        raise DataError(f"data.entities={entities}: this Python has {entities - left}; use data.entities={entities - left}")
     return tuple(found)
 
 

@@ -5,18 +5,18 @@ from itertools import permutations
 import numpy as np
 
 from models.ranges import Few, Many
-from trainer.data.faults import DataFault
-from trainer.data.tasks.task import Example, Task, bounds, whole
+from trainer.data.errors import DataError
+from trainer.data.tasks.base import Example, SyntheticTask, bounds, whole
 
 MOST = 6  # elements: 720 permutations, whose products make a table of half a million entries
 
 
-class Permutations(Task):
+class Permutations(SyntheticTask):
     """The word problem of a symmetric group: which permutation have these, one after another, led to?
 
     Args:
         elements: that are permuted; of 3 there are 6 permutations, of 5 there are 120.
-        minimum, maximum: tokens of an example.
+        min_length, maximum: tokens of an example.
         swaps: let tokens be swaps of two elements, or none, and not every permutation; their products are still any.
         held_out, per_row: as in Task.
 
@@ -32,17 +32,17 @@ class Permutations(Task):
         self,
         *,
         elements: Few = 3,
-        minimum: Many = 16,
-        maximum: Many = 32,
+        min_length: Many = 16,
+        max_length: Many = 32,
         swaps: bool = False,
         held_out: float = 0.1,
         per_row: int | None = None,
     ):
         super().__init__(held_out=held_out, per_row=per_row)
         if whole("elements", elements, 2) > MOST:
-            raise DataFault(f"data.elements={elements} have too many permutations for a vocabulary; use at most {MOST}")
-        self.elements, self.sizes = elements, bounds(minimum, maximum)
-        self.longest = maximum
+            raise DataError(f"data.elements={elements} have too many permutations for a vocabulary; use at most {MOST}")
+        self.elements, self.sizes = elements, bounds(min_length, max_length)
+        self.longest = max_length
         every = list(permutations(range(elements)))
         self.vocabulary, self.words = len(every), ["".join(map(str, each)) for each in every]
         moved = [sum(place != element for place, element in enumerate(each)) for each in every]

@@ -4,16 +4,16 @@ import numpy as np
 
 from models.loss import IGNORE
 from models.ranges import Count, Many
-from trainer.data.faults import DataFault
-from trainer.data.tasks.task import Example, Task, bounds, whole
+from trainer.data.errors import DataError
+from trainer.data.tasks.base import Example, SyntheticTask, bounds, whole
 
 
-class Recall(Task):
+class RecallTask(SyntheticTask):
     """Some pairs, then every key once more among blanks; at the key its value is to be said, elsewhere nothing.
 
     Args:
         pairs: of a key and a value in an example, at most; no key twice.
-        fewest: pairs in an example, at least, every number as often; None = always as many as `pairs`. A mixture is learned
+        min_pairs: pairs in an example, at least, every number as often; None = always as many as `pairs`. A mixture is learned
             sooner, because the easy examples say what is wanted.
         keys, values: different ones that there are.
         length: tokens of an example, the pairs included.
@@ -30,7 +30,7 @@ class Recall(Task):
         self,
         *,
         pairs: Many = 8,
-        fewest: int | None = None,
+        min_pairs: int | None = None,
         keys: Many = 64,
         values: Many = 64,
         length: Count = 64,
@@ -40,21 +40,21 @@ class Recall(Task):
     ):
         super().__init__(held_out=held_out, per_row=per_row)
         self.pairs = bounds(
-            pairs if fewest is None else fewest, pairs, names=("pairs" if fewest is None else "fewest", "pairs")
+            pairs if min_pairs is None else min_pairs, pairs, names=("pairs" if min_pairs is None else "fewest", "pairs")
         )
         self.keys, self.values = whole("keys", keys, 1), whole("values", values, 2)
         self.longest = whole("length", length, 1)
         if pairs > keys:
-            raise DataFault(
+            raise DataError(
                 f"data.pairs={pairs} need as many different keys, but data.keys={keys}; use data.keys={pairs} or more"
             )
         if length < 3 * pairs:
-            raise DataFault(
+            raise DataError(
                 f"data.length={length} has no room for {pairs} pairs and {pairs} queries; "
                 f"use data.length={3 * pairs} or more, or data.pairs={max(1, length // 3)}"
             )
         if isinstance(nearness, bool) or not isinstance(nearness, int | float) or not 0 < nearness <= 1:
-            raise DataFault(f"data.nearness={nearness} is no number above 0 and up to 1; 0.01 favours near queries, 1 none")
+            raise DataError(f"data.nearness={nearness} is no number above 0 and up to 1; 0.01 favours near queries, 1 none")
         self.nearness = float(nearness)
         self.vocabulary = 1 + keys + values
         named = [f"{letter}{number}" for letter, count in (("k", keys), ("v", values)) for number in range(count)]

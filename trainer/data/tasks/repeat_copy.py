@@ -3,7 +3,7 @@
 import numpy as np
 
 from models.ranges import Few, Many
-from trainer.data.tasks.task import Example, bounds
+from trainer.data.tasks.base import Example, bounds
 from trainer.data.tasks.vectors import MARKS, Vectors
 
 
@@ -11,8 +11,8 @@ class RepeatCopy(Vectors):
     """A sequence of random vectors and a number; the sequence is to be said so many times, then END.
 
     Args:
-        minimum, maximum: vectors in a sequence.
-        fewest, most: times that it is to be said.
+        min_length, maximum: vectors in a sequence.
+        min_repeats, most: times that it is to be said.
         bits: of a vector.
         held_out, per_row: as in Task.
 
@@ -23,18 +23,18 @@ class RepeatCopy(Vectors):
     def __init__(
         self,
         *,
-        minimum: Many = 1,
-        maximum: Many = 10,
-        fewest: Few = 1,
-        most: Few = 10,
+        min_length: Many = 1,
+        max_length: Many = 10,
+        min_repeats: Few = 1,
+        max_repeats: Few = 10,
         bits: int = 8,
         held_out: float = 0.1,
         per_row: int | None = None,
     ):
-        self.times = bounds(fewest, most, names=("fewest", "most"))
-        super().__init__(bits=bits, more=most, held_out=held_out, per_row=per_row)
-        self.sizes = bounds(minimum, maximum)
-        self.longest = maximum + 3 + most * maximum
+        self.times = bounds(min_repeats, max_repeats, names=("fewest", "most"))
+        super().__init__(bits=bits, more=max_repeats, held_out=held_out, per_row=per_row)
+        self.sizes = bounds(min_length, max_length)
+        self.longest = max_length + 3 + max_repeats * max_length
 
     def example(self, random: np.random.Generator) -> Example:
         shown = self.vectors(random, int(random.integers(*self.sizes, endpoint=True)))

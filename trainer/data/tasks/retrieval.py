@@ -4,16 +4,16 @@ import numpy as np
 
 from models.loss import IGNORE
 from models.ranges import Many
-from trainer.data.faults import DataFault
-from trainer.data.tasks.task import Example, Task, bounds, whole
+from trainer.data.errors import DataError
+from trainer.data.tasks.base import Example, SyntheticTask, bounds, whole
 
 
-class Retrieval(Task):
+class Retrieval(SyntheticTask):
     """Pairs of key and value, then segments of nothing to the point, then the keys again: at each, its value is to be said.
 
     Args:
         segment: tokens of a segment; the pairs lie in the first, the questions in the last.
-        near, far: segments between the two; -1: the questions follow the pairs at once, in the same segment, which is an easy
+        min_distance, far: segments between the two; -1: the questions follow the pairs at once, in the same segment, which is an easy
             beginning.
         pairs: keys that are shown, all of them different, and asked in another order.
         keys, values, fillers: different tokens of each kind.
@@ -29,8 +29,8 @@ class Retrieval(Task):
         self,
         *,
         segment: Many = 32,
-        near: int = 0,
-        far: int = 1,
+        min_distance: int = 0,
+        max_distance: int = 1,
         pairs: Many = 4,
         keys: Many = 32,
         values: Many = 16,
@@ -39,14 +39,14 @@ class Retrieval(Task):
         per_row: int | None = None,
     ):
         super().__init__(held_out=held_out, per_row=per_row)
-        self.gaps, self.segment, self.pairs = bounds(near, far, least=-1, names=("near", "far")), segment, pairs
+        self.gaps, self.segment, self.pairs = bounds(min_distance, max_distance, least=-1, names=("near", "far")), segment, pairs
         self.keys, self.values = whole("keys", keys, whole("pairs", pairs, 1)), whole("values", values, 2)
         self.fillers = whole("fillers", fillers, 1)
-        tokens = (3 if near < 0 else 2) * pairs
+        tokens = (3 if min_distance < 0 else 2) * pairs
         if whole("segment", segment, 2) < tokens:
-            raise DataFault(f"data.pairs={pairs} take {tokens} tokens, data.segment={segment}; use segment={tokens}")
+            raise DataError(f"data.pairs={pairs} take {tokens} tokens, data.segment={segment}; use segment={tokens}")
         self.vocabulary = keys + values + fillers
-        self.longest = self._asked(far) + pairs
+        self.longest = self._asked(max_distance) + pairs
         self.opens = keys + values
 
     def example(self, random: np.random.Generator) -> Example:

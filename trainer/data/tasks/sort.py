@@ -3,8 +3,8 @@
 import numpy as np
 
 from models.ranges import Many
-from trainer.data.faults import DataFault
-from trainer.data.tasks.task import Example, bounds, whole
+from trainer.data.errors import DataError
+from trainer.data.tasks.base import Example, bounds, whole
 from trainer.data.tasks.vectors import MARKS, Vectors
 
 
@@ -12,7 +12,7 @@ class Sort(Vectors):
     """Random vectors, each behind a mark that is its priority, no two the same; the highest ones are to be said in order.
 
     Args:
-        minimum, maximum: vectors to sort.
+        min_length, maximum: vectors to sort.
         kept: how many of the highest are to be said; null = all.
         levels: different priorities there are.
         bits: of a vector.
@@ -25,8 +25,8 @@ class Sort(Vectors):
     def __init__(
         self,
         *,
-        minimum: Many = 2,
-        maximum: Many = 8,
+        min_length: Many = 2,
+        max_length: Many = 8,
         kept: int | None = None,
         levels: Many = 64,
         bits: int = 8,
@@ -34,12 +34,12 @@ class Sort(Vectors):
         per_row: int | None = None,
     ):
         super().__init__(bits=bits, more=whole("levels", levels, 1), held_out=held_out, per_row=per_row)
-        self.sizes, self.levels, self.kept = bounds(minimum, maximum), levels, kept
-        if maximum > levels:
-            raise DataFault(f"data.maximum={maximum} vectors cannot all have one of data.levels={levels}; use levels={maximum}")
-        if kept is not None and whole("kept", kept, 1) > minimum:
-            raise DataFault(f"data.kept={kept} of data.minimum={minimum} vectors cannot be said; use kept={minimum}, or null")
-        self.longest = 2 * maximum + 1 + (maximum if kept is None else kept)
+        self.sizes, self.levels, self.kept = bounds(min_length, max_length), levels, kept
+        if max_length > levels:
+            raise DataError(f"data.maximum={max_length} vectors cannot all have one of data.levels={levels}; use levels={max_length}")
+        if kept is not None and whole("kept", kept, 1) > min_length:
+            raise DataError(f"data.kept={kept} of data.minimum={min_length} vectors cannot be said; use kept={min_length}, or null")
+        self.longest = 2 * max_length + 1 + (max_length if kept is None else kept)
 
     def example(self, random: np.random.Generator) -> Example:
         count = int(random.integers(*self.sizes, endpoint=True))

@@ -5,15 +5,15 @@ Letters: N tokens that were predicted.
 
 import numpy as np
 
-from trainer.data.faults import DataFault
-from trainer.data.tasks.task import Example, Grades, Task, aimed, nothing, whole
+from trainer.data.errors import DataError
+from trainer.data.tasks.base import Example, Grades, SyntheticTask, aimed, nothing, whole
 
 MOST_BITS = 12  # a vocabulary of 4096 vectors
 
 MARKS = 3  # tokens that are no vectors: behind them a task may have more
 
 
-class Vectors(Task):
+class Vectors(SyntheticTask):
     """A question in vectors and marks, then as many blanks as the answer has tokens: nothing of the answer is shown.
 
     Token numbers: vectors from 0 to 2^bits - 1, then the marks START, END and BLANK, then the `more` marks of the task. The
@@ -28,7 +28,7 @@ class Vectors(Task):
     def __init__(self, *, bits: int, more: int, held_out: float, per_row: int | None):
         super().__init__(held_out=held_out, per_row=per_row)
         if whole("bits", bits, 1) > MOST_BITS:
-            raise DataFault(f"data.bits={bits} would make a vocabulary of 2^{bits} vectors; give at most {MOST_BITS}")
+            raise DataError(f"data.bits={bits} would make a vocabulary of 2^{bits} vectors; give at most {MOST_BITS}")
         self.bits = bits
         self.start, self.end, self.blank = (2**bits + mark for mark in range(MARKS))
         self.vocabulary, self.opens = 2**bits + MARKS + more, 2**bits

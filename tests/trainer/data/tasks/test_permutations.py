@@ -23,7 +23,7 @@ def test_products_are_made_in_the_order_of_the_tokens(tokens: list[int], want: l
 
 
 def test_examples_have_the_lengths_asked_for_and_a_target_at_every_token() -> None:
-    task, random = Permutations(elements=4, minimum=3, maximum=5), np.random.default_rng(0)
+    task, random = Permutations(elements=4, min_length=3, max_length=5), np.random.default_rng(0)
     drawn = [task.example(random) for _ in range(200)]
     assert {len(each.tokens) for each in drawn} == {3, 4, 5} and task.longest == 5
     assert task.vocabulary == 24 and len({int(t) for each in drawn for t in each.tokens}) == 24
@@ -32,7 +32,7 @@ def test_examples_have_the_lengths_asked_for_and_a_target_at_every_token() -> No
 
 
 def test_swaps_are_the_only_tokens_where_they_are_asked_for_and_lead_everywhere() -> None:
-    example = Permutations(minimum=200, maximum=200, swaps=True).example(np.random.default_rng(0))
+    example = Permutations(min_length=200, max_length=200, swaps=True).example(np.random.default_rng(0))
     assert set(example.tokens.tolist()) == {0, 1, 2, 5}
     assert set(example.targets.tolist()) == set(range(6))  # pyright: ignore
 

@@ -5,14 +5,14 @@ import pytest
 
 from models.loss import IGNORE
 from trainer.data.batch import Batch
-from trainer.data.opening import check, open_stream
-from trainer.data.tasks.recall import Recall
+from trainer.data.open import check, open_stream
+from trainer.data.tasks.recall import RecallTask
 
 NODE = {"_target_": "trainer.data.tasks.recall.Recall", "pairs": 3, "keys": 5, "values": 7, "length": 16}
 
 
 def example(seed: int = 0, **settings):
-    return Recall(**{"pairs": 3, "keys": 5, "values": 7, "length": 16, **settings}).example(np.random.default_rng(seed))
+    return RecallTask(**{"pairs": 3, "keys": 5, "values": 7, "length": 16, **settings}).example(np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -5,18 +5,18 @@ import pytest
 
 from models.loss import IGNORE
 from trainer.data.tasks.associative import Associative
-from trainer.data.tasks.copy import Copy
+from trainer.data.tasks.copy import CopyTask
 from trainer.data.tasks.repeat_copy import RepeatCopy
 from trainer.data.tasks.sort import Sort
 
 BITS = 3
 START, END, BLANK = 8, 9, 10
 TASKS = {
-    "copy": Copy(minimum=2, maximum=5, bits=BITS),
-    "repeat_copy": RepeatCopy(minimum=1, maximum=4, fewest=2, most=3, bits=BITS),
-    "associative": Associative(minimum=2, maximum=4, vectors_each=2, bits=BITS),
-    "sort": Sort(minimum=3, maximum=5, levels=7, bits=BITS),
-    "sort, some kept": Sort(minimum=3, maximum=5, kept=2, levels=7, bits=BITS),
+    "copy": CopyTask(min_length=2, max_length=5, bits=BITS),
+    "repeat_copy": RepeatCopy(min_length=1, max_length=4, min_repeats=2, max_repeats=3, bits=BITS),
+    "associative": Associative(min_items=2, max_items=4, vectors_each=2, bits=BITS),
+    "sort": Sort(min_length=3, max_length=5, levels=7, bits=BITS),
+    "sort, some kept": Sort(min_length=3, max_length=5, kept=2, levels=7, bits=BITS),
 }
 
 
@@ -86,16 +86,16 @@ def test_wrong_bits_are_counted_over_vectors_and_a_mark_in_their_place_is_all_wr
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Copy(minimum=4, maximum=3), "data.minimum=4 is above data.maximum=3; use data.maximum=4"),
-        (lambda: Copy(minimum=0), "data.minimum=0 is no whole number from 1 on"),
-        (lambda: Copy(bits=20), "data.bits=20 .* at most 12"),
-        (lambda: Copy(per_row=0), "data.per_row=0"),
-        (lambda: Copy(held_out=1.0), "held_out=1.0"),
-        (lambda: RepeatCopy(most=True), "data.most=True"),
-        (lambda: Associative(minimum=1), "data.minimum=1 is no whole number from 2 on"),
+        (lambda: CopyTask(min_length=4, max_length=3), "data.minimum=4 is above data.maximum=3; use data.maximum=4"),
+        (lambda: CopyTask(min_length=0), "data.minimum=0 is no whole number from 1 on"),
+        (lambda: CopyTask(bits=20), "data.bits=20 .* at most 12"),
+        (lambda: CopyTask(per_row=0), "data.per_row=0"),
+        (lambda: CopyTask(held_out=1.0), "held_out=1.0"),
+        (lambda: RepeatCopy(max_repeats=True), "data.most=True"),
+        (lambda: Associative(min_items=1), "data.minimum=1 is no whole number from 2 on"),
         (lambda: Associative(bits=1, vectors_each=1), "cannot all differ"),
         (lambda: Sort(levels=4), "levels=8"),
-        (lambda: Sort(minimum=3, kept=4), "kept=3"),
+        (lambda: Sort(min_length=3, kept=4), "kept=3"),
     ],
 )
 def test_settings_that_make_no_task_are_refused(build, message):

@@ -1,0 +1,78 @@
+"""A decoder: tokens in, logits or losses out. The road from config to loss passes here on its way to models/loss.py."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from models.block import ValueBlock, block
+from models.init import INIT_STD, Rule, ScaledNormal
+from models.loss import token_losses
+from models.memory.base import Memory
+from models.positions.base import Position
+from models.span import Span
+
+
+class Decoder(nn.Module):
+    """Blocks between an embedding and an output head.
+
+    Args:
+        vocabulary: number of different tokens.
+        width: of the residual stream.
+        mixers: one for each layer; each a module (x [B, T, width], span) -> [B, T, width].
+        feedforwards: one for each layer; likewise (x, span) -> [B, T, width].
+        position: its embedding, if it has one, is added to the tokens'.
+        tie_embeddings: use the embedding as the output head (Press & Wolf 2017, arXiv:1608.05859).
+        init_std: of the initial weights of matrices; narrow models learn sooner with more, such as width^-0.5.
+        memory: what stands around all layers, if it has anything that does; the mixers have theirs in them already.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        width: int,
+        mixers: Sequence[nn.Module],
+        feedforwards: Sequence[nn.Module],
+        *,
+        position: Position | None = None,
+        tie_embeddings: bool = False,
+        init_std: float = INIT_STD,
+        memory: Memory | None = None,
+    ):
+        super().__init__()
+        if init_std <= 0:
+            raise ValueError(f"init_std={init_std} starts no weight anywhere; choose one above 0, for example {INIT_STD}")
+        self.init_std = init_std
+        self.embed = nn.Embedding(vocabulary, width)
+        self.position = position.embedding(width) if position else None
+        self.blocks = nn.ModuleList(block(width, *parts) for parts in zip(mixers, feedforwards, strict=True))
+        self.memory = memory.stack(width) if memory else None
+        self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, vocabulary, bias=False)
+        if tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    def initial(self) -> dict[str, Rule]:
+        """What adds to the residual stream starts smaller the more layers add to it (Radford et al. 2019)."""
+        small = ScaledNormal((2 * max(1, len(self.blocks))) ** -0.5)
+        outputs = ("feedforward.down.weight", "mixer.out.weight")
+        names = [f"blocks.{i}.{leaf}" for i in range(len(self.blocks)) for leaf in outputs]
+        there = {name for name, _ in self.named_parameters()}
+        return {name: small for name in names if name in there}
+
+    def forward(self, tokens: Tensor, span: Span, targets: Tensor | None = None) -> Tensor:
+        """[B, T] int64 -> logits [B, T, vocabulary], or with targets the losses [B, T] in nats (0 where IGNORE)."""
+        x = self.embed(tokens)
+        if self.position is not None:
+            x = x + self.position(span)
+        x = self._through(x, span) if self.memory is None else self.memory(x, span, self._through)
+        x = self.norm(x)
+        return self.head(x) if targets is None else token_losses(x, self.head.weight, targets)
+
+    def _through(self, x: Tensor, span: Span) -> Tensor:
+        """[B, T, width] -> [B, T, width]: all layers."""
+        values: Tensor | None = None  # of the first layer that shares them
+        for each in self.blocks:
+            if isinstance(each, ValueBlock):
+                x, values = each(x, span, values)
+            else:
+                x = each(x, span)
+        return x

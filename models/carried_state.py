@@ -1,0 +1,197 @@
+"""What lies to the left of the rows at hand: tokens and states that the rows before them, in the same lanes, left behind.
+
+A Past travels with a Span, as its `past`. A layer asks it for what was left under its name and leaves what comes next; whether
+that lies on this device or over ranks is not the layer's business. Nothing that is kept carries a gradient.
+
+    kept, of = at.past.tokens(self.place, x, length)      the last `length` tokens of the lane, with their addresses
+    state = at.past.state(self.place)                     what `leave` left after the row before, or None
+    at.past.leave(self.place, state)
+
+Letters: B rows, T tokens of a row, M tokens kept, m of them at hand (all, on one device).
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from models.span import PADDING, Span
+
+REPLICATED, SHARDED = (
+    "whole",
+    "dealt",
+)  # states [B, ...] that every rank has alike; states [U, ...] of the rank's own (row, head) pairs
+
+
+class StatefulModule(nn.Module):
+    """A module that carries something from row to row; `place` is its name in the model, which `name_carriers` fills in."""
+
+    place: str = ""
+
+
+def name_stateful_modules(model: nn.Module) -> None:
+    """Tell every Carrier where in the model it stands, so that what it leaves is found again. Call once, when built."""
+    for path, module in model.named_modules():
+        if isinstance(module, StatefulModule):
+            module.place = path
+
+
+class CarriedState:
+    """What rows left for the next rows of their lanes. The trainer holds one for each micro-batch.
+
+    What is found does not change while a step lasts; what is left is put aside until `advance`, so that a layer that is
+    computed again in backward finds what it found.
+
+    Attributes:
+        kept: {name: (M, [B, m, ...])} tokens found. addresses: {M: [B, M]} of the kept tokens of whole lanes.
+        states: {name: (kind, tensor)} found. rows: B.
+    """
+
+    def __init__(self):
+        self.kept: dict[str, tuple[int, Tensor]] = {}
+        self.addresses: dict[int, Span] = {}
+        self.states: dict[str, tuple[str, Tensor]] = {}
+        self.rows = 0
+        self._row: Span | None = None
+        self._spans: dict[int, Span] = {}
+        self._tokens: dict[str, tuple[Tensor, int]] = {}
+        self._left: dict[str, tuple[str, Tensor]] = {}
+
+    def attach(self, span: Span) -> Span:
+        """The span of the next rows of these lanes, with this Past in it: what a model is called with."""
+        self.rows, self._row, self._spans, self._tokens, self._left = span.shape[0], span, {}, {}, {}
+        return replace(span, past=self)
+
+    def tokens(self, name: str, x: Tensor, length: int) -> tuple[Tensor, Span]:
+        """(kept [B, m, ...], their addresses), and keeps of x [B, T, ...] what the next rows will find.
+
+        Kept tokens have the document number that their document has in the rows at hand; what does not go on in them is
+        padding, as all is where nothing was kept.
+
+        Args:
+            length: M, tokens of a lane to keep, counted back from the end of the row; the same at every call.
+        """
+        assert self._row is not None, "enter() comes before the forward pass"
+        self._tokens[name] = x.detach(), length
+        if length not in self._spans:
+            self._spans[length] = self._dealt(renumbered(self._addresses(length), self._whole(self._row)))
+        return self._kept(name, x, length), self._spans[length]
+
+    def state(self, name: str) -> Tensor | None:
+        """What the rows before left, None at the beginning. It is of the document that goes on in the first token, if any does.
+
+        A layer whose algebra does not reset at `Span.opens` has to drop it by itself where a document opens.
+        """
+        found = self.states.get(name)
+        return None if found is None else found[1]
+
+    def store(self, name: str, state: Tensor, kind: str = REPLICATED) -> None:
+        """Keep a state [B, ...] (or, DEALT over ranks, [U, ...]) for the next rows."""
+        self._left[name] = kind, state.detach()
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """What was left becomes what is found; after the last use of a row, on every rank. Forgets where nothing was left."""
+        assert self._row is not None, "enter() comes before the forward pass"
+        whole, row = self._whole(self._row), self._row
+        kept = {}
+        for name, (x, length) in self._tokens.items():
+            kept[name] = length, self._shift(self._kept(name, x, length), x, row, length)
+        lengths = {length for length, _ in kept.values()}
+        self.addresses = {length: advanced_addresses(self._addresses(length), whole) for length in lengths}
+        self.kept, self.states = kept, self._left
+        self._row, self._spans, self._tokens, self._left = None, {}, {}, {}
+
+    def export_state(self) -> dict[str, Tensor]:
+        """All that is kept, as it would be on one device, every tensor with the rows first: what a checkpoint holds."""
+        found = {}
+        for length, span in self.addresses.items():
+            found |= {f"{length}/pos": span.pos, f"{length}/doc": span.doc}
+        for name, (length, x) in self.kept.items():
+            found[f"{length}/{name}"] = self._gathered(x, length)
+        for name, (kind, state) in self.states.items():
+            found[f"{kind}/{name}"] = self._paired(state) if kind == SHARDED else state
+        return found
+
+    def import_state(self, found: Mapping[str, Tensor]) -> None:
+        """Take over what `gather` gave, or some of its rows, on any number of ranks."""
+        self.kept, self.addresses, self.states = {}, {}, {}
+        self.rows = len(next(iter(found.values()), ()))
+        for path, x in found.items():
+            kind, name = path.split("/", 1)
+            if not kind.isdecimal():
+                self.states[name] = kind, self._dealt_states(x.flatten(0, 1)) if kind == SHARDED else x
+            elif name == "pos":
+                self.addresses[int(kind)] = Span.of(x, found[f"{kind}/doc"])
+            elif name != "doc":
+                self.kept[name] = int(kind), self._dealt_tokens(x)
+
+    def bytes(self) -> int:
+        """What is held here between rows, addresses left out."""
+        held = [x for _, x in (*self.kept.values(), *self.states.values())]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    def _addresses(self, length: int) -> Span:
+        """[B, M] as they were left; padding where nothing was."""
+        if length not in self.addresses:
+            assert self._row is not None
+            pos = self._row.pos.new_zeros(self._row.shape[0], length)
+            return Span.of(pos, pos + PADDING)
+        return self.addresses[length]
+
+    def _kept(self, name: str, x: Tensor, length: int) -> Tensor:
+        """[B, m, ...] as they were left; zeros where nothing was."""
+        if name not in self.kept:
+            return x.new_zeros(x.shape[0], self._share(length), *x.shape[2:])
+        return self.kept[name][1]
+
+    def _whole(self, row: Span) -> Span:
+        """[B, T] addresses of the whole rows."""
+        return row
+
+    def _share(self, length: int) -> int:
+        """How many of `length` kept tokens are at hand."""
+        return length
+
+    def _dealt(self, span: Span) -> Span:
+        """Addresses of those kept tokens that are at hand."""
+        return span
+
+    def _shift(self, old: Tensor, x: Tensor, row: Span, length: int) -> Tensor:
+        """Of what was kept, followed by the row, the last `length` tokens."""
+        return torch.cat([old[:, x.shape[1] :], x[:, -length:]], 1)
+
+    def _gathered(self, x: Tensor, length: int) -> Tensor:
+        """[B, m, ...] of every rank -> [B, length, ...]."""
+        return x
+
+    def _dealt_tokens(self, x: Tensor) -> Tensor:
+        """[B, M, ...] -> [B, m, ...]: the tokens at hand."""
+        return x
+
+    def _paired(self, state: Tensor) -> Tensor:
+        """[U, ...] of every rank -> [B, H, ...]."""
+        return state.unflatten(0, (self.rows, -1))
+
+    def _dealt_states(self, state: Tensor) -> Tensor:
+        """[B H, ...] -> [U, ...]: the (row, head) pairs at hand."""
+        return state
+
+
+def renumbered(kept: Span, row: Span) -> Span:
+    """[B, M] kept addresses in the document numbers of the rows that follow; padding where the document does not go on.
+
+    It goes on where the row's first token stands right after the last one kept.
+    """
+    goes_on = (kept.pos[:, -1:] + 1 == row.pos[:, :1]) & (kept.doc[:, -1:] != PADDING) & (row.doc[:, :1] != PADDING)
+    return Span(kept.pos, torch.where(goes_on & (kept.doc != PADDING), row.doc[:, :1], PADDING), kept.role)
+
+
+def advanced_addresses(kept: Span, row: Span) -> Span:
+    """[B, M] addresses of a lane's last tokens once `row` is read: those of the document that may go on, else padding."""
+    before = renumbered(kept, row)
+    pos, doc = torch.cat([before.pos, row.pos], 1), torch.cat([before.doc, row.doc], 1)
+    alive = (doc == doc[:, -1:]) & (doc != PADDING)
+    doc = torch.where(alive, 0, PADDING)[:, row.shape[1] :]
+    return Span.of(pos[:, row.shape[1] :], doc)

@@ -1,0 +1,227 @@
+"""What the leaves of a model compute beside its weights: noted by a trace on the meta device, counted for any row.
+
+Convention, beside that of models/cost/flops.py: what the shortest known way takes, whatever the kernel does.
+
+* Scan: the recurrence. Writing k v into the state and reading it with q are D E multiply-adds each, for every head and token;
+  a low-rank term reads once more and writes once more.
+* Window: a multiply-add for every tap, channel and token.
+* Convolution: a document of n tokens is transformed in 2 n places, at 2.5 N log2 N FLOPs a real transform of N (half of the
+  5 N log2 N that one of complex numbers is usually said to take), three times forward and three times backward, with
+  products of n complex numbers between, 6 FLOPs each: one forward, two backward.
+
+Letters: D key width, E value width, H heads.
+"""
+# MERGED-DOC models.sizes
+"""What a model costs: parameters, floating-point operations and bytes; read from the built model, nothing is run.
+
+Convention, printed with every MFU:
+
+* A multiply and an add are 2 FLOPs. Only matrix products count: linear and convolution weights once for every token that
+  is no padding, 2 (D + E) for every head and every visible pair of query and key, and the cores of linear time as
+  models/cost/flops.py says. Weights that see no tokens but other positions, as many in each step, say how many
+  (`positions_per_step`) and count once for each of those.
+* A pair is visible if the mask says so on the row as it was packed: causal, document by document, inside the window.
+  PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) counts every pair of the row, 12 L H Q T a token in training;
+  on one causal document ours is half of that, on many short ones far less, so our MFU is the lower one.
+* Training is 3 times forward, of long convolutions 2 times. What is computed again (activation checkpointing, the stripes
+  of a scan) and what a chunk adds to the recurrence it stands for do not count: utilisation is of useful work.
+"""
+
+from dataclasses import dataclass, field
+from math import log2
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.cost.parameters import active_shares, meta_row, meta_twin
+from models.cost.visible_pairs import visible_triples
+from models.declared import declared
+from models.masks.algebra import Mask
+from models.primitives.causal_conv import CausalConv
+from models.primitives.long_conv import LongConv
+from models.primitives.scan import Scan
+from models.primitives.sequential import SequentialScan
+from models.primitives.softmax import Softmax, value_width
+from models.span import PADDING, Span
+
+
+@dataclass(frozen=True)
+class AttentionCost:
+    """One softmax attention of the model: a query and a key that see each other cost `pair_flops` in each head."""
+
+    mask: Mask
+    heads: int
+    pair_flops: int
+
+
+@dataclass(frozen=True)
+class LongConvCost:
+    """One convolution of the model as long as the documents."""
+
+    channels: int
+
+    def forward(self, span: Span) -> int:
+        return self._count(span, products=1)
+
+    def training(self, span: Span) -> int:
+        return self.forward(span) + self._count(span, products=2)
+
+    def _count(self, span: Span, products: int) -> int:
+        return self.channels * sum(round(3 * 2.5 * 2 * n * log2(2 * n) + products * 6 * n) for n in _stretches(span))
+
+
+@dataclass
+class CostTrace:
+    """What a trace found: softmax attentions, long convolutions, and multiply-adds a token of scans and windows."""
+
+    pairs: list[AttentionCost] = field(default_factory=list)
+    convolutions: list[LongConvCost] = field(default_factory=list)
+    products: int = 0
+
+
+def trace_cost(model: nn.Module, noted: CostTrace) -> None:
+    """Let every leaf of a twin on the meta device note what it costs; a Softmax gives back a mean without computing one."""
+    for leaf in list(model.modules()):
+        for kind, watch in WATCHES.items():
+            if isinstance(leaf, kind):
+                leaf.forward = watch(leaf, noted)
+
+
+def _softmax(leaf: Softmax, noted: CostTrace) -> Any:
+    def forward(query: Any, payload: Any, params: Any = (), **addresses: Any) -> Tensor:
+        dim = leaf.score.query_heads[0]
+        heads = query[0].shape[dim] if dim is not None else 1
+        q = leaf.score.operands(query, payload, params)[0]
+        width = value_width(leaf.score, payload, params, query)
+        noted.pairs.append(AttentionCost(leaf.mask, heads, 2 * (q.shape[-1] + width)))
+        return _EmptyOutput.apply((*query[0].shape[:2], heads, width), *query, *payload, *params)
+
+    return forward
+
+
+def _scan(leaf: Scan, noted: CostTrace) -> Any:
+    compute = leaf.forward
+
+    def forward(query: Any, payload: Any, *rest: Any, **addresses: Any) -> Tensor:
+        keys, values, _, *low = payload
+        noted.products += (4 if low else 2) * values.shape[2:].numel() * keys.shape[3]
+        return compute(query, payload, *rest, **addresses)
+
+    return forward
+
+
+def _window(leaf: CausalConv, noted: CostTrace) -> Any:
+    compute = leaf.forward
+
+    def forward(payload: Any, params: Any, **addresses: Any) -> Tensor:
+        noted.products += params[0].numel()
+        return compute(payload, params, **addresses)
+
+    return forward
+
+
+def _convolution(leaf: LongConv, noted: CostTrace) -> Any:
+    compute = leaf.forward
+
+    def forward(payload: Any, params: Any, **addresses: Any) -> Tensor:
+        noted.convolutions.append(LongConvCost(payload[0].shape[2]))
+        return compute(payload, params, **addresses)
+
+    return forward
+
+
+def _relay(leaf: SequentialScan, noted: CostTrace) -> Any:
+    def forward(step: Any, xs: Any, state: Any, *, span: Span, **cuts: Any) -> Any:
+        return step(tuple(xs), span, tuple(state))  # the whole row at once: where documents open is not known here
+
+    return forward
+
+
+WATCHES = {Softmax: _softmax, Scan: _scan, CausalConv: _window, LongConv: _convolution, SequentialScan: _relay}
+
+
+def _stretches(span: Span) -> list[int]:
+    """Lengths of the documents of all rows, one that a row's end cuts counting as two."""
+    found = []
+    for pos, doc in zip(span.pos.cpu().numpy(), span.doc.cpu().numpy(), strict=True):
+        edges = np.flatnonzero(np.r_[True, (np.diff(doc) != 0) | (np.diff(pos) != 1), True]) if len(doc) else np.zeros(1, int)
+        found += [int(b - a) for a, b in zip(edges[:-1], edges[1:]) if doc[a] != PADDING]
+    return found
+
+
+class _EmptyOutput(torch.autograd.Function):
+    """Saves what an attention saves (its inputs, the mean, the mass) and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, shape: tuple[int, ...], *tensors: Tensor) -> Tensor:
+        mean = tensors[0].new_empty(shape)
+        wide = torch.promote_types(mean.dtype, torch.float32)
+        ctx.save_for_backward(*tensors, mean, mean.new_empty(shape[:-1], dtype=wide))
+        return mean
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError
+
+MATRICES = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d)
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """Forward FLOPs of a model, for any row."""
+
+    token_flops: int
+    cores: tuple[AttentionCost, ...]
+    convolutions: tuple[LongConvCost, ...] = ()
+    step_flops: int = 0
+
+    def forward(self, span: Span) -> int:
+        """Of the rows of `span`, whole as they were packed, with what is done once in a step."""
+        return self._products(span) + sum(core.forward(span) for core in self.convolutions)
+
+    def training(self, span: Span) -> int:
+        """Forward and backward."""
+        return 3 * self._products(span) + sum(core.training(span) for core in self.convolutions)
+
+    def _products(self, span: Span) -> int:
+        kinds = {(core.mask, core.heads) for core in self.cores}
+        triples = {(mask, heads): visible_triples(mask, span, heads) for mask, heads in kinds}
+        pairs = sum(core.pair_flops * triples[core.mask, core.heads] for core in self.cores)
+        return self.step_flops + self.token_flops * int(span.valid().sum()) + pairs
+
+
+def count_flops(model: nn.Module) -> FlopCount:
+    """FLOPs of a model that is called with (tokens, span), by its matrices and by a trace on the meta device.
+
+    A module whose weights see something else than tokens says how many positions it is given in a step:
+    `positions_per_step`. One that multiplies by matrices that are no weights says how many multiply-adds that is a token:
+    `products`.
+    """
+    shares = active_shares(model)
+    positions = _positions_per_step(model)
+    each = once = 0
+    for name, module in model.named_modules():
+        elements = declared(module, "products", int, 0)
+        elements += module.weight.numel() if isinstance(module, MATRICES) else 0
+        if name in positions:
+            once += elements * positions[name]
+        else:
+            each += round(elements * shares[name])
+    twin, noted = meta_twin(model, torch.float32), CostTrace()
+    trace_cost(twin, noted)
+    with torch.no_grad():
+        twin(*meta_row(2))
+    return FlopCount(2 * (each + noted.products), tuple(noted.pairs), tuple(noted.convolutions), 2 * once)
+
+
+def _positions_per_step(model: nn.Module) -> dict[str, int]:
+    """By module: the positions that it sees in a step, of those that see no tokens."""
+    positions: dict[str, int] = {}
+    for name, module in model.named_modules():
+        parent = positions.get(name.rpartition(".")[0])
+        own = declared(module, "positions_per_step", int, parent)
+        if own is not None:
+            positions[name] = own
+    return positions

@@ -1,0 +1,94 @@
+"""The Switch layer: a feed-forward layer of many experts, of which each token visits one, while there is room."""
+
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from models.moe.base import MixtureOfExperts
+from models.moe.experts import Experts
+from models.moe.router import Router, choice_mask, top_experts
+from models.moe.topk import validate_experts
+from models.primitives.segment_sum import SCOPES
+from models.ranges import Many, Shares
+from models.span import Span
+
+
+class Switch(MixtureOfExperts):
+    """Each token visits the expert that its router finds most probable, while there is room; y = p E(x), or 0 without room.
+
+    Args:
+        width: of what comes in and goes out. ffn: hidden width of the dense layer that this one stands for.
+        experts: how many. hidden: hidden width of each; as ffn by default, so a token costs what the dense layer costs.
+        capacity_factor: an expert takes at most ceil(capacity_factor n / experts) of n tokens, the first ones; null: all.
+        eval_capacity_factor: the same outside training.
+        capacity_over: of what n tokens: of a document, so that no document's drops depend on another, or of the packed row.
+        jitter: of the router's input in training. router_scale: of its initial weights in units of the usual ones.
+        expert_dropout: share of hidden channels dropped inside experts in training (0.4 in the source's fine-tuning).
+        balance: weight of the load-balancing loss, taken per packed row. z: weight of the router's z-loss.
+        activation: of the experts: swiglu, or relu as in the source.
+
+    Raises:
+        ValueError: a setting that is no number of its kind; see each message.
+
+    Source: Fedus et al. 2021 (arXiv:2101.03961). Theirs counts capacity over the tokens of a device, so what is dropped
+    depends on how a batch was cut; ours over a document (or row) in the order of its tokens, wherever they lie.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        ffn: int,
+        layer: int = 0,
+        layers: int = 1,
+        seed: int = 0,
+        *,
+        experts: Many = 8,
+        hidden: int | None = None,
+        capacity_factor: Shares | None = 1.25,
+        eval_capacity_factor: Shares | None = 2.0,
+        capacity_over: str = "document",
+        jitter: float = 0.01,
+        router_scale: float = 0.1,
+        expert_dropout: float = 0.0,
+        balance: float = 0.01,
+        z: float = 0.001,
+        activation: str = "swiglu",
+    ):
+        validate_experts(experts, 1, hidden)
+        if capacity_over not in SCOPES:
+            raise ValueError(f"capacity_over={capacity_over}: places are counted over one of {', '.join(SCOPES)}; choose one")
+        for name, value in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value} leaves no room at all; choose a number above 0, or null to drop nobody")
+        stacks = Experts(experts, width, hidden or ffn, activation=activation, dropout=expert_dropout, layers=layers)
+        router = Router(width, experts, jitter=jitter, scale=router_scale, layer=layer, seed=seed)
+        super().__init__(stacks, router, expert_dropout=expert_dropout, balance=balance, z=z, layer=layer, seed=seed)
+        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
+        self.over = capacity_over
+
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        """[B, T, width] -> [B, T, width]."""
+        x = torch.where(span.valid()[..., None], x, 0)
+        logits = self.router(x, span)
+        probs = logits.softmax(-1)
+        choice = top_experts(logits, 1)
+        marks = choice_mask(choice, span, self.count)
+        kept = span.valid()[..., None] & self._room(choice, marks, span)
+        self._leave(logits, probs, marks, kept, span)
+        return self._mixed(x, span, choice, probs.gather(-1, choice), kept)
+
+    def _room(self, choice: Tensor, marks: Tensor, span: Span) -> Tensor:
+        """[B, T, 1] bool: whether the token comes early enough in the queue of its expert."""
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if factor is None:
+            return torch.ones_like(choice, dtype=torch.bool)
+        tokens = self.tally.total(span.valid().long(), span, self.over)
+        place = self.tally.before(marks, span, self.over).gather(-1, choice)
+        return place < expert_capacity(tokens, self.count, factor)[..., None]
+
+
+def expert_capacity(tokens: Tensor, experts: int, factor: float) -> Tensor:
+    """ceil(factor tokens / experts) in whole numbers: a factor of 1.1 is eleven tenths, and no number near it."""
+    exact = Fraction(str(factor))
+    return -(-(tokens * exact.numerator) // (exact.denominator * experts))

@@ -1,0 +1,115 @@
+"""Many lessons, some at once, each in a process of one thread; one that fails is reported and the others go on."""
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import NamedTuple
+
+import torch
+
+from scripts.experiments.trial import Trial, TrialResult, run_trial
+from trainer.evaluation.held_out import HeldOutResult
+from trainer.launch.parent_death import die_with_parent
+
+
+class Budget(NamedTuple):
+    """How much a recipe takes: seeds of every lesson, processes at once, and steps in place of the lessons' own.
+
+    The seeds are `first` and those after it. only: one part of the recipe; None = all.
+    """
+
+    seeds: int = 3
+    jobs: int = 2
+    steps: int | None = None
+    first: int = 0
+    only: str | None = None
+
+    def numbers(self) -> range:
+        """The seeds."""
+        return range(self.first, self.first + self.seeds)
+
+
+TrialJob = tuple[Trial, int]  # a lesson and its seed
+Queue = SimpleQueue[tuple[TrialJob, "Future[TrialResult]"]]
+
+
+def run_trials(jobs: Iterable[TrialJob], effort: Budget, say: Callable[[str], None] = print) -> list[TrialResult]:
+    """Every lesson, in the order in which they were given; a line for each as it ends.
+
+    Args:
+        jobs: lessons, each with one seed.
+        effort: how many at once; its steps, if set, replace those of every lesson.
+        say: takes the lines.
+    """
+    queue: Queue = SimpleQueue()
+    asked: list[Future[TrialResult]] = []
+    for lesson, seed in jobs:
+        steps = () if effort.steps is None else (f"steps={effort.steps}",)
+        asked.append(Future())
+        queue.put(((replace(lesson, overrides=(*lesson.overrides, *steps)), seed), asked[-1]))
+    threads = [Thread(target=_serve, args=(queue,), daemon=True) for _ in range(min(effort.jobs, len(asked)))]
+    for thread in threads:
+        thread.start()
+    for number, future in enumerate(as_completed(asked), 1):
+        say(f"[{number}/{len(asked)}] {result_line(future.result())}")
+    for thread in threads:
+        thread.join()
+    return [future.result() for future in asked]
+
+
+def result_line(learned: TrialResult) -> str:
+    """How a lesson ended, in a line."""
+    who = f"{learned.name}, seed {learned.seed}"
+    if learned.fault is not None:
+        return f"{who}: FAILED: {learned.fault.strip()}"
+    exams = "; ".join(f"{name}: {_figures(exam)}" for name, exam in learned.exams.items())
+    return f"{who}: {exams}; {learned.seconds:.0f} s"
+
+
+def _figures(exam: HeldOutResult) -> str:
+    loss = "nothing to predict" if exam.loss is None else f"loss {exam.loss:.3f}"
+    return ", ".join([loss, *(f"{name} {share:.3f}" for name, share in exam.graded.items())])
+
+
+def _serve(queue: Queue) -> None:
+    """Take jobs until there are none left; a process that dies takes its own job with it and no other."""
+    pool = _pool()
+    while True:
+        try:
+            (lesson, seed), future = queue.get_nowait()
+        except Empty:
+            break
+        try:
+            future.set_result(pool.submit(_taught, lesson, seed).result())
+        except Exception as error:  # told with the lesson; nobody may wait for a future that never comes
+            future.set_result(TrialResult(lesson.name, seed, fault=f"nothing came back: {type(error).__name__}: {error}"))
+            if isinstance(error, BrokenProcessPool):
+                pool.shutdown()
+                pool = _pool()
+    pool.shutdown()
+
+
+def _pool() -> ProcessPoolExecutor:
+    """One process, kept from job to job: it takes seconds to start."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(os.getpid(),))
+
+
+def _begin(parent: int) -> None:
+    die_with_parent(parent)
+    torch.set_num_threads(1)
+
+
+def _taught(lesson: Trial, seed: int) -> TrialResult:
+    """In the process: whatever goes wrong is what came of the lesson."""
+    try:
+        return run_trial(lesson, seed)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        fault = f"{type(error).__name__}: {error} ({os.path.basename(place.filename)}, line {place.lineno})"
+        return TrialResult(lesson.name, seed, fault=fault)

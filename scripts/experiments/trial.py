@@ -1,0 +1,177 @@
+"""A lesson: a small model is trained with the real config, model, stream and loop, and then examined on held-out data.
+
+    lesson = Lesson("linear", ("model=linear", "data=recall", "context_length=64", "steps=300"), {"long": ("data.length=128",)})
+    learned = teach(lesson, seed=0)          # here and now; many at once: scripts/experiments/runner.py
+    learned.accuracy, learned.exams["long"].loss, learned.rows[-1].loss, learned.seconds
+
+What a run has beside its loop (a directory, checkpoints, logs) is left out; figures stay in memory.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from models.auxiliary import on_step_begin
+from models.causality import plain_sight
+from models.cost.parameters import count_parameters
+from parallel.mesh import Mesh
+from parallel.parallelize import parallelize
+from trainer.config.build_model import build_engine, build_model
+from trainer.config.instantiate import instantiate
+from trainer.config.schema import Config
+from trainer.data.batch_sharding import BatchSharder
+from trainer.data.lanes import Lanes
+from trainer.data.streams.base import Stream
+from trainer.evaluation.held_out import HeldOutResult, evaluate
+from trainer.logs.jsonl import MetricsRow
+from trainer.logs.meters import Meter, Peak
+from trainer.loop import Loop
+from trainer.objectives.stream import open_rows
+from trainer.preflight.prepare import load_config
+from trainer.progress import Progress
+from trainer.reach import fitting
+from trainer.stop_signal import StopSignal
+
+COMMON = (  # before a lesson's own settings, which may say otherwise but for the first three
+    "checkpoint.every=0",
+    "evaluation.every=0",
+    "engine=single",
+    "evaluation.batches=8",
+    "wandb.mode=disabled",
+    "schedule.warmup_steps=20",
+)
+HELD_OUT = "held out"  # the exam that every lesson ends with, on the settings of the lesson itself
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is taught and how it is examined.
+
+    Attributes:
+        name: what a table calls it; lessons of different seeds share it.
+        overrides: KEY=VALUE, as on the command line of a run; the seed is not among them.
+        exams: further ones by name, each with overrides added to those of the lesson: longer rows, no memory, a longer
+            task. The weights must fit the model that they compose.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    exams: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass
+class TrialResult:
+    """What came of a lesson.
+
+    Attributes:
+        exams: by name, the loss and how the task grades it over `evaluation.batches`; HELD_OUT is on data like the training
+            data.
+        rows: the log, a row a step: loss, statistics of layers, seconds.
+        seconds: of the whole lesson.
+        parameters: of the model.
+        fault: why there is nothing of all that; None where it went well.
+    """
+
+    name: str
+    seed: int
+    exams: dict[str, HeldOutResult] = field(default_factory=dict)
+    rows: list[MetricsRow] = field(default_factory=list)
+    seconds: float = 0.0
+    parameters: int = 0
+    fault: str | None = None
+
+    @property
+    def accuracy(self) -> float:
+        """Of a task, on held-out examples like the training examples."""
+        return self.exams[HELD_OUT].graded["accuracy"]
+
+    @property
+    def loss(self) -> float:
+        """Nats per predicted token, on held-out data like the training data."""
+        return self.loss_of(HELD_OUT)
+
+    def loss_of(self, exam: str) -> float:
+        """Nats per predicted token in an exam; NaN where it had nothing to predict."""
+        loss = self.exams[exam].loss
+        return math.nan if loss is None else loss
+
+
+def run_trial(lesson: Trial, seed: int) -> TrialResult:
+    """Train and examine, in this process.
+
+    Raises:
+        Fault: settings that cannot be honoured, or a loss that is no number.
+    """
+    began = time.perf_counter()
+    every = {HELD_OUT: (), **lesson.exams}
+    configs = {name: load_config(fitting([*COMMON, *lesson.overrides, *more, f"seed={seed}"])) for name, more in every.items()}
+    config, mesh = configs[HELD_OUT], Mesh.alone()
+    stream, rows = _stream(config, "train"), []
+    with torch.device("meta"):
+        model = build_model(config, stream.vocabulary)
+    parameters = count_parameters(model).total
+    engine = build_engine(config, mesh, instantiate(config.optim, {}, "optim"))
+    parallelize(model, engine)
+    share = _share(config, model)
+    loop = Loop(
+        config=config,
+        mesh=mesh,
+        engine=engine,
+        stream=stream,
+        share=share,
+        checkpoints=NoCheckpoints(),  # pyright: ignore[reportArgumentType]
+        schedule=instantiate(config.schedule, {}, "schedule"),
+        flops=lambda span: 0.0,
+        meter=Meter(Peak(None, "nobody asks"), 1),
+        stop=StopSignal(mesh, ()),
+        log=rows.append,
+        evaluate=lambda progress: None,
+        lanes=Lanes(mesh, share, config.rows) if config.memory.carries else None,
+    )
+    loop.train(Progress(stream.start()))
+    weights = engine.state()["model"]
+    exams = {name: run_exams(each, weights) for name, each in configs.items()}
+    return TrialResult(lesson.name, seed, exams, rows, time.perf_counter() - began, parameters)
+
+
+def run_exams(config: Config, weights: Mapping[str, Tensor]) -> HeldOutResult:
+    """Put trained weights into the model of this config, and that before the held-out data of this config."""
+    stream = _stream(config, "held_out")
+    with torch.device("meta"):
+        model = build_model(config, stream.vocabulary)
+    model.load_state_dict(weights, assign=True)
+    on_step_begin(model.eval(), config.steps)  # what changes with the step stands as it did at the last
+    share = _share(config, model)
+    lanes = Lanes(share.mesh, share, config.rows) if config.memory.carries else None
+    found = evaluate(model, share, stream, config.evaluation.batches, lambda *_: False, lanes)
+    assert found is not None, "nobody stops an exam"
+    return found
+
+
+def _stream(config: Config, split: str) -> Stream:
+    return open_rows(config, split)
+
+
+def _share(config: Config, model: nn.Module) -> BatchSharder:
+    return BatchSharder(
+        Mesh.alone(),
+        rows=config.rows,
+        context_length=config.context_length,
+        micro_batch=config.parallel.micro_batch,
+        policy=config.parallel.layout,
+        prefix=plain_sight(model),
+    )
+
+
+class NoCheckpoints:
+    """Checkpoints that are never due, for checkpoint.every=0."""
+
+    def poll(self) -> None:
+        """Nothing is under way."""
+
+    def finish(self) -> None:
+        """Nothing is to be waited for."""

@@ -1,0 +1,140 @@
+"""One mixer on one device against the same mixer cut over ranks: outputs and every gradient."""
+
+from functools import lru_cache
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.init import initialise
+from models.span import Span
+from parallel.context_parallel import METHODS, apply_context_parallel
+from parallel.layout import POLICIES, layouts
+from parallel.sharding import shard_span
+from tests.support.pool import ranks
+from tests.variants import VARIANTS, WIDTH
+
+LENGTHS = [[13, 1, 24, 9], [3, 40, 1, 1]]  # documents of two rows, uneven, one of a single token; the rest is padding
+TOKENS = 51  # divides by nothing that the ranks might like
+SIZES = (2, 3, 4)  # numbers of ranks
+EXACT = {torch.float64: 1e-11, torch.float32: 2e-5}  # allowed difference, relative to the tensor's largest magnitude
+GRID_HEADS = {2: 2, 3: 1, 4: 2}  # under usp: ranks that trade heads, by number of ranks
+GRIDS: dict[int, tuple] = {}  # of this rank's process, made once
+
+
+class Case(NamedTuple):
+    """One mixer under one way of cutting."""
+
+    name: str
+    method: str
+    policy: str
+    size: int
+
+    def __str__(self) -> str:
+        return "-".join(map(str, self))
+
+
+def covering() -> list[Case]:
+    """Each mixer once with every method, every layout and every number of ranks, together in all combinations."""
+    cases = []
+    for row, name in enumerate(VARIANTS):
+        for turn, method in enumerate(METHODS):
+            policy, size = list(POLICIES)[(turn + row) % len(POLICIES)], SIZES[(turn + row // 3) % len(SIZES)]
+            cases.append(Case(name, method, policy, size))
+    return cases
+
+
+def everything() -> list[Case]:
+    """The whole product."""
+    return [Case(*each) for each in product(VARIANTS, METHODS, POLICIES, SIZES)]
+
+
+def differences(case: Case) -> dict[torch.dtype, float]:
+    """Worst relative difference of any rank, by dtype."""
+    found = ranks(case.size, compare, *case[:3])
+    return {dtype: max(each[dtype] for each in found) for dtype in EXACT}
+
+
+def packed(lengths: list[list[int]] = LENGTHS, tokens: int = TOKENS) -> Span:
+    """Rows of documents of these lengths, filled up with padding."""
+    pos, doc = torch.zeros(len(lengths), tokens, dtype=torch.long), torch.full((len(lengths), tokens), -1)
+    for row, sizes in enumerate(lengths):
+        start = 0
+        for number, size in enumerate(sizes):
+            pos[row, start : start + size] = torch.arange(size)
+            doc[row, start : start + size] = number
+            start += size
+    return Span.of(pos, doc)
+
+
+def build(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    return initialise(VARIANTS[name](), seed=1).to(dtype)
+
+
+def grid(env: Any, side: int) -> tuple:
+    """Groups (of ranks that trade heads, of the ring); the same ones for every case, because groups cost sockets."""
+    if side not in GRIDS:
+        rows = [list(range(r, r + side)) for r in range(0, env.size, side)]
+        columns = [list(range(r, env.size, side)) for r in range(side)]
+        made = [[(ranks, dist.new_group(ranks)) for ranks in some] for some in (rows, columns)]
+        GRIDS[side] = tuple(next(group for ranks, group in some if env.rank in ranks) for some in made)
+    return GRIDS[side]
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """Largest difference, in units of the largest magnitude of what is wanted."""
+    if not got.numel():
+        return 0.0
+    return ((got - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
+
+
+@lru_cache(maxsize=2)
+def given(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What comes in, and the weight of what goes out (none at padding)."""
+    span, generator = packed(), torch.Generator().manual_seed(2)
+    x, weight = (torch.randn(*span.shape, WIDTH, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    return x * 3, weight * span.valid()[..., None]
+
+
+@lru_cache(maxsize=4)
+def truth(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """On one device: the output, the input's gradient, and every parameter's."""
+    x, weight = given(dtype)
+    one, whole = build(name, dtype), x.clone().requires_grad_()
+    want = one(whole, packed())
+    (want * weight).sum().backward()
+    assert whole.grad is not None
+    return want.detach(), whole.grad, {key: p.grad for key, p in one.named_parameters() if p.grad is not None}
+
+
+def compare(env: Any, name: str, method: str, policy: str) -> dict[torch.dtype, float]:
+    """Worst relative difference over the output, the input's gradient and every parameter's gradient, by dtype."""
+    return {dtype: max(_compare(env, name, method, policy, dtype).values()) for dtype in EXACT}
+
+
+def _compare(env: Any, name: str, method: str, policy: str, dtype: torch.dtype) -> dict[str, float]:
+    (x, weight), (want, d_x, d_parameters) = given(dtype), truth(name, dtype)
+    many, span = build(name, dtype), packed()
+    names, side = list(many.state_dict()), GRID_HEADS[env.size] if method == "usp" else 1
+    apply_context_parallel(many, env.group, method, grid=grid(env, side) if method == "usp" else None)
+    assert list(many.state_dict()) == names
+
+    here = shard_span(span, layouts(policy, span, env.size, heads=side), env.rank)
+    shard, valid = here.sharding.shard, here.valid()[..., None]
+    part = shard(x, 0).requires_grad_()
+    got = many(part, here)
+    assert got.isfinite().all(), "outputs at padding are nobody's business, but finite"
+    (got * shard(weight, 0)).sum().backward()
+    assert part.grad is not None and part.grad.isfinite().all()
+
+    worst = {"output": relative(got * valid, shard(want, 0) * valid)}
+    worst["input"] = relative(part.grad * valid, shard(d_x, 0) * valid)
+    worst["padding"] = part.grad.masked_select(~valid).abs().sum().item()
+    for key, parameter in many.named_parameters():
+        assert (parameter.grad is None) == (key not in d_parameters), f"{key} has no gradient"
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad, group=env.group)
+            worst[key] = relative(parameter.grad, d_parameters[key])
+    return worst

@@ -1,0 +1,58 @@
+"""Models that are no decoders and data that is a task: what they have no place for is refused, the rest passes the check."""
+
+import re
+
+import pytest
+
+from trainer.config.compose import compose
+from trainer.preflight.check import check_config
+
+COPY = ("model=ntm", "data=copy", "context_length=41", "batch_tokens=82")
+FACTS = ("model=key_value", "data=facts", "context_length=42", "batch_tokens=84")
+TASKS = ("copy", "repeat_copy", "associative", "sort", "facts", "retrieval")
+
+
+def faults(*words: str) -> list[str]:
+    asked = compose(list(words))
+    return asked.faults if asked.config is None else check_config(asked.config, asked.given, asked.mended, asked.faults)
+
+
+@pytest.mark.parametrize("model", ["ntm", "lstm", "key_value", "full"])
+@pytest.mark.parametrize("data", TASKS)
+def test_every_task_can_be_given_to_every_model(model: str, data: str) -> None:
+    assert faults(f"model={model}", f"data={data}", "context_length=128", "batch_tokens=128") == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((*COPY, "mixer=full"), "mixer is set, but Turing takes no mixers; leave mixer out"),
+        ((*COPY, "model.pattern=[full]"), "model.pattern is set, but Turing takes no mixers"),
+        ((*COPY, "model.feedforward={_target_: models.feedforward.SwiGLU}"), "model.feedforward is set, but Turing takes no"),
+        ((*COPY, "position=alibi"), "nothing in this model takes a position"),
+        ((*COPY, "memory=lookup"), "Turing carries a state of its own .* use memory=segments memory.length=0"),
+        ((*FACTS, "memory=segments"), "memory=segments, but KeyValue takes no memory"),
+        ((*COPY, "engine.checkpointing=full"), "engine.checkpointing=full computes blocks again, and Turing has none"),
+        (
+            (*COPY, "engine.offload_activations=true", "launch=slurm", "launch.dry_run=true"),
+            "sends away what blocks save, and Turing has none",
+        ),
+        ((*FACTS, "engine.compile=true"), "engine.compile=true compiles blocks, and KeyValue has none"),
+        ((*COPY, "context_length=40", "batch_tokens=80"), "the longest example of Copy takes 41; use context_length=41"),
+        ((*COPY, "evaluation.sample_tokens=5"), "what Copy wants said is no next token; use evaluation.sample_tokens=0"),
+        ((*FACTS, "evaluation.sample_tokens=5", "evaluation.prompt=def"), "evaluation.prompt=def: 'def' is no token of this task"),
+        ((*COPY, "data.maximun=3"), r"data.maximun=3: Copy has no such setting; did you mean data.maximum\?"),
+        ((*COPY, "model.controller=gru"), "controller=gru is none that there is"),
+        ((*COPY, "parallel.context=2", "parallel.method=ulysses"), "needs 2 query heads"),
+        ((*COPY, "data.held_out=0"), "data.held_out=0 keeps nothing to evaluate on"),
+    ],
+)
+def test_what_there_is_no_place_for_is_refused(words: tuple[str, ...], said: str) -> None:
+    found = faults(*words)
+    assert len(found) == 1 and re.search(said, found[0]), found
+
+
+def test_a_state_of_its_own_is_carried_by_the_memory_that_asks_for_nothing_else() -> None:
+    assert faults(*COPY, "memory=segments", "memory.length=0") == []
+    longer = faults(*COPY, "context_length=10", "batch_tokens=20", "memory=segments", "memory.length=0")
+    assert longer == [], "an example may be longer than a row where rows go on"

@@ -1,0 +1,214 @@
+"""Builds the model of a run from its config, layer by layer."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.carried_state import name_stateful_modules
+from models.construction import Origin
+from models.memory.base import Memory
+from models.primitives.sequential import misfits
+from trainer.config.instantiate import instantiate, taken_offers
+from trainer.config.node_checks import as_node, find_class, nearest, parameters
+from trainer.config.schema import ComponentConfig, Config, ModelConfig
+from trainer.config.values import TARGET
+from trainer.errors import UserError
+
+
+def model_takes(config: Config, part: str) -> bool:
+    """Whether the model's constructor has a parameter of that name; one without mixers has no layers to build here."""
+    return part in parameters(find_class(config.model.target, "model"))
+
+
+def mixer_labels(config: Config) -> list[str]:
+    """The label of every layer's mixer; 'mixer' where `mixer=` replaces the pattern; none where the model takes none."""
+    if not model_takes(config, "mixers"):
+        return []
+    if config.mixer is not None:
+        return ["mixer"] * config.model.layers
+    return _repeated_pattern(config, "pattern", "mixers", "mixer= is not set; choose one, for example mixer=full")
+
+
+def feedforward_labels(config: Config) -> list[str]:
+    """The label of every layer's feed-forward; 'feedforward' where `model.feedforward` replaces the pattern; likewise."""
+    if not model_takes(config, "feedforwards"):
+        return []
+    if config.model.feedforward is not None:
+        return ["feedforward"] * config.model.layers
+    way = "model.feedforward is not set; name a class, as model.feedforward._target_=models.feedforward.SwiGLU"
+    return _repeated_pattern(config, "feedforward_pattern", "feedforwards", way)
+
+
+def _repeated_pattern(config: Config, pattern: str, group: str, way: str) -> list[str]:
+    """A pattern of labels, repeated or cut to the layers."""
+    asked, known = getattr(config.model, pattern), getattr(config.model, group)
+    if not asked:
+        raise UserError(f"model.{pattern} is empty and {way}")
+    for label in asked:
+        if label not in known:
+            raise UserError(f"model.{pattern} names {label}, which model.{group} lacks{nearest(label, known)}")
+    return [asked[layer % len(asked)] for layer in range(config.model.layers)]
+
+
+def mixer_node(config: Config, label: str) -> tuple[str, ComponentConfig]:
+    """Where the node of a mixer's label stands in the config, and the node."""
+    if config.mixer is not None:
+        return "mixer", config.mixer
+    return f"model.mixers.{label}", config.model.mixers[label]
+
+
+def feedforward_node(config: Config, label: str) -> tuple[str, ComponentConfig]:
+    """Where the node of a feed-forward's label stands in the config, and the node."""
+    if config.model.feedforward is not None:
+        return "model.feedforward", config.model.feedforward
+    return f"model.feedforwards.{label}", config.model.feedforwards[label]
+
+
+def offered_sizes(config: Config, vocabulary: int) -> dict[str, Any]:
+    """The sizes that every constructor of the model may take, by name."""
+    model = config.model
+    return {
+        "width": model.width,
+        "ffn": ffn_width(config),
+        "layers": model.layers,
+        "heads": model.heads,
+        "kv_heads": model.kv_heads or model.heads,
+        "vocabulary": model.vocabulary or vocabulary,
+        "max_length": model.max_length,
+        "context_length": config.context_length,
+        "seed": config.seed,
+    }
+
+
+def ffn_width(config: Config) -> int:
+    """The width of the feed-forward layers: model.ffn itself, or that multiple of the width, rounded up to eights."""
+    asked, width = config.model.ffn, config.model.width
+    if asked is None:
+        asked = 4.0
+    if isinstance(asked, int):
+        return asked
+    return -(-round(asked * width) // 8) * 8
+
+
+def model_node(config: Config) -> dict[str, Any]:
+    """The model's node without what is offered to it: its sizes, mixers and feed-forward layers."""
+    return {key: value for key, value in as_node(config.model).items() if key not in ModelConfig.model_fields}
+
+
+def build_model(config: Config, vocabulary: int) -> nn.Module:
+    """The model of a run, for one device; under `torch.device("meta")` it takes no memory.
+
+    Every layer gets a position object of its own, so that no module is shared between layers.
+
+    Raises:
+        Fault: any setting that no constructor takes, or that a constructor refuses.
+    """
+    model = _assembled_model(config, vocabulary)
+    others = (model_node(config), as_node(config.position), memory_node(config))
+    Origin(partial(_assembled_model, config, vocabulary, layers_on="meta"), _is_foreign(others)).hang_on(model)
+    if faults := misfits(model):
+        raise UserError("\n".join(faults))
+    name_stateful_modules(model)
+    return model
+
+
+def _assembled_model(config: Config, vocabulary: int, layers_on: str | None = None) -> nn.Module:
+    """The model; its mixers and feed-forward layers are on the device in force, or on `layers_on`."""
+    offers = offered_sizes(config, vocabulary)
+    memory = build_memory(config, offers)
+    with torch.device(layers_on) if layers_on else nullcontext():
+        mixers, feedforwards = _layers(config, vocabulary)
+        mixers = [_with_memory(memory, mixer, {**offers, "layer": layer}) for layer, mixer in enumerate(mixers)]
+    try:
+        memory.judge(mixers)
+    except ValueError as error:
+        raise UserError(f"memory: {error}") from error
+    for layer, (label, mixer) in enumerate(zip(mixer_labels(config), mixers, strict=True)):
+        nodes = (mixer_node(config, label)[1], config.position, memory_node(config))
+        Origin(partial(_mixer, config, vocabulary, layer), _is_foreign(nodes)).hang_on(mixer)
+    for layer, (label, feedforward) in enumerate(zip(feedforward_labels(config), feedforwards, strict=True)):
+        nodes = (feedforward_node(config, label)[1], config.position)
+        Origin(partial(_feedforward, config, vocabulary, layer), _is_foreign(nodes)).hang_on(feedforward)
+    place = instantiate(config.position, offers, "position")
+    parts = {"mixers": mixers, "feedforwards": feedforwards}
+    return instantiate(model_node(config), {**offers, "position": place, "memory": memory, **parts}, "model")
+
+
+def _layers(config: Config, vocabulary: int) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The mixers, before a memory is put around them, and the feed-forward layers."""
+    pairs = list(zip(mixer_labels(config), feedforward_labels(config)))
+    offers = offered_sizes(config, vocabulary)
+    mixers = [_layer(config, offers, layer, mixer_node(config, label)) for layer, (label, _) in enumerate(pairs)]
+    feedforwards = [_layer(config, offers, layer, feedforward_node(config, label)) for layer, (_, label) in enumerate(pairs)]
+    return mixers, feedforwards
+
+
+def _layer(config: Config, offers: Mapping[str, Any], layer: int, placed: tuple[str, ComponentConfig]) -> nn.Module:
+    """A mixer or a feed-forward layer, from (where its node stands, the node)."""
+    where, node = placed
+    place = instantiate(config.position, offers, "position")
+    return instantiate(node, {**offers, "position": place, "layer": layer}, where)
+
+
+def _mixer(config: Config, vocabulary: int, layer: int) -> nn.Module:
+    """The mixer of a layer with its memory, alone."""
+    offers = offered_sizes(config, vocabulary)
+    mixer = _layer(config, offers, layer, mixer_node(config, mixer_labels(config)[layer]))
+    return _with_memory(build_memory(config, offers), mixer, {**offers, "layer": layer})
+
+
+def _feedforward(config: Config, vocabulary: int, layer: int) -> nn.Module:
+    """The feed-forward layer of a layer, alone."""
+    return _layer(config, offered_sizes(config, vocabulary), layer, feedforward_node(config, feedforward_labels(config)[layer]))
+
+
+def _is_foreign(nodes: Any) -> bool:
+    """Whether a node among these, or inside them, names a class that is not ours."""
+    if isinstance(nodes, ComponentConfig):
+        nodes = as_node(nodes)
+    if isinstance(nodes, Mapping):
+        own = str(nodes.get(TARGET, "models.")).startswith("models.")
+        return not own or any(_is_foreign(value) for value in nodes.values())
+    return isinstance(nodes, list | tuple) and any(_is_foreign(value) for value in nodes)
+
+
+def memory_node(config: Config) -> dict[str, Any]:
+    """The node of the memory, without its name."""
+    return {key: value for key, value in as_node(config.memory).items() if key != "name"}
+
+
+def build_memory(config: Config, offers: Mapping[str, Any]) -> Memory:
+    """What `memory=` names; one for the whole model."""
+    return instantiate(memory_node(config), offers, "memory")
+
+
+def _with_memory(memory: Memory, mixer: nn.Module, sizes: Mapping[str, Any]) -> nn.Module:
+    try:
+        return memory.around(mixer, **sizes)
+    except ValueError as error:
+        raise UserError(f"memory: {error}") from error
+
+
+def sizes_taken(config: Config, vocabulary: int) -> dict[str, dict[str, Any]]:
+    """For the log: by place in the config, the sizes on offer that the class there takes."""
+    offers = offered_sizes(config, vocabulary)
+    inside = {**offers, "position": config.position.target.rpartition(".")[2]}
+    places = dict(mixer_node(config, label) for label in mixer_labels(config))
+    places |= dict(feedforward_node(config, label) for label in feedforward_labels(config))
+    return {
+        "position": taken_offers(config.position, offers, "position"),
+        **{where: taken_offers(node, inside, where) for where, node in places.items()},
+        "model": taken_offers(model_node(config), {**inside, "memory": config.memory.name}, "model"),
+    }
+
+
+def build_engine(config: Config, mesh: Any, optimiser: Any) -> Any:
+    """The engine of a run, with those of its settings that are set."""
+    apart = ("name", "offload_activations")  # what place() is told
+    settings = {key: value for key, value in as_node(config.engine).items() if key not in apart and value is not None}
+    offers = {"mesh": mesh, "optimiser": optimiser, "precision": config.precision, "seed": config.seed}
+    return instantiate(settings, offers, "engine")

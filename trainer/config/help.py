@@ -1,0 +1,53 @@
+"""What `python -m trainer --help` prints: usage, groups, every key with its default and meaning."""
+
+from pydantic import BaseModel
+
+from trainer.config.compose import choices, compose, groups
+from trainer.config.schema import ComponentConfig
+
+USAGE = """Train a sequence model on contexts longer than one device holds.
+
+    python -m trainer [GROUP=NAME] [KEY=VALUE] ...
+
+Examples
+    python -m trainer experiment=quickstart
+    python -m trainer experiment=quickstart parallel.context=4         # 4 ranks share each sequence
+    python -m trainer mixer=sliding mixer.window=512 context_length=4096 batch_tokens=16384
+    python -m trainer experiment=quickstart run_dir=runs/mine          # the same command again resumes it
+    python -m trainer parallel.context=2 launch.dry_run=true           # check everything, start nothing
+    python -m trainer -m model=full,sliding seed=1,2,3 match=parameters   # a sweep: every combination, and one table
+    torchrun --nnodes 2 --nproc-per-node 8 -m trainer parallel.context=16 run_dir=/shared/run
+
+Exit status
+    0 done   1 failed   2 the wish cannot be honoured   3 data, disk or network failed   143, 130, 129, 131 stopped by
+    SIGTERM, SIGINT, SIGHUP, SIGQUIT after saving; 3 also: an evaluation is owed, which the same command does
+"""
+WIDTH = 34
+
+
+def text() -> str:
+    """The whole help text."""
+    config = compose([]).config
+    assert config is not None, "conf/train.yaml does not compose"
+    chosen = [f"    {group + '=':16}{', '.join(choices(group))}" for group in groups()]
+    return "\n".join([USAGE, "Groups: GROUP=NAME", *chosen, "", "Keys: KEY=VALUE (default)  meaning", *_keys(config, "")])
+
+
+def _keys(part: BaseModel, prefix: str) -> list[str]:
+    lines = []
+    for name, info in type(part).model_fields.items():
+        value = getattr(part, name)
+        if name in ("target", "mixers", "feedforwards"):
+            continue
+        if isinstance(value, BaseModel):
+            lines += _keys(value, f"{prefix}{name}.")
+        else:
+            lines.append(_line(f"{prefix}{name}", value, info.description or ""))
+    if isinstance(part, ComponentConfig):
+        lines += [_line(f"{prefix}{key}", value, "") for key, value in (part.model_extra or {}).items()]
+    return lines
+
+
+def _line(key: str, value: object, meaning: str) -> str:
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return f"    {f'{key} ({shown})':{WIDTH}}  {meaning}".rstrip()

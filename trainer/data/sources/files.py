@@ -1,0 +1,163 @@
+"""Local files of text, JSON lines or Parquet, named by a glob."""
+
+import glob
+import os
+import stat
+
+from trainer.data.sources.base import Local
+from trainer.data.sources.parquet import read_table
+from trainer.data.sources.readers import MOST, File, lines, reason, suffix_of, whole
+
+
+class Files(Local):
+    """The files that a glob matches, sorted by path.
+
+    A .txt file is one document; a line of a .jsonl or a row of a .parquet is one, its text in `text_field`.
+
+    Args:
+        path: a glob, such as texts/*.jsonl or books/**/*.txt.
+        text_field: the field or column that holds the text.
+    """
+
+    content_decides = (*Local.content_decides, "path", "text_field")
+    readers = {".txt": whole, ".jsonl": lines, ".parquet": read_table}
+
+    def __init__(
+        self,
+        *,
+        path: str | None = None,
+        text_field: str = "text",
+        tokenizer: str = "bytes",
+        held_out: float = 0.01,
+        on_error: str = "raise",
+        cache: str | None = None,
+        max_document_bytes: int = MOST,
+    ):
+        super().__init__(
+            tokenizer=tokenizer,
+            held_out=held_out,
+            on_error=on_error,
+            cache=cache,
+            max_document_bytes=max_document_bytes,
+        )
+        if not isinstance(path, str) or not path:
+            raise ValueError("data=files needs data.path: a glob, such as data.path='texts/*.jsonl'")
+        if not isinstance(text_field, str) or not text_field:
+            raise ValueError(f"data.text_field={text_field!r} names no field; give the name of the text's column")
+        self.path, self.text_field = path, text_field
+
+    def files(self) -> list[File]:
+        pattern = os.path.expanduser(self.path)
+        if os.path.isdir(pattern):
+            raise ValueError(f"data.path={self.path} is a folder; give a glob, such as '{pattern.rstrip('/')}/*.jsonl'")
+        matches = _matches(pattern)
+        root = _common(matches) or _root(pattern)
+        listed = [file_at(path, os.path.relpath(path, root or ".")) for path in matches]
+        listed += [_closed(path, why, root) for path, why in unlisted(pattern).items()]
+        if all(file.folder for file in listed):
+            raise ValueError(f"data.path={self.path} {_no_match(pattern, listed)}")
+        if self.on_error == "raise":
+            self._refuse(listed)
+        return listed
+
+    def _refuse(self, listed: list[File]) -> None:
+        """Raise ValueError where a file is of another kind, or cannot be read, and none may be left out."""
+        unreadable = [file for file in listed if file.unreadable]
+        if unreadable:
+            raise ValueError(
+                f"data.path={self.path} matches {unreadable[0].path}{_and_more(unreadable)}, which cannot be read "
+                f"({unreadable[0].unreadable}); mend or remove it, or leave such data out with data.on_error=skip"
+            )
+        odd = [file for file in listed if not file.folder and suffix_of(file.path) not in self.readers]
+        if odd:
+            raise ValueError(
+                f"data.path={self.path} matches {odd[0].path}{_and_more(odd)}; data=files reads "
+                f"{', '.join(self.readers)}: narrow the glob"
+            )
+
+
+def _and_more(files: list[File]) -> str:
+    return f" and {len(files) - 1} more" if len(files) > 1 else ""
+
+
+def _no_match(pattern: str, folders: list[File]) -> str:
+    """The rest of the sentence for a path or glob that has no file."""
+    if folders:
+        return f"matches {len(folders)} folders and no file ({folders[0].path}); give a glob of the files within"
+    try:
+        os.stat(pattern)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        if not glob.has_magic(pattern):
+            return f"cannot be read ({reason(error)})"
+    return f"matches no file (seen from {_here()}); check the path or glob"
+
+
+def _here() -> str:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed
+        return "a folder that is gone"
+
+
+def _matches(pattern: str) -> list[str]:
+    """What matches, sorted. A file whose name has brackets in it is meant literally."""
+    if os.path.isfile(pattern):
+        return [pattern]
+    return sorted(set(glob.glob(pattern, recursive=True)))
+
+
+def unlisted(pattern: str) -> dict[str, str]:
+    """The folders that a glob would look into and may not, with the reason: the library takes them for empty."""
+    closed: dict[str, str] = {}
+    parts = pattern.split("/")
+    for span in range(1, len(parts)):
+        if not glob.has_magic(parts[span]):
+            continue
+        above = "/".join(parts[:span]) or "/"
+        for folder in glob.glob(f"{above}/", recursive=True):
+            try:
+                os.scandir(folder).close()
+            except OSError as error:
+                closed[folder.rstrip("/") or "/"] = reason(error)
+    return closed
+
+
+def _closed(folder: str, why: str, root: str) -> File:
+    return File(os.path.abspath(folder), os.path.relpath(folder, root or "."), 0, 0, f"a folder: {why}")
+
+
+def _common(matches: list[str]) -> str:
+    """The folder that all matching files lie in; '' where there are none.
+
+    Names are kept relative to it, so that the data may move, and whatever glob matches these files names them alike.
+    """
+    folders = [os.path.dirname(os.path.abspath(path)) for path in matches if not os.path.isdir(path)]
+    return os.path.commonpath(folders) if folders else ""
+
+
+def _root(pattern: str) -> str:
+    """The folder above the glob's first wildcard."""
+    if os.path.isfile(pattern):
+        return os.path.dirname(pattern)
+    parts = pattern.split("/")
+    wild = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    return "/".join(parts[:wild]) or ("/" if pattern.startswith("/") else "")
+
+
+def file_at(path: str, name: str) -> File:
+    """What lies at a path, readable or not."""
+    place = os.path.abspath(path)
+    try:
+        facts = os.stat(path)
+    except OSError as error:
+        broken = "a link to nothing" if os.path.islink(path) and not os.path.exists(path) else reason(error)
+        return File(place, name, 0, 0, broken)
+    if stat.S_ISDIR(facts.st_mode):
+        return File(place, name, 0, 0, folder=True)
+    if not stat.S_ISREG(facts.st_mode):
+        return File(place, name, 0, 0, "it is a pipe, a socket or a device")
+    if not os.access(path, os.R_OK):
+        return File(place, name, 0, 0, "Permission denied")
+    return File(place, name, facts.st_size, facts.st_mtime_ns)

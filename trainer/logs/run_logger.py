@@ -1,0 +1,184 @@
+"""Everything that is written of a run while it goes on: its lines on disk, its summary, its W&B run and its pictures."""
+
+import importlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from models.analysis.attention_maps import AttentionMap
+from trainer import run_dir as directories
+from trainer.config.schema import Config
+from trainer.errors import UserError
+from trainer.limited_reader import json_object
+from trainer.logs import scratch, summary
+from trainer.logs.alerts import Alerts
+from trainer.logs.console import Console
+from trainer.logs.figures import read_figures
+from trainer.logs.jsonl import METRICS, Evaluations, Metrics, MetricsRow, read
+from trainer.logs.labels import labels
+from trainer.logs.plots import attention, grades, plots
+from trainer.logs.redact import without_secrets, word_without_secrets
+from trainer.watchdog import Hang
+
+NO_MAPS = "attention maps: none, no softmax of this model sees a whole row"
+ALERT_S = 10.0  # a run that failed waits so long for its alert to be sent
+LOGGER = "trainer.logs.wandb"  # imported on rank 0 alone, and only when it is wanted
+
+
+class RunLogger:
+    """Made on every rank, and written on rank 0 alone.
+
+    Args:
+        directory: of the run. writes: whether this rank is the one.
+    """
+
+    def __init__(self, directory: Path, config: Config, console: Console, *, writes: bool):
+        self.directory, self.config, self.console, self.writes = directory, config, console, writes
+        self.wandb: Any = None
+        self.alerts: Alerts | None = None
+        self.drawn: list[Path] = []
+
+    def open(self, step: int, identity: str | None, **facts: Any) -> str | None:
+        """Open everything, cut back to where the run stands; the id of its W&B run, if it has one.
+
+        Args:
+            step: the last one that was taken. identity: of the W&B run, from a checkpoint.
+            facts: of the whole run, for summary.json.
+        """
+        if not self.writes:
+            return identity
+        self.metrics, self.evaluations = Metrics(self.directory), Evaluations(self.directory)
+        for lines in (self.metrics, self.evaluations):
+            lines.truncate_after(step)
+        summary.note(self.directory, **facts)
+        wish = self.config.wandb
+        if wish.mode == "disabled":
+            return identity
+        try:
+            with scratch.inside(self.directory):  # W&B makes temporary folders when it is imported
+                self.wandb = self._begun(identity)
+        except OSError as error:
+            self.console.say(f"W&B: switched off for this run ({error}); metrics.jsonl has everything")
+            return identity
+        self.alerts = Alerts(wish.alerts, self.config.name, self.config.optim.skip_above, self.wandb.alert)
+        return self.wandb.identity
+
+    def _begun(self, identity: str | None) -> Any:
+        """The W&B run."""
+        wish = self.config.wandb
+        return importlib.import_module(LOGGER).Wandb(
+            self.directory,
+            mode=wish.mode,
+            labels=labels(self.config),
+            config={**directories.plain_config(self.config), "code": self._code()},
+            init_timeout_s=wish.init_timeout_s,
+            identity=identity,
+            say=self.console.say,
+        )
+
+    @contextmanager
+    def alerting(self) -> Iterator[None]:
+        """Tell W&B when what happens inside ends the run otherwise than in order."""
+        try:
+            yield
+        except Exception as error:
+            self._alert_of(error)
+            raise
+
+    def _alert_of(self, error: Exception) -> None:
+        if self.wandb is None or self.alerts is None:
+            return
+        if isinstance(error, Hang):
+            self.alerts.hung(str(error))
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        self.alerts.ended("failed", text)
+        if self.alerts.wants("end") or (isinstance(error, Hang) and self.alerts.wants("hang")):
+            self.wandb.finish({}, exit_code=1, wait_s=ALERT_S)  # else what was said would go with this process
+
+    def _code(self) -> dict[str, Any]:
+        """Which code ran, on what, by which command; the difference to the commit itself stays on this machine."""
+        path = self.directory / directories.ENVIRONMENT
+        if not path.is_file():
+            return {}
+        try:
+            told = json_object(path, follow=False)
+        except ValueError as error:
+            self.console.say(f"{error}: W&B is not told of the code")
+            return {}
+        known = {key: told.get(key) for key in ("commit", "python", "packages", "platform", "devices")}
+        command = [word_without_secrets(word) for word in told.get("command") or []]
+        return without_secrets({**known, "changed": bool(told.get("diff")), "command": command})
+
+    def note(self, **facts: Any) -> None:
+        """Facts of the whole run."""
+        if self.writes:
+            summary.note(self.directory, **facts)
+
+    def step(self, row: MetricsRow) -> None:
+        """A step is done."""
+        self.console.step(row)
+        if self.writes:
+            self.metrics.add(row)
+        if self.wandb is not None:
+            self.wandb.step(row)
+        if self.alerts is not None:
+            self.alerts.step(row)
+
+    def evaluation(self, step: int, name: str, value: float, **made_of: Any) -> None:
+        """One value of an evaluation, and what it is made of."""
+        if self.writes:
+            self.evaluations.add(step, name, value, **made_of)
+        if self.wandb is not None:
+            self.wandb.evaluation(step, name, value, by_position=made_of.get("by_position"))
+
+    def drop_evaluation(self, step: int) -> None:
+        """Drop what is written of this step's evaluation, which was cut short and is done again."""
+        if self.writes:
+            self.evaluations.truncate_after(step - 1)
+
+    def maps(self, step: int, maps: Sequence[AttentionMap], left_out: int) -> None:
+        """Draw attention maps, of all softmaxes but so many; W&B gets the picture at the end, with the others."""
+        if not maps:
+            self.console.say(NO_MAPS)
+        elif self.writes:
+            self.drawn = [attention(maps, self.directory, f"{self.config.name}: attention at step {step}", left_out)]
+
+    def close(self, step: int, tokens: int, best: dict[str, float]) -> str | None:
+        """Close everything and draw the pictures; where the W&B run is."""
+        if not self.writes:
+            return None
+        self.metrics.close()
+        self.evaluations.close()
+        graded = grades(self.directory)
+        lasts = {f"held_out_{name}": value for name, value in (graded[-1] if graded else {}).items() if name != "step"}
+        came_to = {"step": step, "tokens": tokens, **self._came_to(best), **lasts}
+        summary.note(self.directory, **came_to)
+        images = [*plots(self.directory, title=self.config.name), *self.drawn]
+        if self.wandb is None:
+            return None
+        if self.alerts is not None:
+            head = "finished" if step >= self.config.steps else f"stopped at step {step} of {self.config.steps}"
+            self.alerts.ended(head, ", ".join(f"{name} {value:.6g}" for name, value in came_to.items()))
+        where = self.wandb.place
+        saved = sorted((self.directory / "checkpoints").glob("step_*")) if self.config.wandb.artifacts else []
+        self.wandb.finish(
+            {**summary.read(self.directory), **came_to},
+            images,
+            tables={"held_out_grades": graded} if graded else {},
+            checkpoint=saved[-1] if saved else None,
+        )
+        return where
+
+    def _came_to(self, best: dict[str, float]) -> dict[str, float]:
+        """Over all steps, those before a resume as well."""
+        found = read_figures(self.directory)
+        losses = [row["loss"] for row in read(self.directory / METRICS) if row.get("loss") is not None]
+        values = {
+            "best_loss": min(losses, default=math.nan),
+            **{f"best_{name}": value for name, value in best.items()},
+            "tokens_per_second": found.tokens_per_second,
+            "peak_memory_bytes": found.peak_bytes,
+        }
+        return {name: value for name, value in values.items() if not math.isnan(value)}

@@ -1,0 +1,131 @@
+"""Where a run stands: what a checkpoint holds beside tensors, and how a run goes on from one."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from parallel.engines.base import Engine
+from trainer.checkpoint.reader import CheckpointReader, LoadedCheckpoint
+from trainer.checkpoint.wholeness import LARGEST, STEPS
+from trainer.data.cursors import misfit
+from trainer.data.lanes import Lanes
+from trainer.data.streams.base import Stream
+from trainer.errors import BAD_RUN, UserError
+
+WINDOW = 128  # finite gradient norms that the median is taken of
+Norm = Annotated[FiniteFloat, Field(ge=0)]
+Part = Literal["held_out", "sample", "maps"]  # of an evaluation
+
+
+class Stretch(TypedDict):
+    """From the step after `after` the run was to have `steps`; `extend`: what became of the learning rate there."""
+
+    after: Annotated[int, Field(ge=0, le=STEPS)]
+    steps: Annotated[int, Field(ge=1, le=STEPS)]
+    extend: Literal["hold", "restart", "stretch"] | None
+
+
+@dataclass
+class Progress:
+    """How far a run has come. The annotations are the types and ranges that a checkpoint's are checked against.
+
+    Attributes:
+        step: optimiser steps taken.
+        tokens: trained on since the beginning.
+        cursor: of the training data, for the next step.
+        wandb_id: of the W&B run, so that a resumed run goes on in it; None without one.
+        skipped: steps that were not taken, one after another, up to now (trainer/skip_step.py).
+        norms: gradient norms of the last steps, for optim.skip_above.
+        owed: parts of this step's evaluation that are due and not done (trainer/evaluation/assessment.py).
+        lengths: how long the run was to be, and from which step on (trainer/optim/lengthening.py).
+    """
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+
+    cursor: dict[str, Any]
+    step: Annotated[int, Field(ge=0, le=STEPS)] = 0
+    tokens: Annotated[int, Field(ge=0, le=LARGEST)] = 0
+    wandb_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")] | None = None
+    best: dict[str, FiniteFloat] = field(default_factory=dict)
+    skipped: Annotated[int, Field(ge=0, le=STEPS)] = 0
+    norms: Annotated[list[Norm], Field(max_length=WINDOW)] = field(default_factory=list)
+    owed: list[Part] = field(default_factory=list)
+    lengths: list[Stretch] = field(default_factory=list)
+
+    def extra(self) -> dict[str, Any]:
+        """As a checkpoint holds it; a best value that is no number is none."""
+        best = {name: value for name, value in self.best.items() if math.isfinite(value)}
+        return {**asdict(self), "best": best}
+
+
+def progress_of(extra: dict[str, Any], step: int, place: Path) -> Progress:
+    """The progress that a checkpoint of `step` holds; Fault where a field is of no such kind or out of its range."""
+    try:
+        progress = TypeAdapter(Progress).validate_json(json.dumps(extra))
+    except (ValidationError, RecursionError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ("cursor",), "msg": "nested too deeply"}
+        where = ".".join(map(str, first["loc"]))[:100]
+        raise UserError(
+            f"cannot resume from {place}: {where}: {first['msg']}; it is damaged or was written by another version of "
+            "Longspan; name another checkpoint, or begin again in another run_dir",
+            BAD_RUN,
+        ) from error
+    if progress.step != step:
+        raise UserError(f"cannot resume from {place}: it is of step {step} and says it had come to {progress.step}", BAD_RUN)
+    return progress
+
+
+def restore_progress(archive: CheckpointReader, place: Path, engine: Engine, stream: Stream, lanes: Lanes | None = None) -> Progress:
+    """Put the engine and the lanes into the state of a checkpoint, whatever ranks wrote it, and say how far it had come.
+
+    Raises:
+        Fault: anything in the checkpoint that is not of this run; found before the engine takes over any of it.
+    """
+    cursor = archive.extra(place).get("cursor")
+    if isinstance(cursor, dict) and (reason := _of_other_data(cursor, stream)):  # before tensors that do not fit are told of
+        raise UserError(f"cannot resume from {place}: {reason}", BAD_RUN)
+    carried = {} if lanes is None else {"past": archive.blank(place, "past")}
+    state = engine.state()
+    saved: LoadedCheckpoint = archive.load(place, state | carried)
+    progress = progress_of(saved.extra, saved.step, place)
+    problem = _astray(progress, stream)
+    if problem is None and lanes is not None:
+        problem = lanes.misfit(saved.state["past"])
+    if problem is not None:
+        way = "name another checkpoint, or begin again in another run_dir"
+        raise UserError(f"cannot resume from {place}: {problem}; {way}", BAD_RUN)
+    if lanes is not None:
+        lanes.load(saved.state.pop("past"))
+    try:
+        engine.load(saved.state)
+    except ValueError as error:
+        raise UserError(f"cannot resume from {place}: {error}", BAD_RUN) from error
+    return progress
+
+
+def _of_other_data(cursor: dict[str, Any], stream: Stream) -> str | None:
+    """Why a cursor belongs to other data than the stream's, or None."""
+    try:
+        stream.admit(cursor)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _astray(progress: Progress, stream: Stream) -> str | None:
+    """Why the training data cannot be read on from where a checkpoint says it was, or None."""
+    if reason := _of_other_data(progress.cursor, stream):
+        return reason
+    beginning = stream.start()
+    if problem := misfit(beginning, progress.cursor):
+        return problem
+    rows = progress.cursor["rows"]
+    wanted = progress.step * stream.rows
+    if rows != wanted:
+        return f"after {progress.step} steps of {stream.rows} rows its data would be at row {wanted}, not {rows}"
+    return None

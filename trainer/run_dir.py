@@ -1,0 +1,286 @@
+"""The directory of a run: one writer at a time, and a record of what was asked for and where it ran."""
+
+import fcntl
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import unicodedata
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import ValidationError
+
+from trainer.config.schema import Config
+from trainer.data.sources.base import kind_of
+from trainer.errors import BAD_RUN, UserError
+from trainer.limited_reader import yaml_file
+from trainer.locks import flocked, held, say_lacking
+from trainer.safe_files import LINKED, links_inside, open_inside, replace_inside
+
+CONFIG, ENVIRONMENT, LOCK, RANKS_LOCK, SCRATCH = "config.yaml", "environment.json", ".lock", ".ranks.lock", ".launch"
+FREE = ("parallel", "engine", "launch", "log", "logs", "wandb", "checkpoint", "evaluation", "resume", "run_dir", "steps")
+FREE += ("schedule.extend",)
+PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf", "pydantic", "datasets", "pyarrow", "tokenizers", "wandb")
+PACKAGES += ("deepspeed", "flash-attn", "flash-linear-attention", "triton", "liger-kernel")
+HELD = ".lock.held"
+DYING_S = 6.0  # ranks whose launcher was killed are gone within this time
+
+
+def plain_config(config: Config) -> dict[str, Any]:
+    """The config as it is written: plain data under the names that the command line uses."""
+    return config.model_dump(mode="json", by_alias=True)
+
+
+def read_config(directory: Path) -> Config:
+    """The config that a run directory records. Raises ValueError where it holds none, OSError where it cannot be read."""
+    value = yaml_file(directory / CONFIG, follow=False)
+    try:
+        return Config.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise ValueError(f"{directory / CONFIG} is no config of a run ({where}: {first['msg']})") from error
+
+
+def holds_run(directory: Path) -> bool:
+    return (directory / CONFIG).is_file()
+
+
+def fresh_path(name: str, root: Path = Path("runs")) -> Path:
+    """A directory name that nobody has taken by now, to be shown; whoever wants to have it calls `take`."""
+    return next(path for path in _names(name, root) if not os.path.lexists(path))
+
+
+def _names(name: str, root: Path) -> Iterator[Path]:
+    """Names for a directory, the best first: runs/NAME-DATE-TIME, then numbered for runs that start in the same second."""
+    first = root / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    yield first
+    for number in itertools.count(2):
+        yield first.with_name(f"{first.name}-{number}")
+
+
+def take(name: str, root: Path = Path("runs")) -> Path:
+    """Make a directory that nobody has made before; of several that want one name, mkdir lets one have it."""
+    for path in _names(name, root):
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+        except FileExistsError:
+            if not root.is_dir():
+                raise UserError(f"run_dir={path} cannot be made: {root} is a file; give run_dir=PATH") from None
+        except OSError as error:
+            raise UserError(f"run_dir={path} cannot be made: {error.strerror}; choose another run_dir") from error
+        else:
+            return path
+    raise AssertionError("the names have no end")
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, old value, new value) for every leaf in which two plain configs differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            yield from differences(old.get(key), new.get(key), f"{prefix}{key}.")
+    elif old != new:
+        yield prefix.rstrip("."), old, new
+
+
+def check_run_dir(config: Config) -> list[str]:
+    """What keeps a config from using its run directory: another run in it, or none where one is asked for."""
+    faults = []
+    if config.run_dir is not None:
+        if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in config.run_dir):
+            # it is written into batch scripts, records and messages, where it would begin a line of its own
+            return [f"run_dir={config.run_dir!r}: it holds a line break or another control character; choose another run_dir"]
+        directory = Path(config.run_dir)
+        if directory.exists() and not directory.is_dir():
+            return [f"run_dir={directory}: it is a file; name a directory"]
+        if faults := linked(directory):
+            return faults
+        if holds_run(directory):
+            if config.resume == "never":
+                return [f"resume=never, but run_dir={directory} holds a run; choose another run_dir, or resume=auto"]
+            faults += other_run(config, directory)
+    if config.resume not in ("auto", "never"):
+        faults += _judge_source(config)
+    return faults
+
+
+def linked(directory: Path) -> list[str]:
+    """One message for the symbolic links in a run directory, if there are any: a run writes into its own directory alone."""
+    try:
+        links = links_inside(directory) if directory.is_dir() else []
+    except OSError as error:
+        return [f"run_dir={directory} cannot be read: {error.strerror}; choose another run_dir"]
+    return [f"run_dir={directory}: {links[0]}: {LINKED}, or choose another run_dir"] if links else []
+
+
+def _judge_source(config: Config) -> list[str]:
+    """The faults of resume=PATH, a run directory or one of its checkpoints."""
+    source = Path(config.resume)
+    if not source.is_dir():
+        return [f"resume={source}: there is no such directory; name a run directory or a checkpoint, or resume=auto"]
+    run = source if (source / "checkpoints").is_dir() else source.parent.parent
+    if source != run and source.parent.name != "checkpoints":
+        return [f"resume={source}: it holds no checkpoints/; name a run directory, or a step_... folder of one"]
+    return other_run(config, run) if holds_run(run) else []
+
+
+def other_run(config: Config, directory: Path) -> list[str]:
+    """One message for each setting in which the run in `directory` is another run than `config`."""
+    try:
+        old = plain_config(read_config(directory))
+    except (ValueError, OSError) as error:
+        return [f"{directory / CONFIG} cannot be read ({str(error).splitlines()[0]}); choose another run_dir"]
+    free = (*FREE, "name", *_decided_by_content(old, config))
+    return [
+        f"{key}={_word(new)}: the run in {directory} has {key}={_word(was)}; use that value, or another run_dir"
+        for key, was, new in differences(old, plain_config(config))
+        if key.partition(".")[0] not in free and key not in free
+    ]
+
+
+def _decided_by_content(old: dict[str, Any], config: Config) -> list[str]:
+    """Settings of the data that may be spelt otherwise: whether it is the same data shows when it is opened."""
+    if old["data"].get("_target_") != config.data.target:
+        return []
+    try:
+        kind = kind_of(config.data.target)
+    except ValueError:  # said elsewhere
+        return []
+    return [f"data.{key}" for key in kind.content_decides]
+
+
+def _word(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@contextmanager
+def lock(directory: Path) -> Iterator[None]:
+    """Be the one launcher of this directory for as long as the context lasts.
+
+    Raises:
+        Fault: another process runs here, or ranks of a killed launcher do not end.
+    """
+    with _opened(directory / LOCK) as launcher, _opened(directory / RANKS_LOCK) as ranks:
+        taken = _take(launcher, fcntl.LOCK_EX, 0.0)
+        if taken is None:
+            with _locked_by_folder(directory):
+                yield
+            return
+        if not taken:
+            owner = os.pread(launcher, 200, 0).decode(errors="replace").strip() or "another process"
+            raise UserError(f"run_dir={directory} is in use by {owner}; wait for it, or choose another run_dir")
+        os.ftruncate(launcher, 0)
+        os.pwrite(launcher, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+        if not _take(ranks, fcntl.LOCK_EX, DYING_S):
+            raise UserError(f"run_dir={directory}: ranks of an earlier launch still run here; end them, or choose another")
+        fcntl.flock(ranks, fcntl.LOCK_UN)
+        yield
+
+
+@contextmanager
+def presence(directory: Path) -> Iterator[None]:
+    """In a rank: while this lasts no other launcher may start in the directory, even if ours is gone."""
+    with _opened(directory / RANKS_LOCK) as file:
+        _take(file, fcntl.LOCK_SH, DYING_S)
+        yield
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    try:
+        file = open_inside(path.parent, path.name, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        why = f"{path.name}: {error.strerror}"
+        raise UserError(f"run_dir={path.parent} cannot be written: {why}; choose another run_dir") from error
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _take(file: int, kind: int, patience_s: float) -> bool | None:
+    """Take a lock: whether that worked in time; None where the file system has no locks."""
+    end = time.monotonic() + patience_s
+    while (taken := flocked(file, kind)) is False and time.monotonic() < end:
+        time.sleep(0.1)
+    return taken
+
+
+@contextmanager
+def _locked_by_folder(directory: Path) -> Iterator[None]:
+    """The same where the file system has no locks; ranks are not counted then. Raises Fault where a launcher runs here."""
+    say_lacking(str(directory))
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(directory / HELD, lambda: None, DYING_S))
+        except TimeoutError as error:
+            raise UserError(
+                f"run_dir={directory} is in use: {error}; wait for it, or choose another run_dir (after a crash of another "
+                f"machine remove {directory / HELD})"
+            ) from error
+        except OSError as error:
+            raise UserError(f"run_dir={directory} cannot be written: {error.strerror}; choose another run_dir") from error
+        yield
+
+
+def make_run_dir(directory: Path) -> None:
+    """Make the directory; Fault when the disk will not have it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run_dir={directory} cannot be made: {error.strerror}; choose another run_dir") from error
+
+
+def record(directory: Path, config: Config) -> None:
+    """Write config.yaml (resolved) and environment.json; each is replaced whole. Fault when the disk will not have them."""
+    try:
+        replace_inside(directory, CONFIG, yaml.safe_dump(plain_config(config), sort_keys=False, allow_unicode=True))
+        replace_inside(directory, ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"run_dir={directory} cannot be written: {error.strerror}; make room, or choose another", BAD_RUN
+        ) from error
+
+
+def environment() -> dict[str, Any]:
+    """What a run depends on beside its config. No environment variable is recorded: some hold secrets."""
+    installed = {}
+    for name in PACKAGES:
+        try:
+            installed[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            installed[name] = None
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [platform.processor() or "cpu"]
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "diff": _git("diff", "HEAD"),
+        "python": sys.version.split()[0],
+        "packages": installed,
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cores": os.cpu_count(),
+        "devices": devices,
+        "command": sys.argv,
+    }
+
+
+def _git(*words: str) -> str | None:
+    """What git says of the code that runs, or None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,48 @@
+"""Stop signals, agreed on by all ranks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel.mesh import Mesh
+from trainer.agreement import differing_batch
+from trainer.launch.elastic import asked_by
+from trainer.launch.exit_report import handling
+
+
+class StopSignal:
+    """Whether a signal asked the run to save and leave; asked together, so that all ranks leave at the same place."""
+
+    def __init__(self, mesh: Mesh, signals: Any):
+        self.mesh, self.signals, self.caught = mesh, tuple(signals), 0
+
+    @contextmanager
+    def listening(self) -> Iterator["StopSignal"]:
+        """Take note of signals instead of dying of them."""
+        with handling(self.signals, self._note):
+            yield self
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.caught = self.caught or asked_by(number)  # a second signal does not change the reason
+
+    def asked(self, mine: int = 0, what: str = "the batch") -> bool:
+        """True on every rank when any of them caught a signal; collective.
+
+        Args:
+            mine: the mark of what this rank is about to compute from (trainer/agreement.py); 0 = nothing to compare.
+            what: what a message calls that.
+
+        Raises:
+            Fault: the ranks' marks are not all the same; on every rank.
+        """
+        word = torch.tensor([self.caught, mine, -mine], dtype=torch.float64, device=self.mesh.device)
+        if self.mesh.world_group is not None:
+            dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.mesh.world_group)
+        caught, largest, smallest = word.tolist()
+        if largest != -smallest:
+            raise differing_batch(self.mesh, mine, what)
+        self.caught = int(caught)
+        return self.caught > 0

@@ -1,0 +1,107 @@
+"""hydra/launcher=torchrun: what Hydra's sweepers hand their jobs to; every job is a torchrun launch."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.plugin import Plugin
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from trainer.sweep.jobs import Job
+
+PACKAGE = "hydra_plugins"  # where Hydra looks for plugins; ours needs no folder of that name
+NUMBERED = "${hydra.job.num}"  # Hydra's own name for the folder of a job
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What Hydra's part of the config says of a sweep.
+
+    ranks: of all jobs that run at once; None = as many as the machine has. searches: the values that jobs return decide
+    over what comes next.
+    """
+
+    directory: Path
+    settings: list[str]
+    ranks: int | None
+    searches: bool
+
+
+class SweepHandler(Protocol):
+    """Who runs the jobs: told once what is planned, then given one batch after the other."""
+
+    def begin(self, plan: SweepPlan) -> None: ...
+
+    def batch(self, jobs: Sequence[Job]) -> Sequence[float | Exception]: ...
+
+
+class TorchrunLauncher(Launcher):
+    """Hands batches of jobs to the Sweep that stands in the place of Hydra's task function.
+
+    Args:
+        ranks: of all jobs that run at once; None = one a GPU, or one a core.
+    """
+
+    def __init__(self, ranks: int | None = None):
+        self.ranks = ranks
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by the sweeper, before it makes any job."""
+        self.sweep: SweepHandler = task_function  # pyright: ignore[reportAttributeAccessIssue]
+        self.loader, self.config = hydra_context.config_loader, config
+        sweeper = config.hydra.sweeper
+        more = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+        searches = not sweeper._target_.endswith(".BasicSweeper")
+        settings = [*OmegaConf.to_container(config.hydra.overrides.task, resolve=False), *more]  # pyright: ignore
+        self.sweep.begin(SweepPlan(Path(config.hydra.sweep.dir), settings, self.ranks, searches))
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run a batch; a job that failed carries its exception, and the sweeper decides what to make of it."""
+        jobs = [
+            Job(number, tuple(settings), Path(self.config.hydra.sweep.dir) / self._folder(number, settings))
+            for number, settings in enumerate((list(map(_null, each)) for each in job_overrides), initial_job_idx)
+        ]
+        return [self._told(job, value) for job, value in zip(jobs, self.sweep.batch(jobs))]
+
+    def _folder(self, number: int, settings: Sequence[str]) -> str:
+        """hydra.sweep.subdir; composing a job takes a second, so the usual name is made without."""
+        if OmegaConf.to_container(self.config.hydra.sweep, resolve=False)["subdir"] == NUMBERED:  # pyright: ignore
+            return str(number)
+        config = self.loader.load_sweep_config(self.config, list(settings))
+        with open_dict(config):
+            config.hydra.job.id = config.hydra.job.num = number
+        return str(config.hydra.sweep.subdir)
+
+    def _told(self, job: Job, value: float | Exception) -> JobReturn:
+        told: Any = JobReturn()
+        told.overrides, told.working_dir, told.task_name = job.settings, str(job.directory), "trainer"
+        told.status = JobStatus.FAILED if isinstance(value, Exception) else JobStatus.COMPLETED
+        told.return_value = value
+        return told
+
+
+def _null(setting: str) -> str:
+    """Optuna's sweeper writes Python's None for a null."""
+    return f"{setting.removesuffix('None')}null" if setting.endswith("=None") else setting
+
+
+def register(plugin: type[Plugin], module: str = "longspan") -> None:
+    """Make a plugin known to Hydra, as hydra_plugins.MODULE.NAME: it takes plugins from that package only."""
+    plugins = Plugins.instance()  # first, for it searches the package
+    try:
+        package = importlib.import_module(PACKAGE)
+    except ImportError:
+        package = sys.modules[PACKAGE] = ModuleType(PACKAGE)
+    name = plugin.__module__ = f"{PACKAGE}.{module}"
+    home = sys.modules.setdefault(name, ModuleType(name))
+    setattr(home, plugin.__name__, plugin)
+    setattr(package, module, home)
+    plugins.register(plugin)

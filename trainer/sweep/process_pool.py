@@ -1,0 +1,164 @@
+"""Commands run side by side, as many as a machine's ranks allow; a signal stops them all, and they may save."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from time import monotonic
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.launch.elastic import machine_limits
+from trainer.launch.exit_report import SAVED, handling
+from trainer.safe_files import open_inside
+
+
+@dataclass(frozen=True)
+class ProcessTask:
+    """A command.
+
+    Attributes:
+        command: program and arguments. ranks: how many it starts. output: a file that its output is appended to.
+    """
+
+    command: Sequence[str]
+    ranks: int
+    output: Path
+
+
+@dataclass(frozen=True)
+class FinishedProcess:
+    """How a command ended: exit status, seconds, and the signal that stopped it on our word."""
+
+    code: int
+    seconds: float
+    stopped: bool = False
+
+
+class Slots:
+    """Places for ranks: one a GPU, or one a core.
+
+    Args:
+        ranks: how many places; None takes one a GPU, or one a core where there is no GPU.
+
+    Raises:
+        Fault: more ranks at once than GPUs.
+    """
+
+    def __init__(self, ranks: int | None):
+        cores, gpus = machine_limits()
+        if gpus and ranks and ranks > gpus:
+            raise UserError(f"hydra.launcher.ranks={ranks}, but this machine has {gpus} GPUs; use at most {gpus}")
+        self.many = ranks or gpus or cores
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        self.free = (seen.split(",") if seen else [str(gpu) for gpu in range(gpus)])[: self.many] if gpus else None
+        self.threads = max(1, cores // self.many)
+        self.taken = 0
+
+    def fit(self, ranks: int) -> bool:
+        """Whether so many ranks can start now; more than there are places run alone."""
+        return not self.taken or self.taken + ranks <= self.many
+
+    def take(self, ranks: int) -> tuple[dict[str, str], list[str]]:
+        """The environment of a command of so many ranks, and the GPUs that are its own."""
+        self.taken += ranks
+        more = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.threads))}
+        if self.free is None:
+            return {**os.environ, **more}, []
+        own, self.free = self.free[:ranks], self.free[ranks:]
+        return {**os.environ, **more, "CUDA_VISIBLE_DEVICES": ",".join(own)}, own
+
+    def give(self, ranks: int, own: list[str]) -> None:
+        """Those places are free again."""
+        self.taken -= ranks
+        if self.free is not None:
+            self.free += own
+
+
+class ProcessPool:
+    """Runs tasks side by side, first come, first served; a smaller one may pass a larger that has no room yet.
+
+    Args:
+        slots: places for their ranks.
+        began: told the number of a task that starts.
+        ended: told its number and how it ended.
+    """
+
+    def __init__(self, slots: Slots, began: Callable[[int], None], ended: Callable[[int, FinishedProcess], None]):
+        self.slots, self.began, self.ended = slots, began, ended
+        self.events: SimpleQueue[Any] = SimpleQueue()  # the numbers of tasks that ended, and signals
+        self.running: dict[int, tuple[subprocess.Popen[bytes], float, int, list[str]]] = {}
+
+    def run(self, tasks: dict[int, ProcessTask]) -> signal.Signals | None:
+        """Run all tasks, by number; returns the signal that stopped them early, if one did.
+
+        SIGTERM, SIGINT, SIGHUP or SIGQUIT sends SIGTERM to every task that runs, starts no other, and waits for those to end; a
+        second SIGINT ends them at once.
+        """
+        waiting, heard = dict(tasks), []
+        with self._listening(), self._none_left():
+            while waiting or self.running:
+                for number in [] if heard else [*waiting]:
+                    if self.slots.fit(waiting[number].ranks):
+                        self._start(number, waiting.pop(number))
+                event = self.events.get()
+                if isinstance(event, signal.Signals):
+                    self._stop(event, kill=signal.SIGINT in heard and event == signal.SIGINT)
+                    heard.append(event)
+                    waiting.clear()
+                else:
+                    self._end(event, stopped=bool(heard))
+        return heard[0] if heard else None
+
+    def _start(self, number: int, task: ProcessTask) -> None:
+        """From the main thread, for the kernel ties a task's life to the thread that started it."""
+        environment, own = self.slots.take(task.ranks)
+        self.began(number)
+        with open(open_inside(task.output.parent, task.output.name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as output:
+            process = subprocess.Popen(
+                task.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # Ctrl-C of a terminal comes to us alone
+            )
+        self.running[number] = (process, monotonic(), task.ranks, own)
+        threading.Thread(target=self._wait, args=(number, process), daemon=True).start()
+
+    def _wait(self, number: int, process: subprocess.Popen[bytes]) -> None:
+        process.wait()
+        self.events.put(number)
+
+    def _end(self, number: int, stopped: bool) -> None:
+        process, since, ranks, own = self.running.pop(number)
+        self.slots.give(ranks, own)
+        self.ended(number, FinishedProcess(process.returncode, monotonic() - since, stopped))
+
+    def _stop(self, heard: signal.Signals, kill: bool) -> None:
+        # what we inherited as ignored our tasks ignore too
+        deaf = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        usual = heard if deaf else signal.SIGTERM
+        for process, *_ in self.running.values():
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGKILL if kill else usual)
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        with handling(SAVED, lambda number, _: self.events.put(signal.Signals(number))):
+            yield
+
+    @contextmanager
+    def _none_left(self) -> Iterator[None]:
+        """Whatever goes wrong here, no task outlives us."""
+        try:
+            yield
+        finally:
+            for process, *_ in self.running.values():
+                process.kill()

@@ -1,0 +1,208 @@
+"""python -m trainer -m KEY=VALUE,VALUE ...: every combination a run of its own, and one table at the end.
+
+Hydra's sweepers say which jobs there are; here they are judged before any starts, run side by side, each as the command
+that a user would give, and what ended well is not run again when the sweep goes on.
+"""
+
+import contextlib
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from trainer import run_dir
+from trainer.config.compose import CONF, MANY, sweep_words
+from trainer.config.schema import Config
+from trainer.errors import BUG, UserError
+from trainer.errors import DONE as WELL
+from trainer.launch.exit_report import SAVED
+from trainer.limited_reader import json_object
+from trainer.logs.figures import read_figures
+from trainer.safe_files import replace_inside
+from trainer.sweep import hydra_launcher
+from trainer.sweep.batch import JobBatch, arguments, check_jobs, told_again, twins
+from trainer.sweep.hydra_launcher import SweepPlan
+from trainer.sweep.jobs import DONE, Job, essence, outcome, own, table
+from trainer.sweep.process_pool import Slots
+
+RECORD, TABLE, COMPOSED = "sweep.json", "table.md", "multirun.yaml"
+COMMAND = (sys.executable, "-u", "-m", "trainer")
+
+
+def _recorded(record: Path) -> list[str]:
+    """The settings of the sweep that a directory holds. Raises Fault where the record is spoilt."""
+    try:
+        return [str(word) for word in json_object(record, follow=False)["settings"]]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{record} cannot be read ({error}); give another hydra.sweep.dir, or remove that file") from error
+
+
+class SweepFailed(Exception):
+    """A job ended badly, and the sweeper went no further."""
+
+
+class SweepStopped(Exception):
+    """A signal stopped the sweep; carries it."""
+
+
+class DryRunShown(Exception):
+    """launch.dry_run: the jobs were said, and none is started."""
+
+
+def run_sweep(words: Sequence[str], command: Sequence[str] = COMMAND) -> int:
+    """Run every job of a sweep that has not ended well already; returns the exit status.
+
+    Args:
+        words: settings, some with several values, and `-m`.
+        command: what starts one run.
+
+    Raises:
+        Fault: a setting of any job cannot be honoured, no setting has several values, or the directory is another's.
+    """
+    faults: list[str] = []
+    settings = sweep_words([word for word in words if word not in MANY], faults)
+    if faults:
+        raise UserError("\n".join(faults))
+    hydra_launcher.register(hydra_launcher.TorchrunLauncher)
+    with ExitStack() as held:
+        running, code = Sweep(command, held), WELL
+        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+            hydra: Any = GlobalHydra.instance().hydra
+        try:
+            hydra.multirun("train", running, settings, with_log_configuration=False)
+        except SweepFailed as failed:
+            print(f"the sweep goes no further: {failed}", file=sys.stderr)
+        except SweepStopped as stopped:
+            code = SAVED[stopped.args[0]]
+        except DryRunShown:
+            return code
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(_plainly(error, words)) from error
+        finally:
+            running.tidy()
+        return running.close(code, words)
+
+
+def _plainly(error: Exception, words: Sequence[str]) -> str:
+    """Hydra's words in one line, and a way out."""
+    said = " ".join(str(error).split())
+    if "hydra/sweeper" in said:
+        return f"{said}; pip install 'longspan[sweep]' brings hydra/sweeper=optuna"
+    if "does not support sweep type" in said:
+        return f"{' '.join(words)}: intervals are for a search; add hydra/sweeper=optuna, or list the values"
+    return said
+
+
+class Sweep:
+    """The jobs of a sweep, in the place of Hydra's task function: the launcher hands them over in batches.
+
+    Args:
+        command: what starts one run.
+        held: keeps the lock of the sweep's directory.
+    """
+
+    def __init__(self, command: Sequence[str], held: ExitStack):
+        self.command, self.held = command, held
+        self.jobs: list[Job] = []
+        self.plan: SweepPlan | None = None
+        self.fresh = True
+
+    def begin(self, plan: SweepPlan) -> None:
+        """Refuse a sweep that is none, and take its directory."""
+        parser = OverridesParser.create()
+        if not any(each.is_sweep_override() for each in parser.parse_overrides(plan.settings)):
+            raise UserError("-m runs one job for each value, but no setting has several; write for example model=full,sliding")
+        self.plan, record, self.fresh = plan, plan.directory / RECORD, not plan.directory.exists()
+        if record.is_file():
+            was = _recorded(record)
+            if was != essence(plan.settings):
+                raise UserError(
+                    f"hydra.sweep.dir={plan.directory} holds the sweep {' '.join(was)}; give those settings again, or "
+                    "another hydra.sweep.dir"
+                )
+        elif plan.directory.is_file() or (plan.directory.is_dir() and any(plan.directory.iterdir())):
+            raise UserError(f"hydra.sweep.dir={plan.directory} holds something that is no sweep; name another folder")
+
+    def _take(self, plan: SweepPlan) -> None:
+        """Be the only sweep in the directory, and record which it is."""
+        plan.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self.held.enter_context(run_dir.lock(plan.directory))
+        except UserError as fault:
+            raise UserError(str(fault).replace("run_dir", "hydra.sweep.dir")) from fault
+        replace_inside(plan.directory, RECORD, json.dumps({"settings": essence(plan.settings)}, indent=2) + "\n")
+
+    def batch(self, jobs: Sequence[Job]) -> list[float | Exception]:
+        """The held-out loss of each job, or why there is none; a grid does not care and goes on with NaN."""
+        assert self.plan is not None
+        if not jobs:
+            raise UserError("no job comes of these settings; one of them has no value")
+        before = {job.number: outcome(job) for job in jobs}
+        left = [job for job in jobs if (was := before[job.number]) is None or was.outcome != DONE]
+        effective: dict[int, str] = {}
+        done = len(jobs) - len(left)
+        configs = check_jobs(left, self.jobs, self.plan, effective)
+        same, numbers = twins(left, effective), {job.number: job for job in left}
+        for number, other in same.items():
+            print(f"job {number} comes to the same run as job {other}, which is run for both")
+        left = [job for job in left if job.number not in same]
+        if any(config.launch.dry_run for config in configs.values()):
+            raise self._shown(left, configs)
+        slots = Slots(self.plan.ranks)
+        if not self.jobs:
+            self._take(self.plan)
+        self.jobs += jobs
+        ready = f", {done} of them done already" if done else ""
+        print(f"{len(jobs)} jobs in {self.plan.directory}{ready}; up to {slots.many} ranks at once", flush=True)
+        stopped = JobBatch(left, configs, before, own(jobs), self.command, self.plan.directory.resolve().name).run(slots)
+        if stopped is not None:
+            raise SweepStopped(stopped)
+        for number, other in same.items():
+            if was := outcome(numbers[other]):
+                told_again(numbers[number], numbers[other], was)
+        return [self._value(job) for job in jobs]
+
+    def _value(self, job: Job) -> float | Exception:
+        told = outcome(job)
+        if self.plan is not None and self.plan.searches and (told is None or told.outcome != DONE):
+            return SweepFailed(f"job {job.number} failed, {told.message if told else ''}")
+        return read_figures(job.directory).held_out_loss
+
+    def _shown(self, jobs: Sequence[Job], configs: dict[int, Config]) -> DryRunShown:
+        """Say what would be started."""
+        for job in jobs:
+            ranks = f"{configs[job.number].parallel.ranks} rank(s)"
+            print(f"job {job.number}: {ranks}, {job.directory}: {shlex.join([*self.command, *arguments(job)])}")
+        print("nothing was started (launch.dry_run=true)")
+        return DryRunShown()
+
+    def tidy(self) -> None:
+        """Leave nothing of a sweep that did not begin; Hydra's sweeper makes the folder before it makes the jobs."""
+        if self.plan is not None and self.fresh and not self.jobs:
+            (self.plan.directory / COMPOSED).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.plan.directory.rmdir()
+
+    def close(self, code: int, words: Sequence[str]) -> int:
+        """Print the table, and how to go on where something is left; returns the exit status."""
+        assert self.plan is not None
+        told = table(self.jobs)
+        replace_inside(self.plan.directory, TABLE, told + "\n")
+        print(told)
+        ended = [outcome(job) for job in self.jobs]
+        left = [job.number for job, each in zip(self.jobs, ended) if each is None or each.outcome != DONE]
+        if left:
+            again = [word for word in words if not word.startswith("hydra.sweep.dir=")]
+            command = shlex.join(["python", "-m", "trainer", *again, f"hydra.sweep.dir={self.plan.directory}"])
+            which = f"{len(left)} of {len(ended)} jobs not done ({', '.join(map(str, left))})"
+            print(f"{which}; to go on with those: {command}", file=sys.stderr)
+        return code or (BUG if left else WELL)
