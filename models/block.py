@@ -1,4 +1,5 @@
-"""One layer of a decoder: a mixer, in which tokens meet, then a feed-forward layer, which works on each in turn."""
+"""One layer of a decoder: a mixer, in which tokens meet, then a feed-forward layer, which works on
+each in turn."""
 
 from torch import Tensor, nn
 
@@ -8,12 +9,15 @@ from models.span import Span
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + feedforward(norm(x)); Xiong et al. 2020 (arXiv:2002.04745), with RMS norms."""
+    """x + mixer(norm(x)), then x + feedforward(norm(x)); Xiong et al. 2020 (arXiv:2002.04745), with
+    RMS norms."""
 
     def __init__(self, width: int, mixer: nn.Module, feedforward: nn.Module):
         super().__init__()
-        self.mixer_norm, self.mixer = nn.RMSNorm(width), mixer
-        self.feedforward_norm, self.feedforward = nn.RMSNorm(width), feedforward
+        self.mixer_norm = nn.RMSNorm(width)
+        self.mixer = mixer
+        self.feedforward_norm = nn.RMSNorm(width)
+        self.feedforward = feedforward
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]."""
@@ -24,9 +28,9 @@ class Block(nn.Module):
 class ValueBlock(Block):
     """A block whose mixer also hears the values of the first such layer, token by token.
 
-    Its mixer says shares_values = True and has a method values(x, span, first) -> (y, first): first is None in the first of
-    these layers, which gives its own. They travel as an argument and a result, so that a block can be computed again,
-    compiled or gathered by itself.
+    Its mixer says shares_values = True and has a method values(x, span, first) -> (y, first): first
+    is None in the first of these layers, which gives its own. They travel as an argument and a
+    result, so that a block can be computed again, compiled or gathered by itself.
     """
 
     def forward(self, x: Tensor, span: Span, first: Tensor | None = None) -> tuple[Tensor, Tensor]:  # pyright: ignore
@@ -37,7 +41,8 @@ class ValueBlock(Block):
 
 
 class RecallBlock(Block):
-    """A block whose mixer keeps what comes in as it comes, and so takes the norm apart (models/attention/base.py)."""
+    """A block whose mixer keeps what comes in as it comes, and so takes the norm apart
+    (models/attention/base.py)."""
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]."""

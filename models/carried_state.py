@@ -1,11 +1,13 @@
-"""What lies to the left of the rows at hand: tokens and states that the rows before them, in the same lanes, left behind.
+"""What lies to the left of the rows at hand: tokens and states that the rows before them, in the
+same lanes, left behind.
 
-A Past travels with a Span, as its `past`. A layer asks it for what was left under its name and leaves what comes next; whether
-that lies on this device or over ranks is not the layer's business. Nothing that is kept carries a gradient.
+A Past travels with a Span, as its `past`. A layer asks it for what was left under its name and
+leaves what comes next; whether that lies on this device or over ranks is not the layer's business.
+Nothing that is kept carries a gradient.
 
     kept, of = at.past.tokens(self.place, x, length)      the last `length` tokens of the lane, with their addresses
     state = at.past.state(self.place)                     what `leave` left after the row before, or None
-    at.past.leave(self.place, state)
+    at.past.store(self.place, state)
 
 Letters: B rows, T tokens of a row, M tokens kept, m of them at hand (all, on one device).
 """
@@ -18,20 +20,21 @@ from torch import Tensor, nn
 
 from models.span import PADDING, Span
 
-REPLICATED, SHARDED = (
-    "whole",
-    "dealt",
-)  # states [B, ...] that every rank has alike; states [U, ...] of the rank's own (row, head) pairs
+# states [B, ...] that every rank has alike; states [U, ...] of the rank's own (row, head) pairs
+REPLICATED = "whole"
+SHARDED = "dealt"
 
 
 class StatefulModule(nn.Module):
-    """A module that carries something from row to row; `place` is its name in the model, which `name_carriers` fills in."""
+    """A module that carries something from row to row; `place` is its name in the model, which
+    `name_carriers` fills in."""
 
     place: str = ""
 
 
 def name_stateful_modules(model: nn.Module) -> None:
-    """Tell every Carrier where in the model it stands, so that what it leaves is found again. Call once, when built."""
+    """Tell every Carrier where in the model it stands, so that what it leaves is found again. Call
+    once, when built."""
     for path, module in model.named_modules():
         if isinstance(module, StatefulModule):
             module.place = path
@@ -40,12 +43,11 @@ def name_stateful_modules(model: nn.Module) -> None:
 class CarriedState:
     """What rows left for the next rows of their lanes. The trainer holds one for each micro-batch.
 
-    What is found does not change while a step lasts; what is left is put aside until `advance`, so that a layer that is
-    computed again in backward finds what it found.
+    What is found does not change while a step lasts; what is left is put aside until `advance`, so
+    that a layer that is computed again in backward finds what it found.
 
-    Attributes:
-        kept: {name: (M, [B, m, ...])} tokens found. addresses: {M: [B, M]} of the kept tokens of whole lanes.
-        states: {name: (kind, tensor)} found. rows: B.
+    Attributes: kept: {name: (M, [B, m, ...])} tokens found. addresses: {M: [B, M]} of the kept
+        tokens of whole lanes. states: {name: (kind, tensor)} found. rows: B.
     """
 
     def __init__(self):
@@ -59,29 +61,40 @@ class CarriedState:
         self._left: dict[str, tuple[str, Tensor]] = {}
 
     def attach(self, span: Span) -> Span:
-        """The span of the next rows of these lanes, with this Past in it: what a model is called with."""
-        self.rows, self._row, self._spans, self._tokens, self._left = span.shape[0], span, {}, {}, {}
+        """The span of the next rows of these lanes, with this Past in it: what a model is called
+        with."""
+        self.rows = span.shape[0]
+        self._row = span
+        self._spans = {}
+        self._tokens = {}
+        self._left = {}
         return replace(span, past=self)
 
     def tokens(self, name: str, x: Tensor, length: int) -> tuple[Tensor, Span]:
-        """(kept [B, m, ...], their addresses), and keeps of x [B, T, ...] what the next rows will find.
+        """(kept [B, m, ...], their addresses), and keeps of x [B, T, ...] what the next rows will
+        find.
 
-        Kept tokens have the document number that their document has in the rows at hand; what does not go on in them is
-        padding, as all is where nothing was kept.
+        Kept tokens have the document number that their document has in the rows at hand; what does
+        not go on in them is padding, as all is where nothing was kept.
 
         Args:
-            length: M, tokens of a lane to keep, counted back from the end of the row; the same at every call.
+            length: M, tokens of a lane to keep, counted back from the end of the row; the same at
+                every call.
         """
         assert self._row is not None, "enter() comes before the forward pass"
         self._tokens[name] = x.detach(), length
         if length not in self._spans:
-            self._spans[length] = self._dealt(renumbered(self._addresses(length), self._whole(self._row)))
+            self._spans[length] = self._dealt(
+                renumbered(self._addresses(length), self._whole(self._row))
+            )
         return self._kept(name, x, length), self._spans[length]
 
     def state(self, name: str) -> Tensor | None:
-        """What the rows before left, None at the beginning. It is of the document that goes on in the first token, if any does.
+        """What the rows before left, None at the beginning. It is of the document that goes on in
+        the first token, if any does.
 
-        A layer whose algebra does not reset at `Span.opens` has to drop it by itself where a document opens.
+        A layer whose algebra does not reset at `Span.opens` has to drop it by itself where a
+        document opens.
         """
         found = self.states.get(name)
         return None if found is None else found[1]
@@ -92,19 +105,28 @@ class CarriedState:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """What was left becomes what is found; after the last use of a row, on every rank. Forgets where nothing was left."""
+        """What was left becomes what is found; after the last use of a row, on every rank. Forgets
+        where nothing was left."""
         assert self._row is not None, "enter() comes before the forward pass"
-        whole, row = self._whole(self._row), self._row
+        whole = self._whole(self._row)
+        row = self._row
         kept = {}
         for name, (x, length) in self._tokens.items():
             kept[name] = length, self._shift(self._kept(name, x, length), x, row, length)
         lengths = {length for length, _ in kept.values()}
-        self.addresses = {length: advanced_addresses(self._addresses(length), whole) for length in lengths}
-        self.kept, self.states = kept, self._left
-        self._row, self._spans, self._tokens, self._left = None, {}, {}, {}
+        self.addresses = {
+            length: advanced_addresses(self._addresses(length), whole) for length in lengths
+        }
+        self.kept = kept
+        self.states = self._left
+        self._row = None
+        self._spans = {}
+        self._tokens = {}
+        self._left = {}
 
     def export_state(self) -> dict[str, Tensor]:
-        """All that is kept, as it would be on one device, every tensor with the rows first: what a checkpoint holds."""
+        """All that is kept, as it would be on one device, every tensor with the rows first: what a
+        checkpoint holds."""
         found = {}
         for length, span in self.addresses.items():
             found |= {f"{length}/pos": span.pos, f"{length}/doc": span.doc}
@@ -116,12 +138,17 @@ class CarriedState:
 
     def import_state(self, found: Mapping[str, Tensor]) -> None:
         """Take over what `gather` gave, or some of its rows, on any number of ranks."""
-        self.kept, self.addresses, self.states = {}, {}, {}
+        self.kept = {}
+        self.addresses = {}
+        self.states = {}
         self.rows = len(next(iter(found.values()), ()))
         for path, x in found.items():
             kind, name = path.split("/", 1)
             if not kind.isdecimal():
-                self.states[name] = kind, self._dealt_states(x.flatten(0, 1)) if kind == SHARDED else x
+                self.states[name] = (
+                    kind,
+                    self._dealt_states(x.flatten(0, 1)) if kind == SHARDED else x,
+                )
             elif name == "pos":
                 self.addresses[int(kind)] = Span.of(x, found[f"{kind}/doc"])
             elif name != "doc":
@@ -180,18 +207,27 @@ class CarriedState:
 
 
 def renumbered(kept: Span, row: Span) -> Span:
-    """[B, M] kept addresses in the document numbers of the rows that follow; padding where the document does not go on.
+    """[B, M] kept addresses in the document numbers of the rows that follow; padding where the
+    document does not go on.
 
     It goes on where the row's first token stands right after the last one kept.
     """
-    goes_on = (kept.pos[:, -1:] + 1 == row.pos[:, :1]) & (kept.doc[:, -1:] != PADDING) & (row.doc[:, :1] != PADDING)
-    return Span(kept.pos, torch.where(goes_on & (kept.doc != PADDING), row.doc[:, :1], PADDING), kept.role)
+    goes_on = (
+        (kept.pos[:, -1:] + 1 == row.pos[:, :1])
+        & (kept.doc[:, -1:] != PADDING)
+        & (row.doc[:, :1] != PADDING)
+    )
+    return Span(
+        kept.pos, torch.where(goes_on & (kept.doc != PADDING), row.doc[:, :1], PADDING), kept.role
+    )
 
 
 def advanced_addresses(kept: Span, row: Span) -> Span:
-    """[B, M] addresses of a lane's last tokens once `row` is read: those of the document that may go on, else padding."""
+    """[B, M] addresses of a lane's last tokens once `row` is read: those of the document that may
+    go on, else padding."""
     before = renumbered(kept, row)
-    pos, doc = torch.cat([before.pos, row.pos], 1), torch.cat([before.doc, row.doc], 1)
+    pos = torch.cat([before.pos, row.pos], 1)
+    doc = torch.cat([before.doc, row.doc], 1)
     alive = (doc == doc[:, -1:]) & (doc != PADDING)
     doc = torch.where(alive, 0, PADDING)[:, row.shape[1] :]
     return Span.of(pos[:, row.shape[1] :], doc)

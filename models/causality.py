@@ -47,7 +47,8 @@ def layers_ahead(model: nn.Module) -> list[Ahead]:
 
 
 def plain_sight(model: nn.Module) -> int:
-    """How many first tokens of a document are seen from before them, as no target may be; FAR = all."""
+    """How many first tokens of a document are seen from before them, as no target may be; FAR =
+    all."""
     return max((layer.causal_from for layer in layers_ahead(model)), default=0)
 
 

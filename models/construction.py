@@ -1,9 +1,11 @@
-"""What constructors give: the values of parameters, buffers and tensors of layers, for a model built on the meta device.
+"""What constructors give: the values of parameters, buffers and tensors of layers, for a model
+built on the meta device.
 
-A model is built without memory first. Where a layer gives its parameters values of its own, the part that it stands in (a
-mixer, a feed-forward layer, or the model around them) is built once more on the CPU, its tensors are taken, and it is
-dropped: never more than one part at a time. Random numbers that a constructor draws are a function of (seed, name of the
-part).
+A model is built without memory first. Where a layer gives its parameters values of its own, the
+part that it stands in (a mixer, a feed-forward layer, or the model around them) is built once more
+on the CPU, its tensors are taken, and it is
+dropped: never more than one part at a time. Random numbers that a constructor draws are a function
+of (seed, name of the part).
 """
 
 import hashlib
@@ -20,16 +22,18 @@ from models.declared import declared
 from models.init import said
 
 HOUSE = ("models", "parallel", "torch")  # packages whose layers say by rules what they start from
-DRAWING = ("reset_parameters", "_reset_parameters")  # methods by which torch's own layers draw their weights
+DRAWING = (
+    "reset_parameters",
+    "_reset_parameters",
+)  # methods by which torch's own layers draw their weights
 
 
 @dataclass(frozen=True)
 class Origin:
     """How a part of a model was made; hangs on its module as `origin`.
 
-    Attributes:
-        build: makes it again on the device in force; parts inside it that have an origin of their own stay on meta.
-        foreign: classes that are not ours take part.
+    Attributes: build: makes it again on the device in force; parts inside it that have an origin of
+        their own stay on meta. foreign: classes that are not ours take part.
     """
 
     build: Callable[[], nn.Module]
@@ -44,9 +48,9 @@ class Origin:
 class Values:
     """Of one part, by names in the part.
 
-    Attributes:
-        tensors: parameters and buffers. touched: parameters that are not as torch's own layers drew them.
-        attributes: {(name of module, attribute): value} of what holds tensors and is neither.
+    Attributes: tensors: parameters and buffers. touched: parameters that are not as torch's own
+        layers drew them. attributes: {(name of module, attribute): value} of what holds tensors and
+        is neither.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -75,7 +79,9 @@ def modules_of(part: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def foreign(part: nn.Module, origin: Origin) -> bool:
     """Whether constructors that are not ours made some of it."""
-    return origin.foreign or any(type(m).__module__.partition(".")[0] not in HOUSE for _, m in modules_of(part))
+    return origin.foreign or any(
+        type(m).__module__.partition(".")[0] not in HOUSE for _, m in modules_of(part)
+    )
 
 
 def holds_meta(value: Any) -> bool:
@@ -90,7 +96,12 @@ def constructed(name: str, part: nn.Module, origin: Origin, seed: int) -> Values
         name: of the part in its model.
     """
     digest = hashlib.blake2b(f"{seed}/constructor/{name}".encode(), digest_size=8).digest()
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), _empty_is_nan(), _as_drawn() as drawn:
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        _empty_is_nan(),
+        _as_drawn() as drawn,
+    ):
         torch.manual_seed(int.from_bytes(digest, "little") >> 1)
         twin = origin.build()
     wanted = {inner for inner, _ in modules_of(part)}
@@ -107,7 +118,9 @@ def constructed(name: str, part: nn.Module, origin: Origin, seed: int) -> Values
         for leaf, buffer in module.named_buffers(recurse=False):
             values.tensors[f"{inner}.{leaf}".lstrip(".")] = buffer.detach()
         for attribute, value in vars(module).items():
-            if not attribute.startswith("_") and tree_any(lambda leaf: isinstance(leaf, Tensor), value):
+            if not attribute.startswith("_") and tree_any(
+                lambda leaf: isinstance(leaf, Tensor), value
+            ):
                 values.attributes[inner, attribute] = value
     return values
 
@@ -122,13 +135,14 @@ def unfilled(name: str, tensor: Tensor) -> str | None:
     if not tensor.is_floating_point() or not tensor.isnan().any():
         return None
     return (
-        f"{name}: its constructor leaves it without a value (torch.empty); fill it there, or say by a method "
-        "initial() -> {name: rule} what it starts from (models/init.py)"
+        f"{name}: its constructor leaves it without a value (torch.empty); fill it there, or say by"
+        " a method initial() -> {name: rule} what it starts from (models/init.py)"
     )
 
 
 def never_filled(model: nn.Module, seed: int) -> Iterator[str]:
-    """Why parameters of layers that are not ours would start from nothing: a sentence each. Builds part after part."""
+    """Why parameters of layers that are not ours would start from nothing: a sentence each. Builds
+    part after part."""
     rules = said(model)
     for name, part, origin in parts(model):
         if not foreign(part, origin):
@@ -144,7 +158,8 @@ def never_filled(model: nn.Module, seed: int) -> Iterator[str]:
 @contextmanager
 def _empty_is_nan() -> Iterator[None]:
     """What torch.empty makes holds NaN meanwhile, so that what nobody fills shows."""
-    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -154,7 +169,8 @@ def _empty_is_nan() -> Iterator[None]:
 
 @contextmanager
 def _as_drawn() -> Iterator[dict[int, tuple[nn.Parameter, Tensor]]]:
-    """By id, the parameters that torch's own layers draw meanwhile, and copies of them as they were drawn."""
+    """By id, the parameters that torch's own layers draw meanwhile, and copies of them as they were
+    drawn."""
     drawn: dict[int, tuple[nn.Parameter, Tensor]] = {}
 
     def noting(method: Callable) -> Callable:
@@ -166,7 +182,12 @@ def _as_drawn() -> Iterator[dict[int, tuple[nn.Parameter, Tensor]]]:
 
         return draw
 
-    methods = [(kind, name, vars(kind)[name]) for kind in _kinds_of_torch() for name in DRAWING if name in vars(kind)]
+    methods = [
+        (kind, name, vars(kind)[name])
+        for kind in _kinds_of_torch()
+        for name in DRAWING
+        if name in vars(kind)
+    ]
     try:
         for kind, name, method in methods:
             setattr(kind, name, noting(method))
@@ -178,5 +199,12 @@ def _as_drawn() -> Iterator[dict[int, tuple[nn.Parameter, Tensor]]]:
 
 def _kinds_of_torch() -> set[type]:
     """The classes of torch's layers and what they inherit from."""
-    offered = [kind for kind in vars(nn).values() if isinstance(kind, type) and issubclass(kind, nn.Module)]
-    return {kind for each in offered for kind in each.__mro__ if kind.__module__.startswith("torch.nn.modules.")}
+    offered = [
+        kind for kind in vars(nn).values() if isinstance(kind, type) and issubclass(kind, nn.Module)
+    ]
+    return {
+        kind
+        for each in offered
+        for kind in each.__mro__
+        if kind.__module__.startswith("torch.nn.modules.")
+    }

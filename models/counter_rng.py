@@ -1,7 +1,9 @@
-"""Random numbers that are a function of where a token sits, not of what was drawn before: the same however it was cut.
+"""Random numbers that are a function of where a token sits, not of what was drawn before: the same
+however it was cut.
 
-Counter-based, as Salmon et al. 2011 ("Parallel random numbers: as easy as 1, 2, 3") argue for; the mixing function is the
-finaliser of SplitMix64 (Steele et al. 2014). torch's own generators would depend on the order of draws, hence on the cut.
+Counter-based, as Salmon et al. 2011 ("Parallel random numbers: as easy as 1, 2, 3") argue for; the
+mixing function is the finaliser of SplitMix64 (Steele et al. 2014). torch's own generators would
+depend on the order of draws, hence on the cut.
 """
 
 import hashlib
@@ -18,7 +20,8 @@ class CounterRNG(nn.Module):
     """Uniform numbers for one purpose of one layer, anew at every step.
 
     Args:
-        seed, purpose, layer: what the numbers are a function of, beside the step, the token's address and the channel.
+        seed, purpose, layer: what the numbers are a function of, beside the step, the token's
+            address and the channel.
 
     The step arrives through `begin`; it is 0 before the first.
     """
@@ -47,7 +50,8 @@ class CounterRNG(nn.Module):
 
 
 def address(span: Span) -> Tensor:
-    """[B, T] int64: a number for each token, whatever the cut; another in another row where documents are numbered so."""
+    """[B, T] int64: a number for each token, whatever the cut; another in another row where
+    documents are numbered so."""
     return (span.doc << DOC_BITS) + span.pos
 
 
@@ -69,7 +73,8 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 
 
 def hash_words(*words: int | Tensor) -> Tensor:
-    """Non-negative int64 numbers that look random: a pure function of whole numbers, the same on every device.
+    """Non-negative int64 numbers that look random: a pure function of whole numbers, the same on
+    every device.
 
     Source: the finaliser of splitmix64 (Steele et al. 2014), applied after each word.
     """

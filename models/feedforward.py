@@ -1,4 +1,5 @@
-"""The gated feed-forward layer. Every feed-forward layer is called with (x, span): some look at their neighbours."""
+"""The gated feed-forward layer. Every feed-forward layer is called with (x, span): some look at
+their neighbours."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +17,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, ffn: int):
         super().__init__()
-        self.gate, self.up = nn.Linear(width, ffn, bias=False), nn.Linear(width, ffn, bias=False)
+        self.gate = nn.Linear(width, ffn, bias=False)
+        self.up = nn.Linear(width, ffn, bias=False)
         self.down = nn.Linear(ffn, width, bias=False)
 
     def forward(self, x: Tensor, span: Span) -> Tensor:

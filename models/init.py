@@ -1,9 +1,11 @@
-"""Initial weights: each a pure function of (seed, parameter name), whatever the ranks, the order and the placement.
+"""Initial weights: each a pure function of (seed, parameter name), whatever the ranks, the order
+and the placement.
 
-A module may say what its parameters start from with a method `initial() -> {name: rule}`; names may reach into children
-("out.weight"). A rule takes (shape, generator) and returns float32. Without one, matrices of torch's layers are normal with
-a deviation of 0.02 (Radford et al. 2019), or the whole model's own `deviation`; their norms are one, their biases zero. A
-parameter that a layer creates itself keeps the value that the constructor gave it, and so does one of torch's layers that
+A module may say what its parameters start from with a method `initial() -> {name: rule}`; names may
+reach into children ("out.weight"). A rule takes (shape, generator) and returns float32. Without
+one, matrices of torch's layers are normal with a deviation of 0.02 (Radford et al. 2019), or the
+whole model's own `deviation`; their norms are one, their biases zero. A parameter that a layer
+creates itself keeps the value that the constructor gave it, and so does one of torch's layers that
 a constructor changed after torch had drawn it (models/construction.py).
 """
 
@@ -46,7 +48,8 @@ class Described:
 def normal(deviation: float) -> Rule:
     """Normal, mean 0."""
     return Described(
-        lambda shape, generator: torch.randn(shape, generator=generator) * deviation, f"normal({deviation:.3g})"
+        lambda shape, generator: torch.randn(shape, generator=generator) * deviation,
+        f"normal({deviation:.3g})",
     )
 
 
@@ -75,7 +78,8 @@ def constant(value: float) -> Rule:
 
 
 def orthogonal(gain: float = 1.0) -> Rule:
-    """Rows, or columns where they are fewer, of length `gain` and at right angles; Saxe et al. 2013 (arXiv:1312.6120)."""
+    """Rows, or columns where they are fewer, of length `gain` and at right angles; Saxe et al. 2013
+    (arXiv:1312.6120)."""
 
     def rule(shape: torch.Size, generator: torch.Generator) -> Tensor:
         drawn = torch.randn(max(shape), min(shape), generator=generator, dtype=torch.float64)
@@ -87,7 +91,8 @@ def orthogonal(gain: float = 1.0) -> Rule:
 
 
 def _of_torch(owner: nn.Module, leaf: str) -> Rule | None:
-    """The rule of a parameter that a layer of torch creates; None: another layer does, or there is no rule for its kind."""
+    """The rule of a parameter that a layer of torch creates; None: another layer does, or there is
+    no rule for its kind."""
     if isinstance(owner, NORMS) and leaf in ("weight", "bias"):
         return constant(0.0 if leaf == "bias" else 1.0)
     known = (
@@ -128,7 +133,8 @@ class Said(NamedTuple):
 
 
 def said(model: nn.Module) -> dict[str, Said]:
-    """By full name, the rules that modules say by `initial`; an outer module's word counts more than an inner one's."""
+    """By full name, the rules that modules say by `initial`; an outer module's word counts more
+    than an inner one's."""
     rules_said: dict[str, Said] = {}
     for name, module in reversed(list(model.named_modules())):
         initial = declared(module, "initial", (MethodType, FunctionType), None)
@@ -136,7 +142,11 @@ def said(model: nn.Module) -> dict[str, Said]:
             continue
         for leaf, rule in initial().items():
             rule = _scaled(model, rule)
-            text = str(rule) if isinstance(rule, Described | ScaledNormal) else f"by {type(module).__name__}.initial"
+            text = (
+                str(rule)
+                if isinstance(rule, Described | ScaledNormal)
+                else f"by {type(module).__name__}.initial"
+            )
             rules_said[f"{name}.{leaf}".lstrip(".")] = Said(rule, text, name)
     return rules_said
 
@@ -159,7 +169,7 @@ def init_rules(model: nn.Module) -> dict[str, Rule]:
 
 def _scaled(model: nn.Module, rule: Rule) -> Rule:
     """In units of the model's own deviation."""
-    deviation = float(declared(model, "deviation", (int, float), INIT_STD))
+    deviation = float(declared(model, "init_std", (int, float), INIT_STD))
     return replace(rule, deviation=deviation) if isinstance(rule, ScaledNormal) else rule
 
 
@@ -179,13 +189,17 @@ def initial_tensor(model: nn.Module, name: str, seed: int) -> Tensor:
     """
     rule = init_rules(model).get(name)
     if rule is None:
-        raise ValueError(f"{name} has no rule; its layer needs a method initial() -> {{name: rule}} (models/init.py)")
+        raise ValueError(
+            f"{name} has no rule; its layer needs a method initial() -> {{name: rule}}"
+            " (models/init.py)"
+        )
     return draw(rule, name, model.get_parameter(name).shape, seed)
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> nn.Module:
-    """Fill the parameters of a model that is whole on this device; those without a rule stay as they were constructed."""
+    """Fill the parameters of a model that is whole on this device; those without a rule stay as
+    they were constructed."""
     known = init_rules(model)
     for name, parameter in model.named_parameters():
         if name in known:

@@ -1,4 +1,5 @@
-"""Cross-entropy in chunks of tokens: logits [tokens, vocabulary] never exist whole, forward or backward.
+"""Cross-entropy in chunks of tokens: logits [tokens, vocabulary] never exist whole, forward or
+backward.
 
 Letters: N tokens (rows and positions together), W width, V vocabulary.
 """
@@ -21,8 +22,8 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         weight: [V, W] of the output head.
         targets: [B, T] int64.
 
-    The gradient is computed with the loss, chunk by chunk, and scaled in backward: every token's loss must therefore get
-    the same upstream gradient (a sum or a mean), which is checked.
+    The gradient is computed with the loss, chunk by chunk, and scaled in backward: every token's
+    loss must therefore get the same upstream gradient (a sum or a mean), which is checked.
     """
     return _TokenLosses.apply(hidden, weight, targets)
 
@@ -32,8 +33,11 @@ class _TokenLosses(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        ctx.shape, shape = hidden.shape, targets.shape  # what is handed out is no view: FSDP2 hooks it
-        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+        # what is handed out is no view: FSDP2 hooks it
+        ctx.shape = hidden.shape
+        shape = targets.shape
+        hidden = hidden.flatten(0, 1)
+        targets = targets.flatten()
         losses = hidden.new_zeros(targets.shape, dtype=wide)
         d_hidden = torch.empty_like(hidden) if wanted else None
         d_weight = torch.zeros_like(weight, dtype=wide) if wanted else None
@@ -46,7 +50,11 @@ class _TokenLosses(torch.autograd.Function):
             lse = logits.logsumexp(-1)
             losses[part] = (lse - logits.gather(1, target)[:, 0]) * valid
             if d_hidden is not None and d_weight is not None:
-                slope = logits.sub_(lse[:, None]).exp_().scatter_add_(1, target, torch.full_like(lse, -1.0)[:, None])
+                slope = (
+                    logits.sub_(lse[:, None])
+                    .exp_()
+                    .scatter_add_(1, target, torch.full_like(lse, -1.0)[:, None])
+                )
                 slope = (slope * valid[:, None]).to(hidden.dtype)
                 d_hidden[part] = slope @ weight
                 d_weight += (slope.T @ hidden[part]).to(wide)
@@ -59,5 +67,11 @@ class _TokenLosses(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         scale = grad.flatten()[0] if grad.numel() else grad.new_zeros(())
         if not bool((grad == scale).all()):
-            raise ValueError("token_losses takes one weight for all tokens; sum the losses, or scale their sum")
-        return (d_hidden * scale.to(d_hidden.dtype)).view(ctx.shape), (d_weight * scale).to(ctx.dtype), None
+            raise ValueError(
+                "token_losses takes one weight for all tokens; sum the losses, or scale their sum"
+            )
+        return (
+            (d_hidden * scale.to(d_hidden.dtype)).view(ctx.shape),
+            (d_weight * scale).to(ctx.dtype),
+            None,
+        )

@@ -1,7 +1,7 @@
 """Ranges that a constructor may give its settings: `experts: Annotated[int, Range(1, 4096)]`.
 
-A config is checked against them before anything is built. Where a constructor gives none, a number may be what its type
-allows; the constructor itself refuses what would make no layer.
+A config is checked against them before anything is built. Where a constructor gives none, a number
+may be what its type allows; the constructor itself refuses what would make no layer.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,8 @@
-"""A gradient for parameters that only some rows need, so that every rank builds the same graph whatever its rows.
+"""A gradient for parameters that only some rows need, so that every rank builds the same graph
+whatever its rows.
 
-Engines reduce gradients over ranks: a parameter that has one here and none there upsets what they exchange, or is counted as
-unused on one number of ranks and as used on another.
+Engines reduce gradients over ranks: a parameter that has one here and none there upsets what they
+exchange, or is counted as unused on one number of ranks and as used on another.
 """
 
 from typing import Any

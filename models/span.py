@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TEXT, PREFIX, GLOBAL, READ, WRITE, GIVEN = range(6)  # roles; GIVEN, which nobody predicts, is known to batches alone
+TEXT, PREFIX, GLOBAL, READ, WRITE, GIVEN = range(
+    6
+)  # roles; GIVEN, which nobody predicts, is known to batches alone
 PADDING = -1  # the document number of tokens that are none
 
 
@@ -14,17 +16,20 @@ PADDING = -1  # the document number of tokens that are none
 class Span:
     """The address of every token at hand, wherever the sequence was cut.
 
-    Model code reads addresses from here and never works them out from a rank, so the same forward pass is right for a
-    whole sequence, a shard, a zigzag of shards, or one decoded token.
+    Model code reads addresses from here and never works them out from a rank, so the same forward
+    pass is right for a whole sequence, a shard, a zigzag of shards, or one decoded token.
 
-    Attributes:
-        pos: [B, T] int64, index of the token in its own document (0 opens one).
-        doc: [B, T] int64, number of the document, another for every one of a row (in training: of a step); PADDING marks
+    Attributes: pos: [B, T] int64, index of the token in its own document (0 opens one). doc: [B, T]
+        int64, number of the document, another for every one of a row (in training: of a step);
+        PADDING marks
             tokens that nothing may see.
         role: [B, T] int64, TEXT, PREFIX, GLOBAL, READ or WRITE.
-        cut: how the row was cut over ranks (a parallel.sharding.SequenceSharding), or None where it was not. Opaque here.
-        plans: what models.kernels.block_plan worked out for these queries, kept so that layers with equal masks share it.
-        past: what the rows before left in these lanes (a models.carried_state.CarriedState), or None where nothing is carried.
+        cut: how the row was cut over ranks (a parallel.sharding.SequenceSharding), or None where it
+            was not. Opaque here.
+        plans: what models.kernels.block_plan worked out for these queries, kept so that layers with
+            equal masks share it.
+        past: what the rows before left in these lanes (a models.carried_state.CarriedState), or
+            None where nothing is carried.
     """
 
     pos: Tensor
@@ -46,17 +51,28 @@ class Span:
         return Span.of(pos, torch.zeros_like(pos))
 
     def map(self, move: Any) -> "Span":
-        """The span of the tokens that `move` picks or moves ([B, T] -> [B, T']); it forgets the cut."""
+        """The span of the tokens that `move` picks or moves ([B, T] -> [B, T']); it forgets the
+        cut."""
         return Span(move(self.pos), move(self.doc), move(self.role))
 
     def join(self, other: "Span") -> "Span":
-        """The addresses of these tokens, then those of the other ones, of the same rows; joined where they are cut too."""
-        pos, doc, role = (torch.cat(two, 1) for two in zip(self.addresses(), other.addresses(), strict=True))
-        return Span(pos, doc, role, None if self.sharding is None else self.sharding.join(other.sharding))
+        """The addresses of these tokens, then those of the other ones, of the same rows; joined
+        where they are cut too."""
+        pos, doc, role = (
+            torch.cat(two, 1) for two in zip(self.addresses(), other.addresses(), strict=True)
+        )
+        return Span(
+            pos, doc, role, None if self.sharding is None else self.sharding.join(other.sharding)
+        )
 
     def cast(self, role: int) -> "Span":
         """The same tokens, all in this role; on every rank where they are cut."""
-        return Span(self.pos, self.doc, torch.full_like(self.role, role), None if self.sharding is None else self.sharding.cast(role))
+        return Span(
+            self.pos,
+            self.doc,
+            torch.full_like(self.role, role),
+            None if self.sharding is None else self.sharding.cast(role),
+        )
 
     def addresses(self) -> tuple[Tensor, Tensor, Tensor]:
         """(pos, doc, role)."""

@@ -1,16 +1,19 @@
 """Activations that wait for backward in the host's memory.
 
-What autograd saves inside a block is copied there when it is saved, and comes back when backward asks for it. What a block
-computes again is not saved and so does not travel: with full checkpointing the blocks' inputs go; with selective the kept
-means and masses of its attentions (models/primitives/attention_tape.py) too, though autograd does not know of them. What is saved outside
-of the blocks (embedding, losses) stays.
+What autograd saves inside a block is copied there when it is saved, and comes back when backward
+asks for it. What a block computes again is not saved and so does not travel: with full
+checkpointing the blocks' inputs go; with selective the kept means and masses of its attentions
+(models/primitives/attention_tape.py) too, though autograd does not know of them. What is saved
+outside of the blocks (embedding, losses) stays.
 
-Source: Rhu et al. 2016 (arXiv:1602.08124) for the idea. Theirs moves the inputs of layers with a stream and a schedule of
-their own; ours whatever is saved, through torch.autograd.graph.saved_tensors_hooks.
+Source: Rhu et al. 2016 (arXiv:1602.08124) for the idea. Theirs moves the inputs of layers with a
+stream and a schedule of their own; ours whatever is saved, through
+torch.autograd.graph.saved_tensors_hooks.
 
-Copies are queued on the stream that computes: nothing can be read too early or used again too soon, and a step is longer by
-the time that they take. Saving all of a wide block takes a bus longer than computing it, so that a second stream would hide
-little and, unless it is held back, give no memory back; with full checkpointing there is little to hide.
+Copies are queued on the stream that computes: nothing can be read too early or used again too soon,
+and a step is longer by the time that they take. Saving all of a wide block takes a bus longer than
+computing it, so that a second stream would hide little and, unless it is held back, give no memory
+back; with full checkpointing there is little to hide.
 """
 
 import weakref
@@ -26,17 +29,20 @@ from parallel.engines.materialize import local_tensor
 
 SMALL = 1024  # bytes; a storage of fewer stays
 AT_HOME = (
-    "engine.offload_activations=true, but the ranks compute in the host's memory already; use engine.offload_activations=false"
+    "engine.offload_activations=true, but the ranks compute in the host's memory already; use"
+    " engine.offload_activations=false"
 )
 
 Allocate = Callable[[int], Tensor]  # bytes -> [bytes] uint8 in the host's memory
 
 
 class HostCopy:
-    """The bytes of one storage, on the host; they come back once for all who need them at the same time."""
+    """The bytes of one storage, on the host; they come back once for all who need them at the same
+    time."""
 
     def __init__(self, tensor: Tensor, allocate: Allocate):
-        self.source, self.device = weakref.ref(tensor.untyped_storage()), tensor.device
+        self.source = weakref.ref(tensor.untyped_storage())
+        self.device = tensor.device
         flat = torch.empty(0, dtype=torch.uint8, device=self.device).set_(tensor.untyped_storage())
         self.host = allocate(len(flat)).copy_(flat, non_blocking=True)
         self.back: weakref.ref | None = None
@@ -64,15 +70,17 @@ class OffloadedTensor(NamedTuple):
 class ActivationOffload:
     """Sends to the host what blocks save for backward, and fetches it from there.
 
-    A storage travels whole and once, however many views of it are saved, by however many blocks. Parameters and buffers
-    stay, also those that are gathered only while the block computes; so does what lies elsewhere than on `device`.
+    A storage travels whole and once, however many views of it are saved, by however many blocks.
+    Parameters and buffers stay, also those that are gathered only while the block computes; so does
+    what lies elsewhere than on `device`.
 
     Attributes:
         sent: bytes that left the device since the beginning.
 
     Args:
         device: that of this rank.
-        allocate: makes room on the host; pinned by default, which torch rounds up to a power of 2 and uses again.
+        allocate: makes room on the host; pinned by default, which torch rounds up to a power of 2
+            and uses again.
 
     Raises:
         ValueError: the device is the host itself, and no room of another kind is given.
@@ -81,8 +89,12 @@ class ActivationOffload:
     def __init__(self, device: torch.device, allocate: Allocate | None = None):
         if allocate is None and device.type == "cpu":
             raise ValueError(AT_HOME)
-        self.device, self.allocate, self.sent = device, allocate or _pinned, 0
-        self.copies: weakref.WeakValueDictionary[tuple[int, int], HostCopy] = weakref.WeakValueDictionary()
+        self.device = device
+        self.allocate = allocate or _pinned
+        self.sent = 0
+        self.copies: weakref.WeakValueDictionary[tuple[int, int], HostCopy] = (
+            weakref.WeakValueDictionary()
+        )
 
     def around(self, block: nn.Module) -> Callable[..., Any]:
         """The forward of `block`, everything that it saves being sent."""
@@ -97,8 +109,14 @@ class ActivationOffload:
     @torch.no_grad()
     def send(self, tensor: Tensor, block: nn.Module) -> Tensor | OffloadedTensor:
         """What stands for `tensor` until it is fetched: itself, if it stays."""
-        itself = tensor if tensor.is_leaf else tensor.detach()  # what saves its own result would hold itself for ever
-        if type(tensor) is not Tensor or tensor.device != self.device or tensor.layout != torch.strided:
+        itself = (
+            tensor if tensor.is_leaf else tensor.detach()
+        )  # what saves its own result would hold itself for ever
+        if (
+            type(tensor) is not Tensor
+            or tensor.device != self.device
+            or tensor.layout != torch.strided
+        ):
             return itself
         if tensor.untyped_storage().nbytes() < SMALL:
             return itself
@@ -111,7 +129,9 @@ class ActivationOffload:
                 return itself
             copy = self.copies[key] = HostCopy(tensor, self.allocate)
             self.sent += storage.nbytes()
-        return OffloadedTensor(copy, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        return OffloadedTensor(
+            copy, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset())
+        )
 
     @torch.no_grad()
     def fetch(self, sent: Tensor | OffloadedTensor) -> Tensor:
@@ -121,7 +141,9 @@ class ActivationOffload:
         blank = torch.empty(0, dtype=sent.dtype, device=self.device)
         return blank.set_(sent.copy.storage(), sent.offset, sent.shape, sent.stride)
 
-    def tapes(self, block: nn.Module, pair: tuple[AttentionTape, AttentionTape]) -> tuple["OffloadedBlock", "OffloadedBlock"]:
+    def tapes(
+        self, block: nn.Module, pair: tuple[AttentionTape, AttentionTape]
+    ) -> tuple["OffloadedBlock", "OffloadedBlock"]:
         """Around (what records, what plays back) of one pass through `block`."""
         sent: list[list[tuple[Tensor | OffloadedTensor, ...]]] = []
         record, play = pair
@@ -129,10 +151,20 @@ class ActivationOffload:
 
 
 class OffloadedBlock:
-    """Stands around a tape: what it recorded is on the host until it is played back, and afterwards again."""
+    """Stands around a tape: what it recorded is on the host until it is played back, and afterwards
+    again."""
 
-    def __init__(self, offload: ActivationOffload, block: nn.Module, tape: AttentionTape, sent: list[list[tuple[Tensor | OffloadedTensor, ...]]]):
-        self.offload, self.block, self.tape, self.sent = offload, block, tape, sent
+    def __init__(
+        self,
+        offload: ActivationOffload,
+        block: nn.Module,
+        tape: AttentionTape,
+        sent: list[list[tuple[Tensor | OffloadedTensor, ...]]],
+    ):
+        self.offload = offload
+        self.block = block
+        self.tape = tape
+        self.sent = sent
 
     def __enter__(self) -> None:
         if self.tape.plays:
@@ -148,7 +180,9 @@ class OffloadedBlock:
             there.clear()
 
     def _send(self, tape: Sequence[TapeEntries]) -> list[tuple[Tensor | OffloadedTensor, ...]]:
-        return [tuple(self.offload.send(tensor, self.block) for tensor in results) for results in tape]
+        return [
+            tuple(self.offload.send(tensor, self.block) for tensor in results) for results in tape
+        ]
 
 
 def _pinned(size: int) -> Tensor:
@@ -156,6 +190,7 @@ def _pinned(size: int) -> Tensor:
 
 
 def _held(block: nn.Module) -> set[int]:
-    """Where the parameters and buffers of `block` lie now: a gathered parameter lies there only while the block computes."""
+    """Where the parameters and buffers of `block` lie now: a gathered parameter lies there only
+    while the block computes."""
     tensors: Iterable[Tensor] = (*block.parameters(), *block.buffers())
     return {local_tensor(tensor).untyped_storage().data_ptr() for tensor in tensors}

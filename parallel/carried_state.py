@@ -1,6 +1,8 @@
-"""A Past over ranks: kept tokens are dealt out evenly, whichever ranks computed them; states stay with their (row, head) pairs.
+"""A Past over ranks: kept tokens are dealt out evenly, whichever ranks computed them; states stay
+with their (row, head) pairs.
 
-Letters: B rows, T tokens of a row, M tokens kept, m of them on each rank, P ranks, U (row, head) pairs of a rank.
+Letters: B rows, T tokens of a row, M tokens kept, m of them on each rank, P ranks, U (row, head)
+pairs of a rank.
 """
 
 import torch
@@ -15,10 +17,11 @@ from parallel.sharding import SequenceSharding, shard_span
 
 
 class ShardedCarriedState(CarriedState):
-    """As Past, for rows that are cut over the ranks of `wire`: rank r keeps the r-th stretch of the M tokens of each lane.
+    """As Past, for rows that are cut over the ranks of `wire`: rank r keeps the r-th stretch of the
+    M tokens of each lane.
 
-    Kept tokens lie before every token of the row, so all queries see as many of them and equal stretches are balanced. One
-    exchange a row moves them there, after the step.
+    Kept tokens lie before every token of the row, so all queries see as many of them and equal
+    stretches are balanced. One exchange a row moves them there, after the step.
     """
 
     def __init__(self, communicator: Communicator):
@@ -33,14 +36,21 @@ class ShardedCarriedState(CarriedState):
         return contiguous(length, self.communicator.size).each
 
     def _dealt(self, span: Span) -> Span:
-        return shard_span(span, [contiguous(span.shape[1], self.communicator.size)], self.communicator.rank)
+        return shard_span(
+            span, [contiguous(span.shape[1], self.communicator.size)], self.communicator.rank
+        )
 
     def _shift(self, old: Tensor, x: Tensor, row: Span, length: int) -> Tensor:
         rank, place = token_homes(row.sharding, length, old.shape[1])
-        slots, rows = torch.arange(length), torch.arange(len(x))[:, None]
-        to, me = (slots // old.shape[1]).expand_as(rank), self.communicator.rank
+        slots = torch.arange(length)
+        rows = torch.arange(len(x))[:, None]
+        to = (slots // old.shape[1]).expand_as(rank)
+        me = self.communicator.rank
         here = torch.cat([old.flatten(0, 1), x.flatten(0, 1)])
-        parts = [here[place[(to == r) & (rank == me)].to(x.device)] for r in range(self.communicator.size)]
+        parts = [
+            here[place[(to == r) & (rank == me)].to(x.device)]
+            for r in range(self.communicator.size)
+        ]
         target = rows * old.shape[1] + slots % old.shape[1]
         targets = [target[(to == me) & (rank == r)] for r in range(self.communicator.size)]
         each = x[0, 0].numel()
@@ -50,17 +60,32 @@ class ShardedCarriedState(CarriedState):
         return out.view_as(old)
 
     def _gathered(self, x: Tensor, length: int) -> Tensor:
-        parts = self.communicator.all_to_all([x] * self.communicator.size, [x.numel()] * self.communicator.size, "past gathered")
+        parts = self.communicator.all_to_all(
+            [x] * self.communicator.size, [x.numel()] * self.communicator.size, "past gathered"
+        )
         return torch.cat([part.view_as(x) for part in parts], 1)[:, :length]
 
     def _dealt_tokens(self, x: Tensor) -> Tensor:
-        return contiguous(x.shape[1], self.communicator.size).shard(x.transpose(0, 1), self.communicator.rank, 0).transpose(0, 1)
+        return (
+            contiguous(x.shape[1], self.communicator.size)
+            .shard(x.transpose(0, 1), self.communicator.rank, 0)
+            .transpose(0, 1)
+        )
 
     def _paired(self, state: Tensor) -> Tensor:
         number = torch.tensor([len(state)] * self.communicator.size, device=state.device)
-        counts = [int(n) for n in torch.cat(self.communicator.all_to_all(number.split(1), [1] * self.communicator.size, "past gathered"))]
+        counts = [
+            int(n)
+            for n in torch.cat(
+                self.communicator.all_to_all(
+                    number.split(1), [1] * self.communicator.size, "past gathered"
+                )
+            )
+        ]
         each = state.shape[1:].numel()
-        parts = self.communicator.all_to_all([state] * self.communicator.size, [n * each for n in counts], "past gathered")
+        parts = self.communicator.all_to_all(
+            [state] * self.communicator.size, [n * each for n in counts], "past gathered"
+        )
         return torch.cat(parts).view(sum(counts), *state.shape[1:]).unflatten(0, (self.rows, -1))
 
     def _dealt_states(self, state: Tensor) -> Tensor:
@@ -69,12 +94,16 @@ class ShardedCarriedState(CarriedState):
 
 
 def token_homes(cut: SequenceSharding, length: int, each: int) -> tuple[Tensor, Tensor]:
-    """Where the last `length` tokens of (kept tokens, then the row) lie: rank [B, length], and place on that rank.
+    """Where the last `length` tokens of (kept tokens, then the row) lie: rank [B, length], and
+    place on that rank.
 
     Args:
-        each: m; a rank's kept tokens come before those of its part of the row, both flattened over (row, token).
+        each: m; a rank's kept tokens come before those of its part of the row, both flattened over
+            (row, token).
     """
-    rows, tokens, held = cut.whole.shape[0], cut.layouts[0].tokens, cut.layouts[0].each
+    rows = cut.whole.shape[0]
+    tokens = cut.layouts[0].tokens
+    held = cut.layouts[0].each
     order = torch.stack([layout.order()[:tokens] for layout in cut.layouts]).expand(rows, -1)
     number = torch.arange(rows)[:, None]
     old = torch.arange(length).expand(rows, -1)

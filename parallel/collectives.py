@@ -1,9 +1,8 @@
-"""The moves between ranks, over one group. Nothing else in drivers communicates, and every byte that is sent is counted.
+"""Communication between the ranks of one group; nothing else in the drivers communicates.
 
-Public torch.distributed collectives only. Letters: B rows, c local tokens, P ranks, H heads.
+Every byte that is sent is counted. Public torch.distributed collectives only.
+Letters: B rows, c local tokens, P ranks, H heads.
 """
-# MERGED-DOC parallel.exchange
-"""A differentiable exchange of flat tensors: what comes back as gradient goes the way it came."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -19,16 +18,17 @@ HeadRange = tuple[int, int]  # first head and the one after the last
 class Communicator:
     """The ranks of a group, seen from one of them.
 
-    Attributes:
-        rank, size: this rank's number in the group, and how many there are.
-        sent: bytes handed to other ranks so far, by name of the move; shared with the wires of its grids.
-        heads: ranks that trade heads in the grid that was asked for, or None.
-        choices: which method serves which attention and why, where parallel.method=auto had to choose.
-        timeout: the longest wait in a collective of the groups that `grid` makes; None = torch's own.
+    Attributes: rank, size: this rank's number in the group, and how many there are. sent: bytes
+        handed to other ranks so far, by name of the move; shared with the wires of its grids.
+        heads: ranks that trade heads in the grid that was asked for, or None. choices: which method
+        serves which attention and why, where parallel.method=auto had to choose. timeout: the
+        longest wait in a collective of the groups that `grid` makes; None = torch's own.
     """
 
     def __init__(self, group: Any):
-        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
         self.bytes_sent: dict[str, int] = {}
         self.heads: int | None = None
         self.timeout: timedelta | None = None
@@ -39,17 +39,26 @@ class Communicator:
         """Make known a grid of this group's ranks: rank = ring rank x heads + heads rank."""
         grid = Communicator(heads_group), Communicator(ring_group)
         for side in grid:
-            side.sent = self.bytes_sent
-        assert (grid[1].rank, grid[0].rank) == divmod(self.rank, grid[0].size), "heads are the inner side of the grid"
+            side.bytes_sent = self.bytes_sent
+        assert (grid[1].rank, grid[0].rank) == divmod(self.rank, grid[0].size), (
+            "heads are the inner side of the grid"
+        )
         return self.grids.setdefault(grid[0].size, grid)
 
     def grid(self, heads: int) -> "Grid":
-        """(wire among the ranks that trade heads, wire of the ring); all ranks ask for the same grids in the same order."""
+        """(wire among the ranks that trade heads, wire of the ring); all ranks ask for the same
+        grids in the same order."""
         if heads not in self.grids:
-            first, inner = self.rank // heads * heads, self.rank % heads
+            first = self.rank // heads * heads
+            inner = self.rank % heads
             sides = range(first, first + heads), range(inner, self.size, heads)
             names = [[dist.get_global_rank(self.group, r) for r in side] for side in sides]
-            self.add_grid(*(dist.new_group(side, timeout=self.timeout, use_local_synchronization=True) for side in names))
+            self.add_grid(
+                *(
+                    dist.new_group(side, timeout=self.timeout, use_local_synchronization=True)
+                    for side in names
+                )
+            )
         return self.grids[heads]
 
     def count_bytes(self, move: str, size: int) -> None:
@@ -57,8 +66,11 @@ class Communicator:
         self.bytes_sent[move] = self.bytes_sent.get(move, 0) + size
 
     def ring_shift(self, tensors: Sequence[Tensor], name: str = "rotate") -> "Pending":
-        """Hand tensors to the next rank; what the rank before hands over has the same shapes. Starts, does not wait."""
-        to, source = (dist.get_global_rank(self.group, (self.rank + s) % self.size) for s in (1, -1))
+        """Hand tensors to the next rank; what the rank before hands over has the same shapes.
+        Starts, does not wait."""
+        to, source = (
+            dist.get_global_rank(self.group, (self.rank + s) % self.size) for s in (1, -1)
+        )
         out = [t.contiguous() for t in tensors]
         into = [torch.empty_like(t) for t in out]
         sends = [dist.P2POp(dist.isend, t, to, self.group) for t in out if t.numel()]
@@ -66,7 +78,9 @@ class Communicator:
         self.count_bytes(name, sum(t.numel() * t.element_size() for t in out))
         return Pending(dist.batch_isend_irecv([*sends, *takes]) if sends else [], into, out)
 
-    def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int], name: str = "exchange") -> list[Tensor]:
+    def all_to_all(
+        self, parts: Sequence[Tensor], sizes: Sequence[int], name: str = "exchange"
+    ) -> list[Tensor]:
         """Give parts[r] to rank r; flat results, the r-th with sizes[r] elements from rank r."""
         sending = torch.cat([p.reshape(-1) for p in parts])
         taken = sending.new_empty(sum(sizes))
@@ -76,8 +90,10 @@ class Communicator:
         return list(taken.split(list(sizes)))
 
     def send(self, tensors: Sequence[Tensor], to: int, name: str) -> "Pending":
-        """Hand tensors to one rank, which takes them in the same order. Starts; `wait` before the process leaves."""
-        out, whom = [t.contiguous() for t in tensors], dist.get_global_rank(self.group, to)
+        """Hand tensors to one rank, which takes them in the same order. Starts; `wait` before the
+        process leaves."""
+        out = [t.contiguous() for t in tensors]
+        whom = dist.get_global_rank(self.group, to)
         self.count_bytes(name, sum(t.numel() * t.element_size() for t in out))
         return Pending([dist.isend(t, whom, self.group) for t in out if t.numel()], [], out)
 
@@ -85,7 +101,9 @@ class Communicator:
         """What one rank hands over: tensors of these shapes and dtypes. Waits for them."""
         into = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in likes]
         whom = dist.get_global_rank(self.group, source)
-        return Pending([dist.irecv(t, whom, self.group) for t in into if t.numel()], into, []).wait()
+        return Pending(
+            [dist.irecv(t, whom, self.group) for t in into if t.numel()], into, []
+        ).wait()
 
 
 Grid = tuple[Communicator, Communicator]  # the ranks that trade heads, and those of the ring
@@ -95,7 +113,9 @@ class Pending:
     """Tensors under way; `wait` gives them. What was sent is kept alive until then."""
 
     def __init__(self, works: Sequence[Any], into: list[Tensor], kept: list[Tensor]):
-        self.works, self.into, self.kept = works, into, kept
+        self.works = works
+        self.into = into
+        self.kept = kept
 
     def wait(self) -> list[Tensor]:
         for work in self.works:
@@ -103,18 +123,37 @@ class Pending:
         return self.into
 
 
-def _seq_to_heads(x: Tensor, communicator: Communicator, dim: int | None, shares: Sequence[HeadRange], *, move: str) -> Tensor:
-    """[B, c, .., H, ..] -> [B, P c, .., own share, ..]: to each rank its heads, from each rank its tokens."""
+def _seq_to_heads(
+    x: Tensor,
+    communicator: Communicator,
+    dim: int | None,
+    shares: Sequence[HeadRange],
+    *,
+    move: str,
+) -> Tensor:
+    """[B, c, .., H, ..] -> [B, P c, .., own share, ..]: to each rank its heads, from each rank its
+    tokens."""
     parts = [x if dim is None else x.narrow(dim, a, b - a) for a, b in shares]
     shape = list(x.shape)
     if dim is not None:
         shape[dim] = shares[communicator.rank][1] - shares[communicator.rank][0]
     size = torch.Size(shape).numel()
-    return torch.cat([p.view(shape) for p in communicator.all_to_all(parts, [size] * communicator.size, move)], 1)
+    return torch.cat(
+        [p.view(shape) for p in communicator.all_to_all(parts, [size] * communicator.size, move)], 1
+    )
 
 
-def _heads_to_seq(x: Tensor, communicator: Communicator, dim: int | None, shares: Sequence[HeadRange], whole: torch.Size, *, move: str) -> Tensor:
-    """The adjoint of `_deal`: tokens go home, and where shares overlap what comes back is summed, wide."""
+def _heads_to_seq(
+    x: Tensor,
+    communicator: Communicator,
+    dim: int | None,
+    shares: Sequence[HeadRange],
+    whole: torch.Size,
+    *,
+    move: str,
+) -> Tensor:
+    """The adjoint of `_deal`: tokens go home, and where shares overlap what comes back is summed,
+    wide."""
     shapes = []
     for a, b in shares:
         shape = list(whole)
@@ -123,7 +162,9 @@ def _heads_to_seq(x: Tensor, communicator: Communicator, dim: int | None, shares
         shapes.append(torch.Size(shape))
     wide = torch.promote_types(x.dtype, torch.float32)
     total = x.new_zeros(whole, dtype=wide)
-    parts = communicator.all_to_all(x.chunk(communicator.size, 1), [s.numel() for s in shapes], move)
+    parts = communicator.all_to_all(
+        x.chunk(communicator.size, 1), [s.numel() for s in shapes], move
+    )
     for (a, b), shape, part in zip(shares, shapes, parts):
         (total if dim is None else total.narrow(dim, a, b - a)).add_(part.view(shape))
     return total.to(x.dtype)
@@ -131,7 +172,13 @@ def _heads_to_seq(x: Tensor, communicator: Communicator, dim: int | None, shares
 
 class _SeqToHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, communicator: Communicator, dim: int | None, shares: Sequence[HeadRange]) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        communicator: Communicator,
+        dim: int | None,
+        shares: Sequence[HeadRange],
+    ) -> Tensor:
         ctx.args = communicator, dim, shares, x.shape
         return _seq_to_heads(x, communicator, dim, shares, move="deal")
 
@@ -142,10 +189,13 @@ class _SeqToHeads(torch.autograd.Function):
 
 class _HeadsToSeq(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, communicator: Communicator, dim: int, shares: Sequence[HeadRange]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, communicator: Communicator, dim: int, shares: Sequence[HeadRange]
+    ) -> Tensor:
         ctx.args = communicator, dim, shares
         shape = list(x.shape)
-        shape[1], shape[dim] = x.shape[1] // communicator.size, shares[-1][1]
+        shape[1] = x.shape[1] // communicator.size
+        shape[dim] = shares[-1][1]
         return _heads_to_seq(x, communicator, dim, shares, torch.Size(shape), move="collect")
 
     @staticmethod
@@ -153,7 +203,9 @@ class _HeadsToSeq(torch.autograd.Function):
         return _seq_to_heads(grad, *ctx.args, move="collect backward"), None, None, None
 
 
-def seq_to_heads(x: Tensor, communicator: Communicator, dim: int | None, shares: Sequence[HeadRange]) -> Tensor:
+def seq_to_heads(
+    x: Tensor, communicator: Communicator, dim: int | None, shares: Sequence[HeadRange]
+) -> Tensor:
     """Trade heads for tokens: [B, c, .., H, ..] -> [B, P c, .., h, ..], ranks' tokens end to end.
 
     Args:
@@ -163,13 +215,19 @@ def seq_to_heads(x: Tensor, communicator: Communicator, dim: int | None, shares:
     return _SeqToHeads.apply(x, communicator, dim, shares)
 
 
-def heads_to_seq(x: Tensor, communicator: Communicator, dim: int, shares: Sequence[HeadRange]) -> Tensor:
-    """Trade tokens for heads, the way back: [B, P c, .., h, ..] -> [B, c, .., H, ..]; shares must not overlap."""
+def heads_to_seq(
+    x: Tensor, communicator: Communicator, dim: int, shares: Sequence[HeadRange]
+) -> Tensor:
+    """Trade tokens for heads, the way back: [B, P c, .., h, ..] -> [B, c, .., H, ..]; shares must
+    not overlap."""
     return _HeadsToSeq.apply(x, communicator, dim, shares)
 
 
-def all_to_all_rows(x: Tensor, communicator: Communicator, given: Sequence[int], taken: Sequence[int], name: str) -> Tensor:
-    """[sum(given), ...] -> [sum(taken), ...]: the first given[0] entries to rank 0, and so on; taken[r] come from rank r.
+def all_to_all_rows(
+    x: Tensor, communicator: Communicator, given: Sequence[int], taken: Sequence[int], name: str
+) -> Tensor:
+    """[sum(given), ...] -> [sum(taken), ...]: the first given[0] entries to rank 0, and so on;
+    taken[r] come from rank r.
 
     Args:
         given, taken: numbers of entries; what this rank gives to r is what r takes from it.
@@ -180,17 +238,34 @@ def all_to_all_rows(x: Tensor, communicator: Communicator, given: Sequence[int],
 
 class _AllToAllRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, communicator: Communicator, given: tuple[int, ...], taken: tuple[int, ...], name: str) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        communicator: Communicator,
+        given: tuple[int, ...],
+        taken: tuple[int, ...],
+        name: str,
+    ) -> Tensor:
         ctx.args = communicator, given, taken, name
         return _all_to_all_rows(x, communicator, given, taken, name)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
         communicator, given, taken, name = ctx.args
-        return _all_to_all_rows(grad, communicator, taken, given, f"{name} backward"), None, None, None, None
+        return (
+            _all_to_all_rows(grad, communicator, taken, given, f"{name} backward"),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
-def _all_to_all_rows(x: Tensor, communicator: Communicator, given: tuple[int, ...], taken: tuple[int, ...], name: str) -> Tensor:
+def _all_to_all_rows(
+    x: Tensor, communicator: Communicator, given: tuple[int, ...], taken: tuple[int, ...], name: str
+) -> Tensor:
     each = x.shape[1:].numel()
-    parts = communicator.all_to_all(x.contiguous().split(list(given)), [n * each for n in taken], name)
+    parts = communicator.all_to_all(
+        x.contiguous().split(list(given)), [n * each for n in taken], name
+    )
     return torch.cat(parts).view(sum(taken), *x.shape[1:])

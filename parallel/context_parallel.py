@@ -1,4 +1,5 @@
-"""Spread a model's sequence, and its experts, over ranks by swapping leaves for drivers: one table from kind to driver."""
+"""Spread a model's sequence, and its experts, over ranks by swapping leaves for drivers: one table
+from kind to driver."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,14 +32,16 @@ from parallel.drivers.softmax_ring import Ring
 from parallel.drivers.softmax_ulysses import Ulysses
 from parallel.drivers.softmax_usp import Usp
 
-METHODS: dict[str, Callable[..., nn.Module]] = {  # parallel.method: (leaf, wire) -> who drives a Softmax
+METHODS: dict[
+    str, Callable[..., nn.Module]
+] = {  # parallel.method: (leaf, wire) -> who drives a Softmax
     "ring": Ring,
-    "heads": Ulysses,
-    "fetch": AllGather,
+    "ulysses": Ulysses,
+    "allgather": AllGather,
     "usp": lambda leaf, communicator: Usp(leaf, communicator.grid(communicator.heads)),
 }
 
-TRADING = "heads", "usp"  # methods that need queries with heads
+TRADING = "ulysses", "usp"  # methods that need queries with heads
 
 
 def _softmax(leaf: Softmax, communicator: Communicator, method: str) -> nn.Module:
@@ -59,8 +62,9 @@ DRIVERS: Drivers = {  # kind -> (leaf, wire, method) -> driver
     SequentialScan: lambda leaf, communicator, method: Wavefront(leaf, communicator),
 }
 
-# What a compiler does not look into: exchanges and plans, which are Python over lengths that change from step to step, and
-# kernels, which are compiled already. Between them it meets plain arithmetic on tensors of one shape.
+# What a compiler does not look into: exchanges and plans, which are Python over lengths that change
+# from step to step, and kernels, which are compiled already. Between them it meets plain arithmetic
+# on tensors of one shape.
 OPAQUE: tuple[type[nn.Module], ...] = (
     *DRIVERS, ExpertDispatch, Auto, ChannelAllToAll, ShardedCompressive, AllGather, Halo, Wavefront, Ulysses, StatePassing, ShardedKNN, Ring, ShardedSegmentSum, ShardedBlockTopK,
     ExpertAllToAll, Usp,
@@ -68,22 +72,29 @@ OPAQUE: tuple[type[nn.Module], ...] = (
 
 
 def refusals(model: nn.Module, method: str) -> list[str]:
-    """Why a model cannot be shared by this method: one sentence for each layer that has no exact form under it."""
+    """Why a model cannot be shared by this method: one sentence for each layer that has no exact
+    form under it."""
     inside = sequential_modules(model)  # computed by one rank at a time
-    leaves = [(name, leaf) for name, leaf in model.named_modules() if isinstance(leaf, Softmax) and leaf not in inside]
+    leaves = [
+        (name, leaf)
+        for name, leaf in model.named_modules()
+        if isinstance(leaf, Softmax) and leaf not in inside
+    ]
     return misfits(model) + [
-        f"parallel.method={method} trades heads, but the queries of {name or 'this attention'} have none; use ring or fetch"
+        f"parallel.method={method} trades heads, but the queries of {name or 'this attention'} have"
+        " none; use ring or allgather"
         for name, leaf in leaves
         if method in TRADING and leaf.score.query_heads[0] is None
     ]
 
 
 def unreachable(model: nn.Module) -> list[str]:
-    """Why experts cannot lie over ranks: a sentence for each layer that ranks pass through unequal numbers of times."""
+    """Why experts cannot lie over ranks: a sentence for each layer that ranks pass through unequal
+    numbers of times."""
     inside = sequential_modules(model)
     return [
-        f"{name.rpartition('.')[0]} has experts, and memory passes through it segment by segment, as many times as documents "
-        "have segments: ranks would not meet; use parallel.experts=1"
+        f"{name.rpartition('.')[0]} has experts, and memory passes through it segment by segment,"
+        " as many times as documents have segments: ranks would not meet; use parallel.experts=1"
         for name, leaf in model.named_modules()
         if isinstance(leaf, ExpertDispatch) and leaf in inside
     ]
@@ -103,19 +114,26 @@ def apply_context_parallel(
     Args:
         model: any module of models/, built as for one device.
         group: the ranks that share one sequence; None where none is shared, and only experts are.
-        method: which driver serves a Softmax; auto: each gets the one that sends least, see `Wire.choices`.
-        grid: groups (of ranks that trade heads, of the ring), as a Mesh has them; what usp needs and auto may use.
+        method: which driver serves a Softmax; auto: each gets the one that sends least, see
+            `Wire.choices`.
+        grid: groups (of ranks that trade heads, of the ring), as a Mesh has them; what usp needs
+            and auto may use.
         heads: ranks that trade heads, where no grid of groups is at hand: the groups are made here.
-        experts: the ranks that hold all experts between them, rank by rank in order; None: each holds all of them.
+        experts: the ranks that hold all experts between them, rank by rank in order; None: each
+            holds all of them.
 
     Returns:
         The wire that all drivers send over; it counts the bytes, those to experts too.
 
     Raises:
-        ValueError: no method of that name, usp without a grid, or what `refusals` and `unreachable` say.
+        ValueError: no method of that name, usp without a grid, or what `refusals` and `unreachable`
+            say.
     """
     if method != "auto" and method not in METHODS:
-        raise ValueError(f"parallel.method={method} is none that there is; choose one of auto, {', '.join(METHODS)}")
+        raise ValueError(
+            f"parallel.method={method} is none that there is; choose one of auto,"
+            f" {', '.join(METHODS)}"
+        )
     if group is not None and (reasons := refusals(model, method)):
         raise ValueError("\n".join(reasons))
     if experts is not None and (reasons := unreachable(model)):
@@ -125,18 +143,29 @@ def apply_context_parallel(
         communicator.add_grid(*grid)
     communicator.heads = next(iter(communicator.grids), heads)
     if group is not None and method == "usp" and communicator.heads is None:
-        raise ValueError("parallel.method=usp needs parallel.ulysses and parallel.ring; give both, or use parallel.method=auto")
+        raise ValueError(
+            "parallel.method=usp needs parallel.ulysses and parallel.ring; give both, or use"
+            " parallel.method=auto"
+        )
     if experts is not None:
         roads = Communicator(experts)
-        roads.sent = communicator.bytes_sent
-        _swap_drivers(model, {ExpertDispatch: lambda leaf, communicator, method: ExpertAllToAll(leaf, roads)}, communicator, method)
+        roads.bytes_sent = communicator.bytes_sent
+        _swap_drivers(
+            model,
+            {ExpertDispatch: lambda leaf, communicator, method: ExpertAllToAll(leaf, roads)},
+            communicator,
+            method,
+        )
     if group is not None:
         _swap_drivers(model, DRIVERS, communicator, method)
     return communicator
 
 
-def _swap_drivers(model: nn.Module, drivers: Drivers, communicator: Communicator, method: str) -> None:
-    """Put the driver of its kind in the place of every leaf, but for what runs inside the steps of a Relay."""
+def _swap_drivers(
+    model: nn.Module, drivers: Drivers, communicator: Communicator, method: str
+) -> None:
+    """Put the driver of its kind in the place of every leaf, but for what runs inside the steps of
+    a Relay."""
     inside = sequential_modules(model)
     for path, parent in list(model.named_modules()):
         for name, leaf in list(parent.named_children()) if parent not in inside else ():

@@ -1,7 +1,9 @@
-"""How one row of tokens is cut over ranks: per rank an ordered list of runs of the global token axis.
+"""How one row of tokens is cut over ranks: per rank an ordered list of runs of the global token
+axis.
 
-A pure function of (length, ranks, policy, documents): every rank works it out for itself, nobody sends it. Any length works:
-the axis is filled up with padding until every rank holds the same number of tokens, and nothing is ever truncated.
+A pure function of (length, ranks, policy, documents): every rank works it out for itself, nobody
+sends it. Any length works: the axis is filled up with padding until every rank holds the same
+number of tokens, and nothing is ever truncated.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,23 +47,34 @@ class Layout:
         return self.each * self.ranks
 
     def split(self, parts: int) -> "Layout":
-        """Cut what each rank holds, in the order of its memory, over `parts` ranks that follow one another."""
+        """Cut what each rank holds, in the order of its memory, over `parts` ranks that follow one
+        another."""
         if parts == 1:
             return self
         each = self.each // parts
         assert each * parts == self.each, "the policy was not told of the step"
-        return Layout(tuple(_slice(runs, i * each, each) for runs in self.runs for i in range(parts)), self.tokens)
+        return Layout(
+            tuple(_slice(runs, i * each, each) for runs in self.runs for i in range(parts)),
+            self.tokens,
+        )
 
     def grouped(self, parts: int) -> "Layout":
         """The way back: what each `parts` ranks that follow one another hold together."""
         groups = range(0, self.ranks, parts)
-        return Layout(tuple(tuple(_joined(sum(self.runs[g : g + parts], ()))) for g in groups), self.tokens)
+        return Layout(
+            tuple(tuple(_joined(sum(self.runs[g : g + parts], ()))) for g in groups), self.tokens
+        )
 
     def join(self, other: "Layout") -> "Layout":
-        """Two rows as one: this one's tokens, then the other's, then the padding of both; a rank holds both its parts."""
-        middle, end = self.tokens, self.tokens + other.tokens
+        """Two rows as one: this one's tokens, then the other's, then the padding of both; a rank
+        holds both its parts."""
+        middle = self.tokens
+        end = self.tokens + other.tokens
         runs = (
-            (*_placed(a, self.tokens, 0, end), *_placed(b, other.tokens, middle, end + self.length - self.tokens))
+            (
+                *_placed(a, self.tokens, 0, end),
+                *_placed(b, other.tokens, middle, end + self.length - self.tokens),
+            )
             for a, b in zip(self.runs, other.runs, strict=True)
         )
         return Layout(tuple(runs), end)
@@ -71,7 +84,8 @@ class Layout:
         return torch.cat([torch.arange(start, stop) for start, stop in self.runs[rank]])
 
     def order(self) -> Tensor:
-        """[length] int64: where, in the ranks' tokens laid end to end, each global token is found."""
+        """[length] int64: where, in the ranks' tokens laid end to end, each global token is
+        found."""
         return torch.cat([self.index(rank) for rank in range(self.ranks)]).argsort()
 
     def shard(self, x: Tensor, rank: int, fill: float) -> Tensor:
@@ -94,7 +108,8 @@ def contiguous(tokens: int, ranks: int, step: int = 1) -> Layout:
 
 
 def zigzag(tokens: int, ranks: int, step: int = 1) -> Layout:
-    """Rank r of N holds stretches r and 2N-1-r of 2N, so that under a causal mask all ranks see as many keys.
+    """Rank r of N holds stretches r and 2N-1-r of 2N, so that under a causal mask all ranks see as
+    many keys.
 
     Source: Zhu 2024, ring-flash-attention; Llama 3 (arXiv:2407.21783, section 3.3.2).
     """
@@ -120,7 +135,8 @@ def _slice(runs: Sequence[Run], skip: int, size: int) -> tuple[Run, ...]:
     """The runs of `size` tokens after the first `skip`."""
     out: list[Run] = []
     for start, stop in runs:
-        a, b = start + min(skip, stop - start), stop
+        a = start + min(skip, stop - start)
+        b = stop
         skip -= a - start
         b = min(b, a + size)
         size -= b - a
@@ -155,22 +171,29 @@ def _joined(runs: Sequence[Run]) -> list[Run]:
     return out
 
 
-POLICIES: dict[str, Callable[..., Layout]] = {"contiguous": contiguous, "zigzag": zigzag, "balanced": balanced}
+POLICIES: dict[str, Callable[..., Layout]] = {
+    "contiguous": contiguous,
+    "zigzag": zigzag,
+    "balanced": balanced,
+}
 
 
 def _policy(policy: str) -> Callable[..., Layout]:
     if policy not in POLICIES:
-        raise ValueError(f"parallel.layout={policy} is none that there is; choose one of {', '.join(POLICIES)}")
+        raise ValueError(
+            f"parallel.layout={policy} is none that there is; choose one of {', '.join(POLICIES)}"
+        )
     return POLICIES[policy]
 
 
 @lru_cache(maxsize=64)
 def layout(policy: str, tokens: int, ranks: int, heads: int = 1) -> Layout:
-    """The layout of that name for any row; `balanced` takes the row for one causal document, see `layouts`.
+    """The layout of that name for any row; `balanced` takes the row for one causal document, see
+    `layouts`.
 
     Args:
-        heads: ranks among which heads are divided (USP): the row is cut over the ranks / heads of the ring, and each
-            of those parts once more over the ranks that trade heads.
+        heads: ranks among which heads are divided (USP): the row is cut over the ranks / heads of
+            the ring, and each of those parts once more over the ranks that trade heads.
 
     Raises:
         ValueError: no layout of that name, or heads that do not divide the ranks.
@@ -178,8 +201,11 @@ def layout(policy: str, tokens: int, ranks: int, heads: int = 1) -> Layout:
     return _gridded(_policy(policy), tokens, ranks, heads)
 
 
-def layouts(policy: str, span: Span, ranks: int, *, heads: int = 1, mask: Mask | None = None) -> list[Layout]:
-    """What `cut_span` takes for these rows: one layout for all, or under `balanced` one for each row.
+def layouts(
+    policy: str, span: Span, ranks: int, *, heads: int = 1, mask: Mask | None = None
+) -> list[Layout]:
+    """What `cut_span` takes for these rows: one layout for all, or under `balanced` one for each
+    row.
 
     Args:
         span: [B, T] addresses of the whole rows, the same on every rank.
@@ -191,7 +217,12 @@ def layouts(policy: str, span: Span, ranks: int, *, heads: int = 1, mask: Mask |
     return [_gridded(balanced, span.shape[1], ranks, heads, keys=row) for row in keys]
 
 
-def _gridded(policy: Callable[..., Layout], tokens: int, ranks: int, heads: int, **rest: Tensor) -> Layout:
+def _gridded(
+    policy: Callable[..., Layout], tokens: int, ranks: int, heads: int, **rest: Tensor
+) -> Layout:
     if ranks % heads:
-        raise ValueError(f"parallel.ulysses={heads} does not divide the {ranks} ranks that share a sequence; use a divisor")
+        raise ValueError(
+            f"parallel.ulysses={heads} does not divide the {ranks} ranks that share a sequence; use"
+            " a divisor"
+        )
     return policy(tokens, ranks // heads, heads, **rest).split(heads)

@@ -1,9 +1,12 @@
-"""Which ranks share a sequence, which read other data, which share experts, and the meshes that parameters lie on.
+"""Which ranks share a sequence, which read other data, which share experts, and the meshes that
+parameters lie on.
 
-Global ranks are numbered data-major: with `context` = 4, ranks 0-3 share the rows of data rank 0, ranks 4-7 those of
-data rank 1. Under USP a context group is itself a grid, heads innermost (so that the all-to-all stays inside a node):
-context rank = ring rank x heads + heads rank. Neighbours share experts (their all-to-all too should stay inside a node)
-whatever else they share: with `experts` = 2, ranks 0 and 1 hold all experts between them, and so do ranks 2 and 3.
+Global ranks are numbered data-major: with `context` = 4, ranks 0-3 share the rows of data rank 0,
+ranks 4-7 those of data rank 1. Under USP a context group is itself a grid, heads innermost (so that
+the all-to-all stays inside a node): context rank = ring rank x heads + heads rank. Neighbours share
+experts (their all-to-all too should stay inside a node)
+whatever else they share: with `experts` = 2, ranks 0 and 1 hold all experts between them, and so do
+ranks 2 and 3.
 """
 
 from dataclasses import dataclass, replace
@@ -18,17 +21,20 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 class Mesh:
     """This rank's place, and every group it belongs to; created once, handed on as an argument.
 
-    Attributes:
-        rank, size: among all ranks; data_rank, data_size: among groups that read different rows;
-        context_rank, context_size: among the ranks that share a row.
-        context_group, data_group, world_group: None only where torch.distributed was never started (`alone`).
-        device_mesh: all ranks of data x context, what FSDP2 shards over: one axis, or (replicas, shards) where the
+    Attributes: rank, size: among all ranks; data_rank, data_size: among groups that read different
+        rows; context_rank, context_size: among the ranks that share a row. context_group,
+        data_group, world_group: None only where torch.distributed was never started (`alone`).
+        device_mesh: all ranks of data x context, what FSDP2 shards over: one axis, or (replicas,
+        shards) where the
             parameters are held several times (HSDP). None under `alone`.
-        heads_group, ring_group: the two sides of the context group's grid; None unless they were asked for.
+        heads_group, ring_group: the two sides of the context group's grid; None unless they were
+            asked for.
         experts_rank, experts_size: among the ranks that hold all experts between them.
-        experts_group: those ranks; experts_data_group: the ranks that hold the same experts. None unless experts are shared.
-        experts_mesh: axes (shards, experts), or (replicas, shards, experts): what stacks of experts lie on. Ranks that
-            differ in `experts` hold other experts, the others copies or shards of the same. None as the groups.
+        experts_group: those ranks; experts_data_group: the ranks that hold the same experts. None
+            unless experts are shared.
+        experts_mesh: axes (shards, experts), or (replicas, shards, experts): what stacks of experts
+            lie on. Ranks that differ in `experts` hold other experts, the others copies or shards
+            of the same. None as the groups.
         device: where this rank computes.
     """
 
@@ -71,46 +77,58 @@ def validate_shape(
     experts: int = 1,
     replicas: int = 1,
 ) -> None:
-    """Refuse a mesh that the ranks cannot form; pure, so that the config check can ask before any rank starts.
+    """Refuse a mesh that the ranks cannot form; pure, so that the config check can ask before any
+    rank starts.
 
     Raises:
-        ValueError: a size below 1, context x data other than the ranks, heads without ring or the other way round,
-            heads x ring other than context, and what `misfits` says.
+        ValueError: a size below 1, context x data other than the ranks, heads without ring or the
+            other way round, heads x ring other than context, and what `misfits` says.
     """
-    asked = {"parallel.context": context, "parallel.data": data, "parallel.ulysses": heads, "parallel.ring": ring}
+    asked = {
+        "parallel.context": context,
+        "parallel.data": data,
+        "parallel.ulysses": heads,
+        "parallel.ring": ring,
+    }
     for name, count in {**asked, "parallel.experts": experts, "engine.replicate": replicas}.items():
         if count is not None and count < 1:
             raise ValueError(f"{name}={count} is no number of ranks; it must be at least 1")
     if context * data != size:
         raise ValueError(
-            f"parallel.context={context} x parallel.data={data} asks for {context * data} ranks, but {size} were "
-            f"started; start {context * data} ranks or change one of the two"
+            f"parallel.context={context} x parallel.data={data} asks for {context * data} ranks,"
+            f" but {size} were started; start {context * data} ranks or change one of the two"
         )
     if (heads is None) != (ring is None):
         given, missing = ("heads", "ring") if ring is None else ("ring", "heads")
-        raise ValueError(f"parallel.{given} is given without parallel.{missing}; usp needs both (or give neither)")
+        raise ValueError(
+            f"parallel.{given} is given without parallel.{missing}; usp needs both (or give"
+            " neither)"
+        )
     if heads is not None and ring is not None and heads * ring != context:
         raise ValueError(
-            f"parallel.ulysses={heads} x parallel.ring={ring} is {heads * ring}, but parallel.context={context}; "
-            "their product must be the number of ranks that share a sequence"
+            f"parallel.ulysses={heads} x parallel.ring={ring} is {heads * ring}, but"
+            f" parallel.context={context}; their product must be the number of ranks that share a"
+            " sequence"
         )
     if reasons := shape_errors(size, experts, replicas):
         raise ValueError("\n".join(reasons))
 
 
 def shape_errors(size: int, experts: int, replicas: int) -> list[str]:
-    """Why `size` ranks cannot share experts, or hold replicas, so many at a time: a sentence each; empty where they can."""
+    """Why `size` ranks cannot share experts, or hold replicas, so many at a time: a sentence each;
+    empty where they can."""
     found = [
-        f"{name}={wish} does not divide the number of ranks, {size} (parallel.context x parallel.data); "
-        f"use {name}={nearest_divisor(size, wish)}, or other ranks"
+        f"{name}={wish} does not divide the number of ranks, {size} (parallel.context x"
+        f" parallel.data); use {name}={nearest_divisor(size, wish)}, or other ranks"
         for name, wish in (("parallel.experts", experts), ("engine.replicate", replicas))
         if size % wish
     ]
     shards = size // replicas
     if not found and shards % experts and experts % shards:
         found.append(
-            f"parallel.experts={experts} and engine.replicate={replicas} do not fit: {shards} ranks hold a replica, and "
-            f"neither number of ranks divides the other; use parallel.experts={nearest_divisor(shards, experts)}, or engine.replicate=1"
+            f"parallel.experts={experts} and engine.replicate={replicas} do not fit: {shards} ranks"
+            " hold a replica, and neither number of ranks divides the other; use"
+            f" parallel.experts={nearest_divisor(shards, experts)}, or engine.replicate=1"
         )
     return found
 
@@ -130,7 +148,8 @@ def build_mesh(
     replicas: int = 1,
     device: torch.device | str = "cpu",
 ) -> Mesh:
-    """Create the groups of a run; every rank calls it once, after torch.distributed was initialised.
+    """Create the groups of a run; every rank calls it once, after torch.distributed was
+    initialised.
 
     Args:
         context: ranks that share one sequence. data: groups that read different rows.
@@ -148,7 +167,9 @@ def build_mesh(
     plane = init_device_mesh(device.type, (data, context), mesh_dim_names=("data", "context"))
     flat = world
     if replicas > 1:
-        flat = init_device_mesh(device.type, (replicas, size // replicas), mesh_dim_names=("replicas", "shards"))
+        flat = init_device_mesh(
+            device.type, (replicas, size // replicas), mesh_dim_names=("replicas", "shards")
+        )
     mesh = Mesh(
         rank=dist.get_rank(),
         size=size,
@@ -169,7 +190,8 @@ def build_mesh(
 
 def _gridded(mesh: Mesh, heads: int, ring: int) -> Mesh:
     """The same mesh with the two sides of its context group's grid."""
-    shape, names = (mesh.data_size, ring, heads), ("data", "ring", "heads")
+    shape = (mesh.data_size, ring, heads)
+    names = ("data", "ring", "heads")
     grid = init_device_mesh(mesh.device.type, shape, mesh_dim_names=names)
     return replace(
         mesh,
@@ -184,11 +206,15 @@ def _gridded(mesh: Mesh, heads: int, ring: int) -> Mesh:
 
 def _expert(mesh: Mesh, experts: int, replicas: int) -> Mesh:
     """The same mesh with the groups of expert parallelism."""
-    grid = init_device_mesh(mesh.device.type, (mesh.size // experts, experts), mesh_dim_names=("shards", "experts"))
+    grid = init_device_mesh(
+        mesh.device.type, (mesh.size // experts, experts), mesh_dim_names=("shards", "experts")
+    )
     across = grid
     if replicas > 1:
         names = ("replicas", "shards", "experts")
-        across = init_device_mesh(mesh.device.type, expert_axes(mesh.size, experts, replicas), mesh_dim_names=names)
+        across = init_device_mesh(
+            mesh.device.type, expert_axes(mesh.size, experts, replicas), mesh_dim_names=names
+        )
     return replace(
         mesh,
         experts_rank=grid.get_local_rank("experts"),
@@ -200,9 +226,11 @@ def _expert(mesh: Mesh, experts: int, replicas: int) -> Mesh:
 
 
 def expert_axes(size: int, experts: int, replicas: int) -> tuple[int, int, int]:
-    """Ranks along (replicas, shards, experts): of the ranks that hold the same experts, those of one replica shard them.
+    """Ranks along (replicas, shards, experts): of the ranks that hold the same experts, those of
+    one replica shard them.
 
-    A replica of fewer ranks than `experts` holds a part of them only; then an expert is not sharded, only copied.
+    A replica of fewer ranks than `experts` holds a part of them only; then an expert is not
+    sharded, only copied.
     """
     shards = max(1, size // replicas // experts)
     return size // experts // shards, shards, experts

@@ -1,6 +1,8 @@
-"""A micro-batch cut over the ranks that share it: who holds what, and the addresses of everybody's tokens.
+"""A micro-batch cut over the ranks that share it: who holds what, and the addresses of everybody's
+tokens.
 
-A Span carries its Cut through the model untouched; drivers read it there, so no driver holds the state of a step.
+A Span carries its Cut through the model untouched; drivers read it there, so no driver holds the
+state of a step.
 """
 
 from collections.abc import Sequence
@@ -17,14 +19,12 @@ from parallel.layout import Layout
 class SequenceSharding:
     """How the rows at hand lie over ranks.
 
-    Attributes:
-        layouts: one for each row, or a single one for all rows; all give every rank equally many tokens.
-        rank: which part is held here.
-        spans: every rank's addresses, in rank order.
-        whole: the addresses of the whole rows, in global order, padding at the end.
-        kept: what drivers worked out from these addresses, for other layers and the backward pass.
-        parts: the two cuts that this one was joined of, or none.
-        role: which all tokens were cast into, or None.
+    Attributes: layouts: one for each row, or a single one for all rows; all give every rank equally
+        many tokens. rank: which part is held here. spans: every rank's addresses, in rank order.
+        whole: the addresses of the whole rows, in global order, padding at the end. kept: what
+        drivers worked out from these addresses, for other layers and the backward pass. parts: the
+        two cuts that this one was joined of, or none. role: which all tokens were cast into, or
+        None.
     """
 
     layouts: tuple[Layout, ...]
@@ -61,28 +61,47 @@ class SequenceSharding:
         return index.expand(rows, -1)
 
     def grouped(self, parts: int) -> "RankGroup":
-        """This cut as `parts` neighbouring ranks see it once they have put their tokens together."""
+        """This cut as `parts` neighbouring ranks see it once they have put their tokens
+        together."""
         if ("group", parts) not in self.kept:
-            spans = tuple(_concatenated(self.spans[i : i + parts]) for i in range(0, self.ranks, parts))
-            layouts, rank = tuple(row.grouped(parts) for row in self.layouts), self.rank // parts
+            spans = tuple(
+                _concatenated(self.spans[i : i + parts]) for i in range(0, self.ranks, parts)
+            )
+            layouts = tuple(row.grouped(parts) for row in self.layouts)
+            rank = self.rank // parts
             cut = SequenceSharding(layouts, rank, spans, self.whole)
             self.kept["group", parts] = RankGroup(replace(spans[rank], sharding=cut, plans={}))
         return self.kept["group", parts]
 
     def join(self, other: "SequenceSharding") -> "SequenceSharding":
-        """Two rows over the same ranks as one, this one's tokens first; a rank holds its part of each, end to end."""
+        """Two rows over the same ranks as one, this one's tokens first; a rank holds its part of
+        each, end to end."""
         rows = max(len(self.layouts), len(other.layouts))
         mine, theirs = (c.layouts * (rows // len(c.layouts)) for c in (self, other))
         spans = tuple(_concatenated(both) for both in zip(self.spans, other.spans, strict=True))
-        cut = SequenceSharding(tuple(a.join(b) for a, b in zip(mine, theirs, strict=True)), self.rank, spans, self.whole)
-        return replace(cut, whole=_concatenated(spans).map(cut.to_global_order), parts=(self, other))
+        cut = SequenceSharding(
+            tuple(a.join(b) for a, b in zip(mine, theirs, strict=True)),
+            self.rank,
+            spans,
+            self.whole,
+        )
+        return replace(
+            cut, whole=_concatenated(spans).map(cut.to_global_order), parts=(self, other)
+        )
 
     def cast(self, role: int) -> "SequenceSharding":
         """The same cut of tokens that all have this role."""
-        return replace(self, spans=tuple(s.cast(role) for s in self.spans), whole=self.whole.cast(role), role=role, kept={})
+        return replace(
+            self,
+            spans=tuple(s.cast(role) for s in self.spans),
+            whole=self.whole.cast(role),
+            role=role,
+            kept={},
+        )
 
     def line(self, first: int) -> tuple[Span, ...]:
-        """Every rank's addresses, were each row one document that begins at `first`, behind what was read before it."""
+        """Every rank's addresses, were each row one document that begins at `first`, behind what
+        was read before it."""
         if self.parts:
             return tuple(a.join(b) for a, b in zip(*(part.line(first) for part in self.parts)))
         tokens = self.layouts[0].tokens
@@ -92,7 +111,11 @@ class SequenceSharding:
 
     def before(self) -> int:
         """Tokens that were read before the row."""
-        return sum(part.before() for part in self.parts) if self.parts else self.layouts[0].tokens * (self.role == READ)
+        return (
+            sum(part.before() for part in self.parts)
+            if self.parts
+            else self.layouts[0].tokens * (self.role == READ)
+        )
 
     def shard(self, x: Tensor, fill: float) -> Tensor:
         """[B, tokens, ...] -> [B, each, ...]: the part of this rank."""
@@ -101,12 +124,14 @@ class SequenceSharding:
 
 @dataclass(frozen=True)
 class RankGroup:
-    """Neighbouring ranks that hold their tokens together, end to end; `whole` carries the cut among such groups."""
+    """Neighbouring ranks that hold their tokens together, end to end; `whole` carries the cut among
+    such groups."""
 
     whole: Span
 
     def to_global_order(self, x: Tensor) -> Tensor:
-        """[B, tokens, ...] as it is: the order of the group is that of its ranks laid end to end."""
+        """[B, tokens, ...] as it is: the order of the group is that of its ranks laid end to
+        end."""
         return x
 
     to_rank_order = to_global_order
@@ -127,7 +152,9 @@ def _pick(x: Tensor, index: Tensor) -> Tensor:
 def _shard(layouts: Sequence[Layout], x: Tensor, rank: int, fill: float) -> Tensor:
     if len(layouts) == 1:
         return layouts[0].shard(x.transpose(0, 1), rank, fill).transpose(0, 1)
-    return torch.stack([layout.shard(row, rank, fill) for layout, row in zip(layouts, x, strict=True)])
+    return torch.stack(
+        [layout.shard(row, rank, fill) for layout, row in zip(layouts, x, strict=True)]
+    )
 
 
 def shard_span(span: Span, layouts: Sequence[Layout], rank: int) -> Span:
@@ -140,7 +167,8 @@ def shard_span(span: Span, layouts: Sequence[Layout], rank: int) -> Span:
     parts = []
     for other in range(layouts[0].ranks):
         pos, doc, role = (
-            _shard(layouts, x, other, fill) for x, fill in ((span.pos, 0), (span.doc, PADDING), (span.role, TEXT))
+            _shard(layouts, x, other, fill)
+            for x, fill in ((span.pos, 0), (span.doc, PADDING), (span.role, TEXT))
         )
         parts.append(Span(pos, doc, role))
     cut = SequenceSharding(tuple(layouts), rank, tuple(parts), span)

@@ -1,8 +1,10 @@
-"""python -m scripts.agree [float32] [float64] [engines]: whole runs, spread in every way, against one device; prints the table.
+"""python -m scripts.agree [float32] [float64] [engines]: whole runs, spread in every way, against
+one device; prints the table.
 
-Every row is a run of its own through `python -m trainer`, on a packed text of uneven documents whose rows no number of ranks
-divides; the figure is the largest relative difference of any of its losses. `engines`: every engine, on 2 and 4 ranks, with
-and without context parallelism and accumulation; gradient norms too. Exit status 1 when one is above its bound.
+Every row is a run of its own through `python -m trainer`, on a packed text of uneven documents
+whose rows no number of ranks divides; the figure is the largest relative difference of any of its
+losses. `engines`: every engine, on 2 and 4 ranks, with and without context parallelism and
+accumulation; gradient norms too. Exit status 1 when one is above its bound.
 """
 
 import subprocess
@@ -26,7 +28,10 @@ def main(names: Sequence[str]) -> int:
         sys.exit(f"scripts.agree knows {', '.join(PLANS)}, not {', '.join(sorted(unknown))}")
     for name in names or PLANS:
         plan = PLANS[name]
-        print(f"{name}: largest relative difference of {' or '.join(plan.columns)} from one device's in {plan.steps} steps")
+        print(
+            f"{name}: largest relative difference of {' or '.join(plan.columns)} from one device's"
+            f" in {plan.steps} steps"
+        )
         with tempfile.TemporaryDirectory() as folder:
             for case, error in compare(run, Path(folder), name):
                 fine = error < plan.tolerance

@@ -1,12 +1,16 @@
-"""python -m scripts.bench attention|experts|memory|mixers [key=value ...]: what each of them costs; JSON and a table.
+"""python -m scripts.bench attention|experts|memory|mixers [key=value ...]: what each of them costs;
+JSON and a table.
 
-attention: forward and backward over ranks, beside one device with as many threads. Words: tokens, heads, kv_heads, width,
-ranks, threads (of a rank), repeats, seed, device.
-mixers: the linear-time family: growth with the row, speed beside softmax, state while decoding, bytes between ranks; minutes
-on 2 cores. Words: tokens, heads, width (of a head), layer_heads, layer_width, ranks, threads, repeats, seed, device.
-experts: one device and shared, beside a dense layer of the same FLOPs. Words: tokens, width, ffn, experts, ranks, ...
-memory: what a longer Transformer-XL memory adds to a step, beside the attention that it adds. Words: tokens, repeats, ...
-`--device cuda` is device=cuda: each rank takes a GPU, and mixers on a single one want ranks=1. Medians of alternated runs.
+attention: forward and backward over ranks, beside one device with as many threads. Words: tokens,
+heads, kv_heads, width, ranks, threads (of a rank), repeats, seed, device.
+mixers: the linear-time family: growth with the row, speed beside softmax, state while decoding,
+bytes between ranks; minutes on 2 cores. Words: tokens, heads, width (of a head), layer_heads,
+layer_width, ranks, threads, repeats, seed, device.
+experts: one device and shared, beside a dense layer of the same FLOPs. Words: tokens, width, ffn,
+experts, ranks, ...
+memory: what a longer Transformer-XL memory adds to a step, beside the attention that it adds.
+Words: tokens, repeats, ... `--device cuda` is device=cuda: each rank takes a GPU, and mixers on a
+single one want ranks=1. Medians of alternated runs.
 """
 
 import json
@@ -27,11 +31,19 @@ BENCHES = {"attention": attention, "experts": experts, "memory": memory, "mixers
 
 def main(words: list[str]) -> int:
     if not words or words[0] not in BENCHES:
-        print(f"what is measured is the first word: python -m scripts.bench {'|'.join(BENCHES)}", file=sys.stderr)
+        print(
+            f"what is measured is the first word: python -m scripts.bench {'|'.join(BENCHES)}",
+            file=sys.stderr,
+        )
         return 2
     chosen = BENCHES[words[0]]
     try:
-        sizes = chosen.parse(" ".join(words[1:]).replace("--device ", "device=").replace("--device=", "device=").split())
+        sizes = chosen.parse(
+            " ".join(words[1:])
+            .replace("--device ", "device=")
+            .replace("--device=", "device=")
+            .split()
+        )
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -43,10 +55,15 @@ def main(words: list[str]) -> int:
         return 2
     if outer is None:
         with tempfile.TemporaryDirectory() as folder:
-            outcome = start_ranks(["-u", "-m", "scripts.bench", *words], ranks=sizes.ranks, scratch=Path(folder) / "ranks")
+            outcome = start_ranks(
+                ["-u", "-m", "scripts.bench", *words],
+                ranks=sizes.ranks,
+                scratch=Path(folder) / "ranks",
+            )
         print(outcome.message, file=sys.stderr)
         return outcome.code
-    ranks, rows = init_process_group(), []
+    ranks = init_process_group()
+    rows = []
     load = os.getloadavg()[0]
     for row in chosen.measure(sizes, dist.group.WORLD):
         rows.append(row)
@@ -54,7 +71,10 @@ def main(words: list[str]) -> int:
             print(json.dumps(row), flush=True)
     if ranks.rank == 0:
         after = os.getloadavg()[0]
-        print(chosen.table(rows), f"\nload of the machine: {load:.1f} before, {after:.1f} after (1 = one busy core)")
+        print(
+            chosen.table(rows),
+            f"\nload of the machine: {load:.1f} before, {after:.1f} after (1 = one busy core)",
+        )
     dist.destroy_process_group()
     return 0
 

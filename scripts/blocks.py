@@ -1,7 +1,9 @@
-"""python -m scripts.blocks [TOKENS]: what the blocks of a ring of 4 and 8 ranks cost on one device, against one call.
+"""python -m scripts.blocks [TOKENS]: what the blocks of a ring of 4 and 8 ranks cost on one device,
+against one call.
 
-JSON lines; on the first GPU in bfloat16 and float32, or on the CPU in float32. Exit status 1 when the blocks do not join to
-what one call computes, 2 when TOKENS (default 32768) is no multiple of 16.
+JSON lines; on the first GPU in bfloat16 and float32, or on the CPU in float32. Exit status 1 when
+the blocks do not join to what one call computes, 2 when TOKENS (default 32768) is no multiple of
+16.
 """
 
 import json
@@ -12,14 +14,16 @@ import torch
 from scripts.benchmarks.ring_blocks import measure
 from trainer.entry import run_command
 
-RANKS, REPEATS = (4, 8), 5
+RANKS = (4, 8)
+REPEATS = 5
 
 
 def main(words: list[str]) -> int:
     if len(words) > 1 or not all(word.isdigit() for word in words):
         print("python -m scripts.blocks takes one word, a number of tokens", file=sys.stderr)
         return 2
-    tokens, exact = int(words[0]) if words else 32768, True
+    tokens = int(words[0]) if words else 32768
+    exact = True
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     for dtype in (torch.bfloat16, torch.float32) if gpu else (torch.float32,):

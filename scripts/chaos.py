@@ -1,9 +1,11 @@
-"""python -m scripts.chaos [kills=30] [seed=0] [only=kills|faults|saves]: break a small run in every way.
+"""python -m scripts.chaos [kills=30] [seed=0] [only=kills|faults|saves]: break a small run in every
+way.
 
-Kills it at random moments and compares the final weights, bit for bit, with a run never stopped; then every other fault; then
-how long a save holds a step up. Prints what is seen and what is lost; exit status 1 where a promise was not kept. Ten seconds
-of a core for each launch, a launch and a quarter for each kill, some 25 launches more. The figures of `saves` mean nothing on
-cores that others use.
+Kills it at random moments and compares the final weights, bit for bit, with a run never stopped;
+then every other fault; then how long a save holds a step up. Prints what is seen and what is lost;
+exit status 1 where a promise was not kept. Ten seconds of a core for each launch, a launch and a
+quarter for each kill, some 25 launches more. The figures of `saves` mean nothing on cores that
+others use.
 """
 
 import tempfile
@@ -27,7 +29,11 @@ def wishes(words: Sequence[str]) -> dict[str, str]:
     found = dict(WISHES)
     for word in words:
         key, _, value = word.partition("=")
-        if key not in WISHES or (key == "only") != (not value.isdecimal()) or (key == "only" and value not in PARTS):
+        if (
+            key not in WISHES
+            or (key == "only") != (not value.isdecimal())
+            or (key == "only" and value not in PARTS)
+        ):
             raise UserError(f"{word}: write kills=NUMBER, seed=NUMBER or only={'|'.join(PARTS)}")
         found[key] = value
     return found
@@ -53,7 +59,10 @@ def main(words: Sequence[str]) -> int:
             table.append(delay(chaos))
     print("\n| what happens | what you see | what is lost | |\n|---|---|---|---|")
     for seen in table:
-        print(f"| {seen.fault} | {seen.shown} | {seen.lost} | {'ok' if seen.kept else 'NOT AS PROMISED'} |")
+        print(
+            f"| {seen.fault} | {seen.shown} | {seen.lost} |"
+            f" {'ok' if seen.kept else 'NOT AS PROMISED'} |"
+        )
     return int(not all(seen.kept for seen in table))
 
 

@@ -1,7 +1,9 @@
-"""python -m scripts.doctor KEY=VALUE ...: prove on your own config, before step 1, that cutting the sequence changes nothing.
+"""python -m scripts.doctor KEY=VALUE ...: prove on your own config, before step 1, that cutting the
+sequence changes nothing.
 
-Takes the overrides of the run. Prints a table; exit status 1 when a line of it fails, 2 for a wish that cannot be honoured.
-doctor.break=mask|scale|leak|order sabotages one driver for the occasion: the doctor must then find a fault.
+Takes the overrides of the run. Prints a table; exit status 1 when a line of it fails, 2 for a wish
+that cannot be honoured. doctor.break=mask|scale|leak|order sabotages one driver for the occasion:
+the doctor must then find a fault.
 """
 
 import multiprocessing
@@ -24,10 +26,13 @@ from trainer.run_dir import plain_config
 from trainer.verify.doctor import BREAKS, Diagnosis, Examination
 
 BREAK = "doctor.break="
-RANKS = 3  # where the config does not share its sequence; with fewer, left and right are the same neighbour
+# where the config does not share its sequence; with fewer, left and right are the same neighbour
+RANKS = 3
 
 
-def examine(rank: int, config: dict, ranks: int, meeting: str, sabotage: str | None, told: object) -> None:
+def examine(
+    rank: int, config: dict, ranks: int, meeting: str, sabotage: str | None, told: object
+) -> None:
     """One rank of the examination."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
@@ -45,7 +50,14 @@ def show(findings: Sequence[Diagnosis], title: str) -> None:
         table.add_column(name, justify="right" if name in ("figure", "bound") else "left")
     for f in findings:
         sign = ">" if f.check == "reach" else "<"
-        table.add_row(f.check, f.what, f"{f.figure:.1e}", f"{sign} {f.bound:.0e}", "ok" if f.fine else "FAULT", f.note)
+        table.add_row(
+            f.check,
+            f.what,
+            f"{f.figure:.1e}",
+            f"{sign} {f.bound:.0e}",
+            "ok" if f.fine else "FAULT",
+            f.note,
+        )
     Console(width=None if sys.stdout.isatty() else 132).print(table)
 
 

@@ -1,8 +1,10 @@
-"""python -m scripts.export SOURCE OUTPUT [trust=true]: a checkpoint's model as one safetensors file and a config.json.
+"""python -m scripts.export SOURCE OUTPUT [trust=true]: a checkpoint's model as one safetensors file
+and a config.json.
 
-SOURCE is a run directory (its newest whole checkpoint) or a checkpoint in it; whatever ranks and engine wrote it. Where its
-config names classes that are not Longspan's, these are built with trust=true alone, for that runs the code of whoever wrote
-them. Exit status 2 for a wish that cannot be honoured, 3 where the checkpoint is damaged or the disk full.
+SOURCE is a run directory (its newest whole checkpoint) or a checkpoint in it; whatever ranks and
+engine wrote it. Where its config names classes that are not Longspan's, these are built with
+trust=true alone, for that runs the code of whoever wrote them. Exit status 2 for a wish that cannot
+be honoured, 3 where the checkpoint is damaged or the disk full.
 """
 
 import sys
@@ -23,7 +25,10 @@ def main(words: Sequence[str]) -> int:
     folders = [word for word in words if word not in TRUST]
     trust = any(TRUST.get(word, False) for word in words)
     if len(folders) != 2:
-        print("two folders are wanted: python -m scripts.export RUN_DIR OUTPUT [trust=true]", file=sys.stderr)
+        print(
+            "two folders are wanted: python -m scripts.export RUN_DIR OUTPUT [trust=true]",
+            file=sys.stderr,
+        )
         return BAD_CONFIG
     source, output = map(Path, folders)
     try:
@@ -32,7 +37,11 @@ def main(words: Sequence[str]) -> int:
         print(fault, file=sys.stderr)
         return fault.code
     except OSError as error:
-        print(f"{error.filename or output}: {error.strerror}; mend that and give the same command again", file=sys.stderr)
+        print(
+            f"{error.filename or output}: {error.strerror}; mend that and give the same command"
+            " again",
+            file=sys.stderr,
+        )
         return BAD_RUN
     print(f"{output / WEIGHTS}, {output / CONFIG}: the model of step {step}")
     return 0

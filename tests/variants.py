@@ -1,4 +1,5 @@
-"""The table of what is compared: one row a mixer, at sizes small enough to print. A new variant adds its row here."""
+"""The table of what is compared: one row a mixer, at sizes small enough to print. A new variant
+adds its row here."""
 
 from collections.abc import Callable
 
@@ -59,18 +60,28 @@ class Placed(nn.Module):
 
 
 class Contrast(Differential):
-    """Weights large enough that a pair's two maps differ; else lambda's gradient is a difference of nearly equal sums."""
+    """Weights large enough that a pair's two maps differ; else lambda's gradient is a difference of
+    nearly equal sums."""
 
     def initial(self):
         return {**super().initial(), "q.weight": normal(0.1), "k.weight": normal(0.1)}
 
 
 class Taught(nn.Module):
-    """Compressed attention with its indexer's loss added to what comes out, so that its gradients are compared too."""
+    """Compressed attention with its indexer's loss added to what comes out, so that its gradients
+    are compared too."""
 
     def __init__(self, step: int):
         super().__init__()
-        settings = {"block": 3, "top": 2, "window": 4, "index_heads": 3, "index_channels": 6, "groups": 2, "rope_dim": 2}
+        settings = {
+            "block": 3,
+            "top": 2,
+            "window": 4,
+            "index_heads": 3,
+            "index_channels": 6,
+            "groups": 2,
+            "rope_dim": 2,
+        }
         self.inner = Compressed(WIDTH, HEADS, Rope(), **settings, dense_steps=1)
         self.inner.begin(step)
 
@@ -82,7 +93,10 @@ class Awake(Rwkv7):
     """RWKV-7 whose low-rank maps do not begin at 0, so that all their gradients count."""
 
     def initial(self):
-        return {name: normal(0.3) if "down" in name else rule for name, rule in super().initial().items()}
+        return {
+            name: normal(0.3) if "down" in name else rule
+            for name, rule in super().initial().items()
+        }
 
 
 class Stacked(nn.Module):
@@ -103,11 +117,19 @@ VARIANTS: dict[str, Callable[[], nn.Module]] = {
     "multi_query": lambda: MultiQuery(WIDTH, HEADS, Rope()),
     "sliding": lambda: Sliding(WIDTH, HEADS, 2, Rope(), window=7),
     "no_position": lambda: Attention(WIDTH, HEADS, 2, NoPosition()),
-    "latent": lambda: LatentAttention(WIDTH, HEADS, Rope(), kv_latent=10, q_latent=9, nope_dim=4, rope_dim=2, value_dim=3),
-    "longformer": lambda: Longformer(WIDTH, HEADS, 3, Rope(), 1, 2, window=[2, 4], dilation=[1, 1, 1, 2, 3, 2], first=1, every=8),
-    "longformer_symmetric": lambda: Longformer(WIDTH, HEADS, 6, Rope(), 0, 1, window=5, first=2, symmetric=True),
+    "latent": lambda: LatentAttention(
+        WIDTH, HEADS, Rope(), kv_latent=10, q_latent=9, nope_dim=4, rope_dim=2, value_dim=3
+    ),
+    "longformer": lambda: Longformer(
+        WIDTH, HEADS, 3, Rope(), 1, 2, window=[2, 4], dilation=[1, 1, 1, 2, 3, 2], first=1, every=8
+    ),
+    "longformer_symmetric": lambda: Longformer(
+        WIDTH, HEADS, 6, Rope(), 0, 1, window=5, first=2, symmetric=True
+    ),
     "bigbird": lambda: BigBird(WIDTH, HEADS, 3, Rope(), 1, 5, block=3, random=2),
-    "bigbird_symmetric": lambda: BigBird(WIDTH, HEADS, 6, Rope(), 1, 5, block=3, random=1, per_head=False, symmetric=True),
+    "bigbird_symmetric": lambda: BigBird(
+        WIDTH, HEADS, 6, Rope(), 1, 5, block=3, random=1, per_head=False, symmetric=True
+    ),
     "bidirectional": lambda: Bidirectional(WIDTH, HEADS, 3, Rope()),
     "prefix": lambda: PrefixAttention(WIDTH, HEADS, 3, Rope(), length=5),
     "sinks": lambda: Sinks(WIDTH, HEADS, 2, Rope(), window=6, sink_tokens=3),

@@ -5,7 +5,8 @@ launch=slurm       the command is handed to a batch job, which gives it on each 
 with -m            every combination of settings is such a command of its own (trainer/sweep/sweep.py)
 each rank          read the directory's config.yaml -> join the others -> trainer/run.py
 under torchrun, srun, mpirun or deepspeed (trainer/launch/starters.py)
-                   every process is a rank already: rank 0 checks and makes the directory, the others are told
+                   every process is a rank already: rank 0 checks and makes the directory, the
+                       others are told
 """
 
 import importlib
@@ -37,8 +38,13 @@ from trainer.sweep.batch import JOB_OF
 from trainer.sweep.sweep import run_sweep
 
 RANK_OF = "--rank-of"  # hidden: RUN_DIR, then the launcher's process number
-ONE_A_MACHINE = ("launch=multinode", "launch.name=multinode")  # srun may start one launcher on each machine
-WISH, HEARD = "wish", "heard"  # under torchrun: keys of the store that the ranks meet at
+ONE_A_MACHINE = (
+    "launch=multinode",
+    "launch.name=multinode",
+)  # srun may start one launcher on each machine
+# under torchrun: keys of the store that the ranks meet at
+WISH = "wish"
+HEARD = "heard"
 RUN = "trainer.run"  # imported in the ranks alone, so that a wish is refused quickly
 
 
@@ -51,15 +57,22 @@ def main(words: Sequence[str]) -> int:
             print(text())
             return DONE
         if words[:1] == [slurm.IN_JOB]:
-            number, endpoint = int(words[1]), words[2]
+            number = int(words[1])
+            endpoint = words[2]
             return command(words[3:], lambda config: slurm.here(config, number, endpoint))
         if words[:1] == [JOB_OF]:
             die_with_parent(int(words[1]))
-            return command(words[2:], dropped=lambda found: None)  # the sweep has said which settings reach nothing in this job
+            return command(
+                words[2:], dropped=lambda found: None
+            )  # the sweep has said which settings reach nothing in this job
         start = None if any(word in ONE_A_MACHINE for word in words) else _started()
         if any(word in MANY for word in words):
             return many(words, start)
-        return command(words) if start is None else within(starters.without_local_rank(list(words)), start)
+        return (
+            command(words)
+            if start is None
+            else within(starters.without_local_rank(list(words)), start)
+        )
     except UserError as fault:
         if str(fault):
             print(plain(str(fault)), file=sys.stderr)
@@ -79,7 +92,11 @@ def _started() -> starters.Start | None:
 def many(words: Sequence[str], start: starters.Start | None) -> int:
     """Run a sweep; it starts its own ranks, a launch for each job."""
     if start is not None:
-        raise UserError(f"-m starts the ranks of every job itself; leave {start.starter} out" if start.rank == 0 else "")
+        raise UserError(
+            f"-m starts the ranks of every job itself; leave {start.starter} out"
+            if start.rank == 0
+            else ""
+        )
     return run_sweep(words)
 
 
@@ -97,9 +114,12 @@ def command(
         print(prepare.dry_run(config, [*arguments, "RUN_DIR", "LAUNCHER"]))
         return DONE
     config, path = prepare.create_run_dir(config)
-    wish, nodes = config.launch, prepare.rendezvous_of(config, path)
+    wish = config.launch
+    nodes = prepare.rendezvous_of(config, path)
     with ExitStack() as held:
-        if not wish.node_rank:  # of several machines the first does it for all; the others' ranks start after its own
+        if (
+            not wish.node_rank
+        ):  # of several machines the first does it for all; the others' ranks start after its own
             held.enter_context(run_dir.lock(path))
             prepare.write_record(config, path)
         end = elastic.start_ranks(
@@ -119,7 +139,10 @@ def job(config: Config, words: Sequence[str]) -> int:
     """Hand the run to Slurm, and do not wait for it."""
     if config.launch.dry_run:
         path = Path(config.run_dir) if config.run_dir else run_dir.fresh_path(config.name)
-        print(f"{slurm.script(config, path.resolve(), words)}\n# nothing was submitted (launch.dry_run=true)")
+        print(
+            f"{slurm.script(config, path.resolve(), words)}\n# nothing was submitted"
+            " (launch.dry_run=true)"
+        )
     else:
         config, path = prepare.create_run_dir(config)
         print(slurm.submit(config, path, words))
@@ -127,7 +150,8 @@ def job(config: Config, words: Sequence[str]) -> int:
 
 
 def as_rank(path: Path, launcher: int) -> int:
-    """Be a rank of the run in `path`; whatever ends it is told to the launcher, which shows it once."""
+    """Be a rank of the run in `path`; whatever ends it is told to the launcher, which shows it
+    once."""
     die_with_parent(launcher)
     if elastic.already_finished():
         return DONE  # an earlier attempt ended in order, and the launcher knows how
@@ -145,14 +169,16 @@ def as_rank(path: Path, launcher: int) -> int:
 
 
 def run(config: Config, ranks: elastic.RankInfo, path: Path) -> int:
-    """The run itself. The group is taken down only at an orderly end, or living ranks would wait for dead ones."""
+    """The run itself. The group is taken down only at an orderly end, or living ranks would wait
+    for dead ones."""
     code = importlib.import_module(RUN).run(config, ranks, path)
     dist.destroy_process_group()
     return code
 
 
 def confess(error: BaseException, code: int | None, again: bool = False) -> int:
-    """End a rank that failed, at once: whatever hangs in the background hangs on a peer that will not answer."""
+    """End a rank that failed, at once: whatever hangs in the background hangs on a peer that will
+    not answer."""
     elastic.report_failure(error, code, again=again)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -160,7 +186,8 @@ def confess(error: BaseException, code: int | None, again: bool = False) -> int:
 
 
 def within(words: Sequence[str], start: starters.Start) -> int:
-    """Be a rank that somebody else started. Rank 0 settles the wish before the group exists, for the wish sets its timeout."""
+    """Be a rank that somebody else started. Rank 0 settles the wish before the group exists, for
+    the wish sets its timeout."""
     die_with_parent(os.getppid())
     try:
         starters.adopt(start)
@@ -175,10 +202,13 @@ def within(words: Sequence[str], start: starters.Start) -> int:
         told = json.loads(store.get(WISH))
         if "fault" in told:
             store.add(HEARD, 1)
-            while start.rank == 0 and store.add(HEARD, 0) < start.size:  # the store may live in this process
+            while (
+                start.rank == 0 and store.add(HEARD, 0) < start.size
+            ):  # the store may live in this process
                 time.sleep(0.05)
             raise UserError(told["fault"] if start.rank == 0 else "", told["code"])
-        config, path = Config.model_validate(told["config"]), Path(told["path"])
+        config = Config.model_validate(told["config"])
+        path = Path(told["path"])
         held.enter_context(run_dir.presence(path))
         os.environ[elastic.SECRET] = shared_secret(path)
         try:
@@ -189,9 +219,12 @@ def within(words: Sequence[str], start: starters.Start) -> int:
 
 
 def _settled(words: Sequence[str], start: starters.Start, held: ExitStack) -> dict[str, Any]:
-    """What rank 0 tells the others: the config and its directory, which is locked while `held` lasts; or a fault."""
+    """What rank 0 tells the others: the config and its directory, which is locked while `held`
+    lasts; or a fault."""
     try:
-        config, path = prepare.create_run_dir(prepare.load_config(words, started=start.size, starter=start.starter))
+        config, path = prepare.create_run_dir(
+            prepare.load_config(words, started=start.size, starter=start.starter)
+        )
         held.enter_context(run_dir.lock(path))
         prepare.write_record(config, path)
     except UserError as fault:

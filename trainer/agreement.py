@@ -1,8 +1,10 @@
-"""Whether all ranks mean the same run: settings, data, batches and weights are derived by every rank for itself.
+"""Whether all ranks mean the same run: settings, data, batches and weights are derived by every
+rank for itself.
 
-Ranks that share a row must hold the same row, and no later number would show that they do not. So each compares what it
-derived with the others, by hash: a batch in the reduction that asks for signals before every step, what a run begins with
-once, by a gather of some bytes.
+Ranks that share a row must hold the same row, and no later number would show that they do not. So
+each compares what it
+derived with the others, by hash: a batch in the reduction that asks for signals before every step,
+what a run begins with once, by a gather of some bytes.
 """
 
 import hashlib
@@ -23,13 +25,14 @@ from trainer.errors import BAD_RUN, UserError
 
 MARK_BYTES = 6  # a float64 holds integers of 53 bits exactly
 REMEDY = (
-    "give every machine the same files, tokenizer and versions of the packages (environment.json lists them), "
-    "then run the same command again"
+    "give every machine the same files, tokenizer and versions of the packages (environment.json"
+    " lists them), then run the same command again"
 )
 
 
 class Disagreement(UserError):
-    """Ranks that derived different things: nothing that they compute together from now on means anything."""
+    """Ranks that derived different things: nothing that they compute together from now on means
+    anything."""
 
 
 def mark(batch: Batch, fingerprint: str = "") -> int:
@@ -51,34 +54,42 @@ def differing_batch(mesh: Mesh, mine: int, what: str) -> UserError:
         sides.setdefault(number, []).append(rank)
     others, most = split(sides)
     return Disagreement(
-        f"{what}: {_ranks(others)} read another batch than {_ranks(most)}, though every rank must read the same; the run "
-        f"ends before anything is computed from it, and the last checkpoint is intact; {REMEDY}",
+        f"{what}: {_ranks(others)} read another batch than {_ranks(most)}, though every rank must"
+        " read the same; the run ends before anything is computed from it, and the last checkpoint"
+        f" is intact; {REMEDY}",
         BAD_RUN,
     )
 
 
 def agree(mesh: Mesh, facts: Mapping[str, Any], when: str) -> None:
-    """Compares what every rank derived for itself, by name. Collective; raises Fault on every rank where one differs."""
-    texts = {name: hashlib.blake2b(_json(fact).encode(), digest_size=16).hexdigest() for name, fact in facts.items()}
+    """Compares what every rank derived for itself, by name. Collective; raises Fault on every rank
+    where one differs."""
+    texts = {
+        name: hashlib.blake2b(_json(fact).encode(), digest_size=16).hexdigest()
+        for name, fact in facts.items()
+    }
     if difference := compare({"": texts}, mesh.world_group):
         raise Disagreement(
-            f"{when}: {difference.name} of {_ranks(difference.others)} differ from those of {_ranks(difference.most)}, "
-            f"though all must have the same; {REMEDY}",
+            f"{when}: {difference.name} of {_ranks(difference.others)} differ from those of"
+            f" {_ranks(difference.most)}, though all must have the same; {REMEDY}",
             BAD_RUN,
         )
 
 
 def agree_on_weights(mesh: Mesh, engine: Engine, when: str) -> None:
-    """Compares the weights that more than one rank holds. Collective; raises Fault on every rank where two differ."""
+    """Compares the weights that more than one rank holds. Collective; raises Fault on every rank
+    where two differ."""
     if difference := compare_tensors(held(engine), mesh.world_group):
         raise Disagreement(
-            f"{when}: {difference.name} of {_ranks(difference.others)} has other numbers than on {_ranks(difference.most)}, "
-            f"though it is to be the same; {REMEDY}",
+            f"{when}: {difference.name} of {_ranks(difference.others)} has other numbers than on"
+            f" {_ranks(difference.most)}, though it is to be the same; {REMEDY}",
             BAD_RUN,
         )
 
 
-def agree_on_run(mesh: Mesh, engine: Engine, settings: Mapping[str, Any], stream: Stream, held_out: Stream | None) -> None:
+def agree_on_run(
+    mesh: Mesh, engine: Engine, settings: Mapping[str, Any], stream: Stream, held_out: Stream | None
+) -> None:
     """Ends a run, on every rank, that its ranks have built differently. Collective."""
     when = "after the run was built"
     facts = {"the settings": settings, "the training data": stream.fingerprint}

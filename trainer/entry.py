@@ -18,7 +18,8 @@ def run_command(main: Callable[[list[str]], int], help_text: str | None = None) 
 
     Args:
         main: takes the words, returns the exit status.
-        help_text: printed instead where --help or -h is among the words; None where `main` answers that itself.
+        help_text: printed instead where --help or -h is among the words; None where `main` answers
+            that itself.
     """
     protect()
     words = sys.argv[1:]

@@ -1,4 +1,5 @@
-"""A checkpoint as one safetensors file and one JSON file that name and rebuild the model, whatever ranks and engine wrote it.
+"""A checkpoint as one safetensors file and one JSON file that name and rebuild the model, whatever
+ranks and engine wrote it.
 
     OUTPUT/model.safetensors    every parameter and buffer whole, under its plain name, in the precision of training
     OUTPUT/config.json          the run's config, the size of its vocabulary and the step
@@ -28,24 +29,31 @@ from trainer.limited_reader import json_object
 from trainer.logs.redact import without_secrets
 from trainer.objectives.stream import vocabulary_of
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
 
 
 def export(source: Path, output: Path, trust: bool = False) -> int:
-    """Write the model of a checkpoint to a folder; returns its step. One process; host memory for the model once.
+    """Write the model of a checkpoint to a folder; returns its step. One process; host memory for
+    the model once.
 
     Args:
-        source: a run directory (its newest whole checkpoint), or a checkpoint `.../checkpoints/step_N`.
+        source: a run directory (its newest whole checkpoint), or a checkpoint
+            `.../checkpoints/step_N`.
         output: a folder, made where there is none; it must not hold an exported model yet.
-        trust: build classes of other packages too, which the run's config names. That runs the code of whoever wrote them.
+        trust: build classes of other packages too, which the run's config names. That runs the code
+            of whoever wrote them.
 
     Raises:
-        Fault: a class that is not Longspan's, without trust; no run, no checkpoint or a damaged one, or a folder that holds a
-            model already.
+        Fault: a class that is not Longspan's, without trust; no run, no checkpoint or a damaged
+            one, or a folder that holds a model already.
     """
     run = source if run_dir.holds_run(source) else source.parent.parent
     if not run_dir.holds_run(run):
-        raise UserError(f"{source} is no run directory and no checkpoint of one; name RUN_DIR or RUN_DIR/checkpoints/step_N")
+        raise UserError(
+            f"{source} is no run directory and no checkpoint of one; name RUN_DIR or"
+            " RUN_DIR/checkpoints/step_N"
+        )
     if taken := [name for name in (WEIGHTS, CONFIG) if os.path.lexists(output / name)]:
         raise UserError(f"{output} holds {' and '.join(taken)} already; name another folder")
     config = _config(run)
@@ -60,9 +68,15 @@ def export(source: Path, output: Path, trust: bool = False) -> int:
         saved = archive.load(place, {"model": _blank(config, vocabulary)})
     finally:
         archive.close()
-    about = {"step": saved.step, "vocabulary": vocabulary, "config": without_secrets(run_dir.plain_config(config))}
+    about = {
+        "step": saved.step,
+        "vocabulary": vocabulary,
+        "config": without_secrets(run_dir.plain_config(config)),
+    }
     output.mkdir(parents=True, exist_ok=True)
-    save_file(saved.state["model"], output / WEIGHTS, metadata={"format": "pt", "step": str(saved.step)})
+    save_file(
+        saved.state["model"], output / WEIGHTS, metadata={"format": "pt", "step": str(saved.step)}
+    )
     (output / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return saved.step
 
@@ -71,11 +85,12 @@ def reopen(folder: Path, trust: bool = False) -> nn.Module:
     """The model that `export` wrote, on the CPU, ready to be called.
 
     Args:
-        trust: build classes of other packages too, which config.json names. That runs the code of whoever wrote them.
+        trust: build classes of other packages too, which config.json names. That runs the code of
+            whoever wrote them.
 
     Raises:
-        Fault: a class that is not Longspan's, without trust; the folder holds no exported model, or one that does not fit its
-            own config.
+        Fault: a class that is not Longspan's, without trust; the folder holds no exported model, or
+            one that does not fit its own config.
     """
     try:
         about = json_object(folder / CONFIG)
@@ -84,15 +99,25 @@ def reopen(folder: Path, trust: bool = False) -> nn.Module:
         if not trust:
             demand_own(config, str(folder / CONFIG))
         weights = load_file(folder / WEIGHTS)
-        if type(vocabulary) is not int or not 0 < vocabulary < LARGEST or config.model.layers > len(weights):
-            raise ValueError(f"a vocabulary of {vocabulary!r} and {config.model.layers} layers for {len(weights)} tensors")
+        if (
+            type(vocabulary) is not int
+            or not 0 < vocabulary < LARGEST
+            or config.model.layers > len(weights)
+        ):
+            raise ValueError(
+                f"a vocabulary of {vocabulary!r} and {config.model.layers} layers for"
+                f" {len(weights)} tensors"
+            )
         with torch.device("meta"):
             model = build_model(config, vocabulary)
         _fit(model, weights)
         materialize(model.to(next(iter(weights.values())).dtype), torch.device("cpu"), config.seed)
         model.load_state_dict(weights)
     except (OSError, KeyError, StopIteration, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder} holds no exported model that fits its config ({error}); export it again", BAD_RUN) from error
+        raise UserError(
+            f"{folder} holds no exported model that fits its config ({error}); export it again",
+            BAD_RUN,
+        ) from error
     return model
 
 
@@ -101,20 +126,29 @@ def _config(run: Path) -> Config:
     try:
         return run_dir.read_config(run)
     except (ValueError, OSError) as error:
-        raise UserError(f"{run / run_dir.CONFIG} cannot be read ({error}); name another run", BAD_RUN) from error
+        raise UserError(
+            f"{run / run_dir.CONFIG} cannot be read ({error}); name another run", BAD_RUN
+        ) from error
 
 
 def _fit(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Raise ValueError unless the weights have the names and shapes of the model's, before memory is taken for it."""
+    """Raise ValueError unless the weights have the names and shapes of the model's, before memory
+    is taken for it."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if other := sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name)):
+    if other := sorted(
+        name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name)
+    ):
         name = other[0]
-        raise ValueError(f"{name} is {given.get(name, 'absent')} in {WEIGHTS} and {wanted.get(name, 'absent')} in the model")
+        raise ValueError(
+            f"{name} is {given.get(name, 'absent')} in {WEIGHTS} and {wanted.get(name, 'absent')}"
+            " in the model"
+        )
 
 
 def _blank(config: Config, vocabulary: int) -> dict[str, Tensor]:
-    """Tensors of the names, shapes and types that the config's model has, for a checkpoint to fill; it must have just these."""
+    """Tensors of the names, shapes and types that the config's model has, for a checkpoint to fill;
+    it must have just these."""
     with torch.device("meta"):
         model = build_model(config, vocabulary).to(STORED[config.precision])
     return {name: torch.empty(t.shape, dtype=t.dtype) for name, t in model.state_dict().items()}

@@ -1,10 +1,12 @@
-"""Layers that are not ours: proved on a tiny twin, before ranks start, to let tokens learn of each other by primitives alone.
+"""Layers that are not ours: proved on a tiny twin, before ranks start, to let tokens learn of each
+other by primitives alone.
 
-What parallel/ spreads are the primitives of models/mixing/: a layer that mixes tokens in any other way would see, on every
-rank, its own part of the row only, and would train on without a word. The proof needs no ranks: the twin runs once and what
-its primitives say is written down; it runs again with some tokens changed and its primitives say the same as before. Nothing
-but the changed tokens themselves may move then. In the same way, with primitives at work, no token before a changed one and
-none of another document may move.
+What parallel/ spreads are the primitives of models/mixing/: a layer that mixes tokens in any other
+way would see, on every rank, its own part of the row only, and would train on without a word. The
+proof needs no ranks: the twin runs once and what its primitives say is written down; it runs again
+with some tokens changed and its primitives say the same as before. Nothing but the changed tokens
+themselves may move then. In the same way, with primitives at work, no token before a changed one
+and none of another document may move.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from models.span import Span
 from parallel.context_parallel import DRIVERS
-from trainer.config.instantiate import find_class, plain
+from trainer.config.node_checks import as_node, find_class
 from trainer.config.schema import Config, MemoryConfig
 from trainer.config.values import is_node
 from trainer.errors import UserError
@@ -35,16 +37,26 @@ def targets(node: Any) -> Iterator[str]:
     """The classes that a node, a list or a group of nodes names."""
     if is_node(node):
         yield str(node["_target_"])
-    inner = list(node.values()) if isinstance(node, Mapping) else node if isinstance(node, list | tuple) else []
+    inner = (
+        list(node.values())
+        if isinstance(node, Mapping)
+        else node
+        if isinstance(node, list | tuple)
+        else []
+    )
     for value in inner:
         yield from targets(value)
 
 
 def strangers(config: Config) -> list[str]:
     """The names of the classes that a config's layers are of and that are not ours."""
-    named = [*targets(as_tree(config)["model"]), *targets(plain(config.position)), *targets(plain(config.memory))]
+    named = [
+        *targets(as_tree(config)["model"]),
+        *targets(as_node(config.position)),
+        *targets(as_node(config.memory)),
+    ]
     if config.mixer is not None:
-        named += targets(plain(config.mixer))
+        named += targets(as_node(config.mixer))
     foreign = [name for name in dict.fromkeys(named) if _outside(name)]
     return [name.rpartition(".")[2] for name in foreign]
 
@@ -67,35 +79,43 @@ def judge(config: Config) -> Iterator[str]:
         moved, bound = _tried(config)
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
-        fact = f"{who} could not be tried on a tiny twin ({type(error).__name__}: {first}), so nothing is known of leaks"
+        fact = (
+            f"{who} could not be tried on a tiny twin ({type(error).__name__}: {first}), so nothing"
+            " is known of leaks"
+        )
         yield f"{fact}; let it work at any width, length and precision{_way_out(config)}"
         return
     shared = config.parallel.context > 1
     if shared and moved.frozen > bound:
         yield (
-            f"parallel.context={config.parallel.context}: {who} mixes tokens by itself, so each rank would see its own part of "
-            f"the row only; put that into a primitive ({PAGE}), or use parallel.context=1"
+            f"parallel.context={config.parallel.context}: {who} mixes tokens by itself, so each"
+            f" rank would see its own part of the row only; put that into a primitive ({PAGE}), or"
+            " use parallel.context=1"
         )
     if moved.documents > bound:
         yield (
-            f"{who} lets tokens of one document learn of another in the same row; use the span that it is given, best through "
-            f"a primitive ({PAGE}){_way_out(config)}"
+            f"{who} lets tokens of one document learn of another in the same row; use the span that"
+            f" it is given, best through a primitive ({PAGE}){_way_out(config)}"
         )
     if moved.earlier > bound and learns_next(config):
         yield (
-            f"{who} lets tokens see those that come after them, which next-token loss rewards; make it causal, best through a "
-            f"primitive ({PAGE}), or use objective=masked{_way_out(config)}"
+            f"{who} lets tokens see those that come after them, which next-token loss rewards; make"
+            f" it causal, best through a primitive ({PAGE}), or use"
+            f" objective=masked{_way_out(config)}"
         )
 
 
 def _way_out(config: Config) -> str:
-    return "" if config.parallel.context > 1 else ", or train so knowingly with model.allow_leaks=true"
+    return (
+        "" if config.parallel.context > 1 else ", or train so knowingly with model.allow_leaks=true"
+    )
 
 
 @dataclass(frozen=True)
 class Moved:
-    """How far logits moved that must not have, in units of the largest: with primitives that say the same as before, in other
-    documents and padding, and earlier in the changed token's own document."""
+    """How far logits moved that must not have, in units of the largest: with primitives that say
+    the same as before, in other documents and padding, and earlier in the changed token's own
+    document."""
 
     frozen: float
     documents: float
@@ -106,7 +126,9 @@ def _tried(config: Config) -> tuple[Moved, float]:
     """In float64, or in float32 where a layer knows nothing else."""
     tree = as_tree(small_twin(config))
     if not _outside(config.memory.target):
-        tree["memory"] = as_tree(config.model_copy(update={"memory": MemoryConfig.model_validate({})}))["memory"]
+        tree["memory"] = as_tree(
+            config.model_copy(update={"memory": MemoryConfig.model_validate({})})
+        )["memory"]
     tiny = Config.model_validate(tree)
     try:
         return _probed(tiny, torch.float64), BOUNDS[torch.float64]
@@ -124,7 +146,9 @@ def _probed(tiny: Config, dtype: torch.dtype) -> Moved:
     one, whole = (torch.where(these, (tokens + 7) % VOCABULARY, tokens) for these in (victim, own))
     frozen = _difference(tiny, dtype, span, (tokens, one), _Tape())
     plainly = _difference(tiny, dtype, span, (tokens, one), None)
-    entire = _difference(tiny, dtype, span, (tokens, whole), None)  # short-sighted layers leak at a document's ends alone
+    entire = _difference(
+        tiny, dtype, span, (tokens, whole), None
+    )  # short-sighted layers leak at a document's ends alone
     earlier = own & (span.pos < PLACE)
     documents = max(_largest(plainly, ~own), _largest(entire, ~own))
     return Moved(_largest(frozen, ~victim), documents, _largest(plainly, earlier))
@@ -145,8 +169,11 @@ class _Tape:
 
 
 @torch.no_grad()
-def _difference(tiny: Config, dtype: torch.dtype, span: Span, both: tuple[Tensor, Tensor], tape: _Tape | None) -> Tensor:
-    """[B, T] how far the logits of two token rows lie apart; what is not finite lies infinitely far."""
+def _difference(
+    tiny: Config, dtype: torch.dtype, span: Span, both: tuple[Tensor, Tensor], tape: _Tape | None
+) -> Tensor:
+    """[B, T] how far the logits of two token rows lie apart; what is not finite lies infinitely
+    far."""
     model = built(tiny).to(dtype)
     if tape is not None:
         for module in model.modules():

@@ -1,8 +1,10 @@
-"""One reader for every JSON and YAML file that a run, a report or an export opens: plain data within limits.
+"""One reader for every JSON and YAML file that a run, a report or an export opens: plain data
+within limits.
 
-A file may be a stranger's, or what a broken disk left. Within the limits nothing that is read can fill the memory, exhaust
-the stack of whoever walks over it, or overflow where a number becomes a tensor. Every fault is an `Unreadable` with the name
-of the file and the place in it; that a file is not there stays the FileNotFoundError that it is.
+A file may be a stranger's, or what a broken disk left. Within the limits nothing that is read can
+fill the memory, exhaust the stack of whoever walks over it, or overflow where a number becomes a
+tensor. Every fault is an `Unreadable` with the name of the file and the place in it; that a file is
+not there stays the FileNotFoundError that it is.
 """
 
 import errno
@@ -17,17 +19,22 @@ from typing import Any, BinaryIO
 
 import yaml
 
-DEPTH = 64  # lists and groups within each other: ours have ten at most, and whoever walks over them recurses
+# lists and groups within each other: ours have ten at most, and whoever walks over them recurses
+DEPTH = 64
 VALUES = 200_000  # of a YAML file, each alias counted with all that it stands for
 YAML_BYTES = 1 << 20
 JSON_BYTES = 16 << 20
 MANIFEST_BYTES = 256 << 20  # that of a large model has some tens of MB
 LINE_BYTES = 16 << 20
-SMALLEST, LARGEST = -(1 << 63), (1 << 128) - 1  # a signed word of 64 bits; the state of a generator of random numbers
+# a signed word of 64 bits; the state of a generator of random numbers
+SMALLEST = -(1 << 63)
+LARGEST = (1 << 128) - 1
 DIGITS = 40  # of a whole number, at most; one of more digits is not even converted
 SHOWN = 60  # characters of a file that a message quotes
 
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # events alone are taken from it: those do not recurse
+_Loader = getattr(
+    yaml, "CSafeLoader", yaml.SafeLoader
+)  # events alone are taken from it: those do not recurse
 
 
 class Unreadable(ValueError):
@@ -35,7 +42,8 @@ class Unreadable(ValueError):
 
 
 def contents(path: Path | str, most: int = JSON_BYTES, follow: bool = True) -> bytes:
-    """The bytes of an ordinary file of at most `most` bytes; `follow` says whether it may be a symbolic link.
+    """The bytes of an ordinary file of at most `most` bytes; `follow` says whether it may be a
+    symbolic link.
 
     Raises:
         Unreadable: it is a pipe, a device or a folder, or larger.
@@ -47,7 +55,9 @@ def contents(path: Path | str, most: int = JSON_BYTES, follow: bool = True) -> b
         handle = os.open(path, flags if follow else flags | os.O_NOFOLLOW)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise Unreadable(f"{path} is a symbolic link, which is not followed; remove it") from error
+            raise Unreadable(
+                f"{path} is a symbolic link, which is not followed; remove it"
+            ) from error
         raise
     with open(handle, "rb") as source:
         facts = os.fstat(source.fileno())
@@ -55,7 +65,9 @@ def contents(path: Path | str, most: int = JSON_BYTES, follow: bool = True) -> b
             raise Unreadable(f"{path} is no ordinary file; remove it")
         raw = source.read(most + 1) if facts.st_size <= most else b""
     if facts.st_size > most or len(raw) > most:
-        raise Unreadable(f"{path} has {max(facts.st_size, len(raw))} bytes; such a file has at most {most}")
+        raise Unreadable(
+            f"{path} has {max(facts.st_size, len(raw))} bytes; such a file has at most {most}"
+        )
     return raw
 
 
@@ -97,7 +109,8 @@ def yaml_file(path: Path | str, follow: bool = True) -> Any:
 def yaml_value(text: bytes | str, name: str) -> Any:
     """The value of a YAML text; `name` is how messages call where it comes from.
 
-    Raises Unreadable where it is no YAML, is too deep, or has aliases that unfold to more than VALUES values.
+    Raises Unreadable where it is no YAML, is too deep, or has aliases that unfold to more than
+    VALUES values.
     """
     with _in_words(name):
         words = text.decode("utf-8") if isinstance(text, bytes) else text
@@ -108,7 +121,8 @@ def yaml_value(text: bytes | str, name: str) -> Any:
 
 
 def vet_yaml(path: Path | str) -> None:
-    """Raise Unreadable for a YAML file that `yaml_file` would not read because of its grammar, depth or aliases.
+    """Raise Unreadable for a YAML file that `yaml_file` would not read because of its grammar,
+    depth or aliases.
 
     It builds no values, which takes a tenth of the time: for files that another library reads.
     """
@@ -130,17 +144,20 @@ def _in_words(name: str) -> Iterator[None]:
         place = f" line {mark.line + 1}" if mark is not None else ""
         raise Unreadable(f"{name}{place} is not YAML ({error.problem})") from error
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        # Besides its own errors the library lets those through that a date or a number of impossible size raises.
+        # Besides its own errors the library lets those through that a date or a number of
+        # impossible size raises.
         raise Unreadable(f"{name} is not YAML ({' '.join(str(error).split())[:200]})") from error
 
 
 def lines(source: BinaryIO, most: int = LINE_BYTES) -> Iterator[tuple[bytes, int]]:
-    """(line with its end, bytes that it has); of a line of more than `most` bytes only the first `most` + 1.
+    """(line with its end, bytes that it has); of a line of more than `most` bytes only the first
+    `most` + 1.
 
     What is longer is read on in pieces of that size, of which none is kept.
     """
     while raw := source.readline(most + 1):
-        length, end = len(raw), raw
+        length = len(raw)
+        end = raw
         while len(end) == most + 1 and not end.endswith(b"\n"):
             end = source.readline(most + 1)
             length += len(end)
@@ -158,7 +175,9 @@ def _unfold(text: str, name: str) -> None:
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in [anchor for anchor, _ in open_at]:
-                raise Unreadable(f"{name} line {line}: *{event.anchor} stands for what it is itself a part of")
+                raise Unreadable(
+                    f"{name} line {line}: *{event.anchor} stands for what it is itself a part of"
+                )
             count += sizes.get(event.anchor, 1)
             depth = len(open_at) + depths.get(event.anchor, 0)
         elif isinstance(event, yaml.CollectionStartEvent):
@@ -182,7 +201,9 @@ def _unfold(text: str, name: str) -> None:
         if deepest:
             deepest[-1] = max(deepest[-1], depth)
         if depth > DEPTH:
-            raise Unreadable(f"{name} line {line} has lists or groups within each other more than {DEPTH} deep")
+            raise Unreadable(
+                f"{name} line {line} has lists or groups within each other more than {DEPTH} deep"
+            )
         if count > VALUES:
             raise Unreadable(f"{name} line {line}: it unfolds to more than {VALUES} values")
 
@@ -206,7 +227,8 @@ def _short(text: str) -> str:
 
 
 def _walk(value: Any, name: str) -> None:
-    """Raise Unreadable where the value is too deep or a number too large; not by recursion, which is the matter."""
+    """Raise Unreadable where the value is too deep or a number too large; not by recursion, which
+    is the matter."""
     level = [value]
     for _ in range(DEPTH + 1):
         below: list[Any] = []
@@ -216,7 +238,9 @@ def _walk(value: Any, name: str) -> None:
             elif isinstance(item, list | tuple | set):
                 below.extend(item)
             elif isinstance(item, int) and not SMALLEST <= item <= LARGEST:
-                raise Unreadable(f"{name} has a whole number of {item.bit_length()} bits, which is out of range")
+                raise Unreadable(
+                    f"{name} has a whole number of {item.bit_length()} bits, which is out of range"
+                )
         level = below
         if not level:
             return

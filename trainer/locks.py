@@ -1,4 +1,5 @@
-"""A lock between processes: the operating system's, or a folder where its file system has no locks."""
+"""A lock between processes: the operating system's, or a folder where its file system has no
+locks."""
 
 import errno
 import fcntl
@@ -14,14 +15,21 @@ from functools import cache
 from pathlib import Path
 
 LOG = logging.getLogger("longspan.data")
-LACKING = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY}  # what flock says where there are none
+LACKING = {
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+    errno.ENOTTY,
+}  # what flock says where there are none
 BEAT_S = 2.0  # seconds between two signs of life of a holder
 STILL_S = 20.0  # a holder without one for as long is dead
 LOOK_S = 0.2
 
 
 def flocked(handle: int, kind: int) -> bool | None:
-    """Take the operating system's lock without waiting: whether that worked; None where the file system has no locks."""
+    """Take the operating system's lock without waiting: whether that worked; None where the file
+    system has no locks."""
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -35,7 +43,8 @@ def flocked(handle: int, kind: int) -> bool | None:
 
 @contextmanager
 def exclusive(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock at a path, which is free again when its holder dies; `waiting` is called once where one has to wait."""
+    """Hold the lock at a path, which is free again when its holder dies; `waiting` is called once
+    where one has to wait."""
     with open(path, "a") as file:
         taken = flocked(file.fileno(), fcntl.LOCK_EX)
         if taken is False:
@@ -52,12 +61,19 @@ def exclusive(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
 @cache
 def say_lacking(folder: str) -> None:
     """One line, once in a process."""
-    LOG.warning("%s has no file locks: a folder stands for each, given up %g s after its holder was killed", folder, STILL_S)
+    LOG.warning(
+        "%s has no file locks: a folder stands for each, given up %g s after its holder was killed",
+        folder,
+        STILL_S,
+    )
 
 
 @contextmanager
-def held(folder: Path, waiting: Callable[[], None], patience_s: float = float("inf")) -> Iterator[None]:
-    """The same by a folder that only one process can make, and that its holder touches as long as it lives.
+def held(
+    folder: Path, waiting: Callable[[], None], patience_s: float = float("inf")
+) -> Iterator[None]:
+    """The same by a folder that only one process can make, and that its holder touches as long as
+    it lives.
 
     Raises TimeoutError where a living holder has it for longer than `patience_s`.
     """
@@ -88,7 +104,8 @@ def _make(folder: Path, waiting: Callable[[], None], patience_s: float) -> None:
             if latest != sign:
                 sign = latest
                 seen = now
-            # By this machine's own clock: that of a file server may differ, or be set while one waits.
+            # By this machine's own clock: that of a file server may differ, or be set while one
+            # waits.
             if _dead(folder) or now - seen > STILL_S:
                 _take_away(folder)
             elif now - began > patience_s:

@@ -1,4 +1,5 @@
-"""The loop: read a batch, add up the gradient of its micro-batches, step; log, evaluate, save; stop when asked to.
+"""The loop: read a batch, add up the gradient of its micro-batches, step; log, evaluate, save; stop
+when asked to.
 
 Every rank walks through the same steps and takes every decision together with the others.
 """
@@ -31,9 +32,11 @@ from trainer.stop_signal import StopSignal
 
 @dataclass
 class Loop:
-    """What a run is made of. `train` walks; the callables say what happens beside a step; `at` is told where a rank is.
+    """What a run is made of. `train` walks; the callables say what happens beside a step; `at` is
+    told where a rank is.
 
-    `due` names the parts of the evaluation of a step, and `evaluate` strikes from `progress.owed` those that it did.
+    `due` names the parts of the evaluation of a step, and `evaluate` strikes from `progress.owed`
+    those that it did.
     """
 
     config: Config
@@ -58,7 +61,8 @@ class Loop:
         self.guard = SkipStepGuard(self.mesh, self.share, self.config.optim)
 
     def train(self, progress: Progress) -> Progress:
-        """Steps until the last, or until a signal; `progress` is where the run stands afterwards."""
+        """Steps until the last, or until a signal; `progress` is where the run stands
+        afterwards."""
         self._set_length(progress)
         with self.meter.pause():
             self._assess(progress)  # what the checkpoint that the run goes on from owed
@@ -78,7 +82,11 @@ class Loop:
                 self.heartbeat("looking after the checkpoint and for signals", progress.step)
                 self.checkpoints.poll()
         with self.meter.pause():
-            if self.stop.caught and self.config.checkpoint.every and progress.step > max(self.saved, 0):
+            if (
+                self.stop.caught
+                and self.config.checkpoint.every
+                and progress.step > max(self.saved, 0)
+            ):
                 self.save(progress)
             self.checkpoints.finish()
         return progress
@@ -86,7 +94,9 @@ class Loop:
     def _set_length(self, progress: Progress) -> None:
         """Note how long the run is to be, which may not be what it was to be before."""
         extend = self.config.schedule.extend
-        progress.lengths, change = go_on(self.schedule, progress.lengths, progress.step, self.config.steps, extend)
+        progress.lengths, change = go_on(
+            self.schedule, progress.lengths, progress.step, self.config.steps, extend
+        )
         if change:
             self.say(change)
 
@@ -108,7 +118,8 @@ class Loop:
         step = progress.step + 1
         rate = self.config.optim.learning_rate * factor(self.schedule, progress.lengths, step)
         valid = self.share.valid(batch)
-        rows, sums = int(batch.span().valid().any(1).sum()), StepSums()
+        rows = int(batch.span().valid().any(1).sum())
+        sums = StepSums()
         held = None if self.lanes is None else self.lanes.held()
         on_step_begin(self.engine.model, step)
         for number, (piece, last) in enumerate(self.share(batch)):
@@ -118,9 +129,18 @@ class Loop:
             with self.engine.forward_precision():
                 losses = self.engine.model(piece.tokens, span, piece.targets)
             self.guard.look(losses)
-            loss, beside = losses.sum(), auxiliary_loss(self.engine.model, tokens=valid, rows=rows)
-            sums.add({"loss": loss.detach().double() / max(valid, 1), **beside, **statistics(self.engine.model)})
-            weighed = self.config.optim.auxiliary_weight * sum(beside.values(), torch.zeros_like(loss))
+            loss = losses.sum()
+            beside = auxiliary_loss(self.engine.model, tokens=valid, rows=rows)
+            sums.add(
+                {
+                    "loss": loss.detach().double() / max(valid, 1),
+                    **beside,
+                    **statistics(self.engine.model),
+                }
+            )
+            weighed = self.config.optim.auxiliary_weight * sum(
+                beside.values(), torch.zeros_like(loss)
+            )
             self.heartbeat(f"backward of micro-batch {number + 1}", step)
             self.engine.backward(loss / max(valid, 1) + weighed, last=last)
             if self.lanes is not None:
@@ -128,7 +148,9 @@ class Loop:
         self.heartbeat("gradient norm and optimiser", step)
         norm = self.engine.clip(self.config.optim.max_grad_norm)
         every = sums.over(self.mesh.world_group)
-        means = {name: value.item() for name, value in every.items() if "/" not in name}  # "layer/name": statistics
+        means = {
+            name: value.item() for name, value in every.items() if "/" not in name
+        }  # "layer/name": statistics
         loss = means.pop("loss")
         skip = self.guard.verdict(progress, loss, norm, predicts=valid > 0 or self.stream.pauses)
         figures = {}
@@ -138,10 +160,15 @@ class Loop:
             progress.tokens += valid
         else:
             self._leave_out(step, skip, held)
-        progress.step, progress.cursor = step, cursor
+        progress.step = step
+        progress.cursor = cursor
         self.meter.add(valid, self.flops(batch.span()))
         if skip is not None or _due(self.config.log.every, step, step in (1, self.config.steps)):
-            beside = {"auxiliary": means or None, "statistics": figures or None, "skipped": skip and skip.row()}
+            beside = {
+                "auxiliary": means or None,
+                "statistics": figures or None,
+                "skipped": skip and skip.row(),
+            }
             self.log(self._row(progress, loss if valid else None, norm, rate)._replace(**beside))
         if skip is not None:
             self.guard.bear(progress, skip)
@@ -155,7 +182,9 @@ class Loop:
 
     def _row(self, progress: Progress, loss: float | None, norm: float, rate: float) -> MetricsRow:
         """What metrics.jsonl says of a step; memory is that of the fullest rank."""
-        memory = torch.tensor(float(peak_memory_bytes(self.mesh.device)), dtype=torch.float64, device=self.mesh.device)
+        memory = torch.tensor(
+            float(peak_memory_bytes(self.mesh.device)), dtype=torch.float64, device=self.mesh.device
+        )
         if self.mesh.world_group is not None:
             dist.all_reduce(memory, op=dist.ReduceOp.MAX, group=self.mesh.world_group)
         read = self.meter.read()
@@ -173,5 +202,6 @@ class Loop:
 
 
 def _due(every: int, step: int, last: bool) -> bool:
-    """Whether something that happens every so many steps happens now; 0 is never, not at the end either."""
+    """Whether something that happens every so many steps happens now; 0 is never, not at the end
+    either."""
     return every > 0 and (step % every == 0 or last)

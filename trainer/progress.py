@@ -23,7 +23,8 @@ Part = Literal["held_out", "sample", "maps"]  # of an evaluation
 
 
 class Stretch(TypedDict):
-    """From the step after `after` the run was to have `steps`; `extend`: what became of the learning rate there."""
+    """From the step after `after` the run was to have `steps`; `extend`: what became of the
+    learning rate there."""
 
     after: Annotated[int, Field(ge=0, le=STEPS)]
     steps: Annotated[int, Field(ge=1, le=STEPS)]
@@ -32,17 +33,16 @@ class Stretch(TypedDict):
 
 @dataclass
 class Progress:
-    """How far a run has come. The annotations are the types and ranges that a checkpoint's are checked against.
+    """How far a run has come. The annotations are the types and ranges that a checkpoint's are
+    checked against.
 
-    Attributes:
-        step: optimiser steps taken.
-        tokens: trained on since the beginning.
-        cursor: of the training data, for the next step.
-        wandb_id: of the W&B run, so that a resumed run goes on in it; None without one.
-        skipped: steps that were not taken, one after another, up to now (trainer/skip_step.py).
-        norms: gradient norms of the last steps, for optim.skip_above.
-        owed: parts of this step's evaluation that are due and not done (trainer/evaluation/assessment.py).
-        lengths: how long the run was to be, and from which step on (trainer/optim/lengthening.py).
+    Attributes: step: optimiser steps taken. tokens: trained on since the beginning. cursor: of the
+        training data, for the next step. wandb_id: of the W&B run, so that a resumed run goes on in
+        it; None without one. skipped: steps that were not taken, one after another, up to now
+        (trainer/skip_step.py). norms: gradient norms of the last steps, for optim.skip_above. owed:
+        parts of this step's evaluation that are due and not done
+        (trainer/evaluation/assessment.py). lengths: how long the run was to be, and from which step
+        on (trainer/optim/lengthening.py).
     """
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
@@ -64,30 +64,50 @@ class Progress:
 
 
 def progress_of(extra: dict[str, Any], step: int, place: Path) -> Progress:
-    """The progress that a checkpoint of `step` holds; Fault where a field is of no such kind or out of its range."""
+    """The progress that a checkpoint of `step` holds; Fault where a field is of no such kind or out
+    of its range."""
     try:
         progress = TypeAdapter(Progress).validate_json(json.dumps(extra))
     except (ValidationError, RecursionError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ("cursor",), "msg": "nested too deeply"}
+        first = (
+            error.errors()[0]
+            if isinstance(error, ValidationError)
+            else {"loc": ("cursor",), "msg": "nested too deeply"}
+        )
         where = ".".join(map(str, first["loc"]))[:100]
         raise UserError(
-            f"cannot resume from {place}: {where}: {first['msg']}; it is damaged or was written by another version of "
-            "Longspan; name another checkpoint, or begin again in another run_dir",
+            f"cannot resume from {place}: {where}: {first['msg']}; it is damaged or was written by"
+            " another version of Longspan; name another checkpoint, or begin again in another"
+            " run_dir",
             BAD_RUN,
         ) from error
     if progress.step != step:
-        raise UserError(f"cannot resume from {place}: it is of step {step} and says it had come to {progress.step}", BAD_RUN)
+        raise UserError(
+            f"cannot resume from {place}: it is of step {step} and says it had come to"
+            f" {progress.step}",
+            BAD_RUN,
+        )
     return progress
 
 
-def restore_progress(archive: CheckpointReader, place: Path, engine: Engine, stream: Stream, lanes: Lanes | None = None) -> Progress:
-    """Put the engine and the lanes into the state of a checkpoint, whatever ranks wrote it, and say how far it had come.
+def restore_progress(
+    archive: CheckpointReader,
+    place: Path,
+    engine: Engine,
+    stream: Stream,
+    lanes: Lanes | None = None,
+) -> Progress:
+    """Put the engine and the lanes into the state of a checkpoint, whatever ranks wrote it, and say
+    how far it had come.
 
     Raises:
-        Fault: anything in the checkpoint that is not of this run; found before the engine takes over any of it.
+        Fault: anything in the checkpoint that is not of this run; found before the engine takes
+            over any of it.
     """
     cursor = archive.extra(place).get("cursor")
-    if isinstance(cursor, dict) and (reason := _of_other_data(cursor, stream)):  # before tensors that do not fit are told of
+    if isinstance(cursor, dict) and (
+        reason := _of_other_data(cursor, stream)
+    ):  # before tensors that do not fit are told of
         raise UserError(f"cannot resume from {place}: {reason}", BAD_RUN)
     carried = {} if lanes is None else {"past": archive.blank(place, "past")}
     state = engine.state()
@@ -127,5 +147,8 @@ def _astray(progress: Progress, stream: Stream) -> str | None:
     rows = progress.cursor["rows"]
     wanted = progress.step * stream.rows
     if rows != wanted:
-        return f"after {progress.step} steps of {stream.rows} rows its data would be at row {wanted}, not {rows}"
+        return (
+            f"after {progress.step} steps of {stream.rows} rows its data would be at row {wanted},"
+            f" not {rows}"
+        )
     return None

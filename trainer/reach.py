@@ -1,4 +1,5 @@
-"""Settings that were written on the command line and reach no part of the model: each is refused by name, never dropped."""
+"""Settings that were written on the command line and reach no part of the model: each is refused by
+name, never dropped."""
 
 from collections.abc import Collection, Iterator, Sequence
 
@@ -12,7 +13,13 @@ from trainer.config.schema import Config
 from trainer.config.values import TARGET
 from trainer.errors import UserError
 
-SIZES = ("width", "layers", "heads", "kv_heads", "ffn")  # offered to every part; a config file may offer what nobody takes
+SIZES = (
+    "width",
+    "layers",
+    "heads",
+    "kv_heads",
+    "ffn",
+)  # offered to every part; a config file may offer what nobody takes
 
 
 def unreached(config: Config, given: Collection[str], vocabulary: int = 1) -> dict[str, str]:
@@ -22,16 +29,22 @@ def unreached(config: Config, given: Collection[str], vocabulary: int = 1) -> di
         config: whose nodes can be built.
         given: keys and groups that were set by hand.
     """
-    taken, found = build_model.sizes_taken(config, vocabulary), {}
+    taken = build_model.sizes_taken(config, vocabulary)
+    found = {}
     wished = [key for key in given if key == "position" or key.startswith("position.")]
     if wished and not _placed(config, taken, vocabulary):
-        said = f"position={config.position.target}, but nothing in this model takes a position{_takers('position')}"
+        said = (
+            f"position={config.position.target}, but nothing in this model takes a"
+            f" position{_takers('position')}"
+        )
         found["position"] = f"{said}; leave {wished[0]}= out"
     found |= dict(_replaced(config, given))
     if config.match == "none":  # else the sizes are those of the model that this one is to match
         found |= {
-            f"model.{key}": f"model.{key}={getattr(config.model, key)} reaches no part of this model{_takers(key)}"
-            f"; leave model.{key}= out"
+            f"model.{key}": (
+                f"model.{key}={getattr(config.model, key)} reaches no part of this"
+                f" model{_takers(key)}; leave model.{key}= out"
+            )
             for key in _idle(config, taken)
             if f"model.{key}" in given
         }
@@ -41,13 +54,16 @@ def unreached(config: Config, given: Collection[str], vocabulary: int = 1) -> di
 def fitting(words: Sequence[str]) -> list[str]:
     """The settings of a command line without the sizes that no part of its model takes.
 
-    For commands that give the same sizes to many models; a user's own words are refused instead, see unreached.
+    For commands that give the same sizes to many models; a user's own words are refused instead,
+    see unreached.
     """
     asked = compose(words)
     if asked.config is None or asked.config.match != "none":
         return list(words)
     try:
-        idle = {f"model.{key}" for key in _idle(asked.config, build_model.sizes_taken(asked.config, 1))}
+        idle = {
+            f"model.{key}" for key in _idle(asked.config, build_model.sizes_taken(asked.config, 1))
+        }
     except UserError:  # said where the same words are checked
         return list(words)
     return [word for word in words if word.lstrip("+").partition("=")[0] not in idle]
@@ -69,12 +85,17 @@ def _idle(config: Config, taken: dict[str, dict[str, object]]) -> Iterator[str]:
 
 
 def _placed(config: Config, taken: dict[str, dict[str, object]], vocabulary: int) -> bool:
-    """Whether a position does something: in a layer that takes it, or added to the embeddings. None is what none asks for."""
+    """Whether a position does something: in a layer that takes it, or added to the embeddings. None
+    is what none asks for."""
     try:
-        place = instantiate.instantiate(config.position, build_model.offered_sizes(config, vocabulary), "position")
+        place = instantiate.instantiate(
+            config.position, build_model.offered_sizes(config, vocabulary), "position"
+        )
     except UserError:  # said elsewhere
         return True
-    if isinstance(place, NoPosition) or any("position" in sizes for part, sizes in taken.items() if part != "model"):
+    if isinstance(place, NoPosition) or any(
+        "position" in sizes for part, sizes in taken.items() if part != "model"
+    ):
         return True
     if "position" not in taken["model"]:
         return False
@@ -90,24 +111,47 @@ def _replaced(config: Config, given: Collection[str]) -> Iterator[tuple[str, str
     ):
         labels = getattr(wish, pattern)
         if chosen is not None and f"model.{pattern}" in given:
-            yield f"model.{pattern}", f"model.{pattern}={labels}: {whole} is set and replaces it; leave one of the two out"
+            yield (
+                f"model.{pattern}",
+                (
+                    f"model.{pattern}={labels}: {whole} is set and replaces it; leave one of the"
+                    " two out"
+                ),
+            )
         for label in getattr(wish, group):
             where = f"model.{group}.{label}"
             if not any(key == where or key.startswith(f"{where}.") for key in given):
                 continue
             if chosen is not None:
-                yield where, f"{where} is set, but {whole} replaces all of model.{group}; leave one of the two out"
+                yield (
+                    where,
+                    (
+                        f"{where} is set, but {whole} replaces all of model.{group}; leave one of"
+                        " the two out"
+                    ),
+                )
             elif label not in labels:
-                yield where, f"{where} is set, but model.{pattern}={labels} does not name it; name it there, or leave it out"
+                yield (
+                    where,
+                    (
+                        f"{where} is set, but model.{pattern}={labels} does not name it; name it"
+                        " there, or leave it out"
+                    ),
+                )
 
 
 def _takers(key: str) -> str:
-    """The mixers of conf/ whose constructors take a size; of what is the model's own business, the models."""
+    """The mixers of conf/ whose constructors take a size; of what is the model's own business, the
+    models."""
     for group in ("model",) if key in ("width", "layers", "ffn") else ("mixer",):
         takers = []
         for path in sorted((CONF / group).glob("*.yaml")):
             node = OmegaConf.to_container(OmegaConf.load(path))
-            target = str(node[TARGET] if isinstance(node, dict) and TARGET in node else "models.architectures.decoder.Decoder")
+            target = str(
+                node[TARGET]
+                if isinstance(node, dict) and TARGET in node
+                else "models.architectures.decoder.Decoder"
+            )
             known = instantiate.parameters(instantiate.find_class(target, group))
             if key in known or {"layers": "mixers", "ffn": "feedforwards"}.get(key) in known:
                 takers.append(path.stem)

@@ -1,4 +1,5 @@
-"""A run, as every rank lives it: build the parts, go on from where the run stood, train, and say where everything lies."""
+"""A run, as every rank lives it: build the parts, go on from where the run stood, train, and say
+where everything lies."""
 
 import errno
 import shlex
@@ -47,12 +48,23 @@ from trainer.watchdog import EnterPhase, limit, watching
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 QUICKSTART_NEXT = (  # what the last screen offers whoever runs Longspan for the first time
     "python -m trainer experiment=quickstart mixer=sliding mixer.window=256   another architecture",
-    "python -m trainer experiment=quickstart parallel.context=4              the same losses over four ranks",
+    (
+        "python -m trainer experiment=quickstart parallel.context=4              the same losses"
+        " over four ranks"
+    ),
     "python -m trainer --help                                                every setting",
 )
 SETTLE_S = 30.0  # a run that ends by a fault waits so long for a save on its way
-APART = ("name", "replicas", "offload_activations")  # settings of an engine that no constructor takes
-OWNED = {"zero": "deepspeed", "offload": "deepspeed", "reshard_after_forward": "fsdp"}  # those that only one takes
+APART = (
+    "name",
+    "replicate",
+    "offload_activations",
+)  # settings of an engine that no constructor takes
+OWNED = {
+    "zero_stage": "deepspeed",
+    "offload": "deepspeed",
+    "reshard_after_forward": "fsdp",
+}  # those that only one takes
 
 
 def run(config: Config, ranks: RankInfo, directory: Path) -> int:
@@ -70,14 +82,24 @@ def run(config: Config, ranks: RankInfo, directory: Path) -> int:
     console = Console(config.steps, speaks=mesh.rank == 0)
     notes = directory / directories.SCRATCH / f"watch_{restart_count()[0]}"
     logs = RunLogger(directory, config, console, writes=mesh.rank == 0)
-    with logs.alerting(), StopSignal(mesh, SAVED).listening() as stop, watching(notes, mesh, config.launch.timeout_s) as heartbeat:
+    with (
+        logs.alerting(),
+        StopSignal(mesh, SAVED).listening() as stop,
+        watching(notes, mesh, config.launch.timeout_s) as heartbeat,
+    ):
         try:
             return Run(config, mesh, directory, console, stop, heartbeat, logs).whole()
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            what = f"the disk under {directory} is full" if full else f"{error.filename or directory}: {error.strerror}"
+            what = (
+                f"the disk under {directory} is full"
+                if full
+                else f"{error.filename or directory}: {error.strerror}"
+            )
             way = "mend that and give the same command again"
-            raise UserError(f"the run ended: {what}; the last whole checkpoint is intact; {way}", BAD_RUN) from error
+            raise UserError(
+                f"the run ended: {what}; the last whole checkpoint is intact; {way}", BAD_RUN
+            ) from error
         finally:
             console.close()
 
@@ -85,9 +107,22 @@ def run(config: Config, ranks: RankInfo, directory: Path) -> int:
 class Run:
     """The parts of a run, made in the order in which they need each other."""
 
-    def __init__(self, config: Config, mesh: Mesh, directory: Path, console: Console, stop: StopSignal, heartbeat: EnterPhase, logs: RunLogger):
-        self.config, self.mesh, self.directory, self.console = config, mesh, directory, console
-        self.stop, self.heartbeat = stop, heartbeat
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        directory: Path,
+        console: Console,
+        stop: StopSignal,
+        heartbeat: EnterPhase,
+        logs: RunLogger,
+    ):
+        self.config = config
+        self.mesh = mesh
+        self.directory = directory
+        self.console = console
+        self.stop = stop
+        self.heartbeat = heartbeat
         self.first = mesh.rank == 0
         self.logs = logs
         self.stream = open_rows(config, "train")
@@ -112,39 +147,54 @@ class Run:
             say=console.say,
         )
         limit([self.checkpoints.control], config.launch.timeout_s)
-        agree_on_run(mesh, self.engine, directories.plain_config(config), self.stream, self.held_out)
+        agree_on_run(
+            mesh, self.engine, directories.plain_config(config), self.stream, self.held_out
+        )
 
     def _engine(self) -> Engine:
         """The model, placed and with its initial weights, in the engine that trains it."""
         config = self.config
         with torch.device("meta"):
             model = build_model(config, self.stream.vocabulary)
-        self.parameters, self.flops = count_parameters(model), count_flops(model)
+        self.parameters = count_parameters(model)
+        self.flops = count_flops(model)
         self.prefix = plain_sight(model)
         for line in remarks(config, model):
             self.console.say(line)
         for where, taken in sizes_taken(config, self.stream.vocabulary).items():
             if taken:
-                self.console.say(f"{where}: {', '.join(f'{key}={value}' for key, value in taken.items())}")
+                self.console.say(
+                    f"{where}: {', '.join(f'{key}={value}' for key, value in taken.items())}"
+                )
         kind = find_class(config.engine.target, "engine")
         name = config.engine.name
         asked = {key: value for key, value in config.engine.settings().items() if key not in APART}
         settings = {key: value for key, value in asked.items() if OWNED.get(key, name) == name}
         optimiser = instantiate(config.optim, {}, "optim")
-        engine = kind(self.mesh, optimiser, precision=config.precision, seed=config.seed, **settings)
+        engine = kind(
+            self.mesh, optimiser, precision=config.precision, seed=config.seed, **settings
+        )
         offload = ActivationOffload(self.mesh.device) if config.engine.offload_activations else None
-        self.communicator = parallelize(model, engine, method=config.parallel.method, offload=offload)
+        self.communicator = parallelize(
+            model, engine, method=config.parallel.method, offload=offload
+        )
         if self.communicator is not None:
             self.communicator.timeout = timedelta(seconds=config.launch.timeout_s)
-        self.console.say(f"model: {self.parameters.total:,} parameters; engine {config.engine.name}, {config.precision}")
+        self.console.say(
+            f"model: {self.parameters.total:,} parameters; engine {config.engine.name},"
+            f" {config.precision}"
+        )
         return engine
 
     def _lanes(self) -> Lanes | None:
         """Empty ones, where `memory=` carries something."""
-        return Lanes(self.mesh, self.share, self.config.rows) if self.config.memory.carries else None
+        return (
+            Lanes(self.mesh, self.share, self.config.rows) if self.config.memory.carries else None
+        )
 
     def _resume(self) -> Progress:
-        """Where the run goes on: the directory's newest whole checkpoint, the one that resume= names, or the beginning."""
+        """Where the run goes on: the directory's newest whole checkpoint, the one that resume=
+        names, or the beginning."""
         place = self.checkpoints.latest()
         if place is None and self.config.resume not in ("auto", "never"):
             place = self._named(Path(self.config.resume))
@@ -159,16 +209,22 @@ class Run:
         return progress
 
     def _named(self, source: Path) -> Path:
-        """The checkpoint that resume=PATH means: itself, or the newest whole one of a run directory."""
+        """The checkpoint that resume=PATH means: itself, or the newest whole one of a run
+        directory."""
         if not (source / "checkpoints").is_dir():
             return source
-        archive = CheckpointReader(source / "checkpoints", group=self.mesh.world_group, say=self.console.say)
+        archive = CheckpointReader(
+            source / "checkpoints", group=self.mesh.world_group, say=self.console.say
+        )
         try:
             place = archive.latest()
         finally:
             archive.close()
         if place is None:
-            raise UserError(f"resume={source}: it holds no checkpoint yet; name another run, or resume=auto", BAD_RUN)
+            raise UserError(
+                f"resume={source}: it holds no checkpoint yet; name another run, or resume=auto",
+                BAD_RUN,
+            )
         return place
 
     def whole(self) -> int:
@@ -177,7 +233,10 @@ class Run:
         progress = self._resume()
         self.console.go_on_from(progress.step)
         if (times := restart_count()[0]) > 0:
-            self.console.say(f"a rank was lost: all were started again ({times} of launch.max_restarts={restart_count()[1]} times)")
+            self.console.say(
+                f"a rank was lost: all were started again ({times} of"
+                f" launch.max_restarts={restart_count()[1]} times)"
+            )
         self.began = progress.step
         assessment = self._assessment()
         progress.wandb_id = self.logs.open(self.began, progress.wandb_id, **self._facts())
@@ -229,10 +288,15 @@ class Run:
     @cached_property
     def _peak(self) -> Peak:
         """Measured on rank 0 alone, which is the only one that tells."""
-        return peak(self.mesh.device, DTYPES[self.config.precision]) if self.first else Peak(None, "only rank 0 tells")
+        return (
+            peak(self.mesh.device, DTYPES[self.config.precision])
+            if self.first
+            else Peak(None, "only rank 0 tells")
+        )
 
     def _facts(self) -> dict[str, float | None]:
-        """Of the model and the machine, for summary.json. What is sent is known after a step, on other ranks anew."""
+        """Of the model and the machine, for summary.json. What is sent is known after a step, on
+        other ranks anew."""
         if not self.first:
             return {}
         length = self.config.context_length
@@ -245,7 +309,8 @@ class Run:
         }
 
     def _sent(self) -> int:
-        """Bytes that the busiest rank has sent so far to share sequences and experts; collective."""
+        """Bytes that the busiest rank has sent so far to share sequences and experts;
+        collective."""
         here = sum(self.communicator.bytes_sent.values()) if self.communicator is not None else 0
         sent = torch.tensor(float(here), dtype=torch.float64, device=self.mesh.device)
         if self.mesh.world_group is not None:
@@ -256,10 +321,15 @@ class Run:
         """A step is done; after the first, what parallel.method=auto chose is known."""
         if self.communicator is not None and self.communicator.choices:
             for choice, many in Counter(self.communicator.choices.values()).items():
-                self.console.say(f"share: {many} of {len(self.communicator.choices)} layers by {choice}")
+                self.console.say(
+                    f"share: {many} of {len(self.communicator.choices)} layers by {choice}"
+                )
             self.communicator.choices.clear()
         if self.lanes is not None and row.step == 1:
-            self.console.say(f"memory: rank 0 carries {self.lanes.bytes():,} bytes for its {self.share.each} lanes")
+            self.console.say(
+                f"memory: rank 0 carries {self.lanes.bytes():,} bytes for its {self.share.each}"
+                " lanes"
+            )
         if row.step == self.began + 1:
             self.logs.note(sent_bytes_per_step=self._sent())
         self.logs.step(row)
@@ -285,7 +355,10 @@ class Run:
         return BAD_RUN if progress.owed else DONE
 
     def _next(self) -> tuple[str, ...]:
-        """What to try next: other architectures after the quickstart, a page of the run after any other."""
+        """What to try next: other architectures after the quickstart, a page of the run after any
+        other."""
         if self.config.name == "quickstart":
             return QUICKSTART_NEXT
-        return (f"python -m scripts.report {shlex.quote(str(self.directory))}   this run as one page",)
+        return (
+            f"python -m scripts.report {shlex.quote(str(self.directory))}   this run as one page",
+        )

@@ -1,4 +1,5 @@
-"""The directory of a run: one writer at a time, and a record of what was asked for and where it ran."""
+"""The directory of a run: one writer at a time, and a record of what was asked for and where it
+ran."""
 
 import fcntl
 import itertools
@@ -26,10 +27,36 @@ from trainer.limited_reader import yaml_file
 from trainer.locks import flocked, held, say_lacking
 from trainer.safe_files import LINKED, links_inside, open_inside, replace_inside
 
-CONFIG, ENVIRONMENT, LOCK, RANKS_LOCK, SCRATCH = "config.yaml", "environment.json", ".lock", ".ranks.lock", ".launch"
-FREE = ("parallel", "engine", "launch", "log", "logs", "wandb", "checkpoint", "evaluation", "resume", "run_dir", "steps")
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+LOCK = ".lock"
+RANKS_LOCK = ".ranks.lock"
+SCRATCH = ".launch"
+FREE = (
+    "parallel",
+    "engine",
+    "launch",
+    "log",
+    "logs",
+    "wandb",
+    "checkpoint",
+    "evaluation",
+    "resume",
+    "run_dir",
+    "steps",
+)
 FREE += ("schedule.extend",)
-PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf", "pydantic", "datasets", "pyarrow", "tokenizers", "wandb")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "hydra-core",
+    "omegaconf",
+    "pydantic",
+    "datasets",
+    "pyarrow",
+    "tokenizers",
+    "wandb",
+)
 PACKAGES += ("deepspeed", "flash-attn", "flash-linear-attention", "triton", "liger-kernel")
 HELD = ".lock.held"
 DYING_S = 6.0  # ranks whose launcher was killed are gone within this time
@@ -41,14 +68,17 @@ def plain_config(config: Config) -> dict[str, Any]:
 
 
 def read_config(directory: Path) -> Config:
-    """The config that a run directory records. Raises ValueError where it holds none, OSError where it cannot be read."""
+    """The config that a run directory records. Raises ValueError where it holds none, OSError where
+    it cannot be read."""
     value = yaml_file(directory / CONFIG, follow=False)
     try:
         return Config.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
-        raise ValueError(f"{directory / CONFIG} is no config of a run ({where}: {first['msg']})") from error
+        raise ValueError(
+            f"{directory / CONFIG} is no config of a run ({where}: {first['msg']})"
+        ) from error
 
 
 def holds_run(directory: Path) -> bool:
@@ -56,12 +86,14 @@ def holds_run(directory: Path) -> bool:
 
 
 def fresh_path(name: str, root: Path = Path("runs")) -> Path:
-    """A directory name that nobody has taken by now, to be shown; whoever wants to have it calls `take`."""
+    """A directory name that nobody has taken by now, to be shown; whoever wants to have it calls
+    `take`."""
     return next(path for path in _names(name, root) if not os.path.lexists(path))
 
 
 def _names(name: str, root: Path) -> Iterator[Path]:
-    """Names for a directory, the best first: runs/NAME-DATE-TIME, then numbered for runs that start in the same second."""
+    """Names for a directory, the best first: runs/NAME-DATE-TIME, then numbered for runs that start
+    in the same second."""
     first = root / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     yield first
     for number in itertools.count(2):
@@ -69,16 +101,21 @@ def _names(name: str, root: Path) -> Iterator[Path]:
 
 
 def take(name: str, root: Path = Path("runs")) -> Path:
-    """Make a directory that nobody has made before; of several that want one name, mkdir lets one have it."""
+    """Make a directory that nobody has made before; of several that want one name, mkdir lets one
+    have it."""
     for path in _names(name, root):
         try:
             root.mkdir(parents=True, exist_ok=True)
             path.mkdir()
         except FileExistsError:
             if not root.is_dir():
-                raise UserError(f"run_dir={path} cannot be made: {root} is a file; give run_dir=PATH") from None
+                raise UserError(
+                    f"run_dir={path} cannot be made: {root} is a file; give run_dir=PATH"
+                ) from None
         except OSError as error:
-            raise UserError(f"run_dir={path} cannot be made: {error.strerror}; choose another run_dir") from error
+            raise UserError(
+                f"run_dir={path} cannot be made: {error.strerror}; choose another run_dir"
+            ) from error
         else:
             return path
     raise AssertionError("the names have no end")
@@ -94,12 +131,19 @@ def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def check_run_dir(config: Config) -> list[str]:
-    """What keeps a config from using its run directory: another run in it, or none where one is asked for."""
+    """What keeps a config from using its run directory: another run in it, or none where one is
+    asked for."""
     faults = []
     if config.run_dir is not None:
-        if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in config.run_dir):
-            # it is written into batch scripts, records and messages, where it would begin a line of its own
-            return [f"run_dir={config.run_dir!r}: it holds a line break or another control character; choose another run_dir"]
+        if any(
+            unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in config.run_dir
+        ):
+            # it is written into batch scripts, records and messages, where it would begin a line of
+            # its own
+            return [
+                f"run_dir={config.run_dir!r}: it holds a line break or another control character;"
+                " choose another run_dir"
+            ]
         directory = Path(config.run_dir)
         if directory.exists() and not directory.is_dir():
             return [f"run_dir={directory}: it is a file; name a directory"]
@@ -107,7 +151,10 @@ def check_run_dir(config: Config) -> list[str]:
             return faults
         if holds_run(directory):
             if config.resume == "never":
-                return [f"resume=never, but run_dir={directory} holds a run; choose another run_dir, or resume=auto"]
+                return [
+                    f"resume=never, but run_dir={directory} holds a run; choose another run_dir, or"
+                    " resume=auto"
+                ]
             faults += other_run(config, directory)
     if config.resume not in ("auto", "never"):
         faults += _judge_source(config)
@@ -115,22 +162,31 @@ def check_run_dir(config: Config) -> list[str]:
 
 
 def linked(directory: Path) -> list[str]:
-    """One message for the symbolic links in a run directory, if there are any: a run writes into its own directory alone."""
+    """One message for the symbolic links in a run directory, if there are any: a run writes into
+    its own directory alone."""
     try:
         links = links_inside(directory) if directory.is_dir() else []
     except OSError as error:
         return [f"run_dir={directory} cannot be read: {error.strerror}; choose another run_dir"]
-    return [f"run_dir={directory}: {links[0]}: {LINKED}, or choose another run_dir"] if links else []
+    return (
+        [f"run_dir={directory}: {links[0]}: {LINKED}, or choose another run_dir"] if links else []
+    )
 
 
 def _judge_source(config: Config) -> list[str]:
     """The faults of resume=PATH, a run directory or one of its checkpoints."""
     source = Path(config.resume)
     if not source.is_dir():
-        return [f"resume={source}: there is no such directory; name a run directory or a checkpoint, or resume=auto"]
+        return [
+            f"resume={source}: there is no such directory; name a run directory or a checkpoint, or"
+            " resume=auto"
+        ]
     run = source if (source / "checkpoints").is_dir() else source.parent.parent
     if source != run and source.parent.name != "checkpoints":
-        return [f"resume={source}: it holds no checkpoints/; name a run directory, or a step_... folder of one"]
+        return [
+            f"resume={source}: it holds no checkpoints/; name a run directory, or a step_... folder"
+            " of one"
+        ]
     return other_run(config, run) if holds_run(run) else []
 
 
@@ -139,17 +195,22 @@ def other_run(config: Config, directory: Path) -> list[str]:
     try:
         old = plain_config(read_config(directory))
     except (ValueError, OSError) as error:
-        return [f"{directory / CONFIG} cannot be read ({str(error).splitlines()[0]}); choose another run_dir"]
+        return [
+            f"{directory / CONFIG} cannot be read ({str(error).splitlines()[0]}); choose another"
+            " run_dir"
+        ]
     free = (*FREE, "name", *_decided_by_content(old, config))
     return [
-        f"{key}={_word(new)}: the run in {directory} has {key}={_word(was)}; use that value, or another run_dir"
+        f"{key}={_word(new)}: the run in {directory} has {key}={_word(was)}; use that value, or"
+        " another run_dir"
         for key, was, new in differences(old, plain_config(config))
         if key.partition(".")[0] not in free and key not in free
     ]
 
 
 def _decided_by_content(old: dict[str, Any], config: Config) -> list[str]:
-    """Settings of the data that may be spelt otherwise: whether it is the same data shows when it is opened."""
+    """Settings of the data that may be spelt otherwise: whether it is the same data shows when it
+    is opened."""
     if old["data"].get("_target_") != config.data.target:
         return []
     try:
@@ -160,7 +221,9 @@ def _decided_by_content(old: dict[str, Any], config: Config) -> list[str]:
 
 
 def _word(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
 
 
 @contextmanager
@@ -178,18 +241,24 @@ def lock(directory: Path) -> Iterator[None]:
             return
         if not taken:
             owner = os.pread(launcher, 200, 0).decode(errors="replace").strip() or "another process"
-            raise UserError(f"run_dir={directory} is in use by {owner}; wait for it, or choose another run_dir")
+            raise UserError(
+                f"run_dir={directory} is in use by {owner}; wait for it, or choose another run_dir"
+            )
         os.ftruncate(launcher, 0)
         os.pwrite(launcher, f"process {os.getpid()} on {platform.node()}".encode(), 0)
         if not _take(ranks, fcntl.LOCK_EX, DYING_S):
-            raise UserError(f"run_dir={directory}: ranks of an earlier launch still run here; end them, or choose another")
+            raise UserError(
+                f"run_dir={directory}: ranks of an earlier launch still run here; end them, or"
+                " choose another"
+            )
         fcntl.flock(ranks, fcntl.LOCK_UN)
         yield
 
 
 @contextmanager
 def presence(directory: Path) -> Iterator[None]:
-    """In a rank: while this lasts no other launcher may start in the directory, even if ours is gone."""
+    """In a rank: while this lasts no other launcher may start in the directory, even if ours is
+    gone."""
     with _opened(directory / RANKS_LOCK) as file:
         _take(file, fcntl.LOCK_SH, DYING_S)
         yield
@@ -201,7 +270,9 @@ def _opened(path: Path) -> Iterator[int]:
         file = open_inside(path.parent, path.name, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         why = f"{path.name}: {error.strerror}"
-        raise UserError(f"run_dir={path.parent} cannot be written: {why}; choose another run_dir") from error
+        raise UserError(
+            f"run_dir={path.parent} cannot be written: {why}; choose another run_dir"
+        ) from error
     try:
         yield file
     finally:
@@ -218,18 +289,21 @@ def _take(file: int, kind: int, patience_s: float) -> bool | None:
 
 @contextmanager
 def _locked_by_folder(directory: Path) -> Iterator[None]:
-    """The same where the file system has no locks; ranks are not counted then. Raises Fault where a launcher runs here."""
+    """The same where the file system has no locks; ranks are not counted then. Raises Fault where a
+    launcher runs here."""
     say_lacking(str(directory))
     with ExitStack() as stack:
         try:
             stack.enter_context(held(directory / HELD, lambda: None, DYING_S))
         except TimeoutError as error:
             raise UserError(
-                f"run_dir={directory} is in use: {error}; wait for it, or choose another run_dir (after a crash of another "
-                f"machine remove {directory / HELD})"
+                f"run_dir={directory} is in use: {error}; wait for it, or choose another run_dir"
+                f" (after a crash of another machine remove {directory / HELD})"
             ) from error
         except OSError as error:
-            raise UserError(f"run_dir={directory} cannot be written: {error.strerror}; choose another run_dir") from error
+            raise UserError(
+                f"run_dir={directory} cannot be written: {error.strerror}; choose another run_dir"
+            ) from error
         yield
 
 
@@ -238,29 +312,41 @@ def make_run_dir(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"run_dir={directory} cannot be made: {error.strerror}; choose another run_dir") from error
+        raise UserError(
+            f"run_dir={directory} cannot be made: {error.strerror}; choose another run_dir"
+        ) from error
 
 
 def record(directory: Path, config: Config) -> None:
-    """Write config.yaml (resolved) and environment.json; each is replaced whole. Fault when the disk will not have them."""
+    """Write config.yaml (resolved) and environment.json; each is replaced whole. Fault when the
+    disk will not have them."""
     try:
-        replace_inside(directory, CONFIG, yaml.safe_dump(plain_config(config), sort_keys=False, allow_unicode=True))
+        replace_inside(
+            directory,
+            CONFIG,
+            yaml.safe_dump(plain_config(config), sort_keys=False, allow_unicode=True),
+        )
         replace_inside(directory, ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
     except OSError as error:
         raise UserError(
-            f"run_dir={directory} cannot be written: {error.strerror}; make room, or choose another", BAD_RUN
+            f"run_dir={directory} cannot be written: {error.strerror}; make room, or choose"
+            " another",
+            BAD_RUN,
         ) from error
 
 
 def environment() -> dict[str, Any]:
-    """What a run depends on beside its config. No environment variable is recorded: some hold secrets."""
+    """What a run depends on beside its config. No environment variable is recorded: some hold
+    secrets."""
     installed = {}
     for name in PACKAGES:
         try:
             installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             installed[name] = None
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [platform.processor() or "cpu"]
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [
+        platform.processor() or "cpu"
+    ]
     return {
         "commit": _git("rev-parse", "HEAD"),
         "diff": _git("diff", "HEAD"),
@@ -280,7 +366,9 @@ def _git(*words: str) -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

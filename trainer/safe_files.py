@@ -1,7 +1,9 @@
-"""Files of a run directory, opened without following symbolic links: a link that somebody put there turns no write elsewhere.
+"""Files of a run directory, opened without following symbolic links: a link that somebody put there
+turns no write elsewhere.
 
-The directory itself may be reached through links, for its path is the user's own; what lies below it is opened component by
-component from a handle of the directory. New content is written beside, under a name that nobody can foresee, and renamed.
+The directory itself may be reached through links, for its path is the user's own; what lies below
+it is opened component by component from a handle of the directory. New content is written beside,
+under a name that nobody can foresee, and renamed.
 """
 
 import errno
@@ -18,7 +20,8 @@ FREE = ("wandb", ".launch")  # W&B links to its newest run; what a launch needs 
 
 @contextmanager
 def _folder(root: Path, names: list[str], make: bool) -> Iterator[int]:
-    """A handle of the folder root/names..., none of which is a link; made where it is missing, if asked for."""
+    """A handle of the folder root/names..., none of which is a link; made where it is missing, if
+    asked for."""
     handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     here = root
     try:
@@ -56,7 +59,8 @@ def open_inside(root: Path, name: str, flags: int, mode: int = 0o644) -> int:
     """A handle of the ordinary file root/name; `name` may lie in folders below.
 
     Raises:
-        OSError: it is a link or lies behind one, it is no ordinary file, or whatever the system has against it.
+        OSError: it is a link or lies behind one, it is no ordinary file, or whatever the system has
+            against it.
     """
     *names, last = Path(name).parts
     with _folder(root, names, make=bool(flags & os.O_CREAT)) as folder:
@@ -68,19 +72,23 @@ def open_inside(root: Path, name: str, flags: int, mode: int = 0o644) -> int:
 
 
 def make_inside(root: Path, name: str) -> Path:
-    """The folder root/name, made with its parents where it is missing. Raises OSError where one of them is a link."""
+    """The folder root/name, made with its parents where it is missing. Raises OSError where one of
+    them is a link."""
     with _folder(root, list(Path(name).parts), make=True):
         return root / name
 
 
 def replace_inside(root: Path, name: str, content: str | bytes, mode: int = 0o644) -> Path:
-    """Make `content` that of the file root/name by one rename: a kill leaves the old or the new. A link there is replaced."""
+    """Make `content` that of the file root/name by one rename: a kill leaves the old or the new. A
+    link there is replaced."""
     *names, last = Path(name).parts
     beside = f".{last}.{secrets.token_hex(8)}"
     raw = content.encode("utf-8") if isinstance(content, str) else content
     with _folder(root, names, make=True) as folder:
         try:
-            with open(_open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode, folder, root / name), "wb") as file:
+            with open(
+                _open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode, folder, root / name), "wb"
+            ) as file:
                 file.write(raw)
                 file.flush()
                 os.fsync(file.fileno())
@@ -99,7 +107,8 @@ def read_inside(root: Path, name: str) -> bytes:
 
 
 def links_inside(root: Path) -> list[Path]:
-    """Every symbolic link below a directory, but for those that W&B makes for itself and what a launch clears away."""
+    """Every symbolic link below a directory, but for those that W&B makes for itself and what a
+    launch clears away."""
     links: list[Path] = []
     waiting = [root]
     while waiting:

@@ -1,4 +1,5 @@
-"""The secret of a run's directory, by which processes on several machines know one another; made once, for its owner alone."""
+"""The secret of a run's directory, by which processes on several machines know one another; made
+once, for its owner alone."""
 
 import os
 import secrets
@@ -12,7 +13,8 @@ NAME = ".secret"
 
 
 def shared_secret(directory: Path) -> str:
-    """The secret; whoever comes first makes it, whole by one link, so that nobody reads a part of it.
+    """The secret; whoever comes first makes it, whole by one link, so that nobody reads a part of
+    it.
 
     Raises:
         Fault: it is another user's, or cannot be made.
@@ -23,7 +25,9 @@ def shared_secret(directory: Path) -> str:
         return read_inside(directory, NAME).decode("ascii")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"run_dir={directory}: its {NAME} cannot be used ({error}); remove that file, or choose another run_dir", BAD_RUN
+            f"run_dir={directory}: its {NAME} cannot be used ({error}); remove that file, or choose"
+            " another run_dir",
+            BAD_RUN,
         ) from error
 
 

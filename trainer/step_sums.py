@@ -21,7 +21,8 @@ class StepSums:
             self.held[name] = self.held[name] + value if name in self.held else value
 
     def over(self, group: Any) -> dict[str, Tensor]:
-        """The sums over the ranks of `group` (None: this rank's own), by one all-reduce; on the CPU."""
+        """The sums over the ranks of `group` (None: this rank's own), by one all-reduce; on the
+        CPU."""
         names = sorted(self.held)
         flat = torch.cat([self.held[name].flatten() for name in names])
         if group is not None:

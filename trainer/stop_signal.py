@@ -14,10 +14,13 @@ from trainer.launch.exit_report import handling
 
 
 class StopSignal:
-    """Whether a signal asked the run to save and leave; asked together, so that all ranks leave at the same place."""
+    """Whether a signal asked the run to save and leave; asked together, so that all ranks leave at
+    the same place."""
 
     def __init__(self, mesh: Mesh, signals: Any):
-        self.mesh, self.signals, self.caught = mesh, tuple(signals), 0
+        self.mesh = mesh
+        self.signals = tuple(signals)
+        self.caught = 0
 
     @contextmanager
     def listening(self) -> Iterator["StopSignal"]:
@@ -32,13 +35,16 @@ class StopSignal:
         """True on every rank when any of them caught a signal; collective.
 
         Args:
-            mine: the mark of what this rank is about to compute from (trainer/agreement.py); 0 = nothing to compare.
+            mine: the mark of what this rank is about to compute from (trainer/agreement.py); 0 =
+                nothing to compare.
             what: what a message calls that.
 
         Raises:
             Fault: the ranks' marks are not all the same; on every rank.
         """
-        word = torch.tensor([self.caught, mine, -mine], dtype=torch.float64, device=self.mesh.device)
+        word = torch.tensor(
+            [self.caught, mine, -mine], dtype=torch.float64, device=self.mesh.device
+        )
         if self.mesh.world_group is not None:
             dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.mesh.world_group)
         caught, largest, smallest = word.tolist()

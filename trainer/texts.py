@@ -1,7 +1,9 @@
 """Texts of the command line: where a setting is a text, what was typed stays what was typed.
 
-Hydra's grammar reads 2024_11_27 as a number, 1e3 as 1000.0, and stops at a comma, a colon or an umlaut. So values of keys
-that are texts never meet it: marks are composed in their place, and the texts are put back afterwards.
+Hydra's grammar reads 2024_11_27 as a number, 1e3 as 1000.0, and stops at a comma, a colon or an
+umlaut. So values of keys
+that are texts never meet it: marks are composed in their place, and the texts are put back
+afterwards.
 """
 
 import inspect
@@ -28,7 +30,10 @@ TEXT = "text"
 TEXTS = "texts"
 MARK = re.compile(r"LONGSPAN-TEXT-(\d+)-END")
 LISTS = (list, tuple, Sequence, AbstractSet, set, frozenset)
-CALL = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag|int|float|str|bool|json_str|extend_list)\(.*\)", re.DOTALL)
+CALL = re.compile(
+    r"(choice|range|interval|glob|sort|shuffle|tag|int|float|str|bool|json_str|extend_list)\(.*\)",
+    re.DOTALL,
+)
 NULL = "null"
 MISSING = ("???", "'???'", '"???"')  # a value that is not set yet, to OmegaConf
 
@@ -47,7 +52,8 @@ class Texts:
         self.texts: list[str] = []
 
     def spelled(self, key: str, raw: str) -> str:
-        """What Hydra is to read in the place of a typed value; the value itself where its grammar is meant."""
+        """What Hydra is to read in the place of a typed value; the value itself where its grammar
+        is meant."""
         kind = self._kind(key)
         if kind == TEXTS and raw.startswith("[") and raw.endswith("]"):
             return f"[{','.join(self._mark(unquoted(part)) for part in split(raw[1:-1]))}]"
@@ -58,15 +64,20 @@ class Texts:
         return self._mark(unquoted(raw))
 
     def swept(self, key: str, raw: str) -> str | None:
-        """The same for a sweep, where a comma parts values; None where nobody can say what is one text."""
+        """The same for a sweep, where a comma parts values; None where nobody can say what is one
+        text."""
         if key.startswith("hydra."):
             return raw if is_readable(raw) else quoted(raw)
         if self._kind(key) != TEXT or CALL.fullmatch(raw):
             return raw
         parts = split(raw)
-        if any(part[:1] in "[{" for part in parts if part) or (len(parts) > 1 and not is_readable(raw)):
+        if any(part[:1] in "[{" for part in parts if part) or (
+            len(parts) > 1 and not is_readable(raw)
+        ):
             return raw if is_readable(raw) else None
-        return ",".join(part if part == NULL or _reads_as_itself(part) else quoted(part) for part in parts)
+        return ",".join(
+            part if part == NULL or _reads_as_itself(part) else quoted(part) for part in parts
+        )
 
     def may_be_one(self, key: str) -> bool:
         """Whether a text is among the values that a key takes, or nobody says what it takes."""
@@ -109,7 +120,11 @@ class Texts:
             annotation = known[name].annotation
             if place == len(path) - 1:
                 return annotation
-            inner = [kind for kind in leaves(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+            inner = [
+                kind
+                for kind in leaves(annotation)
+                if isinstance(kind, type) and issubclass(kind, BaseModel)
+            ]
             if not inner:
                 return None
             part = inner[0]
@@ -122,11 +137,16 @@ class Texts:
         for cut in range(len(path) - 1, 0, -1):
             target = self._target(path[:cut])
             if target is not None:
-                return annotations(find_class(target, ".".join(path[:cut]))).get(path[cut]) if cut == len(path) - 1 else None
+                return (
+                    annotations(find_class(target, ".".join(path[:cut]))).get(path[cut])
+                    if cut == len(path) - 1
+                    else None
+                )
         return None
 
     def _target(self, path: Sequence[str]) -> str | None:
-        """The class that the node in a place names: on the command line, else in the groups that were chosen."""
+        """The class that the node in a place names: on the command line, else in the groups that
+        were chosen."""
         key = ".".join([*path, TARGET])
         if key in self.given:
             return unquoted(self.given[key])
@@ -138,12 +158,15 @@ class Texts:
 
 
 def kind_of(annotation: Any) -> str | None:
-    """TEXT for what takes texts and no numbers, TEXTS for a list of such, None for anything else."""
+    """TEXT for what takes texts and no numbers, TEXTS for a list of such, None for anything
+    else."""
     plain = [kind for kind in leaves(annotation) if kind is not type(None)]
     if not plain:
         return None
     lists = [kind for kind in plain if get_origin(kind) in LISTS]
-    words = [kind for kind in plain if kind is str or (isinstance(kind, type) and issubclass(kind, Path))]
+    words = [
+        kind for kind in plain if kind is str or (isinstance(kind, type) and issubclass(kind, Path))
+    ]
     if len(words) == len(plain):
         return TEXT
     inner = [kind_of(part) for kind in lists for part in get_args(kind) if part is not Ellipsis]
@@ -153,7 +176,8 @@ def kind_of(annotation: Any) -> str | None:
 
 
 def leaves(annotation: Any) -> list[Any]:
-    """The kinds of value that an annotation allows; of a literal the kinds of its values, of a dict those of its values."""
+    """The kinds of value that an annotation allows; of a literal the kinds of its values, of a dict
+    those of its values."""
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
         return [leaf for part in get_args(annotation) for leaf in leaves(part)]
@@ -176,7 +200,8 @@ def is_readable(raw: str) -> bool:
 
 
 def _reads_as_itself(raw: str) -> bool:
-    """Whether Hydra's grammar reads in a value, without its quotes if it has some, what was typed."""
+    """Whether Hydra's grammar reads in a value, without its quotes if it has some, what was
+    typed."""
     try:
         return OverridesParser.create().parse_override(f"key={raw}").value() == unquoted(raw)
     except HydraException:
@@ -201,7 +226,8 @@ def quoted(text: str) -> str:
 
 
 def for_shell(text: str) -> str:
-    """A word to be copied into a shell; in double quotes where these protect it, for they are easier to read."""
+    """A word to be copied into a shell; in double quotes where these protect it, for they are
+    easier to read."""
     return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
 
 

@@ -1,8 +1,10 @@
-"""Who is behind: each rank notes where it is, so that the one that hangs is named when the others have waited too long.
+"""Who is behind: each rank notes where it is, so that the one that hangs is named when the others
+have waited too long.
 
-A rank's note is one page of a file under the run directory, mapped into memory: to write it costs no call of the system, and
-it stays when its rank is stopped or killed. A thread of each rank renews it every second with what the rank's main thread
-does just then, and a rank that cannot even do that is one that was stopped, or whose machine is gone.
+A rank's note is one page of a file under the run directory, mapped into memory: to write it costs
+no call of the system, and it stays when its rank is stopped or killed. A thread of each rank renews
+it every second with what the rank's main thread does just then, and a rank that cannot even do that
+is one that was stopped, or whose machine is gone.
 """
 
 import json
@@ -32,7 +34,9 @@ OURS = tuple(os.path.join(ROOT, home, "") for home in ("models", "parallel", "tr
 WAITING = (f"{os.sep}torch{os.sep}distributed{os.sep}", os.path.join(ROOT, "parallel", "moves.py"))
 
 
-EnterPhase = Callable[[str, int], None]  # (phase, step): the rank enters it; all ranks enter the same phases in the same order
+EnterPhase = Callable[
+    [str, int], None
+]  # (phase, step): the rank enters it; all ranks enter the same phases in the same order
 
 
 class Hang(UserError):
@@ -45,7 +49,8 @@ class Hang(UserError):
 
 
 class HeartbeatNote(NamedTuple):
-    """Where a rank is: `passed` counts the phases it has entered; `waits`: for other ranks; `beat`: seconds, time.time."""
+    """Where a rank is: `passed` counts the phases it has entered; `waits`: for other ranks; `beat`:
+    seconds, time.time."""
 
     passed: int
     step: int
@@ -73,15 +78,19 @@ class Heartbeat:
         self.path.write_bytes(bytes(PAGE))
         with open(self.path, "r+b") as file:
             self.page = mmap.mmap(file.fileno(), PAGE)
-        self.main, self.ended, self.lock = threading.get_ident(), threading.Event(), threading.Lock()
-        self.passed, self.where = 0, (0, "getting ready")
+        self.main = threading.get_ident()
+        self.ended = threading.Event()
+        self.lock = threading.Lock()
+        self.passed = 0
+        self.where = (0, "getting ready")
         self._write("", False)
         self.thread = threading.Thread(target=self._beat, name="watch", daemon=True)
         self.thread.start()
 
     def heartbeat(self, phase: str, step: int) -> None:
         """See At."""
-        self.passed, self.where = self.passed + 1, (step, phase)
+        self.passed = self.passed + 1
+        self.where = (step, phase)
         self._write("", False)
 
     def forget(self) -> None:
@@ -103,13 +112,16 @@ class Heartbeat:
 
     def _write(self, told: str, waits: bool) -> None:
         with self.lock:
-            text = json.dumps([self.passed, *self.where, told, waits, time.time()]).encode()[: PAGE - 1]
+            text = json.dumps([self.passed, *self.where, told, waits, time.time()]).encode()[
+                : PAGE - 1
+            ]
             self.page[: len(text) + 1] = text + b"\0"
 
 
 @contextmanager
 def watching(folder: Path, mesh: Mesh, timeout_s: float) -> Iterator[EnterPhase]:
-    """Note where this rank is, and turn the end of its patience into a Hang that names who did not come.
+    """Note where this rank is, and turn the end of its patience into a Hang that names who did not
+    come.
 
     folder: for the notes of this attempt alone.
     """
@@ -124,13 +136,16 @@ def watching(folder: Path, mesh: Mesh, timeout_s: float) -> Iterator[EnterPhase]
     except RuntimeError as error:  # torch's own kinds of it differ from one backend to another
         if "timed out" not in str(error).lower():
             raise
-        raise Hang(describe_hang(read_heartbeats(folder, mesh.size), watch.where, timeout_s)) from error
+        raise Hang(
+            describe_hang(read_heartbeats(folder, mesh.size), watch.where, timeout_s)
+        ) from error
     finally:
         watch.close()
 
 
 def _limit(mesh: Mesh, timeout_s: float) -> None:
-    """Every group of the mesh waits as long as the first, which was told; torch gives each new group half an hour."""
+    """Every group of the mesh waits as long as the first, which was told; torch gives each new
+    group half an hour."""
     grids = [grid for grid in (mesh.device_mesh, mesh.experts_mesh) if grid is not None]
     groups = [group for group in vars(mesh).values() if isinstance(group, ProcessGroup)]
     limit([*groups, *(group for grid in grids for group in grid.get_all_groups())], timeout_s)
@@ -143,8 +158,10 @@ def limit(groups: Iterable[ProcessGroup | None], timeout_s: float) -> None:
 
 
 def current_call(frame: FrameType) -> tuple[str, bool]:
-    """(the innermost line of ours that a thread is in, and what it calls there; whether it waits for other ranks)."""
-    inner, call = frame, ""
+    """(the innermost line of ours that a thread is in, and what it calls there; whether it waits
+    for other ranks)."""
+    inner = frame
+    call = ""
     waits = any(part in frame.f_code.co_filename for part in WAITING)
     while not inner.f_code.co_filename.startswith(OURS):
         if inner.f_code.co_filename.endswith("distributed_c10d.py"):
@@ -164,7 +181,11 @@ def read_heartbeats(folder: Path, size: int) -> list[HeartbeatNote | None]:
     found: list[HeartbeatNote | None] = []
     for rank in range(size):
         try:
-            found.append(HeartbeatNote(*json_value(_path(folder, rank).read_bytes().partition(b"\0")[0], "note")))
+            found.append(
+                HeartbeatNote(
+                    *json_value(_path(folder, rank).read_bytes().partition(b"\0")[0], "note")
+                )
+            )
         except (OSError, ValueError, TypeError):
             found.append(None)
     return found
@@ -174,14 +195,20 @@ def _since(beat: float, now: float) -> str:
     return f"for {now - beat:.0f} s" if beat <= now else "since the machine's clock was set back"
 
 
-def describe_hang(every: Sequence[HeartbeatNote | None], here: tuple[int, str], timeout_s: float, now: float | None = None) -> str:
+def describe_hang(
+    every: Sequence[HeartbeatNote | None],
+    here: tuple[int, str],
+    timeout_s: float,
+    now: float | None = None,
+) -> str:
     """The message that names who is behind, and how that shows.
 
     Args:
         every: notes, by rank. here: (step, phase) of the rank that waited.
         now: seconds, time.time's.
     """
-    now, size = time.time() if now is None else now, len(every)
+    now = time.time() if now is None else now
+    size = len(every)
     there = {rank: note for rank, note in enumerate(every) if note is not None}
     missing = [rank for rank in range(size) if rank not in there]
     still = {rank: note for rank, note in there.items() if abs(now - note.beat) > STILL_S}
@@ -191,14 +218,24 @@ def describe_hang(every: Sequence[HeartbeatNote | None], here: tuple[int, str], 
     if missing:
         who = [f"rank {rank} of {size} left no word" for rank in missing]
     elif still:
-        who = [f"rank {r} of {size} stands still: no sign {_since(n.beat, now)}, in {n.place()}" for r, n in still.items()]
+        who = [
+            f"rank {r} of {size} stands still: no sign {_since(n.beat, now)}, in {n.place()}"
+            for r, n in still.items()
+        ]
     elif late:
-        who = [f"rank {rank} of {size} did not come: it is in {note.place()}" for rank, note in late.items()]
+        who = [
+            f"rank {rank} of {size} did not come: it is in {note.place()}"
+            for rank, note in late.items()
+        ]
     elif 0 < len(busy) < size:
-        who = [f"rank {rank} of {size} did not come: it is busy in {note.place()}" for rank, note in busy.items()]
+        who = [
+            f"rank {rank} of {size} did not come: it is busy in {note.place()}"
+            for rank, note in busy.items()
+        ]
     else:
         who = [f"rank {rank} of {size} is in {note.place()}" for rank, note in there.items()]
     return (
-        f"the ranks waited longer than launch.timeout_s={timeout_s:g} in step {here[0]}, {here[1]}: {'; '.join(who)}; the last "
-        "checkpoint is intact; give the same command again, with a larger launch.timeout_s if that rank was only slow"
+        f"the ranks waited longer than launch.timeout_s={timeout_s:g} in step {here[0]}, {here[1]}:"
+        f" {'; '.join(who)}; the last checkpoint is intact; give the same command again, with a"
+        " larger launch.timeout_s if that rank was only slow"
     )

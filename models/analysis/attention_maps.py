@@ -1,6 +1,8 @@
-"""Attention maps: the weight that every head of every softmax gives to each key it may see, for one short row.
+"""Attention maps: the weight that every head of every softmax gives to each key it may see, for one
+short row.
 
-A weight says where a mean was taken, not why an answer came out: a key with a small value may hold a large weight.
+A weight says where a mean was taken, not why an answer came out: a key with a small value may hold
+a large weight.
 
 Letters: B rows, H heads, T queries, S keys.
 """
@@ -27,13 +29,14 @@ GatherWhole = Callable[[Tensors, Tensors, Span, Span], tuple[Tensors, Tensors, S
 class AttentionMap(NamedTuple):
     """What one softmax weighs in one pass.
 
-    Attributes:
-        name: of the leaf in the model; where it is called again in the same pass, " (2)", " (3)", ... after it.
-        weight: [H, T, S] of at least float32, on the CPU; all heads, or the first ones. A row sums to 1, to 1 less the share
+    Attributes: name: of the leaf in the model; where it is called again in the same pass, " (2)", "
+        (3)", ... after it. weight: [H, T, S] of at least float32, on the CPU; all heads, or the
+        first ones. A row sums to 1, to 1 less the share
             of a learned sink, or to 0 where nothing is seen.
         heads: how many there are, kept or not.
-        at: [1, T] addresses of the queries. of: [1, S] of the keys: those of the row first, then what stands for several of
-            its tokens or repeats them (block summaries, what a memory holds), each part in order. No padding among them.
+        at: [1, T] addresses of the queries. of: [1, S] of the keys: those of the row first, then
+            what stands for several of its tokens or repeats them (block summaries, what a memory
+            holds), each part in order. No padding among them.
     """
 
     name: str
@@ -53,9 +56,11 @@ def attention_weights(
     kv_span: Span | None = None,
     heads: Tensor | None = None,
 ) -> Tensor:
-    """[B, H, T, S], wide: what each key counts in the mean that the leaf gives for the same arguments.
+    """[B, H, T, S], wide: what each key counts in the mean that the leaf gives for the same
+    arguments.
 
-    Exact under every mask and score, from the general tile's logits; it holds all of them at once, so rows must be short.
+    Exact under every mask and score, from the general tile's logits; it holds all of them at once,
+    so rows must be short.
     """
     kv_span = span if kv_span is None else kv_span
     heads = attention_spec(leaf.mask, leaf.score, query, heads).heads
@@ -68,15 +73,20 @@ def attention_weights(
     return (logits - reference.finite_lse(total[1]).transpose(1, 2)[..., None]).exp()
 
 
-def leaves(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (Softmax,)) -> dict[str, nn.Module]:
+def leaves(
+    model: nn.Module, kinds: tuple[type[nn.Module], ...] = (Softmax,)
+) -> dict[str, nn.Module]:
     """By name: every module that is called as a Softmax is, and stands in no other such.
 
-    Left out is what runs inside the steps of a Relay (the layers of memory=tokens): it sees a segment at a time, no row.
+    Left out is what runs inside the steps of a Relay (the layers of memory=tokens): it sees a
+    segment at a time, no row.
 
     Args:
         kinds: Softmax, and what may stand in its place with the leaf inside it.
     """
-    inside, found, taken = sequential_modules(model), {}, set()
+    inside = sequential_modules(model)
+    found = {}
+    taken = set()
     for name, module in model.named_modules():
         if isinstance(module, kinds) and module not in inside and module not in taken:
             found[name] = module
@@ -100,28 +110,47 @@ def collect(
         model: called with (tokens, span). Best in evaluation mode; it is left as it was.
         watched: some of what `leaves` names.
         tokens: [1, T] int64, or where the row is cut, the part of it at hand.
-        whole: brings together what lies on several ranks, called once for each call of a leaf, in the same order everywhere;
-            None: the row is at hand.
+        whole: brings together what lies on several ranks, called once for each call of a leaf, in
+            the same order everywhere; None: the row is at hand.
         heads: keep the first so many of each leaf; None: all.
     """
     found: list[AttentionMap] = []
 
-    def note(name: str, leaf: Softmax, query: Tensors, payload: Tensors, params: Tensors = (), **rest: Any) -> None:
-        inner_span, kv_span = rest["at"], rest["at"] if rest.get("of") is None else rest["of"]
-        query, payload, inner_span, kv_span = (query, payload, inner_span, kv_span) if whole is None else whole(query, payload, inner_span, kv_span)
-        weight = attention_weights(leaf, query, payload, params, span=inner_span, kv_span=kv_span, heads=rest.get("heads"))[0]
-        here, there = _places(inner_span, inner_span), _places(kv_span, inner_span)
+    def note(
+        name: str,
+        leaf: Softmax,
+        query: Tensors,
+        payload: Tensors,
+        params: Tensors = (),
+        **rest: Any,
+    ) -> None:
+        inner_span = rest["span"]
+        kv_span = rest["span"] if rest.get("kv_span") is None else rest["kv_span"]
+        query, payload, inner_span, kv_span = (
+            (query, payload, inner_span, kv_span)
+            if whole is None
+            else whole(query, payload, inner_span, kv_span)
+        )
+        weight = attention_weights(
+            leaf, query, payload, params, span=inner_span, kv_span=kv_span, heads=rest.get("heads")
+        )[0]
+        here = _places(inner_span, inner_span)
+        there = _places(kv_span, inner_span)
         kept = weight[:heads].index_select(1, here).index_select(2, there).cpu()
         times = sum(each.name.partition(" ")[0] == name for each in found)
         label = f"{name} ({times + 1})" if times else name
-        addresses = (each.map(lambda t, some=some: t[:, some].cpu()) for each, some in ((inner_span, here), (kv_span, there)))
+        addresses = (
+            each.map(lambda t, some=some: t[:, some].cpu())
+            for each, some in ((inner_span, here), (kv_span, there))
+        )
         found.append(AttentionMap(label, kept, len(weight), *addresses))
 
     def hook(name: str, leaf: Softmax) -> Callable[..., None]:
         return lambda module, args, kwargs: note(name, leaf, *args, **kwargs)
 
     handles = [
-        module.register_forward_pre_hook(hook(name, _leaf(module)), with_kwargs=True) for name, module in watched.items()
+        module.register_forward_pre_hook(hook(name, _leaf(module)), with_kwargs=True)
+        for name, module in watched.items()
     ]
     try:
         with _uncompiled():
@@ -133,8 +162,11 @@ def collect(
 
 
 def _uncompiled() -> AbstractContextManager:
-    """Compiled blocks run as they were written: they may not see hooks that came later, and one row is not worth compiling."""
-    compiles = "torch._dynamo" in sys.modules  # which is slow to import, and has been where anything was compiled
+    """Compiled blocks run as they were written: they may not see hooks that came later, and one row
+    is not worth compiling."""
+    compiles = (
+        "torch._dynamo" in sys.modules
+    )  # which is slow to import, and has been where anything was compiled
     return torch.compiler.set_stance("force_eager") if compiles else nullcontext()
 
 
@@ -144,7 +176,8 @@ def _leaf(module: nn.Module) -> Softmax:
 
 
 def _places(span: Span, row: Span) -> Tensor:
-    """[S] int64: where the tokens of a span lie that are no padding, those with a role that tokens of the row have first."""
+    """[S] int64: where the tokens of a span lie that are no padding, those with a role that tokens
+    of the row have first."""
     doc, pos, role = (each[0].tolist() for each in (span.doc, span.pos, span.role))
     roles = set(row.role[row.valid()].tolist())
     there = [place for place, valid in enumerate(span.valid()[0].tolist()) if valid]

@@ -1,4 +1,5 @@
-"""A decoder: tokens in, logits or losses out. The road from config to loss passes here on its way to models/loss.py."""
+"""A decoder: tokens in, logits or losses out. The road from config to loss passes here on its way
+to models/loss.py."""
 
 from collections.abc import Sequence
 
@@ -22,8 +23,10 @@ class Decoder(nn.Module):
         feedforwards: one for each layer; likewise (x, span) -> [B, T, width].
         position: its embedding, if it has one, is added to the tokens'.
         tie_embeddings: use the embedding as the output head (Press & Wolf 2017, arXiv:1608.05859).
-        init_std: of the initial weights of matrices; narrow models learn sooner with more, such as width^-0.5.
-        memory: what stands around all layers, if it has anything that does; the mixers have theirs in them already.
+        init_std: of the initial weights of matrices; narrow models learn sooner with more, such as
+            width^-0.5.
+        memory: what stands around all layers, if it has anything that does; the mixers have theirs
+            in them already.
     """
 
     def __init__(
@@ -40,18 +43,25 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         if init_std <= 0:
-            raise ValueError(f"init_std={init_std} starts no weight anywhere; choose one above 0, for example {INIT_STD}")
+            raise ValueError(
+                f"init_std={init_std} starts no weight anywhere; choose one above 0, for example"
+                f" {INIT_STD}"
+            )
         self.init_std = init_std
         self.embed = nn.Embedding(vocabulary, width)
         self.position = position.embedding(width) if position else None
-        self.blocks = nn.ModuleList(block(width, *parts) for parts in zip(mixers, feedforwards, strict=True))
+        self.blocks = nn.ModuleList(
+            block(width, *parts) for parts in zip(mixers, feedforwards, strict=True)
+        )
         self.memory = memory.stack(width) if memory else None
-        self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, vocabulary, bias=False)
+        self.norm = nn.RMSNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
         if tie_embeddings:
             self.head.weight = self.embed.weight
 
     def initial(self) -> dict[str, Rule]:
-        """What adds to the residual stream starts smaller the more layers add to it (Radford et al. 2019)."""
+        """What adds to the residual stream starts smaller the more layers add to it (Radford et al.
+        2019)."""
         small = ScaledNormal((2 * max(1, len(self.blocks))) ** -0.5)
         outputs = ("feedforward.down.weight", "mixer.out.weight")
         names = [f"blocks.{i}.{leaf}" for i in range(len(self.blocks)) for leaf in outputs]
@@ -59,7 +69,8 @@ class Decoder(nn.Module):
         return {name: small for name in names if name in there}
 
     def forward(self, tokens: Tensor, span: Span, targets: Tensor | None = None) -> Tensor:
-        """[B, T] int64 -> logits [B, T, vocabulary], or with targets the losses [B, T] in nats (0 where IGNORE)."""
+        """[B, T] int64 -> logits [B, T, vocabulary], or with targets the losses [B, T] in nats (0
+        where IGNORE)."""
         x = self.embed(tokens)
         if self.position is not None:
             x = x + self.position(span)
@@ -70,9 +81,9 @@ class Decoder(nn.Module):
     def _through(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]: all layers."""
         values: Tensor | None = None  # of the first layer that shares them
-        for each in self.blocks:
-            if isinstance(each, ValueBlock):
-                x, values = each(x, span, values)
+        for layer in self.blocks:
+            if isinstance(layer, ValueBlock):
+                x, values = layer(x, span, values)
             else:
-                x = each(x, span)
+                x = layer(x, span)
         return x

@@ -22,7 +22,9 @@ class Lstm(TokenByTokenModel):
     def __init__(self, vocabulary: int, width: int, layers: int, memory: Memory | None = None):
         super().__init__(vocabulary, memory)
         self.width = width
-        self.cells = nn.ModuleList(LstmGates(width if layer else self.bits, width) for layer in range(layers))
+        self.cells = nn.ModuleList(
+            LstmGates(width if layer else self.bits, width) for layer in range(layers)
+        )
         self.out = nn.Linear(width, self.bits)
 
     def initial(self) -> dict:
@@ -37,4 +39,6 @@ class Lstm(TokenByTokenModel):
         for cell, hidden, held in zip(self.cells, state[0::2], state[1::2]):
             after += cell(x, hidden, held)
             x = after[-2]
-        return self.out(x.to(self.out.weight.dtype)).to(torch.promote_types(state[0].dtype, x.dtype)), tuple(after)
+        return self.out(x.to(self.out.weight.dtype)).to(
+            torch.promote_types(state[0].dtype, x.dtype)
+        ), tuple(after)

@@ -1,4 +1,5 @@
-"""Models that read a row token by token from a state, and take and give tokens as bits: NTM and LSTM.
+"""Models that read a row token by token from a state, and take and give tokens as bits: NTM and
+LSTM.
 
 Letters: B rows, T tokens, C bits, V vocabulary.
 """
@@ -18,20 +19,23 @@ from models.same_graph import tied
 from models.span import Span
 
 StateTuple = tuple[Tensor, ...]
-ROWS = 4  # rows that a rank steps through at a time, where ranks take turns: a step is many small operations
+# rows that a rank steps through at a time, where ranks take turns: a step is many small operations
+ROWS = 4
 
 
 class TokenByTokenModel(StatefulModule, ABC):
-    """A recurrent model over the binary code of token numbers; the state is an explicit tuple of tensors [B, ...].
+    """A recurrent model over the binary code of token numbers; the state is an explicit tuple of
+    tensors [B, ...].
 
-    A token comes in as its C bits, 0 or 1, and what goes out is a logit for each bit of what is to be said: a vector of 8 bits
-    is a token from 0 to 255, and marks beyond have a ninth. The distribution is the product over bits, so a loss is in nats
-    per token, of the code 0 to 2^C - 1. Documents start from a blank state.
+    A token comes in as its C bits, 0 or 1, and what goes out is a logit for each bit of what is to
+    be said: a vector of 8 bits is a token from 0 to 255, and marks beyond have a ninth. The
+    distribution is the product over bits, so a loss is in nats per token, of the code 0 to 2^C - 1.
+    Documents start from a blank state.
 
     Args:
         vocabulary: token numbers are below it.
-        memory: None or no memory: every row starts from a blank state. Segments, with length=0: the state goes on from row to
-            row, without a gradient.
+        memory: None or no memory: every row starts from a blank state. Segments, with length=0: the
+            state goes on from row to row, without a gradient.
     """
 
     def __init__(self, vocabulary: int, memory: Memory | None = None):
@@ -40,10 +44,11 @@ class TokenByTokenModel(StatefulModule, ABC):
             memory.stack(0)  # refuses settings that only attention takes
         elif memory is not None and type(memory) is not Memory:
             raise ValueError(
-                f"{type(self).__name__} carries a state of its own from row to row and takes no other memory; "
-                "use memory=segments memory.length=0, or memory=none"
+                f"{type(self).__name__} carries a state of its own from row to row and takes no"
+                " other memory; use memory=segments memory.length=0, or memory=none"
             )
-        self.vocabulary, self.bits = vocabulary, max(1, (vocabulary - 1).bit_length())
+        self.vocabulary = vocabulary
+        self.bits = max(1, (vocabulary - 1).bit_length())
         self.relay = SequentialScan(rows=ROWS)
 
     @abstractmethod
@@ -55,7 +60,8 @@ class TokenByTokenModel(StatefulModule, ABC):
         """One token [B, C] from a state: (logits [B, C], the state after it)."""
 
     def forward(self, tokens: Tensor, span: Span, targets: Tensor | None = None) -> Tensor:
-        """[B, T] int64 -> log-probabilities [B, T, V], or with targets the losses [B, T] in nats (0 where IGNORE)."""
+        """[B, T] int64 -> log-probabilities [B, T, V], or with targets the losses [B, T] in nats (0
+        where IGNORE)."""
         weight = next(p for p in self.parameters())
         wide = torch.promote_types(weight.dtype, torch.float32)
         blank = self.blank(len(tokens), weight.new_zeros((), dtype=wide))
@@ -76,9 +82,13 @@ class TokenByTokenModel(StatefulModule, ABC):
     def _piece(self, xs: StateTuple, span: Span, state: StateTuple) -> tuple[Tensor, StateTuple]:
         """The step of the relay: a stretch of every row, [B, w, C] -> [B, w, C]."""
         (x,) = xs
-        blank, out = self.blank(len(x), state[0]), []
-        opens, held = span.opens(), ~span.valid()
-        some_open, some_held = ([True] * x.shape[1] if on.is_meta else on.any(0).tolist() for on in (opens, held))
+        blank = self.blank(len(x), state[0])
+        out = []
+        opens = span.opens()
+        held = ~span.valid()
+        some_open, some_held = (
+            [True] * x.shape[1] if on.is_meta else on.any(0).tolist() for on in (opens, held)
+        )
         for t in range(x.shape[1]):
             if some_open[t]:
                 state = _where(opens[:, t], blank, state)
@@ -93,16 +103,20 @@ class TokenByTokenModel(StatefulModule, ABC):
         return torch.where(targets != IGNORE, nats, 0)
 
     def _all(self, logits: Tensor) -> Tensor:
-        codes = code(torch.arange(self.vocabulary, device=logits.device), self.bits).to(logits.dtype)
+        codes = code(torch.arange(self.vocabulary, device=logits.device), self.bits).to(
+            logits.dtype
+        )
         return logits @ codes.T - F.softplus(logits).sum(-1, keepdim=True)
 
 
 class LstmGates(nn.Module):
-    """The four gates of an LSTM cell (Hochreiter & Schmidhuber 1997; forget gate: Gers et al. 2000), without peepholes."""
+    """The four gates of an LSTM cell (Hochreiter & Schmidhuber 1997; forget gate: Gers et al.
+    2000), without peepholes."""
 
     def __init__(self, inputs: int, width: int):
         super().__init__()
-        self.width, self.all = width, nn.Linear(inputs + width, 4 * width)
+        self.width = width
+        self.all = nn.Linear(inputs + width, 4 * width)
 
     def initial(self) -> dict:
         """Forget gates start open."""
@@ -119,12 +133,14 @@ class LstmGates(nn.Module):
 
 
 def code(tokens: Tensor, bits: int) -> Tensor:
-    """[...] int64 -> [..., bits] int64, 0 or 1: the binary code of token numbers, the lowest bit first."""
+    """[...] int64 -> [..., bits] int64, 0 or 1: the binary code of token numbers, the lowest bit
+    first."""
     return tokens[..., None] >> torch.arange(bits, device=tokens.device) & 1
 
 
 def scaled(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Normal with a deviation of 1 / sqrt(inputs): recurrences need gains near 1, which 0.02 is not."""
+    """Normal with a deviation of 1 / sqrt(inputs): recurrences need gains near 1, which 0.02 is
+    not."""
     return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
 
 

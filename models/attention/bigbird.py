@@ -14,18 +14,22 @@ class BigBird(Attention):
 
     Args:
         width, heads, kv_heads, position: as in Attention.
-        layer, seed: what the random blocks are drawn from, with the number of the block and of the head.
+        layer, seed: what the random blocks are drawn from, with the number of the block and of the
+            head.
         block: tokens in a block, counted from the start of the document.
         window: blocks to each side of its own that a query sees.
-        first: blocks at the start of a document that all see, and that see all; so do tokens with the role GLOBAL.
+        first: blocks at the start of a document that all see, and that see all; so do tokens with
+            the role GLOBAL.
         random: further blocks that each block sees.
         per_head: every head draws random blocks of its own.
-        symmetric: look to both sides. A decoder trained so sees its targets: it is meant for encoders.
+        symmetric: look to both sides. A decoder trained so sees its targets: it is meant for
+            encoders.
 
-    Source: Zaheer et al. 2020 (arXiv:2007.14062), the internal form (ITC). Ours differs: the random blocks are the same in
-    training and evaluation, never repeat a block that is seen anyway, and depend on nothing that comes later; a document's
-    last block is global only if its tokens have that role, since an address does not say how long its document is; if
-    symmetric, a random link is seen from both its ends.
+    Source: Zaheer et al. 2020 (arXiv:2007.14062), the internal form (ITC). Ours differs: the random
+    blocks are the same in training and evaluation, never repeat a block that is seen anyway, and
+    depend on nothing that comes later; a document's last block is global only if its tokens have
+    that role, since an address does not say how long its document is; if symmetric, a random link
+    is seen from both its ends.
     """
 
     def __init__(
@@ -46,9 +50,18 @@ class BigBird(Attention):
     ):
         if first < 0 or random < 0:
             raise ValueError(f"first={first} and random={random} are numbers of blocks, 0 or more")
-        near, start = NeighborBlocks(block, window), first * block
+        near = NeighborBlocks(block, window)
+        start = first * block
         sparse: Mask = near | GlobalKey(start) | GlobalQuery(start)
         if random:
             patterns = heads if per_head else 1
-            sparse = sparse | RandomBlocks(block, window, first, random, seed, layer, patterns, symmetric)
-        super().__init__(width, heads, kv_heads, position, mask=(SameDocument() if symmetric else CAUSAL) & sparse)
+            sparse = sparse | RandomBlocks(
+                block, window, first, random, seed, layer, patterns, symmetric
+            )
+        super().__init__(
+            width,
+            heads,
+            kv_heads,
+            position,
+            mask=(SameDocument() if symmetric else CAUSAL) & sparse,
+        )

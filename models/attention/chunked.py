@@ -11,7 +11,8 @@ class Chunked(Attention):
     Args:
         size: tokens in a chunk.
 
-    Source: Llama 4 (Meta 2025), whose chunked layers alternate with full ones: alone, no chunk learns of another.
+    Source: Llama 4 (Meta 2025), whose chunked layers alternate with full ones: alone, no chunk
+    learns of another.
     """
 
     def __init__(self, width: int, heads: int, kv_heads: int, position: Position, *, size: int):

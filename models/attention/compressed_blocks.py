@@ -1,6 +1,7 @@
 """Summaries of blocks of tokens, and the score that lets a query see the chosen ones.
 
-Letters: B rows, T queries, S keys, N summaries, H heads, C channels of a summary, M tokens in a block.
+Letters: B rows, T queries, S keys, N summaries, H heads, C channels of a summary, M tokens in a
+block.
 """
 
 import torch
@@ -18,7 +19,8 @@ EVERY = -2  # in place of the number of a chosen block: all of them
 
 
 def rotate_last(x: Tensor, span: Span, position: Position, turned: int) -> Tensor:
-    """[B, T, H, C]: the last `turned` channels as the position turns them, the others as they are."""
+    """[B, T, H, C]: the last `turned` channels as the position turns them, the others as they
+    are."""
     return torch.cat([x[..., :-turned], position.turn(x[..., -turned:], span)], -1)
 
 
@@ -31,16 +33,21 @@ class BlockCompressor(nn.Module):
         block: M.
         turned: how many of the last channels the position turns, as of the block's first token.
 
-    Every token gives two values and two gates a channel, for the block it is in and for the block that follows. A summary is
-    the mean of 2 M values under a softmax, channel by channel, of their gates and a bias for each place, then normed.
-    Blocks are counted from the start of the document, so that nothing crosses into another.
+    Every token gives two values and two gates a channel, for the block it is in and for the block
+    that follows. A summary is the mean of 2 M values under a softmax, channel by channel, of their
+    gates and a bias for each place, then normed. Blocks are counted from the start of the document,
+    so that nothing crosses into another.
 
-    Source: DeepSeek-AI 2026, DeepSeek-V4, section 2.3.1, equations 9 to 12; as transformers computes it.
+    Source: DeepSeek-AI 2026, DeepSeek-V4, section 2.3.1, equations 9 to 12; as transformers
+    computes it.
     """
 
     def __init__(self, width: int, channels: int, block: int, turned: int, position: Position):
         super().__init__()
-        self.channels, self.block, self.turned, self.placing = channels, block, turned, position
+        self.channels = channels
+        self.block = block
+        self.turned = turned
+        self.placing = position
         self.value = nn.Linear(width, 2 * channels, bias=False)
         self.gate = nn.Linear(width, 2 * channels, bias=False)
         self.bias = nn.Parameter(torch.zeros(block, 2 * channels))
@@ -50,22 +57,36 @@ class BlockCompressor(nn.Module):
         return {"bias": constant(0.0)}
 
     def forward(self, x: Tensor, span: Span, store: BlockTopK, ends: PickedBlocks) -> Tensor:
-        """[B, T, width] -> [B, N, C]; `ends` are the last tokens of the blocks, `store` brings those before them."""
-        each, block = self.channels, self.block
+        """[B, T, width] -> [B, N, C]; `ends` are the last tokens of the blocks, `store` brings
+        those before them."""
+        each = self.channels
+        block = self.block
         mask = CAUSAL & SlidingWindow(2 * block)
-        (every,), among = store.bring((torch.cat([self.value(x), self.gate(x)], -1),), mask, span=ends.span, kv_span=span)
+        (every,), among = store.bring(
+            (torch.cat([self.value(x), self.gate(x)], -1),), mask, span=ends.span, kv_span=span
+        )
         back = torch.arange(2 * block, device=x.device)
         slots = ends.span.map(lambda t: t.repeat_interleave(2 * block, 1))
         index, there = find(moved(slots, -back.repeat(ends.span.shape[1])), among)
-        values, gates = take(every, index).unflatten(1, (-1, 2 * block)).split(2 * each, -1)  # [B, N, 2 M, 2 C]
-        before = back >= block  # these slots lie in the block before: they give their first channels, the others their last
+        values, gates = (
+            take(every, index).unflatten(1, (-1, 2 * block)).split(2 * each, -1)
+        )  # [B, N, 2 M, 2 C]
+        before = (
+            back >= block
+        )  # these slots lie in the block before: they give their first channels, the others their last
         value, gate, bias = (
             torch.where(before[:, None], t[..., :each], t[..., each:])
             for t in (values, gates, self.bias[(block - 1 - back) % block])
         )
         wide = torch.promote_types(x.dtype, torch.float32)
         unseen = ~there.unflatten(1, (-1, 2 * block))[..., None]
-        weight = (gate + bias).to(wide).masked_fill(unseen, torch.finfo(wide).min).softmax(-2).masked_fill(unseen, 0)
+        weight = (
+            (gate + bias)
+            .to(wide)
+            .masked_fill(unseen, torch.finfo(wide).min)
+            .softmax(-2)
+            .masked_fill(unseen, 0)
+        )
         summary = self.norm((weight.to(x.dtype) * value).sum(-2))
         start = moved(ends.span, 1 - block)
         return rotate_last(summary[:, :, None], start, self.placing, self.turned)[:, :, 0]
@@ -74,9 +95,10 @@ class BlockCompressor(nn.Module):
 class ChosenScore(Score):
     """Keys that are their own values; of summaries only those that a query has chosen are seen.
 
-    query (q [B, T, H, C], chosen [B, T, K]) with the numbers of blocks of the query's document, EVERY for all, -1 for none;
-    payload (kv [B, S, C], summary [B, S, 1]), the second 1 at summaries and 0 at tokens; params (sink [H],).
-    The last channel of the mean, C + 1 in all, is the share of the weight that went to summaries.
+    query (q [B, T, H, C], chosen [B, T, K]) with the numbers of blocks of the query's document,
+    EVERY for all, -1 for none; payload (kv [B, S, C], summary [B, S, 1]), the second 1 at summaries
+    and 0 at tokens; params (sink [H],). The last channel of the mean, C + 1 in all, is the share of
+    the weight that went to summaries.
     """
 
     query_heads = (2, None)
@@ -88,11 +110,21 @@ class ChosenScore(Score):
         super().__init__()
         self.block = block
 
-    def operands(self, query: Tensors, payload: Tensors, params: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    def operands(
+        self, query: Tensors, payload: Tensors, params: Tensors
+    ) -> tuple[Tensor, Tensor, Tensor]:
         key = payload[0][:, :, None]
         return query[0], key, torch.cat([key, payload[1][:, :, None]], -1)
 
-    def logits(self, query: Tensors, payload: Tensors, params: Tensors, span: Span, kv_span: Span, heads: Tensor) -> Tensor:
+    def logits(
+        self,
+        query: Tensors,
+        payload: Tensors,
+        params: Tensors,
+        span: Span,
+        kv_span: Span,
+        heads: Tensor,
+    ) -> Tensor:
         """[B, H, T, S]."""
         q, k, _ = self.operands(query, payload, params)
         logits = grouped_dot_products(q, k) * self.scale(q)
@@ -108,7 +140,8 @@ class ChosenScore(Score):
 
 def chosen_among(chosen: Tensor, block: Tensor) -> Tensor:
     """[B, T, S] bool: is the number of a key's block [B, S] among those chosen [B, T, K]?"""
-    low, high = int(block.min()), int(block.max())
+    low = int(block.min())
+    high = int(block.max())
     width = high - low + 1
     inside = (chosen >= low) & (chosen <= high)
     table = torch.zeros(*chosen.shape[:2], width + 1, dtype=torch.bool, device=chosen.device)

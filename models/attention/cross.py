@@ -11,7 +11,8 @@ SOURCE = SameDocument()
 
 
 class CrossAttention(nn.Module):
-    """Every token sees the whole of its document's source: the source's tokens of the same row and document number.
+    """Every token sees the whole of its document's source: the source's tokens of the same row and
+    document number.
 
     Args:
         width: of what comes in and goes out.
@@ -20,18 +21,34 @@ class CrossAttention(nn.Module):
         source_width: of the source's tokens; `width` by default.
         mask: between a token's address and a source token's.
 
-    There are no positions: two sequences share no axis, and a source carries its own in its content.
-    A document without a source gets zeros. Over ranks, the sequence and its source are cut each by its own layout, over
-    the same ranks. Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.2.3.
+    There are no positions: two sequences share no axis, and a source carries its own in its
+    content. A document without a source gets zeros. Over ranks, the sequence and its source are cut
+    each by its own layout, over the same ranks. Source: Vaswani et al. 2017 (arXiv:1706.03762),
+    section 3.2.3.
     """
 
-    def __init__(self, width: int, heads: int, kv_heads: int, *, source_width: int | None = None, mask: Mask = SOURCE):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        *,
+        source_width: int | None = None,
+        mask: Mask = SOURCE,
+    ):
         super().__init__()
         if width % heads:
-            raise ValueError(f"model.width={width} does not divide among model.heads={heads}; choose a multiple of {heads}")
+            raise ValueError(
+                f"model.width={width} does not divide among model.heads={heads}; choose a multiple"
+                f" of {heads}"
+            )
         if heads % kv_heads:
-            raise ValueError(f"model.kv_heads={kv_heads} does not divide model.heads={heads}; choose a divisor of {heads}")
-        self.head_width, of_source = width // heads, source_width or width
+            raise ValueError(
+                f"model.kv_heads={kv_heads} does not divide model.heads={heads}; choose a divisor"
+                f" of {heads}"
+            )
+        self.head_width = width // heads
+        of_source = source_width or width
         self.q = nn.Linear(width, width, bias=False)
         self.k = nn.Linear(of_source, kv_heads * self.head_width, bias=False)
         self.v = nn.Linear(of_source, kv_heads * self.head_width, bias=False)
@@ -44,10 +61,14 @@ class CrossAttention(nn.Module):
 
     def remember(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, S, G, D] of a source: computed once, they serve a whole decode."""
-        k, v = (project(source).unflatten(-1, (-1, self.head_width)) for project in (self.k, self.v))
+        k, v = (
+            project(source).unflatten(-1, (-1, self.head_width)) for project in (self.k, self.v)
+        )
         return k, v
 
-    def attend(self, x: Tensor, span: Span, memory: tuple[Tensor, Tensor], source_span: Span) -> Tensor:
+    def attend(
+        self, x: Tensor, span: Span, memory: tuple[Tensor, Tensor], source_span: Span
+    ) -> Tensor:
         """[B, T, width] -> [B, T, width], given what `remember` made of the source."""
         q = self.q(x).unflatten(-1, (-1, self.head_width))
         return self.out(self.mix((q,), memory, span=span, kv_span=source_span).flatten(-2))

@@ -1,6 +1,8 @@
-"""Differential attention: the difference of two softmaxes, so that what both see everywhere cancels as noise.
+"""Differential attention: the difference of two softmaxes, so that what both see everywhere cancels
+as noise.
 
-Letters: B rows, T queries, S keys, G pairs of key heads, r pairs of query heads that share one, D head width.
+Letters: B rows, T queries, S keys, G pairs of key heads, r pairs of query heads that share one, D
+head width.
 """
 
 from math import exp
@@ -23,13 +25,15 @@ class Differential(SplitAttention):
     """(softmax(q1 k1) - lambda softmax(q2 k2)) v, then each pair's RMS norm times 1 - lambda_init.
 
     Args:
-        heads: softmaxes; two make a pair, so they are even. With equal heads this has as many weights as full attention.
-        kv_heads: key heads, two to a pair; a pair shares one head of values, twice as wide as its keys.
+        heads: softmaxes; two make a pair, so they are even. With equal heads this has as many
+            weights as full attention.
+        kv_heads: key heads, two to a pair; a pair shares one head of values, twice as wide as its
+            keys.
         layer: number of the layer, from 0; lambda starts at 0.8 - 0.6 exp(-0.3 layer).
 
-    The leaf computes every softmax as a head of its own and the pairs are subtracted afterwards, so any driver that deals
-    heads out may part a pair. Heads lie in order (G, 2, r): query head h then reads key head h // r and value head
-    h // 2r. Both maps of a pair share one position bias.
+    The leaf computes every softmax as a head of its own and the pairs are subtracted afterwards, so
+    any driver that deals heads out may part a pair. Heads lie in order (G, 2, r): query head h then
+    reads key head h // r and value head h // 2r. Both maps of a pair share one position bias.
 
     Source: Ye et al. 2024 (arXiv:2410.05258).
     """
@@ -37,16 +41,25 @@ class Differential(SplitAttention):
     def __init__(self, width: int, heads: int, kv_heads: int, position: Position, layer: int):
         super().__init__()
         if width % heads:
-            raise ValueError(f"model.width={width} does not divide among model.heads={heads}; choose a multiple of {heads}")
+            raise ValueError(
+                f"model.width={width} does not divide among model.heads={heads}; choose a multiple"
+                f" of {heads}"
+            )
         if heads % 2 or kv_heads % 2:
             raise ValueError(
-                f"differential attention pairs its heads, but model.heads={heads} and model.kv_heads={kv_heads}; "
-                "use even numbers of both"
+                f"differential attention pairs its heads, but model.heads={heads} and"
+                f" model.kv_heads={kv_heads}; use even numbers of both"
             )
         if heads % kv_heads:
-            raise ValueError(f"model.kv_heads={kv_heads} does not divide model.heads={heads}; choose an even divisor")
-        self.groups, self.share, self.head_width = kv_heads // 2, heads // kv_heads, width // heads
-        self.placing, self.start = position, 0.8 - 0.6 * exp(-0.3 * layer)
+            raise ValueError(
+                f"model.kv_heads={kv_heads} does not divide model.heads={heads}; choose an even"
+                " divisor"
+            )
+        self.groups = kv_heads // 2
+        self.share = heads // kv_heads
+        self.head_width = width // heads
+        self.placing = position
+        self.start = 0.8 - 0.6 * exp(-0.3 * layer)
         self.q = nn.Linear(width, heads * self.head_width, bias=False)
         self.k = nn.Linear(width, kv_heads * self.head_width, bias=False)
         self.v = nn.Linear(width, kv_heads * self.head_width, bias=False)
@@ -64,18 +77,25 @@ class Differential(SplitAttention):
 
     def pairs(self, device: torch.device) -> Tensor:
         """[heads] int64: the pair that each softmax belongs to."""
-        pairs = torch.arange(self.groups * self.share, device=device).view(self.groups, 1, self.share)
+        pairs = torch.arange(self.groups * self.share, device=device).view(
+            self.groups, 1, self.share
+        )
         return pairs.expand(self.groups, 2, self.share).flatten()
 
     def weight(self) -> Tensor:
         """Lambda, of at least float32: how much of the second softmax is taken away."""
         q1, k1, q2, k2 = (getattr(self, name) for name in LAMBDAS)
         wide = torch.promote_types(q1.dtype, torch.float32)
-        return (q1.to(wide) * k1.to(wide)).sum().exp() - (q2.to(wide) * k2.to(wide)).sum().exp() + self.start
+        return (
+            (q1.to(wide) * k1.to(wide)).sum().exp()
+            - (q2.to(wide) * k2.to(wide)).sum().exp()
+            + self.start
+        )
 
     def payload(self, x: Tensor, span: Span) -> tuple[Tensor, ...]:
         """Keys [B, S, 2 G, D] and values [B, S, G, 2 D]."""
-        k, v = self.k(x).unflatten(-1, (-1, self.head_width)), self.v(x).unflatten(-1, (self.groups, 2 * self.head_width))
+        k = self.k(x).unflatten(-1, (-1, self.head_width))
+        v = self.v(x).unflatten(-1, (self.groups, 2 * self.head_width))
         return self.placing.turn(k, span), v
 
     def attend(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span) -> Tensor:
@@ -83,7 +103,10 @@ class Differential(SplitAttention):
         pairs = self.pairs(x.device)
         q = self.placing.turn(self.q(x).unflatten(-1, (-1, self.head_width)), span)
         tables = self.tables() if self.tables is not None else ()
-        params = tuple(t if dim is None else t.index_select(dim, pairs) for t, dim in zip(tables, self.counted, strict=True))
+        params = tuple(
+            t if dim is None else t.index_select(dim, pairs)
+            for t, dim in zip(tables, self.counted, strict=True)
+        )
         means = self.mix((q,), payload, params, span=span, kv_span=kv_span, heads=pairs)
         one, two = means.unflatten(2, (self.groups, 2, self.share)).unbind(3)
         difference = self.norm(one - self.weight().to(x.dtype) * two) * (1 - self.start)

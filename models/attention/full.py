@@ -18,26 +18,37 @@ class Attention(SplitAttention):
     Args:
         width: of what comes in and goes out.
         heads: query heads; they divide width.
-        kv_heads: key and value heads; they divide heads. heads: multi-head, 1: multi-query attention.
+        kv_heads: key and value heads; they divide heads. heads: multi-head, 1: multi-query
+            attention.
         position: how queries and keys learn where they stand.
         mask: which keys a query sees.
 
-    Attributes:
-        beside: a memory (q [B, T, H, D], k and v [B, T, G, D], all without positions, means [B, T, H, D], span) -> means
+    Attributes: beside: a memory (q [B, T, H, D], k and v [B, T, G, D], all without positions, means
+        [B, T, H, D], span) -> means
             with what it remembers in them; or None.
 
-    Source: Ainslie et al. 2023 (arXiv:2305.13245); multi-query Shazeer 2019 (arXiv:1911.02150). No biases.
+    Source: Ainslie et al. 2023 (arXiv:2305.13245); multi-query Shazeer 2019 (arXiv:1911.02150). No
+    biases.
     """
 
     beside: nn.Module | None
 
-    def __init__(self, width: int, heads: int, kv_heads: int, position: Position, *, mask: Mask = CAUSAL):
+    def __init__(
+        self, width: int, heads: int, kv_heads: int, position: Position, *, mask: Mask = CAUSAL
+    ):
         super().__init__()
         if width % heads:
-            raise ValueError(f"model.width={width} does not divide among model.heads={heads}; choose a multiple of {heads}")
+            raise ValueError(
+                f"model.width={width} does not divide among model.heads={heads}; choose a multiple"
+                f" of {heads}"
+            )
         if heads % kv_heads:
-            raise ValueError(f"model.kv_heads={kv_heads} does not divide model.heads={heads}; choose a divisor of {heads}")
-        self.head_width, self.placing = width // heads, position
+            raise ValueError(
+                f"model.kv_heads={kv_heads} does not divide model.heads={heads}; choose a divisor"
+                f" of {heads}"
+            )
+        self.head_width = width // heads
+        self.placing = position
         self.q = nn.Linear(width, heads * self.head_width, bias=False)
         self.k = nn.Linear(width, kv_heads * self.head_width, bias=False)
         self.v = nn.Linear(width, kv_heads * self.head_width, bias=False)
@@ -56,15 +67,19 @@ class Attention(SplitAttention):
         return k, v
 
     def payload(self, x: Tensor, span: Span) -> tuple[Tensor, ...]:
-        """Keys and values [B, S, G, D]; with something `beside`, also the keys as that takes them."""
+        """Keys and values [B, S, G, D]; with something `beside`, also the keys as that takes
+        them."""
         k, v = self.bare_payload(x)
         placed = self.placing.turn(k, span), v
         return placed if self.beside is None else (*placed, k)
 
     def found(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span) -> Tensor:
         """[B, T, H D]: the mean of what each head of each token sees."""
-        params, q = self.tables() if self.tables is not None else (), self.bare_query(x)
-        means = self.mix((self.placing.turn(q, span),), payload[:2], params, span=span, kv_span=kv_span)
+        params = self.tables() if self.tables is not None else ()
+        q = self.bare_query(x)
+        means = self.mix(
+            (self.placing.turn(q, span),), payload[:2], params, span=span, kv_span=kv_span
+        )
         if self.beside is not None:
             v, k = (each[:, each.shape[1] - x.shape[1] :] for each in payload[1:])
             means = self.beside(q, k, v, means, span)

@@ -1,4 +1,5 @@
-"""Softmax attention spelled out: every intermediate value by its name, in plain functions. What all else is tested against.
+"""Softmax attention spelled out: every intermediate value by its name, in plain functions. What all
+else is tested against.
 
     scores = attention_scores(q, k)           products of queries and keys
     scores = scaled(scores, q.shape[-1])      of variance 1 where q and k have it
@@ -6,9 +7,11 @@
     weights = attention_weights(scores)       each query's weights sum to 1, or are all 0 where it sees nothing
     context = context_vector(weights, v)      weighted means of values
 
-[T, S] matrices are built whole: for tests, small models and pictures. Source: Vaswani et al. 2017 (arXiv:1706.03762).
+[T, S] matrices are built whole: for tests, small models and pictures. Source: Vaswani et al. 2017
+(arXiv:1706.03762).
 
-Letters: B rows, T queries, S keys, H query heads, G key heads (they divide H), D key width, E value width.
+Letters: B rows, T queries, S keys, H query heads, G key heads (they divide H), D key width, E value
+width.
 """
 
 import torch
@@ -20,7 +23,9 @@ from models.kernels.reference import accumulation_dtype
 def _shared(x: Tensor, heads: int) -> Tensor:
     """[B, S, G, ...] -> [B, S, H, ...]: query head h reads key head h // (H / G)."""
     if heads % x.shape[2]:
-        raise ValueError(f"{x.shape[2]} key heads do not divide {heads} query heads; choose a divisor of {heads}")
+        raise ValueError(
+            f"{x.shape[2]} key heads do not divide {heads} query heads; choose a divisor of {heads}"
+        )
     return x.repeat_interleave(heads // x.shape[2], 2)
 
 
@@ -33,7 +38,8 @@ def attention_scores(q: Tensor, k: Tensor) -> Tensor:
 
 
 def scaled_scores(scores: Tensor, width: int) -> Tensor:
-    """Scores over sqrt(width), so that the softmax does not saturate as heads grow wider; width is D."""
+    """Scores over sqrt(width), so that the softmax does not saturate as heads grow wider; width is
+    D."""
     return scores * width**-0.5
 
 
@@ -42,24 +48,28 @@ def masked_scores(scores: Tensor, seen: Tensor | None = None, bias: Tensor | Non
 
     Args:
         scores: [B, H, T, S].
-        seen: bool, broadcast to the scores; see models.masks.algebra.visible. None: everything is seen.
+        seen: bool, broadcast to the scores; see models.masks.algebra.visible. None: everything is
+            seen.
         bias: broadcast to the scores; None: nothing is added.
 
-    The mask comes before the softmax: zeroing weights afterwards would leave each query's weights not summing to 1.
+    The mask comes before the softmax: zeroing weights afterwards would leave each query's weights
+    not summing to 1.
     """
     scores = scores if bias is None else scores + bias
     return scores if seen is None else scores.masked_fill(~seen, -torch.inf)
 
 
 def attention_weights(scores: Tensor) -> Tensor:
-    """Softmax over keys, [B, H, T, S] -> [B, H, T, S], in float32 at least; a query that sees nothing gets zeros, not NaN."""
+    """Softmax over keys, [B, H, T, S] -> [B, H, T, S], in float32 at least; a query that sees
+    nothing gets zeros, not NaN."""
     scores = scores.to(accumulation_dtype(scores.dtype))
     blind = (scores == -torch.inf).all(-1, keepdim=True)
     return scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
 
 
 def attention_lse(scores: Tensor) -> Tensor:
-    """[B, H, T, S] -> [B, H, T]: log of the sum of exp(scores), in nats; minus infinity for a query that sees nothing.
+    """[B, H, T, S] -> [B, H, T]: log of the sum of exp(scores), in nats; minus infinity for a query
+    that sees nothing.
 
     Two attentions over disjoint keys merge by it (models.kernels.blockwise.merge_partials).
     """
@@ -67,5 +77,8 @@ def attention_lse(scores: Tensor) -> Tensor:
 
 
 def context_vector(weights: Tensor, v: Tensor) -> Tensor:
-    """Weighted means of values: weights [B, H, T, S], v [B, S, G, E] -> [B, T, H, E], in the dtype of v."""
-    return torch.einsum("bhts,bshe->bthe", weights, _shared(v, weights.shape[1]).to(weights.dtype)).to(v.dtype)
+    """Weighted means of values: weights [B, H, T, S], v [B, S, G, E] -> [B, T, H, E], in the dtype
+    of v."""
+    return torch.einsum(
+        "bhts,bshe->bthe", weights, _shared(v, weights.shape[1]).to(weights.dtype)
+    ).to(v.dtype)

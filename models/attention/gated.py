@@ -10,8 +10,9 @@ from models.span import Span
 class Gated(Attention):
     """out(sigmoid(gate(x)) * attention(x)), a gate for every channel of every head.
 
-    Source: Qiu et al. 2025 (arXiv:2505.06708), the elementwise gate after the weighted mean; also in Qwen3-Next. It takes
-    away the need for sinks, since a head may give nothing. Not part of it here: Qwen3-Next's norm of queries and keys.
+    Source: Qiu et al. 2025 (arXiv:2505.06708), the elementwise gate after the weighted mean; also
+    in Qwen3-Next. It takes away the need for sinks, since a head may give nothing. Not part of it
+    here: Qwen3-Next's norm of queries and keys.
     """
 
     def __init__(self, width: int, heads: int, kv_heads: int, position: Position):

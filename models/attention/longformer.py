@@ -1,4 +1,5 @@
-"""Longformer: a window, dilated on some heads, and a few global tokens that see all and are seen by all."""
+"""Longformer: a window, dilated on some heads, and a few global tokens that see all and are seen by
+all."""
 
 from collections.abc import Sequence
 
@@ -19,18 +20,22 @@ class Longformer(Attention):
     Args:
         width, heads, kv_heads, position: as in Attention.
         layer, layers: which layer this is, of how many.
-        window: tokens seen to one side, oneself among them; a list gives every layer its own (they should grow with depth).
-        dilation: the window of a head has holes: it sees every gap-th token, and reaches gap times as far. One for all heads, or
-            a list with one for each.
+        window: tokens seen to one side, oneself among them; a list gives every layer its own (they
+            should grow with depth).
+        dilation: the window of a head has holes: it sees every gap-th token, and reaches gap times
+            as far. One for all heads, or a list with one for each.
         first: tokens at the start of each document that are global.
-        every: each position that this divides is global; 0 = none. Tokens with the role GLOBAL always are.
-        symmetric: look to both sides. A decoder trained so sees its targets: it is meant for encoders.
+        every: each position that this divides is global; 0 = none. Tokens with the role GLOBAL
+            always are.
+        symmetric: look to both sides. A decoder trained so sees its targets: it is meant for
+            encoders.
 
-    A query that is global reads the global projections of everything it sees; any other query reads the ordinary ones, also
-    of global tokens. Two softmaxes, each blind where the other sees, are added: so each stays exact under any cut.
+    A query that is global reads the global projections of everything it sees; any other query reads
+    the ordinary ones, also of global tokens. Two softmaxes, each blind where the other sees, are
+    added: so each stays exact under any cut.
 
-    Source: Beltagy et al. 2020 (arXiv:2004.05150). Theirs starts the global projections as copies of pretrained local ones;
-    ours start at random like the rest.
+    Source: Beltagy et al. 2020 (arXiv:2004.05150). Theirs starts the global projections as copies
+    of pretrained local ones; ours start at random like the rest.
     """
 
     def __init__(
@@ -48,11 +53,19 @@ class Longformer(Attention):
         every: int = 0,
         symmetric: bool = False,
     ):
-        reaches = _each("reach", window, layers, "model.layers")
-        near = DilatedWindow(reaches[layer], tuple(_each("gaps", dilation, heads, "model.heads")))
+        reaches = _each("window", window, layers, "model.layers")
+        near = DilatedWindow(
+            reaches[layer], tuple(_each("dilation", dilation, heads, "model.heads"))
+        )
         whole = SameDocument() if symmetric else CAUSAL
         to_all = GlobalQuery(first, every)
-        super().__init__(width, heads, kv_heads, position, mask=whole & ~to_all & (near | GlobalKey(first, every)))
+        super().__init__(
+            width,
+            heads,
+            kv_heads,
+            position,
+            mask=whole & ~to_all & (near | GlobalKey(first, every)),
+        )
         self.global_q = nn.Linear(width, self.q.out_features, bias=False)
         self.global_k = nn.Linear(width, self.k.out_features, bias=False)
         self.global_v = nn.Linear(width, self.v.out_features, bias=False)
@@ -60,7 +73,10 @@ class Longformer(Attention):
 
     def payload(self, x: Tensor, span: Span) -> tuple[Tensor, ...]:
         """Ordinary keys and values, then those that global queries read; each [B, S, G, D]."""
-        k, v = (project(x).unflatten(-1, (-1, self.head_width)) for project in (self.global_k, self.global_v))
+        k, v = (
+            project(x).unflatten(-1, (-1, self.head_width))
+            for project in (self.global_k, self.global_v)
+        )
         return *super().payload(x, span), self.placing.turn(k, span), v
 
     def found(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span) -> Tensor:
@@ -75,5 +91,8 @@ def _each(name: str, value: int | Sequence[int], count: int, kv_span: str) -> li
     """One value for each of `count`, from one for all or a list."""
     values = [value] * count if isinstance(value, int) else list(value)
     if len(values) != count:
-        raise ValueError(f"{name} lists {len(values)} values for {kv_span}={count}; give {count}, or a single one for all")
+        raise ValueError(
+            f"{name} lists {len(values)} values for {kv_span}={count}; give {count}, or a single"
+            " one for all"
+        )
     return values

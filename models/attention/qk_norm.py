@@ -8,20 +8,24 @@ from models.ranges import Positive
 
 
 class QKNorm(Attention):
-    """Each head's queries and keys are normed (RMS, one learned gain for each channel) before they are turned.
+    """Each head's queries and keys are normed (RMS, one learned gain for each channel) before they
+    are turned.
 
     Args:
         eps: added to the mean square.
 
-    Source: Henry et al. 2020 (arXiv:2010.04245), as in Qwen 3 (arXiv:2505.09388). Theirs of 2020 has unit length and a
-    learned scale; this one keeps 1 / sqrt(D).
+    Source: Henry et al. 2020 (arXiv:2010.04245), as in Qwen 3 (arXiv:2505.09388). Theirs of 2020
+    has unit length and a learned scale; this one keeps 1 / sqrt(D).
     """
 
-    def __init__(self, width: int, heads: int, kv_heads: int, position: Position, *, eps: Positive = 1e-6):
+    def __init__(
+        self, width: int, heads: int, kv_heads: int, position: Position, *, eps: Positive = 1e-6
+    ):
         super().__init__(width, heads, kv_heads, position)
         if eps <= 0:
             raise ValueError(
-                f"qk_norm eps={eps} would divide by zero where a query is zero; use a positive number such as 1e-6"
+                f"qk_norm eps={eps} would divide by zero where a query is zero; use a positive"
+                " number such as 1e-6"
             )
         self.q_norm, self.k_norm = (nn.RMSNorm(self.head_width, eps=eps) for _ in range(2))
 

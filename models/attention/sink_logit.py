@@ -16,7 +16,8 @@ class _WithSink(nn.Module):
 
     def __init__(self, tables: nn.Module | None, heads: int):
         super().__init__()
-        self.inner, self.logit = tables, nn.Parameter(torch.zeros(heads))
+        self.inner = tables
+        self.logit = nn.Parameter(torch.zeros(heads))
 
     def initial(self) -> dict[str, Rule]:
         return {"logit": constant(0.0)}
@@ -26,9 +27,11 @@ class _WithSink(nn.Module):
 
 
 class SinkLogit(Attention):
-    """A key without a value stands beside every query's keys; its logit is learned, one for each head.
+    """A key without a value stands beside every query's keys; its logit is learned, one for each
+    head.
 
-    The same as multiplying the output by sigmoid(mass - logit). Logits start at 0: softmax "off by one".
+    The same as multiplying the output by sigmoid(mass - logit). Logits start at 0: softmax "off by
+    one".
 
     Args:
         window: see only the last `reach` tokens; null: all that came before.
@@ -36,7 +39,16 @@ class SinkLogit(Attention):
     Source: OpenAI 2025, gpt-oss (arXiv:2508.10925); Miller 2023, "Attention is off by one".
     """
 
-    def __init__(self, width: int, heads: int, kv_heads: int, position: Position, *, window: int | None = None):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        position: Position,
+        *,
+        window: int | None = None,
+    ):
         mask = CAUSAL if window is None else CAUSAL & SlidingWindow(window)
         super().__init__(width, heads, kv_heads, position, mask=mask)
-        self.mix, self.tables = Softmax(mask, SinkScore(self.mix.score)), _WithSink(self.tables, heads)
+        self.mix = Softmax(mask, SinkScore(self.mix.score))
+        self.tables = _WithSink(self.tables, heads)

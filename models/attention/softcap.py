@@ -12,11 +12,17 @@ class Softcap(Attention):
     Args:
         cap: in nats; far below it logits are left as they are.
 
-    Source: Gemma 2 (arXiv:2408.00118). Computed by the general tile: no fast kernel here knows the cap.
+    Source: Gemma 2 (arXiv:2408.00118). Computed by the general tile: no fast kernel here knows the
+    cap.
     """
 
-    def __init__(self, width: int, heads: int, kv_heads: int, position: Position, *, cap: float = 50.0):
+    def __init__(
+        self, width: int, heads: int, kv_heads: int, position: Position, *, cap: float = 50.0
+    ):
         if cap <= 0:
-            raise ValueError(f"softcap cap={cap} would flatten all logits; use a positive number such as 50, or mixer=full")
+            raise ValueError(
+                f"softcap cap={cap} would flatten all logits; use a positive number such as 50, or"
+                " mixer=full"
+            )
         super().__init__(width, heads, kv_heads, position)
         self.mix = Softmax(self.mix.mask, SoftcapScore(self.mix.score, cap))

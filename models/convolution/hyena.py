@@ -1,4 +1,5 @@
-"""Hyena: gates between convolutions as long as the sequence, their filters written by a small network of the distance.
+"""Hyena: gates between convolutions as long as the sequence, their filters written by a small
+network of the distance.
 
 Letters: B rows, T tokens, L taps.
 """
@@ -15,11 +16,14 @@ from models.primitives.long_conv import LongConv
 from models.ranges import Few, Many, Positive
 from models.span import Span
 
-FAST, SLOW = math.log(100) / 0.3, math.log(100) / 1.5  # decay over context_length: to 1 % within 0.3 and 1.5 of it
+# decay over context_length: to 1 % within 0.3 and 1.5 of it
+FAST = math.log(100) / 0.3
+SLOW = math.log(100) / 1.5
 
 
 class HyenaFilter(nn.Module):
-    """A filter per channel as a function of the distance: sines of a small network, faded out by a decay per channel.
+    """A filter per channel as a function of the distance: sines of a small network, faded out by a
+    decay per channel.
 
     Args:
         channels: how many filters.
@@ -27,36 +31,53 @@ class HyenaFilter(nn.Module):
         hidden: width of the network.
         bands: frequencies in its input.
         speed: of the sines, learned from there.
-        rate: of learning, in units of the model's. Weight decay leaves all of it alone, as in the paper's code.
+        rate: of learning, in units of the model's. Weight decay leaves all of it alone, as in the
+            paper's code.
     """
 
     undecayed = "layers", "frequency", "last"
 
-    def __init__(self, channels: int, length: int, hidden: int, bands: int, speed: float, rate: float = 1.0):
+    def __init__(
+        self, channels: int, length: int, hidden: int, bands: int, speed: float, rate: float = 1.0
+    ):
         super().__init__()
         if not 0 < rate < math.inf:
-            raise ValueError(f"filter_rate={rate} is a factor of the learning rate and must be above 0; 1 is the model's own")
+            raise ValueError(
+                f"filter_rate={rate} is a factor of the learning rate and must be above 0; 1 is the"
+                " model's own"
+            )
         self.rates = dict.fromkeys(self.undecayed, rate)
-        self.length, self.bands, self.speed = length, bands, speed
-        self.positions_per_step = length  # its weights see these instead of tokens (models/cost/flops.py)
+        self.length = length
+        self.bands = bands
+        self.speed = speed
+        self.positions_per_step = (
+            length  # its weights see these instead of tokens (models/cost/flops.py)
+        )
         sizes = [1 + 2 * bands, hidden, hidden]
-        self.sizes, self.layers = sizes, nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:]))
+        self.sizes = sizes
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:]))
         self.frequency = nn.Parameter(torch.empty(hidden))
         self.last = nn.Linear(hidden, channels, bias=False)
 
     def initial(self) -> dict[str, Rule]:
-        rules: dict[str, Rule] = {"frequency": constant(self.speed), "last.weight": uniform(self.last.in_features**-0.5)}
+        rules: dict[str, Rule] = {
+            "frequency": constant(self.speed),
+            "last.weight": uniform(self.last.in_features**-0.5),
+        }
         for i, size in enumerate(self.sizes[:-1]):
             bound = uniform(size**-0.5)
             rules |= {f"layers.{i}.weight": bound, f"layers.{i}.bias": bound}
         return rules
 
     def forward(self) -> Tensor:
-        """[L, channels], float32 or wider: in bfloat16, distances above 256 could not be told apart."""
+        """[L, channels], float32 or wider: in bfloat16, distances above 256 could not be told
+        apart."""
         weight = self.last.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         time = torch.arange(self.length, device=weight.device, dtype=wide)[:, None] / self.length
-        waves = torch.linspace(1e-4, max(self.bands - 1, 1e-4), self.bands, device=weight.device, dtype=wide)
+        waves = torch.linspace(
+            1e-4, max(self.bands - 1, 1e-4), self.bands, device=weight.device, dtype=wide
+        )
         angle = 2 * math.pi * time * waves
         x = torch.cat([time, angle.cos(), -angle.sin()], -1)
         for layer in self.layers:
@@ -76,8 +97,9 @@ class Hyena(nn.Module):
         conv_kernel: of the short filter before.
         filter_width, bands, speed, filter_rate: see Filter.
 
-    Source: Poli et al. 2023 (arXiv:2302.10866). Where its code cuts longer sequences off in silence, a document longer than
-    the filter is an error; gates and filters alternate in the order of that code, the first gate multiplying last.
+    Source: Poli et al. 2023 (arXiv:2302.10866). Where its code cuts longer sequences off in
+    silence, a document longer than the filter is an error; gates and filters alternate in the order
+    of that code, the first gate multiplying last.
     """
 
     undecayed = ("bias",)
@@ -96,11 +118,18 @@ class Hyena(nn.Module):
     ):
         super().__init__()
         if order < 2:
-            raise ValueError(f"order={order} has no long filter; a Hyena layer has order - 1 of them, choose 2 or more")
-        self.order, self.inner = order, nn.Linear(width, (order + 1) * width, bias=False)
+            raise ValueError(
+                f"order={order} has no long filter; a Hyena layer has order - 1 of them, choose 2"
+                " or more"
+            )
+        self.order = order
+        self.inner = nn.Linear(width, (order + 1) * width, bias=False)
         self.short = DepthwiseConv((order + 1) * width, conv_kernel)
-        self.filter = HyenaFilter((order - 1) * width, context_length, filter_width, bands, speed, filter_rate)
-        self.bias, self.out = nn.Parameter(torch.empty(order - 1, width)), nn.Linear(width, width, bias=False)
+        self.filter = HyenaFilter(
+            (order - 1) * width, context_length, filter_width, bands, speed, filter_rate
+        )
+        self.bias = nn.Parameter(torch.empty(order - 1, width))
+        self.out = nn.Linear(width, width, bias=False)
         self.mix = nn.ModuleList(LongConv() for _ in range(order - 1))
 
     def initial(self) -> dict[str, Rule]:
@@ -110,7 +139,9 @@ class Hyena(nn.Module):
         """[B, T, width] -> [B, T, width]."""
         *gates, value = self.short(self.inner(x), span).chunk(self.order + 1, -1)
         filters = self.filter().chunk(self.order - 1, -1)
-        for gate, taps, bias, mix in zip(reversed(gates[1:]), filters, self.bias, self.mix, strict=True):
+        for gate, taps, bias, mix in zip(
+            reversed(gates[1:]), filters, self.bias, self.mix, strict=True
+        ):
             value = gate * value
             value = mix((value,), (taps,), span=span) + bias * value
         return self.out(gates[0] * value)

@@ -1,4 +1,5 @@
-"""Short convolutions: a filter of a few taps per channel, alone between two gates, or as a part of other layers."""
+"""Short convolutions: a filter of a few taps per channel, alone between two gates, or as a part of
+other layers."""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from models.span import Span
 def uniform(bound: float) -> Rule:
     """Uniform between -bound and bound."""
     return Described(
-        lambda shape, generator: (torch.rand(shape, generator=generator) * 2 - 1) * bound, f"uniform({bound:.3g})"
+        lambda shape, generator: (torch.rand(shape, generator=generator) * 2 - 1) * bound,
+        f"uniform({bound:.3g})",
     )
 
 
@@ -31,8 +33,12 @@ class DepthwiseConv(nn.Module):
     def __init__(self, width: int, conv_kernel: int):
         super().__init__()
         if conv_kernel < 1:
-            raise ValueError(f"conv_kernel={conv_kernel} is no number of tokens to read; oneself counts, want 1 or more")
-        self.weight, self.mix = nn.Parameter(torch.empty(conv_kernel, width)), CausalConv()
+            raise ValueError(
+                f"conv_kernel={conv_kernel} is no number of tokens to read; oneself counts, want 1"
+                " or more"
+            )
+        self.weight = nn.Parameter(torch.empty(conv_kernel, width))
+        self.mix = CausalConv()
 
     def initial(self) -> dict[str, Rule]:
         return {"weight": uniform(len(self.weight) ** -0.5)}
@@ -50,21 +56,24 @@ class SiluDepthwiseConv(DepthwiseConv):
 
 
 class ShortConv(nn.Module):
-    """out(gate_after * filter(gate_before * x)): mixes a few neighbours, knows nothing further away.
+    """out(gate_after * filter(gate_before * x)): mixes a few neighbours, knows nothing further
+    away.
 
     Args:
         width: of what comes in and goes out.
         conv_kernel: tokens that it reads, oneself among them.
 
-    Source: the gated short block of Liquid AI's LFM2 (2025); the shift of H3 (Fu et al. 2022, arXiv:2212.14052).
+    Source: the gated short block of Liquid AI's LFM2 (2025); the shift of H3 (Fu et al. 2022,
+    arXiv:2212.14052).
     """
 
     def __init__(self, width: int, *, conv_kernel: int = 3):
         super().__init__()
-        self.inner, self.conv_kernel = nn.Linear(width, 3 * width, bias=False), DepthwiseConv(width, conv_kernel)
+        self.inner = nn.Linear(width, 3 * width, bias=False)
+        self.taps = DepthwiseConv(width, conv_kernel)
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]."""
         before, after, value = self.inner(x).chunk(3, -1)
-        return self.out(after * self.conv_kernel(before * value, span))
+        return self.out(after * self.taps(before * value, span))

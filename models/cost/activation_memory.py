@@ -17,45 +17,62 @@ def state_bytes(model: nn.Module, precision: str = "float32", shards: int = 1) -
     """Bytes that stay on one device from step to step: parameters, gradients, optimiser (AdamW).
 
     Args:
-        precision: bfloat16 keeps float32 parameters, gradients and moments, and computes with 2-byte copies beside them.
+        precision: bfloat16 keeps float32 parameters, gradients and moments, and computes with
+            2-byte copies beside them.
         shards: among how many devices the state is divided; 1 = whole on each.
 
-    The copies are counted whole when shards is 1; sharded engines gather them block by block, the largest block counts.
+    The copies are counted whole when shards is 1; sharded engines gather them block by block, the
+    largest block counts.
     """
     stored = sum(-(-p.numel() // shards) for p in model.parameters()) * max(4, BYTES[precision])
     gathered = sum(p.numel() for p in model.parameters())
     if shards > 1:
-        blocks = [sum(p.numel() for p in block.parameters()) for block in declared(model, "blocks", nn.ModuleList, ())]
+        blocks = [
+            sum(p.numel() for p in block.parameters())
+            for block in declared(model, "blocks", nn.ModuleList, ())
+        ]
         gathered = gathered - sum(blocks) + max(blocks, default=0)
     copies = gathered * BYTES[precision] if precision == "bfloat16" or shards > 1 else 0
     return {"parameters": stored, "copies": copies, "gradients": stored, "optimiser": 2 * stored}
 
 
 def activation_bytes(
-    model: nn.Module, tokens: int, precision: str = "float32", checkpointing: str = "none", offload: bool = False
+    model: nn.Module,
+    tokens: int,
+    precision: str = "float32",
+    checkpointing: str = "none",
+    offload: bool = False,
 ) -> int:
-    """Most bytes that autograd keeps of `tokens` tokens of one row on one device, of a forward and its backward.
+    """Most bytes that autograd keeps of `tokens` tokens of one row on one device, of a forward and
+    its backward.
 
-    Counted on the meta device from what each operation saves, with the losses. Measured on the CPU, by every storage that
-    lives (tests/parallel/test_activation_memory.py): between forward and backward decoders of attention and SwiGLU hold within 1% of
-    it, other layers within 10%. What operations need while they run comes on top: at most 15% in decoders of attention and
-    SwiGLU whose scores are plain; general scores, chunks of scans, other devices' kernels and the exchange may need more.
+    Counted on the meta device from what each operation saves, with the losses. Measured on the CPU,
+    by every storage that lives (tests/parallel/test_activation_memory.py): between forward and
+    backward decoders of attention and SwiGLU hold within 1% of it, other layers within 10%. What
+    operations need while they run comes on top: at most 15% in decoders of attention and SwiGLU
+    whose scores are plain; general scores, chunks of scans, other devices' kernels and the exchange
+    may need more.
 
     Args:
-        checkpointing: none; full = the inputs of all blocks and the inside of the largest one, which is computed again;
-            selective = the mean and mass of every attention too.
-        offload: what blocks save waits on the host (`host_bytes`): of the blocks the inside of the largest one counts. That
-            is a bound where nothing is computed again: what comes back is dropped as soon as it was used.
+        checkpointing: none; full = the inputs of all blocks and the inside of the largest one,
+            which is computed again; selective = the mean and mass of every attention too.
+        offload: what blocks save waits on the host (`host_bytes`): of the blocks the inside of the
+            largest one counts. That is a bound where nothing is computed again: what comes back is
+            dropped as soon as it was used.
 
     Raises:
-        ValueError: another checkpointing, or one of a model that has no blocks to compute again or to offload.
+        ValueError: another checkpointing, or one of a model that has no blocks to compute again or
+            to offload.
     """
     _validate(model, checkpointing, offload)
     return _extrapolated(model, tokens, precision, lambda saved: saved.peak(checkpointing, offload))
 
 
-def host_bytes(model: nn.Module, tokens: int, precision: str = "float32", checkpointing: str = "none") -> int:
-    """Bytes that wait on the host between forward and backward, where activations are offloaded; otherwise as above.
+def host_bytes(
+    model: nn.Module, tokens: int, precision: str = "float32", checkpointing: str = "none"
+) -> int:
+    """Bytes that wait on the host between forward and backward, where activations are offloaded;
+    otherwise as above.
 
     Room that is pinned is rounded up to a power of 2, storage by storage, which is not in it.
     """
@@ -65,24 +82,36 @@ def host_bytes(model: nn.Module, tokens: int, precision: str = "float32", checkp
 
 def _validate(model: nn.Module, checkpointing: str, offload: bool) -> None:
     if checkpointing not in ("none", "full", "selective"):
-        raise ValueError(f"checkpointing={checkpointing} is not offered; take none, full or selective")
+        raise ValueError(
+            f"checkpointing={checkpointing} is not offered; take none, full or selective"
+        )
     if len(declared(model, "blocks", nn.ModuleList, ())):
         return
     if checkpointing != "none":
-        raise ValueError(f"{type(model).__name__} has no blocks to compute again; use checkpointing=none")
+        raise ValueError(
+            f"{type(model).__name__} has no blocks to compute again; use checkpointing=none"
+        )
     if offload:
-        raise ValueError(f"{type(model).__name__} has no blocks whose activations could wait on the host; use offload=False")
+        raise ValueError(
+            f"{type(model).__name__} has no blocks whose activations could wait on the host; use"
+            " offload=False"
+        )
 
 
-def _extrapolated(model: nn.Module, tokens: int, precision: str, count: Callable[["_SavedBytes"], int]) -> int:
+def _extrapolated(
+    model: nn.Module, tokens: int, precision: str, count: Callable[["_SavedBytes"], int]
+) -> int:
     """`count` of so many tokens, on the line through those of two short rows."""
-    few, more = (count(_saved_bytes(meta_twin(model, DTYPES[precision]), length)) for length in (64, 128))
+    few, more = (
+        count(_saved_bytes(meta_twin(model, DTYPES[precision]), length)) for length in (64, 128)
+    )
     return few + (more - few) * (tokens - 64) // 64
 
 
 @dataclass
 class _SavedBytes:
-    """Bytes that a forward saves: outside the blocks, and of each block all, what came in, and what a tape would keep."""
+    """Bytes that a forward saves: outside the blocks, and of each block all, what came in, and what
+    a tape would keep."""
 
     outside: int
     inside: list[int]
@@ -93,22 +122,31 @@ class _SavedBytes:
         """Of each block what lies between forward and backward."""
         if checkpointing == "none":
             return self.inside
-        return [x + tape * (checkpointing == "selective") for x, tape in zip(self.inputs, self.tapes, strict=True)]
+        return [
+            x + tape * (checkpointing == "selective")
+            for x, tape in zip(self.inputs, self.tapes, strict=True)
+        ]
 
     def peak(self, checkpointing: str, offload: bool) -> int:
         """A block that is computed again finds its input there, and its tape."""
         if offload:
             return self.outside + max(self.inside)
         kept = self.kept(checkpointing)
-        again = max((inside - there for inside, there in zip(self.inside, kept, strict=True)), default=0)
+        again = max(
+            (inside - there for inside, there in zip(self.inside, kept, strict=True)), default=0
+        )
         return self.outside + sum(kept) + max(0, again)
 
 
 def _saved_bytes(model: nn.Module, tokens: int) -> _SavedBytes:
     """Of a forward on the meta device."""
     blocks: list[nn.Module] = [*declared(model, "blocks", nn.ModuleList, ())]
-    place, sums, found = len(blocks), [0] * (len(blocks) + 1), _SavedBytes(0, [], [0] * len(blocks), [0] * len(blocks))
-    seen = {id(p.untyped_storage()): p.untyped_storage() for p in model.parameters()}  # held: ids are not used again
+    place = len(blocks)
+    sums = [0] * (len(blocks) + 1)
+    found = _SavedBytes(0, [], [0] * len(blocks), [0] * len(blocks))
+    seen = {
+        id(p.untyped_storage()): p.untyped_storage() for p in model.parameters()
+    }  # held: ids are not used again
     came: dict[int, Any] = {}  # what several blocks are given is there once
 
     def keep(tensor: Tensor) -> Tensor:
@@ -144,5 +182,6 @@ def _saved_bytes(model: nn.Module, tokens: int) -> _SavedBytes:
             leaf.register_forward_hook(tape)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         model(sequence, span, sequence)
-    found.outside, found.inside = sums[-1], sums[:-1]
+    found.outside = sums[-1]
+    found.inside = sums[:-1]
     return found

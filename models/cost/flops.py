@@ -1,30 +1,25 @@
-"""What the leaves of a model compute beside its weights: noted by a trace on the meta device, counted for any row.
-
-Convention, beside that of models/cost/flops.py: what the shortest known way takes, whatever the kernel does.
-
-* Scan: the recurrence. Writing k v into the state and reading it with q are D E multiply-adds each, for every head and token;
-  a low-rank term reads once more and writes once more.
-* Window: a multiply-add for every tap, channel and token.
-* Convolution: a document of n tokens is transformed in 2 n places, at 2.5 N log2 N FLOPs a real transform of N (half of the
-  5 N log2 N that one of complex numbers is usually said to take), three times forward and three times backward, with
-  products of n complex numbers between, 6 FLOPs each: one forward, two backward.
-
-Letters: D key width, E value width, H heads.
-"""
-# MERGED-DOC models.sizes
-"""What a model costs: parameters, floating-point operations and bytes; read from the built model, nothing is run.
+"""FLOPs of a model, read from its modules and traced on the meta device; nothing is computed.
 
 Convention, printed with every MFU:
 
-* A multiply and an add are 2 FLOPs. Only matrix products count: linear and convolution weights once for every token that
-  is no padding, 2 (D + E) for every head and every visible pair of query and key, and the cores of linear time as
-  models/cost/flops.py says. Weights that see no tokens but other positions, as many in each step, say how many
+* A multiply and an add are 2 FLOPs. Only matrix products count: weights of linear layers and
+  convolutions once for every token that is not padding, and 2 (D + E) for every head and every
+  visible pair of query and key. Weights that see other positions than tokens state how many
   (`positions_per_step`) and count once for each of those.
-* A pair is visible if the mask says so on the row as it was packed: causal, document by document, inside the window.
-  PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) counts every pair of the row, 12 L H Q T a token in training;
-  on one causal document ours is half of that, on many short ones far less, so our MFU is the lower one.
-* Training is 3 times forward, of long convolutions 2 times. What is computed again (activation checkpointing, the stripes
-  of a scan) and what a chunk adds to the recurrence it stands for do not count: utilisation is of useful work.
+* A pair is visible if the mask says so on the packed row: causal, document by document, inside the
+  window. PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) counts every pair of the row,
+  12 L H Q T a token in training; one causal document gives half of that, many short ones far less.
+* Scan: the recurrence. Writing k v into the state and reading it with q are D E multiply-adds each,
+  for every head and token; a low-rank term reads once more and writes once more.
+* Causal convolution: a multiply-add for every tap, channel and token.
+* Long convolution: a document of n tokens is transformed in 2 n places, at 2.5 N log2 N FLOPs for a
+  real transform of N (half of the usual 5 N log2 N for complex numbers), three times forward and
+  three times backward, with products of n complex numbers between (6 FLOPs each): one forward, two
+  backward.
+* Training is 3 times forward, 2 times for long convolutions. Recomputation (activation
+  checkpointing, groups of scan chunks) does not count: utilisation is of useful work.
+
+Letters: D key width, E value width, H heads.
 """
 
 from dataclasses import dataclass, field
@@ -49,7 +44,8 @@ from models.span import PADDING, Span
 
 @dataclass(frozen=True)
 class AttentionCost:
-    """One softmax attention of the model: a query and a key that see each other cost `pair_flops` in each head."""
+    """One softmax attention of the model: a query and a key that see each other cost `pair_flops`
+    in each head."""
 
     mask: Mask
     heads: int
@@ -69,12 +65,15 @@ class LongConvCost:
         return self.forward(span) + self._count(span, products=2)
 
     def _count(self, span: Span, products: int) -> int:
-        return self.channels * sum(round(3 * 2.5 * 2 * n * log2(2 * n) + products * 6 * n) for n in _stretches(span))
+        return self.channels * sum(
+            round(3 * 2.5 * 2 * n * log2(2 * n) + products * 6 * n) for n in _stretches(span)
+        )
 
 
 @dataclass
 class CostTrace:
-    """What a trace found: softmax attentions, long convolutions, and multiply-adds a token of scans and windows."""
+    """What a trace found: softmax attentions, long convolutions, and multiply-adds a token of scans
+    and windows."""
 
     pairs: list[AttentionCost] = field(default_factory=list)
     convolutions: list[LongConvCost] = field(default_factory=list)
@@ -82,7 +81,8 @@ class CostTrace:
 
 
 def trace_cost(model: nn.Module, noted: CostTrace) -> None:
-    """Let every leaf of a twin on the meta device note what it costs; a Softmax gives back a mean without computing one."""
+    """Let every leaf of a twin on the meta device note what it costs; a Softmax gives back a mean
+    without computing one."""
     for leaf in list(model.modules()):
         for kind, watch in WATCHES.items():
             if isinstance(leaf, kind):
@@ -134,19 +134,31 @@ def _convolution(leaf: LongConv, noted: CostTrace) -> Any:
 
 def _relay(leaf: SequentialScan, noted: CostTrace) -> Any:
     def forward(step: Any, xs: Any, state: Any, *, span: Span, **cuts: Any) -> Any:
-        return step(tuple(xs), span, tuple(state))  # the whole row at once: where documents open is not known here
+        return step(
+            tuple(xs), span, tuple(state)
+        )  # the whole row at once: where documents open is not known here
 
     return forward
 
 
-WATCHES = {Softmax: _softmax, Scan: _scan, CausalConv: _window, LongConv: _convolution, SequentialScan: _relay}
+WATCHES = {
+    Softmax: _softmax,
+    Scan: _scan,
+    CausalConv: _window,
+    LongConv: _convolution,
+    SequentialScan: _relay,
+}
 
 
 def _stretches(span: Span) -> list[int]:
     """Lengths of the documents of all rows, one that a row's end cuts counting as two."""
     found = []
     for pos, doc in zip(span.pos.cpu().numpy(), span.doc.cpu().numpy(), strict=True):
-        edges = np.flatnonzero(np.r_[True, (np.diff(doc) != 0) | (np.diff(pos) != 1), True]) if len(doc) else np.zeros(1, int)
+        edges = (
+            np.flatnonzero(np.r_[True, (np.diff(doc) != 0) | (np.diff(pos) != 1), True])
+            if len(doc)
+            else np.zeros(1, int)
+        )
         found += [int(b - a) for a, b in zip(edges[:-1], edges[1:]) if doc[a] != PADDING]
     return found
 
@@ -164,6 +176,7 @@ class _EmptyOutput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise NotImplementedError
+
 
 MATRICES = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d)
 
@@ -193,11 +206,12 @@ class FlopCount:
 
 
 def count_flops(model: nn.Module) -> FlopCount:
-    """FLOPs of a model that is called with (tokens, span), by its matrices and by a trace on the meta device.
+    """FLOPs of a model that is called with (tokens, span), by its matrices and by a trace on the
+    meta device.
 
-    A module whose weights see something else than tokens says how many positions it is given in a step:
-    `positions_per_step`. One that multiplies by matrices that are no weights says how many multiply-adds that is a token:
-    `products`.
+    A module whose weights see something else than tokens says how many positions it is given in a
+    step: `positions_per_step`. One that multiplies by matrices that are no weights says how many
+    multiply-adds that is a token: `products`.
     """
     shares = active_shares(model)
     positions = _positions_per_step(model)
@@ -209,11 +223,14 @@ def count_flops(model: nn.Module) -> FlopCount:
             once += elements * positions[name]
         else:
             each += round(elements * shares[name])
-    twin, noted = meta_twin(model, torch.float32), CostTrace()
+    twin = meta_twin(model, torch.float32)
+    noted = CostTrace()
     trace_cost(twin, noted)
     with torch.no_grad():
         twin(*meta_row(2))
-    return FlopCount(2 * (each + noted.products), tuple(noted.pairs), tuple(noted.convolutions), 2 * once)
+    return FlopCount(
+        2 * (each + noted.products), tuple(noted.pairs), tuple(noted.convolutions), 2 * once
+    )
 
 
 def _positions_per_step(model: nn.Module) -> dict[str, int]:

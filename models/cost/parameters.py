@@ -17,8 +17,8 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 class ParameterCount:
     """Numbers of parameters, tied ones once.
 
-    Attributes:
-        total: all. active: without what a token does not visit. embedding: in tables of tokens or positions.
+    Attributes: total: all. active: without what a token does not visit. embedding: in tables of
+        tokens or positions.
     """
 
     total: int
@@ -27,7 +27,8 @@ class ParameterCount:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Read from the shapes; DTensors count whole. A module that visits part of itself says so: `active_share`."""
+    """Read from the shapes; DTensors count whole. A module that visits part of itself says so:
+    `active_share`."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     shares = active_shares(model)
     total = active = embedding = 0
@@ -39,11 +40,14 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def active_shares(model: nn.Module) -> dict[str, float]:
-    """By module: which share of its parameters one token visits (experts), its own share times its parents'."""
+    """By module: which share of its parameters one token visits (experts), its own share times its
+    parents'."""
     shares: dict[str, float] = {"": float(declared(model, "active_share", (int, float), 1.0))}
     for name, module in model.named_modules():
         if name:
-            shares[name] = shares[name.rpartition(".")[0]] * float(declared(module, "active_share", (int, float), 1.0))
+            shares[name] = shares[name.rpartition(".")[0]] * float(
+                declared(module, "active_share", (int, float), 1.0)
+            )
     return shares
 
 
@@ -52,4 +56,6 @@ def meta_twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def meta_row(tokens: int) -> tuple[Tensor, Span]:
-    return torch.zeros(1, tokens, dtype=torch.long, device="meta"), Span.line(1, tokens, device="meta")
+    return torch.zeros(1, tokens, dtype=torch.long, device="meta"), Span.line(
+        1, tokens, device="meta"
+    )

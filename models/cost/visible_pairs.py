@@ -1,7 +1,9 @@
-"""How many (head, query, key) triples a mask lets through: exact, and without ever holding tokens x tokens.
+"""How many (head, query, key) triples a mask lets through: exact, and without ever holding tokens x
+tokens.
 
-A row is cut into unbroken runs. Pairs of stretches of runs are halved until the mask says that nothing or everything is
-visible, or that two runs see each other in a band, whose area has a closed form. Only what is left is counted densely.
+A row is cut into unbroken runs. Pairs of stretches of runs are halved until the mask says that
+nothing or everything is visible, or that two runs see each other in a band, whose area has a closed
+form. Only what is left is counted densely.
 """
 
 import numpy as np
@@ -19,16 +21,23 @@ def visible_triples(mask: Mask, span: Span, heads: int = 1) -> int:
     Args:
         heads: of the layer; a mask that treats them alike is counted once and multiplied.
     """
-    return sum(_RowCount(mask, span.map(lambda x, r=row: x[r : r + 1]), heads).count() for row in range(span.shape[0]))
+    return sum(
+        _RowCount(mask, span.map(lambda x, r=row: x[r : r + 1]), heads).count()
+        for row in range(span.shape[0])
+    )
 
 
 class _RowCount:
     """One row, its runs, and the box of any stretch of them."""
 
     def __init__(self, mask: Mask, span: Span, heads: int):
-        self.mask, self.span, self.heads = mask, span, heads
+        self.mask = mask
+        self.span = span
+        self.heads = heads
         pos, doc, role = (x[0].cpu().numpy() for x in (span.pos, span.doc, span.role))
-        breaks = 1 + np.flatnonzero((np.diff(doc) != 0) | (np.diff(pos) != 1) | (np.diff(role) != 0))
+        breaks = 1 + np.flatnonzero(
+            (np.diff(doc) != 0) | (np.diff(pos) != 1) | (np.diff(role) != 0)
+        )
         edges = [0, *breaks.tolist(), len(pos)] if len(pos) else [0]
         self.runs = [(a, b) for a, b in zip(edges[:-1], edges[1:]) if doc[a] != PADDING]
         first = np.array([a for a, _ in self.runs], dtype=np.int64)
@@ -47,12 +56,15 @@ class _RowCount:
 
     def _stretch(self, qa: int, qb: int, ka: int, kb: int) -> int:
         """Triples among query runs [qa, qb) and key runs [ka, kb)."""
-        q, k = self._box(qa, qb), self._box(ka, kb)
+        q = self._box(qa, qb)
+        k = self._box(ka, kb)
         look = self.mask.coverage(q, k)
         if look == EMPTY:
             return 0
         if look == FULL:
-            return self.heads * int((self.sizes[qb] - self.sizes[qa]) * (self.sizes[kb] - self.sizes[ka]))
+            return self.heads * int(
+                (self.sizes[qb] - self.sizes[qa]) * (self.sizes[kb] - self.sizes[ka])
+            )
         if qb - qa == kb - ka == 1:
             band = self.mask.band(q, k)
             if band is None:
@@ -84,7 +96,8 @@ def band_area(q: Bounds, k: Bounds, band: tuple[int, int]) -> int:
 
 
 def _below(q: Bounds, k: Bounds, most: int) -> int:
-    """Pairs of two runs with pos_q - pos_k <= most: query by query, the keys from pos_q - most on."""
+    """Pairs of two runs with pos_q - pos_k <= most: query by query, the keys from pos_q - most
+    on."""
     keys = k.pos_high - k.pos_low + 1
     opens = np.arange(q.pos_low, q.pos_high + 1, dtype=np.int64) - most - k.pos_low
     return int((keys - opens.clip(0, keys)).sum())

@@ -1,8 +1,9 @@
 """Which blocks of (queries x keys) have to be computed, so that cost follows the visible area.
 
-The two token axes are cut into pieces (long unbroken runs, and mixed pieces of at most LEAF tokens), and pairs of pieces
-are halved until the mask can say NONE (skipped), ALL (one call without a mask), or a causal triangle between two runs
-(one call with the kernel's own causal flag). What is left are blocks of at most LEAF x LEAF that need a dense mask.
+The two token axes are cut into pieces (long unbroken runs, and mixed pieces of at most LEAF
+tokens), and pairs of pieces are halved until the mask can say NONE (skipped), ALL (one call without
+a mask), or a causal triangle between two runs (one call with the kernel's own causal flag). What is
+left are blocks of at most LEAF x LEAF that need a dense mask.
 """
 
 from typing import Any, NamedTuple
@@ -14,13 +15,18 @@ from models.span import PADDING, Span
 
 LEAF = 512  # tokens on the side of the largest block that is computed with a dense mask
 
-MANY, SHORT = 8, 128  # from so many rows of so few tokens on, rows are computed together
+# from so many rows of so few tokens on, rows are computed together
+MANY = 8
+SHORT = 128
 
-FULL_TILE, CAUSAL_TILE, PARTIAL_TILE = "full", "triangle", "masked"
+FULL_TILE = "full"
+CAUSAL_TILE = "triangle"
+PARTIAL_TILE = "masked"
 
 
 class Tile(NamedTuple):
-    """Rows [r0, r1), queries [q0, q1), keys [k0, k1) of the local tensors, and how they see each other.
+    """Rows [r0, r1), queries [q0, q1), keys [k0, k1) of the local tensors, and how they see each
+    other.
 
     TRIANGLE: as many queries as keys, query i sees keys 0..i.
     """
@@ -38,9 +44,13 @@ class _Tokens:
     """One row's addresses on the host, its pieces, and the box of any stretch of pieces."""
 
     def __init__(self, pos: np.ndarray, doc: np.ndarray, role: np.ndarray):
-        self.pos, self.doc, self.role = pos, doc, role
+        self.pos = pos
+        self.doc = doc
+        self.role = role
         size = len(pos)
-        breaks = 1 + np.flatnonzero((np.diff(doc) != 0) | (np.diff(pos) != 1) | (np.diff(role) != 0))
+        breaks = 1 + np.flatnonzero(
+            (np.diff(doc) != 0) | (np.diff(pos) != 1) | (np.diff(role) != 0)
+        )
         edges = [0, *breaks.tolist(), size] if size else [0]
         self.pieces: list[tuple[int, int]] = []
         for start, stop in zip(edges[:-1], edges[1:]):
@@ -52,10 +62,19 @@ class _Tokens:
                 self.pieces.append((start, stop))
 
     def box(self, start: int, stop: int) -> Bounds:
-        pos, doc, role = self.pos[start:stop], self.doc[start:stop], self.role[start:stop]
-        low, high = int(pos.min()), int(pos.max())
-        doc_low, doc_high = int(doc.min()), int(doc.max())
-        run = doc_low == doc_high and int(pos[0]) == low and high - low + 1 == stop - start and bool((np.diff(pos) == 1).all())
+        pos = self.pos[start:stop]
+        doc = self.doc[start:stop]
+        role = self.role[start:stop]
+        low = int(pos.min())
+        high = int(pos.max())
+        doc_low = int(doc.min())
+        doc_high = int(doc.max())
+        run = (
+            doc_low == doc_high
+            and int(pos[0]) == low
+            and high - low + 1 == stop - start
+            and bool((np.diff(pos) == 1).all())
+        )
         return Bounds(low, high, doc_low, doc_high, int(role.min()), int(role.max()), run)
 
 
@@ -68,14 +87,20 @@ def _outlook(mask: Mask, q: Bounds, k: Bounds) -> int:
 
 class _Planner:
     def __init__(self, mask: Mask, q: _Tokens, k: _Tokens):
-        self.mask, self.q, self.k = mask, q, k
+        self.mask = mask
+        self.q = q
+        self.k = k
         self.blocks: list[tuple[int, int, int, int, str]] = []
         if q.pieces and k.pieces:
             self._pieces(0, len(q.pieces), 0, len(k.pieces))
 
     def _pieces(self, qa: int, qb: int, ka: int, kb: int) -> None:
-        """Look at a stretch of query pieces against a stretch of key pieces; halve the longer one."""
-        q0, q1, k0, k1 = self.q.pieces[qa][0], self.q.pieces[qb - 1][1], self.k.pieces[ka][0], self.k.pieces[kb - 1][1]
+        """Look at a stretch of query pieces against a stretch of key pieces; halve the longer
+        one."""
+        q0 = self.q.pieces[qa][0]
+        q1 = self.q.pieces[qb - 1][1]
+        k0 = self.k.pieces[ka][0]
+        k1 = self.k.pieces[kb - 1][1]
         if qb - qa == 1 and kb - ka == 1:
             return self._inside(q0, q1, k0, k1)
         look = _outlook(self.mask, self.q.box(q0, q1), self.k.box(k0, k1))
@@ -92,7 +117,8 @@ class _Planner:
 
     def _inside(self, q0: int, q1: int, k0: int, k1: int) -> None:
         """Look at one piece against one piece."""
-        q, k = self.q.box(q0, q1), self.k.box(k0, k1)
+        q = self.q.box(q0, q1)
+        k = self.k.box(k0, k1)
         look = _outlook(self.mask, q, k)
         if look == EMPTY:
             return
@@ -100,7 +126,11 @@ class _Planner:
             self.blocks.append((q0, q1, k0, k1, FULL_TILE))
             return
         band = self.mask.band(q, k) if q.run and k.run else None
-        if band is not None and band[0] > max(q.pos_low - k.pos_high, -FAR) and band[1] >= q.pos_high - k.pos_low:
+        if (
+            band is not None
+            and band[0] > max(q.pos_low - k.pos_high, -FAR)
+            and band[1] >= q.pos_high - k.pos_low
+        ):
             return self._causal(q0, q1, k0, k1, q.pos_low - k.pos_low - band[0])
         if q1 - q0 <= LEAF and k1 - k0 <= LEAF:
             self.blocks.append((q0, q1, k0, k1, PARTIAL_TILE))
@@ -116,9 +146,15 @@ class _Planner:
     def _causal(self, q0: int, q1: int, k0: int, k1: int, shift: int) -> None:
         """Query i sees keys 0..i+shift: a full rectangle, and triangles on the diagonal."""
         q0 -= min(shift, 0)  # the first queries see nothing
-        seen = min(k1, k0 + max(shift, 0))  # keys before this one are seen by every query that is left
+        seen = min(
+            k1, k0 + max(shift, 0)
+        )  # keys before this one are seen by every query that is left
         side = min(q1 - q0, k1 - seen)
-        stretches = (q0, q1, k0, seen, FULL_TILE), (q0, q0 + side, seen, seen + side, CAUSAL_TILE), (q0 + side, q1, seen, k1, FULL_TILE)
+        stretches = (
+            (q0, q1, k0, seen, FULL_TILE),
+            (q0, q0 + side, seen, seen + side, CAUSAL_TILE),
+            (q0 + side, q1, seen, k1, FULL_TILE),
+        )
         self.blocks += [b for b in stretches if b[0] < b[1] and b[2] < b[3]]
 
 
@@ -128,12 +164,17 @@ def _half(size: int) -> int:
 
 
 def _join(blocks: list[tuple[int, int, int, int, str]]) -> list[tuple[int, int, int, int, str]]:
-    """Join full blocks that lie side by side along the keys, then along the queries; join masked ones along the keys."""
+    """Join full blocks that lie side by side along the keys, then along the queries; join masked
+    ones along the keys."""
     for here, there in ((0, 2), (2, 0)):
         joined: list[Any] = []
         for block in sorted(blocks, key=lambda b: (b[4], b[here], b[here + 1], b[there])):
             last: Any = joined[-1] if joined else None
-            same = last is not None and last[4] == block[4] and last[here : here + 2] == block[here : here + 2]
+            same = (
+                last is not None
+                and last[4] == block[4]
+                and last[here : here + 2] == block[here : here + 2]
+            )
             near = last is not None and here == 0 and block[3] - last[2] <= 4 * LEAF
             free = block[4] == FULL_TILE or (block[4] == PARTIAL_TILE and near)
             if last is not None and same and free and last[there + 1] == block[there]:
@@ -149,33 +190,49 @@ def _host(span: Span) -> list[np.ndarray]:
 
 
 def plan_tiles(mask: Mask, span: Span, kv_span: Span) -> list[Tile]:
-    """The blocks that queries `at` need of keys `of`; empty where nothing is visible. Kept on `at` for other layers."""
+    """The blocks that queries `at` need of keys `of`; empty where nothing is visible. Kept on `at`
+    for other layers."""
     key = (mask, id(kv_span))
     if key not in span.plans:
-        span.plans[key] = (kv_span, _plan(mask, span, kv_span))  # holding `of` keeps its id from being used again
+        span.plans[key] = (
+            kv_span,
+            _plan(mask, span, kv_span),
+        )  # holding `of` keeps its id from being used again
     return span.plans[key][1]
 
 
 def plan_rows(mask: Mask, span: Span, kv_span: Span) -> list[Tile]:
-    """As `plan`, with many short rows in one masked block: there a block takes longer to call than to compute."""
-    (rows, queries), keys = span.shape, kv_span.shape[1]
+    """As `plan`, with many short rows in one masked block: there a block takes longer to call than
+    to compute."""
+    rows, queries = span.shape
+    keys = kv_span.shape[1]
     if rows < MANY or not 0 < max(queries, keys) <= SHORT:
         return plan_tiles(mask, span, kv_span)
     key = (plan_rows, mask, id(kv_span))
     if key not in span.plans:
-        span.plans[key] = (kv_span, _stack(plan_tiles(mask, span, kv_span), max(1, LEAF * LEAF // max(1, queries * keys))))
+        span.plans[key] = (
+            kv_span,
+            _stack(plan_tiles(mask, span, kv_span), max(1, LEAF * LEAF // max(1, queries * keys))),
+        )
     return span.plans[key][1]
 
 
 def _stack(blocks: list[Tile], most: int) -> list[Tile]:
-    """Blocks of all rows as masked ones, each over at most so many rows, and all queries and keys that these rows need."""
+    """Blocks of all rows as masked ones, each over at most so many rows, and all queries and keys
+    that these rows need."""
     found: list[Tile] = []
     for block in sorted(blocks):
         last = found[-1] if found else None
         if last is not None and block.r1 - last.r0 <= most:
-            q0, q1 = min(last.q0, block.q0), max(last.q1, block.q1)
-            k0, k1 = min(last.k0, block.k0), max(last.k1, block.k1)
-            kind = FULL_TILE if last[2:] == block[2:] == (q0, q1, k0, k1, FULL_TILE) and last.r1 == block.r0 else PARTIAL_TILE
+            q0 = min(last.q0, block.q0)
+            q1 = max(last.q1, block.q1)
+            k0 = min(last.k0, block.k0)
+            k1 = max(last.k1, block.k1)
+            kind = (
+                FULL_TILE
+                if last[2:] == block[2:] == (q0, q1, k0, k1, FULL_TILE) and last.r1 == block.r0
+                else PARTIAL_TILE
+            )
             found[-1] = Tile(last.r0, max(last.r1, block.r1), q0, q1, k0, k1, kind)
         else:
             found.append(block)
@@ -183,28 +240,34 @@ def _stack(blocks: list[Tile], most: int) -> list[Tile]:
 
 
 def _plan(mask: Mask, span: Span, kv_span: Span) -> list[Tile]:
-    queries, keys = _host(span), _host(kv_span)
+    queries = _host(span)
+    keys = _host(kv_span)
     rows = len(queries[0])
     alike = rows > 1 and all((a == a[:1]).all() for a in (*queries, *keys))
     blocks = []
     for row in range(1 if alike else rows):
-        planner = _Planner(mask, _Tokens(*(a[row] for a in queries)), _Tokens(*(a[row] for a in keys)))
+        planner = _Planner(
+            mask, _Tokens(*(a[row] for a in queries)), _Tokens(*(a[row] for a in keys))
+        )
         r1 = rows if alike else row + 1
         blocks += [Tile(row, r1, *b) for b in _join(planner.blocks)]
     return blocks
 
 
 def split_tile(block: Tile, side: int) -> list[Tile]:
-    """Cut a block into blocks of at most side x side, for kernels that hold all scores of a block at once."""
+    """Cut a block into blocks of at most side x side, for kernels that hold all scores of a block
+    at once."""
     if block.q1 - block.q0 <= side and block.k1 - block.k0 <= side:
         return [block]
     parts = []
     for q0 in range(block.q0, block.q1, side):
         for k0 in range(block.k0, block.k1, side):
-            q1, k1 = min(q0 + side, block.q1), min(k0 + side, block.k1)
+            q1 = min(q0 + side, block.q1)
+            k1 = min(k0 + side, block.k1)
             kind = block.kind
             if kind == CAUSAL_TILE:
-                i, j = q0 - block.q0, k0 - block.k0
+                i = q0 - block.q0
+                j = k0 - block.k0
                 if j > i:
                     continue
                 kind = CAUSAL_TILE if i == j else FULL_TILE

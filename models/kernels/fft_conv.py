@@ -1,8 +1,9 @@
-"""Causal filters as long as the sequence, by FFT: three transforms forward, three backward, and no more.
+"""Causal filters as long as the sequence, by FFT: three transforms forward, three backward, and no
+more.
 
-Tensors are token-major outside and channel-major inside; they are turned a block of tokens at a time, which on a CPU takes
-a third of the time of a whole transposition. Backward is written out because that of torch's real transforms goes through
-complex ones of the full length.
+Tensors are token-major outside and channel-major inside; they are turned a block of tokens at a
+time, which on a CPU takes a third of the time of a whole transposition. Backward is written out
+because that of torch's real transforms goes through complex ones of the full length.
 
 Letters: G stretches, n tokens of each, C channels, L taps.
 """
@@ -31,10 +32,16 @@ class _Convolve(torch.autograd.Function):
         length = x.shape[1]
         low = max(0, shift - length + 1)
         cut = taps[low : shift + length]
-        ctx.first, ctx.low, ctx.sharding, ctx.taps = shift - low, low, len(cut), taps.shape
-        signal, response = _spectrum(x, 2 * length, 0), _spectrum(cut[None], 2 * length, 0)
+        ctx.first = shift - low
+        ctx.low = low
+        ctx.sharding = len(cut)
+        ctx.taps = taps.shape
+        signal = _spectrum(x, 2 * length, 0)
+        response = _spectrum(cut[None], 2 * length, 0)
         ctx.save_for_backward(signal, response)
-        return _tokens(signal * response, ctx.first, length)  # what wraps round falls on outputs that are not read
+        return _tokens(
+            signal * response, ctx.first, length
+        )  # what wraps round falls on outputs that are not read
 
     @staticmethod
     @once_differentiable
@@ -46,12 +53,15 @@ class _Convolve(torch.autograd.Function):
         d_taps = None
         if ctx.needs_input_grad[1]:
             d_taps = grads[0].new_zeros(ctx.taps)
-            d_taps[ctx.low : ctx.low + ctx.sharding] = _tokens((told * signal.conj()).sum(0, keepdim=True), 0, ctx.sharding)[0]
+            d_taps[ctx.low : ctx.low + ctx.sharding] = _tokens(
+                (told * signal.conj()).sum(0, keepdim=True), 0, ctx.sharding
+            )[0]
         return d_x, d_taps, None
 
 
 def _spectrum(x: Tensor, size: int, first: int) -> Tensor:
-    """[G, n, C] -> [G, C, size / 2 + 1] complex, of x standing at `first` in `size` places, the others 0."""
+    """[G, n, C] -> [G, C, size / 2 + 1] complex, of x standing at `first` in `size` places, the
+    others 0."""
     length = x.shape[1]
     room = x.new_empty(x.shape[0], x.shape[2], size)
     room[..., :first] = 0

@@ -1,7 +1,8 @@
-"""The nearest entries of a store: found exactly, block by block, in float64; of equals the one that stands first.
+"""The nearest entries of a store: found exactly, block by block, in float64; of equals the one that
+stands first.
 
-Letters: B rows, T queries, t of them at a time, S entries of a store, s of them at a time, H query heads, G key heads,
-r = H / G, D key width, E value width, K found.
+Letters: B rows, T queries, t of them at a time, S entries of a store, s of them at a time, H query
+heads, G key heads, r = H / G, D key width, E value width, K found.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,8 @@ NOWHERE = -1
 
 
 class KeyValueStore(NamedTuple):
-    """Tokens that may be found: keys [B, S, G, D], values [B, S, G, E] and their addresses [B, S]; on any device."""
+    """Tokens that may be found: keys [B, S, G, D], values [B, S, G, E] and their addresses [B, S];
+    on any device."""
 
     key: Tensor
     value: Tensor
@@ -32,10 +34,11 @@ class KeyValueStore(NamedTuple):
 
 
 class Neighbors(NamedTuple):
-    """What every query found so far, best first; of equals the one that stands first in the document.
+    """What every query found so far, best first; of equals the one that stands first in the
+    document.
 
-    score [B, T, H, K] float64, minus infinity where fewer are seen; pos [B, T, H, K] int64 in the query's document;
-    entry [B, T, H, K] int64, a number that says where it lies, or NOWHERE.
+    score [B, T, H, K] float64, minus infinity where fewer are seen; pos [B, T, H, K] int64 in the
+    query's document; entry [B, T, H, K] int64, a number that says where it lies, or NOWHERE.
     """
 
     score: Tensor
@@ -50,14 +53,20 @@ def no_neighbors(q: Tensor, count: int) -> Neighbors:
     return Neighbors(score, pos, pos.clone())
 
 
-def search(q: Tensor, stores: Sequence[KeyValueStore], mask: Mask, span: Span, best: Neighbors, first: int) -> Neighbors:
-    """The best of what was found so far and of the stores, whose entries are numbered from `first` on, end to end.
+def search(
+    q: Tensor, stores: Sequence[KeyValueStore], mask: Mask, span: Span, best: Neighbors, first: int
+) -> Neighbors:
+    """The best of what was found so far and of the stores, whose entries are numbered from `first`
+    on, end to end.
 
     Scores are compared in float64 and never held for all queries and entries at once.
     """
     for store in stores:
         groups = store.key.shape[2]
-        for part in blocks(store.span.shape[1], CHUNK_SCORES // max(1, len(q) * q.shape[2] * min(CHUNK_QUERIES, q.shape[1]))):
+        for part in blocks(
+            store.span.shape[1],
+            CHUNK_SCORES // max(1, len(q) * q.shape[2] * min(CHUNK_QUERIES, q.shape[1])),
+        ):
             kv_span = store.span.map(lambda t, p=part: t[:, p])
             key = store.key[:, part].to(q.device).permute(0, 2, 3, 1).double().contiguous()
             row, group = (torch.arange(n, device=q.device) for n in (len(q), groups))
@@ -67,7 +76,9 @@ def search(q: Tensor, stores: Sequence[KeyValueStore], mask: Mask, span: Span, b
                 if not bool(seen.any()):
                     continue
                 held = Neighbors(*(_grouped(x[:, some], groups) for x in best))
-                fresh = _better(_grouped(q[:, some].double(), groups), key, seen, kv_span.pos, held, number)
+                fresh = _better(
+                    _grouped(q[:, some].double(), groups), key, seen, kv_span.pos, held, number
+                )
                 for whole, better in zip(best, fresh):
                     whole[:, some] = better.transpose(1, 2).flatten(2, 3)
         first += store.entries
@@ -79,7 +90,9 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
     return x.unflatten(2, (groups, -1)).transpose(1, 2).contiguous()
 
 
-def _better(q: Tensor, key: Tensor, seen: Tensor, pos: Tensor, held: Neighbors, number: Tensor) -> Neighbors:
+def _better(
+    q: Tensor, key: Tensor, seen: Tensor, pos: Tensor, held: Neighbors, number: Tensor
+) -> Neighbors:
     """The best of what is held, [B, G, t, r, K], and of one block of a store.
 
     Args:
@@ -93,14 +106,17 @@ def _better(q: Tensor, key: Tensor, seen: Tensor, pos: Tensor, held: Neighbors, 
     where = pos[torch.arange(len(pos), device=pos.device)[:, None, None, None, None], place]
     entry = number[:, :, None, None, None] + place * number.shape[1]
     none = score == -torch.inf
-    return merge_neighbors(held, Neighbors(score, where.masked_fill(none, NOWHERE), entry.masked_fill(none, NOWHERE)))
+    return merge_neighbors(
+        held, Neighbors(score, where.masked_fill(none, NOWHERE), entry.masked_fill(none, NOWHERE))
+    )
 
 
 def _candidates(scores: Tensor, pos: Tensor, least: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Those of scores [B, G, t, r, s] that may be among the best, as (scores, minus infinity where there are fewer; places).
+    """Those of scores [B, G, t, r, s] that may be among the best, as (scores, minus infinity where
+    there are fewer; places).
 
-    Once a query has found enough, few entries of a block are as good as the `least` of them, and those alone are picked out;
-    sorting a block takes far longer than its products.
+    Once a query has found enough, few entries of a block are as good as the `least` of them, and
+    those alone are picked out; sorting a block takes far longer than its products.
     """
     shape, size = scores.shape[:-1], scores.shape[-1]
     good = scores >= least.clamp_min(torch.finfo(scores.dtype).min)
@@ -109,22 +125,30 @@ def _candidates(scores: Tensor, pos: Tensor, least: Tensor, count: int) -> tuple
         numbers = torch.bincount(line, minlength=shape.numel())
         most = int(numbers.max())
         if most <= 4 * count:
-            slot = torch.arange(len(place), device=place.device) - (numbers.cumsum(0) - numbers)[line]
-            score, where = scores.new_full((len(numbers), most), -torch.inf), place.new_zeros(len(numbers), most)
-            score[line, slot], where[line, slot] = scores.view(-1, size)[line, place], place
+            slot = (
+                torch.arange(len(place), device=place.device) - (numbers.cumsum(0) - numbers)[line]
+            )
+            score = scores.new_full((len(numbers), most), -torch.inf)
+            where = place.new_zeros(len(numbers), most)
+            score[line, slot] = scores.view(-1, size)[line, place]
+            where[line, slot] = place
             return score.view(*shape, most), where.view(*shape, most)
     return _highest(scores, pos[:, None, None, None].expand_as(scores), count)
 
 
 def _highest(scores: Tensor, pos: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` highest along the last dim and where they are; of those equal to the last of them, the lowest `pos`."""
+    """The `count` highest along the last dim and where they are; of those equal to the last of
+    them, the lowest `pos`."""
     score, place = scores.topk(min(count + 1, scores.shape[-1]))
     if scores.shape[-1] <= count:
         return score, place
-    least, next_best = score[..., count - 1 : count], score[..., count:]
-    score, place = score[..., :count], place[..., :count]
+    least = score[..., count - 1 : count]
+    next_best = score[..., count:]
+    score = score[..., :count]
+    place = place[..., :count]
     if bool(((least == next_best) & (least > -torch.inf)).any()):
-        tied, room = scores == least, (score == least).sum(-1, keepdim=True)
+        tied = scores == least
+        room = (score == least).sum(-1, keepdim=True)
         far = torch.iinfo(pos.dtype).max
         first = torch.where(tied, pos, far).topk(count, largest=False).values.gather(-1, room - 1)
         score, place = scores.masked_fill(tied & (pos > first), -torch.inf).topk(count)

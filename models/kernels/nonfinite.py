@@ -1,8 +1,10 @@
-"""Blocks that hold numbers which are not finite: what a query does not see must not reach it, not even as NaN.
+"""Blocks that hold numbers which are not finite: what a query does not see must not reach it, not
+even as NaN.
 
-A kernel hides a key by giving it weight 0, and 0 x NaN is NaN: one overflow in a document, or rubbish in padding, would spoil
-the documents beside it. Here such tokens are taken out before the block is computed, and whatever really sees one of them
-is set to NaN afterwards. By the general tile, because speed is of no concern when training has broken down.
+A kernel hides a key by giving it weight 0, and 0 x NaN is NaN: one overflow in a document, or
+rubbish in padding, would spoil the documents beside it. Here such tokens are taken out before the
+block is computed, and whatever really sees one of them is set to NaN afterwards. By the general
+tile, because speed is of no concern when training has broken down.
 
 Letters: b rows, t queries, s keys, H heads.
 """
@@ -19,7 +21,8 @@ from models.span import Span
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every number is finite; a sum is the quickest look, and is only doubted where it is not."""
+    """Whether every number is finite; a sum is the quickest look, and is only doubted where it is
+    not."""
     return all(bool(x.sum().isfinite()) or bool(x.isfinite().all()) for x in tensors if x.numel())
 
 
@@ -38,10 +41,18 @@ def _like(bad: Tensor, x: Tensor) -> Tensor:
 
 
 def forward(
-    score: Score, mask: Mask, query: Tensors, payload: Tensors, params: Tensors, span: Span, kv_span: Span, heads: Tensor
+    score: Score,
+    mask: Mask,
+    query: Tensors,
+    payload: Tensors,
+    params: Tensors,
+    span: Span,
+    kv_span: Span,
+    heads: Tensor,
 ) -> reference.Partial:
     """As tile.forward; the mean and the mass of a query that sees, or is, a bad token are NaN."""
-    bad_q, bad_k = _bad(query), _bad(payload)
+    bad_q = _bad(query)
+    bad_k = _bad(payload)
     clean = [_without(t, bad_q) for t in query], [_without(t, bad_k) for t in payload]
     mean, lse = reference.forward(score, mask, *clean, params, span, kv_span, heads)
     seen = visible(mask, span, kv_span, heads)
@@ -63,8 +74,10 @@ def backward(
     lse: Tensor,
     delta: Tensor,
 ) -> list[Tensor | None]:
-    """As tile.backward; gradients of tokens that saw, or were seen by, a bad one are NaN, and those of the parameters."""
-    bad_q, bad_k = _bad([*query, d_out, delta, reference.finite_lse(lse)]), _bad(payload)
+    """As tile.backward; gradients of tokens that saw, or were seen by, a bad one are NaN, and those
+    of the parameters."""
+    bad_q = _bad([*query, d_out, delta, reference.finite_lse(lse)])
+    bad_k = _bad(payload)
     clean = [_without(t, bad_q) for t in query], [_without(t, bad_k) for t in payload]
     grads = reference.backward(
         score, mask, *clean, params, span, kv_span, heads,
@@ -72,6 +85,10 @@ def backward(
     )  # fmt: skip
     touched = visible(mask, span, kv_span, heads).any(1) & (bad_q[:, :, None] | bad_k[:, None, :])
     ruined = [touched.any(2)] * len(query) + [touched.any(1)] * len(payload)
-    spoilt = [None if g is None else g.masked_fill(_like(r, g), torch.nan) for g, r in zip(grads, ruined)]
-    rest = [None if g is None else g.masked_fill(touched.any(), torch.nan) for g in grads[len(ruined) :]]
+    spoilt = [
+        None if g is None else g.masked_fill(_like(r, g), torch.nan) for g, r in zip(grads, ruined)
+    ]
+    rest = [
+        None if g is None else g.masked_fill(touched.any(), torch.nan) for g in grads[len(ruined) :]
+    ]
     return spoilt + rest

@@ -1,7 +1,8 @@
-"""The general tile: one block of any score, any mask, any dtype. The truth that every other kernel is tested against.
+"""The general tile: one block of any score, any mask, any dtype. The truth that every other kernel
+is tested against.
 
-The backward pass computes the logits of the block again, under autograd, so that whatever a score does with its queries,
-keys and parameters is differentiated by the same code that computed it.
+The backward pass computes the logits of the block again, under autograd, so that whatever a score
+does with its queries, keys and parameters is differentiated by the same code that computed it.
 
 Letters: B rows, T queries, S keys, H heads, E value width.
 """
@@ -15,7 +16,9 @@ from models.span import Span
 
 TILE_SIDE = 512  # tokens on the side of the largest tile: it holds B x H x SIDE x SIDE scores
 
-Partial = tuple[Tensor, Tensor]  # mean [B, T, H, E], mass [B, T, H] in nats, minus infinity where nothing was seen
+Partial = tuple[
+    Tensor, Tensor
+]  # mean [B, T, H, E], mass [B, T, H] in nats, minus infinity where nothing was seen
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -29,7 +32,14 @@ def finite_lse(lse: Tensor) -> Tensor:
 
 
 def _scores(
-    score: Score, mask: Mask | None, query: Tensors, payload: Tensors, params: Tensors, span: Span, kv_span: Span, heads: Tensor
+    score: Score,
+    mask: Mask | None,
+    query: Tensors,
+    payload: Tensors,
+    params: Tensors,
+    span: Span,
+    kv_span: Span,
+    heads: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Masked logits [B, H, T, S] and values [B, S, H, E], both wide."""
     dtype = accumulation_dtype(query[0].dtype)
@@ -42,7 +52,14 @@ def _scores(
 
 
 def forward(
-    score: Score, mask: Mask | None, query: Tensors, payload: Tensors, params: Tensors, span: Span, kv_span: Span, heads: Tensor
+    score: Score,
+    mask: Mask | None,
+    query: Tensors,
+    payload: Tensors,
+    params: Tensors,
+    span: Span,
+    kv_span: Span,
+    heads: Tensor,
 ) -> Partial:
     """Attend to the keys of one block; mask None: every query sees all of them."""
     logits, value = _scores(score, mask, query, payload, params, span, kv_span, heads)
@@ -70,16 +87,27 @@ def backward(
     Args:
         d_mean: [B, T, H, E] gradient of the mean over ALL keys, of this block and of every other.
         mass: [B, T, H] mass of all keys.
-        delta: [B, T, H] sum over E of d_mean * mean, less the gradient of the mass where that is used.
+        delta: [B, T, H] sum over E of d_mean * mean, less the gradient of the mass where that is
+            used.
     """
     leaves = [t.detach().requires_grad_() for t in (*query, *payload, *params)]
-    queries, payloads = len(query), len(query) + len(payload)
+    queries = len(query)
+    payloads = len(query) + len(payload)
     with torch.enable_grad():
         logits, value = _scores(
-            score, mask, leaves[:queries], leaves[queries:payloads], leaves[payloads:], span, kv_span, heads
+            score,
+            mask,
+            leaves[:queries],
+            leaves[queries:payloads],
+            leaves[payloads:],
+            span,
+            kv_span,
+            heads,
         )
     weight = (logits.detach() - finite_lse(lse).transpose(1, 2)[..., None]).exp()
     d_weight = torch.einsum("bthe,bshe->bhts", d_out, value.detach())
     d_logits = weight * (d_weight - delta.transpose(1, 2)[..., None])
     d_value = torch.einsum("bhts,bthe->bshe", weight, d_out)
-    return list(torch.autograd.grad([logits, value], leaves, [d_logits, d_value], allow_unused=True))
+    return list(
+        torch.autograd.grad([logits, value], leaves, [d_logits, d_value], allow_unused=True)
+    )

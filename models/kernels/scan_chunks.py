@@ -1,7 +1,8 @@
 """Which tokens go into which chunk of a scan: chunks cross no document, no run and hold no padding.
 
-So a chunk needs no mask but the causal one, documents cannot touch each other (not even by a NaN), and padding is the
-identity of a scan wherever it lies. Worked out on the host once for all layers of a step (Span.plans).
+So a chunk needs no mask but the causal one, documents cannot touch each other (not even by a NaN),
+and padding is the identity of a scan wherever it lies. Worked out on the host once for all layers
+of a step (Span.plans).
 
 Letters: B rows, T tokens, N chunks of a row, C slots of a chunk, R runs.
 """
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from models.span import PADDING, Span
 
-CONTINUE, BLANK = -1, 0  # where a chunk's state comes from: the chunk before, nothing, or (r + 1) what was handed to run r
+# where a chunk's state comes from: the chunk before, nothing, or (r + 1) what was handed to run r
+CONTINUE = -1
+BLANK = 0
 
 Runs = Sequence[Sequence[int]]  # for each row, how many tokens each of its runs has; together all T
 
@@ -64,7 +67,8 @@ def chunk_layout(span: Span, size: int, runs: Runs | None = None) -> ChunkLayout
 
     Args:
         at: addresses [B, T]; tokens of a run in order, a document opening where pos is 0.
-        runs: tokens of each run of each row; a single run by default. Every row has equally many, some may be empty.
+        runs: tokens of each run of each row; a single run by default. Every row has equally many,
+            some may be empty.
     """
     rows, tokens = span.shape
     lengths = tuple(map(tuple, runs)) if runs is not None else ((tokens,),) * rows
@@ -75,9 +79,12 @@ def chunk_layout(span: Span, size: int, runs: Runs | None = None) -> ChunkLayout
 
 
 def on_host(span: Span) -> tuple[np.ndarray, np.ndarray]:
-    """pos and doc [B, T]; on the meta device, where only shapes count, one document for each row."""
+    """pos and doc [B, T]; on the meta device, where only shapes count, one document for each
+    row."""
     if span.pos.is_meta:
-        return np.tile(np.arange(span.shape[1]), (span.shape[0], 1)), np.zeros(span.shape, dtype=np.int64)
+        return np.tile(np.arange(span.shape[1]), (span.shape[0], 1)), np.zeros(
+            span.shape, dtype=np.int64
+        )
     return span.pos.cpu().numpy(), span.doc.cpu().numpy()
 
 
@@ -89,7 +96,8 @@ def _build(span: Span, size: int, lengths: tuple[tuple[int, ...], ...]) -> Chunk
     places = np.full(pos.shape, -1)
     for b, (place, _, _, _) in enumerate(rows):
         there = np.flatnonzero(place >= 0)
-        slots[b, place[there]], places[b] = there, place
+        slots[b, place[there]] = there
+        places[b] = place
     origins = [[row[1][n] if n < len(row[1]) else CONTINUE for row in rows] for n in range(count)]
     plain = slots.shape == places.shape and bool((slots == np.arange(slots.shape[1])).all())
     device = span.pos.device
@@ -104,11 +112,15 @@ def _build(span: Span, size: int, lengths: tuple[tuple[int, ...], ...]) -> Chunk
     )
 
 
-def _row(pos: np.ndarray, valid: np.ndarray, size: int, lengths: tuple[int, ...]) -> tuple[np.ndarray, list, list, list]:
-    """(slot of every token, origin of every chunk, last chunk of every run, does a document open in the run)."""
+def _row(
+    pos: np.ndarray, valid: np.ndarray, size: int, lengths: tuple[int, ...]
+) -> tuple[np.ndarray, list, list, list]:
+    """(slot of every token, origin of every chunk, last chunk of every run, does a document open in
+    the run)."""
     place = np.full(len(pos), -1)
     origins: list[int] = []
-    ends, opened = [], []
+    ends = []
+    opened = []
     start = 0
     for run, length in enumerate(lengths):
         there = start + np.flatnonzero(valid[start : start + length])
@@ -125,7 +137,8 @@ def _row(pos: np.ndarray, valid: np.ndarray, size: int, lengths: tuple[int, ...]
 
 
 class _Pick(torch.autograd.Function):
-    """x [B, M, ...] at index [B, K], 0 where it is -1; no entry is picked twice, so backward picks by `back` [B, M]."""
+    """x [B, M, ...] at index [B, K], 0 where it is -1; no entry is picked twice, so backward picks
+    by `back` [B, M]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor) -> Tensor:
@@ -140,5 +153,9 @@ class _Pick(torch.autograd.Function):
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:
     rows = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    taken = x.flatten(0, 1).index_select(0, (index.clamp_min(0) + rows).flatten()).unflatten(0, index.shape)
+    taken = (
+        x.flatten(0, 1)
+        .index_select(0, (index.clamp_min(0) + rows).flatten())
+        .unflatten(0, index.shape)
+    )
     return taken.masked_fill_((index < 0).view(*index.shape, *[1] * (x.dim() - 2)), 0)

@@ -1,21 +1,26 @@
-"""Scans on an NVIDIA GPU by the chunk kernels of flash-linear-attention, where that package is installed.
+"""Scans on an NVIDIA GPU by the chunk kernels of flash-linear-attention, where that package is
+installed.
 
-The table says which kernel serves which scan; what is not in it (float64, wider keys, a low-rank term read before its own
-update) has the chunks of models/kernels/scan_chunkwise.py. float32 is served only where torch was told to take products in TF32, as the
-kernels do; half precision stays half inside a chunk, decays and states are float32. All kernels here are of the kind
-[B, T, H, D] with log decays in nats, a scale that we set to 1, states [S, H, D, E] in and out, and `cu_seqlens` for documents.
-Decays are handed over no stronger than e^-100 a token, which is 0 in float32: the kernels subtract sums of them within a
-chunk, and infinity minus infinity would be NaN.
+The table says which kernel serves which scan; what is not in it (float64, wider keys, a low-rank
+term read before its own update) has the chunks of models/kernels/scan_chunkwise.py. float32 is
+served only where torch was told to take products in TF32, as the kernels do; half precision stays
+half inside a chunk, decays and states are float32. All kernels here are of the kind [B, T, H, D]
+with log decays in nats, a scale that we set to 1, states [S, H, D, E] in and out, and `cu_seqlens`
+for documents. Decays are handed over no stronger than e^-100 a token, which is 0 in float32: the
+kernels subtract sums of them within a chunk, and infinity minus infinity would be NaN.
 
-A kernel answers outputs and last states, but neither what a run adds to a state nor what it keeps of one. The first is the
-last state from nothing. The second is a product of decays, or with a low-rank term the last state of further columns that
-start from the identity and have values 0. So a driver over ranks runs the kernel twice.
+A kernel answers outputs and last states, but neither what a run adds to a state nor what it keeps
+of one. The first is the last state from nothing. The second is a product of decays, or with a
+low-rank term the last state of further columns that start from the identity and have values 0. So a
+driver over ranks runs the kernel twice.
 
-Written for version 0.5.2 (Yang & Zhang 2024, github.com/fla-org/flash-linear-attention). The calls are held to our own scan by
-those very kernels in Triton's interpreter, and on a GPU by scripts/gpu_check.sh. Left out: its kernels for the delta rule with
-a decay per head, which want keys and rates apart where our payload has them multiplied.
+Written for version 0.5.2 (Yang & Zhang 2024, github.com/fla-org/flash-linear-attention). The calls
+are held to our own scan by those very kernels in Triton's interpreter, and on a GPU by
+scripts/gpu_check.sh. Left out: its kernels for the delta rule with a decay per head, which want
+keys and rates apart where our payload has them multiplied.
 
-Letters: B rows, T tokens, N valid tokens, S stretches, R runs, H heads, D key width, E value width; "h" is H or 1.
+Letters: B rows, T tokens, N valid tokens, S stretches, R runs, H heads, D key width, E value width;
+"h" is H or 1.
 """
 
 import importlib
@@ -34,7 +39,10 @@ WIDEST = 256  # key width of the kernels
 STRONGEST = -100.0  # nats
 HALF = torch.float16, torch.bfloat16
 
-PLAIN, CHANNEL, BEFORE, LOW_RANK = "decay per head", "decay per channel", "read before its update", "low rank"
+PLAIN = "decay per head"
+CHANNEL = "decay per channel"
+BEFORE = "read before its update"
+LOW_RANK = "low rank"
 TABLE = {
     PLAIN: ("fla.ops.simple_gla.chunk", "chunk_simple_gla"),
     CHANNEL: ("fla.ops.gla.chunk", "chunk_gla"),
@@ -53,12 +61,22 @@ class FlaSummary(NamedTuple):
     opened: Tensor
 
 
-def select_kernel(query: Sequence[Tensor], payload: Sequence[Tensor], *, before: bool) -> tuple[str, Kernel] | None:
+def select_kernel(
+    query: Sequence[Tensor], payload: Sequence[Tensor], *, before: bool
+) -> tuple[str, Kernel] | None:
     """(kind, kernel) for these tensors as a Scan gets them; None: the chunks in torch serve."""
-    q, kind = query[0], scan_kind(payload, before)
-    if kind is None or q.device.type != "cuda" or torch.version.hip is not None or q.shape[-1] > WIDEST:
+    q = query[0]
+    kind = scan_kind(payload, before)
+    if (
+        kind is None
+        or q.device.type != "cuda"
+        or torch.version.hip is not None
+        or q.shape[-1] > WIDEST
+    ):
         return None
-    if q.dtype not in HALF and not (q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"):
+    if q.dtype not in HALF and not (
+        q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    ):
         return None
     kernel = load_kernel(kind)
     return None if kernel is None else (kind, kernel)
@@ -66,7 +84,8 @@ def select_kernel(query: Sequence[Tensor], payload: Sequence[Tensor], *, before:
 
 def scan_kind(payload: Sequence[Tensor], before: bool) -> str | None:
     """Which row of the table, or None."""
-    channel, low = payload[2].dim() == 4, len(payload) > 3
+    channel = payload[2].dim() == 4
+    low = len(payload) > 3
     if low:
         return None if before else LOW_RANK
     if before:
@@ -76,7 +95,8 @@ def scan_kind(payload: Sequence[Tensor], before: bool) -> str | None:
 
 @lru_cache
 def load_kernel(kind: str) -> Kernel | None:
-    """The kernel of a kind; None where the package is missing or fails to import, which is said once."""
+    """The kernel of a kind; None where the package is missing or fails to import, which is said
+    once."""
     module, name = TABLE[kind]
     try:
         return getattr(importlib.import_module(module), name)
@@ -84,9 +104,15 @@ def load_kernel(kind: str) -> Kernel | None:
         if error.name == PACKAGE:
             return None
         problem = error
-    except Exception as error:  # whatever a package does that was built for another version of torch or triton
+    except (
+        Exception
+    ) as error:  # whatever a package does that was built for another version of torch or triton
         problem = error
-    warnings.warn(f"no kernel {module}.{name} ({type(problem).__name__}: {problem}); torch serves in its place", stacklevel=2)
+    warnings.warn(
+        f"no kernel {module}.{name} ({type(problem).__name__}: {problem}); torch serves in its"
+        " place",
+        stacklevel=2,
+    )
     return None
 
 
@@ -95,19 +121,31 @@ def report() -> str:
     if not torch.cuda.is_available():
         return "scans: torch, no GPU"
     found = [kind for kind in TABLE if load_kernel(kind)]
-    return f"scans: flash-linear-attention for {', '.join(found)}" if found else "scans: torch, no flash-linear-attention"
+    return (
+        f"scans: flash-linear-attention for {', '.join(found)}"
+        if found
+        else "scans: torch, no flash-linear-attention"
+    )
 
 
-def call_kernel(kind: str, kernel: Kernel, tensors: Sequence[Tensor], state: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+def call_kernel(
+    kind: str, kernel: Kernel, tensors: Sequence[Tensor], state: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
     """([1, N, H, E], last states [S, H, D, E]) of stretches end to end.
 
     Args:
-        tensors: q, k [1, N, H, D], v [1, N, H, E], log decay [1, N, H, 1 or D], and with a low-rank term a, b [1, N, H, D].
+        tensors: q, k [1, N, H, D], v [1, N, H, E], log decay [1, N, H, 1 or D], and with a low-rank
+            term a, b [1, N, H, D].
         state: [S, H, D, E] before each stretch.
         ends: [S + 1] int64, 0 and where each stretch ends.
     """
     q, k, v, log, *low = tensors
-    rest: dict[str, Any] = {"scale": 1.0, "initial_state": state, "output_final_state": True, "cu_seqlens": ends}
+    rest: dict[str, Any] = {
+        "scale": 1.0,
+        "initial_state": state,
+        "output_final_state": True,
+        "cu_seqlens": ends,
+    }
     if kind == PLAIN:
         return kernel(q, k, v, g=log[..., 0].contiguous(), **rest)
     if kind == CHANNEL:
@@ -118,33 +156,53 @@ def call_kernel(kind: str, kernel: Kernel, tensors: Sequence[Tensor], state: Ten
 
 
 class FlaScan:
-    """As models.primitives.scan.ScanWork, by a kernel that takes whole stretches; nothing is done before it is asked."""
+    """As models.primitives.scan.ScanWork, by a kernel that takes whole stretches; nothing is done
+    before it is asked."""
 
-    def __init__(self, kind: str, kernel: Kernel, query: Tensor, payload: Sequence[Tensor], plan: VarlenLayout):
-        self.kind, self.kernel, self.plan, self.dtype = kind, kernel, plan, query.dtype
+    def __init__(
+        self,
+        kind: str,
+        kernel: Kernel,
+        query: Tensor,
+        payload: Sequence[Tensor],
+        plan: VarlenLayout,
+    ):
+        self.kind = kind
+        self.kernel = kernel
+        self.plan = plan
+        self.dtype = query.dtype
         self.decay = payload[2]
-        heads, wide = payload[1].shape[2], torch.promote_types(query.dtype, torch.float32)
+        heads = payload[1].shape[2]
+        wide = torch.promote_types(query.dtype, torch.float32)
         log = self.decay if self.decay.dim() == 4 else self.decay[..., None]
         parts = [query, payload[0], payload[1], log.to(wide).clamp_min(STRONGEST), *payload[3:]]
         picked = [plan.pick(x.to(wide if i == 3 else query.dtype)) for i, x in enumerate(parts)]
         self.tensors = [x.expand(*x.shape[:2], heads, x.shape[3]).contiguous() for x in picked]
-        self.wide, self.log = wide, picked[3]
+        self.wide = wide
+        self.log = picked[3]
 
     def blank(self) -> Tensor:
         """[B, R, H, D, E]: nothing comes into any run."""
         _, k, v, *_ = self.tensors
-        return v.new_zeros(*self.plan.opened.shape, k.shape[2], k.shape[3], v.shape[3], dtype=self.wide)
+        return v.new_zeros(
+            *self.plan.opened.shape, k.shape[2], k.shape[3], v.shape[3], dtype=self.wide
+        )
 
     def summarise(self) -> FlaSummary:
         """What every run does to a state that passes through it."""
-        opened, blank = self.plan.opened, self.blank()
+        opened = self.plan.opened
+        blank = self.blank()
         if self.kind != LOW_RANK:
-            sums = self.log.new_zeros(opened.numel(), *self.log.shape[2:]).index_add(0, self.plan.run, self.log[0])
+            sums = self.log.new_zeros(opened.numel(), *self.log.shape[2:]).index_add(
+                0, self.plan.run, self.log[0]
+            )
             kept = sums.exp().unflatten(0, opened.shape)
             gain = self.final_states(blank)
         else:
             width = blank.shape[-2]
-            one = torch.eye(width, dtype=blank.dtype, device=blank.device).expand(*blank.shape[:-1], width)
+            one = torch.eye(width, dtype=blank.dtype, device=blank.device).expand(
+                *blank.shape[:-1], width
+            )
             value = self.tensors[2]
             further = value.new_zeros(*value.shape[:-1], width)
             _, left = self._go(torch.cat([value, further], -1), torch.cat([blank, one], -1))
@@ -161,11 +219,18 @@ class FlaScan:
         return self._go(self.tensors[2], states)[1]
 
     def _go(self, value: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-        flat, plan = states.flatten(0, 1), self.plan
+        flat = states.flatten(0, 1)
+        plan = self.plan
         tensors = [*self.tensors[:2], value, *self.tensors[3:]]
-        if not len(plan.origin):  # padding only; every rank builds the same graph, which reaches all that came in
+        if not len(
+            plan.origin
+        ):  # padding only; every rank builds the same graph, which reaches all that came in
             return value + sum(x.flatten()[:0].sum() for x in (*tensors, states)), states
-        start = torch.cat([flat, torch.zeros_like(flat[:1])])[plan.origin]  # -1 is the last, which is nothing
+        start = torch.cat([flat, torch.zeros_like(flat[:1])])[
+            plan.origin
+        ]  # -1 is the last, which is nothing
         out, last = call_kernel(self.kind, self.kernel, tensors, start.contiguous(), plan.ends)
-        left = torch.cat([last.to(flat.dtype), flat])[torch.where(plan.last < 0, plan.through, plan.last)]
+        left = torch.cat([last.to(flat.dtype), flat])[
+            torch.where(plan.last < 0, plan.through, plan.last)
+        ]
         return out, left.unflatten(0, states.shape[:2])

@@ -1,9 +1,10 @@
 """The CPU flash kernel of PyTorch, made safe: it takes blocks without parameters in their score.
 
-Four edges of `aten::_scaled_dot_product_flash_attention_for_cpu` are guarded here, each held by a test:
-an empty side kills the process (no such block is ever planned, and it is refused); a last dim that is not contiguous gives
-wrong numbers (made contiguous); a query that sees no key answers mass 0 (set to minus infinity); key and value widths must
-be equal (the narrower is filled with zeros). bfloat16 and float16 are computed in float32, which is faster here and exact.
+Four edges of `aten::_scaled_dot_product_flash_attention_for_cpu` are guarded here, each held by a
+test: an empty side kills the process (no such block is ever planned, and it is refused); a last dim
+that is not contiguous gives wrong numbers (made contiguous); a query that sees no key answers mass
+0 (set to minus infinity); key and value widths must be equal (the narrower is filled with zeros).
+bfloat16 and float16 are computed in float32, which is faster here and exact.
 
 Letters: b rows, t queries, s keys, H query heads, G key heads, D key width, E value width.
 """
@@ -19,23 +20,32 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _ready(x: Tensor, width: int) -> Tensor:
-    """[b, t, H, D] -> [b, H, t, width] as the kernel wants it: wide, filled up, contiguous in its last dim."""
+    """[b, t, H, D] -> [b, H, t, width] as the kernel wants it: wide, filled up, contiguous in its
+    last dim."""
     x = x.to(accumulation_dtype(x.dtype))
     if width > x.shape[-1]:  # padding by nothing would copy
         x = F.pad(x, (0, width - x.shape[-1]))
     return (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, triangle: bool, add: Tensor | None) -> Partial:
-    """Attend q [b, t, H, D] to k [b, s, G, D], v [b, s, G, E]; `add` [b or 1, H or 1, t, s] holds -inf at unseen keys."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, triangle: bool, add: Tensor | None
+) -> Partial:
+    """Attend q [b, t, H, D] to k [b, s, G, D], v [b, s, G, E]; `add` [b or 1, H or 1, t, s] holds
+    -inf at unseen keys."""
     if not (q.shape[1] and k.shape[1]):
         raise ValueError(f"a block has queries and keys, got {q.shape[1]} and {k.shape[1]}")
-    width, add = max(q.shape[-1], v.shape[-1]), None if add is None else add.to(accumulation_dtype(q.dtype))
-    mean, lse = _forward(*(_ready(x, width) for x in (q, k, v)), 0.0, triangle, attn_mask=add, scale=scale)
-    mean, lse = mean[..., : v.shape[-1]].transpose(1, 2), lse.transpose(1, 2)
+    width = max(q.shape[-1], v.shape[-1])
+    add = None if add is None else add.to(accumulation_dtype(q.dtype))
+    mean, lse = _forward(
+        *(_ready(x, width) for x in (q, k, v)), 0.0, triangle, attn_mask=add, scale=scale
+    )
+    mean = mean[..., : v.shape[-1]].transpose(1, 2)
+    lse = lse.transpose(1, 2)
     if add is not None:
         blind = (add == -torch.inf).all(-1).transpose(1, 2).expand(lse.shape)
-        lse, mean = lse.masked_fill(blind, -torch.inf), mean.masked_fill(blind[..., None], 0)
+        lse = lse.masked_fill(blind, -torch.inf)
+        mean = mean.masked_fill(blind[..., None], 0)
     return mean, lse
 
 
@@ -52,7 +62,10 @@ def backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v through one block, given the mean and mass over ALL keys; wide."""
-    width, add = max(q.shape[-1], v.shape[-1]), None if add is None else add.to(accumulation_dtype(q.dtype))
+    width = max(q.shape[-1], v.shape[-1])
+    add = None if add is None else add.to(accumulation_dtype(q.dtype))
     ready = [_ready(x, width) for x in (d_out, q, k, v, mean)]
-    d_q, d_k, d_v = _backward(*ready, finite_lse(lse).transpose(1, 2), 0.0, triangle, attn_mask=add, scale=scale)
+    d_q, d_k, d_v = _backward(
+        *ready, finite_lse(lse).transpose(1, 2), 0.0, triangle, attn_mask=add, scale=scale
+    )
     return tuple(g.transpose(1, 2)[..., : x.shape[-1]] for g, x in ((d_q, q), (d_k, k), (d_v, v)))

@@ -1,9 +1,12 @@
-"""Which tokens make up which piece of a segmented memory, and in which order pieces may be gone through at once.
+"""Which tokens make up which piece of a segmented memory, and in which order pieces may be gone
+through at once.
 
-A piece is what one run holds of one segment of one document. What it does to a memory adds up over its tokens, so the sizes of
-pieces do not matter: their tokens lie in chunks, and the sums of the chunks of a piece are its own. Pieces of a document that
-follow one another in a run form a chain, along which a memory passes; the d-th pieces of all chains are done together.
-Worked out on the host once for all layers of a step (Span.plans).
+A piece is what one run holds of one segment of one document. What it does to a memory adds up over
+its tokens, so the sizes of
+pieces do not matter: their tokens lie in chunks, and the sums of the chunks of a piece are its own.
+Pieces of a document that follow one another in a run form a chain, along which a memory passes; the
+d-th pieces of all chains are done together. Worked out on the host once for all layers of a step
+(Span.plans).
 
 Letters: B rows, T tokens, N chunks of all rows, C slots of a chunk, P pieces, Q chains, R runs.
 """
@@ -27,18 +30,16 @@ CHUNK = 128  # tokens to a chunk, a power of two; shorter where every piece is
 class SegmentChunks:
     """How B rows of T tokens lie in chunks, chunks in pieces and pieces in chains.
 
-    Pieces are numbered by their place in their chain, then by chain; chains from the longest to the shortest.
+    Pieces are numbered by their place in their chain, then by chain; chains from the longest to the
+    shortest.
 
-    Attributes:
-        size: C.
-        slots: [N * C] int64, the token (of all rows end to end) in each slot, or B * T for none.
-        places: [B * T] int64, the slot of each token, or N * C for padding.
-        piece: [N] int64, the piece of every chunk.
-        begins: [P] bool, does a segment begin here?
-        widths: how many chains have a d-th piece, for every d.
-        source: [Q] int64, row * R + run of the state that the chain starts from, or B * R where it starts from nothing.
-        last: [B, R] int64, the chain at the end of every run.
-        opened, began: [B, R] bool, does a document open in this run, and does a segment begin in the run's first chain?
+    Attributes: size: C. slots: [N * C] int64, the token (of all rows end to end) in each slot, or B
+        * T for none. places: [B * T] int64, the slot of each token, or N * C for padding. piece:
+        [N] int64, the piece of every chunk. begins: [P] bool, does a segment begin here? widths:
+        how many chains have a d-th piece, for every d. source: [Q] int64, row * R + run of the
+        state that the chain starts from, or B * R where it starts from nothing. last: [B, R] int64,
+        the chain at the end of every run. opened, began: [B, R] bool, does a document open in this
+        run, and does a segment begin in the run's first chain?
     """
 
     size: int
@@ -78,7 +79,8 @@ def segment_chunks(span: Span, segment: int | None, runs: Runs | None = None) ->
     Args:
         at: addresses [B, T]; tokens of a run in order, a document opening where pos is 0.
         segment: tokens of a document to a segment; None: none begins inside these rows.
-        runs: tokens of each run of each row; a single run by default. Every row has equally many, some may be empty.
+        runs: tokens of each run of each row; a single run by default. Every row has equally many,
+            some may be empty.
     """
     rows, tokens = span.shape
     lengths = tuple(map(tuple, runs)) if runs is not None else ((tokens,),) * rows
@@ -104,8 +106,12 @@ def _build(span: Span, segment: int | None, lengths: tuple[tuple[int, ...], ...]
         for run, length in enumerate(lengths[row]):
             there = start + np.flatnonzero(doc[row, start : start + length] != PADDING)
             fresh = _chains(pos[row], there, segment, row * runs + run, rows * runs)
-            opened[row, run], began[row, run] = len(fresh) > 1, any(begins for _, begins in fresh[0].pieces)
-            chains += [_ChunkChain(chain.source, [(row * tokens + t, b) for t, b in chain.pieces]) for chain in fresh]
+            opened[row, run] = len(fresh) > 1
+            began[row, run] = any(begins for _, begins in fresh[0].pieces)
+            chains += [
+                _ChunkChain(chain.source, [(row * tokens + t, b) for t, b in chain.pieces])
+                for chain in fresh
+            ]
             last[row, run] = len(chains) - 1
             start += length
     order = sorted(range(len(chains)), key=lambda c: -len(chains[c].pieces))
@@ -125,12 +131,17 @@ def _build(span: Span, segment: int | None, lengths: tuple[tuple[int, ...], ...]
         opened,
         began,
     )
-    slots, places, piece, begins, source, last, opened, began = (torch.from_numpy(x).to(span.pos.device) for x in arrays)
+    slots, places, piece, begins, source, last, opened, began = (
+        torch.from_numpy(x).to(span.pos.device) for x in arrays
+    )
     return SegmentChunks(size, slots, places, piece, begins, widths, source, last, opened, began)
 
 
-def _chains(pos: np.ndarray, there: np.ndarray, segment: int | None, source: int, nothing: int) -> list[_ChunkChain]:
-    """The chains of one run, whose tokens are `there`; the first goes on with what comes into the run, and may be empty."""
+def _chains(
+    pos: np.ndarray, there: np.ndarray, segment: int | None, source: int, nothing: int
+) -> list[_ChunkChain]:
+    """The chains of one run, whose tokens are `there`; the first goes on with what comes into the
+    run, and may be empty."""
     starts = pos[there] == 0
     borders = starts if segment is None else pos[there] % segment == 0
     edges = [0, *(1 + np.flatnonzero(borders[1:])).tolist(), len(there)] if len(there) else [0]

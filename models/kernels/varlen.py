@@ -1,4 +1,5 @@
-"""Stretches of a row for kernels that take sequences end to end: no padding, and a new stretch for each run and document.
+"""Stretches of a row for kernels that take sequences end to end: no padding, and a new stretch for
+each run and document.
 
 Letters: B rows, T tokens, N valid tokens, S stretches, R runs.
 """
@@ -17,15 +18,12 @@ from models.span import PADDING, Span
 class VarlenLayout:
     """How the valid tokens of B rows of T lie end to end.
 
-    Attributes:
-        shape: (B, T).
-        index: [N] int64, row * T + token of each.
-        run: [N] int64, row * R + run of each.
-        ends: [S + 1] int64, 0 and the end of each stretch.
-        origin: [S] int64, row * R + run whose incoming state a stretch starts from, or -1: it starts from nothing.
-        last: [B R] int64, the last stretch of each run, or -1 where it has no valid token.
-        through: [B R] int64, S + row * R + run: where the incoming state stands behind the S last ones.
-        opened: [B, R] bool, does a document open in this run?
+    Attributes: shape: (B, T). index: [N] int64, row * T + token of each. run: [N] int64, row * R +
+        run of each. ends: [S + 1] int64, 0 and the end of each stretch. origin: [S] int64, row * R
+        + run whose incoming state a stretch starts from, or -1: it starts from nothing. last: [B R]
+        int64, the last stretch of each run, or -1 where it has no valid token. through: [B R]
+        int64, S + row * R + run: where the incoming state stands behind the S last ones. opened:
+        [B, R] bool, does a document open in this run?
     """
 
     shape: tuple[int, int]
@@ -44,11 +42,16 @@ class VarlenLayout:
     def spread(self, x: Tensor) -> Tensor:
         """[1, N, ...] -> [B, T, ...]; 0 at padding."""
         rows, tokens = self.shape
-        return x.new_zeros(rows * tokens, *x.shape[2:]).index_copy(0, self.index, x[0]).unflatten(0, self.shape)
+        return (
+            x.new_zeros(rows * tokens, *x.shape[2:])
+            .index_copy(0, self.index, x[0])
+            .unflatten(0, self.shape)
+        )
 
 
 def varlen_layout(span: Span, runs: Runs | None = None) -> VarlenLayout:
-    """Of the rows of `at`; worked out on the host once for all layers of a step. `runs` as in models.kernels.scan_chunks."""
+    """Of the rows of `at`; worked out on the host once for all layers of a step. `runs` as in
+    models.kernels.scan_chunks."""
     rows, tokens = span.shape
     lengths = tuple(map(tuple, runs)) if runs is not None else ((tokens,),) * rows
     key = ("stretches", lengths)
@@ -59,10 +62,14 @@ def varlen_layout(span: Span, runs: Runs | None = None) -> VarlenLayout:
 
 def _build(span: Span, lengths: tuple[tuple[int, ...], ...]) -> VarlenLayout:
     pos, doc = on_host(span)
-    tokens, most = span.shape[1], len(lengths[0])
-    ends, origin = [0], []
-    last, opened = np.full(len(lengths) * most, -1), np.zeros(len(lengths) * most, dtype=bool)
-    index, run = [], []
+    tokens = span.shape[1]
+    most = len(lengths[0])
+    ends = [0]
+    origin = []
+    last = np.full(len(lengths) * most, -1)
+    opened = np.zeros(len(lengths) * most, dtype=bool)
+    index = []
+    run = []
     for row, each in enumerate(lengths):
         start = 0
         for number, length in enumerate(each, row * most):

@@ -4,7 +4,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from models.masks.algebra import EMPTY, EMPTY_BAND, FAR, FULL, FULL_BAND, PARTIAL, Band, Bounds, Mask, _coverage, _distance
+from models.masks.algebra import (
+    EMPTY,
+    EMPTY_BAND,
+    FAR,
+    FULL,
+    FULL_BAND,
+    PARTIAL,
+    Band,
+    Bounds,
+    Mask,
+    _coverage,
+    _distance,
+)
 from models.span import Span
 
 
@@ -51,13 +63,18 @@ class SlidingWindow(Mask):
 
     def __post_init__(self) -> None:
         if self.window < 1:
-            raise ValueError(f"reach is a number of tokens and counts the query itself; got {self.window}, want 1 or more")
+            raise ValueError(
+                f"window is a number of tokens and counts the query itself; got {self.window}, want"
+                " 1 or more"
+            )
 
     def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
         return _distance(q, k) < self.window
 
     def coverage(self, q: Bounds, k: Bounds) -> int:
-        return _coverage(q.pos_low - k.pos_high >= self.window, q.pos_high - k.pos_low < self.window)
+        return _coverage(
+            q.pos_low - k.pos_high >= self.window, q.pos_high - k.pos_low < self.window
+        )
 
     def band(self, q: Bounds, k: Bounds) -> Band | None:
         return -FAR, self.window - 1
@@ -103,7 +120,9 @@ class SameChunk(Mask):
         return (q.pos[:, :, None] // self.size == k.pos[:, None, :] // self.size)[:, None]
 
     def coverage(self, q: Bounds, k: Bounds) -> int:
-        q_low, q_high, k_low, k_high = (pos // self.size for pos in (q.pos_low, q.pos_high, k.pos_low, k.pos_high))
+        q_low, q_high, k_low, k_high = (
+            pos // self.size for pos in (q.pos_low, q.pos_high, k.pos_low, k.pos_high)
+        )
         return _coverage(q_high < k_low or k_high < q_low, q_low == q_high == k_low == k_high)
 
     def band(self, q: Bounds, k: Bounds) -> Band | None:

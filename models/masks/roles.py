@@ -4,7 +4,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from models.masks.algebra import EMPTY, EMPTY_BAND, FAR, FULL, FULL_BAND, PARTIAL, Band, Bounds, Mask, _coverage
+from models.masks.algebra import (
+    EMPTY,
+    EMPTY_BAND,
+    FAR,
+    FULL,
+    FULL_BAND,
+    PARTIAL,
+    Band,
+    Bounds,
+    Mask,
+    _coverage,
+)
 from models.span import GLOBAL, PREFIX, TEXT, Span
 
 
@@ -16,7 +27,9 @@ class PrefixTokens(Mask):
         return (k.role == PREFIX)[:, None, None].expand(-1, 1, q.shape[1], -1)
 
     def coverage(self, q: Bounds, k: Bounds) -> int:
-        return _coverage(not k.role_low <= PREFIX <= k.role_high, k.role_low == k.role_high == PREFIX)
+        return _coverage(
+            not k.role_low <= PREFIX <= k.role_high, k.role_low == k.role_high == PREFIX
+        )
 
     def band(self, q: Bounds, k: Bounds) -> Band | None:
         return {EMPTY: EMPTY_BAND, PARTIAL: None, FULL: FULL_BAND}[self.coverage(q, k)]
@@ -27,7 +40,8 @@ class PrefixTokens(Mask):
 
 @dataclass(frozen=True)
 class GlobalTokens(Mask):
-    """The parent of two masks that name global tokens: role GLOBAL, the first of a document, or every so many.
+    """The parent of two masks that name global tokens: role GLOBAL, the first of a document, or
+    every so many.
 
     Args:
         first: tokens at the start of each document that are global.
@@ -39,7 +53,10 @@ class GlobalTokens(Mask):
 
     def __post_init__(self) -> None:
         if self.first < 0 or self.every < 0:
-            raise ValueError(f"global tokens: first={self.first} and every={self.every} are numbers of tokens, 0 or more")
+            raise ValueError(
+                f"global tokens: first={self.first} and every={self.every} are numbers of tokens, 0"
+                " or more"
+            )
 
     def among(self, span: Span) -> Tensor:
         """[B, T] bool: which tokens are global."""
@@ -51,7 +68,11 @@ class GlobalTokens(Mask):
         if box.role_low == box.role_high == GLOBAL or box.pos_high < self.first or self.every == 1:
             return FULL
         multiple = bool(self.every) and box.pos_high // self.every * self.every >= box.pos_low
-        return PARTIAL if multiple or box.pos_low < self.first or box.role_low <= GLOBAL <= box.role_high else EMPTY
+        return (
+            PARTIAL
+            if multiple or box.pos_low < self.first or box.role_low <= GLOBAL <= box.role_high
+            else EMPTY
+        )
 
 
 @dataclass(frozen=True)

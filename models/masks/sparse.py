@@ -1,7 +1,9 @@
-"""Masks of sparse attention: landmarks that see and are seen by all, dilated windows, blocks, random blocks.
+"""Masks of sparse attention: landmarks that see and are seen by all, dilated windows, blocks,
+random blocks.
 
-All are pure functions of addresses (positions count from the start of a document, so packing changes nothing) and of seeds.
-Which key a query sees through any of them, together with Causal, never depends on tokens after the query.
+All are pure functions of addresses (positions count from the start of a document, so packing
+changes nothing) and of seeds. Which key a query sees through any of them, together with Causal,
+never depends on tokens after the query.
 
 Letters: B rows, H heads, T queries, S keys.
 """
@@ -20,7 +22,8 @@ from models.span import Span
 
 @dataclass(frozen=True)
 class DilatedWindow(Mask):
-    """A window to both sides, dilated by a gap for each head: positions 0, gap, 2 gap, ... (reach - 1) gap away.
+    """A window to both sides, dilated by a gap for each head: positions 0, gap, 2 gap, ... (reach -
+    1) gap away.
 
     Args:
         window: positions seen to one side, the query itself among them.
@@ -32,9 +35,15 @@ class DilatedWindow(Mask):
 
     def __post_init__(self) -> None:
         if self.window < 1:
-            raise ValueError(f"reach is a number of tokens and counts the query itself; got {self.window}, want 1 or more")
+            raise ValueError(
+                f"window is a number of tokens and counts the query itself; got {self.window}, want"
+                " 1 or more"
+            )
         if not self.dilation or min(self.dilation) < 1:
-            raise ValueError(f"gaps are distances in tokens, 1 or more, one for each head; got {list(self.dilation)}")
+            raise ValueError(
+                "gaps are distances in tokens, 1 or more, one for each head; got"
+                f" {list(self.dilation)}"
+            )
 
     def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
         apart = (q.pos[:, :, None] - k.pos[:, None, :]).abs()[:, None]
@@ -62,7 +71,8 @@ class DilatedWindow(Mask):
 
 @dataclass(frozen=True)
 class NeighborBlocks(Mask):
-    """Positions are cut into blocks; a query sees its own block and `window` blocks to each side."""
+    """Positions are cut into blocks; a query sees its own block and `window` blocks to each
+    side."""
 
     block: int
     window: int
@@ -70,7 +80,8 @@ class NeighborBlocks(Mask):
     def __post_init__(self) -> None:
         if self.block < 1 or self.window < 0:
             raise ValueError(
-                f"block={self.block} is a number of tokens (1 or more), window={self.window} of blocks (0 or more)"
+                f"block={self.block} is a number of tokens (1 or more), window={self.window} of"
+                " blocks (0 or more)"
             )
 
     def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
@@ -78,7 +89,9 @@ class NeighborBlocks(Mask):
         return (apart.abs() <= self.window)[:, None]
 
     def coverage(self, q: Bounds, k: Bounds) -> int:
-        q_low, q_high, k_low, k_high = (p // self.block for p in (q.pos_low, q.pos_high, k.pos_low, k.pos_high))
+        q_low, q_high, k_low, k_high = (
+            p // self.block for p in (q.pos_low, q.pos_high, k.pos_low, k.pos_high)
+        )
         if max(q_low - k_high, k_low - q_high) > self.window:
             return EMPTY
         return FULL if max(q_high - k_low, k_high - q_low) <= self.window else PARTIAL
@@ -92,16 +105,20 @@ class NeighborBlocks(Mask):
 
 @dataclass(frozen=True)
 class RandomBlocks(Mask):
-    """Each block of queries sees `count` blocks drawn from those before its window and after the first ones.
+    """Each block of queries sees `count` blocks drawn from those before its window and after the
+    first ones.
 
-    The stretch that may be drawn from is cut into `count` equal parts and one block is drawn from each, so that they are
-    different, spread out, and as likely as any. With fewer blocks than `count`, all are seen. A pure function of (seed,
-    layer, pattern, block number): the same in training and evaluation, in every document, whatever comes later.
+    The stretch that may be drawn from is cut into `count` equal parts and one block is drawn from
+    each, so that they are different, spread out, and as likely as any. With fewer blocks than
+    `count`, all are seen. A pure function of (seed, layer, pattern, block number): the same in
+    training and evaluation, in every document, whatever comes later.
 
     Args:
-        block: tokens in a block; window: blocks before its own that a query sees anyway; first: blocks at the start of a
-        document that all see anyway; patterns: how many different draws there are, 1 or one for each (global) head.
-        both: links are seen from both ends, so that the masks of bidirectional attention are symmetric.
+        block: tokens in a block; window: blocks before its own that a query sees anyway; first:
+        blocks at the start of a document that all see anyway; patterns: how many different draws
+        there are, 1 or one for each (global) head.
+        both: links are seen from both ends, so that the masks of bidirectional attention are
+            symmetric.
     """
 
     block: int
@@ -114,25 +131,40 @@ class RandomBlocks(Mask):
     both: bool = False
 
     def drawn(self, block: Tensor, patterns: Tensor) -> Tensor:
-        """[P, *block.shape, count] int64: the blocks that these blocks see, -1 where there is none to draw."""
+        """[P, *block.shape, count] int64: the blocks that these blocks see, -1 where there is none
+        to draw."""
         block, pattern = block[None, ..., None], patterns.view(-1, *[1] * (block.dim() + 1))
         part = torch.arange(self.count, device=block.device)
         free = (block - self.window - self.first).clamp_min(0)
-        low, high = part * free // self.count, (part + 1) * free // self.count
+        low = part * free // self.count
+        high = (part + 1) * free // self.count
         word = hash_words(self.seed, self.layer, pattern, block, part)
         return torch.where(high > low, self.first + low + word % (high - low).clamp_min(1), -1)
 
     def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
         if self.patterns > 1 and heads is None:
             raise ValueError("random blocks for each head need the heads' numbers")
-        patterns = heads if self.patterns > 1 and heads is not None else torch.zeros(1, dtype=torch.long, device=q.pos.device)
-        q_block, k_block = q.pos // self.block, k.pos // self.block
+        patterns = (
+            heads
+            if self.patterns > 1 and heads is not None
+            else torch.zeros(1, dtype=torch.long, device=q.pos.device)
+        )
+        q_block = q.pos // self.block
+        k_block = k.pos // self.block
         seen = _linked(self.drawn(q_block, patterns), k_block)
-        return seen | _linked(self.drawn(k_block, patterns), q_block).transpose(-1, -2) if self.both else seen
+        return (
+            seen | _linked(self.drawn(k_block, patterns), q_block).transpose(-1, -2)
+            if self.both
+            else seen
+        )
 
     def coverage(self, q: Bounds, k: Bounds) -> int:
-        q_low, q_high, k_low, k_high = (p // self.block for p in (q.pos_low, q.pos_high, k.pos_low, k.pos_high))
-        linked = self._any(q_low, q_high, k_low, k_high) or (self.both and self._any(k_low, k_high, q_low, q_high))
+        q_low, q_high, k_low, k_high = (
+            p // self.block for p in (q.pos_low, q.pos_high, k.pos_low, k.pos_high)
+        )
+        linked = self._any(q_low, q_high, k_low, k_high) or (
+            self.both and self._any(k_low, k_high, q_low, q_high)
+        )
         return PARTIAL if linked else EMPTY
 
     def _any(self, q_low: int, q_high: int, k_low: int, k_high: int) -> bool:

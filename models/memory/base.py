@@ -1,4 +1,5 @@
-"""What `memory=` in the config names: how a decoder carries what came before from row to row of a lane."""
+"""What `memory=` in the config names: how a decoder carries what came before from row to row of a
+lane."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +12,8 @@ LayerStack = Callable[[Tensor, Span], Tensor]  # x [B, T, width] through all lay
 
 
 class Memory:
-    """No memory; the parent of all. Built from the config, one for the whole model; owns no parameter itself.
+    """No memory; the parent of all. Built from the config, one for the whole model; owns no
+    parameter itself.
 
     Args:
         length: tokens carried: none here.
@@ -19,7 +21,10 @@ class Memory:
 
     def __init__(self, length: int = 0):
         if length:
-            raise ValueError(f"memory.length={length}, but memory=none carries nothing; use memory.length=0, or another memory")
+            raise ValueError(
+                f"memory.length={length}, but memory=none carries nothing; use memory.length=0, or"
+                " another memory"
+            )
 
     def around(self, mixer: nn.Module, **sizes: Any) -> nn.Module:
         """A layer's mixer as it is with this memory.
@@ -34,8 +39,10 @@ class Memory:
         return mixer
 
     def judge(self, mixers: Sequence[nn.Module]) -> None:
-        """Raises ValueError where all layers, as `around` left them, go without what this memory promises."""
+        """Raises ValueError where all layers, as `around` left them, go without what this memory
+        promises."""
 
     def stack(self, width: int) -> nn.Module | None:
-        """A module (x [B, T, width], span, through all layers) -> [B, T, width] around all layers; None: there is none."""
+        """A module (x [B, T, width], span, through all layers) -> [B, T, width] around all layers;
+        None: there is none."""
         return None

@@ -1,4 +1,5 @@
-"""Local attention beside a memory: a mixer of the attention family that sees no further than its segment.
+"""Local attention beside a memory: a mixer of the attention family that sees no further than its
+segment.
 
 Letters: B rows, T tokens of a row, S tokens that may be seen.
 """
@@ -18,18 +19,31 @@ from models.primitives.softmax import Softmax
 from models.span import Span
 
 NOT_EXACT = {  # of the attention family, but with no exact form here, and why
-    Bidirectional: "bidirectional attention sees later tokens, which may lie in rows that are not read yet",
-    PrefixAttention: "prefix attention sees later tokens, which may lie in rows that are not read yet",
-    Longformer: "longformer has a second set of queries and keys, of which a memory would have to be told",
-    BigBird: "bigbird's random blocks lie all over a document, of which local attention sees a segment",
+    Bidirectional: (
+        "bidirectional attention sees later tokens, which may lie in rows that are not read yet"
+    ),
+    PrefixAttention: (
+        "prefix attention sees later tokens, which may lie in rows that are not read yet"
+    ),
+    Longformer: (
+        "longformer has a second set of queries and keys, of which a memory would have to be told"
+    ),
+    BigBird: (
+        "bigbird's random blocks lie all over a document, of which local attention sees a segment"
+    ),
 }
-WAY_OUT = "use full, multi_head, multi_query, sliding, sinks, sink_logit, chunked, qk_norm, gated or softcap, or memory=none"
+WAY_OUT = (
+    "use full, multi_head, multi_query, sliding, sinks, sink_logit, chunked, qk_norm, gated or"
+    " softcap, or memory=none"
+)
 
 
 def check_segment(segment: int | None) -> None:
     """ValueError where it is no number of tokens."""
     if segment is not None and segment < 1:
-        raise ValueError(f"memory.segment={segment} is a number of tokens; use 1 or more, or null: the whole row")
+        raise ValueError(
+            f"memory.segment={segment} is a number of tokens; use 1 or more, or null: the whole row"
+        )
 
 
 def attention_beside(mixer: nn.Module, name: str, position: Any = None) -> Attention:
@@ -46,17 +60,22 @@ def attention_beside(mixer: nn.Module, name: str, position: Any = None) -> Atten
             raise ValueError(f"memory={name}: {reason}; {WAY_OUT}")
     if not isinstance(mixer, Attention):
         kind = type(mixer).__name__
-        raise ValueError(f"memory={name} reads and keeps the queries, keys and values of heads, {kind} has others; {WAY_OUT}")
+        raise ValueError(
+            f"memory={name} reads and keeps the queries, keys and values of heads, {kind} has"
+            f" others; {WAY_OUT}"
+        )
     most = getattr(position or mixer.placing, "max_length", None)
     if most is not None:
         raise ValueError(
-            f"memory={name}: positions go on from row to row, this position has {most} of them; use position=rope or alibi"
+            f"memory={name}: positions go on from row to row, this position has {most} of them; use"
+            " position=rope or alibi"
         )
     return mixer
 
 
 def within_segment(mixer: Attention, segment: int | None) -> None:
-    """Let a mixer see its own segment only, the part of it that lies in the row before among it; None: the row, as it is."""
+    """Let a mixer see its own segment only, the part of it that lies in the row before among it;
+    None: the row, as it is."""
     if segment is None:
         return
     mixer.mix = Softmax(mixer.mix.mask & SameChunk(segment), mixer.mix.score)
@@ -65,7 +84,8 @@ def within_segment(mixer: Attention, segment: int | None) -> None:
 
 
 class RecentTokens(StatefulModule):
-    """What came into a layer with the last tokens of the row before: all that a segment which goes on may still see.
+    """What came into a layer with the last tokens of the row before: all that a segment which goes
+    on may still see.
 
     It carries no gradient; keys and values are made of it with today's weights.
 
@@ -83,6 +103,8 @@ class RecentTokens(StatefulModule):
             return [x], span
         kept, kv_span = span.past.tokens(self.place, x, self.length)
         key = "tail", id(kv_span)
-        if key not in span.plans:  # layers share the object, by which plans of what is seen are found again
+        if (
+            key not in span.plans
+        ):  # layers share the object, by which plans of what is seen are found again
             span.plans[key] = kv_span, kv_span.join(span)
         return [kept.to(x.dtype), x], span.plans[key][1]

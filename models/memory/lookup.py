@@ -1,9 +1,11 @@
-"""Memorizing Transformer: beside local attention, some layers look up the best matching keys among all that they kept.
+"""Memorizing Transformer: beside local attention, some layers look up the best matching keys among
+all that they kept.
 
     memory_t = softmax(scale q_t k) v over the `count` best of the store      q and k of length 1, without positions
     out = g memory + (1 - g) local                g = sigmoid(gate), one for each head; local alone where nothing is found
 
-Letters: B rows, T tokens, S stored tokens, H query heads, G key heads (they divide H), D head width.
+Letters: B rows, T tokens, S stored tokens, H query heads, G key heads (they divide H), D head
+width.
 """
 
 from collections.abc import Sequence
@@ -31,21 +33,24 @@ DEVICES = None, "cpu"
 
 
 class Memorizing(Memory):
-    """A store of past keys and values, searched exactly; nothing is learned through it but by the queries.
+    """A store of past keys and values, searched exactly; nothing is learned through it but by the
+    queries.
 
     Args:
         length: tokens before a segment that it may find.
         layers: numbers of the layers with a store, from 0; null: one, three quarters of the way up.
-        segment: tokens of a document in a segment, counted from its first token: all layers' local attention sees its segment
-            only, the store holds what came before it, and outputs do not depend on where rows are cut. null: a row is one
-            segment, and the store holds rows before it.
+        segment: tokens of a document in a segment, counted from its first token: all layers' local
+            attention sees its segment only, the store holds what came before it, and outputs do not
+            depend on where rows are cut. null: a row is one segment, and the store holds rows
+            before it.
         count: entries that each query and head finds.
-        device: where what is kept lies between rows; null: with the model, cpu: in host memory, from which it is searched
-            block by block.
+        device: where what is kept lies between rows; null: with the model, cpu: in host memory,
+            from which it is searched block by block.
 
-    Source: Wu et al. 2022 (arXiv:2203.08913): two softmaxes and a gate, not a joint one; keys as they were when they were
-    kept. Queries and keys have length 1 and a learned scale for each head (Henry et al. 2020, arXiv:2010.04245) that starts
-    at log2(length^2 - length). Ours searches exactly, and knows documents.
+    Source: Wu et al. 2022 (arXiv:2203.08913): two softmaxes and a gate, not a joint one; keys as
+    they were when they were kept. Queries and keys have length 1 and a learned scale for each head
+    (Henry et al. 2020, arXiv:2010.04245) that starts at log2(length^2 - length). Ours searches
+    exactly, and knows documents.
     """
 
     def __init__(
@@ -58,13 +63,23 @@ class Memorizing(Memory):
         device: str | None = None,
     ):
         if length < 1:
-            raise ValueError(f"memory.length={length} leaves memory=lookup nothing to find; use 1 or more, or memory=none")
+            raise ValueError(
+                f"memory.length={length} leaves memory=lookup nothing to find; use 1 or more, or"
+                " memory=none"
+            )
         if count < 1:
-            raise ValueError(f"memory.count={count} entries cannot be found; use 1 or more, 32 is usual")
+            raise ValueError(
+                f"memory.count={count} entries cannot be found; use 1 or more, 32 is usual"
+            )
         if device not in DEVICES:
-            raise ValueError(f"memory.device={device} is none that there is; use null (with the model) or cpu")
+            raise ValueError(
+                f"memory.device={device} is none that there is; use null (with the model) or cpu"
+            )
         check_segment(segment)
-        self.length, self.segment, self.count, self.device = length, segment, count, device
+        self.length = length
+        self.segment = segment
+        self.count = count
+        self.device = device
         self.layers = None if layers is None else tuple(layers)
 
     def chosen(self, layers: int) -> tuple[int, ...]:
@@ -73,23 +88,27 @@ class Memorizing(Memory):
             return (max(0, ceil(0.75 * layers) - 1),)
         if not self.layers or not all(0 <= layer < layers for layer in self.layers):
             raise ValueError(
-                f"memory.layers={list(self.layers)} names no layers of this model, which has 0 to {layers - 1}; "
-                "name some of them, or use null"
+                f"memory.layers={list(self.layers)} names no layers of this model, which has 0 to"
+                f" {layers - 1}; name some of them, or use null"
             )
         return self.layers
 
     def around(self, mixer: nn.Module, **sizes: Any) -> nn.Module:
-        """The mixer, with a store beside its heads where its layer has one; its parameters keep their names.
+        """The mixer, with a store beside its heads where its layer has one; its parameters keep
+        their names.
 
         Args:
             sizes: layer and layers are read, and position.
 
         Raises:
-            ValueError: no such layers, or a mixer whose heads have no queries, keys and values of their own, or one that
-                looks ahead. A layer without a store may be of any kind that has no softmax, or else of the attention family.
+            ValueError: no such layers, or a mixer whose heads have no queries, keys and values of
+                their own, or one that looks ahead. A layer without a store may be of any kind that
+                has no softmax, or else of the attention family.
         """
         stored = sizes["layer"] in self.chosen(sizes["layers"])
-        if not stored and (self.segment is None or not any(isinstance(leaf, Softmax) for leaf in mixer.modules())):
+        if not stored and (
+            self.segment is None or not any(isinstance(leaf, Softmax) for leaf in mixer.modules())
+        ):
             return mixer
         attention = attention_beside(mixer, "lookup", sizes.get("position"))
         within_segment(attention, self.segment)
@@ -113,11 +132,19 @@ class ExternalMemory(StatefulModule):
 
     def __init__(self, memory: Memorizing, heads: int):
         super().__init__()
-        self.segment, self.device = memory.segment, memory.device
-        self.kept = memory.length + (memory.segment or 1) - 1  # a row may begin anywhere in a segment
+        self.segment = memory.segment
+        self.device = memory.device
+        self.kept = (
+            memory.length + (memory.segment or 1) - 1
+        )  # a row may begin anywhere in a segment
         self.start = log2(max(2, memory.length**2 - memory.length))
-        self.gate, self.scale = nn.Parameter(torch.zeros(heads)), nn.Parameter(torch.full((heads,), self.start))
-        before = SameDocument() if self.segment is None else SameDocument() & PreviousTokens(self.segment, memory.length)
+        self.gate = nn.Parameter(torch.zeros(heads))
+        self.scale = nn.Parameter(torch.full((heads,), self.start))
+        before = (
+            SameDocument()
+            if self.segment is None
+            else SameDocument() & PreviousTokens(self.segment, memory.length)
+        )
         self.mix = KNN(before, memory.count)
 
     def initial(self) -> dict[str, Rule]:
@@ -125,15 +152,21 @@ class ExternalMemory(StatefulModule):
         return {"gate": constant(0.0), "scale": constant(self.start)}
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, local: Tensor, span: Span) -> Tensor:
-        """[B, T, H, D]: q and local [B, T, H, D], k and v [B, T, G, D], without positions; keeps k and v for the next rows."""
+        """[B, T, H, D]: q and local [B, T, H, D], k and v [B, T, G, D], without positions; keeps k
+        and v for the next rows."""
         wide = torch.promote_types(q.dtype, torch.float32)
         q = F.normalize(q.to(wide), dim=-1)
-        key, value = F.normalize(k.detach().to(wide), dim=-1).to(v.dtype), v.detach()
+        key = F.normalize(k.detach().to(wide), dim=-1).to(v.dtype)
+        value = v.detach()
         stores = [KeyValueStore(key, value, span)] if self.segment is not None else []
         if span.past is not None:
             both = torch.cat([key, value], -1)
-            kept, kv_span = span.past.tokens(self.place, both if self.device is None else both.to(self.device), self.kept)
-            stores.append(KeyValueStore(kept[..., : key.shape[-1]], kept[..., key.shape[-1] :], kv_span))
+            kept, kv_span = span.past.tokens(
+                self.place, both if self.device is None else both.to(self.device), self.kept
+            )
+            stores.append(
+                KeyValueStore(kept[..., : key.shape[-1]], kept[..., key.shape[-1] :], kv_span)
+            )
         found, there = self.mix((q,), stores, (self.scale,), span=span)
         gate = self.gate.to(wide).sigmoid()[:, None]
         mixed = gate * found.to(wide) + (1 - gate) * local.to(wide)

@@ -1,8 +1,10 @@
-"""Recurrent memory: a few vectors go through all layers with each segment, and what they have become goes to the next.
+"""Recurrent memory: a few vectors go through all layers with each segment, and what they have
+become goes to the next.
 
     [read; segment; write]    read: what the segment before wrote; write: the same vectors, to be written over
 
-Letters: B rows, T tokens, N pieces of a row, S tokens of a piece, m memory tokens, n of the S slots that hold a token.
+Letters: B rows, T tokens, N pieces of a row, S tokens of a piece, m memory tokens, n of the S slots
+that hold a token.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,26 +31,33 @@ from models.ranges import Few, Piece
 from models.same_graph import tied
 from models.span import PADDING, READ, WRITE, Span
 
-MEMORY = SameDocument() & (RoleKey(READ) | RoleQuery(WRITE))  # all see what is read; what is written sees all
+MEMORY = SameDocument() & (
+    RoleKey(READ) | RoleQuery(WRITE)
+)  # all see what is read; what is written sees all
 
 
 class MemoryTokens(Memory):
-    """memory=tokens: segments are read one after the other, and memory tokens are all that goes from one to the next.
+    """memory=tokens: segments are read one after the other, and memory tokens are all that goes
+    from one to the next.
 
     Args:
         length: m, memory tokens.
-        segment: S, tokens of a segment; null: what lies in the row of a document. Segments begin with a row, with a document,
-            and every S tokens from there.
-        depth: segments over which the gradient goes back, at most: those of a row fall into stretches of so many, and none
-            reaches from one stretch into another. 1: into no segment before. null: to the beginning of the row.
-        curriculum: steps, rising, at each of which this depth grows by one segment, from 1 to `depth`; empty: no curriculum.
+        segment: S, tokens of a segment; null: what lies in the row of a document. Segments begin
+            with a row, with a document, and every S tokens from there.
+        depth: segments over which the gradient goes back, at most: those of a row fall into
+            stretches of so many, and none reaches from one stretch into another. 1: into no segment
+            before. null: to the beginning of the row.
+        curriculum: steps, rising, at each of which this depth grows by one segment, from 1 to
+            `depth`; empty: no curriculum.
         recompute: keep only what goes into a segment, and compute the segment again in backward.
 
-    A segment takes part in attention with positions of its own, 0 to 2 m + S - 1. Of mixers, softmax attention sees all that
-    is read and writes from all there is; recurrent mixers and convolutions read the same tokens in their order.
+    A segment takes part in attention with positions of its own, 0 to 2 m + S - 1. Of mixers,
+    softmax attention sees all that is read and writes from all there is; recurrent mixers and
+    convolutions read the same tokens in their order.
 
-    Source: Bulatov et al. 2022 (arXiv:2207.06881). Theirs lengthens the training text by a segment at each step of the
-    curriculum; ours always reads whole rows, and lengthens what the gradient spans.
+    Source: Bulatov et al. 2022 (arXiv:2207.06881). Theirs lengthens the training text by a segment
+    at each step of the curriculum; ours always reads whole rows, and lengthens what the gradient
+    spans.
     """
 
     def __init__(
@@ -61,19 +70,30 @@ class MemoryTokens(Memory):
     ):
         for name, value in (("length", length), ("segment", segment), ("depth", depth)):
             if value is not None and value < 1:
-                raise ValueError(f"memory.{name}={value}: memory=tokens needs 1 or more; or use memory=none")
+                raise ValueError(
+                    f"memory.{name}={value}: memory=tokens needs 1 or more; or use memory=none"
+                )
         steps = list(curriculum)
-        if steps and (depth is None or len(steps) != depth - 1 or sorted({*steps}) != steps or steps[0] < 2):
+        if steps and (
+            depth is None or len(steps) != depth - 1 or sorted({*steps}) != steps or steps[0] < 2
+        ):
             raise ValueError(
-                f"memory.curriculum={steps} with memory.depth={depth}: it says at which steps the depth becomes 2, 3, ... "
-                f"up to memory.depth; give depth - 1 steps, rising, from 2 on, or []"
+                f"memory.curriculum={steps} with memory.depth={depth}: it says at which steps the"
+                " depth becomes 2, 3, ... up to memory.depth; give depth - 1 steps, rising, from 2"
+                " on, or []"
             )
-        self.length, self.segment, self.depth, self.curriculum, self.recompute = length, segment, depth, steps, recompute
+        self.length = length
+        self.segment = segment
+        self.depth = depth
+        self.curriculum = steps
+        self.recompute = recompute
 
     def around(self, mixer: nn.Module, **sizes: Any) -> nn.Module:
         """The mixer as it is, its attention seeing memory tokens too."""
         _judge(self, mixer, sizes.get("context_length"))
-        if isinstance(mixer, Longformer):  # two softmaxes that share the keys out between them by query
+        if isinstance(
+            mixer, Longformer
+        ):  # two softmaxes that share the keys out between them by query
             assert isinstance(mixer.global_mix.mask, And)
             to_all = mixer.global_mix.mask.b
             mixer.mix.mask = (mixer.mix.mask | MEMORY) & ~to_all
@@ -97,14 +117,25 @@ def _judge(memory: MemoryTokens, mixer: nn.Module, context_length: int | None) -
     """
     segments = f"memory=tokens reads segment by segment, and {type(mixer).__name__}"
     if isinstance(mixer, PrefixAttention):
-        raise ValueError(f"{segments} would take the beginning of each for the prefix of a document; use another mixer")
-    if isinstance(mixer, Compressed):
-        raise ValueError(f"{segments} sums up blocks of a whole document and learns from that; use memory=segments or none")
-    needed = None if memory.segment is None else memory.segment + 2 * memory.length
-    if isinstance(mixer, Hyena) and context_length is not None and (needed is None or needed > context_length):
         raise ValueError(
-            f"{segments} has filters of context_length={context_length} tokens, fewer than a segment with its memory tokens "
-            f"may have; use memory.segment={max(1, context_length - 2 * memory.length)} or less"
+            f"{segments} would take the beginning of each for the prefix of a document; use another"
+            " mixer"
+        )
+    if isinstance(mixer, Compressed):
+        raise ValueError(
+            f"{segments} sums up blocks of a whole document and learns from that; use"
+            " memory=segments or none"
+        )
+    needed = None if memory.segment is None else memory.segment + 2 * memory.length
+    if (
+        isinstance(mixer, Hyena)
+        and context_length is not None
+        and (needed is None or needed > context_length)
+    ):
+        raise ValueError(
+            f"{segments} has filters of context_length={context_length} tokens, fewer than a"
+            " segment with its memory tokens may have; use"
+            f" memory.segment={max(1, context_length - 2 * memory.length)} or less"
         )
 
 
@@ -118,9 +149,12 @@ class RecurrentMemory(StatefulModule):
 
     def __init__(self, settings: MemoryTokens, width: int):
         super().__init__()
-        self.settings, self.depth = settings, settings.depth
+        self.settings = settings
+        self.depth = settings.depth
         self.memory = nn.Parameter(torch.empty(settings.length, width))
-        self.norm = nn.RMSNorm(width)  # of what is written: else it would grow with every segment that adds to it
+        self.norm = nn.RMSNorm(
+            width
+        )  # of what is written: else it would grow with every segment that adds to it
         self.relay = SequentialScan(segments_by_document)
 
     def initial(self) -> dict[str, Rule]:
@@ -141,25 +175,41 @@ class RecurrentMemory(StatefulModule):
         found = None if span.past is None else span.past.state(self.place)
         state = self._fresh(x) if found is None else found.to(x.dtype)
         step = partial(self._step, through)
-        y, (last,) = self.relay(step, (x,), (state,), span=span, size=self.settings.segment, depth=self.depth)
+        y, (last,) = self.relay(
+            step, (x,), (state,), span=span, size=self.settings.segment, depth=self.depth
+        )
         if span.past is not None:
             span.past.store(self.place, last)
-        return tied(y, self.norm.weight)  # else a rank with one segment a row would not use what it writes
+        return tied(
+            y, self.norm.weight
+        )  # else a rank with one segment a row would not use what it writes
 
     def _fresh(self, x: Tensor) -> Tensor:
         """[B, m, width]: what a document starts from."""
         return self.memory.to(x.dtype).expand(x.shape[0], -1, -1)
 
-    def _step(self, through: LayerStack, xs: tuple[Tensor, ...], span: Span, state: tuple[Tensor, ...]) -> Any:
+    def _step(
+        self, through: LayerStack, xs: tuple[Tensor, ...], span: Span, state: tuple[Tensor, ...]
+    ) -> Any:
         """One segment: ([B, S, width], (memory [B, m, width],))."""
         read = torch.where(span.opens()[:, :1, None], self._fresh(xs[0]), state[0])
         if self.settings.recompute and torch.is_grad_enabled():
-            y, written = checkpoint(self._segment, through, xs[0], span, read, use_reentrant=False, preserve_rng_state=False)
+            y, written = checkpoint(
+                self._segment,
+                through,
+                xs[0],
+                span,
+                read,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
         else:
             y, written = self._segment(through, xs[0], span, read)
         return y, (written,)
 
-    def _segment(self, through: LayerStack, x: Tensor, span: Span, read: Tensor) -> tuple[Tensor, Tensor]:
+    def _segment(
+        self, through: LayerStack, x: Tensor, span: Span, read: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(y [B, S, width], memory [B, m, width])."""
         inner, order = enclosed(span, read.shape[1])
         every = torch.cat([read, x, read], 1)
@@ -170,16 +220,21 @@ class RecurrentMemory(StatefulModule):
 
 
 def enclosed(span: Span, length: int) -> tuple[Span, Tensor]:
-    """Addresses of [read; segment; write; empty slots], and where among [read; the S slots; write] each of these stands.
+    """Addresses of [read; segment; write; empty slots], and where among [read; the S slots; write]
+    each of these stands.
 
-    [B, 2 m + S] both: a segment that is shorter than its slots has what is written right behind it, so that whoever reads
-    tokens in order finds no hole.
+    [B, 2 m + S] both: a segment that is shorter than its slots has what is written right behind it,
+    so that whoever reads tokens in order finds no hole.
     """
     rows, slots = span.shape
-    some = torch.ones(rows, length, dtype=torch.bool, device=span.pos.device)  # also without a segment: layers see tokens
+    some = torch.ones(
+        rows, length, dtype=torch.bool, device=span.pos.device
+    )  # also without a segment: layers see tokens
     used = torch.cat([some, span.valid(), some], 1)
     order = (~used).to(torch.int8).argsort(dim=1, stable=True)
-    role = torch.cat([torch.full_like(span.role[:, :1], kind).expand(-1, length) for kind in (READ, WRITE)], 1)
+    role = torch.cat(
+        [torch.full_like(span.role[:, :1], kind).expand(-1, length) for kind in (READ, WRITE)], 1
+    )
     role = torch.cat([role[:, :length], span.role, role[:, length:]], 1).gather(1, order)
     pos = torch.arange(slots + 2 * length, device=span.pos.device).expand(rows, -1)
     return Span(pos, torch.where(used.gather(1, order), 0, PADDING), role), order

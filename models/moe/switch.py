@@ -1,4 +1,5 @@
-"""The Switch layer: a feed-forward layer of many experts, of which each token visits one, while there is room."""
+"""The Switch layer: a feed-forward layer of many experts, of which each token visits one, while
+there is room."""
 
 from fractions import Fraction
 
@@ -15,24 +16,33 @@ from models.span import Span
 
 
 class Switch(MixtureOfExperts):
-    """Each token visits the expert that its router finds most probable, while there is room; y = p E(x), or 0 without room.
+    """Each token visits the expert that its router finds most probable, while there is room; y = p
+    E(x), or 0 without room.
 
     Args:
-        width: of what comes in and goes out. ffn: hidden width of the dense layer that this one stands for.
-        experts: how many. hidden: hidden width of each; as ffn by default, so a token costs what the dense layer costs.
-        capacity_factor: an expert takes at most ceil(capacity_factor n / experts) of n tokens, the first ones; null: all.
+        width: of what comes in and goes out. ffn: hidden width of the dense layer that this one
+            stands for.
+        experts: how many. hidden: hidden width of each; as ffn by default, so a token costs what
+            the dense layer costs.
+        capacity_factor: an expert takes at most ceil(capacity_factor n / experts) of n tokens, the
+            first ones; null: all.
         eval_capacity_factor: the same outside training.
-        capacity_over: of what n tokens: of a document, so that no document's drops depend on another, or of the packed row.
-        jitter: of the router's input in training. router_scale: of its initial weights in units of the usual ones.
-        expert_dropout: share of hidden channels dropped inside experts in training (0.4 in the source's fine-tuning).
-        balance: weight of the load-balancing loss, taken per packed row. z: weight of the router's z-loss.
+        capacity_over: of what n tokens: of a document, so that no document's drops depend on
+            another, or of the packed row.
+        jitter: of the router's input in training. router_scale: of its initial weights in units of
+            the usual ones.
+        expert_dropout: share of hidden channels dropped inside experts in training (0.4 in the
+            source's fine-tuning).
+        balance: weight of the load-balancing loss, taken per packed row. z: weight of the router's
+            z-loss.
         activation: of the experts: swiglu, or relu as in the source.
 
     Raises:
         ValueError: a setting that is no number of its kind; see each message.
 
-    Source: Fedus et al. 2021 (arXiv:2101.03961). Theirs counts capacity over the tokens of a device, so what is dropped
-    depends on how a batch was cut; ours over a document (or row) in the order of its tokens, wherever they lie.
+    Source: Fedus et al. 2021 (arXiv:2101.03961). Theirs counts capacity over the tokens of a
+    device, so what is dropped depends on how a batch was cut; ours over a document (or row) in the
+    order of its tokens, wherever they lie.
     """
 
     def __init__(
@@ -57,14 +67,39 @@ class Switch(MixtureOfExperts):
     ):
         validate_experts(experts, 1, hidden)
         if capacity_over not in SCOPES:
-            raise ValueError(f"capacity_over={capacity_over}: places are counted over one of {', '.join(SCOPES)}; choose one")
-        for name, value in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
+            raise ValueError(
+                f"capacity_over={capacity_over}: places are counted over one of"
+                f" {', '.join(SCOPES)}; choose one"
+            )
+        for name, value in (
+            ("capacity_factor", capacity_factor),
+            ("eval_capacity_factor", eval_capacity_factor),
+        ):
             if value is not None and value <= 0:
-                raise ValueError(f"{name}={value} leaves no room at all; choose a number above 0, or null to drop nobody")
-        stacks = Experts(experts, width, hidden or ffn, activation=activation, dropout=expert_dropout, layers=layers)
+                raise ValueError(
+                    f"{name}={value} leaves no room at all; choose a number above 0, or null to"
+                    " drop nobody"
+                )
+        stacks = Experts(
+            experts,
+            width,
+            hidden or ffn,
+            activation=activation,
+            dropout=expert_dropout,
+            layers=layers,
+        )
         router = Router(width, experts, jitter=jitter, scale=router_scale, layer=layer, seed=seed)
-        super().__init__(stacks, router, expert_dropout=expert_dropout, balance=balance, z=z, layer=layer, seed=seed)
-        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
+        super().__init__(
+            stacks,
+            router,
+            expert_dropout=expert_dropout,
+            balance=balance,
+            z=z,
+            layer=layer,
+            seed=seed,
+        )
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
         self.over = capacity_over
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
@@ -89,6 +124,7 @@ class Switch(MixtureOfExperts):
 
 
 def expert_capacity(tokens: Tensor, experts: int, factor: float) -> Tensor:
-    """ceil(factor tokens / experts) in whole numbers: a factor of 1.1 is eleven tenths, and no number near it."""
+    """ceil(factor tokens / experts) in whole numbers: a factor of 1.1 is eleven tenths, and no
+    number near it."""
     exact = Fraction(str(factor))
     return -(-(tokens * exact.numerator) // (exact.denominator * experts))

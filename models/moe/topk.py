@@ -16,21 +16,25 @@ class TopKMixture(MixtureOfExperts):
     """Each token visits its `top` best experts, however many come, and all tokens the shared ones.
 
     Args:
-        width, ffn, experts, jitter, router_scale, expert_dropout, balance, z, activation: as Switch has them.
+        width, ffn, experts, jitter, router_scale, expert_dropout, balance, z, activation: as Switch
+        has them.
         top: experts that a token visits.
-        shared: experts that every token visits beside those (DeepSeekMoE); they are one wider layer.
-        hidden: hidden width of each expert; ffn / (top + shared) by default, so a token costs what the dense layer costs.
-        score: softmax, weights are the softmax over the chosen logits (Mixtral); sigmoid, they are the chosen sigmoids in
-            units of their sum (DeepSeek-V3).
+        shared: experts that every token visits beside those (DeepSeekMoE); they are one wider
+            layer.
+        hidden: hidden width of each expert; ffn / (top + shared) by default, so a token costs what
+            the dense layer costs.
+        score: softmax, weights are the softmax over the chosen logits (Mixtral); sigmoid, they are
+            the chosen sigmoids in units of their sum (DeepSeek-V3).
         scaling: factor of the weights.
-        bias_speed: after every step, an expert that fewer chose than the mean gains so much in the choice (not in its
-            weight), and one that more chose loses as much: balance without a loss (arXiv:2408.15664). 0: no such bias.
+        bias_speed: after every step, an expert that fewer chose than the mean gains so much in the
+            choice (not in its weight), and one that more chose loses as much: balance without a
+            loss (arXiv:2408.15664). 0: no such bias.
 
     Raises:
         ValueError: a setting that is no number of its kind; see each message.
 
-    Source: Jiang et al. 2024 (arXiv:2401.04088) and DeepSeek-AI 2024 (arXiv:2412.19437). Ours counts the bias's load over all
-    ranks and micro-batches of a step.
+    Source: Jiang et al. 2024 (arXiv:2401.04088) and DeepSeek-AI 2024 (arXiv:2412.19437). Ours
+    counts the bias's load over all ranks and micro-batches of a step.
     """
 
     bias: Tensor | None
@@ -63,16 +67,40 @@ class TopKMixture(MixtureOfExperts):
         if shared < 0 or bias_speed < 0:
             raise ValueError(f"shared={shared} and bias_speed={bias_speed} must be 0 or more")
         hidden = hidden or max(1, ffn // (top + shared))
-        stacks = Experts(experts, width, hidden, activation=activation, dropout=expert_dropout, layers=layers, visited=top)
+        stacks = Experts(
+            experts,
+            width,
+            hidden,
+            activation=activation,
+            dropout=expert_dropout,
+            layers=layers,
+            visited=top,
+        )
         router = Router(width, experts, jitter=jitter, scale=router_scale, layer=layer, seed=seed)
-        super().__init__(stacks, router, expert_dropout=expert_dropout, balance=balance, z=z, layer=layer, seed=seed)
-        self.top, self.score, self.scaling, self.bias_speed, self.layers = top, score, scaling, bias_speed, layers
+        super().__init__(
+            stacks,
+            router,
+            expert_dropout=expert_dropout,
+            balance=balance,
+            z=z,
+            layer=layer,
+            seed=seed,
+        )
+        self.top = top
+        self.score = score
+        self.scaling = scaling
+        self.bias_speed = bias_speed
+        self.layers = layers
         self.shared = SwiGLU(width, shared * hidden) if shared else None
         self.register_buffer("bias", torch.zeros(experts) if bias_speed else None)
 
     def initial(self) -> dict[str, Rule]:
         """The shared experts' `down` starts as that of the others."""
-        return {"shared.down.weight": ScaledNormal((2 * self.layers) ** -0.5)} if self.shared is not None else {}
+        return (
+            {"shared.down.weight": ScaledNormal((2 * self.layers) ** -0.5)}
+            if self.shared is not None
+            else {}
+        )
 
     def reset_buffers(self) -> None:
         """No expert is favoured before step 1; for a model that was built on the meta device."""
@@ -93,9 +121,11 @@ class TopKMixture(MixtureOfExperts):
         scores = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
         choice = top_experts(logits if self.bias is None else scores + self.bias, self.top)
         if self.score == "softmax":
-            gate, probs = logits.gather(-1, choice).softmax(-1), scores
+            gate = logits.gather(-1, choice).softmax(-1)
+            probs = scores
         else:
-            gate, probs = scores.gather(-1, choice), scores / scores.sum(-1, keepdim=True)
+            gate = scores.gather(-1, choice)
+            probs = scores / scores.sum(-1, keepdim=True)
             gate = gate / gate.sum(-1, keepdim=True)
         kept = span.valid()[..., None].expand_as(choice)
         self._leave(logits, probs, choice_mask(choice, span, self.count), kept, span)
@@ -106,6 +136,12 @@ class TopKMixture(MixtureOfExperts):
 def validate_experts(experts: int, top: int, hidden: int | None) -> None:
     """Raises ValueError where a layer cannot have such experts."""
     if experts < 1 or not 1 <= top <= experts:
-        raise ValueError(f"a token visits {top} of {experts} experts; there must be at least as many, and both 1 or more")
+        raise ValueError(
+            f"a token visits {top} of {experts} experts; there must be at least as many, and both 1"
+            " or more"
+        )
     if hidden is not None and hidden < 1:
-        raise ValueError(f"hidden={hidden} is no width of an expert; choose 1 or more, or null for what costs as much as dense")
+        raise ValueError(
+            f"hidden={hidden} is no width of an expert; choose 1 or more, or null for what costs as"
+            " much as dense"
+        )

@@ -1,4 +1,5 @@
-"""ALiBi: no positions but a penalty on distance, so that models read further than they were trained."""
+"""ALiBi: no positions but a penalty on distance, so that models read further than they were
+trained."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,8 @@ from models.span import Span
 
 
 def slopes(heads: int) -> list[float]:
-    """Nats per token of distance, one for each head: 2^(-8/n), 2^(-16/n), ... where heads are a power of two n.
+    """Nats per token of distance, one for each head: 2^(-8/n), 2^(-16/n), ... where heads are a
+    power of two n.
 
     Other numbers of heads take those of the next lower power n, then every other one of 2n.
     """
@@ -19,10 +21,11 @@ def slopes(heads: int) -> list[float]:
 
 
 class Alibi(Position):
-    """Logits lose slope x distance; distance is counted both ways, so that attention without a causal mask has it too.
+    """Logits lose slope x distance; distance is counted both ways, so that attention without a
+    causal mask has it too.
 
-    Source: Press et al. 2021 (arXiv:2108.12409). Bloom's form adds slope x key position, which under a causal mask differs
-    by a constant for each query, and so not at all.
+    Source: Press et al. 2021 (arXiv:2108.12409). Bloom's form adds slope x key position, which
+    under a causal mask differs by a constant for each query, and so not at all.
     """
 
     def score(self, heads: int, head_width: int) -> tuple[Score, nn.Module | None]:
@@ -31,7 +34,8 @@ class Alibi(Position):
 
 
 class AlibiScore(Score):
-    """Scaled dot product less slope x distance, by global head number; `heads` says how many there are in all."""
+    """Scaled dot product less slope x distance, by global head number; `heads` says how many there
+    are in all."""
 
     biased = True
 

@@ -1,6 +1,4 @@
-"""What a position scheme may do: add to the embeddings, turn queries and keys, or shape the scores."""
-# MERGED-DOC models.attention.turning
-"""Mixers that give a position only part of their channels need one that turns channels, and nothing else."""
+"""Position schemes: add to the embeddings, rotate queries and keys, or shape the scores."""
 
 from torch import Tensor, nn
 
@@ -9,12 +7,13 @@ from models.span import Span
 
 
 class Position:
-    """The parent of all schemes, and a scheme of its own: no positions at all (the mask alone gives the order).
+    """The parent of all schemes, and a scheme of its own: no positions at all (the mask alone gives
+    the order).
 
     Source: Haviv et al. 2022 (arXiv:2203.16634); Kazemnejad et al. 2023 (arXiv:2305.19466).
 
-    Attributes:
-        max_length: longest document in tokens that the scheme can address, or None where there is no such limit.
+    Attributes: max_length: longest document in tokens that the scheme can address, or None where
+        there is no such limit.
     """
 
     max_length: int | None = None
@@ -28,7 +27,8 @@ class Position:
         return x
 
     def score(self, heads: int, head_width: int) -> tuple[Score, nn.Module | None]:
-        """What becomes of the logits, and a module whose call gives the score's params (a tuple), or None."""
+        """What becomes of the logits, and a module whose call gives the score's params (a tuple),
+        or None."""
         return Score(), None
 
 
@@ -43,9 +43,15 @@ def require_rotary(position: Position, mixer: str, heads: int, width: int) -> Po
         ValueError: the position shapes scores, or `width` channels do not fall into pairs.
     """
     if width % 2:
-        raise ValueError(f"mixer={mixer}: a position turns pairs of channels, {width} were given; choose an even number")
+        raise ValueError(
+            f"mixer={mixer}: a position turns pairs of channels, {width} were given; choose an even"
+            " number"
+        )
     score, tables = position.score(heads, width)
     if type(score) is not Score or tables is not None:
         kind = type(position).__name__
-        raise ValueError(f"mixer={mixer} needs a position that turns queries and keys, {kind} shapes scores; use position=rope")
+        raise ValueError(
+            f"mixer={mixer} needs a position that turns queries and keys, {kind} shapes scores; use"
+            " position=rope"
+        )
     return position

@@ -28,5 +28,7 @@ class Interpolated(Rope):
 def stretch(factor: float) -> float:
     """The factor, if positions can be stretched by it."""
     if factor < 1:
-        raise ValueError(f"position.factor={factor} would shorten the context; use 1 or more, or position=rope")
+        raise ValueError(
+            f"position.factor={factor} would shorten the context; use 1 or more, or position=rope"
+        )
     return factor

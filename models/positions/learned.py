@@ -7,14 +7,15 @@ from models.span import Span
 
 
 class Learned(Position):
-    """A table of vectors; a document may not be longer than the table, which the config check holds against the context.
+    """A table of vectors; a document may not be longer than the table, which the config check holds
+    against the context.
 
     Args:
         context_length: tokens in a row, and so in a document.
         max_length: rows of the table; null: context_length.
 
-    Source: Gehring et al. 2017 (arXiv:1705.03122), Radford et al. 2019 (GPT-2). Positions never trained say nothing: reading
-    further needs another scheme.
+    Source: Gehring et al. 2017 (arXiv:1705.03122), Radford et al. 2019 (GPT-2). Positions never
+    trained say nothing: reading further needs another scheme.
     """
 
     def __init__(self, context_length: int, max_length: int | None = None):
@@ -36,7 +37,8 @@ class PositionTable(nn.Module):
 
     def __init__(self, max_length: int, width: int):
         super().__init__()
-        self.max_length, self.table = max_length, nn.Embedding(max_length, width)
+        self.max_length = max_length
+        self.table = nn.Embedding(max_length, width)
 
     def forward(self, span: Span) -> Tensor:
         return self.table(span.pos)

@@ -17,18 +17,25 @@ class Sinusoidal(Position):
 
     Args:
         theta: wavelengths run from 2 pi to 2 pi base tokens.
-        amplitude: of the waves. The paper has 1 and multiplies embeddings of deviation 1 / sqrt(width) by sqrt(width);
-            here embeddings are left as they are and start with a deviation of 0.02, so waves of 0.02 keep the proportion.
+        amplitude: of the waves. The paper has 1 and multiplies embeddings of deviation 1 /
+            sqrt(width) by sqrt(width); here embeddings are left as they are and start with a
+            deviation of 0.02, so waves of 0.02 keep the proportion.
 
     Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.5.
     """
 
     def __init__(self, theta: float = 10_000.0, amplitude: Positive = INIT_STD):
         if theta <= 1:
-            raise ValueError(f"position.theta is a wavelength in tokens and must be above 1; got {theta}")
+            raise ValueError(
+                f"position.theta is a wavelength in tokens and must be above 1; got {theta}"
+            )
         if amplitude <= 0:
-            raise ValueError(f"position.amplitude={amplitude} leaves no positions; use a positive number, or position=none")
-        self.theta, self.amplitude = theta, amplitude
+            raise ValueError(
+                f"position.amplitude={amplitude} leaves no positions; use a positive number, or"
+                " position=none"
+            )
+        self.theta = theta
+        self.amplitude = amplitude
 
     def embedding(self, width: int) -> nn.Module | None:
         """A module (span) -> [B, T, width] without parameters."""
@@ -45,7 +52,9 @@ class SinusoidTable(nn.Module):
 
     def __init__(self, width: int, theta: float, amplitude: float):
         super().__init__()
-        self.width, self.theta, self.amplitude = width, theta, amplitude
+        self.width = width
+        self.theta = theta
+        self.amplitude = amplitude
         self.register_buffer("precision", torch.zeros(()), persistent=False)
 
     def reset_buffers(self) -> None:
@@ -56,7 +65,9 @@ class SinusoidTable(nn.Module):
         """[B, T, width], in the dtype that the model was given."""
         wide = torch.promote_types(self.precision.dtype, torch.float32)
         waves = sinusoid(span.pos.to(wide), self.width, self.theta)
-        return (torch.stack(waves, -1).flatten(-2)[..., : self.width] * self.amplitude).to(self.precision.dtype)
+        return (torch.stack(waves, -1).flatten(-2)[..., : self.width] * self.amplitude).to(
+            self.precision.dtype
+        )
 
 
 def sinusoid(distance: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:

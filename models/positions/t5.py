@@ -17,25 +17,41 @@ from models.span import Span
 
 
 class T5(Position):
-    """Logits gain table[bucket(distance)]; near distances have buckets of their own, far ones share wider and wider ones.
+    """Logits gain table[bucket(distance)]; near distances have buckets of their own, far ones share
+    wider and wider ones.
 
     Args:
         buckets: in all; half are for single distances.
         max_distance: all distances from here on share the last bucket.
-        bidirectional: half of the buckets are for keys that come later (attention without a causal mask); else those count as 0.
-        scale: what dot products are multiplied by; null: 1 / sqrt(D). T5 itself has 1.0, with smaller initial weights.
+        bidirectional: half of the buckets are for keys that come later (attention without a causal
+            mask); else those count as 0.
+        scale: what dot products are multiplied by; null: 1 / sqrt(D). T5 itself has 1.0, with
+            smaller initial weights.
 
-    Every layer has a table of its own; T5 shares the first layer's. Source: Raffel et al. 2019 (arXiv:1910.10683).
+    Every layer has a table of its own; T5 shares the first layer's. Source: Raffel et al. 2019
+    (arXiv:1910.10683).
     """
 
-    def __init__(self, buckets: Many = 32, max_distance: int = 128, *, bidirectional: bool = False, scale: Positive | None = None):
+    def __init__(
+        self,
+        buckets: Many = 32,
+        max_distance: int = 128,
+        *,
+        bidirectional: bool = False,
+        scale: Positive | None = None,
+    ):
         each = buckets // 2 if bidirectional else buckets
         if each < 2 or buckets % (2 if bidirectional else 1):
             kind = "an even number from 4 (both ways)" if bidirectional else "2 or more"
             raise ValueError(f"position.buckets={buckets} cannot be shared out; use {kind}")
         if max_distance <= each // 2:
-            raise ValueError(f"position.max_distance={max_distance}, but {each // 2} buckets hold single distances; use more than that")
-        self.buckets, self.bidirectional, self.scale = buckets, bidirectional, scale
+            raise ValueError(
+                f"position.max_distance={max_distance}, but {each // 2} buckets hold single"
+                " distances; use more than that"
+            )
+        self.buckets = buckets
+        self.bidirectional = bidirectional
+        self.scale = scale
         self.starts = edges(each, max_distance)
 
     def score(self, heads: int, head_width: int) -> tuple[Score, nn.Module | None]:
@@ -44,12 +60,15 @@ class T5(Position):
 
 
 def edges(buckets: int, reach: int) -> tuple[int, ...]:
-    """The distance at which each bucket but the first begins: 1, 2, ... and then growing by a constant factor up to reach.
+    """The distance at which each bucket but the first begins: 1, 2, ... and then growing by a
+    constant factor up to reach.
 
     Whole numbers, so that no device's logarithm decides on which side of an edge a distance falls.
     """
     single = buckets // 2
-    grown = (single * (reach / single) ** (i / (buckets - single)) for i in range(1, buckets - single))
+    grown = (
+        single * (reach / single) ** (i / (buckets - single)) for i in range(1, buckets - single)
+    )
     return (*range(1, single + 1), *(ceil(edge - 1e-9) for edge in grown))
 
 
@@ -75,7 +94,8 @@ class T5Score(Score):
 
     def __init__(self, starts: tuple[int, ...], bidirectional: bool, scale: float | None):
         super().__init__(scale)
-        self.starts, self.bidirectional = starts, bidirectional
+        self.starts = starts
+        self.bidirectional = bidirectional
         self.two_sided = bidirectional
         self.one_sided = not bidirectional
 
@@ -85,9 +105,19 @@ class T5Score(Score):
         starts = torch.tensor(self.starts, device=apart.device)
         if not self.bidirectional:
             return torch.bucketize(apart.clamp_min(0), starts, right=True)
-        return torch.bucketize(apart.abs(), starts, right=True) + (apart < 0) * (len(self.starts) + 1)
+        return torch.bucketize(apart.abs(), starts, right=True) + (apart < 0) * (
+            len(self.starts) + 1
+        )
 
-    def logits(self, query: Tensors, payload: Tensors, params: Tensors, span: Span, kv_span: Span, heads: Tensor) -> Tensor:
+    def logits(
+        self,
+        query: Tensors,
+        payload: Tensors,
+        params: Tensors,
+        span: Span,
+        kv_span: Span,
+        heads: Tensor,
+    ) -> Tensor:
         """[B, H, T, S]."""
         bias = F.embedding(self.bucket(span, kv_span), params[0])
         return super().logits(query, payload, (), span, kv_span, heads) + bias.permute(0, 3, 1, 2)

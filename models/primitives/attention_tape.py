@@ -1,10 +1,13 @@
 """What attention gave in the forward pass, kept for the pass in which its block is computed again.
 
-Activation checkpointing drops what a block computed and computes it a second time in backward. Under `Tape` everything is
-computed twice but attention: its mean and mass, small beside the rest, are kept. So no exchange of keys is repeated.
+Activation checkpointing drops what a block computed and computes it a second time in backward.
+Under `Tape` everything is
+computed twice but attention: its mean and mass, small beside the rest, are kept. So no exchange of
+keys is repeated.
 
-Source: Korthikanti et al. 2022 (arXiv:2205.05198) choose by hand what is computed again. Theirs is attention, which kept its
-matrix of scores; ours never has one, so attention is the dearest to compute and the cheapest to keep.
+Source: Korthikanti et al. 2022 (arXiv:2205.05198) choose by hand what is computed again. Theirs is
+attention, which kept its matrix of scores; ours never has one, so attention is the dearest to
+compute and the cheapest to keep.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +30,8 @@ class AttentionReplay:
         self.place: int | None = None
 
     def replay_or_compute(self, compute: Callable[[], TapeEntries]) -> TapeEntries:
-        """What `compute` gives, or gave at this place of the forward pass. To be called where no gradient is recorded."""
+        """What `compute` gives, or gave at this place of the forward pass. To be called where no
+        gradient is recorded."""
         if self.tape is None:
             return compute()
         if self.place is None:
@@ -46,12 +50,17 @@ class AttentionTape:
         plays: played back, not recorded.
     """
 
-    def __init__(self, leaves: Sequence[AttentionReplay], tapes: Sequence[list[TapeEntries]], plays: bool):
-        self.leaves, self.tapes, self.plays = leaves, tapes, plays
+    def __init__(
+        self, leaves: Sequence[AttentionReplay], tapes: Sequence[list[TapeEntries]], plays: bool
+    ):
+        self.leaves = leaves
+        self.tapes = tapes
+        self.plays = plays
 
     def __enter__(self) -> None:
         for leaf, tape in zip(self.leaves, self.tapes, strict=True):
-            leaf.tape, leaf.place = tape, 0 if self.plays else None
+            leaf.tape = tape
+            leaf.place = 0 if self.plays else None
 
     def __exit__(self, *error: object) -> None:
         for leaf in self.leaves:

@@ -1,6 +1,8 @@
-"""Lookup: a store that some of a row's tokens make up; its entries are picked, brought to the queries, and searched.
+"""Lookup: a store that some of a row's tokens make up; its entries are picked, brought to the
+queries, and searched.
 
-A leaf without parameters. Entries are in order of their address: a row numbers its documents in order and pads its end.
+A leaf without parameters. Entries are in order of their address: a row numbers its documents in
+order and pads its end.
 Letters: B rows, T queries, S entries of the store, K found.
 """
 
@@ -15,7 +17,8 @@ from models.masks.algebra import Mask, visible
 from models.scores import Tensors
 from models.span import PADDING, Span
 
-SUMMARY = 16  # the role of an entry that stands for several tokens; its position is that of the last of them
+# the role of an entry that stands for several tokens; its position is that of the last of them
+SUMMARY = 16
 
 CHUNK_SCORES = 1 << 22  # scores held at once while searching
 
@@ -36,7 +39,8 @@ class PickedBlocks(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockEnds:
-    """Chooses the last token of each block of `block` positions of a document: where a block is complete."""
+    """Chooses the last token of each block of `block` positions of a document: where a block is
+    complete."""
 
     block: int
 
@@ -55,18 +59,24 @@ class BlockTopK(nn.Module):
     def pick(self, span: Span, choose: BlockEnds) -> PickedBlocks:
         """The tokens that `choose` is true of, as a store."""
         if ("pick", choose) not in span.plans:
-            size = choose.most(span.shape[1]) if span.pos.is_meta else None  # sizes are counted without addresses
+            size = (
+                choose.most(span.shape[1]) if span.pos.is_meta else None
+            )  # sizes are counted without addresses
             span.plans["pick", choose] = picked_blocks(span, choose(span), size)
         return span.plans["pick", choose]
 
-    def bring(self, payload: Tensors, mask: Mask, *, span: Span, kv_span: Span) -> tuple[Tensors, Span]:
-        """Every entry `of` that a query `at` may see under `mask` (of all heads alike), in order of address.
+    def bring(
+        self, payload: Tensors, mask: Mask, *, span: Span, kv_span: Span
+    ) -> tuple[Tensors, Span]:
+        """Every entry `of` that a query `at` may see under `mask` (of all heads alike), in order of
+        address.
 
         Args:
             payload: tensors [B, S, ...] of the entries.
 
         Returns:
-            (tensors [B, S', ...], addresses [B, S']); differentiable. More may come than can be seen.
+            (tensors [B, S', ...], addresses [B, S']); differentiable. More may come than can be
+            seen.
         """
         return payload, kv_span
 
@@ -81,14 +91,17 @@ class BlockTopK(nn.Module):
         kv_span: Span,
         count: int,
     ) -> tuple[Tensor, Tensor]:
-        """The `count` entries of highest score for each query, among those it sees; of equals the first.
+        """The `count` entries of highest score for each query, among those it sees; of equals the
+        first.
 
         Args:
-            score: (query tensors [B, T, ...], entry tensors [B, S, ...]) -> [B, T, S]; computed and compared in float64.
+            score: (query tensors [B, T, ...], entry tensors [B, S, ...]) -> [B, T, S]; computed and
+                compared in float64.
 
         Returns:
-            (scores [B, T, K] float64, minus infinity where fewer are seen; positions [B, T, K] int64 of the entries in the
-            query's document, -1 where fewer are seen). Without gradients: a choice has none.
+            (scores [B, T, K] float64, minus infinity where fewer are seen; positions [B, T, K]
+            int64 of the entries in the query's document, -1 where fewer are seen). Without
+            gradients: a choice has none.
         """
         with torch.no_grad():
             entries, inner_span = self.bring(payload, mask, span=span, kv_span=kv_span)
@@ -102,7 +115,9 @@ class BlockTopK(nn.Module):
                 values = score([q[:, part].double() for q in query], entries)
                 seen = visible(mask, span.map(lambda t, p=part: t[:, p]), inner_span)[:, 0]
                 values = values.masked_fill(~seen, -torch.inf)
-                value, index = (x[..., :count] for x in values.sort(dim=-1, descending=True, stable=True))
+                value, index = (
+                    x[..., :count] for x in values.sort(dim=-1, descending=True, stable=True)
+                )
                 where = inner_span.pos[:, None].expand(-1, index.shape[1], -1).gather(-1, index)
                 scores[:, part, : value.shape[-1]] = value
                 found[:, part, : value.shape[-1]] = where.masked_fill(value == -torch.inf, -1)
@@ -110,7 +125,8 @@ class BlockTopK(nn.Module):
 
 
 def picked_blocks(span: Span, chosen: Tensor, size: int | None = None) -> PickedBlocks:
-    """The tokens where `chosen` [B, T] is true, filled up to `size` (by default as many as the fullest row has)."""
+    """The tokens where `chosen` [B, T] is true, filled up to `size` (by default as many as the
+    fullest row has)."""
     counts = chosen.sum(1, keepdim=True)
     size = max(1, int(counts.max())) if size is None else size
     index = (~chosen).long().argsort(dim=1, stable=True)[:, :size]
@@ -128,7 +144,9 @@ def picked_blocks(span: Span, chosen: Tensor, size: int | None = None) -> Picked
 
 def joint(a: Span, b: Span) -> Span:
     """The addresses of `a`, then those of `b`; forgets the cut."""
-    return Span(torch.cat([a.pos, b.pos], 1), torch.cat([a.doc, b.doc], 1), torch.cat([a.role, b.role], 1))
+    return Span(
+        torch.cat([a.pos, b.pos], 1), torch.cat([a.doc, b.doc], 1), torch.cat([a.role, b.role], 1)
+    )
 
 
 def keys(span: Span) -> Tensor:
@@ -137,13 +155,17 @@ def keys(span: Span) -> Tensor:
 
 
 def find(what: Span, among: Span) -> tuple[Tensor, Tensor]:
-    """Where tokens lie: (index [B, T] into `among`, there [B, T] bool); the index is of no use where there is False."""
+    """Where tokens lie: (index [B, T] into `among`, there [B, T] bool); the index is of no use
+    where there is False."""
     if not among.shape[1]:  # of rows of padding alone nothing is brought
         nowhere = torch.zeros_like(what.pos)
         return nowhere, nowhere.bool()
     order = keys(among).argsort(1)
-    sorted_keys, wanted = keys(among).gather(1, order), keys(what)
-    place = torch.searchsorted(sorted_keys.contiguous(), wanted.contiguous()).clamp_max(order.shape[1] - 1)
+    sorted_keys = keys(among).gather(1, order)
+    wanted = keys(what)
+    place = torch.searchsorted(sorted_keys.contiguous(), wanted.contiguous()).clamp_max(
+        order.shape[1] - 1
+    )
     return order.gather(1, place), (sorted_keys.gather(1, place) == wanted) & what.valid()
 
 
@@ -151,7 +173,9 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     """[B, S, ...] at [B, N] -> [B, N, ...]; zeros where S is 0."""
     if not x.shape[1]:  # a sum, so that every rank builds the same graph
         return x.sum(1, keepdim=True, dtype=x.dtype).expand(-1, index.shape[1], *x.shape[2:])
-    return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:]))
+    return x.gather(
+        1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:])
+    )
 
 
 def moved(span: Span, by: Tensor | int) -> Span:

@@ -13,10 +13,12 @@ from models.span import PADDING, Span
 
 
 class CausalConv(StatefulModule):
-    """A causal filter per channel, y_t = sum_j taps_j x_{t-j}, that reads no other document and no padding.
+    """A causal filter per channel, y_t = sum_j taps_j x_{t-j}, that reads no other document and no
+    padding.
 
-    A token shift is the window with taps (0, 1). What is masked is replaced, not multiplied by 0. Where rows go on from those
-    before (Span.past), it reads their last tokens, and nothing is learned through those.
+    A token shift is the window with taps (0, 1). What is masked is replaced, not multiplied by 0.
+    Where rows go on from those before (Span.past), it reads their last tokens, and nothing is
+    learned through those.
     """
 
     def forward(self, payload: Tensors, params: Tensors, *, span: Span) -> Tensor:
@@ -34,17 +36,23 @@ class CausalConv(StatefulModule):
             out = out + taps[j] * delayed(x, span, j)
         return out[:, skip:]
 
-    def recur(self, payload: Tensors, params: Tensors, *, span: Span, tail: Tensor, tail_at: Span) -> tuple[Tensor, Tensor]:
-        """As forward with the tokens `tail` [B, J - 1, C] just before; also gives the tail that comes next."""
+    def recur(
+        self, payload: Tensors, params: Tensors, *, span: Span, tail: Tensor, tail_at: Span
+    ) -> tuple[Tensor, Tensor]:
+        """As forward with the tokens `tail` [B, J - 1, C] just before; also gives the tail that
+        comes next."""
         whole = torch.cat([tail, payload[0]], 1)
-        pos, doc, role = (torch.cat(ends, 1) for ends in zip(*((s.pos, s.doc, s.role) for s in (tail_at, span))))
+        pos, doc, role = (
+            torch.cat(ends, 1) for ends in zip(*((s.pos, s.doc, s.role) for s in (tail_at, span)))
+        )
         both = Span(pos, doc, role)
         skip = tail.shape[1]
         return self((whole,), params, span=both)[:, skip:], whole[:, whole.shape[1] - skip :]
 
 
 def with_tail(place: str, x: Tensor, reach: int, span: Span) -> tuple[Tensor, Span, int]:
-    """x with the tokens kept of the rows before in front, the addresses of both, how many they are; keeps the last `reach`.
+    """x with the tokens kept of the rows before in front, the addresses of both, how many they are;
+    keeps the last `reach`.
 
     Args:
         place: name of the module that keeps them.
@@ -59,11 +67,14 @@ def with_tail(place: str, x: Tensor, reach: int, span: Span) -> tuple[Tensor, Sp
 
 
 def delayed(x: Tensor, span: Span, distance: int) -> Tensor:
-    """[B, T, C]: x as it was `distance` tokens before, 0 where that is another document or nothing."""
+    """[B, T, C]: x as it was `distance` tokens before, 0 where that is another document or
+    nothing."""
 
     def late(y: Tensor) -> Tensor:
         return y[:, : y.shape[1] - distance]
 
-    same = (span.doc[:, distance:] == late(span.doc)) & (span.pos[:, distance:] - late(span.pos) == distance)
+    same = (span.doc[:, distance:] == late(span.doc)) & (
+        span.pos[:, distance:] - late(span.pos) == distance
+    )
     same = same & (span.doc[:, distance:] != PADDING)
     return F.pad(torch.where(same[..., None], late(x), 0), (0, 0, distance, 0))

@@ -1,14 +1,15 @@
-"""Compress: a memory of fixed size that is written segment by segment, and read as it was before the segment at hand.
+"""Compress: a memory of fixed size that is written segment by segment, and read as it was before
+the segment at hand.
 
     closed += pending, pending = 0               at the first token of a segment
     o_t = q_t closed
     pending += k_t (v_t - w_t (k_t closed))      w_t is 0 under the linear rule
 
-All of it is affine in (closed, pending), so a run of tokens has a summary of fixed size, wherever segments lie in it.
-A document that opens starts from nothing; padding leaves the memory alone.
+All of it is affine in (closed, pending), so a run of tokens has a summary of fixed size, wherever
+segments lie in it. A document that opens starts from nothing; padding leaves the memory alone.
 
-A leaf without parameters. Letters: B rows, T tokens, H query heads, G key heads, D key width, E value width, R runs, N chunks,
-C slots, P pieces.
+A leaf without parameters. Letters: B rows, T tokens, H query heads, G key heads, D key width, E
+value width, R runs, N chunks, C slots, P pieces.
 """
 
 import torch
@@ -27,22 +28,25 @@ class CompressiveScan(StatefulModule):
     """One device: all tokens are at hand.
 
     Args:
-        segment: tokens of a document to a segment, counted from its first token; None: a row is one segment, and reads what
-            the rows before it left.
+        segment: tokens of a document to a segment, counted from its first token; None: a row is one
+            segment, and reads what the rows before it left.
 
-    Every call takes query (q [B, T, H, D],) and payload (k [B, T, G, D], v [B, T, G, E]) or (k, v, w [B, T, G]); query head h
-    reads memory h // (H / G). The memory is float32, or float64 where the inputs are. A state is (closed, pending), as a matrix
-    [2, D E] without w and [2 D, E] with it.
+    Every call takes query (q [B, T, H, D],) and payload (k [B, T, G, D], v [B, T, G, E]) or (k, v,
+    w [B, T, G]); query head h reads memory h // (H / G). The memory is float32, or float64 where
+    the inputs are. A state is (closed, pending), as a matrix [2, D E] without w and [2 D, E] with
+    it.
 
-    Source: the algebra of Infini-attention (Munkhdalai et al. 2024, arXiv:2404.07143). Theirs goes through segments one by one;
-    ours sums all of them up at once and then passes memories along.
+    Source: the algebra of Infini-attention (Munkhdalai et al. 2024, arXiv:2404.07143). Theirs goes
+    through segments one by one; ours sums all of them up at once and then passes memories along.
     """
 
     def __init__(self, segment: int | None = None):
         super().__init__()
         self.segment = segment
 
-    def forward(self, query: Tensors, payload: Tensors, params: Tensors = (), *, span: Span) -> Tensor:
+    def forward(
+        self, query: Tensors, payload: Tensors, params: Tensors = (), *, span: Span
+    ) -> Tensor:
         """[B, T, H, E]: what the memory answers; 0 at padding."""
         work = self.open(query, payload, span=span)
         states = work.blank()
@@ -51,14 +55,19 @@ class CompressiveScan(StatefulModule):
             states = states if found is None else found.to(states.dtype).view_as(states)
         out = work.read(states)
         if span.past is not None:
-            span.past.store(self.place, self.carried(work.final_states(states)).flatten(0, 2), SHARDED)
+            span.past.store(
+                self.place, self.carried(work.final_states(states)).flatten(0, 2), SHARDED
+            )
         return out
 
-    def open(self, query: Tensors, payload: Tensors, *, span: Span, runs: Runs | None = None) -> "CompressiveWork":
+    def open(
+        self, query: Tensors, payload: Tensors, *, span: Span, runs: Runs | None = None
+    ) -> "CompressiveWork":
         """What can be done before the states are known that come into the runs; see Work.
 
         Args:
-            runs: tokens of each run of each row, in the order in which they lie; one run by default.
+            runs: tokens of each run of each row, in the order in which they lie; one run by
+                default.
         """
         plan = segment_chunks(span, self.segment, runs)
         wide = torch.promote_types(query[0].dtype, torch.float32)
@@ -76,13 +85,18 @@ class CompressiveScan(StatefulModule):
 class CompressiveWork:
     """The part that does not depend on the states that come into runs.
 
-    Attributes:
-        gain: [P, G, D, E] and take: [P, G, D, D] or None: a piece adds gain - take closed to what is pending.
+    Attributes: gain: [P, G, D, E] and take: [P, G, D, D] or None: a piece adds gain - take closed
+        to what is pending.
     """
 
-    def __init__(self, q: Tensor, payload: Tensors, plan: SegmentChunks, rows: int, dtype: torch.dtype):
+    def __init__(
+        self, q: Tensor, payload: Tensors, plan: SegmentChunks, rows: int, dtype: torch.dtype
+    ):
         k, v, *weight = payload
-        self.q, self.plan, self.rows, self.dtype = q, plan, rows, dtype
+        self.q = q
+        self.plan = plan
+        self.rows = rows
+        self.dtype = dtype
         self.gain = plan.sums(k.mT @ v)
         self.take = plan.sums((k * weight[0][..., None]).mT @ k) if weight else None
 
@@ -102,14 +116,19 @@ class CompressiveWork:
         opened = self.plan.opened
         tie = self.gain[:0].sum()  # 0: a rank without tokens builds the same graph as the others
         if self.take is None:
-            stays, closes = (torch.tensor(x, dtype=self.gain.dtype, device=opened.device) for x in (STAYS, CLOSES))
+            stays, closes = (
+                torch.tensor(x, dtype=self.gain.dtype, device=opened.device)
+                for x in (STAYS, CLOSES)
+            )
             keep = torch.where(self.plan.began[..., None, None], closes, stays)
             keep = keep.masked_fill(opened[..., None, None], 0)[:, :, None]
             return RunSummary(keep, self.final_states(self.blank()) + tie, opened)
         _, heads, width, values = self.gain.shape
         one = torch.eye(2 * width, dtype=self.gain.dtype, device=opened.device)
         states = F.pad(one, (values, 0)).expand(*opened.shape, heads, 2 * width, values + 2 * width)
-        gain, keep = self._pass(states, F.pad(self.gain, (0, 2 * width)))[1].split([values, 2 * width], -1)
+        gain, keep = self._pass(states, F.pad(self.gain, (0, 2 * width)))[1].split(
+            [values, 2 * width], -1
+        )
         return RunSummary(keep, gain + tie, opened)
 
     def read(self, states: Tensor) -> Tensor:
@@ -125,14 +144,18 @@ class CompressiveWork:
 
     def _pass(self, states: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
         """(closed [P, G, D, E] as every piece reads it, the states after each run)."""
-        plan, shape = self.plan, states.shape
+        plan = self.plan
+        shape = states.shape
         flat = states.reshape(-1, shape[2], 2, gain.shape[2], gain.shape[3])
         closed, pending = F.pad(flat, [0, 0] * 4 + [0, 1])[plan.source].unbind(2)
-        begins, read, ended = plan.begins[:, None, None, None], [], []
+        begins = plan.begins[:, None, None, None]
+        read = []
+        ended = []
         for first, stop in plan.steps():
             closed, pending = _until(closed, pending, stop - first, ended)
             shut = begins[first:stop]
-            closed, pending = torch.where(shut, closed + pending, closed), torch.where(shut, 0, pending)
+            closed = torch.where(shut, closed + pending, closed)
+            pending = torch.where(shut, 0, pending)
             read.append(closed)
             pending = pending + gain[first:stop]
             if self.take is not None:
@@ -142,10 +165,14 @@ class CompressiveWork:
         return torch.cat([*read, closed[:0]]), after.flatten(-3).view(shape)
 
 
-STAYS, CLOSES = ((1.0, 0.0), (0.0, 1.0)), ((1.0, 1.0), (0.0, 0.0))  # what a run in which no segment begins, or some, keeps
+# what a run in which no segment begins, or some, keeps
+STAYS = ((1.0, 0.0), (0.0, 1.0))
+CLOSES = ((1.0, 1.0), (0.0, 0.0))
 
 
-def _until(closed: Tensor, pending: Tensor, count: int, ended: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _until(
+    closed: Tensor, pending: Tensor, count: int, ended: list[Tensor]
+) -> tuple[Tensor, Tensor]:
     """The first `count` chains; the others have ended, and are put aside."""
     ended.append(torch.stack([closed[count:], pending[count:]], 2))
     return closed[:count], pending[:count]

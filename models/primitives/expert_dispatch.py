@@ -1,4 +1,5 @@
-"""Dispatch: tokens visit the experts that were chosen for them. A driver needs only to bring them there and back.
+"""Dispatch: tokens visit the experts that were chosen for them. A driver needs only to bring them
+there and back.
 
 A leaf without parameters. Letters: N visits, W width, E experts.
 """
@@ -7,18 +8,22 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-Visit = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (tokens [N, W], counts [E], keys [N] or None) -> [N, W]
+Visit = Callable[
+    [Tensor, Tensor, Tensor | None], Tensor
+]  # (tokens [N, W], counts [E], keys [N] or None) -> [N, W]
 
 
 class ExpertDispatch(nn.Module):
     """One device: every expert is at hand."""
 
-    def exchange(self, sent: Tensor, counts: Tensor, visit: Visit, keys: Tensor | None = None) -> Tensor:
+    def exchange(
+        self, sent: Tensor, counts: Tensor, visit: Visit, keys: Tensor | None = None
+    ) -> Tensor:
         """[N, W]: what the experts make of each token.
 
         Args:
-            sent: [N, W] tokens, those for the first expert first. Past the sum of `counts` they visit nobody, and what
-                comes back there is 0.
+            sent: [N, W] tokens, those for the first expert first. Past the sum of `counts` they
+                visit nobody, and what comes back there is 0.
             counts: [E] int64, tokens for each expert.
             visit: what the experts at hand make of tokens that lie expert by expert.
             keys: [N] int64 that travel with the tokens.

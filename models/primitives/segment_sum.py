@@ -1,4 +1,5 @@
-"""Tally: sums over the tokens of a row or of a document, and what has been summed before a token. Padding counts nothing.
+"""Tally: sums over the tokens of a row or of a document, and what has been summed before a token.
+Padding counts nothing.
 
 A leaf without parameters. Letters: B rows, T tokens, F features.
 """
@@ -18,15 +19,18 @@ class SegmentSum(nn.Module):
     """
 
     def total(self, x: Tensor, span: Span, over: str = "row") -> Tensor:
-        """What the row, or the token's document, adds up to: [B, 1, ...], or [B, T, ...] over documents. Differentiable."""
+        """What the row, or the token's document, adds up to: [B, 1, ...], or [B, T, ...] over
+        documents. Differentiable."""
         validate_scope(over)
         x = _held(x, span)
         return x.sum(1, keepdim=True) if over == "row" else within(x, starts(span, over))
 
     def before(self, x: Tensor, span: Span, over: str = "row") -> Tensor:
-        """[B, T, ...]: the sum over the tokens before this one in its row or document. Exact for whole numbers.
+        """[B, T, ...]: the sum over the tokens before this one in its row or document. Exact for
+        whole numbers.
 
-        Real numbers are summed in float64 over the whole row, so that what a document gets is exact to 1e-16 of the row's sum.
+        Real numbers are summed in float64 over the whole row, so that what a document gets is exact
+        to 1e-16 of the row's sum.
         """
         validate_scope(over)
         return exclusive_cumsum(_held(x, span), starts(span, over))
@@ -45,22 +49,28 @@ def _held(x: Tensor, span: Span) -> Tensor:
 
 
 def documents(span: Span, over: str) -> Tensor:
-    """[B, T] int64: the document that each place belongs to; padding inside or before one belongs to it. 0 over rows."""
+    """[B, T] int64: the document that each place belongs to; padding inside or before one belongs
+    to it. 0 over rows."""
     if over == "row":
         return torch.zeros_like(span.doc)
-    valid, place = span.valid(), torch.arange(span.shape[1], device=span.doc.device).expand_as(span.doc)
+    valid = span.valid()
+    place = torch.arange(span.shape[1], device=span.doc.device).expand_as(span.doc)
     last = torch.where(valid, place, -1).cummax(1).values
     coming = torch.where(valid, place, span.shape[1] - 1).flip(1).cummin(1).values.flip(1)
     return span.doc.gather(1, torch.where(last >= 0, last, coming))
 
 
 def starts(span: Span, over: str, breaks: Tensor | None = None) -> Tensor:
-    """[B, T] int64: for each token the place where its unbroken stretch of one document (or of the row) begins.
+    """[B, T] int64: for each token the place where its unbroken stretch of one document (or of the
+    row) begins.
 
     Args:
         breaks: [B, T] bool, further places where a stretch begins.
     """
-    doc, place = documents(span, over), torch.arange(span.shape[1], device=span.doc.device).expand_as(span.doc)
+    doc, place = (
+        documents(span, over),
+        torch.arange(span.shape[1], device=span.doc.device).expand_as(span.doc),
+    )
     opens = torch.cat([torch.ones_like(doc[:, :1], dtype=torch.bool), doc[:, 1:] != doc[:, :-1]], 1)
     opens = opens if breaks is None else opens | breaks
     return torch.where(opens, place, 0).cummax(1).values
@@ -73,7 +83,8 @@ def within(x: Tensor, start: Tensor) -> Tensor:
 
 
 def exclusive_cumsum(x: Tensor, start: Tensor) -> Tensor:
-    """[B, T, ...]: the sum over those tokens of each token's stretch that come before it; x is 0 at padding."""
+    """[B, T, ...]: the sum over those tokens of each token's stretch that come before it; x is 0 at
+    padding."""
     wide = x.double() if x.is_floating_point() else x
     line = wide.cumsum(1) - wide
     return (line - line.gather(1, _like(start, x))).to(x.dtype)

@@ -17,24 +17,33 @@ from models.span import Span
 
 
 class DeltaNet(nn.Module):
-    """S_t = (1 - b k k') S_{t-1} + b k v, with unit keys and queries, short convolutions, and a norm per head.
+    """S_t = (1 - b k k') S_{t-1} + b k v, with unit keys and queries, short convolutions, and a
+    norm per head.
 
     Args:
         width: of what comes in and goes out.
         heads: they divide width.
         conv_kernel: of the short convolutions.
-        allow_neg_eigval: let b reach 2 and not 1, so that a token can turn the state over (Grazzi et al. 2024, arXiv:2411.12537).
+        allow_neg_eigval: let b reach 2 and not 1, so that a token can turn the state over (Grazzi
+            et al. 2024, arXiv:2411.12537).
 
     Source: Schlag et al. 2021 (arXiv:2102.11174), Yang et al. 2024 (arXiv:2406.06484).
     """
 
-    def __init__(self, width: int, heads: int, *, conv_kernel: int = 4, allow_neg_eigval: bool = False):
+    def __init__(
+        self, width: int, heads: int, *, conv_kernel: int = 4, allow_neg_eigval: bool = False
+    ):
         super().__init__()
-        self.heads, self.head_width, self.most = heads, head_width(width, heads), 2.0 if allow_neg_eigval else 1.0
+        self.heads = heads
+        self.head_width = head_width(width, heads)
+        self.most = 2.0 if allow_neg_eigval else 1.0
         self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.q_taps, self.k_taps, self.v_taps = (SiluDepthwiseConv(width, conv_kernel) for _ in range(3))
+        self.q_taps, self.k_taps, self.v_taps = (
+            SiluDepthwiseConv(width, conv_kernel) for _ in range(3)
+        )
         self.step = nn.Linear(width, heads, bias=False)
-        self.norm, self.mix = nn.RMSNorm(self.head_width, eps=1e-5), Scan()
+        self.norm = nn.RMSNorm(self.head_width, eps=1e-5)
+        self.mix = Scan()
 
     def decay(self, x: Tensor) -> Tensor:
         """[B, T, 1 or H] nats: what is forgotten at every token, at most 0."""
@@ -48,10 +57,15 @@ class DeltaNet(nn.Module):
         """[B, T, H, D]: what the state answers, normed."""
         q, k, v = (
             taps(project(x), span).unflatten(-1, (self.heads, -1))
-            for project, taps in ((self.q, self.q_taps), (self.k, self.k_taps), (self.v, self.v_taps))
+            for project, taps in (
+                (self.q, self.q_taps),
+                (self.k, self.k_taps),
+                (self.v, self.v_taps),
+            )
         )
         wide = torch.promote_types(x.dtype, torch.float32)
-        q, k = F.normalize(q.to(wide), dim=-1) * self.head_width**-0.5, F.normalize(k.to(wide), dim=-1)
+        q = F.normalize(q.to(wide), dim=-1) * self.head_width**-0.5
+        k = F.normalize(k.to(wide), dim=-1)
         step = (self.most * self.step(x).to(wide).sigmoid())[..., None]
         decay = self.decay(x).to(wide)
         payload = k, step * v.to(wide), decay, k * decay.exp()[..., None], -step * k
@@ -59,15 +73,21 @@ class DeltaNet(nn.Module):
 
 
 class GatedDeltaNet(DeltaNet):
-    """S_t = g_t (1 - b k k') S_{t-1} + b k v: forgets all at a pace that the token sets, then corrects; with an output gate.
+    """S_t = g_t (1 - b k k') S_{t-1} + b k v: forgets all at a pace that the token sets, then
+    corrects; with an output gate.
 
-    Source: Yang et al. 2024 (arXiv:2412.06464); its keys are narrower and its values wider than width, here both are as wide.
+    Source: Yang et al. 2024 (arXiv:2412.06464); its keys are narrower and its values wider than
+    width, here both are as wide.
     """
 
-    def __init__(self, width: int, heads: int, *, conv_kernel: int = 4, allow_neg_eigval: bool = False):
+    def __init__(
+        self, width: int, heads: int, *, conv_kernel: int = 4, allow_neg_eigval: bool = False
+    ):
         super().__init__(width, heads, conv_kernel=conv_kernel, allow_neg_eigval=allow_neg_eigval)
-        self.forget, self.gate = nn.Linear(width, heads, bias=False), nn.Linear(width, width, bias=False)
-        self.pace, self.delay = nn.Parameter(torch.empty(heads)), nn.Parameter(torch.empty(heads))
+        self.forget = nn.Linear(width, heads, bias=False)
+        self.gate = nn.Linear(width, width, bias=False)
+        self.pace = nn.Parameter(torch.empty(heads))
+        self.delay = nn.Parameter(torch.empty(heads))
 
     def initial(self) -> dict[str, Rule]:
         return {"pace": paces, "delay": delays}
@@ -88,6 +108,7 @@ def paces(shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def delays(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """What softplus makes time steps of, log-uniform between 0.001 and 0.1, as Mamba starts them."""
+    """What softplus makes time steps of, log-uniform between 0.001 and 0.1, as Mamba starts
+    them."""
     step = (math.log(1e-3) + math.log(100) * torch.rand(shape, generator=generator)).exp()
     return step + torch.log(-torch.expm1(-step))

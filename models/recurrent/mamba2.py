@@ -1,4 +1,5 @@
-"""Mamba-2: a state space layer as a scan with one decay per head, all heads sharing keys and queries.
+"""Mamba-2: a state space layer as a scan with one decay per head, all heads sharing keys and
+queries.
 
 Letters: B rows, T tokens, H heads, N state width, P head width.
 """
@@ -29,16 +30,21 @@ class Mamba2(nn.Module):
     Source: Dao & Gu 2024 (arXiv:2405.21060), with one group of keys and queries.
     """
 
-    def __init__(self, width: int, heads: int, *, state: int = 64, expand: Few = 2, conv_kernel: int = 4):
+    def __init__(
+        self, width: int, heads: int, *, state: int = 64, expand: Few = 2, conv_kernel: int = 4
+    ):
         super().__init__()
         if state < 1 or expand < 1:
             raise ValueError(f"state={state} and expand={expand} are widths and must be 1 or more")
         inside = expand * width
-        self.heads, self.head_width = heads, head_width(inside, heads)
+        self.heads = heads
+        self.head_width = head_width(inside, heads)
         self.sizes = [inside, inside, state, state, heads]
-        self.inner, self.conv_kernel = nn.Linear(width, sum(self.sizes), bias=False), SiluDepthwiseConv(inside + 2 * state, conv_kernel)
+        self.inner = nn.Linear(width, sum(self.sizes), bias=False)
+        self.taps = SiluDepthwiseConv(inside + 2 * state, conv_kernel)
         self.pace, self.delay, self.skip = (nn.Parameter(torch.empty(heads)) for _ in range(3))
-        self.norm, self.out = nn.RMSNorm(inside, eps=1e-5), nn.Linear(inside, width, bias=False)
+        self.norm = nn.RMSNorm(inside, eps=1e-5)
+        self.out = nn.Linear(inside, width, bias=False)
         self.mix = Scan()
 
     def initial(self) -> dict[str, Rule]:
@@ -48,11 +54,13 @@ class Mamba2(nn.Module):
         """[B, T, width] -> [B, T, width]."""
         inside, _, state, _, heads = self.sizes
         gate, mixed, delay = self.inner(x).split([inside, inside + 2 * state, heads], -1)
-        value, k, q = self.conv_kernel(mixed, span).split([inside, state, state], -1)
+        value, k, q = self.taps(mixed, span).split([inside, state, state], -1)
         wide = torch.promote_types(x.dtype, torch.float32)
         step = F.softplus(delay.to(wide) + self.delay)
         value = value.unflatten(-1, (heads, self.head_width))
         decay = -self.pace.to(wide).exp() * step
-        y = self.mix((q[:, :, None],), (k[:, :, None], value * step[..., None].to(x.dtype), decay), span=span)
+        y = self.mix(
+            (q[:, :, None],), (k[:, :, None], value * step[..., None].to(x.dtype), decay), span=span
+        )
         y = (y + self.skip[:, None].to(x.dtype) * value).flatten(-2)
         return self.out(self.norm(y * F.silu(gate)))

@@ -1,4 +1,5 @@
-"""RWKV-6: a decay per channel that the token sets, read before the token's own update, which counts with a bonus.
+"""RWKV-6: a decay per channel that the token sets, read before the token's own update, which counts
+with a bonus.
 
 Letters: B rows, T tokens, W width, H heads, D head width.
 """
@@ -17,7 +18,8 @@ PARTS = ("w", "k", "v", "r", "g")
 
 
 class Rwkv6(nn.Module):
-    """The time mix: o_t = r_t (S_{t-1} + bonus k_t v_t), S_t = diag(exp(-exp(w_t))) S_{t-1} + k_t v_t.
+    """The time mix: o_t = r_t (S_{t-1} + bonus k_t v_t), S_t = diag(exp(-exp(w_t))) S_{t-1} + k_t
+    v_t.
 
     Args:
         width: of what comes in and goes out.
@@ -30,14 +32,20 @@ class Rwkv6(nn.Module):
 
     def __init__(self, width: int, heads: int, layer: int, layers: int, *, rank: int = 32):
         super().__init__()
-        self.heads, self.head_width = heads, head_width(width, heads)
-        self.depth, self.height = 1 - layer / layers, layer / max(1, layers - 1)
-        self.shift, self.look = TokenShift(), nn.Parameter(torch.empty(1 + len(PARTS), width))
+        self.heads = heads
+        self.head_width = head_width(width, heads)
+        self.depth = 1 - layer / layers
+        self.height = layer / max(1, layers - 1)
+        self.shift = TokenShift()
+        self.look = nn.Parameter(torch.empty(1 + len(PARTS), width))
         self.looks = nn.ModuleList(LowRank(width, rank, nn.Tanh(), base=False) for _ in PARTS)
         self.decay = LowRank(width, rank, nn.Tanh())
-        self.k, self.v, self.r, self.g, self.out = (nn.Linear(width, width, bias=False) for _ in range(5))
+        self.k, self.v, self.r, self.g, self.out = (
+            nn.Linear(width, width, bias=False) for _ in range(5)
+        )
         self.bonus = nn.Parameter(torch.empty(heads, self.head_width))
-        self.norm, self.mix = HeadNorm(heads, width, eps=64e-5), Scan(before=True)
+        self.norm = HeadNorm(heads, width, eps=64e-5)
+        self.mix = Scan(before=True)
 
     def initial(self) -> dict[str, Rule]:
         return {"look": ramp(self.depth), "decay.up.bias": self._paces, "bonus": normal(0.3)}
@@ -49,11 +57,16 @@ class Rwkv6(nn.Module):
         """[B, T, width] -> [B, T, width]."""
         away = self.shift(x, span)
         hint = x + away * self.look[0]
-        mixed = (x + away * (look + more(hint)) for look, more in zip(self.look[1:], self.looks, strict=True))
+        mixed = (
+            x + away * (look + more(hint))
+            for look, more in zip(self.look[1:], self.looks, strict=True)
+        )
         w, k, v, r, g = mixed
         wide = torch.promote_types(x.dtype, torch.float32)
         decay = -self.decay(w).to(wide).exp()
-        k, v, r, decay = (y.unflatten(-1, (self.heads, -1)) for y in (self.k(k), self.v(v), self.r(r), decay))
+        k, v, r, decay = (
+            y.unflatten(-1, (self.heads, -1)) for y in (self.k(k), self.v(v), self.r(r), decay)
+        )
         now = (r * self.bonus * k).sum(-1, keepdim=True) * v
         y = self.mix((r,), (k, v, decay), span=span) + now
         return self.out(self.norm(y.flatten(-2)) * F.silu(self.g(g)))

@@ -1,4 +1,5 @@
-"""RWKV-7: a state that decays per channel and is corrected along a learned direction at a learned rate.
+"""RWKV-7: a state that decays per channel and is corrected along a learned direction at a learned
+rate.
 
 Letters: B rows, T tokens, W width, H heads, D head width.
 """
@@ -16,38 +17,64 @@ from models.recurrent.rwkv_layers import HeadNorm, LowRank, TokenShift, ramp
 from models.span import Span
 
 SLOWEST = -math.exp(-0.5)  # log decays lie between this and 0
-POWERS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}  # of the ramps that say how much each part looks back
+POWERS = {
+    "r": 0.2,
+    "w": 0.9,
+    "k": 0.7,
+    "v": 0.7,
+    "a": 0.9,
+    "g": 0.2,
+}  # of the ramps that say how much each part looks back
 
 
 class Rwkv7(nn.Module):
-    """The time mix: S_t = S_{t-1} (diag(w) - kk (a kk)') + v k', per head, with token shift, bonus and gate.
+    """The time mix: S_t = S_{t-1} (diag(w) - kk (a kk)') + v k', per head, with token shift, bonus
+    and gate.
 
     Args:
         width: of what comes in and goes out.
         heads: they divide width.
-        layer, layers: which layer this is; all but the lowest draw their values toward those of the first such layer.
+        layer, layers: which layer this is; all but the lowest draw their values toward those of the
+            first such layer.
         rank: of the low-rank maps to decay, rate, gate and values.
-        allow_neg_eigval: let the rate of correction reach 2 and not 1, so that a token can turn the state over (Grazzi et al. 2024,
-            arXiv:2411.12537); what is put in stays as it is.
+        allow_neg_eigval: let the rate of correction reach 2 and not 1, so that a token can turn the
+            state over (Grazzi et al. 2024, arXiv:2411.12537); what is put in stays as it is.
 
-    Source: Peng et al. 2025 (arXiv:2503.14456); initial weights as in its public trainer, but `out` starts as in every layer
-    here and not at 0. The state here is transposed (keys in rows). Called without a first layer's values it uses its own.
+    Source: Peng et al. 2025 (arXiv:2503.14456); initial weights as in its public trainer, but `out`
+    starts as in every layer here and not at 0. The state here is transposed (keys in rows). Called
+    without a first layer's values it uses its own.
     """
 
     shares_values = True  # its block hands on the first layer's: models/block.py
 
-    def __init__(self, width: int, heads: int, layer: int, layers: int, *, rank: int = 32, allow_neg_eigval: bool = False):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        layer: int,
+        layers: int,
+        *,
+        rank: int = 32,
+        allow_neg_eigval: bool = False,
+    ):
         super().__init__()
-        self.heads, self.head_width = heads, head_width(width, heads)
-        self.layer, self.layers, self.most = layer, layers, 2.0 if allow_neg_eigval else 1.0
-        self.shift, self.look = TokenShift(), nn.Parameter(torch.empty(len(POWERS), width))
+        self.heads = heads
+        self.head_width = head_width(width, heads)
+        self.layer = layer
+        self.layers = layers
+        self.most = 2.0 if allow_neg_eigval else 1.0
+        self.shift = TokenShift()
+        self.look = nn.Parameter(torch.empty(len(POWERS), width))
         self.r, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.decay, self.rate = LowRank(width, rank, nn.Tanh()), LowRank(width, rank)
+        self.decay = LowRank(width, rank, nn.Tanh())
+        self.rate = LowRank(width, rank)
         self.gate = LowRank(width, rank, nn.Sigmoid(), base=False)
         self.pull = LowRank(width, rank) if layer else None
-        self.direction, self.strength = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
+        self.direction = nn.Parameter(torch.empty(width))
+        self.strength = nn.Parameter(torch.empty(width))
         self.bonus = nn.Parameter(torch.empty(heads, self.head_width))
-        self.norm, self.mix = HeadNorm(heads, width, eps=self.head_width * 1e-5), Scan()
+        self.norm = HeadNorm(heads, width, eps=self.head_width * 1e-5)
+        self.mix = Scan()
 
     def initial(self) -> dict[str, Rule]:
         rules = {
@@ -56,7 +83,9 @@ class Rwkv7(nn.Module):
             "k.weight": orthogonal(0.1),
             "v.weight": orthogonal(),
             "decay.up.bias": self._paces,
-            "rate.up.bias": lambda shape, _: -0.19 + 0.4 * _rising(shape[0]) + 0.3 * self._comb(shape[0]),
+            "rate.up.bias": lambda shape, _: (
+                -0.19 + 0.4 * _rising(shape[0]) + 0.3 * self._comb(shape[0])
+            ),
             "direction": lambda shape, _: 0.71 - 0.1 * _rising(shape[0]),
             "strength": constant(1.02),
             "bonus": constant(-0.04),
@@ -75,7 +104,11 @@ class Rwkv7(nn.Module):
 
     def _paces(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
         height = self.layer / max(1, self.layers - 1)
-        return -5.5 + 6 * torch.linspace(0, 1, shape[0]) ** (1 + height**0.3) + 2.5 * self._comb(shape[0])
+        return (
+            -5.5
+            + 6 * torch.linspace(0, 1, shape[0]) ** (1 + height**0.3)
+            + 2.5 * self._comb(shape[0])
+        )
 
     def _comb(self, width: int) -> Tensor:
         """[W] over every head's channels from -1 to 1, flat in the middle."""
@@ -87,18 +120,25 @@ class Rwkv7(nn.Module):
         return self.values(x, span, None)[0]
 
     def values(self, x: Tensor, span: Span, first: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the layer gives, and the values [B, T, width] of the first of these layers: `first`, or its own for None."""
+        """What the layer gives, and the values [B, T, width] of the first of these layers: `first`,
+        or its own for None."""
         away = self.shift(x, span)
         r, w, k, v, a, g = (x + away * look for look in self.look)
         wide = torch.promote_types(x.dtype, torch.float32)
-        decay, rate = SLOWEST * self.decay(w).to(wide).sigmoid(), self.rate(a).sigmoid()
+        decay = SLOWEST * self.decay(w).to(wide).sigmoid()
+        rate = self.rate(a).sigmoid()
         pull = None if self.pull is None else self.pull(v).sigmoid()
-        r, k, v = self.r(r), self.k(k), self.v(v)
+        r = self.r(r)
+        k = self.k(k)
+        v = self.v(v)
         theirs = v if first is None else first
         if pull is not None:
             v = v + (theirs - v) * pull
-        direction, k = k * self.direction, k * (1 + (rate - 1) * self.strength)
-        r, k, v, rate, decay, direction = (y.unflatten(-1, (self.heads, -1)) for y in (r, k, v, rate, decay, direction))
+        direction = k * self.direction
+        k = k * (1 + (rate - 1) * self.strength)
+        r, k, v, rate, decay, direction = (
+            y.unflatten(-1, (self.heads, -1)) for y in (r, k, v, rate, decay, direction)
+        )
         direction = F.normalize(direction.to(wide), dim=-1)
         y = self.mix((r,), (k, v, decay, -direction, self.most * direction * rate), span=span)
         now = (r * k * self.bonus).sum(-1, keepdim=True) * v

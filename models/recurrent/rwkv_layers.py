@@ -20,7 +20,9 @@ class TokenShift(nn.Module):
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, W] -> [B, T, W]."""
-        taps = torch.tensor([0.0, 1.0], device=x.device, dtype=x.dtype)[:, None].expand(2, x.shape[2])
+        taps = torch.tensor([0.0, 1.0], device=x.device, dtype=x.dtype)[:, None].expand(
+            2, x.shape[2]
+        )
         return self.mix((x,), (taps,), span=span) - x
 
 
@@ -36,8 +38,11 @@ class LowRank(nn.Module):
     def __init__(self, width: int, rank: int, act: nn.Module | None = None, *, base: bool = True):
         super().__init__()
         if rank < 1:
-            raise ValueError(f"rank={rank} is the inner width of a low-rank map and must be 1 or more")
-        self.down, self.up = nn.Linear(width, rank, bias=False), nn.Linear(rank, width, bias=base)
+            raise ValueError(
+                f"rank={rank} is the inner width of a low-rank map and must be 1 or more"
+            )
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, width, bias=base)
         self.act = act or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,8 +57,11 @@ class HeadNorm(nn.GroupNorm):
 
 
 def ramp(power: float) -> Rule:
-    """1 - (i / W)^power over the channels, the same in every row: early channels look back more than late ones."""
-    return lambda shape, generator: (1 - (torch.arange(shape[-1]) / shape[-1]) ** power).expand(shape).clone()
+    """1 - (i / W)^power over the channels, the same in every row: early channels look back more
+    than late ones."""
+    return lambda shape, generator: (
+        (1 - (torch.arange(shape[-1]) / shape[-1]) ** power).expand(shape).clone()
+    )
 
 
 class ChannelMix(nn.Module):
@@ -67,12 +75,17 @@ class ChannelMix(nn.Module):
     Source: Peng et al. 2025, RWKV-7 (arXiv:2503.14456).
     """
 
-    power = 4  # of the ramp that says how much each channel looks back: the higher the layer, the less
+    power = (
+        4  # of the ramp that says how much each channel looks back: the higher the layer, the less
+    )
 
     def __init__(self, width: int, ffn: int, layer: int, layers: int):
         super().__init__()
-        self.depth, self.shift, self.look = 1 - layer / layers, TokenShift(), nn.Parameter(torch.empty(width))
-        self.up, self.down = nn.Linear(width, ffn, bias=False), nn.Linear(ffn, width, bias=False)
+        self.depth = 1 - layer / layers
+        self.shift = TokenShift()
+        self.look = nn.Parameter(torch.empty(width))
+        self.up = nn.Linear(width, ffn, bias=False)
+        self.down = nn.Linear(ffn, width, bias=False)
 
     def initial(self) -> dict[str, Rule]:
         return {"look": ramp(self.depth**self.power)}
@@ -96,7 +109,8 @@ class GatedChannelMix(ChannelMix):
 
     def __init__(self, width: int, ffn: int, layer: int, layers: int):
         super().__init__(width, ffn, layer, layers)
-        self.gate, self.gate_look = nn.Linear(width, width, bias=False), nn.Parameter(torch.empty(width))
+        self.gate = nn.Linear(width, width, bias=False)
+        self.gate_look = nn.Parameter(torch.empty(width))
 
     def initial(self) -> dict[str, Rule]:
         return {**super().initial(), "gate_look": ramp(self.depth)}

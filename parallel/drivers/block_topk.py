@@ -1,7 +1,8 @@
-"""A store that lies over ranks: entries are picked everywhere, and those that a rank's queries may see are brought to it.
+"""A store that lies over ranks: entries are picked everywhere, and those that a rank's queries may
+see are brought to it.
 
-What is brought is gone after use: backward brings gradients home. A search then is a rank's own business, and finds what one
-device finds, because entries arrive in order of address.
+What is brought is gone after use: backward brings gradients home. A search then is a rank's own
+business, and finds what one device finds, because entries arrive in order of address.
 """
 
 from collections.abc import Sequence
@@ -12,21 +13,36 @@ import torch
 from torch import Tensor
 
 from models.masks.algebra import Mask
-from models.primitives.block_topk import BlockEnds, BlockTopK, PickedBlocks, joint, keys, picked_blocks, take
+from models.primitives.block_topk import (
+    BlockEnds,
+    BlockTopK,
+    PickedBlocks,
+    joint,
+    keys,
+    picked_blocks,
+    take,
+)
 from models.scores import Tensors
 from models.span import Span
 from parallel.collectives import Communicator
-from parallel.drivers.softmax_allgather import GatherPlan, gather_needed, gather_plan, reduce_to_owner
+from parallel.drivers.softmax_allgather import (
+    GatherPlan,
+    gather_needed,
+    gather_plan,
+    reduce_to_owner,
+)
 from parallel.layout import contiguous
 from parallel.sharding import SequenceSharding
 
 
 class ShardedBlockTopK(BlockTopK):
-    """Stands in for a Lookup whose tokens lie over the ranks of `wire`; its searches are those of its parent."""
+    """Stands in for a Lookup whose tokens lie over the ranks of `wire`; its searches are those of
+    its parent."""
 
     def __init__(self, core: BlockTopK, communicator: Communicator):
         super().__init__()
-        self.core, self.communicator = core, communicator
+        self.core = core
+        self.communicator = communicator
 
     def pick(self, span: Span, choose: BlockEnds) -> PickedBlocks:
         """As Lookup.pick; every rank gets equally many, so that stores may go round a ring."""
@@ -34,14 +50,24 @@ class ShardedBlockTopK(BlockTopK):
         if ("pick", choose) not in kept:
             chosen = [choose(inner_span) for inner_span in span.sharding.spans]
             size = max(1, *(int(c.sum(1).max()) for c in chosen))
-            every = [picked_blocks(inner_span, c, size) for inner_span, c in zip(span.sharding.spans, chosen)]
-            inner_span, both = (_cut(spans, span.sharding.rank) for spans in ([p.span for p in every], [p.joint for p in every]))
+            every = [
+                picked_blocks(inner_span, c, size)
+                for inner_span, c in zip(span.sharding.spans, chosen)
+            ]
+            inner_span, both = (
+                _cut(spans, span.sharding.rank)
+                for spans in ([p.span for p in every], [p.joint for p in every])
+            )
             kept["pick", choose] = PickedBlocks(every[span.sharding.rank].index, inner_span, both)
         return kept["pick", choose]
 
-    def bring(self, payload: Tensors, mask: Mask, *, span: Span, kv_span: Span) -> tuple[Tensors, Span]:
+    def bring(
+        self, payload: Tensors, mask: Mask, *, span: Span, kv_span: Span
+    ) -> tuple[Tensors, Span]:
         """As Lookup.bring, over every rank's entries; at.cut and of.cut say who holds which."""
-        plan = gather_plan(mask, span, kv_span, torch.zeros(1, dtype=torch.long, device=span.pos.device))
+        plan = gather_plan(
+            mask, span, kv_span, torch.zeros(1, dtype=torch.long, device=span.pos.device)
+        )
         if torch.is_grad_enabled() and any(p.requires_grad for p in payload):
             brought = _GatherBlocks.apply(plan, self.communicator, *payload)
         else:
@@ -62,7 +88,8 @@ def _cut(spans: Sequence[Span], rank: int) -> Span:
 class _GatherBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: GatherPlan, communicator: Communicator, *payload: Tensor):
-        ctx.plan, ctx.communicator = plan, communicator
+        ctx.plan = plan
+        ctx.communicator = communicator
         ctx.save_for_backward(*payload)
         return tuple(gather_needed(payload, plan, communicator, "lookup"))
 

@@ -1,11 +1,13 @@
-"""Compressing: a segmented memory over ranks. Runs are summed up where they lie, and their summaries folded in global order.
+"""Compressing: a segmented memory over ranks. Runs are summed up where they lie, and their
+summaries folded in global order.
 
-Segments need not fit runs or ranks: what a run does to (closed, pending) has a summary wherever segments begin in it. Summaries
-are dealt out by (row, head) as in Passing, whose order of runs this uses; the fold starts from what the row before left, and
-what it ends with stays with the rank that folds. Two exchanges, whatever the number of ranks and of segments.
+Segments need not fit runs or ranks: what a run does to (closed, pending) has a summary wherever
+segments begin in it. Summaries are dealt out by (row, head) as in Passing, whose order of runs this
+uses; the fold starts from what the row before left, and what it ends with stays with the rank that
+folds. Two exchanges, whatever the number of ranks and of segments.
 
-Letters: B rows, P ranks, R runs on a rank (the most there are), G heads, U (row, head) pairs, u of them folded here; a state is
-a matrix [m, n].
+Letters: B rows, P ranks, R runs on a rank (the most there are), G heads, U (row, head) pairs, u of
+them folded here; a state is a matrix [m, n].
 """
 
 import torch
@@ -25,10 +27,14 @@ class ShardedCompressive(nn.Module):
 
     def __init__(self, core: CompressiveScan, communicator: Communicator):
         super().__init__()
-        self.core, self.communicator = core, communicator
+        self.core = core
+        self.communicator = communicator
 
-    def forward(self, query: Tensors, payload: Tensors, params: Tensors = (), *, span: Span) -> Tensor:
-        """As Compress.forward, with every run's state coming from the runs before it; at.cut says who holds which."""
+    def forward(
+        self, query: Tensors, payload: Tensors, params: Tensors = (), *, span: Span
+    ) -> Tensor:
+        """As Compress.forward, with every run's state coming from the runs before it; at.cut says
+        who holds which."""
         if ("compressing",) not in span.plans:
             span.plans["compressing",] = _run_order(span.sharding)
         order: RunOrder = span.plans["compressing",]
@@ -36,15 +42,22 @@ class ShardedCompressive(nn.Module):
         keep, gain, _ = work.summarise()
         return work.read(self._incoming(keep, gain, order, span.past))
 
-    def _incoming(self, keep: Tensor, gain: Tensor, order: RunOrder, past: CarriedState | None) -> Tensor:
+    def _incoming(
+        self, keep: Tensor, gain: Tensor, order: RunOrder, past: CarriedState | None
+    ) -> Tensor:
         """[B, R, G, m, n]: the state that comes into every run held here."""
         rows, runs, heads, *state = gain.shape
         shares = unit_ranges(rows * heads, self.communicator.size)
         mine = shares[self.communicator.rank]
-        given, taken = [b - a for a, b in shares], [mine[1] - mine[0]] * self.communicator.size
+        given = [b - a for a, b in shares]
+        taken = [mine[1] - mine[0]] * self.communicator.size
         kept = keep.expand(rows, runs, heads, *keep.shape[3:]).flatten(3)
-        summary = torch.cat([kept, gain.flatten(3)], -1).transpose(1, 2).flatten(0, 1)  # [U, R, K + m n]
-        every = all_to_all_rows(summary, self.communicator, given, taken, "summaries").unflatten(0, (self.communicator.size, taken[0]))
+        summary = (
+            torch.cat([kept, gain.flatten(3)], -1).transpose(1, 2).flatten(0, 1)
+        )  # [U, R, K + m n]
+        every = all_to_all_rows(summary, self.communicator, given, taken, "summaries").unflatten(
+            0, (self.communicator.size, taken[0])
+        )
         row = torch.arange(*mine) // heads
         there = order.order[row].to(gain.device)  # [u, P R]
         line = _picked(every.transpose(0, 1).flatten(1, 2), there)
@@ -52,20 +65,30 @@ class ShardedCompressive(nn.Module):
         start = None if past is None else past.state(self.core.place)
         start = added.new_zeros(len(row), *state) if start is None else start.to(added.dtype)
         opened = order.opened[row].to(gain.device)
-        states, last = fold(kept.unflatten(-1, keep.shape[3:]), added.unflatten(-1, state), opened, start)
+        states, last = fold(
+            kept.unflatten(-1, keep.shape[3:]), added.unflatten(-1, state), opened, start
+        )
         if past is not None:
             past.store(self.core.place, self.core.carried(last), SHARDED)
-        back = _picked(states.flatten(2), there.argsort(1)).unflatten(1, (self.communicator.size, runs)).transpose(0, 1)
-        home = all_to_all_rows(back.flatten(0, 1), self.communicator, taken, given, "states")  # [U, R, m n]
+        back = (
+            _picked(states.flatten(2), there.argsort(1))
+            .unflatten(1, (self.communicator.size, runs))
+            .transpose(0, 1)
+        )
+        home = all_to_all_rows(
+            back.flatten(0, 1), self.communicator, taken, given, "states"
+        )  # [U, R, m n]
         return home.unflatten(0, (rows, heads)).transpose(1, 2).unflatten(-1, state)
 
 
 def fold(keep: Tensor, gain: Tensor, opened: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """(the state before every run [u, Q, m, n], and after the last [u, m, n]), when run q turns S into keep_q S + gain_q.
+    """(the state before every run [u, Q, m, n], and after the last [u, m, n]), when run q turns S
+    into keep_q S + gain_q.
 
     Args:
         keep: [u, Q, m, m].
-        opened: [u, Q] bool; a document opens there, and what came before is gone, were it not a number.
+        opened: [u, Q] bool; a document opens there, and what came before is gone, were it not a
+            number.
         state: [u, m, n] before the first run.
     """
     states = []

@@ -1,6 +1,7 @@
 """Channels: trade channels for tokens, convolve the whole row, trade back.
 
-A convolution is depthwise, so a rank needs all tokens but only its share of the channels and of the filter.
+A convolution is depthwise, so a rank needs all tokens but only its share of the channels and of the
+filter.
 Letters: B rows, T local tokens, C channels, L taps.
 """
 
@@ -15,11 +16,13 @@ from parallel.partition import unit_ranges
 
 
 class ChannelAllToAll(nn.Module):
-    """Stands in for a Convolution whose tokens lie over the ranks of `wire`; fewer channels than ranks go by Toeplitz."""
+    """Stands in for a Convolution whose tokens lie over the ranks of `wire`; fewer channels than
+    ranks go by Toeplitz."""
 
     def __init__(self, core: LongConv, communicator: Communicator):
         super().__init__()
-        self.core, self.communicator = core, communicator
+        self.core = core
+        self.communicator = communicator
 
     def forward(self, payload: Tensors, params: Tensors, *, span: Span) -> Tensor:
         """As Convolution.forward over the whole rows; at.cut says who holds which."""
@@ -31,4 +34,6 @@ class ChannelAllToAll(nn.Module):
         a, b = shares[self.communicator.rank]
         whole = span.sharding.to_global_order(seq_to_heads(x, self.communicator, 2, shares))
         out = self.core((whole,), (taps[:, a:b],), span=span.sharding.whole)
-        return heads_to_seq(span.sharding.to_rank_order(out), self.communicator, 2, shares)[:, skip:]
+        return heads_to_seq(span.sharding.to_rank_order(out), self.communicator, 2, shares)[
+            :, skip:
+        ]

@@ -1,10 +1,10 @@
 """Toeplitz: the input goes round, every rank adds what the arriving block gives to its own outputs.
 
-The filter between two blocks is a Toeplitz matrix, applied by FFT. For fewer channels than ranks; with more, Channels does
-each transform once and not once a rank.
+The filter between two blocks is a Toeplitz matrix, applied by FFT. For fewer channels than ranks;
+with more, Channels does each transform once and not once a rank.
 
-Source: block overlap-add, as in StripedHyena 2 (Ku et al. 2025, arXiv:2503.01868). Ours is one autograd function that keeps
-only what is local and sends the blocks round again in backward.
+Source: block overlap-add, as in StripedHyena 2 (Ku et al. 2025, arXiv:2503.01868). Ours is one
+autograd function that keeps only what is local and sends the blocks round again in backward.
 Letters: B rows, T local tokens, C channels, L taps.
 """
 
@@ -24,7 +24,8 @@ class RingLongConv(nn.Module):
 
     def __init__(self, core: LongConv, communicator: Communicator):
         super().__init__()
-        self.core, self.communicator = core, communicator
+        self.core = core
+        self.communicator = communicator
 
     def forward(self, payload: Tensors, params: Tensors, *, span: Span) -> Tensor:
         """As Convolution.forward, over every rank's tokens; at.cut says who holds which."""
@@ -34,13 +35,22 @@ class RingLongConv(nn.Module):
 
 class _RingLongConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, core: LongConv, communicator: Communicator, span: Span, x: Tensor, taps: Tensor) -> Tensor:
-        ctx.core, ctx.communicator, ctx.span = core, communicator, span
+    def forward(
+        ctx: Any, core: LongConv, communicator: Communicator, span: Span, x: Tensor, taps: Tensor
+    ) -> Tensor:
+        ctx.core = core
+        ctx.communicator = communicator
+        ctx.span = span
         ctx.save_for_backward(x, taps)
         wide = torch.promote_types(x.dtype, torch.float32)
-        here, out = x, x.new_zeros(x.shape, dtype=wide)
+        here = x
+        out = x.new_zeros(x.shape, dtype=wide)
         for step in range(communicator.size):
-            coming = communicator.ring_shift([here], "toeplitz") if step < communicator.size - 1 else None
+            coming = (
+                communicator.ring_shift([here], "toeplitz")
+                if step < communicator.size - 1
+                else None
+            )
             source = span.sharding.spans[(communicator.rank - step) % communicator.size]
             out += core.partial((here.to(wide),), (taps,), span=span, kv_span=source)
             here = coming.wait()[0] if coming else here
@@ -48,25 +58,40 @@ class _RingLongConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
-        core, communicator, span = ctx.core, ctx.communicator, ctx.span
+        core = ctx.core
+        communicator = ctx.communicator
+        span = ctx.span
         x, taps = ctx.saved_tensors
         wide = torch.promote_types(x.dtype, torch.float32)
-        grad, d_taps = grads[0].to(wide), taps.new_zeros(taps.shape, dtype=wide)
+        grad = grads[0].to(wide)
+        d_taps = taps.new_zeros(taps.shape, dtype=wide)
 
         def pull(block: Tensor, source: int) -> Tensor:
             """The gradient of a block; that of the taps is added up."""
-            leaves = [block.to(wide).detach().requires_grad_(), taps.to(wide).detach().requires_grad_()]
+            leaves = [
+                block.to(wide).detach().requires_grad_(),
+                taps.to(wide).detach().requires_grad_(),
+            ]
             with torch.enable_grad():
-                out = core.partial(leaves[:1], leaves[1:], span=span, kv_span=span.sharding.spans[source])
+                out = core.partial(
+                    leaves[:1], leaves[1:], span=span, kv_span=span.sharding.spans[source]
+                )
             d_block, d_here = torch.autograd.grad(out, leaves, grad)
             d_taps.add_(d_here)
             return d_block
 
-        here, returning = x, None
-        coming = communicator.ring_shift([here], "toeplitz backward") if communicator.size > 1 else None
+        here = x
+        returning = None
+        coming = (
+            communicator.ring_shift([here], "toeplitz backward") if communicator.size > 1 else None
+        )
         for step in range(1, communicator.size):
             here = coming.wait()[0] if coming else here
-            coming = communicator.ring_shift([here], "toeplitz backward") if step < communicator.size - 1 else None
+            coming = (
+                communicator.ring_shift([here], "toeplitz backward")
+                if step < communicator.size - 1
+                else None
+            )
             found = pull(here, (communicator.rank - step) % communicator.size)
             if returning is not None:
                 found = found + returning.wait()[0]

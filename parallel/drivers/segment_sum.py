@@ -1,7 +1,9 @@
-"""Tally over ranks: every run says what it adds to the documents that cross its ends, and all ranks add up what they need.
+"""Tally over ranks: every run says what it adds to the documents that cross its ends, and all ranks
+add up what they need.
 
-A document that lies inside a run is that rank's own business; so a run tells at most two sums, whatever its length. One
-exchange a call; a rank sends (P - 1) 2 R sums for each row, independent of the sequence's length.
+A document that lies inside a run is that rank's own business; so a run tells at most two sums,
+whatever its length. One exchange a call; a rank sends (P - 1) 2 R sums for each row, independent of
+the sequence's length.
 
 Letters: B rows, T local tokens, P ranks, R runs on a rank (the most there are), F features.
 """
@@ -11,7 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.primitives.segment_sum import SegmentSum, documents, exclusive_cumsum, starts, validate_scope, within
+from models.primitives.segment_sum import (
+    SegmentSum,
+    documents,
+    exclusive_cumsum,
+    starts,
+    validate_scope,
+    within,
+)
 from models.span import Span
 from parallel.collectives import Communicator, all_to_all_rows
 from parallel.sharding import SequenceSharding
@@ -22,11 +31,10 @@ NOBODY = -2  # the document of an end of a run that tells nothing
 class RunEnds(NamedTuple):
     """The ends of all runs as the tokens of this rank see them.
 
-    Attributes:
-        start: [B, T] int64, where the token's stretch (its document, within its run) begins among the local tokens.
-        slot: [B, T] int64, which end of a local run the token's stretch is, 2 run or 2 run + 1; 2 R for none.
-        others: [B, T, P 2R] bool, ends of other runs that are of the token's document (or row).
-        earlier: [B, T, P 2R] bool, those of them that come before.
+    Attributes: start: [B, T] int64, where the token's stretch (its document, within its run) begins
+        among the local tokens. slot: [B, T] int64, which end of a local run the token's stretch is,
+        2 run or 2 run + 1; 2 R for none. others: [B, T, P 2R] bool, ends of other runs that are of
+        the token's document (or row). earlier: [B, T, P 2R] bool, those of them that come before.
     """
 
     start: Tensor
@@ -40,10 +48,12 @@ class ShardedSegmentSum(SegmentSum):
 
     def __init__(self, core: SegmentSum, communicator: Communicator):
         super().__init__()
-        self.core, self.communicator = core, communicator
+        self.core = core
+        self.communicator = communicator
 
     def total(self, x: Tensor, span: Span, over: str = "row") -> Tensor:
-        """As Tally.total; at.cut says who holds which. Every rank gets the same row sums to the last bit."""
+        """As Tally.total; at.cut says who holds which. Every rank gets the same row sums to the
+        last bit."""
         ends, x, told = self._told(x, span, over)
         if over == "row":
             return told.sum(1, keepdim=True)
@@ -55,7 +65,8 @@ class ShardedSegmentSum(SegmentSum):
         return (exclusive_cumsum(x, ends.start) + _summed(ends.earlier, told)).to(x.dtype)
 
     def _told(self, x: Tensor, span: Span, over: str) -> tuple[RunEnds, Tensor, Tensor]:
-        """The plan, x without padding, and [B, P 2R, ...] what every rank's runs say of their ends."""
+        """The plan, x without padding, and [B, P 2R, ...] what every rank's runs say of their
+        ends."""
         validate_scope(over)
         if ("tally", over) not in span.plans:
             span.plans["tally", over] = _ends(span, over)
@@ -63,14 +74,27 @@ class ShardedSegmentSum(SegmentSum):
         index = (...,) + (None,) * (x.dim() - 2)
         x = torch.where(span.valid()[index], x, 0)
         slots = ends.others.shape[2] // self.communicator.size
-        mine = x.new_zeros(x.shape[0], slots + 1, *x.shape[2:]).scatter_add(1, ends.slot[index].expand_as(x), x)[:, :slots]
+        mine = x.new_zeros(x.shape[0], slots + 1, *x.shape[2:]).scatter_add(
+            1, ends.slot[index].expand_as(x), x
+        )[:, :slots]
         each = [len(mine)] * self.communicator.size
-        every = all_to_all_rows(mine.repeat(self.communicator.size, *[1] * (x.dim() - 1)), self.communicator, each, each, "tally")
-        return ends, x, every.unflatten(0, (self.communicator.size, len(mine))).transpose(0, 1).flatten(1, 2)
+        every = all_to_all_rows(
+            mine.repeat(self.communicator.size, *[1] * (x.dim() - 1)),
+            self.communicator,
+            each,
+            each,
+            "tally",
+        )
+        return (
+            ends,
+            x,
+            every.unflatten(0, (self.communicator.size, len(mine))).transpose(0, 1).flatten(1, 2),
+        )
 
 
 def _summed(which: Tensor, told: Tensor) -> Tensor:
-    """[B, T, ...]: for each token the sum of those ends that it is told to take. Whole numbers stay exact below 2^53."""
+    """[B, T, ...]: for each token the sum of those ends that it is told to take. Whole numbers stay
+    exact below 2^53."""
     wide = told if told.is_floating_point() else told.double()
     flat = wide.flatten(2) if told.dim() > 2 else wide[..., None]
     out = which.to(wide.dtype) @ flat
@@ -81,16 +105,20 @@ def _summed(which: Tensor, told: Tensor) -> Tensor:
 def _ends(span: Span, over: str) -> RunEnds:
     """Work out from the addresses of all ranks who tells what."""
     cut: SequenceSharding = span.sharding
-    rows, device = span.shape[0], span.doc.device
+    rows = span.shape[0]
+    device = span.doc.device
     layouts = cut.layouts if len(cut.layouts) > 1 else cut.layouts * rows
     most = max(len(runs) for layout in layouts for runs in layout.runs)
-    docs, begins = [], []
+    docs = []
+    begins = []
     for rank, inner_span in enumerate(cut.spans):
         names = documents(inner_span, over).cpu()
         for row, layout in enumerate(layouts):
             local = 0
             for number in range(most):
-                start, stop = layout.runs[rank][number] if number < len(layout.runs[rank]) else (0, 0)
+                start, stop = (
+                    layout.runs[rank][number] if number < len(layout.runs[rank]) else (0, 0)
+                )
                 held = names[row, local : local + stop - start]
                 head, tail = (int(held[0]), int(held[-1])) if len(held) else (NOBODY, NOBODY)
                 docs.append((head, tail if tail != head else NOBODY))
@@ -99,18 +127,29 @@ def _ends(span: Span, over: str) -> RunEnds:
     shape = (len(cut.spans), rows, most, 2)
     doc, begin = (torch.tensor(x).view(shape).transpose(0, 1).to(device) for x in (docs, begins))
     mine, run, run_start = documents(span, over), *_runs(cut, rows, device)
-    here = doc[:, cut.rank].gather(1, run[..., None].expand(-1, -1, 2))  # [B, T, 2] the ends of the token's own run
-    head, tail = (mine == here[..., 0]), (mine == here[..., 1])
+    here = doc[:, cut.rank].gather(
+        1, run[..., None].expand(-1, -1, 2)
+    )  # [B, T, 2] the ends of the token's own run
+    head = mine == here[..., 0]
+    tail = mine == here[..., 1]
     slot = torch.where(head, 2 * run, torch.where(tail, 2 * run + 1, 2 * most))
-    breaks = torch.cat([torch.ones_like(run[:, :1], dtype=torch.bool), run[:, 1:] != run[:, :-1]], 1)
+    breaks = torch.cat(
+        [torch.ones_like(run[:, :1], dtype=torch.bool), run[:, 1:] != run[:, :-1]], 1
+    )
     same = mine[..., None] == doc.flatten(1)[:, None]
     begin = begin.flatten(1)[:, None]
-    return RunEnds(starts(span, over, breaks), slot, same & (begin != run_start[..., None]), same & (begin < run_start[..., None]))
+    return RunEnds(
+        starts(span, over, breaks),
+        slot,
+        same & (begin != run_start[..., None]),
+        same & (begin < run_start[..., None]),
+    )
 
 
 def _runs(cut: SequenceSharding, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """[B, T] the number of each local token's run, and the global place where that run begins."""
-    numbers, begins = [], []
+    numbers = []
+    begins = []
     for layout in cut.layouts:
         runs = layout.runs[cut.rank]
         sizes = torch.tensor([stop - start for start, stop in runs])

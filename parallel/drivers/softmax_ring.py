@@ -1,8 +1,9 @@
 """Ring attention: every rank keeps its queries, keys and values go round, partial attentions merge.
 
-Source: Liu et al. 2023 (arXiv:2310.01889). Ours differs in three ways: one autograd function around the whole exchange that
-saves only what is local and sends the payload round again in backward; whatever the score's payload is goes round (latents,
-keys and values, gates); a rank's own keys come last in backward, so that gradients come home after size - 1 hops.
+Source: Liu et al. 2023 (arXiv:2310.01889). Ours differs in three ways: one autograd function around
+the whole exchange that saves only what is local and sends the payload round again in backward;
+whatever the score's payload is goes round (latents, keys and values, gates); a rank's own keys come
+last in backward, so that gradients come home after size - 1 hops.
 
 Letters: B rows, T queries, H heads, E value width.
 """
@@ -34,7 +35,8 @@ class Ring(nn.Module):
 
     def __init__(self, core: Softmax, communicator: Communicator):
         super().__init__()
-        self.core, self.communicator = core, communicator
+        self.core = core
+        self.communicator = communicator
 
     @property
     def score(self) -> Score:
@@ -54,7 +56,18 @@ class Ring(nn.Module):
         """As Softmax.forward, over every rank's keys; at.cut (and of.cut) say who holds which."""
         what = attention_spec(self.core.mask, self.core.score, query, heads)
         kv_span = span if kv_span is None else kv_span
-        return _Ring.apply(what, self.core.kept, self.communicator, span, kv_span, len(query), len(payload), *query, *payload, *params)
+        return _Ring.apply(
+            what,
+            self.core.kept,
+            self.communicator,
+            span,
+            kv_span,
+            len(query),
+            len(payload),
+            *query,
+            *payload,
+            *params,
+        )
 
 
 class _Ring(torch.autograd.Function):
@@ -73,25 +86,33 @@ class _Ring(torch.autograd.Function):
         query, payload, params = split_tensors(tensors, queries, payloads)
 
         def compute() -> Partial:
-            total = blockwise.empty_partial(query, len(what.heads), value_width(what.score, payload, params, query))
+            total = blockwise.empty_partial(
+                query, len(what.heads), value_width(what.score, payload, params, query)
+            )
             here = list(payload)
             for step in range(communicator.size):
                 last = step == communicator.size - 1
                 coming = None if last else communicator.ring_shift(here, "ring")
                 source = (communicator.rank - step) % communicator.size
-                blockwise.forward(what, query, here, params, span, kv_span.sharding.spans[source], total)
+                blockwise.forward(
+                    what, query, here, params, span, kv_span.sharding.spans[source], total
+                )
                 here = coming.wait() if coming else here
             add_sink(what.score, params, total)
             return total[0].to(query[0].dtype), total[1]
 
         mean, lse = kept.replay_or_compute(compute)
-        ctx.what, ctx.communicator, ctx.spans, ctx.counts = what, communicator, (span, kv_span), (queries, payloads)
+        ctx.what = what
+        ctx.communicator = communicator
+        ctx.spans = (span, kv_span)
+        ctx.counts = (queries, payloads)
         ctx.save_for_backward(mean, lse, *tensors)
         return mean
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
-        communicator, (span, kv_span) = ctx.communicator, ctx.spans
+        communicator = ctx.communicator
+        span, kv_span = ctx.spans
         mean, lse, *tensors = ctx.saved_tensors
         query, payload, params = split_tensors(tensors, *ctx.counts)
         d_out, delta, total = incoming_gradients(grads[0], None, mean, lse)
@@ -103,10 +124,17 @@ class _Ring(torch.autograd.Function):
                 d_out=d_out, total=total, delta=delta, into=into,
             )  # fmt: skip
 
-        returning, coming = None, communicator.ring_shift(payload, "ring backward") if communicator.size > 1 else None
+        returning = None
+        coming = (
+            communicator.ring_shift(payload, "ring backward") if communicator.size > 1 else None
+        )
         for step in range(1, communicator.size):
             here = coming.wait() if coming else []
-            coming = communicator.ring_shift(here, "ring backward") if step < communicator.size - 1 else None
+            coming = (
+                communicator.ring_shift(here, "ring backward")
+                if step < communicator.size - 1
+                else None
+            )
             into.payload = blockwise.Gradients.zeros((), payload, ()).payload
             add(here, (communicator.rank - step) % communicator.size)
             _join(into.payload, returning)  # what the ranks before found for these same keys

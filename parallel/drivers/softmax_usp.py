@@ -1,7 +1,8 @@
 """USP: heads are traded among neighbouring ranks, and the ring goes across them.
 
-Source: Fang & Zhao 2024 (arXiv:2405.07719); Gu et al. 2024, LoongTrain (arXiv:2406.18485). Ours is the Heads driver with a
-Ring for a core, so that every mask, score and layout that both of them take is taken by their product.
+Source: Fang & Zhao 2024 (arXiv:2405.07719); Gu et al. 2024, LoongTrain (arXiv:2406.18485). Ours is
+the Heads driver with a Ring for a core, so that every mask, score and layout that both of them take
+is taken by their product.
 """
 
 from models.primitives.softmax import Softmax

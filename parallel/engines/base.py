@@ -1,13 +1,12 @@
-"""What every engine does: wrap, backward, clip, step, state. Nothing else may differ between engines.
+"""What every engine does: wrap, backward, clip, step, state. Nothing else may differ between
+engines.
 
-    engine = Single(mesh, optimiser, precision="float32", seed=0)
-    model = engine.wrap(model)
-    for each micro-batch: engine.backward(sum of local token losses / valid tokens of the whole step, last=...)
-    norm = engine.clip(1.0)
-    engine.step(learning_rate)
+    engine = Single(mesh, optimiser, precision="float32", seed=0) model = engine.wrap(model) for
+    each micro-batch: engine.backward(sum of local token losses / valid tokens of the whole step,
+    last=...) norm = engine.clip(1.0) engine.step(learning_rate)
 
-The loss convention makes the true gradient a plain sum over ranks and micro-batches, so that it depends neither on how a
-sequence was cut nor on how valid tokens fall on ranks.
+The loss convention makes the true gradient a plain sum over ranks and micro-batches, so that it
+depends neither on how a sequence was cut nor on how valid tokens fall on ranks.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,11 +21,15 @@ from parallel.engines.gradients import clip_gradients
 from parallel.engines.materialize import copy_into, named
 from parallel.mesh import Mesh
 
-STORED = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}  # what the optimiser sees
+STORED = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.float32,
+}  # what the optimiser sees
 CHECKPOINTING = ("none", "full", "selective")
 SELECTIVE = (
-    "engine.checkpointing=selective cannot keep what a compiled block computes (engine.compile=true); "
-    "use engine.checkpointing=full, or engine.compile=false"
+    "engine.checkpointing=selective cannot keep what a compiled block computes"
+    " (engine.compile=true); use engine.checkpointing=full, or engine.compile=false"
 )
 
 # (model, {name: tensor to optimise}) -> an optimiser whose state exists before its first step
@@ -36,23 +39,25 @@ BuildOptimiser = Callable[[nn.Module, Mapping[str, nn.Parameter]], Optimizer]
 class Engine:
     """The verbs; an engine says how parameters are placed and how gradients meet.
 
-    Attributes:
-        model: what to call in forward, after `wrap`.
-        parameters: {plain name: what the optimiser updates}, whole or sharded; tied parameters once.
-        optimiser: torch's.
-        drawn: a digest of the initial weights, whole; equal on every rank (parallel/engines/replica_checks.py).
+    Attributes: model: what to call in forward, after `wrap`. parameters: {plain name: what the
+        optimiser updates}, whole or sharded; tied parameters once. optimiser: torch's. drawn: a
+        digest of the initial weights, whole; equal on every rank
+        (parallel/engines/replica_checks.py).
 
     Args:
         mesh: this run's ranks.
         optimiser: builds the optimiser, see BuildOptimiser.
-        precision: bfloat16 computes in it and keeps parameters, gradient sums and optimiser state in float32.
+        precision: bfloat16 computes in it and keeps parameters, gradient sums and optimiser state
+            in float32.
         seed: of the initial weights.
-        checkpointing: none; full = keep only each block's input and compute the block again in backward; selective = keep
-            the mean and mass of its attentions too, so that these are neither computed nor exchanged again.
+        checkpointing: none; full = keep only each block's input and compute the block again in
+            backward; selective = keep the mean and mass of its attentions too, so that these are
+            neither computed nor exchanged again.
         compile: compile each block.
 
     Raises:
-        ValueError: an unknown precision or checkpointing, or selective checkpointing of compiled blocks.
+        ValueError: an unknown precision or checkpointing, or selective checkpointing of compiled
+            blocks.
     """
 
     model: nn.Module
@@ -71,9 +76,14 @@ class Engine:
         compile: bool = False,
     ):
         if precision not in STORED:
-            raise ValueError(f"precision={precision} is not offered; take one of {', '.join(STORED)}")
+            raise ValueError(
+                f"precision={precision} is not offered; take one of {', '.join(STORED)}"
+            )
         if checkpointing not in CHECKPOINTING:
-            raise ValueError(f"engine.checkpointing={checkpointing} is not offered; take one of {', '.join(CHECKPOINTING)}")
+            raise ValueError(
+                f"engine.checkpointing={checkpointing} is not offered; take one of"
+                f" {', '.join(CHECKPOINTING)}"
+            )
         if checkpointing == "selective" and compile:
             raise ValueError(SELECTIVE)
         self.mesh = mesh
@@ -86,9 +96,11 @@ class Engine:
         self.compile = compile
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Place the parameters and build the optimiser; what is on the meta device gets its initial weights.
+        """Place the parameters and build the optimiser; what is on the meta device gets its initial
+        weights.
 
-        Weights that exist already are kept and must be equal on every rank. Call the returned model in forward.
+        Weights that exist already are kept and must be equal on every rank. Call the returned model
+        in forward.
         """
         aliases = dict(named(model))
         self.model = self._place(model.to(STORED[self.precision]))
@@ -102,15 +114,18 @@ class Engine:
         return nullcontext()
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        """Accumulate the gradient of `loss`; `last` (of the step's micro-batches) sums it over the ranks.
+        """Accumulate the gradient of `loss`; `last` (of the step's micro-batches) sums it over the
+        ranks.
 
         Args:
-            loss: [] sum of this rank's token losses in this micro-batch / valid tokens of the whole step, all ranks.
+            loss: [] sum of this rank's token losses in this micro-batch / valid tokens of the whole
+                step, all ranks.
         """
         raise NotImplementedError
 
     def clip(self, max_norm: float | None = None) -> float:
-        """Norm of the whole gradient, each parameter counted once; scaled down to `max_norm` unless that is None or 0."""
+        """Norm of the whole gradient, each parameter counted once; scaled down to `max_norm` unless
+        that is None or 0."""
         return clip_gradients(list(self.parameters.values()), max_norm, self.mesh.device)
 
     def step(self, learning_rate: float) -> None:
@@ -121,19 +136,23 @@ class Engine:
         self.optimiser.zero_grad(set_to_none=True)
 
     def skip(self) -> None:
-        """Instead of `step`: drop the gradients; parameters and the optimiser's state stay bit for bit as they are."""
+        """Instead of `step`: drop the gradients; parameters and the optimiser's state stay bit for
+        bit as they are."""
         self.optimiser.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """{"model": {name: tensor}, "optimizer": {"name.moment": tensor}}: names of the plain model, tensors only.
+        """{"model": {name: tensor}, "optimizer": {"name.moment": tensor}}: names of the plain
+        model, tensors only.
 
-        The tensors are the live ones (sharded where the engine shards), so a loader may fill them in place; `load` must
-        follow in any case. Settings of the optimiser come from the config and are not part of it.
-        (torch's get_optimizer_state_dict is not used: on an optimiser that has not stepped yet it takes a step to create
-        the state, and leaves the step count at 1.)
+        The tensors are the live ones (sharded where the engine shards), so a loader may fill them
+        in place; `load` must follow in any case. Settings of the optimiser come from the config and
+        are not part of it. (torch's get_optimizer_state_dict is not used: on an optimiser that has
+        not stepped yet it takes a step to create the state, and leaves the step count at 1.)
         """
         model = dict(self.model.state_dict())
-        model.update({name: self.parameters[first].detach() for name, first in self.aliases.items()})
+        model.update(
+            {name: self.parameters[first].detach() for name, first in self.aliases.items()}
+        )
         moments = {
             f"{name}.{key}": value
             for name, parameter in self.parameters.items()
@@ -142,7 +161,8 @@ class Engine:
         return {"model": model, "optimizer": moments}
 
     def load(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over what `state` gave, here or on another engine or number of ranks. All ranks must call.
+        """Take over what `state` gave, here or on another engine or number of ranks. All ranks must
+        call.
 
         Raises:
             ValueError: names or shapes that are not this model's.
@@ -163,7 +183,8 @@ class Engine:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The layers that are gathered, computed again and compiled one by one; a layer that is used twice stands once."""
+    """The layers that are gathered, computed again and compiled one by one; a layer that is used
+    twice stands once."""
     blocks = getattr(model, "blocks", None)
     return list(dict.fromkeys(blocks)) if isinstance(blocks, nn.ModuleList) else []
 
@@ -172,12 +193,17 @@ def same(own: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Mapping[st
     """Refuse a state whose names or shapes are not those of `own`; ValueError says which."""
     for part, mine in own.items():
         given = state[part]
-        missing, strange = sorted(set(mine) - set(given)), sorted(set(given) - set(mine))
+        missing = sorted(set(mine) - set(given))
+        strange = sorted(set(given) - set(mine))
         if missing or strange:
             raise ValueError(
-                f"this {part} state is of another model: {len(missing)} names are missing {missing[:3]}, "
-                f"{len(strange)} are unknown {strange[:3]}; load it with the config it was saved with"
+                f"this {part} state is of another model: {len(missing)} names are missing"
+                f" {missing[:3]}, {len(strange)} are unknown {strange[:3]}; load it with the config"
+                " it was saved with"
             )
         for name, tensor in mine.items():
             if tensor.shape != given[name].shape:
-                raise ValueError(f"{name} has shape {[*given[name].shape]} in the state and {[*tensor.shape]} here")
+                raise ValueError(
+                    f"{name} has shape {[*given[name].shape]} in the state and {[*tensor.shape]}"
+                    " here"
+                )

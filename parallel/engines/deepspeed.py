@@ -1,8 +1,10 @@
-"""Engine that trains with DeepSpeed's ZeRO: optimiser state (1), gradients (2) and parameters (3) sharded over all ranks.
+"""Engine that trains with DeepSpeed's ZeRO: optimiser state (1), gradients (2) and parameters (3)
+sharded over all ranks.
 
-To DeepSpeed every rank is a data rank, whether it shares its sequence or not: its own sequence-parallel groups give wrong
-gradients in stages 0, 1 and 2 (of 0.19.8), and parameters know nothing of context parallelism anyway. It averages gradients;
-the loss is multiplied by the number of ranks, so that they add up (see Engine).
+To DeepSpeed every rank is a data rank, whether it shares its sequence or not: its own
+sequence-parallel groups give wrong gradients in stages 0, 1 and 2 (of 0.19.8), and parameters know
+nothing of context parallelism anyway. It averages gradients; the loss is multiplied by the number
+of ranks, so that they add up (see Engine).
 Source: Rajbhandari et al. 2020 (arXiv:1910.02054); offloading: Ren et al. 2021 (arXiv:2101.06840).
 """
 
@@ -33,20 +35,29 @@ from parallel.engines.single import cast_inputs
 from parallel.mesh import Mesh
 
 BUCKET = 25_000_000  # elements that are sent at once
-KEPT = 100_000  # elements; under ZeRO-3 a parameter of fewer stays whole on every rank between steps
-OFFLOADED = {"none": (), "optimizer": ("offload_optimizer",), "parameters": ("offload_optimizer", "offload_param")}
+KEPT = (
+    100_000  # elements; under ZeRO-3 a parameter of fewer stays whole on every rank between steps
+)
+OFFLOADED = {
+    "none": (),
+    "optimizer": ("offload_optimizer",),
+    "parameters": ("offload_optimizer", "offload_param"),
+}
 
 
 class Deepspeed(Engine):
-    """ZeRO 0 to 3; in bfloat16 with float32 masters, sums of gradients and communication (not in stage 0).
+    """ZeRO 0 to 3; in bfloat16 with float32 masters, sums of gradients and communication (not in
+    stage 0).
 
     Args:
         zero_stage: the stage; 0 = everything whole on every rank, None = 2.
-        offload: what lies in the host's memory: none (or None), optimizer (its state and masters), parameters (these too).
+        offload: what lies in the host's memory: none (or None), optimizer (its state and masters),
+            parameters (these too).
         others: as Engine.
 
-    The model is built whole in the host's memory of each rank, then sharded. A parameter that no rank uses counts as used
-    with a gradient of zero, unlike in the other engines: weight decay reaches it.
+    The model is built whole in the host's memory of each rank, then sharded. A parameter that no
+    rank uses counts as used with a gradient of zero, unlike in the other engines: weight decay
+    reaches it.
 
     Raises:
         ValueError: torch.distributed was not started, and what `misfits` says.
@@ -64,11 +75,24 @@ class Deepspeed(Engine):
         zero_stage: int | None = None,
         offload: str | None = None,
     ):
-        super().__init__(mesh, optimiser, precision=precision, seed=seed, checkpointing=checkpointing, compile=compile)
-        self.zero_stage, self.offload = STAGE if zero_stage is None else zero_stage, offload or "none"
-        self.keeps_sums = precision == "bfloat16" and self.zero_stage == 1  # DeepSpeed has an optimiser of its own for it
+        super().__init__(
+            mesh,
+            optimiser,
+            precision=precision,
+            seed=seed,
+            checkpointing=checkpointing,
+            compile=compile,
+        )
+        self.zero_stage = STAGE if zero_stage is None else zero_stage
+        self.offload = offload or "none"
+        self.keeps_sums = (
+            precision == "bfloat16" and self.zero_stage == 1
+        )  # DeepSpeed has an optimiser of its own for it
         if mesh.device_mesh is None:
-            raise ValueError("engine=deepspeed needs started ranks, and there are none; use engine=single in one process")
+            raise ValueError(
+                "engine=deepspeed needs started ranks, and there are none; use engine=single in one"
+                " process"
+            )
         reasons = misfits(
             self.zero_stage,
             self.offload,
@@ -81,15 +105,24 @@ class Deepspeed(Engine):
             raise ValueError("\n".join(reasons))
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """See Engine.wrap. What is returned walks like the plain model: names and modules are its own."""
+        """See Engine.wrap. What is returned walks like the plain model: names and modules are its
+        own."""
         model = model.to(STORED[self.precision])
         aliases = dict(named(model))
-        self.drawn = materialize(model, torch.device("cpu") if self.zero_stage else self.mesh.device, self.seed, self.how)
-        self.plain, self.parameters = model, dict(model.named_parameters())
+        self.drawn = materialize(
+            model, torch.device("cpu") if self.zero_stage else self.mesh.device, self.seed, self.how
+        )
+        self.plain = model
+        self.parameters = dict(model.named_parameters())
         self.aliases = {name: first for name, first in aliases.items() if first in self.parameters}
         masters = {}
-        if self.precision == "bfloat16":  # DeepSpeed rounds the weights first and takes its masters from these
-            masters = {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
+        if (
+            self.precision == "bfloat16"
+        ):  # DeepSpeed rounds the weights first and takes its masters from these
+            masters = {
+                name: parameter.detach().cpu().clone()
+                for name, parameter in self.parameters.items()
+            }
             for module in (model, *blocks_of(model)):
                 module.register_forward_pre_hook(cast_inputs, with_kwargs=True)
         self.optimiser = self.build_optimiser(model, self.parameters)
@@ -98,7 +131,8 @@ class Deepspeed(Engine):
         if self.zero_stage:  # made anew for the shards
             self.optimiser.state.clear()
         self.model = self.started = self._start(model, self.optimiser)
-        self.started.named_modules, self.started.state_dict = model.named_modules, model.state_dict
+        self.started.named_modules = model.named_modules
+        self.started.state_dict = model.state_dict
         if self.zero_stage:
             self._fill(blank, shapes)
         if masters:
@@ -107,10 +141,16 @@ class Deepspeed(Engine):
 
     def _start(self, model: nn.Module, optimiser: Optimizer) -> Any:
         """DeepSpeed's own engine."""
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for nothing that we use
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+            False  # it would be compiled, for nothing that we use
+        )
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
-        return deepspeed.initialize(model=model, optimizer=optimiser, config=self._config(), dist_init_required=False)[0]
+        warnings.filterwarnings(
+            "ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed"
+        )
+        return deepspeed.initialize(
+            model=model, optimizer=optimiser, config=self._config(), dist_init_required=False
+        )[0]
 
     def _config(self) -> dict[str, Any]:
         placement = {"device": "cpu", "pin_memory": True}
@@ -131,11 +171,16 @@ class Deepspeed(Engine):
             },
         }
         if self.precision == "bfloat16":
-            config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+            config |= {
+                "bf16": {"enabled": True},
+                "data_types": {"grad_accum_dtype": "fp32"},
+                "communication_data_type": "fp32",
+            }
         return config
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        """See Engine.backward. From stage 2 on every micro-batch is summed over the ranks at once."""
+        """See Engine.backward. From stage 2 on every micro-batch is summed over the ranks at
+        once."""
         self.started.set_gradient_accumulation_boundary(last)
         self.started.backward(loss * self.mesh.size, scale_wrt_gas=False)
 
@@ -161,7 +206,8 @@ class Deepspeed(Engine):
         self.started.step()
 
     def skip(self) -> None:
-        """See Engine.skip. DeepSpeed leaves a step out where a gradient overflows; it is told that one did."""
+        """See Engine.skip. DeepSpeed leaves a step out where a gradient overflows; it is told that
+        one did."""
         sharded = self.started.optimizer
         if not self.zero_stage or self.keeps_sums:
             (sharded if self.zero_stage else self.started).zero_grad()
@@ -179,25 +225,37 @@ class Deepspeed(Engine):
             vars(sharded).update(own)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """See Engine.state. Under ZeRO 1 to 3 copies: each tensor is gathered, and each rank keeps a part of it.
+        """See Engine.state. Under ZeRO 1 to 3 copies: each tensor is gathered, and each rank keeps
+        a part of it.
 
-        Memory: while it lives, (parameters and moments) / ranks on each device, and the largest tensor once whole.
+        Memory: while it lives, (parameters and moments) / ranks on each device, and the largest
+            tensor once whole.
         """
         if not self.zero_stage:
             return super().state()
-        model = {name: value for name, value in self.plain.state_dict().items() if name not in self.aliases}  # buffers
-        parts = {name: self._part(self._gathered(parameter)) for name, parameter in self.parameters.items()}
+        model = {
+            name: value
+            for name, value in self.plain.state_dict().items()
+            if name not in self.aliases
+        }  # buffers
+        parts = {
+            name: self._part(self._gathered(parameter))
+            for name, parameter in self.parameters.items()
+        }
         model |= {name: parts[first] for name, first in self.aliases.items()}
         moments = {}
         for name, flat in self._shards().items():
             for key, value in self.optimiser.state[flat].items():
                 alike = value.shape == flat.shape
                 whole = safe_get_full_optimizer_state(self.parameters[name], key) if alike else None
-                moments[f"{name}.{key}"] = self._part(cast(Tensor, whole)) if alike else value.clone()
+                moments[f"{name}.{key}"] = (
+                    self._part(cast(Tensor, whole)) if alike else value.clone()
+                )
         return {"model": model, "optimizer": moments}
 
     def load(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """See Engine.load. Under ZeRO 1 to 3 parameters that share a shard must have taken equally many steps."""
+        """See Engine.load. Under ZeRO 1 to 3 parameters that share a shard must have taken equally
+        many steps."""
         if not self.zero_stage:
             return super().load(state)
         same(self.state(), state)
@@ -214,7 +272,8 @@ class Deepspeed(Engine):
                 buffer.copy_(_whole(state["model"][name]))
 
     def _shards(self) -> dict[str, Tensor]:
-        """By name of a trained parameter, the flat float32 shard of it and others that this rank updates."""
+        """By name of a trained parameter, the flat float32 shard of it and others that this rank
+        updates."""
         sharded = self.started.optimizer
         if self.zero_stage == 3:
             groups = zip(sharded.fp16_groups, sharded.fp32_partitioned_groups_flat)
@@ -225,7 +284,9 @@ class Deepspeed(Engine):
         flats = {id(parameter): flat for group, flat in groups for parameter in group}
         return {name: flats[id(p)] for name, p in self.parameters.items() if id(p) in flats}
 
-    def _fill(self, blank: Mapping[int, Mapping[str, Tensor]], shapes: Mapping[str, torch.Size]) -> None:
+    def _fill(
+        self, blank: Mapping[int, Mapping[str, Tensor]], shapes: Mapping[str, torch.Size]
+    ) -> None:
         """Give every shard the state before the first step that its parameters had."""
         for name, flat in self._shards().items():
             if flat not in self.optimiser.state:
@@ -247,14 +308,19 @@ class Deepspeed(Engine):
         """[N, ...] -> this rank's share of the rows, as a DTensor."""
         if not tensor.ndim or self.mesh.device_mesh is None:
             return tensor
-        return distribute_tensor(tensor, self.mesh.device_mesh, [Shard(0)], src_data_rank=None).clone()
+        return distribute_tensor(
+            tensor, self.mesh.device_mesh, [Shard(0)], src_data_rank=None
+        ).clone()
 
     @torch.no_grad()
     def _put_parameters(self, values: Mapping[str, Tensor]) -> None:
-        """Set the masters and what is computed with; a value is whole and equal on all ranks, or a DTensor."""
+        """Set the masters and what is computed with; a value is whole and equal on all ranks, or a
+        DTensor."""
         for name, parameter in self.parameters.items():
             value = _whole(values[name]).to(self.mesh.device)
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.zero_stage == 3):
+            with deepspeed.zero.GatheredParameters(
+                [parameter], modifier_rank=0, enabled=self.zero_stage == 3
+            ):
                 parameter.data.copy_(value)
             if parameter.requires_grad:
                 self._set(parameter, value)
@@ -267,7 +333,9 @@ class Deepspeed(Engine):
         if self.zero_stage < 3:
             parameter.set_full_hp_param(value, key)
             return
-        size = parameter.ds_tensor.numel()  # DeepSpeed's own cutting fails where the ranks do not divide the elements
+        size = (
+            parameter.ds_tensor.numel()
+        )  # DeepSpeed's own cutting fails where the ranks do not divide the elements
         start = min(size * self.mesh.rank, value.numel())
         mine = value.flatten()[start : start + size]
         mine = torch.nn.functional.pad(mine, (0, size - mine.numel()))

@@ -1,8 +1,10 @@
-"""Stacks of experts, each rank holding its own: placed before anything else, so that engines and checkpoints see shards.
+"""Stacks of experts, each rank holding its own: placed before anything else, so that engines and
+checkpoints see shards.
 
-A module whose class says `sharded_over_experts = True` has parameters [E, ...] only, one expert after the other. Under
-expert parallelism each becomes a DTensor, Shard(0) over the mesh's expert axis, and inside the module's forward its name
-stands for the plain local stack [E / ranks, ...]. Everywhere else it is the whole: names, shapes and weights as on one device.
+A module whose class says `sharded_over_experts = True` has parameters [E, ...] only, one expert
+after the other. Under expert parallelism each becomes a DTensor, Shard(0) over the mesh's expert
+axis, and inside the module's forward its name stands for the plain local stack [E / ranks, ...].
+Everywhere else it is the whole: names, shapes and weights as on one device.
 
 Source: Lepikhin et al. 2020 (arXiv:2006.16668) for experts over ranks. Letters: E experts.
 """
@@ -21,20 +23,30 @@ from parallel.mesh import Mesh
 
 def experts_of(model: nn.Module) -> list[nn.Module]:
     """The modules whose parameters are stacks of experts."""
-    return [module for module in model.modules() if declared(module, "sharded_over_experts", bool, False)]
+    return [
+        module
+        for module in model.modules()
+        if declared(module, "sharded_over_experts", bool, False)
+    ]
 
 
 def unshared(model: nn.Module, ranks: int) -> list[str]:
-    """Why `ranks` ranks cannot share this model's experts: one sentence for each fact; empty where they can."""
-    stacks = [(name, module) for name, module in model.named_modules() if declared(module, "sharded_over_experts", bool, False)]
+    """Why `ranks` ranks cannot share this model's experts: one sentence for each fact; empty where
+    they can."""
+    stacks = [
+        (name, module)
+        for name, module in model.named_modules()
+        if declared(module, "sharded_over_experts", bool, False)
+    ]
     if not stacks:
         return [
-            f"parallel.experts={ranks}, but no layer of this model has experts; use parallel.experts=1, or a model that "
-            "has them (model=switch)"
+            f"parallel.experts={ranks}, but no layer of this model has experts; use"
+            " parallel.experts=1, or a model that has them (model=switch)"
         ]
     counts = {len(p): name for name, module in reversed(stacks) for p in module.parameters()}
     return [
-        f"parallel.experts={ranks} does not divide the {count} experts of {name}; use a divisor of {count}"
+        f"parallel.experts={ranks} does not divide the {count} experts of {name}; use a divisor of"
+        f" {count}"
         for count, name in counts.items()
         if count % ranks
     ]
@@ -73,11 +85,16 @@ def _share(module: nn.Module, axis: DeviceMesh) -> None:
 
 
 def _locally(module: nn.Module, forward: Callable, dtype: torch.dtype) -> Callable:
-    """`forward`, for whose duration the module's stacks are plain local tensors; gradients reach the DTensors."""
+    """`forward`, for whose duration the module's stacks are plain local tensors; gradients reach
+    the DTensors."""
 
     @torch.compiler.disable
     def local(*args: Any, **kwargs: Any) -> Any:
-        stacks = {n: p.to_local() for n, p in module.named_parameters(recurse=False) if isinstance(p, DTensor)}
+        stacks = {
+            n: p.to_local()
+            for n, p in module.named_parameters(recurse=False)
+            if isinstance(p, DTensor)
+        }
         shown = vars(module)  # what stands here is found before a parameter of that name
         shown.update({name: stack.to(dtype) for name, stack in stacks.items()})
         try:

@@ -1,9 +1,11 @@
 """Engine that shards parameters, gradients and optimiser state over all ranks with torch's FSDP2.
 
-Every rank is a shard, whether it shares its sequence or not: parameters know nothing of context parallelism. Where the
-mesh has replicas, each of them is sharded over its own ranks, and gradients are summed in it, then across (HSDP). A stack
-of experts lies over its ranks by expert and, by another dim, over the ranks that hold the same experts.
-Source: Zhao et al. 2023 (arXiv:2304.11277) for the idea. FSDP2 averages gradients; we make it add them (see Engine).
+Every rank is a shard, whether it shares its sequence or not: parameters know nothing of context
+parallelism. Where the mesh has replicas, each of them is sharded over its own ranks, and gradients
+are summed in it, then across (HSDP). A stack of experts lies over its ranks by expert and, by
+another dim, over the ranks that hold the same experts.
+Source: Zhao et al. 2023 (arXiv:2304.11277) for the idea. FSDP2 averages gradients; we make it add
+them (see Engine).
 """
 
 import weakref
@@ -30,10 +32,12 @@ class Fsdp(Engine):
     """A block's parameters are gathered for its forward and its backward only.
 
     Args:
-        reshard_after_forward: False keeps the gathered parameters from forward to backward: less traffic, more memory.
+        reshard_after_forward: False keeps the gathered parameters from forward to backward: less
+            traffic, more memory.
         others: as Engine.
 
-    Between micro-batches the gradients stay whole and unsummed, and are reduced once, after the last.
+    Between micro-batches the gradients stay whole and unsummed, and are reduced once, after the
+    last.
 
     Raises:
         ValueError: torch.distributed was not started.
@@ -50,9 +54,19 @@ class Fsdp(Engine):
         compile: bool = False,
         reshard_after_forward: bool = True,
     ):
-        super().__init__(mesh, optimiser, precision=precision, seed=seed, checkpointing=checkpointing, compile=compile)
+        super().__init__(
+            mesh,
+            optimiser,
+            precision=precision,
+            seed=seed,
+            checkpointing=checkpointing,
+            compile=compile,
+        )
         if mesh.device_mesh is None:
-            raise ValueError("engine=fsdp needs started ranks, and there are none; use engine=single in one process")
+            raise ValueError(
+                "engine=fsdp needs started ranks, and there are none; use engine=single in one"
+                " process"
+            )
         self.reshard_after_forward = reshard_after_forward
 
     def _place(self, model: nn.Module) -> nn.Module:
@@ -60,17 +74,26 @@ class Fsdp(Engine):
         if self.precision == "bfloat16":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         apart = self._place_experts(model, policy)
-        apart |= {parameter for parameter in model.parameters() if parameter.dim() == 0}  # FSDP2 cuts no scalar
-        options: dict[str, Any] = {"mesh": self.mesh.device_mesh, "mp_policy": policy, "ignored_params": apart}
+        apart |= {
+            parameter for parameter in model.parameters() if parameter.dim() == 0
+        }  # FSDP2 cuts no scalar
+        options: dict[str, Any] = {
+            "mesh": self.mesh.device_mesh,
+            "mp_policy": policy,
+            "ignored_params": apart,
+        }
         for block in _separable(model):
             fully_shard(block, reshard_after_forward=self.reshard_after_forward, **options)
-        fully_shard(model, reshard_after_forward=False, **options)  # backward begins with what the root gathered
+        fully_shard(
+            model, reshard_after_forward=False, **options
+        )  # backward begins with what the root gathered
         self.used = Used(model)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 _seal_spans(module, self.used.watch(module))
                 reduce_unused(module)  # ranks may need other parameters: the exchange is the same
-                # a sum, not a mean: gloo has no pre-multiplied sum, so the plain one is forced before the factor of 1
+                # a sum, not a mean: gloo has no pre-multiplied sum, so the plain one is forced
+                # before the factor of 1
                 module.set_force_sum_reduction_for_comms(True)
                 module.set_gradient_divide_factor(1.0)
         kept = {id(parameter) for parameter in apart}
@@ -80,14 +103,17 @@ class Fsdp(Engine):
         return model
 
     def _place_experts(self, model: nn.Module, policy: MixedPrecisionPolicy) -> set[nn.Parameter]:
-        """Shard the stacks of experts over the ranks that hold the same; what cannot be cut evenly there stays apart."""
+        """Shard the stacks of experts over the ranks that hold the same; what cannot be cut evenly
+        there stays apart."""
         apart: set[nn.Parameter] = set()
         for module in share_experts(model, self.mesh, self.computed):
             assert self.mesh.experts_mesh is not None
             holders = self.mesh.experts_mesh[self.mesh.experts_mesh.mesh_dim_names[:-1]]  # type: ignore[index]
             ranks = holders.size(holders.ndim - 1)
             dims = {id(stack): even_dim(stack, ranks) for stack in module.parameters()}
-            if ranks == 1 or None in dims.values():  # FSDP2 cuts evenly only, but for dim 0, which is the experts' already
+            if (
+                ranks == 1 or None in dims.values()
+            ):  # FSDP2 cuts evenly only, but for dim 0, which is the experts' already
                 apart.update(module.parameters())
                 continue
             fully_shard(
@@ -111,7 +137,8 @@ class Fsdp(Engine):
             self._drop_unused()
 
     def _drop_unused(self) -> None:
-        """Give back None, as in the other engines, to the parameters that no rank needed: they got zeros above."""
+        """Give back None, as in the other engines, to the parameters that no rank needed: they got
+        zeros above."""
         names = [name for name in self.used.names if name in self.parameters]
         flags = [name in self.used.here for name in names]
         somewhere = used_anywhere(flags, self.mesh.world_group, self.mesh.device)
@@ -124,10 +151,11 @@ class Fsdp(Engine):
 class Used:
     """Which sharded parameters got a gradient on this rank.
 
-    FSDP2 computes with whole tensors that stand in for the shards while a module runs: those are watched.
+    FSDP2 computes with whole tensors that stand in for the shards while a module runs: those are
+    watched.
 
-    Attributes:
-        names: of all parameters that are sharded. here: of those that got a gradient since it was cleared.
+    Attributes: names: of all parameters that are sharded. here: of those that got a gradient since
+        it was cleared.
     """
 
     def __init__(self, model: nn.Module):
@@ -156,7 +184,9 @@ class Used:
                 whole = module.get_parameter(leaf)
                 known = self._watched.get(name)
                 if known is None or known() is not whole:
-                    whole.register_post_accumulate_grad_hook(lambda _, name=name: self.here.add(name))
+                    whole.register_post_accumulate_grad_hook(
+                        lambda _, name=name: self.here.add(name)
+                    )
                     self._watched[name] = weakref.ref(whole)
 
         return look
@@ -165,8 +195,9 @@ class Used:
 class _Sealed:
     """A Span that FSDP2 does not look into.
 
-    It would: FSDP2 walks through dataclasses among a module's arguments in search of tensors, and hands on rebuilt copies.
-    A Span keeps the plans of its layers and knows its cut: walking it is long or circular, and a copy's plans are lost.
+    It would: FSDP2 walks through dataclasses among a module's arguments in search of tensors, and
+    hands on rebuilt copies. A Span keeps the plans of its layers and knows its cut: walking it is
+    long or circular, and a copy's plans are lost.
     """
 
     def __init__(self, span: Span):
@@ -174,7 +205,8 @@ class _Sealed:
 
 
 def _seal_spans(module: nn.Module, look: Callable[[], None]) -> None:
-    """Seal every Span before FSDP2's hooks see it, and open it again around the module's own forward.
+    """Seal every Span before FSDP2's hooks see it, and open it again around the module's own
+    forward.
 
     Args:
         look: called before that forward, while the parameters are whole.
@@ -202,16 +234,20 @@ def _open(value: Any) -> Any:
 
 
 def _separable(model: nn.Module) -> list[nn.Module]:
-    """The blocks that own all their parameters; one that shares some with others is left to the root.
+    """The blocks that own all their parameters; one that shares some with others is left to the
+    root.
 
-    FSDP2 cannot have one parameter in two units. Blocks that run inside the steps of a Relay are left to the root too: ranks go
-    through them at different times, so what they need is gathered before the first step and reduced after the last.
+    FSDP2 cannot have one parameter in two units. Blocks that run inside the steps of a Relay are
+    left to the root too: ranks go through them at different times, so what they need is gathered
+    before the first step and reduced after the last.
     """
     inside_steps = sequential_modules(model)
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
 
     def apart(block: nn.Module) -> bool:
-        inside = Counter(id(p) for module in block.modules() for p in module.parameters(recurse=False))
+        inside = Counter(
+            id(p) for module in block.modules() for p in module.parameters(recurse=False)
+        )
         return bool(inside) and all(owners[key] == count for key, count in inside.items())
 
     return [block for block in blocks_of(model) if apart(block) and block not in inside_steps]

@@ -1,9 +1,9 @@
 """Sum gradients over ranks, measure them and clip them.
 
-A gradient is whole (the same on every rank after `add_up`), or that of the experts of a rank (a DTensor, the same on all
-ranks that hold these experts), or sharded by FSDP2 (a DTensor whose shards are disjoint). The norm
-counts every element of every parameter once: squares of shards are summed over the mesh that shards them, mesh by mesh,
-then combined.
+A gradient is whole (the same on every rank after `add_up`), or that of the experts of a rank (a
+DTensor, the same on all ranks that hold these experts), or sharded by FSDP2 (a DTensor whose shards
+are disjoint). The norm counts every element of every parameter once: squares of shards are summed
+over the mesh that shards them, mesh by mesh, then combined.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,20 @@ from parallel.engines.materialize import local_tensor
 BUCKET_BYTES = 25 * 2**20
 
 
-def all_reduce_gradients(parameters: Sequence[nn.Parameter], group: ProcessGroup | None, holders: ProcessGroup | None = None) -> None:
-    """Replace each gradient by its sum over the group; all ranks that hold it end with the same bits.
+def all_reduce_gradients(
+    parameters: Sequence[nn.Parameter],
+    group: ProcessGroup | None,
+    holders: ProcessGroup | None = None,
+) -> None:
+    """Replace each gradient by its sum over the group; all ranks that hold it end with the same
+    bits.
 
     Args:
         group: all ranks; they sum what is whole.
         holders: the ranks that hold the same experts as this one; they sum what is a DTensor.
 
-    A parameter that got a gradient on some ranks only counts as zero on the others; one that got none anywhere keeps
-    None, so that the optimiser leaves it alone on any number of ranks.
+    A parameter that got a gradient on some ranks only counts as zero on the others; one that got
+    none anywhere keeps None, so that the optimiser leaves it alone on any number of ranks.
     """
     if group is None or dist.get_world_size(group) == 1 or not parameters:
         return
@@ -41,8 +46,11 @@ def all_reduce_gradients(parameters: Sequence[nn.Parameter], group: ProcessGroup
         _sum([local_tensor(grad) for grad in grads if isinstance(grad, DTensor)], holders)
 
 
-def used_anywhere(here: Sequence[bool], group: ProcessGroup | None, device: torch.device) -> list[bool]:
-    """Of parameters that got a gradient here or not, whether they got one on some rank; all ranks must call."""
+def used_anywhere(
+    here: Sequence[bool], group: ProcessGroup | None, device: torch.device
+) -> list[bool]:
+    """Of parameters that got a gradient here or not, whether they got one on some rank; all ranks
+    must call."""
     if group is None or dist.get_world_size(group) == 1 or not here:
         return list(here)
     used = torch.tensor([float(flag) for flag in here], device=device)
@@ -59,7 +67,8 @@ def _sum(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
 
 
 def buckets(tensors: Sequence[Tensor], limit_bytes: int = BUCKET_BYTES) -> list[list[Tensor]]:
-    """Cut a list into runs of one dtype of at most `limit_bytes` (a larger tensor stands alone), in order."""
+    """Cut a list into runs of one dtype of at most `limit_bytes` (a larger tensor stands alone), in
+    order."""
     runs: list[list[Tensor]] = []
     filled = 0
     for tensor in tensors:
@@ -73,21 +82,31 @@ def buckets(tensors: Sequence[Tensor], limit_bytes: int = BUCKET_BYTES) -> list[
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None, device: torch.device) -> float:
-    """Global L2 norm of the gradients before clipping; scales them down to `max_norm` where they exceed it.
+def clip_gradients(
+    parameters: Sequence[nn.Parameter], max_norm: float | None, device: torch.device
+) -> float:
+    """Global L2 norm of the gradients before clipping; scales them down to `max_norm` where they
+    exceed it.
 
     Args:
         max_norm: None or 0 only measures. All ranks must call; all get the same number.
 
-    The factor is max_norm / (norm + 1e-6), torch.nn.utils.clip_grad_norm_'s. A norm that is not finite is returned as it
+    The factor is max_norm / (norm + 1e-6), torch.nn.utils.clip_grad_norm_'s. A norm that is not
+    finite is returned as it
     is: look at it before the step.
     """
     if max_norm is not None and max_norm < 0:
-        raise ValueError(f"optim.max_grad_norm={max_norm} is no norm; give a positive number, or 0 not to clip")
+        raise ValueError(
+            f"optim.max_grad_norm={max_norm} is no norm; give a positive number, or 0 not to clip"
+        )
     grads = [p.grad for p in parameters if p.grad is not None]
     square = torch.zeros((), dtype=torch.float64, device=device)
     for groups, members in _by_mesh(grads):
-        part = torch.nn.utils.get_total_norm([local_tensor(grad) for grad in members]).to(device, torch.float64).square()
+        part = (
+            torch.nn.utils.get_total_norm([local_tensor(grad) for grad in members])
+            .to(device, torch.float64)
+            .square()
+        )
         for group in groups:
             dist.all_reduce(part, group=group)  # [] -> []
         square += part
@@ -99,7 +118,8 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None, d
 
 
 def _by_mesh(grads: Sequence[Tensor]) -> list[tuple[list[ProcessGroup], list[Tensor]]]:
-    """Gradients that are cut over the same groups together, with those groups (none for whole ones)."""
+    """Gradients that are cut over the same groups together, with those groups (none for whole
+    ones)."""
     sets: dict[tuple, tuple[list[ProcessGroup], list[Tensor]]] = {}
     for grad in grads:
         cut = _cut_over(grad)
@@ -110,4 +130,8 @@ def _by_mesh(grads: Sequence[Tensor]) -> list[tuple[list[ProcessGroup], list[Ten
 def _cut_over(grad: Tensor) -> list[ProcessGroup]:
     if not isinstance(grad, DTensor):
         return []
-    return [grad.device_mesh.get_group(axis) for axis, span in enumerate(grad.placements) if span.is_shard()]
+    return [
+        grad.device_mesh.get_group(axis)
+        for axis, span in enumerate(grad.placements)
+        if span.is_shard()
+    ]

@@ -1,8 +1,10 @@
-"""Give a model that was built on the meta device its weights: the same numbers on any number of ranks, nothing sent.
+"""Give a model that was built on the meta device its weights: the same numbers on any number of
+ranks, nothing sent.
 
-Initial weights are a pure function of (seed, parameter name), or what constructors give. Each rank computes one full
-parameter at a time on the CPU and keeps the part that is its own, so that a sharded start equals the unsharded one bit for
-bit. (DTensor's own random initialisation is not rank-aware on a CPU mesh: every shard would draw the same numbers.)
+Initial weights are a pure function of (seed, parameter name), or what constructors give. Each rank
+computes one full parameter at a time on the CPU and keeps the part that is its own, so that a
+sharded start equals the unsharded one bit for bit. (DTensor's own random initialisation is not
+rank-aware on a CPU mesh: every shard would draw the same numbers.)
 """
 
 import hashlib
@@ -12,16 +14,34 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from models.construction import Origin, Values, constructed, foreign, holds_meta, modules_of, on, parts, unfilled
+from models.construction import (
+    Origin,
+    Values,
+    constructed,
+    foreign,
+    holds_meta,
+    modules_of,
+    on,
+    parts,
+    unfilled,
+)
 from models.init import draw, said, usual
 
-WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # a tensor's bits, by bytes of an element
+WORDS = {
+    1: torch.uint8,
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+}  # a tensor's bits, by bytes of an element
 PART = 1 << 24  # elements weighed at once
-WEIGHT = -7046029254386353131  # 2^64 / golden ratio as a signed number: spreads neighbouring places apart
+WEIGHT = (
+    -7046029254386353131
+)  # 2^64 / golden ratio as a signed number: spreads neighbouring places apart
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies on this rank: all of it, unless it is a DTensor. Shares memory."""
+    """The part of a tensor that lies on this rank: all of it, unless it is a DTensor. Shares
+    memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -44,28 +64,37 @@ def checksum(tensor: Tensor) -> str:
 
 @torch.no_grad()
 def copy_into(target: Tensor, value: Tensor) -> None:
-    """Copy `value` into `target`; either may be whole or sharded. A whole `value` must be equal on every rank.
+    """Copy `value` into `target`; either may be whole or sharded. A whole `value` must be equal on
+    every rank.
 
-    Only sharded into whole, or a change of sharding or mesh, communicates (all ranks must then call it).
+    Only sharded into whole, or a change of sharding or mesh, communicates (all ranks must then call
+    it).
     """
     if isinstance(target, DTensor):
-        mesh, placements = target.device_mesh, target.placements
+        mesh = target.device_mesh
+        placements = target.placements
         if isinstance(value, DTensor) and value.device_mesh != mesh:
             value = value.full_tensor()
         if isinstance(value, DTensor):
             value = value.redistribute(mesh, placements)
         else:
-            value = distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None)
+            value = distribute_tensor(
+                value.to(mesh.device_type), mesh, placements, src_data_rank=None
+            )
     elif isinstance(value, DTensor):
         value = value.full_tensor()
     local_tensor(target).copy_(local_tensor(value))
 
 
-def materialize(model: nn.Module, device: torch.device, seed: int, how: dict[str, str] | None = None) -> str:
-    """Fill every parameter and buffer that is on the meta device, in place; what has values already is only moved.
+def materialize(
+    model: nn.Module, device: torch.device, seed: int, how: dict[str, str] | None = None
+) -> str:
+    """Fill every parameter and buffer that is on the meta device, in place; what has values already
+    is only moved.
 
-    Tied parameters stay tied, names and `requires_grad` stay, and a DTensor keeps its sharding. What constructors give is
-    made part by part (models/construction.py), so a rank never holds more than one part whole.
+    Tied parameters stay tied, names and `requires_grad` stay, and a DTensor keeps its sharding.
+    What constructors give is made part by part (models/construction.py), so a rank never holds more
+    than one part whole.
 
     Args:
         how: filled with what every parameter and buffer starts from, for the log.
@@ -89,9 +118,13 @@ class _Filling:
     """The state of `materialise` as it goes from part to part."""
 
     def __init__(self, model: nn.Module, device: torch.device, seed: int, how: dict[str, str]):
-        self.device, self.seed, self.how = device, seed, how
-        self.places, self.digest = _places(model), hashlib.blake2b(digest_size=16)
-        self.said, self.usual = said(model), usual(model)
+        self.device = device
+        self.seed = seed
+        self.how = how
+        self.places = _places(model)
+        self.digest = hashlib.blake2b(digest_size=16)
+        self.said = said(model)
+        self.usual = usual(model)
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def fill(self, name: str, part: nn.Module, origin: Origin | None) -> None:
@@ -102,9 +135,13 @@ class _Filling:
             values = constructed(name, part, origin, self.seed)
         for inner, module in modules:
             for leaf, parameter in list(module.named_parameters(recurse=False)):
-                first = self.names.pop(id(parameter), None)  # None: tied to one that is filled already
+                first = self.names.pop(
+                    id(parameter), None
+                )  # None: tied to one that is filled already
                 if first is not None:
-                    self._fill_parameter(first, name, f"{inner}.{leaf}".lstrip("."), parameter, values)
+                    self._fill_parameter(
+                        first, name, f"{inner}.{leaf}".lstrip("."), parameter, values
+                    )
             self._fill_buffers(f"{name}.{inner}".strip("."), inner, module, values)
             if values is not None:
                 self._fill_attributes(inner, module, values)
@@ -114,11 +151,20 @@ class _Filling:
         for _, module in modules:
             for parameter in module.parameters(recurse=False):
                 name = self.names.get(id(parameter))
-                if parameter.is_meta and name is not None and name not in self.said and name not in self.usual:
+                if (
+                    parameter.is_meta
+                    and name is not None
+                    and name not in self.said
+                    and name not in self.usual
+                ):
                     return True
-            if any(buffer.is_meta for buffer in module.buffers(recurse=False)) and not hasattr(module, "reset_buffers"):
+            if any(buffer.is_meta for buffer in module.buffers(recurse=False)) and not hasattr(
+                module, "reset_buffers"
+            ):
                 return True
-            if any(holds_meta(value) for key, value in vars(module).items() if not key.startswith("_")):
+            if any(
+                holds_meta(value) for key, value in vars(module).items() if not key.startswith("_")
+            ):
                 return True
         return False
 
@@ -129,7 +175,10 @@ class _Filling:
             value, self.how[name] = self._start(name, part, inner, parameter, values)
             value = value.to(parameter.dtype)
             self.digest.update(f"{name} {checksum(value)} ".encode())
-            fresh = nn.Parameter(torch.empty_like(parameter, device=self.device), requires_grad=parameter.requires_grad)
+            fresh = nn.Parameter(
+                torch.empty_like(parameter, device=self.device),
+                requires_grad=parameter.requires_grad,
+            )
             copy_into(fresh, value)
             for module, attribute in self.places[id(parameter)]:
                 setattr(module, attribute, fresh)
@@ -144,7 +193,8 @@ class _Filling:
     ) -> tuple[Tensor, str]:
         """The whole value that a parameter starts from, and what the log says of it.
 
-        A rule of the part itself counts most, then what its constructor gave, then a rule of the model around it.
+        A rule of the part itself counts most, then what its constructor gave, then a rule of the
+        model around it.
         """
         rule, text, speaker = self.said.get(name, (self.usual.get(name), "", None))
         own_word = speaker is not None and f"{speaker}.".startswith(f"{part}." if part else "")
@@ -152,17 +202,27 @@ class _Filling:
             return draw(rule, name, parameter.shape, self.seed), text or str(rule)
         if values is None or inner not in values.tensors:
             raise ValueError(
-                f"{name} was built on the meta device and nothing says what it starts from; give its layer a method "
-                "initial() -> {name: rule} (models/init.py)"
+                f"{name} was built on the meta device and nothing says what it starts from; give"
+                " its layer a method initial() -> {name: rule} (models/init.py)"
             )
         if reason := unfilled(name, values.tensors[inner]):
             raise ValueError(reason)
         return values.tensors[inner], "as constructed"
 
-    def _fill_buffers(self, name: str, inner: str, module: nn.Module, values: Values | None) -> None:
+    def _fill_buffers(
+        self, name: str, inner: str, module: nn.Module, values: Values | None
+    ) -> None:
         blank = [leaf for leaf, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for leaf, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, leaf, torch.empty_like(buffer, device=self.device) if buffer.is_meta else buffer.to(self.device))
+            setattr(
+                module,
+                leaf,
+                (
+                    torch.empty_like(buffer, device=self.device)
+                    if buffer.is_meta
+                    else buffer.to(self.device)
+                ),
+            )
         if not blank:
             return
         reset = getattr(module, "reset_buffers", None)
@@ -174,15 +234,21 @@ class _Filling:
             value = None if values is None else values.tensors.get(f"{inner}.{leaf}".lstrip("."))
             if value is None:
                 raise ValueError(
-                    f"{name or 'the model'} ({type(module).__name__}) has a buffer and was built on the meta device, but it "
-                    "has no reset_buffers() to compute it again; add that method"
+                    f"{name or 'the model'} ({type(module).__name__}) has a buffer and was built on"
+                    " the meta device, but it has no reset_buffers() to compute it again; add that"
+                    " method"
                 )
             module.get_buffer(leaf).copy_(value)
             self.how[f"{name}.{leaf}".lstrip(".")] = "as constructed (buffer)"
 
     def _fill_attributes(self, inner: str, module: nn.Module, values: Values) -> None:
-        """Gives tensors that are neither parameters nor buffers what their constructor gave them."""
-        blank = [key for key, value in vars(module).items() if not key.startswith("_") and holds_meta(value)]
+        """Gives tensors that are neither parameters nor buffers what their constructor gave
+        them."""
+        blank = [
+            key
+            for key, value in vars(module).items()
+            if not key.startswith("_") and holds_meta(value)
+        ]
         for key in blank:
             if (inner, key) in values.attributes:
                 setattr(module, key, on(self.device, values.attributes[inner, key]))
@@ -198,7 +264,8 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 
 
 def named(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """(every name of a parameter, the first of its names): they differ where parameters are tied."""
+    """(every name of a parameter, the first of its names): they differ where parameters are
+    tied."""
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         yield name, first.setdefault(id(parameter), name)

@@ -1,7 +1,9 @@
-"""Whether ranks that hold the same numbers hold them alike: by checksums, of which a few bytes are sent.
+"""Whether ranks that hold the same numbers hold them alike: by checksums, of which a few bytes are
+sent.
 
-Every rank draws its initial weights by itself and reads checkpoints by itself; nothing else would notice that one of them
-came to other numbers. A copy is what lies whole on a rank, or the same shard of a sharded tensor.
+Every rank draws its initial weights by itself and reads checkpoints by itself; nothing else would
+notice that one of them came to other numbers. A copy is what lies whole on a rank, or the same
+shard of a sharded tensor.
 """
 
 import hashlib
@@ -18,7 +20,8 @@ from parallel.engines.materialize import checksum
 
 
 class Difference(NamedTuple):
-    """What ranks hold differently: its name, and the ranks on the smaller and on the larger side."""
+    """What ranks hold differently: its name, and the ranks on the smaller and on the larger
+    side."""
 
     name: str
     others: list[int]
@@ -26,7 +29,8 @@ class Difference(NamedTuple):
 
 
 def held(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all that an engine computes and updates: parameters, buffers, masters, the optimiser's state."""
+    """(name, tensor) of all that an engine computes and updates: parameters, buffers, masters, the
+    optimiser's state."""
     computed = dict(engine.model.named_parameters())
     known = {id(parameter) for parameter in computed.values()}
     yield from computed.items()
@@ -39,8 +43,11 @@ def held(engine: Engine) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}.{key} (of the optimiser)", value
 
 
-def compare_tensors(tensors: Iterable[tuple[str, Tensor]], group: ProcessGroup | None) -> Difference | None:
-    """The first tensor whose copies differ; None where there is none. Collective; the same answer on every rank."""
+def compare_tensors(
+    tensors: Iterable[tuple[str, Tensor]], group: ProcessGroup | None
+) -> Difference | None:
+    """The first tensor whose copies differ; None where there is none. Collective; the same answer
+    on every rank."""
     if group is None:
         return None
     copies: dict[str, dict[str, str]] = {}
@@ -52,11 +59,14 @@ def compare_tensors(tensors: Iterable[tuple[str, Tensor]], group: ProcessGroup |
     return compare(copies, group)  # only now is a line for each tensor sent
 
 
-def compare(copies: Mapping[str, Mapping[str, str]], group: ProcessGroup | None) -> Difference | None:
+def compare(
+    copies: Mapping[str, Mapping[str, str]], group: ProcessGroup | None
+) -> Difference | None:
     """The first name under which ranks say different things; None where there is none. Collective.
 
     Args:
-        copies: {shard: {name: what this rank has to say}}; compared are the ranks that have the same shard.
+        copies: {shard: {name: what this rank has to say}}; compared are the ranks that have the
+            same shard.
     """
     if group is None:
         return None
@@ -74,7 +84,8 @@ def compare(copies: Mapping[str, Mapping[str, str]], group: ProcessGroup | None)
 
 
 def split(sides: Mapping[Any, list[int]]) -> tuple[list[int], list[int]]:
-    """({what is said: ranks that say so}) -> the ranks outside the largest side, and those of it."""
+    """({what is said: ranks that say so}) -> the ranks outside the largest side, and those of
+    it."""
     most = max(sides.values(), key=len)
     return sorted(rank for ranks in sides.values() if ranks is not most for rank in ranks), most
 

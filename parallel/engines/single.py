@@ -1,10 +1,12 @@
-"""Engine that keeps every parameter whole on every rank and sums the gradients, on any number of ranks.
+"""Engine that keeps every parameter whole on every rank and sums the gradients, on any number of
+ranks.
 
-Only stacks of experts are not whole under expert parallelism: a rank has its own experts, and sums their gradients over
-the ranks that hold the same ones.
+Only stacks of experts are not whole under expert parallelism: a rank has its own experts, and sums
+their gradients over the ranks that hold the same ones.
 
-In bfloat16 the model holds bfloat16 copies and the optimiser float32 masters beside it. (Casting inside the forward would
-be undone by the time that activation checkpointing computes a block again; copies are there for both.)
+In bfloat16 the model holds bfloat16 copies and the optimiser float32 masters beside it. (Casting
+inside the forward would be undone by the time that activation checkpointing computes a block again;
+copies are there for both.)
 """
 
 from typing import Any
@@ -20,7 +22,8 @@ from parallel.engines.materialize import materialize
 
 
 class Single(Engine):
-    """All parameters on all ranks; one all-reduce of the gradients a step, in flat buckets, in the stored dtype."""
+    """All parameters on all ranks; one all-reduce of the gradients a step, in flat buckets, in the
+    stored dtype."""
 
     def _place(self, model: nn.Module) -> nn.Module:
         share_experts(model, self.mesh, self.computed)
@@ -36,9 +39,14 @@ class Single(Engine):
         if self.precision != "bfloat16":
             return computed
         masters = {  # a stack of experts is its own master: it is cast where it is used
-            name: p if isinstance(p, DTensor) else nn.Parameter(p.detach(), p.requires_grad) for name, p in computed.items()
+            name: p if isinstance(p, DTensor) else nn.Parameter(p.detach(), p.requires_grad)
+            for name, p in computed.items()
         }
-        self.copies = [(computed[name], master) for name, master in masters.items() if not isinstance(master, DTensor)]
+        self.copies = [
+            (computed[name], master)
+            for name, master in masters.items()
+            if not isinstance(master, DTensor)
+        ]
         for copy, master in self.copies:
             copy.data = master.detach().to(torch.bfloat16)
         return masters
@@ -73,7 +81,8 @@ class Single(Engine):
 
 
 def cast_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Float inputs of the model and of each block in bfloat16, as FSDP2's mixed precision has them."""
+    """Float inputs of the model and of each block in bfloat16, as FSDP2's mixed precision has
+    them."""
     return _cast(args), _cast(kwargs)
 
 

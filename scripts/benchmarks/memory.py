@@ -1,8 +1,10 @@
-"""What Transformer-XL's memory costs: a step with four times as much against the same step and the attention that it adds.
+"""What Transformer-XL's memory costs: a step with four times as much against the same step and the
+attention that it adds.
 
-A layer reads row after row of one long document, forward and backward, with as many tokens recalled as a row has and with four
-times as many. Beside them stands the attention of the difference alone: keys and values projected, queries that see all of
-them, and back. Measured in turn in one process, medians; by cpu is the same by processor time.
+A layer reads row after row of one long document, forward and backward, with as many tokens recalled
+as a row has and with four times as many. Beside them stands the attention of the difference alone:
+keys and values projected, queries that see all of them, and back. Measured in turn in one process,
+medians; by cpu is the same by processor time.
 
 Letters: T tokens of a row.
 """
@@ -31,7 +33,9 @@ from scripts.benchmarks.attention import parse_into
 from scripts.benchmarks.malloc import keep_heap
 from scripts.benchmarks.timing import BenchmarkEntry, StepCall, alternate, middle
 
-TIMES, ROWS = 4, 5  # the larger memory in rows; rows that are read before the clock starts, so that memories are full
+# the larger memory in rows; rows that are read before the clock starts, so that memories are full
+TIMES = 4
+ROWS = 5
 POSITIONS: dict[str, type[Position]] = {"rope": Rope, "relative": Relative}
 
 
@@ -65,7 +69,8 @@ class MemoryBenchmark:
     """Builds what is measured, when it is run."""
 
     def __init__(self, sizes: MemorySizes):
-        self.sizes, self.wide = sizes, sizes.heads * sizes.width
+        self.sizes = sizes
+        self.wide = sizes.heads * sizes.width
         keep_heap()
 
     def noise(self, tokens: int) -> Tensor:
@@ -75,21 +80,26 @@ class MemoryBenchmark:
     def layer(self, position: str, length: int) -> tuple[Block, CarriedState]:
         """A layer that recalls so many tokens, and a full memory of them."""
         heads = self.sizes.heads
-        mixer = SegmentMemory(length).around(Attention(self.wide, heads, heads, POSITIONS[position]()))
+        mixer = SegmentMemory(length).around(
+            Attention(self.wide, heads, heads, POSITIONS[position]())
+        )
         made = block(self.wide, mixer, SwiGLU(self.wide, 4 * self.wide))
         initialise(made, self.sizes.seed).to(self.sizes.device)
         name_stateful_modules(made)
         return made, CarriedState()
 
     def reading(self, position: str, length: int) -> tuple[StepCall, CarriedState]:
-        """Reads the next row of one document, forward and backward; and what is kept between rows."""
+        """Reads the next row of one document, forward and backward; and what is kept between
+        rows."""
         made, past = self.layer(position, length)
-        x, weight, row = self.noise(self.sizes.tokens).requires_grad_(), self.noise(self.sizes.tokens), 0
+        x = self.noise(self.sizes.tokens).requires_grad_()
+        weight = self.noise(self.sizes.tokens)
+        row = 0
 
         def step() -> None:
             nonlocal row
             span = Span.line(1, self.sizes.tokens, self.sizes.device)
-            span = past.enter(replace(span, pos=span.pos + row * self.sizes.tokens))
+            span = past.attach(replace(span, pos=span.pos + row * self.sizes.tokens))
             x.grad = None
             made.zero_grad()
             made(x, span).backward(weight)
@@ -101,11 +111,14 @@ class MemoryBenchmark:
         return step, past
 
     def added(self, position: str) -> StepCall:
-        """The attention that the larger memory adds to a row: T queries see (TIMES - 1) T more keys, all of them."""
+        """The attention that the larger memory adds to a row: T queries see (TIMES - 1) T more
+        keys, all of them."""
         made, _ = self.layer(position, 1)
         mixer: Any = made.mixer
-        more, tokens = (TIMES - 1) * self.sizes.tokens, self.sizes.tokens
-        span, kv_span = Span.line(1, tokens, self.sizes.device), Span.line(1, more, self.sizes.device)
+        more = (TIMES - 1) * self.sizes.tokens
+        tokens = self.sizes.tokens
+        span = Span.line(1, tokens, self.sizes.device)
+        kv_span = Span.line(1, more, self.sizes.device)
         span = replace(span, pos=span.pos + more)
         leaf = Softmax(Mask(), mixer.mix.score)
         kept = self.noise(more)
@@ -116,7 +129,13 @@ class MemoryBenchmark:
             q.grad = None
             made.zero_grad()
             params = mixer.tables() if mixer.tables is not None else ()
-            leaf((q,), mixer.payload(made.mixer_norm(kept), kv_span), params, span=span, kv_span=kv_span).backward(weight)
+            leaf(
+                (q,),
+                mixer.payload(made.mixer_norm(kept), kv_span),
+                params,
+                span=span,
+                kv_span=kv_span,
+            ).backward(weight)
 
         step()
         return step
@@ -127,14 +146,26 @@ def measure(sizes: MemorySizes, group: Any) -> Iterator[dict]:
     assert dist.get_world_size(group) == 1
     bench = MemoryBenchmark(sizes)
     for position in POSITIONS:
-        few, more = bench.reading(position, sizes.tokens), bench.reading(position, TIMES * sizes.tokens)
+        few = bench.reading(position, sizes.tokens)
+        more = bench.reading(position, TIMES * sizes.tokens)
         steps = {"few": few[0], "more": more[0], "added": bench.added(position)}
         entries = [BenchmarkEntry(name, {}, step) for name, step in steps.items()]
         runs = [middle(each) for each in alternate(entries, sizes.repeats, sizes.threads)]
-        found = {"position": position, "tokens": sizes.tokens, "times": TIMES, "bytes": more[1].bytes()}
+        found = {
+            "position": position,
+            "tokens": sizes.tokens,
+            "times": TIMES,
+            "bytes": more[1].bytes(),
+        }
         for name, taken in zip(steps, runs):
-            found |= {f"{name}_seconds": taken.seconds, f"{name}_processor_seconds": taken.processor_seconds}
-        yield found | {"ratio": _ratio(found, "seconds"), "ratio_by_cpu": _ratio(found, "processor_seconds")}
+            found |= {
+                f"{name}_seconds": taken.seconds,
+                f"{name}_processor_seconds": taken.processor_seconds,
+            }
+        yield found | {
+            "ratio": _ratio(found, "seconds"),
+            "ratio_by_cpu": _ratio(found, "processor_seconds"),
+        }
 
 
 def _ratio(row: dict, what: str) -> float:
@@ -144,11 +175,30 @@ def _ratio(row: dict, what: str) -> float:
 
 def table(rows: list[dict]) -> str:
     """Rows as text."""
-    columns = "position", "row", "memory = row", f"{TIMES} rows", "attention of it", "added / that", "by cpu"
-    lines = ["a layer's step, forward and backward, ms; about 1 is asked", "".join(f"{name:>16}" for name in columns)]
+    columns = (
+        "position",
+        "row",
+        "memory = row",
+        f"{TIMES} rows",
+        "attention of it",
+        "added / that",
+        "by cpu",
+    )
+    lines = [
+        "a layer's step, forward and backward, ms; about 1 is asked",
+        "".join(f"{name:>16}" for name in columns),
+    ]
     for row in rows:
         times = [f"{1e3 * row[f'{name}_seconds']:.0f}" for name in ("few", "more", "added")]
-        cells = row["position"], row["tokens"], *times, f"{row['ratio']:.2f}", f"{row['ratio_by_cpu']:.2f}"
+        cells = (
+            row["position"],
+            row["tokens"],
+            *times,
+            f"{row['ratio']:.2f}",
+            f"{row['ratio_by_cpu']:.2f}",
+        )
         lines.append("".join(f"{cell:>16}" for cell in cells))
     carried = {row["position"]: row["bytes"] for row in rows}
-    return "\n".join([*lines, f"bytes that a lane carries for a layer, {TIMES} rows recalled: {carried}"])
+    return "\n".join(
+        [*lines, f"bytes that a lane carries for a layer, {TIMES} rows recalled: {carried}"]
+    )

@@ -1,9 +1,11 @@
-"""What the linear-time family costs: growth with the row, speed beside softmax, state while decoding, bytes between ranks.
+"""What the linear-time family costs: growth with the row, speed beside softmax, state while
+decoding, bytes between ranks.
 
-Layers are measured forward and backward in one process of `threads` threads, in turn with what they are compared to. Eight
-rows of T tokens and one row of 8 T are the same number of tokens, so growth is 8 for what is linear. Medians. The heap is kept
-(scripts/benchmarks/malloc.py), which a run by itself does not do: without, page faults come on top. "by cpu" is the same ratio by
-processor time, which a busy machine disturbs less.
+Layers are measured forward and backward in one process of `threads` threads, in turn with what they
+are compared to. Eight rows of T tokens and one row of 8 T are the same number of tokens, so growth
+is 8 for what is linear. Medians. The heap is kept (scripts/benchmarks/malloc.py), which a run by
+itself does not do: without, page faults come on top. "by cpu" is the same ratio by processor time,
+which a busy machine disturbs less.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,7 +44,10 @@ from scripts.benchmarks.attention import parse_into
 from scripts.benchmarks.malloc import keep_heap
 from scripts.benchmarks.timing import BenchmarkEntry, alternate, gathered, middle
 
-TIMES, GOAL, HYENA_GOAL = 8, 9.5, 1.2  # how much longer a row gets; the most its time may grow; in units of the bare FFTs'
+# how much longer a row gets; the most its time may grow; in units of the bare FFTs'
+TIMES = 8
+GOAL = 9.5
+HYENA_GOAL = 1.2
 TAPS = 4
 BARE = "bare FFTs"
 KINDS = "scan, decay per head", "scan, decay per channel", "scan, low rank", "window"
@@ -61,7 +66,9 @@ LAYERS: dict[str, Callable[[int, int, int], nn.Module]] = {
 }
 
 
-Build = Callable[[], tuple[Callable[[], Tensor], list[Tensor]]]  # what is called, and the leaves that get gradients
+Build = Callable[
+    [], tuple[Callable[[], Tensor], list[Tensor]]
+]  # what is called, and the leaves that get gradients
 WAYS = ("", ""), ("processor_", "_by_cpu")
 
 
@@ -90,8 +97,10 @@ class MixerBenchmark:
     """Builds what is measured, on the first rank and only when it is run."""
 
     def __init__(self, sizes: MixerSizes, group: Any):
-        self.sizes, self.group = sizes, group
-        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.sizes = sizes
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.ranks = dist.get_world_size(group)
         keep_heap()
 
     def noise(self, *shape: int) -> Tensor:
@@ -122,7 +131,8 @@ class MixerBenchmark:
         def build():
             layer = LAYERS[name](sizes.layer_width, sizes.layer_heads, tokens)
             layer = initialise(layer, seed=sizes.seed).to(sizes.device)
-            x, span = self.noise(1, tokens, sizes.layer_width).requires_grad_(), self.line(tokens)
+            x = self.noise(1, tokens, sizes.layer_width).requires_grad_()
+            span = self.line(tokens)
             return lambda: layer(x, span), [x, *layer.parameters()]
 
         return self.entry(name, tokens, build, rows)
@@ -142,11 +152,16 @@ class MixerBenchmark:
 
     def attention(self, name: str, tokens: int) -> BenchmarkEntry:
         """Scan in chunks or step by step, or SDPA, of heads x width."""
-        heads, width = self.sizes.heads, self.sizes.width
+        heads = self.sizes.heads
+        width = self.sizes.width
 
         def build():
-            q, k, v = (x.requires_grad_() for x in self.noise(3, 1, tokens, heads, width).mul(width**-0.5).unbind())
-            span, leaf = self.line(tokens), Scan()
+            q, k, v = (
+                x.requires_grad_()
+                for x in self.noise(3, 1, tokens, heads, width).mul(width**-0.5).unbind()
+            )
+            span = self.line(tokens)
+            leaf = Scan()
             decay = torch.full((1, tokens, heads), -0.05, device=q.device)
             calls = {
                 "scan in chunks": lambda: leaf((q,), (k, v, decay), span=span),
@@ -176,62 +191,90 @@ class MixerBenchmark:
         make = self.transforms if name == BARE else partial(self.layer, name)
         few, many = self.taken([make(tokens, TIMES), make(TIMES * tokens, 1)])
         return {"name": name, "tokens": many["tokens"], "seconds": many["seconds"]} | {
-            f"growth{end}": TIMES * many[f"{kind}seconds"] / few[f"{kind}seconds"] for kind, end in WAYS
+            f"growth{end}": TIMES * many[f"{kind}seconds"] / few[f"{kind}seconds"]
+            for kind, end in WAYS
         }
 
     def speed(self, tokens: int) -> list[dict]:
         """The scan beside what it must beat, in units of its time."""
-        names = ["scan in chunks", "SDPA, causal", *(["scan step by step"] if tokens == self.sizes.tokens else [])]
+        names = [
+            "scan in chunks",
+            "SDPA, causal",
+            *(["scan step by step"] if tokens == self.sizes.tokens else []),
+        ]
         rows = self.taken([self.attention(name, tokens) for name in names])
         for row in rows:
-            row |= {f"times{end}": row[f"{kind}seconds"] / rows[0][f"{kind}seconds"] for kind, end in WAYS}
+            row |= {
+                f"times{end}": row[f"{kind}seconds"] / rows[0][f"{kind}seconds"]
+                for kind, end in WAYS
+            }
         return rows
 
     def state(self, name: str, tokens: int) -> int | None:
-        """Bytes that a layer keeps from row to row after so many tokens of a document; None: it has to read all again."""
-        sizes, row = self.sizes, 64
+        """Bytes that a layer keeps from row to row after so many tokens of a document; None: it has
+        to read all again."""
+        sizes = self.sizes
+        row = 64
         layer = initialise(LAYERS[name](sizes.layer_width, sizes.layer_heads, row), seed=sizes.seed)
         if any(isinstance(module, LongConv) for module in layer.modules()):
             return None
         name_stateful_modules(layer)
-        past, x = CarriedState(), torch.ones(1, row, sizes.layer_width)
+        past = CarriedState()
+        x = torch.ones(1, row, sizes.layer_width)
         with torch.no_grad():
             for start in range(0, tokens, row):
                 pos = torch.arange(start, start + row)[None]
-                layer(x, past.enter(Span.of(pos, torch.zeros_like(pos))))
+                layer(x, past.attach(Span.of(pos, torch.zeros_like(pos))))
                 past.advance()
         return past.bytes()
 
     def sent(self, kind: str, tokens: int) -> tuple[int, int]:
-        """(bytes that this rank sends in one forward and backward, what the formula says), in a zigzag."""
-        sizes, communicator = self.sizes, Communicator(self.group)
+        """(bytes that this rank sends in one forward and backward, what the formula says), in a
+        zigzag."""
+        sizes = self.sizes
+        communicator = Communicator(self.group)
         here = shard_span(Span.line(1, tokens), [zigzag(tokens, self.ranks)], self.rank)
         x = torch.ones(1, here.shape[1], sizes.heads, sizes.width).requires_grad_()
         if kind == "window":
             flat = x.flatten(2)
-            Halo(CausalConv(), communicator)((flat,), (flat.new_ones(TAPS, flat.shape[2]),), span=here).sum().backward()
-            return sum(communicator.bytes_sent.values()), halo_bytes(flat.shape[2] * 4, TAPS - 1, self.rank, self.ranks)
-        channel, low = kind != "scan, decay per head", kind == "scan, low rank"
+            Halo(CausalConv(), communicator)(
+                (flat,), (flat.new_ones(TAPS, flat.shape[2]),), span=here
+            ).sum().backward()
+            return sum(communicator.bytes_sent.values()), halo_bytes(
+                flat.shape[2] * 4, TAPS - 1, self.rank, self.ranks
+            )
+        channel = kind != "scan, decay per head"
+        low = kind == "scan, low rank"
         decay = -x.square() if channel else -x.square().mean(-1)
-        StatePassing(Scan(), communicator)((x,), (x, x, decay, *((x, -x / sizes.width) if low else ())), span=here).sum().backward()
+        StatePassing(Scan(), communicator)(
+            (x,), (x, x, decay, *((x, -x / sizes.width) if low else ())), span=here
+        ).sum().backward()
         kept = sizes.width**2 if low else sizes.width if channel else 1
-        return sum(communicator.bytes_sent.values()), passing_bytes(sizes.heads, kept * 4, sizes.width**2 * 4, self.rank, self.ranks)
+        return sum(communicator.bytes_sent.values()), passing_bytes(
+            sizes.heads, kept * 4, sizes.width**2 * 4, self.rank, self.ranks
+        )
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
+    return scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
+    )
 
 
 def passing_bytes(pairs: int, keep: int, state: int, rank: int, ranks: int, runs: int = 2) -> int:
-    """What Passing sends, forward and backward: `pairs` of (row, head), bytes of what a run keeps and of a state."""
+    """What Passing sends, forward and backward: `pairs` of (row, head), bytes of what a run keeps
+    and of a state."""
     first, last = unit_ranges(pairs, ranks)[rank]
     mine = last - first
-    there, back = (pairs - mine) * runs, mine * (ranks - 1) * runs  # summaries go to who folds them, states come back
+    # summaries go to who folds them, states come back
+    there = (pairs - mine) * runs
+    back = mine * (ranks - 1) * runs
     return (there + back) * (keep + state) + (back + there) * state
 
 
 def halo_bytes(token: int, reach: int, rank: int, ranks: int) -> int:
-    """What Halo sends in a zigzag: at each border of two ranks `reach` tokens forward, and their gradients back."""
+    """What Halo sends in a zigzag: at each border of two ranks `reach` tokens forward, and their
+    gradients back."""
     owners = [*range(ranks), *reversed(range(ranks))]
     borders = [pair for pair in zip(owners[:-1], owners[1:]) if pair[0] != pair[1]]
     return token * reach * sum((a == rank) + (b == rank) for a, b in borders)
@@ -250,16 +293,30 @@ def measure(sizes: MixerSizes, group: Any) -> Iterator[dict]:
         for row in bench.speed(tokens):
             yield {"section": "speed", **row}
     for name in LAYERS:
-        yield {"section": "state", "name": name, "bytes": [bench.state(name, tokens) for tokens in (64, 4096)]}
+        yield {
+            "section": "state",
+            "name": name,
+            "bytes": [bench.state(name, tokens) for tokens in (64, 4096)],
+        }
     for kind in KINDS:
         for tokens in (sizes.tokens, TIMES * sizes.tokens):
             sent, formula = zip(*gathered(bench.sent(kind, tokens)))
-            yield {"section": "sent", "name": kind, "tokens": tokens, "sent_bytes": sent, "formula_bytes": formula}
+            yield {
+                "section": "sent",
+                "name": kind,
+                "tokens": tokens,
+                "sent_bytes": sent,
+                "formula_bytes": formula,
+            }
 
 
 def table(rows: list[dict]) -> str:
     """Rows as text, section by section."""
-    return "\n".join(part for title, line in SECTIONS.items() for part in ("", TITLES[title], *map(line, of(rows, title))))
+    return "\n".join(
+        part
+        for title, line in SECTIONS.items()
+        for part in ("", TITLES[title], *map(line, of(rows, title)))
+    )
 
 
 def of(rows: list[dict], section: str) -> list[dict]:
@@ -268,7 +325,9 @@ def of(rows: list[dict], section: str) -> list[dict]:
 
 def _growth(row: dict) -> str:
     goal = f"goal {row['goal']:.1f}" if row["goal"] else "every goal of hyena is 1.2 of this"
-    cells = f"{1e3 * row['seconds']:10.0f} ms {row['growth']:8.2f} {row['growth_by_cpu']:8.2f} by cpu"
+    cells = (
+        f"{1e3 * row['seconds']:10.0f} ms {row['growth']:8.2f} {row['growth_by_cpu']:8.2f} by cpu"
+    )
     return f"{row['name']:20}{row['tokens']:8}{cells}   {goal}"
 
 
@@ -278,18 +337,29 @@ def _speed(row: dict) -> str:
 
 
 def _state(row: dict) -> str:
-    return f"{row['name']:20}" + ("the whole document" if None in row["bytes"] else "{:10} {:10}".format(*row["bytes"]))
+    return f"{row['name']:20}" + (
+        "the whole document" if None in row["bytes"] else "{:10} {:10}".format(*row["bytes"])
+    )
 
 
 def _sent(row: dict) -> str:
-    verdict = "equal to the formula" if row["sent_bytes"] == row["formula_bytes"] else f"formula {row['formula_bytes']}"
+    verdict = (
+        "equal to the formula"
+        if row["sent_bytes"] == row["formula_bytes"]
+        else f"formula {row['formula_bytes']}"
+    )
     return f"{row['name']:24}{row['tokens']:8} {max(row['sent_bytes']):10} bytes, {verdict}"
 
 
 SECTIONS = {"growth": _growth, "speed": _speed, "state": _state, "sent": _sent}
 TITLES = {
-    "growth": "a row of so many tokens, forward and backward; its time in units of a row of an eighth of it",
-    "speed": "heads x width of attention, forward and backward; time in units of the scan in chunks",
+    "growth": (
+        "a row of so many tokens, forward and backward; its time in units of a row of an eighth"
+        " of it"
+    ),
+    "speed": (
+        "heads x width of attention, forward and backward; time in units of the scan in chunks"
+    ),
     "state": "bytes kept from row to row, after 64 and after 4,096 tokens",
     "sent": "bytes that the busiest rank sends, forward and backward, in a zigzag",
 }

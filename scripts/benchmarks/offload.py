@@ -1,8 +1,11 @@
-"""What it costs and saves to let activations wait on the host: the same step with and without, on one device.
+"""What it costs and saves to let activations wait on the host: the same step with and without, on
+one device.
 
-A decoder of attention and SwiGLU, forward and backward of one row, without and with each kind of activation checkpointing.
-Peaks are of activations alone: gradients have their place before. A loss must be the same bits either way; gradients may
-differ as they do between two runs of a kernel that adds up in no fixed order.
+A decoder of attention and SwiGLU, forward and backward of one row, without and with each kind of
+activation checkpointing.
+Peaks are of activations alone: gradients have their place before. A loss must be the same bits
+either way; gradients may differ as they do between two runs of a kernel that adds up in no fixed
+order.
 """
 
 import time
@@ -26,7 +29,8 @@ from parallel.mesh import Mesh
 from parallel.parallelize import parallelize
 from scripts.benchmarks.timing import peak_bytes
 
-WORDS, HEAD = 257, 64
+WORDS = 257
+HEAD = 64
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}  # of a gradient's largest magnitude
 
 
@@ -52,13 +56,23 @@ class MeasuredStep(NamedTuple):
 Make = Callable[[torch.device], ActivationOffload]  # what sends to the host, for a device
 
 
-def measure(device: torch.device, precision: str, sizes: OffloadSizes, make: Make = ActivationOffload) -> Iterator[dict[str, Any]]:
+def measure(
+    device: torch.device, precision: str, sizes: OffloadSizes, make: Make = ActivationOffload
+) -> Iterator[dict[str, Any]]:
     """A row for each kind of checkpointing; `exact` says whether offloading changed nothing."""
     for checkpointing in CHECKPOINTING:
-        plain, away = (_step(device, precision, sizes, checkpointing, each) for each in (None, make(device)))
-        errors = [(a - b).abs().max() / a.abs().max().clamp_min(1e-30) for a, b in zip(plain.gradients, away.gradients)]
+        plain, away = (
+            _step(device, precision, sizes, checkpointing, each) for each in (None, make(device))
+        )
+        errors = [
+            (a - b).abs().max() / a.abs().max().clamp_min(1e-30)
+            for a, b in zip(plain.gradients, away.gradients)
+        ]
         error = torch.stack(errors).max().item()
-        told = [activation_bytes(_decoder(sizes), sizes.tokens, precision, checkpointing, each) for each in (False, True)]
+        told = [
+            activation_bytes(_decoder(sizes), sizes.tokens, precision, checkpointing, each)
+            for each in (False, True)
+        ]
         yield {
             "checkpointing": checkpointing,
             "precision": precision,
@@ -68,7 +82,9 @@ def measure(device: torch.device, precision: str, sizes: OffloadSizes, make: Mak
             "predicted_peak_bytes": told[0],
             "predicted_offloaded_peak_bytes": told[1],
             "sent_bytes": away.sent,
-            "predicted_sent_bytes": host_bytes(_decoder(sizes), sizes.tokens, precision, checkpointing),
+            "predicted_sent_bytes": host_bytes(
+                _decoder(sizes), sizes.tokens, precision, checkpointing
+            ),
             "seconds": round(plain.seconds, 4),
             "offloaded_seconds": round(away.seconds, 4),
             "loss": plain.loss,
@@ -85,15 +101,24 @@ def _decoder(sizes: OffloadSizes) -> Decoder:
         return Decoder(WORDS, sizes.width, mixers, feedforwards, position=Rope())
 
 
-def _step(device: torch.device, precision: str, sizes: OffloadSizes, checkpointing: str, offload: ActivationOffload | None) -> MeasuredStep:
+def _step(
+    device: torch.device,
+    precision: str,
+    sizes: OffloadSizes,
+    checkpointing: str,
+    offload: ActivationOffload | None,
+) -> MeasuredStep:
     engine = Single(Mesh.alone(device), _no_steps, precision=precision, checkpointing=checkpointing)
     parallelize(_decoder(sizes), engine, offload=offload)
     tokens = torch.arange(sizes.tokens, device=device)[None] % WORDS
-    span, losses = Span.line(1, sizes.tokens, device=device), []
+    span = Span.line(1, sizes.tokens, device=device)
+    losses = []
 
     def step() -> None:
         for parameter in engine.model.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+            parameter.grad = (
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+            )
         loss = engine.model(tokens, span, tokens).sum() / sizes.tokens
         loss.backward()
         losses.append(loss.item())  # waits for the device

@@ -1,6 +1,8 @@
-"""What cutting attention into the blocks of a ring costs on one device, where nothing is sent: P ranks taken in turn.
+"""What cutting attention into the blocks of a ring costs on one device, where nothing is sent: P
+ranks taken in turn.
 
-It is the kernels' and the merging's share of a ring, and the proof on this device that partial results join exactly.
+It is the kernels' and the merging's share of a ring, and the proof on this device that partial
+results join exactly.
 Letters: P ranks.
 """
 
@@ -20,18 +22,23 @@ from models.span import Span
 from parallel.layout import layouts
 from parallel.sharding import SequenceSharding, shard_span
 
-BOUND = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # of the largest gradient; each block rounds to its own precision
+BOUND = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 2e-2,
+}  # of the largest gradient; each block rounds to its own precision
 
 
 def _turns(tensors: list[Tensor], d_out: Tensor, cuts: list[Span]) -> list[Tensor]:
-    """(mean, d_q, d_k, d_v) in global order, by the forward and the backward pass of every rank, one after the other."""
+    """(mean, d_q, d_k, d_v) in global order, by the forward and the backward pass of every rank,
+    one after the other."""
     q, k, v = tensors
     what = attention_spec(CAUSAL, Score(), (q,), None)
     out = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (d_out, q, k, v)]
     parts = [[_part(x, i.sharding) for x in (q, k, v, d_out)] for i in cuts]
     sums = [blockwise.Gradients.zeros((p[0],), (p[1], p[2]), ()) for p in parts]
     for rank, here in enumerate(cuts):
-        mine, d_mine = parts[rank][0], parts[rank][3].float()
+        mine = parts[rank][0]
+        d_mine = parts[rank][3].float()
         total = blockwise.empty_partial((mine,), q.shape[2], v.shape[3])
         order = [(rank - step) % len(cuts) for step in range(len(cuts))]
         for source in order:
@@ -41,7 +48,16 @@ def _turns(tensors: list[Tensor], d_out: Tensor, cuts: list[Span]) -> list[Tenso
         for source in order:
             into = blockwise.Gradients(sums[rank].query, sums[source].payload, [])
             blockwise.backward(
-                what, (mine,), parts[source][1:3], (), here, cuts[source], d_out=d_mine, total=total, delta=delta, into=into
+                what,
+                (mine,),
+                parts[source][1:3],
+                (),
+                here,
+                cuts[source],
+                d_out=d_mine,
+                total=total,
+                delta=delta,
+                into=into,
             )
         _put(out[0], total[0], here.sharding)
     for rank, here in enumerate(cuts):
@@ -69,18 +85,33 @@ def _seconds(step: Callable[[], object], repeats: int, device: torch.device) -> 
     return median(taken[1:])
 
 
-def measure(device: torch.device, dtype: torch.dtype, tokens: int, ranks: tuple[int, ...], repeats: int) -> Iterator[dict]:
-    """Seconds of a whole forward and backward pass for each P, and how far it is from the undivided one.
+def measure(
+    device: torch.device, dtype: torch.dtype, tokens: int, ranks: tuple[int, ...], repeats: int
+) -> Iterator[dict]:
+    """Seconds of a whole forward and backward pass for each P, and how far it is from the undivided
+    one.
 
     Raises:
         ValueError: tokens that do not divide into zigzag halves among some P.
     """
     if wrong := [size for size in ranks if tokens % (2 * size)]:
-        raise ValueError(f"tokens={tokens} does not divide among {wrong[0]} ranks; use a multiple of {2 * wrong[0]}")
+        raise ValueError(
+            f"tokens={tokens} does not divide among {wrong[0]} ranks; use a multiple of"
+            f" {2 * wrong[0]}"
+        )
     generator = torch.Generator().manual_seed(0)
-    shapes = (8, 64), (2, 64), (2, 64), (8, 64)  # heads and width of q, k, v and the gradient of what comes out
-    q, k, v, d_out = (torch.randn(1, tokens, *s, generator=generator).to(device, dtype) for s in shapes)
-    line, truth, one = Span.line(1, tokens), [], 0.0
+    shapes = (
+        (8, 64),
+        (2, 64),
+        (2, 64),
+        (8, 64),
+    )  # heads and width of q, k, v and the gradient of what comes out
+    q, k, v, d_out = (
+        torch.randn(1, tokens, *s, generator=generator).to(device, dtype) for s in shapes
+    )
+    line = Span.line(1, tokens)
+    truth = []
+    one = 0.0
     line = line.map(lambda t: t.to(device))
     for size in (1, *ranks):
         shared = layouts("zigzag", line, size)

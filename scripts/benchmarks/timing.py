@@ -1,4 +1,5 @@
-"""How long a step takes on all ranks together, how much memory it needs at its peak, and what it sends."""
+"""How long a step takes on all ranks together, how much memory it needs at its peak, and what it
+sends."""
 
 import ctypes
 import gc
@@ -14,11 +15,13 @@ import torch.distributed as dist
 
 StepCall = Callable[[], None]
 LIBC = ctypes.CDLL(None)
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STATUS = Path("/proc/self/status")
+CLEAR = Path("/proc/self/clear_refs")
 
 
 class Duration(NamedTuple):
-    """One run of a step: seconds until the last rank was done, and this rank's processor seconds."""
+    """One run of a step: seconds until the last rank was done, and this rank's processor
+    seconds."""
 
     seconds: float
     processor_seconds: float
@@ -38,11 +41,13 @@ class BenchmarkEntry(NamedTuple):
 
 def timed(entry: BenchmarkEntry, threads: int) -> Duration:
     """Run a step on all ranks at once; the clock stops when the last one is done."""
-    size, rank = dist.get_world_size(), dist.get_rank()
+    size = dist.get_world_size()
+    rank = dist.get_rank()
     torch.set_num_threads(threads * size if entry.alone and rank == 0 else threads)
     gc.collect()
     dist.barrier()
-    start, processor = time.perf_counter(), time.process_time()
+    start = time.perf_counter()
+    processor = time.process_time()
     if rank == 0 or not entry.alone:
         entry.step()
         if torch.cuda.is_available():
@@ -54,7 +59,8 @@ def timed(entry: BenchmarkEntry, threads: int) -> Duration:
 
 
 def peak_bytes(step: StepCall) -> int | None:
-    """Most memory that a step holds beyond what was held before it; None where the system does not say (not Linux)."""
+    """Most memory that a step holds beyond what was held before it; None where the system does not
+    say (not Linux)."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -62,7 +68,9 @@ def peak_bytes(step: StepCall) -> int | None:
         return torch.cuda.max_memory_allocated() - before
     gc.collect()
     if hasattr(LIBC, "malloc_trim"):
-        LIBC.malloc_trim(0)  # else what earlier steps freed still counts as held, and hides what this one takes
+        LIBC.malloc_trim(
+            0
+        )  # else what earlier steps freed still counts as held, and hides what this one takes
     try:
         CLEAR.write_text("5")  # the high-water mark starts again at what is held now
     except OSError:

@@ -1,9 +1,11 @@
-"""python -m scripts.experiments.__main__ NAME [only=PART] [seeds=3] [first=0] [jobs=2] [steps=N]: small models do what their kind promises.
+"""python -m scripts.experiments NAME [only=PART] [seeds=3] [first=0] [jobs=2] [steps=N]: small
+models do what their kind promises.
 
-Minutes on two cores. NAME is a recipe, such as recall; without one they are listed. Prints progress on stderr and what was
-found, in markdown, on stdout. only: one part of the recipe. first: the first seed. jobs: processes at once, of one thread
-each. steps: other than the recipe's own, to try it out; what it then finds says nothing. Exit status 1 when a lesson failed, 2
-for a wish that cannot be honoured.
+Minutes on two cores. NAME is a recipe, such as recall; without one they are listed. Prints progress
+on stderr and what was found, in markdown, on stdout. only: one part of the recipe. first: the first
+seed. jobs: processes at once, of one thread each. steps: other than the recipe's own, to try it
+out; what it then finds says nothing. Exit status 1 when a lesson failed, 2 for a wish that cannot
+be honoured.
 """
 
 import importlib
@@ -20,7 +22,11 @@ RECIPES = {  # name -> (module and function, its parts, what it shows)
         ("queries", "tracking", "decoding"),
         "associative recall and state tracking of every linear-time layer",
     ),
-    "experts": ("scripts.experiments.experts.experts", (), "what keeps experts evenly used, and Switch against a dense layer"),
+    "experts": (
+        "scripts.experiments.experts.experts",
+        (),
+        "what keeps experts evenly used, and Switch against a dense layer",
+    ),
     "memory": (
         "scripts.experiments.memory.memory",
         ("text", "retrieval", "copying", "facts"),
@@ -35,15 +41,23 @@ def effort(words: list[str], parts: tuple[str, ...] = ()) -> Budget:
     for word in words:
         key, _, value = word.partition("=")
         if key not in Budget._fields:
-            raise ValueError(f"{word}: there is no such setting; known: {', '.join(f'{field}=' for field in Budget._fields)}")
+            raise ValueError(
+                f"{word}: there is no such setting; known:"
+                f" {', '.join(f'{field}=' for field in Budget._fields)}"
+            )
         if key == "only":
             if value not in parts:
-                raise ValueError(f"{word}: there is no such part; known: {', '.join(parts) or 'none, leave only= out'}")
+                raise ValueError(
+                    f"{word}: there is no such part; known:"
+                    f" {', '.join(parts) or 'none, leave only= out'}"
+                )
             asked[key] = value
             continue
         least = 0 if key == "first" else 1
         if not value.isdecimal() or int(value) < least:
-            raise ValueError(f"{word}: a whole number of {least} or more is needed, for example {key}=2")
+            raise ValueError(
+                f"{word}: a whole number of {least} or more is needed, for example {key}=2"
+            )
         asked[key] = int(value)
     return Budget(**asked)
 
@@ -55,7 +69,9 @@ def listed() -> str:
 def main(words: list[str]) -> int:
     name, *settings = words or [""]
     if name not in RECIPES:
-        print(f"{name or 'no recipe'}: there is no such recipe; known:\n{listed()}", file=sys.stderr)
+        print(
+            f"{name or 'no recipe'}: there is no such recipe; known:\n{listed()}", file=sys.stderr
+        )
         return 2
     try:
         wish = effort(settings, RECIPES[name][1])
@@ -68,7 +84,10 @@ def main(words: list[str]) -> int:
         wish, lambda line: print(line, file=sys.stderr, flush=True)
     )
     failed = [each for each in learned if each.fault is not None]
-    print(f"{text}\n\n{len(learned)} lessons, seeds={wish.seeds} jobs={wish.jobs}, {time.perf_counter() - began:.0f} s")
+    print(
+        f"{text}\n\n{len(learned)} lessons, seeds={wish.seeds} jobs={wish.jobs},"
+        f" {time.perf_counter() - began:.0f} s"
+    )
     for each in failed:
         print(result_line(each), file=sys.stderr)
     return 1 if failed else 0

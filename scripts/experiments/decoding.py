@@ -1,4 +1,5 @@
-"""What a model has to keep of the tokens it has read, in order to read the next: bytes, as more and more were read."""
+"""What a model has to keep of the tokens it has read, in order to read the next: bytes, as more and
+more were read."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,21 +22,27 @@ VOCABULARY = 32
 def held_bytes(overrides: Sequence[str], lengths: Sequence[int]) -> list[int]:
     """Bytes held after each of these numbers of tokens of one document, in float32.
 
-    Scans and windows are run, row after row, with a Past, and what it holds is counted: states and tails. What a softmax holds
-    is counted without running it: the keys and values that its leaf is called with. Lengths rise and divide by 512.
+    Scans and windows are run, row after row, with a Past, and what it holds is counted: states and
+    tails. What a softmax holds
+    is counted without running it: the keys and values that its leaf is called with. Lengths rise
+    and divide by 512.
     """
-    config = load_config(fitting([*overrides, f"context_length={ROW}", f"batch_tokens={ROW}", "wandb.mode=disabled"]))
+    config = load_config(
+        fitting([*overrides, f"context_length={ROW}", f"batch_tokens={ROW}", "wandb.mode=disabled"])
+    )
     with torch.device("meta"):
         model = build_model(config, VOCABULARY)
     if any(isinstance(leaf, Softmax) for leaf in model.modules()):
         return [_payload_bytes(model, length) for length in lengths]
     model = initialise(model.to_empty(device="cpu"), config.seed)
-    past, found, generator = CarriedState(), [], torch.Generator().manual_seed(config.seed)
+    past = CarriedState()
+    found = []
+    generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
         for start in range(0, max(lengths), ROW):
             tokens = torch.randint(0, VOCABULARY, (1, ROW), generator=generator)
             pos = torch.arange(start, start + ROW)[None]
-            model(tokens, past.enter(Span.of(pos, torch.zeros_like(pos))))
+            model(tokens, past.attach(Span.of(pos, torch.zeros_like(pos))))
             past.advance()
             if start + ROW in lengths:
                 found.append(past.bytes())

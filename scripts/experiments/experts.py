@@ -1,7 +1,8 @@
-"""The recipe `experts`: what keeps a mixture's experts evenly used, and what many experts are worth at the same FLOPs.
+"""The recipe `experts`: what keeps a mixture's experts evenly used, and what many experts are worth
+at the same FLOPs.
 
-All models read the same text in the same order, with the same settings of the optimiser; only the feed-forward layers differ.
-A token costs the same in each of them, up to the routers.
+All models read the same text in the same order, with the same settings of the optimiser; only the
+feed-forward layers differ. A token costs the same in each of them, up to the routers.
 """
 
 from collections.abc import Callable
@@ -16,8 +17,15 @@ from trainer.preflight.prepare import load_config
 from trainer.reach import fitting
 
 SIZES = ("model.width=64", "model.layers=4", "model.heads=2", "model.tie_embeddings=false")
-TEXT = ("data=stdlib", "context_length=256", "batch_tokens=4096", "steps=400", "optim.learning_rate=0.004")
-SWITCH, MIXTURE = "model.feedforwards.switch", "model.feedforwards.experts"
+TEXT = (
+    "data=stdlib",
+    "context_length=256",
+    "batch_tokens=4096",
+    "steps=400",
+    "optim.learning_rate=0.004",
+)
+SWITCH = "model.feedforwards.switch"
+MIXTURE = "model.feedforwards.experts"
 MODELS = {  # name in the table -> settings
     "dense": ("model=full",),
     "switch": ("model=switch",),
@@ -25,7 +33,11 @@ MODELS = {  # name in the table -> settings
     "best 2 of 16 and 1 shared, bias": ("model=moe_topk", f"{MIXTURE}.bias_speed=0.01"),
     "best 2 of 16 and 1 shared, no bias": ("model=moe_topk", f"{MIXTURE}.bias_speed=0"),
 }
-PARTS = {"first tenth": (0.0, 0.1), "middle": (0.45, 0.55), "last tenth": (0.9, 1.0)}  # shares of the steps
+PARTS = {
+    "first tenth": (0.0, 0.1),
+    "middle": (0.45, 0.55),
+    "last tenth": (0.9, 1.0),
+}  # shares of the steps
 VOCABULARY = 257  # of bytes, for a count of FLOPs
 
 LOAD = """\
@@ -42,7 +54,9 @@ Held-out loss in nats per byte of the standard library's source."""
 def experts(effort: Budget, say: Callable[[str], None]) -> tuple[str, list[TrialResult]]:
     """(what the recipe found, as markdown; every lesson)."""
     lessons = [Trial(name, (*words, *SIZES, *TEXT)) for name, words in MODELS.items()]
-    learned = run_trials([(lesson, seed) for seed in effort.numbers() for lesson in lessons], effort, say)
+    learned = run_trials(
+        [(lesson, seed) for seed in effort.numbers() for lesson in lessons], effort, say
+    )
     learned = sorted(learned, key=lambda each: list(MODELS).index(each.name))
     sparse = [each for each in learned if each.name != "dense"]
     switches = [each for each in sparse if each.name.startswith("switch")]
@@ -63,7 +77,9 @@ def experts(effort: Budget, say: Callable[[str], None]) -> tuple[str, list[Trial
 
 def _over(name: str) -> dict[str, Callable[[TrialResult], float | str]]:
     """A column for each part of the training: the mean of that statistic."""
-    return {title: lambda each, share=share: _mean(each, name, share) for title, share in PARTS.items()}
+    return {
+        title: lambda each, share=share: _mean(each, name, share) for title, share in PARTS.items()
+    }
 
 
 def _mean(learned: TrialResult, name: str, share: tuple[float, float]) -> float:

@@ -1,7 +1,8 @@
-"""The recipe `recall`: what layers remember, what they can keep track of, and what remembering costs while decoding.
+"""The recipe `recall`: what layers remember, what they can keep track of, and what remembering
+costs while decoding.
 
-Protocol: one learning rate and a fixed number of steps for all layers of a part; figures of held-out examples; settings of a
-layer are those of its conf/mixer file.
+Protocol: one learning rate and a fixed number of steps for all layers of a part; figures of
+held-out examples; settings of a layer are those of its conf/mixer file.
 """
 
 from collections.abc import Callable
@@ -12,8 +13,16 @@ from scripts.experiments.table import table
 from scripts.experiments.trial import Trial, TrialResult
 from trainer.reports.markdown import markdown
 
-SIZES = ("model.width=64", "model.heads=2", "model.ffn=2.0", "optim.weight_decay=0.01", "data.held_out=0.3")
-SIZES += ("model.init_std=0.1",)  # 0.02 suits wide models: here nothing would be learned in so few steps
+SIZES = (
+    "model.width=64",
+    "model.heads=2",
+    "model.ffn=2.0",
+    "optim.weight_decay=0.01",
+    "data.held_out=0.3",
+)
+SIZES += (
+    "model.init_std=0.1",
+)  # 0.02 suits wide models: here nothing would be learned in so few steps
 MQAR = (
     "model.layers=2",
     "data=recall",
@@ -22,7 +31,9 @@ MQAR = (
     "data.length=32",
     "context_length=32",
     "batch_tokens=2048",
-    "model.heads=1",  # with two, what is not softmax stays where it knows which values were shown, and not whose they are
+    # with two, what is not softmax stays where it knows which values were shown, and not whose they
+    # are
+    "model.heads=1",
     "steps=700",
     "optim.learning_rate=0.003",
 )
@@ -37,7 +48,8 @@ SWAPS = (
     "optim.learning_rate=0.01",
     "model.init_std=0.05",
 )
-ALL_32, ALL_128 = (("data.minimum=32", "data.maximum=32"), ("data.minimum=128", "data.maximum=128", "context_length=128"))
+ALL_32 = ("data.min_length=32", "data.max_length=32")
+ALL_128 = ("data.min_length=128", "data.max_length=128", "context_length=128")
 READ = (1024, 8192, 65536)  # tokens, for the bytes held while decoding
 DECODED = ("retention", "rwkv7", "full")
 FAMILY = {  # each layer, and what it has by itself to look at its neighbours with
@@ -76,19 +88,36 @@ Held-out accuracy at every token, one layer, trained on 32 tokens; chance 1/6.""
 def recall(effort: Budget, say: Callable[[str], None]) -> tuple[str, list[TrialResult]]:
     """(what the recipe found, as markdown; every lesson)."""
     wanted = [effort.only] if effort.only else ["queries", "tracking", "decoding"]
-    remembering, tracking = ("queries" in wanted) * _remembering(), ("tracking" in wanted) * _tracking()
-    learned = run_trials([(lesson, seed) for lesson in (*remembering, *tracking) for seed in effort.numbers()], effort, say)
+    remembering = ("queries" in wanted) * _remembering()
+    tracking = ("tracking" in wanted) * _tracking()
+    learned = run_trials(
+        [(lesson, seed) for lesson in (*remembering, *tracking) for seed in effort.numbers()],
+        effort,
+        say,
+    )
     count = len(remembering) * effort.seeds
-    first, second = learned[:count], learned[count:]  # some names stand in both
+    # some names stand in both
+    first = learned[:count]
+    second = learned[count:]
     told = []
     if first:
-        columns = {"accuracy": _accuracy, "looks at neighbours by": _near, "parameters": _parameters}
+        columns = {
+            "accuracy": _accuracy,
+            "looks at neighbours by": _near,
+            "parameters": _parameters,
+        }
         told += [INTRODUCTION, table(first, columns)]
     if second:
-        columns = {"32 tokens": _accuracy, "128 tokens": lambda each: each.exams["128"].graded["accuracy"]}
+        columns = {
+            "32 tokens": _accuracy,
+            "128 tokens": lambda each: each.exams["128"].graded["accuracy"],
+        }
         told += [TRACKED, table(second, columns)]
     if "decoding" in wanted:
-        told += ["### Bytes held while decoding\nTwo layers of width 64, float32, one sequence.", _decoding()]
+        told += [
+            "### Bytes held while decoding\nTwo layers of width 64, float32, one sequence.",
+            _decoding(),
+        ]
     return "\n\n".join(told), learned
 
 
@@ -105,7 +134,8 @@ def _remembering() -> list[Trial]:
 
 def _tracking() -> list[Trial]:
     return [
-        Trial(name, ("model=decoder", *SIZES, *words, *SWAPS, *ALL_32), {"128": ALL_128}) for name, words in TRACKING.items()
+        Trial(name, ("model=decoder", *SIZES, *words, *SWAPS, *ALL_32), {"128": ALL_128})
+        for name, words in TRACKING.items()
     ]
 
 
@@ -128,5 +158,8 @@ def _parameters(learned: TrialResult) -> str:
 def _decoding() -> str:
     """Bytes after so many tokens, a row for each kind of layer."""
     rows = [["layer", *(f"{length:,} tokens" for length in READ)]]
-    rows += [[name, *(f"{held:,}" for held in held_bytes(("model.layers=2", *_decoder(name)), READ))] for name in DECODED]
+    rows += [
+        [name, *(f"{held:,}" for held in held_bytes(("model.layers=2", *_decoder(name)), READ))]
+        for name in DECODED
+    ]
     return markdown(rows)

@@ -1,4 +1,5 @@
-"""Many lessons, some at once, each in a process of one thread; one that fails is reported and the others go on."""
+"""Many lessons, some at once, each in a process of one thread; one that fails is reported and the
+others go on."""
 
 import multiprocessing
 import os
@@ -19,7 +20,8 @@ from trainer.launch.parent_death import die_with_parent
 
 
 class Budget(NamedTuple):
-    """How much a recipe takes: seeds of every lesson, processes at once, and steps in place of the lessons' own.
+    """How much a recipe takes: seeds of every lesson, processes at once, and steps in place of the
+    lessons' own.
 
     The seeds are `first` and those after it. only: one part of the recipe; None = all.
     """
@@ -39,7 +41,9 @@ TrialJob = tuple[Trial, int]  # a lesson and its seed
 Queue = SimpleQueue[tuple[TrialJob, "Future[TrialResult]"]]
 
 
-def run_trials(jobs: Iterable[TrialJob], effort: Budget, say: Callable[[str], None] = print) -> list[TrialResult]:
+def run_trials(
+    jobs: Iterable[TrialJob], effort: Budget, say: Callable[[str], None] = print
+) -> list[TrialResult]:
     """Every lesson, in the order in which they were given; a line for each as it ends.
 
     Args:
@@ -53,7 +57,10 @@ def run_trials(jobs: Iterable[TrialJob], effort: Budget, say: Callable[[str], No
         steps = () if effort.steps is None else (f"steps={effort.steps}",)
         asked.append(Future())
         queue.put(((replace(lesson, overrides=(*lesson.overrides, *steps)), seed), asked[-1]))
-    threads = [Thread(target=_serve, args=(queue,), daemon=True) for _ in range(min(effort.jobs, len(asked)))]
+    threads = [
+        Thread(target=_serve, args=(queue,), daemon=True)
+        for _ in range(min(effort.jobs, len(asked)))
+    ]
     for thread in threads:
         thread.start()
     for number, future in enumerate(as_completed(asked), 1):
@@ -78,7 +85,8 @@ def _figures(exam: HeldOutResult) -> str:
 
 
 def _serve(queue: Queue) -> None:
-    """Take jobs until there are none left; a process that dies takes its own job with it and no other."""
+    """Take jobs until there are none left; a process that dies takes its own job with it and no
+    other."""
     pool = _pool()
     while True:
         try:
@@ -87,8 +95,14 @@ def _serve(queue: Queue) -> None:
             break
         try:
             future.set_result(pool.submit(_taught, lesson, seed).result())
-        except Exception as error:  # told with the lesson; nobody may wait for a future that never comes
-            future.set_result(TrialResult(lesson.name, seed, fault=f"nothing came back: {type(error).__name__}: {error}"))
+        except (
+            Exception
+        ) as error:  # told with the lesson; nobody may wait for a future that never comes
+            future.set_result(
+                TrialResult(
+                    lesson.name, seed, fault=f"nothing came back: {type(error).__name__}: {error}"
+                )
+            )
             if isinstance(error, BrokenProcessPool):
                 pool.shutdown()
                 pool = _pool()
@@ -97,7 +111,9 @@ def _serve(queue: Queue) -> None:
 
 def _pool() -> ProcessPoolExecutor:
     """One process, kept from job to job: it takes seconds to start."""
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(os.getpid(),))
+    return ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
+    )
 
 
 def _begin(parent: int) -> None:
@@ -111,5 +127,8 @@ def _taught(lesson: Trial, seed: int) -> TrialResult:
         return run_trial(lesson, seed)
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        fault = f"{type(error).__name__}: {error} ({os.path.basename(place.filename)}, line {place.lineno})"
+        fault = (
+            f"{type(error).__name__}: {error} ({os.path.basename(place.filename)}, line"
+            f" {place.lineno})"
+        )
         return TrialResult(lesson.name, seed, fault=fault)

@@ -1,4 +1,5 @@
-"""Lessons of several seeds as a markdown table: the mean of each figure, and between which values the seeds lay."""
+"""Lessons of several seeds as a markdown table: the mean of each figure, and between which values
+the seeds lay."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,13 @@ from trainer.reports.markdown import markdown
 Figure = Callable[[TrialResult], float | str]  # words must be the same for all seeds
 
 
-def table(learned: Sequence[TrialResult], columns: Mapping[str, Figure], *, head: str = "model", digits: int = 3) -> str:
+def table(
+    learned: Sequence[TrialResult],
+    columns: Mapping[str, Figure],
+    *,
+    head: str = "model",
+    digits: int = 3,
+) -> str:
     """A row for each name, in the order in which the names come.
 
     Args:
@@ -38,4 +45,8 @@ def _cell(found: Sequence[float | str], digits: int) -> str:
     if words or not values:
         return words[0] if words else "-"
     mean = f"{sum(values) / len(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return (
+        mean
+        if len(values) == 1
+        else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    )

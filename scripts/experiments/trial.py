@@ -1,4 +1,5 @@
-"""A lesson: a small model is trained with the real config, model, stream and loop, and then examined on held-out data.
+"""A lesson: a small model is trained with the real config, model, stream and loop, and then
+examined on held-out data.
 
     lesson = Lesson("linear", ("model=linear", "data=recall", "context_length=64", "steps=300"), {"long": ("data.length=128",)})
     learned = teach(lesson, seed=0)          # here and now; many at once: scripts/experiments/runner.py
@@ -51,10 +52,9 @@ HELD_OUT = "held out"  # the exam that every lesson ends with, on the settings o
 class Trial:
     """What is taught and how it is examined.
 
-    Attributes:
-        name: what a table calls it; lessons of different seeds share it.
-        overrides: KEY=VALUE, as on the command line of a run; the seed is not among them.
-        exams: further ones by name, each with overrides added to those of the lesson: longer rows, no memory, a longer
+    Attributes: name: what a table calls it; lessons of different seeds share it. overrides:
+        KEY=VALUE, as on the command line of a run; the seed is not among them. exams: further ones
+        by name, each with overrides added to those of the lesson: longer rows, no memory, a longer
             task. The weights must fit the model that they compose.
     """
 
@@ -67,8 +67,8 @@ class Trial:
 class TrialResult:
     """What came of a lesson.
 
-    Attributes:
-        exams: by name, the loss and how the task grades it over `evaluation.batches`; HELD_OUT is on data like the training
+    Attributes: exams: by name, the loss and how the task grades it over `evaluation.batches`;
+        HELD_OUT is on data like the training
             data.
         rows: the log, a row a step: loss, statistics of layers, seconds.
         seconds: of the whole lesson.
@@ -108,9 +108,14 @@ def run_trial(lesson: Trial, seed: int) -> TrialResult:
     """
     began = time.perf_counter()
     every = {HELD_OUT: (), **lesson.exams}
-    configs = {name: load_config(fitting([*COMMON, *lesson.overrides, *more, f"seed={seed}"])) for name, more in every.items()}
-    config, mesh = configs[HELD_OUT], Mesh.alone()
-    stream, rows = _stream(config, "train"), []
+    configs = {
+        name: load_config(fitting([*COMMON, *lesson.overrides, *more, f"seed={seed}"]))
+        for name, more in every.items()
+    }
+    config = configs[HELD_OUT]
+    mesh = Mesh.alone()
+    stream = _stream(config, "train")
+    rows = []
     with torch.device("meta"):
         model = build_model(config, stream.vocabulary)
     parameters = count_parameters(model).total
@@ -139,12 +144,15 @@ def run_trial(lesson: Trial, seed: int) -> TrialResult:
 
 
 def run_exams(config: Config, weights: Mapping[str, Tensor]) -> HeldOutResult:
-    """Put trained weights into the model of this config, and that before the held-out data of this config."""
+    """Put trained weights into the model of this config, and that before the held-out data of this
+    config."""
     stream = _stream(config, "held_out")
     with torch.device("meta"):
         model = build_model(config, stream.vocabulary)
     model.load_state_dict(weights, assign=True)
-    on_step_begin(model.eval(), config.steps)  # what changes with the step stands as it did at the last
+    on_step_begin(
+        model.eval(), config.steps
+    )  # what changes with the step stands as it did at the last
     share = _share(config, model)
     lanes = Lanes(share.mesh, share, config.rows) if config.memory.carries else None
     found = evaluate(model, share, stream, config.evaluation.batches, lambda *_: False, lanes)

@@ -9,7 +9,16 @@ from models.memory.base import Memory
 from models.memory.segments import SegmentMemory
 from models.recurrent.rwkv_layers import ChannelMix, TokenShift
 from models.span import Span
-from tests.models.memory.test_segments import CUTS, LENGTHS, TOKENS, Attached, apart, content, gradients, pieces
+from tests.models.memory.test_segments import (
+    CUTS,
+    LENGTHS,
+    TOKENS,
+    Attached,
+    apart,
+    content,
+    gradients,
+    pieces,
+)
 from tests.support.knn_rows import build, lanes
 from tests.variants import WIDTH
 
@@ -38,12 +47,20 @@ def test_a_document_that_does_not_go_on_hears_nothing_of_what_was_left():
         model(x[:, :20], past.attach(Span.line(2, 20)))
         past.advance()
         first = Span.line(2, 25)
-        assert apart(model(x[:, 20:], past.attach(first)), model(x[:, 20:], Span.line(2, 25))) < 1e-13
+        assert (
+            apart(model(x[:, 20:], past.attach(first)), model(x[:, 20:], Span.line(2, 25))) < 1e-13
+        )
 
 
 def test_a_document_longer_than_a_long_filter_is_refused():
     model, x, past, lengths = carrying("hyena"), content(1, 55), CarriedState(), [[55]]
-    assert apart(pieces(model, x[:, :51], lengths, [30], CarriedState()), model(x[:, :51], lanes(lengths, 0, 51))) < 1e-11
+    assert (
+        apart(
+            pieces(model, x[:, :51], lengths, [30], CarriedState()),
+            model(x[:, :51], lanes(lengths, 0, 51)),
+        )
+        < 1e-11
+    )
     with pytest.raises(ValueError, match=r"the filter has 51 taps.*longest document"):
         pieces(model, x, lengths, [30], past)
 
@@ -70,7 +87,9 @@ def test_a_state_is_carried_without_its_gradient(name):
     model(x[:, :20], past.attach(lanes(LENGTHS, 0, 20)))
     past.advance()
     assert all(kind == SHARDED and not state.requires_grad for kind, state in past.states.values())
-    (grad,) = torch.autograd.grad(model(x[:, 20:], past.attach(lanes(LENGTHS, 20, TOKENS))).square().sum(), x)
+    (grad,) = torch.autograd.grad(
+        model(x[:, 20:], past.attach(lanes(LENGTHS, 20, TOKENS))).square().sum(), x
+    )
     assert (grad[:, :20] == 0).all() and (grad[:, 20:] != 0).any(-1).all()
 
 

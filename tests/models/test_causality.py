@@ -30,7 +30,8 @@ HEADS = torch.arange(6)
 
 
 def seen_ahead(mask: Mask) -> int:
-    """One more than the last position seen from before it, on one document; 0 where there is none."""
+    """One more than the last position seen from before it, on one document; 0 where there is
+    none."""
     line = Span.line(1, TOKENS)
     seen = mask.dense(line, line, HEADS)[0].any(0)
     ahead = (seen & torch.ones_like(seen).triu(1)).any(0).nonzero()
@@ -92,7 +93,8 @@ def test_a_mask_that_shows_other_keys_does_not_inherit_its_parents_word():
 
 
 def moved_before(mixer: nn.Module) -> int:
-    """One more than the last position of which the output moves earlier outputs; 0 where there is none."""
+    """One more than the last position of which the output moves earlier outputs; 0 where there is
+    none."""
     span = Span.line(1, TOKENS)
     x = torch.randn(
         1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64

@@ -1,4 +1,5 @@
-"""Random numbers that belong to a place: even, unlike each other, and the same in whatever order they are asked for."""
+"""Random numbers that belong to a place: even, unlike each other, and the same in whatever order
+they are asked for."""
 
 import torch
 

@@ -13,7 +13,16 @@ from models.feedforward import SwiGLU
 from models.positions.rope import Rope
 from trainer.optim.adamw import decayed_parameters, lr_scales
 
-NAMES = ("positions_per_step", "products", "active_share", "undecayed", "decayed", "rates", "shares_values", "blocks")
+NAMES = (
+    "positions_per_step",
+    "products",
+    "active_share",
+    "undecayed",
+    "decayed",
+    "rates",
+    "shares_values",
+    "blocks",
+)
 
 
 class Taken(Attention):

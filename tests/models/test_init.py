@@ -11,7 +11,12 @@ from models.positions.rope import Rope
 
 
 def decoder(layers=2):
-    return Decoder(17, 16, [Attention(16, 4, 2, Rope()) for _ in range(layers)], [SwiGLU(16, 24) for _ in range(layers)])
+    return Decoder(
+        17,
+        16,
+        [Attention(16, 4, 2, Rope()) for _ in range(layers)],
+        [SwiGLU(16, 24) for _ in range(layers)],
+    )
 
 
 def test_the_same_seed_and_name_give_the_same_weights_whatever_came_before():
@@ -39,7 +44,12 @@ def test_a_model_on_the_meta_device_gives_the_same_tensor():
 
 
 def test_outputs_start_smaller_the_deeper_the_model():
-    wide = Decoder(17, 256, [Attention(256, 4, 4, Rope()) for _ in range(8)], [SwiGLU(256, 512) for _ in range(8)])
+    wide = Decoder(
+        17,
+        256,
+        [Attention(256, 4, 4, Rope()) for _ in range(8)],
+        [SwiGLU(256, 512) for _ in range(8)],
+    )
     initialise(wide, 0)
     assert abs(wide.blocks[0].mixer.q.weight.std().item() / INIT_STD - 1) < 0.02
     for output in (wide.blocks[3].mixer.out, wide.blocks[3].feedforward.down):

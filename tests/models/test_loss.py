@@ -21,7 +21,9 @@ def inputs():
 def test_it_is_cross_entropy(held, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_SCORES", held)
     hidden, weight, targets = inputs()
-    want = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE)
+    want = F.cross_entropy(
+        (hidden @ weight.T).flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE
+    )
     got = token_losses(hidden, weight, targets)
     torch.testing.assert_close(got.flatten(), want, rtol=0, atol=1e-12)
     wanted = torch.autograd.grad(want.sum() / 12, (hidden, weight))
@@ -47,7 +49,11 @@ def test_logits_never_exist_whole(monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_SCORES", 22)
     largest = []
     product = torch.Tensor.logsumexp
-    monkeypatch.setattr(torch.Tensor, "logsumexp", lambda self, *a: largest.append(self.numel()) or product(self, *a))
+    monkeypatch.setattr(
+        torch.Tensor,
+        "logsumexp",
+        lambda self, *a: largest.append(self.numel()) or product(self, *a),
+    )
     hidden, weight, targets = inputs()
     token_losses(hidden, weight, targets)
     assert max(largest) <= 22 and len(largest) == 7

@@ -1,4 +1,5 @@
-"""Which parameters get a gradient does not depend on the rows: else ranks with other rows would exchange other things."""
+"""Which parameters get a gradient does not depend on the rows: else ranks with other rows would
+exchange other things."""
 
 from pathlib import Path
 
@@ -20,7 +21,14 @@ ROWS = {
     "whole": packed([[TOKENS], [TOKENS]], TOKENS),
     "padding": packed([[], []], TOKENS),
 }
-SIZES = ("model.width=16", "model.heads=2", "model.kv_heads=2", "model.layers=2", "model.ffn=12", f"context_length={TOKENS}")
+SIZES = (
+    "model.width=16",
+    "model.heads=2",
+    "model.kv_heads=2",
+    "model.layers=2",
+    "model.ffn=12",
+    f"context_length={TOKENS}",
+)
 MORE = {
     "memory=lookup": ("memory.length=24", "memory.layers=[0]"),
     "memory=tokens": ("memory.length=2", "memory.segment=8"),
@@ -61,7 +69,9 @@ def with_gradient(config, span):
 
 @pytest.mark.parametrize("word", CASES)
 def test_all_rows_give_the_same_parameters_a_gradient(word):
-    asked = compose((word, "wandb.mode=disabled", f"model.vocabulary={WORDS}", *SIZES, *MORE.get(word, ())))
+    asked = compose(
+        (word, "wandb.mode=disabled", f"model.vocabulary={WORDS}", *SIZES, *MORE.get(word, ()))
+    )
     assert asked.config is not None, asked.faults
     for rows, span in ROWS.items():
         names, every = with_gradient(asked.config, span)
@@ -73,4 +83,8 @@ def test_what_is_tied_gets_zeros_beside_what_it_has():
     y = tied(x * used, used, idle)
     assert torch.equal(y, x * used)
     y.sum().backward()
-    assert torch.equal(used.grad, x) and torch.equal(idle.grad, torch.zeros(2, 3)) and torch.equal(x.grad, used)
+    assert (
+        torch.equal(used.grad, x)
+        and torch.equal(idle.grad, torch.zeros(2, 3))
+        and torch.equal(x.grad, used)
+    )

@@ -43,13 +43,21 @@ def bucket(distance: int, buckets: int, reach: int) -> int:
     single = buckets // 2
     if distance < single:
         return distance
-    return min(buckets - 1, single + floor(1e-9 + log(distance / single) / log(reach / single) * (buckets - single)))
+    return min(
+        buckets - 1,
+        single + floor(1e-9 + log(distance / single) / log(reach / single) * (buckets - single)),
+    )
 
 
-@pytest.mark.parametrize(("buckets", "reach"), [(32, 128), (32, 256), (8, 20), (16, 1024), (2, 5), (5, 9)])
+@pytest.mark.parametrize(
+    ("buckets", "reach"), [(32, 128), (32, 256), (8, 20), (16, 1024), (2, 5), (5, 9)]
+)
 def test_distances_fall_into_t5s_buckets(buckets, reach):
     score, _ = T5(buckets, reach).score(2, 4)
-    span, kv_span = Span.of(torch.tensor([[2 * reach]]), torch.tensor([[0]])), Span.line(1, 2 * reach + 9)
+    span, kv_span = (
+        Span.of(torch.tensor([[2 * reach]]), torch.tensor([[0]])),
+        Span.line(1, 2 * reach + 9),
+    )
     want = [bucket(max(0, 2 * reach - k), buckets, reach) for k in range(2 * reach + 9)]
     assert score.bucket(span, kv_span)[0, 0].tolist() == want
 
@@ -74,7 +82,8 @@ def test_t5_adds_its_bias_to_scaled_or_unscaled_products():
 
 
 def shifted(q, k, u, v, table, base=10_000.0):
-    """Transformer-XL's own way, for one unbroken document: a matrix over decreasing distances, shifted by one a row."""
+    """Transformer-XL's own way, for one unbroken document: a matrix over decreasing distances,
+    shifted by one a row."""
     tokens, heads, width = q.shape[1], q.shape[2], table.shape[2]
     distance = torch.arange(tokens - 1, -1, -1, dtype=F64)
     r = torch.einsum("nw,hdw->nhd", torch.cat(sinusoid(distance, width, base), -1), table)
@@ -103,7 +112,10 @@ def test_relative_scores_of_a_later_stretch_are_those_of_an_earlier_one():
     q, k = draw(1, 5, 2, 4), draw(1, 7, 2, 4, seed=1)
     results = []
     for shift in (0, 10_000):
-        span, kv_span = (Span.of(torch.arange(n)[None] + shift, torch.zeros(1, n, dtype=torch.long)) for n in (5, 7))
+        span, kv_span = (
+            Span.of(torch.arange(n)[None] + shift, torch.zeros(1, n, dtype=torch.long))
+            for n in (5, 7)
+        )
         results.append(score.logits((q,), (k, k), params, span, kv_span, torch.arange(2)))
     assert torch.equal(*results)
 
@@ -111,7 +123,9 @@ def test_relative_scores_of_a_later_stretch_are_those_of_an_earlier_one():
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 7), (5, 1), (5, 7), (7, 5)])
 @pytest.mark.parametrize("clamp", [None, 3])
 @pytest.mark.parametrize("strip", [2, 128])
-def test_unbroken_runs_score_as_pairs_looked_up_one_by_one(monkeypatch, queries, keys, clamp, strip):
+def test_unbroken_runs_score_as_pairs_looked_up_one_by_one(
+    monkeypatch, queries, keys, clamp, strip
+):
     monkeypatch.setattr(relative, "STRIP", strip)
     score, tables = Relative(clamp).score(2, 4)
     params = initialise(tables, seed=1).double()()
@@ -139,14 +153,20 @@ def test_clamped_distances_all_look_alike():
     (free, tables), (clamped, _) = Relative().score(2, 4), Relative(clamp=3).score(2, 4)
     params = initialise(tables, seed=1).double()()
     q, k, span = draw(1, 9, 2, 4), draw(1, 1, 2, 4, seed=1).expand(1, 9, 2, 4), Span.line(1, 9)
-    a, b = (score.logits((q,), (k, k), params, span, span, torch.arange(2))[:, :, 8] for score in (clamped, free))
+    a, b = (
+        score.logits((q,), (k, k), params, span, span, torch.arange(2))[:, :, 8]
+        for score in (clamped, free)
+    )
     assert (a[..., :5] - a[..., 5:6]).abs().max() < 1e-12, "distances 8 to 4 count as 3"
     assert (b[..., :5] - b[..., 5:6]).abs().max() > 1e-6
     assert (a[..., 5:] - b[..., 5:]).abs().max() < 1e-12
 
 
 def test_each_different_distance_is_listed_once():
-    span, kv_span = Span.of(torch.tensor([[900, 3], [0, 4]]), torch.zeros(2, 2, dtype=torch.long)), Span.line(2, 3)
+    span, kv_span = (
+        Span.of(torch.tensor([[900, 3], [0, 4]]), torch.zeros(2, 2, dtype=torch.long)),
+        Span.line(2, 3),
+    )
     distance, where = distances(span, kv_span)
     assert distance.tolist() == [-2, -1, 0, 1, 2, 3, 4, 898, 899, 900]
     assert torch.equal(distance[where], span.pos[:, :, None] - kv_span.pos[:, None])

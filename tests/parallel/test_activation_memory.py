@@ -1,4 +1,5 @@
-"""What a rank holds: its share of parameters and optimiser state, and as much of a forward as models/cost/flops.py says."""
+"""What a rank holds: its share of parameters and optimiser state, and as much of a forward as
+models/cost/flops.py says."""
 
 import gc
 
@@ -33,7 +34,11 @@ OPTIM = AdamW(learning_rate=1e-3)
 def decoder(width=WIDTH, ffn=FFN, layers=LAYERS, kv=4, tie=False, reach=None):
     with torch.device("meta"):
         mixers = [
-            Sliding(width, 4, kv, Rope(), window=reach) if reach and layer % 2 else Attention(width, 4, kv, Rope())
+            (
+                Sliding(width, 4, kv, Rope(), window=reach)
+                if reach and layer % 2
+                else Attention(width, 4, kv, Rope())
+            )
             for layer in range(layers)
         ]
         feedforwards = [SwiGLU(width, ffn) for _ in range(layers)]
@@ -41,7 +46,8 @@ def decoder(width=WIDTH, ffn=FFN, layers=LAYERS, kv=4, tie=False, reach=None):
 
 
 def held(env, name, sizes):
-    """(parameters, moments, gradients, all that appeared with the engine) in bytes on this rank, after a step's backward."""
+    """(parameters, moments, gradients, all that appeared with the engine) in bytes on this rank,
+    after a step's backward."""
     before = everything()
     engine = {"single": Single, "fsdp": Fsdp}[name](build_mesh(1, env.size), OPTIM, seed=1)
     engine.wrap(decoder(**sizes))
@@ -56,15 +62,21 @@ def held(env, name, sizes):
     return parameters, moments, gradients, gathered
 
 
-@pytest.mark.parametrize("sizes", [{}, {"tie": True}, {"width": 40, "ffn": 101, "kv": 2, "tie": True}])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"tie": True}, {"width": 40, "ffn": 101, "kv": 2, "tie": True}]
+)
 def test_fsdp_on_four_ranks_holds_a_quarter_of_what_one_rank_holds(sizes):
     sizes = {"layers": 2, **sizes}
     alone = ranks(1, held, "single", sizes)[0]
     told = state_bytes(decoder(**sizes))
     assert alone[0] == told["parameters"] == alone[2]
     for mine in ranks(4, held, "fsdp", sizes):
-        for what, part, all_of_it in zip(("parameters", "moments", "gradients", "all"), mine, alone, strict=True):
-            assert 0 < part <= 1.1 / 4 * all_of_it, f"{what}: {part} of {all_of_it} bytes, {part / all_of_it:.3f}"
+        for what, part, all_of_it in zip(
+            ("parameters", "moments", "gradients", "all"), mine, alone, strict=True
+        ):
+            assert 0 < part <= 1.1 / 4 * all_of_it, (
+                f"{what}: {part} of {all_of_it} bytes, {part / all_of_it:.3f}"
+            )
 
 
 @pytest.fixture
@@ -77,13 +89,16 @@ def one_thread():
 
 
 def measured(checkpointing, sizes, offload=None):
-    """(bytes alive between forward and backward, most bytes alive at once) of a step whose gradients have their place."""
+    """(bytes alive between forward and backward, most bytes alive at once) of a step whose
+    gradients have their place."""
     engine = Single(Mesh.alone(), OPTIM, checkpointing=checkpointing)
     parallelize(decoder(**sizes), engine, offload=offload)
     for parameter in engine.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     tokens, span = torch.arange(TOKENS)[None] % WORDS, Span.line(1, TOKENS)
-    engine.model(tokens, span, tokens).sum().backward()  # the span keeps its masks: they are no activations
+    engine.model(
+        tokens, span, tokens
+    ).sum().backward()  # the span keeps its masks: they are no activations
     gc.collect()
     with Live() as live:
         loss = engine.model(tokens, span, tokens).sum()
@@ -100,30 +115,57 @@ def test_the_peak_of_a_step_and_what_checkpointing_saves_of_it_are_as_predicted(
     for each, (_, peak) in found.items():
         assert peak == pytest.approx(told[each], rel=0.15), each
     for each in ("full", "selective"):
-        assert found["none"][1] - found[each][1] == pytest.approx(told["none"] - told[each], rel=0.15), each
+        assert found["none"][1] - found[each][1] == pytest.approx(
+            told["none"] - told[each], rel=0.15
+        ), each
     tapes = found["selective"][0] - found["full"][0]
-    assert tapes == LAYERS * TOKENS * 4 * (WIDTH + 4), "a mean and a mass for every head of every layer"
-    assert told["selective"] - told["full"] == tapes * (LAYERS - 1) / LAYERS, "of the block computed again they are in it"
+    assert tapes == LAYERS * TOKENS * 4 * (WIDTH + 4), (
+        "a mean and a mass for every head of every layer"
+    )
+    assert told["selective"] - told["full"] == tapes * (LAYERS - 1) / LAYERS, (
+        "of the block computed again they are in it"
+    )
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
-def test_offload_lowers_the_peak_by_what_is_predicted_and_the_host_holds_as_much(one_thread, checkpointing):
-    """The host's copies are memory of numpy's, which is not counted: what is counted stands for a device."""
+def test_offload_lowers_the_peak_by_what_is_predicted_and_the_host_holds_as_much(
+    one_thread, checkpointing
+):
+    """The host's copies are memory of numpy's, which is not counted: what is counted stands for a
+    device."""
     sizes = {"layers": 2 * LAYERS, "kv": 2, "tie": True}
-    offload = ActivationOffload(torch.device("cpu"), lambda size: torch.from_numpy(np.empty(size, np.uint8)))
+    offload = ActivationOffload(
+        torch.device("cpu"), lambda size: torch.from_numpy(np.empty(size, np.uint8))
+    )
     (_, plain), (kept, peak) = (measured(checkpointing, sizes, each) for each in (None, offload))
     model = decoder(**sizes)
-    told, lower = (activation_bytes(model, TOKENS, checkpointing=checkpointing, offload=each) for each in (False, True))
+    told, lower = (
+        activation_bytes(model, TOKENS, checkpointing=checkpointing, offload=each)
+        for each in (False, True)
+    )
     assert plain - peak == pytest.approx(told - lower, rel=0.15)
     assert peak < 1.15 * lower, "a bound where nothing is computed again"
-    assert kept < 0.2 * lower, "between forward and backward only what is outside of the blocks stays"
+    assert kept < 0.2 * lower, (
+        "between forward and backward only what is outside of the blocks stays"
+    )
     steps = 2
-    assert offload.sent / steps == pytest.approx(host_bytes(model, TOKENS, checkpointing=checkpointing), rel=0.01)
+    assert offload.sent / steps == pytest.approx(
+        host_bytes(model, TOKENS, checkpointing=checkpointing), rel=0.01
+    )
 
 
-@pytest.mark.parametrize("model", ["hyena", "retention", "rwkv7", "mamba2", "compressed", "lsh", "switch"])
+@pytest.mark.parametrize(
+    "model", ["hyena", "retention", "rwkv7", "mamba2", "compressed", "lsh", "switch"]
+)
 def test_other_layers_hold_between_forward_and_backward_what_is_predicted(one_thread, model):
-    words = [f"model={model}", "model.width=32", "model.layers=2", "model.heads=4", "context_length=256", "batch_tokens=256"]
+    words = [
+        f"model={model}",
+        "model.width=32",
+        "model.layers=2",
+        "model.heads=4",
+        "context_length=256",
+        "batch_tokens=256",
+    ]
     config = compose(words).config
     assert config is not None
     with torch.device("meta"):
@@ -142,5 +184,7 @@ def test_sizes_refuses_checkpointing_that_is_none_or_that_has_no_blocks():
         activation_bytes(decoder(), 64, checkpointing="some")
     with pytest.raises(ValueError, match="Linear has no blocks to compute again"):
         activation_bytes(torch.nn.Linear(2, 2), 64, checkpointing="full")
-    with pytest.raises(ValueError, match="Linear has no blocks whose activations could wait on the host"):
+    with pytest.raises(
+        ValueError, match="Linear has no blocks whose activations could wait on the host"
+    ):
         host_bytes(torch.nn.Linear(2, 2), 64)

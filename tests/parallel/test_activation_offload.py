@@ -1,4 +1,5 @@
-"""What blocks save for backward waits on the host, and nothing else changes: not a bit of losses and gradients."""
+"""What blocks save for backward waits on the host, and nothing else changes: not a bit of losses
+and gradients."""
 
 import functools
 import gc
@@ -35,7 +36,11 @@ from trainer.optim.adamw import AdamW
 
 CPU = torch.device("cpu")
 WAYS = ["none", "full", "selective"]
-ENGINES = {"single": Single, "fsdp": Fsdp, **{f"zero{zero}": functools.partial(Deepspeed, zero=zero) for zero in (1, 3)}}
+ENGINES = {
+    "single": Single,
+    "fsdp": Fsdp,
+    **{f"zero{zero}": functools.partial(Deepspeed, zero=zero) for zero in (1, 3)},
+}
 
 
 def aside(size):
@@ -48,7 +53,14 @@ def to_host() -> ActivationOffload:
 
 
 def named_model(name):
-    words = [f"model={name}", "model.width=32", "model.layers=3", "model.heads=4", "context_length=256", "batch_tokens=256"]
+    words = [
+        f"model={name}",
+        "model.width=32",
+        "model.layers=3",
+        "model.heads=4",
+        "context_length=256",
+        "batch_tokens=256",
+    ]
     config = compose(words).config
     assert config is not None
     with torch.device("meta"):
@@ -57,32 +69,52 @@ def named_model(name):
 
 @pytest.mark.parametrize(
     "name, checkpointing",
-    [*(("full", way) for way in WAYS), ("differential", "selective"), ("rwkv7", "full"), ("hyena", "none"), ("switch", "none")],
+    [
+        *(("full", way) for way in WAYS),
+        ("differential", "selective"),
+        ("rwkv7", "full"),
+        ("hyena", "none"),
+        ("switch", "none"),
+    ],
 )
-def test_losses_and_gradients_are_the_same_bits_and_what_left_is_what_was_predicted(name, checkpointing):
+def test_losses_and_gradients_are_the_same_bits_and_what_left_is_what_was_predicted(
+    name, checkpointing
+):
     def step(offload):
         engine = Single(Mesh.alone(), AdamW(), checkpointing=checkpointing)
         parallelize(named_model(name), engine, offload=offload)
         losses = engine.model(tokens := torch.arange(256)[None], Span.line(1, 256), tokens)
         sum((each.sum() for each in auxiliary_loss(engine.model).values()), losses.sum()).backward()
-        return losses.detach(), {key: p.grad for key, p in engine.parameters.items() if p.grad is not None}
+        return losses.detach(), {
+            key: p.grad for key, p in engine.parameters.items() if p.grad is not None
+        }
 
     offload = to_host()
     torch.testing.assert_close(step(offload), step(None), rtol=0, atol=0)
-    assert offload.sent == pytest.approx(host_bytes(named_model(name), 256, checkpointing=checkpointing), rel=0.01)
+    assert offload.sent == pytest.approx(
+        host_bytes(named_model(name), 256, checkpointing=checkpointing), rel=0.01
+    )
     gc.collect()
     assert not offload.copies, "what is not needed any more is not kept on the host either"
 
 
 def trained(engine: Engine, model: nn.Module, offload, method="auto", rank=0, size=1):
-    """(norms, {name: parameter}, bytes that were exchanged) after two steps in micro-batches of a row."""
+    """(norms, {name: parameter}, bytes that were exchanged) after two steps in micro-batches of a
+    row."""
     communicator, norms = parallelize(model, engine, method=method, offload=offload), []
     for step in range(2):
         tokens, targets, span = data(step)
         valid = (targets != IGNORE).sum()
         for row in range(2):
-            here = shard_span(span.map(lambda x, r=row: x[r : r + 1]), [layout("zigzag", span.shape[1], size)], rank)
-            mine = here.sharding.shard(tokens[row : row + 1], 0), here.sharding.shard(targets[row : row + 1], IGNORE)
+            here = shard_span(
+                span.map(lambda x, r=row: x[r : r + 1]),
+                [layout("zigzag", span.shape[1], size)],
+                rank,
+            )
+            mine = (
+                here.sharding.shard(tokens[row : row + 1], 0),
+                here.sharding.shard(targets[row : row + 1], IGNORE),
+            )
             engine.backward(engine.model(mine[0], here, mine[1]).sum() / valid, last=row == 1)
         norms.append(engine.clip(0.1))
         engine.step(0.01)
@@ -97,7 +129,9 @@ def with_and_without(env, name, method, grid, settings):
     for each in (offload, None):
         with torch.device("meta"):
             model = decoder()
-        engine = ENGINES[name](build_mesh(env.size, 1, **grid), AdamW(learning_rate=1e-2), seed=5, **settings)
+        engine = ENGINES[name](
+            build_mesh(env.size, 1, **grid), AdamW(learning_rate=1e-2), seed=5, **settings
+        )
         found.append(trained(engine, model, each, method, env.rank, env.size))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
     return offload.sent
@@ -107,23 +141,34 @@ def with_and_without(env, name, method, grid, settings):
     "method, size, grid, checkpointing",
     [
         *(("ring", 3, {}, way) for way in WAYS),
-        ("heads", 3, {}, "none"),
-        ("fetch", 3, {}, "selective"),
+        ("ulysses", 3, {}, "none"),
+        ("allgather", 3, {}, "selective"),
         ("usp", 2, {"heads": 1, "ring": 2}, "selective"),
     ],
 )
-def test_exchanges_and_engines_are_the_same_bits_and_gathered_parameters_stay(method, size, grid, checkpointing):
+def test_exchanges_and_engines_are_the_same_bits_and_gathered_parameters_stay(
+    method, size, grid, checkpointing
+):
     settings = {"precision": "float64", "checkpointing": checkpointing}
-    left = {name: ranks(size, with_and_without, name, method, grid, settings) for name in ("single", "fsdp")}
+    left = {
+        name: ranks(size, with_and_without, name, method, grid, settings)
+        for name in ("single", "fsdp")
+    }
     assert min(left["single"]) > 0
-    assert left["fsdp"] == left["single"], "a parameter that was gathered for a block went to the host"
+    assert left["fsdp"] == left["single"], (
+        "a parameter that was gathered for a block went to the host"
+    )
 
 
 @pytest.mark.parametrize(
-    "name, precision", [("fsdp", "bfloat16"), ("zero1", "float32"), ("zero3", "float32"), ("zero3", "bfloat16")]
+    "name, precision",
+    [("fsdp", "bfloat16"), ("zero1", "float32"), ("zero3", "float32"), ("zero3", "bfloat16")],
 )
 def test_other_precisions_and_engines(name, precision):
-    left = [ranks(2, with_and_without, each, "ring", {}, {"precision": precision}) for each in (name, "single")]
+    left = [
+        ranks(2, with_and_without, each, "ring", {}, {"precision": precision})
+        for each in (name, "single")
+    ]
     assert left[0] == left[1]
 
 
@@ -157,7 +202,13 @@ def test_compiled_blocks_are_the_same_bits(checkpointing):
 
 def test_views_of_a_storage_travel_as_one_and_come_back_as_they_were():
     offload, base = to_host(), torch.randn(24, 64)
-    views = [base, base.t(), base[3:, ::2], base.view(3, 8, 64).transpose(0, 1), base[:1].expand(5, 64)]
+    views = [
+        base,
+        base.t(),
+        base[3:, ::2],
+        base.view(3, 8, 64).transpose(0, 1),
+        base[:1].expand(5, 64),
+    ]
     sent = [offload.send(view, nn.Module()) for view in views]
     assert offload.sent == base.untyped_storage().nbytes() and len(offload.copies) == 1
     expected, size = [view.clone() for view in views], base.nbytes
@@ -166,7 +217,9 @@ def test_views_of_a_storage_travel_as_one_and_come_back_as_they_were():
     back = [offload.fetch(each) for each in sent]
     assert [each.stride() for each in back] == strides
     torch.testing.assert_close(back, expected, rtol=0, atol=0)
-    assert len({each.untyped_storage().data_ptr() for each in back}) == 1, f"{size} bytes come back once"
+    assert len({each.untyped_storage().data_ptr() for each in back}) == 1, (
+        f"{size} bytes come back once"
+    )
 
 
 def test_what_was_written_to_since_is_something_else():
@@ -179,25 +232,40 @@ def test_what_was_written_to_since_is_something_else():
 
 def test_another_tensor_at_the_same_place_is_not_taken_for_the_first():
     offload, sent = to_host(), []
-    for value in range(20):  # each is dropped before the next is made, which may get its memory and its name
+    for value in range(
+        20
+    ):  # each is dropped before the next is made, which may get its memory and its name
         sent.append(offload.send(torch.full((512,), float(value)), nn.Module()))
     assert [offload.fetch(each)[0].item() for each in sent] == [*range(20)]
 
 
-@pytest.mark.parametrize("mark", [torch.conj, lambda z: z.conj().imag], ids=["conjugate", "negative"])
+@pytest.mark.parametrize(
+    "mark", [torch.conj, lambda z: z.conj().imag], ids=["conjugate", "negative"]
+)
 def test_marks_on_a_view_are_kept(mark):
     offload, z = to_host(), torch.randn(200, dtype=torch.complex64)
     assert mark(z).is_conj() or mark(z).is_neg()
-    torch.testing.assert_close(offload.fetch(offload.send(mark(z), nn.Module())), mark(z), rtol=0, atol=0)
+    torch.testing.assert_close(
+        offload.fetch(offload.send(mark(z), nn.Module())), mark(z), rtol=0, atol=0
+    )
 
 
 def test_parameters_buffers_small_things_and_what_lies_elsewhere_stay():
     offload, block = to_host(), nn.Linear(32, 32)
     block.register_buffer("table", table := torch.zeros(512))
     stay = [block.weight, block.weight.t(), block.weight.detach()[1:], table, table.view(2, 256)]
-    stay += [torch.zeros(SMALL // 4 - 1), torch.empty(9999, device="meta"), torch.eye(100).to_sparse()]
-    assert all(isinstance(offload.send(each, block), torch.Tensor) for each in stay) and offload.sent == 0
-    assert offload.send(block.weight, block) is block.weight  # DeepSpeed gathers it again under its name
+    stay += [
+        torch.zeros(SMALL // 4 - 1),
+        torch.empty(9999, device="meta"),
+        torch.eye(100).to_sparse(),
+    ]
+    assert (
+        all(isinstance(offload.send(each, block), torch.Tensor) for each in stay)
+        and offload.sent == 0
+    )
+    assert (
+        offload.send(block.weight, block) is block.weight
+    )  # DeepSpeed gathers it again under its name
     offload.send(torch.zeros(SMALL // 4), block)
     assert offload.sent == SMALL
 
@@ -236,21 +304,37 @@ def test_a_backward_may_be_repeated_and_differentiated_again():
         with hooks:
             y = (x.exp() * x.tanh()).sum()
         (first,) = torch.autograd.grad(y, x, create_graph=True)
-        return first.detach(), torch.autograd.grad(first.square().sum(), x, retain_graph=True)[0], torch.autograd.grad(y, x)[0]
+        return (
+            first.detach(),
+            torch.autograd.grad(first.square().sum(), x, retain_graph=True)[0],
+            torch.autograd.grad(y, x)[0],
+        )
 
     offload = to_host()
     found = gradients(saved_tensors_hooks(lambda t: offload.send(t, nn.Module()), offload.fetch))
-    torch.testing.assert_close(found, gradients(saved_tensors_hooks(lambda t: t, lambda t: t)), rtol=0, atol=0)
+    torch.testing.assert_close(
+        found, gradients(saved_tensors_hooks(lambda t: t, lambda t: t)), rtol=0, atol=0
+    )
     assert offload.sent > 0
 
 
 def test_where_the_ranks_compute_on_the_host_there_is_nowhere_to_send_to():
-    with pytest.raises(ValueError, match=r"engine.offload_activations=true, but .* engine.offload_activations=false"):
+    with pytest.raises(
+        ValueError,
+        match=r"engine.offload_activations=true, but .* engine.offload_activations=false",
+    ):
         ActivationOffload(CPU)
 
 
 def test_the_bench_compares_a_step_with_itself():
-    rows = [*measure(CPU, "float32", OffloadSizes(tokens=256, width=64, layers=3), lambda device: ActivationOffload(device, aside))]
+    rows = [
+        *measure(
+            CPU,
+            "float32",
+            OffloadSizes(tokens=256, width=64, layers=3),
+            lambda device: ActivationOffload(device, aside),
+        )
+    ]
     assert [row["checkpointing"] for row in rows] == WAYS and all(row["exact"] for row in rows)
     for row in rows:
         assert row["sent_bytes"] == pytest.approx(row["predicted_sent_bytes"], rel=0.01)

@@ -1,4 +1,5 @@
-"""A layer's own loss reaches the optimiser whole: cut over ranks, with sharded parameters, with blocks computed again."""
+"""A layer's own loss reaches the optimiser whole: cut over ranks, with sharded parameters, with
+blocks computed again."""
 
 import pytest
 import torch
@@ -26,8 +27,20 @@ OPTIM = AdamW(learning_rate=1e-2)
 
 
 def _model() -> Decoder:
-    settings = {"block": 3, "top": 2, "reach": 4, "index_heads": 3, "index_channels": 6, "turned": 2}
-    return Decoder(11, 12, [Compressed(12, 3, Rope(), **settings) for _ in range(2)], [SwiGLU(12, 16) for _ in range(2)])
+    settings = {
+        "block": 3,
+        "top": 2,
+        "window": 4,
+        "index_heads": 3,
+        "index_channels": 6,
+        "rope_dim": 2,
+    }
+    return Decoder(
+        11,
+        12,
+        [Compressed(12, 3, Rope(), **settings) for _ in range(2)],
+        [SwiGLU(12, 16) for _ in range(2)],
+    )
 
 
 def _given() -> tuple[Tensor, Tensor]:
@@ -45,12 +58,16 @@ def _placed(env, name: str, checkpointing: str) -> float:
     truth = initialise(_model(), seed=3).double()
     tokens, targets = _given()
     _loss(truth, tokens, packed(), targets).backward()
-    engine = ENGINES[name](build_mesh(env.size, 1), OPTIM, precision="float64", seed=3, checkpointing=checkpointing)
+    engine = ENGINES[name](
+        build_mesh(env.size, 1), OPTIM, precision="float64", seed=3, checkpointing=checkpointing
+    )
     with torch.device("meta"):
         model = _model()
     parallelize(model, engine, method="ring")
     span = shard_span(packed(), [layout("zigzag", 51, env.size)], env.rank)
-    loss = _loss(engine.model, span.sharding.shard(tokens, 0), span, span.sharding.shard(targets, IGNORE))
+    loss = _loss(
+        engine.model, span.sharding.shard(tokens, 0), span, span.sharding.shard(targets, IGNORE)
+    )
     engine.backward(loss, last=True)
     grads = {key: p.grad for key, p in engine.parameters.items()}
     grads = {key: g.full_tensor() if hasattr(g, "full_tensor") else g for key, g in grads.items()}

@@ -13,13 +13,18 @@ from parallel.sharding import shard_span
 from tests.support.pool import ranks
 
 TOKENS, ALL = 11, 55
-LANES = [[5, 30, 3, 100], [33, 7, 2, 100]]  # lengths of the documents of two lanes, one after another
+LANES = [
+    [5, 30, 3, 100],
+    [33, 7, 2, 100],
+]  # lengths of the documents of two lanes, one after another
 
 
 def rows(step: int, pad: int = 0) -> Span:
     """Row `step` of every lane; the last `pad` tokens of the first row are padding."""
     pos = torch.stack([torch.cat([torch.arange(n) for n in lane])[:ALL] for lane in LANES])
-    doc = torch.stack([torch.cat([torch.full((n,), i) for i, n in enumerate(lane)])[:ALL] for lane in LANES])
+    doc = torch.stack(
+        [torch.cat([torch.full((n,), i) for i, n in enumerate(lane)])[:ALL] for lane in LANES]
+    )
     part = slice(step * TOKENS, (step + 1) * TOKENS)
     first = doc[:, part][:, :1]
     here = doc[:, part] - first
@@ -31,7 +36,9 @@ def rows(step: int, pad: int = 0) -> Span:
 def content(step: int) -> torch.Tensor:
     """[2, TOKENS, 3] numbers that say which token of which lane they are."""
     where = torch.arange(TOKENS) + step * TOKENS
-    return torch.stack([torch.stack([where + 1000 * lane, where, -where], 1) for lane in range(len(LANES))]).double()
+    return torch.stack(
+        [torch.stack([where + 1000 * lane, where, -where], 1) for lane in range(len(LANES))]
+    ).double()
 
 
 def walk(length: int, steps: int, pad_at: int = -1) -> list[tuple[torch.Tensor, Span]]:
@@ -54,7 +61,9 @@ def test_a_lane_finds_the_tokens_of_the_document_that_goes_on_and_no_others(leng
                 held.append((start - back, step * TOKENS - back + 1000 * lane))
             there = span.doc[lane] != PADDING
             assert (span.doc[lane][there] == row.doc[lane, 0]).all()
-            assert [(int(p), int(v)) for p, v in zip(span.pos[lane][there], x[lane, :, 0][there])] == held[::-1]
+            assert [
+                (int(p), int(v)) for p, v in zip(span.pos[lane][there], x[lane, :, 0][there])
+            ] == held[::-1]
 
 
 def test_nothing_is_found_behind_padding_or_in_another_document():
@@ -113,10 +122,10 @@ def test_ranks_together_keep_what_one_device_keeps(size, policy):
         for step in range(5):
             one.attach(rows(step, 4 if step == 3 else 0))
             expected.append(one.tokens("a", content(step), length))
-            one.leave("b", torch.arange(6.0)[:, None] + step, SHARDED)
-            one.leave("c", torch.full((2, 3), step), REPLICATED)
+            one.store("b", torch.arange(6.0)[:, None] + step, SHARDED)
+            one.store("c", torch.full((2, 3), step), REPLICATED)
             one.advance()
-        want = one.gather()
+        want = one.export_state()
         for found, whole in ranks(size, over_ranks, policy, length):
             assert set(whole) == set(want)
             assert all(torch.equal(whole[key], want[key]) for key in want)

@@ -30,7 +30,9 @@ def test_chunks_are_an_eighth_of_a_ranks_share_and_no_longer_than_512():
 def test_visible_keys_are_what_the_mask_shows():
     span = packed()
     for mask in (CAUSAL, CAUSAL & SlidingWindow(5), SameDocument(), Mask()):
-        look = mask.dense(span, span) & span.valid()[:, None, :, None] & span.valid()[:, None, None, :]
+        look = (
+            mask.dense(span, span) & span.valid()[:, None, :, None] & span.valid()[:, None, None, :]
+        )
         assert torch.equal(visible_keys(span, mask), look[:, 0].sum(-1)), mask
     assert torch.equal(visible_keys(span), visible_keys(span, CAUSAL))
 
@@ -61,7 +63,9 @@ def test_two_hundred_packings_are_balanced():
         worst = max(worst, imbalance(work(balanced(len(keys), 8, keys=keys), keys)))
         zigzags.append(imbalance(work(layout("zigzag", len(keys), 8), keys)))
     assert worst <= 1.05
-    assert sum(zigzags) / len(zigzags) > 1.5, "the figure would be no feat if a fixed cut had it too"
+    assert sum(zigzags) / len(zigzags) > 1.5, (
+        "the figure would be no feat if a fixed cut had it too"
+    )
 
 
 def test_one_long_document_is_balanced():

@@ -1,4 +1,5 @@
-"""Ranks are numbered data-major, a context group is consecutive ranks, and wrong shapes are refused in plain words."""
+"""Ranks are numbered data-major, a context group is consecutive ranks, and wrong shapes are refused
+in plain words."""
 
 import warnings
 
@@ -18,7 +19,16 @@ def place(env, context, data, grid):
         mesh = build_mesh(context, data, **grid)
     numbers = {
         name: getattr(mesh, name)
-        for name in ("rank", "size", "context_rank", "context_size", "data_rank", "data_size", "heads_rank", "ring_rank")
+        for name in (
+            "rank",
+            "size",
+            "context_rank",
+            "context_size",
+            "data_rank",
+            "data_size",
+            "heads_rank",
+            "ring_rank",
+        )
     }
     groups = {
         name: dist.get_process_group_ranks(group)
@@ -67,7 +77,11 @@ def lie(env, shape):
 def test_neighbours_share_experts_whatever_else_they_share():
     for rank, found in enumerate(ranks(SIZE, lie, {"context": 4, "data": 1, "experts": 2})):
         assert found[:2] == (rank % 2, 2)
-        assert found[2:5] == ([rank // 2 * 2, rank // 2 * 2 + 1], [rank % 2, rank % 2 + 2], [0, 1, 2, 3])
+        assert found[2:5] == (
+            [rank // 2 * 2, rank // 2 * 2 + 1],
+            [rank % 2, rank % 2 + 2],
+            [0, 1, 2, 3],
+        )
         assert found[5:] == ({"shards": 2, "experts": 2}, {"world": 4})
 
 
@@ -81,14 +95,21 @@ def test_an_expert_is_copied_over_replicas_and_sharded_within_one(experts, repli
         assert ranks(SIZE, flat, shape) == [({"replicas": 2, "shards": 2}, None)] * SIZE
         return
     for found in ranks(SIZE, lie, shape):
-        assert tuple(found[5].values()) == axes and list(found[5]) == ["replicas", "shards", "experts"]
+        assert tuple(found[5].values()) == axes and list(found[5]) == [
+            "replicas",
+            "shards",
+            "experts",
+        ]
         assert found[6] == {"replicas": replicas, "shards": SIZE // replicas}
 
 
 @pytest.mark.parametrize(
-    "size, experts, replicas, axes", [(8, 2, 2, (2, 2, 2)), (16, 2, 2, (2, 4, 2)), (8, 4, 4, (2, 1, 4)), (8, 2, 1, (1, 4, 2))]
+    "size, experts, replicas, axes",
+    [(8, 2, 2, (2, 2, 2)), (16, 2, 2, (2, 4, 2)), (8, 4, 4, (2, 1, 4)), (8, 2, 1, (1, 4, 2))],
 )
-def test_the_ranks_of_a_replica_that_hold_the_same_experts_shard_them(size, experts, replicas, axes):
+def test_the_ranks_of_a_replica_that_hold_the_same_experts_shard_them(
+    size, experts, replicas, axes
+):
     assert expert_axes(size, experts, replicas) == axes
 
 
@@ -121,13 +142,33 @@ def test_a_shape_that_the_ranks_cannot_form_is_refused(shape, words):
 @pytest.mark.parametrize(
     "size, experts, replicas, words",
     [
-        (4, 3, 1, "parallel.experts=3 does not divide the number of ranks, 4 .*use parallel.experts=2"),
-        (6, 1, 4, "engine.replicate=4 does not divide the number of ranks, 6 .*use engine.replicate=3"),
-        (12, 4, 2, "experts=4 and engine.replicate=2 do not fit: 6 ranks hold a replica.*use parallel.experts=3"),
+        (
+            4,
+            3,
+            1,
+            "parallel.experts=3 does not divide the number of ranks, 4 .*use parallel.experts=2",
+        ),
+        (
+            6,
+            1,
+            4,
+            "engine.replicate=4 does not divide the number of ranks, 6 .*use engine.replicate=3",
+        ),
+        (
+            12,
+            4,
+            2,
+            (
+                "experts=4 and engine.replicate=2 do not fit: 6 ranks hold a replica.*use"
+                " parallel.experts=3"
+            ),
+        ),
         (4, 0, 1, "parallel.experts=0 is no number of ranks"),
     ],
 )
-def test_experts_and_replicas_that_the_ranks_cannot_hold_are_refused(size, experts, replicas, words):
+def test_experts_and_replicas_that_the_ranks_cannot_hold_are_refused(
+    size, experts, replicas, words
+):
     with pytest.raises(ValueError, match=words):
         validate_shape(size, size, 1, experts=experts, replicas=replicas)
 
@@ -135,4 +176,6 @@ def test_experts_and_replicas_that_the_ranks_cannot_hold_are_refused(size, exper
 def test_a_shape_that_fits_is_taken():
     validate_shape(4, 2, 2)
     validate_shape(8, 4, 2, 2, 2)
-    validate_shape(12, 4, 3, experts=6, replicas=4)  # a replica is 3 ranks, which hold half of the experts
+    validate_shape(
+        12, 4, 3, experts=6, replicas=4
+    )  # a replica is 3 ranks, which hold half of the experts

@@ -35,18 +35,25 @@ def first(x):
 def linear():
     (q,), (k, v, _) = given("none")
     q, k = F.elu(q) + 1, F.elu(k) + 1
-    return weighted_mean(Scan(), q, k, v, SPAN), naive_recurrent_linear_attn(q, k, v, normalize=True)[0]
+    return (
+        weighted_mean(Scan(), q, k, v, SPAN),
+        naive_recurrent_linear_attn(q, k, v, normalize=True)[0],
+    )
 
 
 def retention():
     (q,), (k, v, _) = given("none")
     fade = torch.tensor(fading(HEADS)).expand(2, T, HEADS)
-    return Scan()((q * D**-0.5,), (k, v, fade), span=SPAN), first(naive_retention(first(q), first(k), first(v)))
+    return Scan()((q * D**-0.5,), (k, v, fade), span=SPAN), first(
+        naive_retention(first(q), first(k), first(v))
+    )
 
 
 def scalar_gate():
     (q,), (k, v, decay) = given("scalar")
-    return Scan()((q,), (k, v, decay), span=SPAN), naive_recurrent_simple_gla(q, k, v, decay, scale=1.0)
+    return Scan()((q,), (k, v, decay), span=SPAN), naive_recurrent_simple_gla(
+        q, k, v, decay, scale=1.0
+    )
 
 
 def vector_gate():
@@ -66,7 +73,9 @@ def delta():
     (q,), (k, v, decay) = given("none")
     step = torch.rand(2, T, HEADS)
     want = delta_rule_recurrence(*map(first, (q, k, v)), first(step))[0]
-    got = Scan()((q * D**-0.5,), (k, step[..., None] * v, decay, k, -step[..., None] * k), span=SPAN)
+    got = Scan()(
+        (q * D**-0.5,), (k, step[..., None] * v, decay, k, -step[..., None] * k), span=SPAN
+    )
     return got, first(want)
 
 

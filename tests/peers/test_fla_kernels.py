@@ -1,6 +1,8 @@
-"""The chunk kernels of flash-linear-attention, called as models/kernels/scan_fla.py calls them, answer as our own scan does.
+"""The chunk kernels of flash-linear-attention, called as models/kernels/scan_fla.py calls them,
+answer as our own scan does.
 
-They run in Triton's interpreter, in float32 and without TF32, so differences are those of sums: 1e-5.
+They run in Triton's interpreter, in float32 and without TF32, so differences are those of sums:
+1e-5.
 """
 
 import os

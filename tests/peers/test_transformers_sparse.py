@@ -1,4 +1,5 @@
-"""Structured attention against the public implementations in transformers: random weights, outputs and gradients."""
+"""Structured attention against the public implementations in transformers: random weights, outputs
+and gradients."""
 
 import math
 
@@ -8,9 +9,15 @@ from torch import Tensor, nn
 from transformers.models.big_bird.configuration_big_bird import BigBirdConfig
 from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdModel
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Attention,
+    DeepseekV3RotaryEmbedding,
+)
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Attention, DeepseekV4RotaryEmbedding
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
+    DeepseekV4Attention,
+    DeepseekV4RotaryEmbedding,
+)
 from transformers.models.longformer.configuration_longformer import LongformerConfig
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
@@ -32,12 +39,15 @@ def _fill(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
         size = parameter.shape[-1] if parameter.dim() > 1 else 16
-        parameter.data = torch.randn(parameter.shape, generator=generator) / size**0.5 + (parameter.dim() == 1)
+        parameter.data = torch.randn(parameter.shape, generator=generator) / size**0.5 + (
+            parameter.dim() == 1
+        )
     return module
 
 
 def _same(ours: nn.Module, theirs, span: Span, x: Tensor, pairs: dict[str, Tensor]) -> None:
-    """Outputs, the input's gradient, and the gradients of named parameters (`pairs`: ours -> theirs, as gradients)."""
+    """Outputs, the input's gradient, and the gradients of named parameters (`pairs`: ours ->
+    theirs, as gradients)."""
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     got, want = ours(a, span), theirs(b)
@@ -112,7 +122,9 @@ def test_longformer_is_transformers_longformer():
         attention_probs_dropout_prob=0.0, max_position_embeddings=TOKENS,
     )  # fmt: skip
     theirs = _fill(LongformerSelfAttention(config, 0)).eval()
-    ours = Longformer(WIDTH, 4, 4, NoPosition(), 0, 1, window=window // 2 + 1, first=0, symmetric=True)
+    ours = Longformer(
+        WIDTH, 4, 4, NoPosition(), 0, 1, window=window // 2 + 1, first=0, symmetric=True
+    )
     _identity_out(ours)
     for name in ("query", "key", "value"):
         for kind, mine in (("", name[0]), ("_global", f"global_{name[0]}")):
@@ -127,9 +139,17 @@ def test_longformer_is_transformers_longformer():
     def call(x: Tensor) -> Tensor:
         mask = important.float() * 10_000
         masked = torch.zeros_like(important)
-        return theirs(x, mask, is_index_masked=masked, is_index_global_attn=important, is_global_attn=True)[0]
+        return theirs(
+            x, mask, is_index_masked=masked, is_index_global_attn=important, is_global_attn=True
+        )[0]
 
-    pairs = {"q": "query", "k": "key", "v": "value", "global_q": "query_global", "global_v": "value_global"}
+    pairs = {
+        "q": "query",
+        "k": "key",
+        "v": "value",
+        "global_q": "query_global",
+        "global_v": "value_global",
+    }
     grads = {f"{a}.weight": lambda b=b: getattr(theirs, b).weight.grad for a, b in pairs.items()}
     _same(ours, call, span, torch.randn(ROWS, TOKENS, WIDTH), grads)
 
@@ -154,7 +174,9 @@ def test_bigbird_is_transformers_bigbird():
         max_position_embeddings=block * blocks,
     )  # fmt: skip
     theirs = _fill(BigBirdBlockSparseAttention(config)).eval()
-    ours = BigBird(WIDTH, 4, 4, NoPosition(), 0, 0, block=block, window=1, first=1, random=0, symmetric=True)
+    ours = BigBird(
+        WIDTH, 4, 4, NoPosition(), 0, 0, block=block, window=1, first=1, random=0, symmetric=True
+    )
     ours.mix.score = _Repeated(block, random, blocks)
     _identity_out(ours)
     for name in ("query", "key", "value"):
@@ -162,17 +184,23 @@ def test_bigbird_is_transformers_bigbird():
     line = Span.line(ROWS, block * blocks)
     last = line.pos >= block * (blocks - 1)  # their last block is global too
     span = Span(line.pos, line.doc, torch.where(last, GLOBAL, 0))
-    blocked, band, rows, keys = BigBirdModel.create_masks_for_block_sparse_attn(torch.ones(last.shape), block)
+    blocked, band, rows, keys = BigBirdModel.create_masks_for_block_sparse_attn(
+        torch.ones(last.shape), block
+    )
 
     def call(x: Tensor) -> Tensor:
         return theirs(x, band, rows, keys, blocked, blocked)[0]
 
-    grads = {f"{n[0]}.weight": lambda n=n: getattr(theirs, n).weight.grad for n in ("query", "key", "value")}
+    grads = {
+        f"{n[0]}.weight": lambda n=n: getattr(theirs, n).weight.grad
+        for n in ("query", "key", "value")
+    }
     _same(ours, call, span, torch.randn(ROWS, block * blocks, WIDTH), grads)
 
 
 def _compressed_pair(top: int) -> tuple[Compressed, nn.Module, nn.Module, dict[str, Tensor]]:
-    """Ours and theirs with the same weights, their positions, and the orders of channels that turn ours into theirs."""
+    """Ours and theirs with the same weights, their positions, and the orders of channels that turn
+    ours into theirs."""
     heads, channels, turned, index_channels = 4, 12, 4, 8
     rope = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": turned / channels}
     config = DeepseekV4Config(
@@ -192,8 +220,17 @@ def _compressed_pair(top: int) -> tuple[Compressed, nn.Module, nn.Module, dict[s
         one = torch.cat([torch.arange(width - turned), width - turned + _unweave(turned)])
         return torch.cat([i * width + one for i in range(times)])
 
-    orders = {"q": order(channels, heads), "kv": order(channels, 1), "pair": order(channels, 2), "group": order(channels, 2)}
-    orders |= {"index": order(index_channels, 1), "index_pair": order(index_channels, 2), "index_q": order(index_channels, 3)}
+    orders = {
+        "q": order(channels, heads),
+        "kv": order(channels, 1),
+        "pair": order(channels, 2),
+        "group": order(channels, 2),
+    }
+    orders |= {
+        "index": order(index_channels, 1),
+        "index_pair": order(index_channels, 2),
+        "index_q": order(index_channels, 3),
+    }
     press, index = theirs.compressor, theirs.compressor.indexer
     ours.squeeze_q.weight.data = theirs.q_a_proj.weight.data.clone()
     ours.norm_q.weight.data = theirs.q_a_norm.weight.data.clone()

@@ -1,9 +1,11 @@
-"""Writes the losses of 30 steps in float64 for one config of every family, on one rank and on several.
+"""Writes the losses of 30 steps in float64 for one config of every family, on one rank and on
+several.
 
     python -m tests.support.frozen OUT.json [ONLY ...]      train and write
     python -m tests.support.frozen --compare A.json B.json  the largest relative difference of each case
 
-A change that only moves or renames leaves every figure equal to the last bit; a change of code, within 1e-12.
+A change that only moves or renames leaves every figure equal to the last bit; a change of code,
+within 1e-12.
 """
 
 import json
@@ -34,12 +36,20 @@ def shared(method: str, *more: str) -> tuple[str, ...]:
     return ("parallel.context=3", f"parallel.method={method}", "engine=fsdp", *more)
 
 
-GRID = ("parallel.context=4", "parallel.method=usp", "parallel.ulysses=2", "parallel.ring=2", "engine=fsdp")
-CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {  # overrides, how they are shared, ranks
+GRID = (
+    "parallel.context=4",
+    "parallel.method=usp",
+    "parallel.ulysses=2",
+    "parallel.ring=2",
+    "engine=fsdp",
+)
+CASES: dict[
+    str, tuple[tuple[str, ...], tuple[str, ...], int]
+] = {  # overrides, how they are shared, ranks
     "full": (("model=full",), shared("ring"), 3),
     "full_usp": (("model=full",), GRID, 4),
-    "sliding": (("model=sliding",), shared("fetch"), 3),
-    "latent": (("model=latent",), shared("heads"), 3),
+    "sliding": (("model=sliding",), shared("allgather"), 3),
+    "latent": (("model=latent",), shared("ulysses"), 3),
     "longformer": (("model=longformer",), shared("ring", "parallel.layout=contiguous"), 3),
     "compressed": (("model=compressed",), shared("ring"), 3),
     "lsh": (("model=lsh",), shared("ring"), 3),
@@ -50,9 +60,17 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {  # overrides,
     "hyena": (("model=hyena",), shared("auto"), 3),
     "hybrid": (("model=hybrid", "model.layers=4"), shared("ring"), 3),
     "switch": (("model=switch",), shared("ring"), 3),
-    "segments": (("memory=segments", "memory.length=40", "memory.segment=16", "position=relative"), shared("ring"), 3),
+    "segments": (
+        ("memory=segments", "memory.length=40", "memory.segment=16", "position=relative"),
+        shared("ring"),
+        3,
+    ),
     "compressive": (("memory=compressive", "memory.segment=16"), shared("ring"), 3),
-    "ntm": (("model=ntm", "data=copy", "model.slots=16", "model.layers=1", "model.heads=1"), ("engine=single",), 1),
+    "ntm": (
+        ("model=ntm", "data=copy", "model.slots=16", "model.layers=1", "model.heads=1"),
+        ("engine=single",),
+        1,
+    ),
 }
 
 
@@ -67,7 +85,11 @@ def train(env, words: tuple[str, ...], directory: str) -> None:
 def losses(name: str, folder: Path) -> dict[str, list[float]]:
     """The losses of a case, by number of ranks."""
     overrides, sharing, size = CASES[name]
-    documents = ("data=files", f"data.path={write_documents(folder / 'text')}", f"data.cache={folder / 'cache'}")
+    documents = (
+        "data=files",
+        f"data.path={write_documents(folder / 'text')}",
+        f"data.cache={folder / 'cache'}",
+    )
     data = () if any(word.startswith("data=") for word in overrides) else documents
     result = {}
     for count, way in ((1, ONE), (size, sharing)):
@@ -75,7 +97,9 @@ def losses(name: str, folder: Path) -> dict[str, list[float]]:
             continue
         directory = folder / f"{name}_{count}"
         make_run_dir(directory)
-        ranks(count, train, (*COMMON, *data, *overrides, *way, f"run_dir={directory}"), str(directory))
+        ranks(
+            count, train, (*COMMON, *data, *overrides, *way, f"run_dir={directory}"), str(directory)
+        )
         result[str(count)] = [row["loss"] for row in read(directory / METRICS)]
     return result
 

@@ -1,4 +1,5 @@
-"""Rows of two lanes in which documents end, begin and go on; a mixer with a memory on one device and cut over ranks."""
+"""Rows of two lanes in which documents end, begin and go on; a mixer with a memory on one device
+and cut over ranks."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -19,7 +20,8 @@ from parallel.sharding import shard_span
 from tests.support.parity import GRID_HEADS, grid, relative
 
 TOKENS, WIDTH = 17, 16
-ROWS = [  # for each step and lane (first position, tokens) of every document; the rest of a row is padding
+# for each step and lane (first position, tokens) of every document; the rest of a row is padding
+ROWS = [
     [[(0, 5), (0, 12)], [(0, 17)]],
     [[(12, 17)], [(17, 10), (0, 1), (0, 6)]],
     [[(29, 2), (0, 3)], [(6, 17)]],
@@ -44,16 +46,24 @@ def span(step: int) -> Span:
 def given(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What comes in, and the weight of what goes out (none at padding)."""
     generator = torch.Generator().manual_seed(step)
-    x, weight = (torch.randn(2, TOKENS, WIDTH, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    x, weight = (
+        torch.randn(2, TOKENS, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+        for _ in range(2)
+    )
     return x * 3, weight * span(step).valid()[..., None]
 
 
 def made(build: Build, dtype: torch.dtype) -> nn.Module:
-    """The mixer, its parameters spread out, so that nothing is zero or equal by chance; its carriers named."""
+    """The mixer, its parameters spread out, so that nothing is zero or equal by chance; its
+    carriers named."""
     model = initialise(build(), seed=1).to(dtype)
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+            noise = torch.randn(
+                parameter.shape,
+                generator=torch.Generator().manual_seed(number),
+                dtype=torch.float64,
+            )
             parameter.add_(noise.to(dtype) * 0.2)
     name_stateful_modules(model)
     return model
@@ -79,12 +89,21 @@ def truth(build: Build, dtype: torch.dtype) -> tuple[list[Row], dict[str, Tensor
     return found, past.export_state()
 
 
-def compare(env: Any, build: Build, method: str, policy: str, dtype: torch.dtype) -> dict[str, float]:
-    """Worst relative difference over all rows of output, the input's and all parameters' gradients, and of what is kept."""
+def compare(
+    env: Any, build: Build, method: str, policy: str, dtype: torch.dtype
+) -> dict[str, float]:
+    """Worst relative difference over all rows of output, the input's and all parameters' gradients,
+    and of what is kept."""
     want, kept = truth(build, dtype)
-    model, past, worst = made(build, dtype), ShardedCarriedState(Communicator(env.group)), {"none": 0.0}
+    model, past, worst = (
+        made(build, dtype),
+        ShardedCarriedState(Communicator(env.group)),
+        {"none": 0.0},
+    )
     side = GRID_HEADS[env.size] if method == "usp" else 1
-    apply_context_parallel(model, env.group, method, grid=grid(env, side) if method == "usp" else None)
+    apply_context_parallel(
+        model, env.group, method, grid=grid(env, side) if method == "usp" else None
+    )
 
     def note(key: str, value: float) -> None:
         assert value == value, f"{key} is not a number"
@@ -116,9 +135,11 @@ def compare(env: Any, build: Build, method: str, policy: str, dtype: torch.dtype
 
 
 def poisoned(env: Any, build: Build, policy: str) -> float:
-    """Worst relative difference in healthy documents, output and the input's gradient, when one is not a number.
+    """Worst relative difference in healthy documents, output and the input's gradient, when one is
+    not a number.
 
-    It ends in the second row, so that nothing of it may be left for the third, and other documents follow it at once.
+    It ends in the second row, so that nothing of it may be left for the third, and other documents
+    follow it at once.
     """
     one, many = made(build, torch.float64), made(build, torch.float64)
     apply_context_parallel(many, env.group)
@@ -129,8 +150,13 @@ def poisoned(env: Any, build: Build, policy: str) -> float:
         sick[1] |= step < 2 and (torch.arange(TOKENS) < (TOKENS, 10)[step])[:, None]
         weight = weight.masked_fill(sick, 0)
         here = shard_span(span(step), layouts(policy, span(step), env.size), env.rank)
-        whole, part = x.requires_grad_(), here.sharding.shard(x.detach().masked_fill(sick, torch.nan), 0).requires_grad_()
-        healthy = here.sharding.shard((span(step).valid()[..., None] & ~sick).expand_as(x), 0).bool()
+        whole, part = (
+            x.requires_grad_(),
+            here.sharding.shard(x.detach().masked_fill(sick, torch.nan), 0).requires_grad_(),
+        )
+        healthy = here.sharding.shard(
+            (span(step).valid()[..., None] & ~sick).expand_as(x), 0
+        ).bool()
         want, got = one(whole, pasts[0].attach(span(step))), many(part, pasts[1].attach(here))
         (want * weight).sum().backward()
         torch.where(healthy, got * here.sharding.shard(weight, 0), 0).sum().backward()

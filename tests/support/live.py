@@ -1,4 +1,5 @@
-"""How many bytes of tensors are alive, counted storage by storage: what a step holds, whoever holds it."""
+"""How many bytes of tensors are alive, counted storage by storage: what a step holds, whoever holds
+it."""
 
 import gc
 import weakref
@@ -13,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 
 def storages(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages that the tensors lie in, each storage once; of a DTensor what is on this rank."""
+    """Bytes of the storages that the tensors lie in, each storage once; of a DTensor what is on
+    this rank."""
     found: dict[int, int] = {}
     for tensor in tensors:
         here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -24,8 +26,12 @@ def storages(tensors: Iterable[Tensor]) -> int:
 def everything() -> int:
     """Bytes of all tensors that this process can reach; a DTensor's own part is one of them."""
     gc.collect()
-    kinds = [(each, type(each)) for each in gc.get_objects()]  # by type: some objects warn when asked for their class
-    there = [each for each, kind in kinds if issubclass(kind, Tensor) and not issubclass(kind, DTensor)]
+    kinds = [
+        (each, type(each)) for each in gc.get_objects()
+    ]  # by type: some objects warn when asked for their class
+    there = [
+        each for each, kind in kinds if issubclass(kind, Tensor) and not issubclass(kind, DTensor)
+    ]
     return storages(each for each in there if not each.is_meta and each.layout == torch.strided)
 
 
@@ -42,7 +48,9 @@ class Live(TorchDispatchMode):
         self.seen: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        old = [x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        old = [
+            x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)
+        ]
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):

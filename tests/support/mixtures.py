@@ -1,4 +1,5 @@
-"""One layer of experts on one device against the same layer with its tokens and its experts over ranks."""
+"""One layer of experts on one device against the same layer with its tokens and its experts over
+ranks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,19 +20,46 @@ from parallel.sharding import shard_span
 from tests.support.parity import packed, relative
 
 WIDTH, HIDDEN, EXPERTS = 12, 10, 12
-LENGTHS = [[13, 1, 24, 9], [3, 40, 1, 1], [51], [1], [], [20, 20], [7, 7, 7, 7, 7, 7], [30]]  # rows; some padding, one all
+LENGTHS = [
+    [13, 1, 24, 9],
+    [3, 40, 1, 1],
+    [51],
+    [1],
+    [],
+    [20, 20],
+    [7, 7, 7, 7, 7, 7],
+    [30],
+]  # rows; some padding, one all
 MESHES: dict[tuple, Mesh] = {}  # of this rank's process: groups cost sockets
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "switch": lambda: Switch(WIDTH, HIDDEN, 1, 4, 5, experts=EXPERTS, capacity_factor=1.1, jitter=0.1),
-    "switch over rows": lambda: Switch(WIDTH, HIDDEN, experts=EXPERTS, capacity_factor=0.7, capacity_over="row"),
-    "switch without drops": lambda: Switch(WIDTH, HIDDEN, experts=EXPERTS, capacity_factor=None, activation="relu"),
-    "switch with dropout": lambda: Switch(WIDTH, HIDDEN, 2, experts=EXPERTS, expert_dropout=0.4, jitter=0.0),
+    "switch": lambda: Switch(
+        WIDTH, HIDDEN, 1, 4, 5, experts=EXPERTS, capacity_factor=1.1, jitter=0.1
+    ),
+    "switch over rows": lambda: Switch(
+        WIDTH, HIDDEN, experts=EXPERTS, capacity_factor=0.7, capacity_over="row"
+    ),
+    "switch without drops": lambda: Switch(
+        WIDTH, HIDDEN, experts=EXPERTS, capacity_factor=None, activation="relu"
+    ),
+    "switch with dropout": lambda: Switch(
+        WIDTH, HIDDEN, 2, experts=EXPERTS, expert_dropout=0.4, jitter=0.0
+    ),
     "undecided switch": lambda: Switch(WIDTH, HIDDEN, experts=EXPERTS, capacity_factor=None),
     "undecided top 2": lambda: TopKMixture(WIDTH, HIDDEN, experts=EXPERTS, top=2, balance=0.1),
-    "top 2": lambda: TopKMixture(WIDTH, HIDDEN, experts=EXPERTS, top=2, balance=0.1, z=0.1, expert_dropout=0.2),
+    "top 2": lambda: TopKMixture(
+        WIDTH, HIDDEN, experts=EXPERTS, top=2, balance=0.1, z=0.1, expert_dropout=0.2
+    ),
     "top 3, biased": lambda: TopKMixture(
-        WIDTH, HIDDEN, experts=EXPERTS, top=3, shared=1, hidden=5, score="sigmoid", bias_speed=0.1, scaling=2.5
+        WIDTH,
+        HIDDEN,
+        experts=EXPERTS,
+        top=3,
+        shared=1,
+        hidden=5,
+        score="sigmoid",
+        bias_speed=0.1,
+        scaling=2.5,
     ),
 }
 
@@ -51,11 +79,16 @@ def built(name: str, dtype: torch.dtype) -> Any:
 def given(dtype: torch.dtype, lengths: list[list[int]]) -> tuple[Tensor, Tensor]:
     """What comes in, and the weight of what goes out (none at padding)."""
     span, generator = packed(lengths), torch.Generator().manual_seed(2)
-    x, weight = (torch.randn(*span.shape, WIDTH, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    x, weight = (
+        torch.randn(*span.shape, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+        for _ in range(2)
+    )
     return x, weight * span.valid()[..., None]
 
 
-def passed(layer: nn.Module, x: Tensor, weight: Tensor, span: Span) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+def passed(
+    layer: nn.Module, x: Tensor, weight: Tensor, span: Span
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Forward and backward of output and own losses: (output, those losses, statistics)."""
     out = layer(x, span)
     losses = auxiliary_loss(layer)
@@ -65,16 +98,25 @@ def passed(layer: nn.Module, x: Tensor, weight: Tensor, span: Span) -> tuple[Ten
 
 
 def compare(
-    env: Any, name: str, context: int, experts: int, policy: str, dtype: torch.dtype, lengths: list[list[int]] = LENGTHS
+    env: Any,
+    name: str,
+    context: int,
+    experts: int,
+    policy: str,
+    dtype: torch.dtype,
+    lengths: list[list[int]] = LENGTHS,
 ) -> dict[str, float]:
-    """Worst relative difference by what is compared; `env.size` ranks, `context` of them share a row."""
+    """Worst relative difference by what is compared; `env.size` ranks, `context` of them share a
+    row."""
     (x, weight), span = given(dtype, lengths), packed(lengths)
     one, whole = built(name, dtype), x.clone().requires_grad_()
     want, want_losses, want_sums = passed(one, whole, weight, span)
     assert whole.grad is not None
 
     data = env.size // context
-    mesh = MESHES.setdefault((env.size, context, experts), None) or build_mesh(context, data, experts=experts)  # type: ignore
+    mesh = MESHES.setdefault((env.size, context, experts), None) or build_mesh(
+        context, data, experts=experts
+    )  # type: ignore
     MESHES[env.size, context, experts] = mesh
     many = built(name, dtype)
     held = EXPERTS // experts
@@ -82,7 +124,11 @@ def compare(
     for key, stack in list(many.experts.named_parameters()):
         setattr(many.experts, key, nn.Parameter(stack.detach()[mine].clone()))
     group = mesh.context_group if context > 1 else None
-    communicator = apply_context_parallel(many, group, "ring", experts=mesh.experts_group) if experts > 1 or group is not None else None
+    communicator = (
+        apply_context_parallel(many, group, "ring", experts=mesh.experts_group)
+        if experts > 1 or group is not None
+        else None
+    )
 
     rows = slice(mesh.data_rank * len(lengths) // data, (mesh.data_rank + 1) * len(lengths) // data)
     here, share = span.map(lambda t: t[rows]), lambda t: t[rows]
@@ -93,7 +139,10 @@ def compare(
     got, losses, sums = passed(many, part, share(weight), here)
     assert part.grad is not None and got.isfinite().all()
 
-    worst = {"output": relative(got * valid, share(want) * valid), "input": relative(part.grad, share(whole.grad))}
+    worst = {
+        "output": relative(got * valid, share(want) * valid),
+        "input": relative(part.grad, share(whole.grad)),
+    }
     for found, wanted in ((losses, want_losses), (sums, want_sums)):
         assert found.keys() == wanted.keys()
         for key, value in found.items():

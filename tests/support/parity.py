@@ -16,10 +16,16 @@ from parallel.sharding import shard_span
 from tests.support.pool import ranks
 from tests.variants import VARIANTS, WIDTH
 
-LENGTHS = [[13, 1, 24, 9], [3, 40, 1, 1]]  # documents of two rows, uneven, one of a single token; the rest is padding
+LENGTHS = [
+    [13, 1, 24, 9],
+    [3, 40, 1, 1],
+]  # documents of two rows, uneven, one of a single token; the rest is padding
 TOKENS = 51  # divides by nothing that the ranks might like
 SIZES = (2, 3, 4)  # numbers of ranks
-EXACT = {torch.float64: 1e-11, torch.float32: 2e-5}  # allowed difference, relative to the tensor's largest magnitude
+EXACT = {
+    torch.float64: 1e-11,
+    torch.float32: 2e-5,
+}  # allowed difference, relative to the tensor's largest magnitude
 GRID_HEADS = {2: 2, 3: 1, 4: 2}  # under usp: ranks that trade heads, by number of ranks
 GRIDS: dict[int, tuple] = {}  # of this rank's process, made once
 
@@ -37,11 +43,15 @@ class Case(NamedTuple):
 
 
 def covering() -> list[Case]:
-    """Each mixer once with every method, every layout and every number of ranks, together in all combinations."""
+    """Each mixer once with every method, every layout and every number of ranks, together in all
+    combinations."""
     cases = []
     for row, name in enumerate(VARIANTS):
         for turn, method in enumerate(METHODS):
-            policy, size = list(POLICIES)[(turn + row) % len(POLICIES)], SIZES[(turn + row // 3) % len(SIZES)]
+            policy, size = (
+                list(POLICIES)[(turn + row) % len(POLICIES)],
+                SIZES[(turn + row // 3) % len(SIZES)],
+            )
             cases.append(Case(name, method, policy, size))
     return cases
 
@@ -59,7 +69,10 @@ def differences(case: Case) -> dict[torch.dtype, float]:
 
 def packed(lengths: list[list[int]] = LENGTHS, tokens: int = TOKENS) -> Span:
     """Rows of documents of these lengths, filled up with padding."""
-    pos, doc = torch.zeros(len(lengths), tokens, dtype=torch.long), torch.full((len(lengths), tokens), -1)
+    pos, doc = (
+        torch.zeros(len(lengths), tokens, dtype=torch.long),
+        torch.full((len(lengths), tokens), -1),
+    )
     for row, sizes in enumerate(lengths):
         start = 0
         for number, size in enumerate(sizes):
@@ -74,12 +87,15 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 def grid(env: Any, side: int) -> tuple:
-    """Groups (of ranks that trade heads, of the ring); the same ones for every case, because groups cost sockets."""
+    """Groups (of ranks that trade heads, of the ring); the same ones for every case, because groups
+    cost sockets."""
     if side not in GRIDS:
         rows = [list(range(r, r + side)) for r in range(0, env.size, side)]
         columns = [list(range(r, env.size, side)) for r in range(side)]
         made = [[(ranks, dist.new_group(ranks)) for ranks in some] for some in (rows, columns)]
-        GRIDS[side] = tuple(next(group for ranks, group in some if env.rank in ranks) for some in made)
+        GRIDS[side] = tuple(
+            next(group for ranks, group in some if env.rank in ranks) for some in made
+        )
     return GRIDS[side]
 
 
@@ -94,7 +110,10 @@ def relative(got: Tensor, want: Tensor) -> float:
 def given(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What comes in, and the weight of what goes out (none at padding)."""
     span, generator = packed(), torch.Generator().manual_seed(2)
-    x, weight = (torch.randn(*span.shape, WIDTH, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    x, weight = (
+        torch.randn(*span.shape, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+        for _ in range(2)
+    )
     return x * 3, weight * span.valid()[..., None]
 
 
@@ -106,11 +125,16 @@ def truth(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tens
     want = one(whole, packed())
     (want * weight).sum().backward()
     assert whole.grad is not None
-    return want.detach(), whole.grad, {key: p.grad for key, p in one.named_parameters() if p.grad is not None}
+    return (
+        want.detach(),
+        whole.grad,
+        {key: p.grad for key, p in one.named_parameters() if p.grad is not None},
+    )
 
 
 def compare(env: Any, name: str, method: str, policy: str) -> dict[torch.dtype, float]:
-    """Worst relative difference over the output, the input's gradient and every parameter's gradient, by dtype."""
+    """Worst relative difference over the output, the input's gradient and every parameter's
+    gradient, by dtype."""
     return {dtype: max(_compare(env, name, method, policy, dtype).values()) for dtype in EXACT}
 
 
@@ -118,7 +142,9 @@ def _compare(env: Any, name: str, method: str, policy: str, dtype: torch.dtype) 
     (x, weight), (want, d_x, d_parameters) = given(dtype), truth(name, dtype)
     many, span = build(name, dtype), packed()
     names, side = list(many.state_dict()), GRID_HEADS[env.size] if method == "usp" else 1
-    apply_context_parallel(many, env.group, method, grid=grid(env, side) if method == "usp" else None)
+    apply_context_parallel(
+        many, env.group, method, grid=grid(env, side) if method == "usp" else None
+    )
     assert list(many.state_dict()) == names
 
     here = shard_span(span, layouts(policy, span, env.size, heads=side), env.rank)

@@ -1,10 +1,13 @@
-"""Gloo ranks kept alive between tests, so that a distributed case costs milliseconds and not an import of torch.
+"""Gloo ranks kept alive between tests, so that a distributed case costs milliseconds and not an
+import of torch.
 
     ranks(3, worker, *args)    runs worker(env, *args) on three processes; returns their results in rank order
 
-A worker is a function at the top of a module. A failure in one rank fails the test with that rank's traceback, and the
-pool of that size is thrown away, because its ranks may be waiting in a collective. Groups are made once for the same ranks
-and kept: each has threads that never rest, and some hundreds of them leave the machine time for little else.
+A worker is a function at the top of a module. A failure in one rank fails the test with that rank's
+traceback, and the pool of that size is thrown away, because its ranks may be waiting in a
+collective. Groups are made once for the same ranks
+and kept: each has threads that never rest, and some hundreds of them leave the machine time for
+little else.
 """
 
 import atexit
@@ -26,7 +29,8 @@ TIMEOUT_S = 120
 
 @dataclass
 class Env:
-    """What a worker is told: its number, how many there are, and the group of exactly these ranks."""
+    """What a worker is told: its number, how many there are, and the group of exactly these
+    ranks."""
 
     rank: int
     size: int
@@ -38,7 +42,9 @@ class Env:
 
 def _serve(rank: int, size: int, port: int, parent: int, inbox: Any, outbox: Any) -> None:
     die_with_parent(parent)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size)
+    )
     os.environ.update(LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=size)
@@ -55,9 +61,11 @@ def _serve(rank: int, size: int, port: int, parent: int, inbox: Any, outbox: Any
 
 
 def _keep_groups() -> dict[Any, int]:
-    """From now on the groups that a job makes are those that an earlier one made of the same ranks; none is closed.
+    """From now on the groups that a job makes are those that an earlier one made of the same ranks;
+    none is closed.
 
-    Returns how many a job has asked for, by ranks; to be cleared before the next. Within a job groups stay apart.
+    Returns how many a job has asked for, by ranks; to be cleared before the next. Within a job
+    groups stay apart.
     """
     made: dict[Any, Any] = {}
     asked: dict[Any, int] = {}
@@ -91,14 +99,19 @@ class Pool:
         self.inboxes = [context.Queue() for _ in range(size)]
         self.outbox = context.Queue()
         self.processes = [
-            context.Process(target=_serve, args=(r, size, port, os.getpid(), self.inboxes[r], self.outbox), daemon=True)
+            context.Process(
+                target=_serve,
+                args=(r, size, port, os.getpid(), self.inboxes[r], self.outbox),
+                daemon=True,
+            )
             for r in range(size)
         ]
         for process in self.processes:
             process.start()
 
     def run(self, worker: Any, args: tuple) -> list:
-        """Results in rank order; raises AssertionError with the traceback of the first rank that failed."""
+        """Results in rank order; raises AssertionError with the traceback of the first rank that
+        failed."""
         for inbox in self.inboxes:
             inbox.put((worker, args))
         results = {}

@@ -1,4 +1,5 @@
-"""Small recurrent layers around a Relay: a cell with gates, read token by token, and one that sees a whole piece."""
+"""Small recurrent layers around a Relay: a cell with gates, read token by token, and one that sees
+a whole piece."""
 
 import torch
 from torch import nn
@@ -7,7 +8,8 @@ from models.primitives.sequential import SequentialScan, segments_by_document
 
 
 class Gates(nn.Module):
-    """An LSTM, its sums written out: a state (h, c), nothing at the start of a document, kept at padding."""
+    """An LSTM, its sums written out: a state (h, c), nothing at the start of a document, kept at
+    padding."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -27,11 +29,24 @@ class Gates(nn.Module):
 
 
 class Lstm(nn.Module):
-    """[B, T, width] -> [B, T, hidden], and the last state; `size` and `depth` as Relay takes them."""
+    """[B, T, width] -> [B, T, hidden], and the last state; `size` and `depth` as Relay takes
+    them."""
 
-    def __init__(self, width: int, hidden: int, size: int | None = None, depth: int | None = None, rows: int = 1):
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        size: int | None = None,
+        depth: int | None = None,
+        rows: int = 1,
+    ):
         super().__init__()
-        self.cell, self.relay, self.size, self.depth = Gates(width, hidden), SequentialScan(rows=rows), size, depth
+        self.cell, self.relay, self.size, self.depth = (
+            Gates(width, hidden),
+            SequentialScan(rows=rows),
+            size,
+            depth,
+        )
 
     def blank(self, x):
         return tuple(x.new_zeros(x.shape[0], self.cell.hidden) for _ in range(2))
@@ -42,7 +57,8 @@ class Lstm(nn.Module):
 
 
 class Summing(nn.Module):
-    """Adds to each token a map of what the pieces before held: the cut matters, and pieces hold tokens of one document."""
+    """Adds to each token a map of what the pieces before held: the cut matters, and pieces hold
+    tokens of one document."""
 
     def __init__(self, width: int, size: int | None = None, depth: int | None = None):
         super().__init__()
@@ -51,7 +67,9 @@ class Summing(nn.Module):
 
     def step(self, xs, span, state):
         (x,), (held,) = xs, state
-        assert int((span.doc.amax(1)[:, None] != span.doc).logical_and(span.valid()).sum()) == 0, "a piece holds one document"
+        assert int((span.doc.amax(1)[:, None] != span.doc).logical_and(span.valid()).sum()) == 0, (
+            "a piece holds one document"
+        )
         held = torch.where(span.opens()[:, :1], 0, held)
         seen = torch.where(span.valid()[..., None], self.write(x), 0)
         return (x * 0.1 + self.read(held)[:, None]).tanh(), ((held + seen.sum(1)).tanh(),)

@@ -10,7 +10,14 @@ KINDS = ["none", "scalar", "vector", "scalar delta", "vector delta"]
 
 
 def inputs(
-    kind: str, span: Span, *, heads: int = 2, keys: int = 4, values: int = 5, dtype=torch.float64, strength=1.0
+    kind: str,
+    span: Span,
+    *,
+    heads: int = 2,
+    keys: int = 4,
+    values: int = 5,
+    dtype=torch.float64,
+    strength=1.0,
 ) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
     """(query, payload): unit keys, log decays of about -strength, step sizes between 0 and 1."""
     generator = torch.Generator().manual_seed(3)

@@ -1,6 +1,8 @@
-"""A decoder with a mixture of experts, small enough to print: what expert parallelism asks of engines and checkpoints.
+"""A decoder with a mixture of experts, small enough to print: what expert parallelism asks of
+engines and checkpoints.
 
-The experts' exchange is written out here in the plainest form, so that engines are tested apart from models/moe/switch.py.
+The experts' exchange is written out here in the plainest form, so that engines are tested apart
+from models/moe/switch.py.
 Letters: N tokens at hand, W width, E experts, F hidden width of an expert, P expert ranks.
 """
 
@@ -28,7 +30,8 @@ WORDS, WIDTH, EXPERTS, CLIP = 13, 24, 4, 0.05
 
 
 class Experts(nn.Module):
-    """Stacks of E small networks; tokens [N, W] come sorted by expert, counts [E] say how many each has."""
+    """Stacks of E small networks; tokens [N, W] come sorted by expert, counts [E] say how many each
+    has."""
 
     sharded_over_experts = True
 
@@ -44,7 +47,9 @@ class Experts(nn.Module):
     def forward(self, tokens: Tensor, counts: Tensor) -> Tensor:
         assert len(self.up) == len(counts)  # the local stacks
         parts = tokens.split(counts.tolist())
-        found = [torch.tanh(x @ self.up[i] + self.bias[i]) @ self.down[i] for i, x in enumerate(parts)]
+        found = [
+            torch.tanh(x @ self.up[i] + self.bias[i]) @ self.down[i] for i, x in enumerate(parts)
+        ]
         return torch.cat(found)
 
 
@@ -65,26 +70,40 @@ class Mixture(nn.Module):
         gate, which = self.router(tokens).float().softmax(1).max(1)
         order = which.argsort(stable=True)
         found = self.visit(tokens[order], which.bincount(minlength=EXPERTS))
-        return x + (gate.to(x.dtype)[:, None] * torch.zeros_like(found).index_copy(0, order, found)).view_as(x)
+        return x + (
+            gate.to(x.dtype)[:, None] * torch.zeros_like(found).index_copy(0, order, found)
+        ).view_as(x)
 
     def visit(self, sent: Tensor, counts: Tensor) -> Tensor:
         """[N, W] sorted by expert -> what the experts make of them, in the same order."""
         if self.communicator is None:
             return self.experts(sent, counts)
         given = counts.view(self.communicator.size, -1)  # [P, E / P]
-        taken = torch.stack(self.communicator.all_to_all(list(given), [given.shape[1]] * len(given), "counts"))
+        taken = torch.stack(
+            self.communicator.all_to_all(list(given), [given.shape[1]] * len(given), "counts")
+        )
         sizes = given.sum(1).tolist(), taken.sum(1).tolist()
         here = all_to_all_rows(sent, self.communicator, sizes[0], sizes[1], "tokens")
         label = torch.arange(given.shape[1]).repeat(len(given)).repeat_interleave(taken.flatten())
         order = label.argsort(stable=True)
         found = self.experts(here[order], taken.sum(0))
-        return all_to_all_rows(torch.zeros_like(found).index_copy(0, order, found), self.communicator, sizes[1], sizes[0], "tokens back")
+        return all_to_all_rows(
+            torch.zeros_like(found).index_copy(0, order, found),
+            self.communicator,
+            sizes[1],
+            sizes[0],
+            "tokens back",
+        )
 
 
 class Block(nn.Module):
     def __init__(self, hidden: int):
         super().__init__()
-        self.norm, self.mixer, self.mixture = nn.RMSNorm(WIDTH), Attention(WIDTH, 6, 3, Rope()), Mixture(hidden)
+        self.norm, self.mixer, self.mixture = (
+            nn.RMSNorm(WIDTH),
+            Attention(WIDTH, 6, 3, Rope()),
+            Mixture(hidden),
+        )
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         return self.mixture(x + self.mixer(self.norm(x), span))
@@ -107,14 +126,24 @@ class Model(nn.Module):
 
 
 def data(step: int) -> tuple[Tensor, Tensor, Span]:
-    """([4, T] tokens, targets, span): rows of several uneven documents, padding, some targets missing."""
+    """([4, T] tokens, targets, span): rows of several uneven documents, padding, some targets
+    missing."""
     span = packed().map(lambda x: torch.cat((x, x.flip(0))))
     draw = torch.Generator().manual_seed(step)
     tokens, targets = (torch.randint(0, WORDS, span.shape, generator=draw) for _ in range(2))
     return tokens, targets.masked_fill(~span.valid() | (span.pos % 5 == 3), IGNORE), span
 
 
-def engine_on(mesh: Mesh, name: str, *, hidden: int = 16, precision: str = "float64", seed: int = 5, offload=None, **settings):
+def engine_on(
+    mesh: Mesh,
+    name: str,
+    *,
+    hidden: int = 16,
+    precision: str = "float64",
+    seed: int = 5,
+    offload=None,
+    **settings,
+):
     """An engine with the model placed on `mesh`, the exchange of experts included."""
     with torch.device("meta"):
         model = Model(hidden)
@@ -132,7 +161,8 @@ def engine_here(name: str, shape: dict, **settings):
 
 
 def train(engine, steps: range) -> tuple[list[float], list[float], dict[str, Tensor]]:
-    """(losses, norms, whole gradients of the last step before clipping) over all rows of each step."""
+    """(losses, norms, whole gradients of the last step before clipping) over all rows of each
+    step."""
     mesh, losses, norms, gradients = engine.mesh, [], [], {}
     for step in steps:
         tokens, targets, span = data(step)
@@ -143,7 +173,9 @@ def train(engine, steps: range) -> tuple[list[float], list[float], dict[str, Ten
             one = slice(row, row + 1)
             here, words, wanted = span.map(lambda x, one=one: x[one]), tokens[one], targets[one]
             if mesh.context_size > 1:
-                here = shard_span(here, [layout("zigzag", span.shape[1], mesh.context_size)], mesh.context_rank)
+                here = shard_span(
+                    here, [layout("zigzag", span.shape[1], mesh.context_size)], mesh.context_rank
+                )
                 words, wanted = here.sharding.shard(words, 0), here.sharding.shard(wanted, IGNORE)
             loss = engine.model(words, here, wanted).sum() / valid
             engine.backward(loss, last=row == mine[-1])
@@ -165,4 +197,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def everything(engine) -> dict[str, dict[str, Tensor]]:
     """Every tensor of the engine's state, whole."""
-    return {part: {name: whole(t) for name, t in tensors.items()} for part, tensors in engine.state().items()}
+    return {
+        part: {name: whole(t) for name, t in tensors.items()}
+        for part, tensors in engine.state().items()
+    }

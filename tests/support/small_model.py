@@ -1,7 +1,8 @@
-"""A model small enough to print, with everything an engine must cope with, and the truth to compare engines with.
+"""A model small enough to print, with everything an engine must cope with, and the truth to compare
+engines with.
 
-Two blocks (matrix, bias, norm), an embedding tied to the head, a buffer that is computed again, sizes that no number of
-ranks divides, float64 throughout unless said otherwise.
+Two blocks (matrix, bias, norm), an embedding tied to the head, a buffer that is computed again,
+sizes that no number of ranks divides, float64 throughout unless said otherwise.
 """
 
 from typing import NamedTuple
@@ -77,7 +78,9 @@ def rows(step: int, count: int) -> list[Row]:
 def losses(model: nn.Module, row: Row) -> Tensor:
     """[] sum of the row's token losses, in nats."""
     logits = model(row.tokens[None])[0]
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), row.targets, reduction="sum")
+    return F.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)), row.targets, reduction="sum"
+    )
 
 
 def valid(batch: list[Row]) -> int:
@@ -91,13 +94,16 @@ def on_meta(tie: bool = True) -> Small:
 
 def engine_here(name: str, size: int, **settings):
     """An engine over all ranks of the pool, its model built on the meta device and wrapped."""
-    engine = ENGINES[name](build_mesh(1, size), OPTIM, **{"precision": "float64", "seed": 3, **settings})
+    engine = ENGINES[name](
+        build_mesh(1, size), OPTIM, **{"precision": "float64", "seed": 3, **settings}
+    )
     engine.wrap(on_meta())
     return engine
 
 
 def train(engine, first: int, last: int, count: int, micro: int) -> list[float]:
-    """Steps first..last - 1 over `count` rows; rank r takes every size-th row, in `micro` micro-batches; the norms."""
+    """Steps first..last - 1 over `count` rows; rank r takes every size-th row, in `micro`
+    micro-batches; the norms."""
     mesh = engine.mesh
     norms = []
     for step in range(first, last):
@@ -105,7 +111,9 @@ def train(engine, first: int, last: int, count: int, micro: int) -> list[float]:
         mine = batch[mesh.rank :: mesh.size]
         parts = [mine[i::micro] for i in range(micro)]
         for part in parts:
-            total = sum((losses(engine.model, row) for row in part), torch.zeros((), dtype=torch.float64))
+            total = sum(
+                (losses(engine.model, row) for row in part), torch.zeros((), dtype=torch.float64)
+            )
             engine.backward(total / valid(batch), last=part is parts[-1])
         norms.append(engine.clip(CLIP))
         engine.step(0.01 / (1 + step))
@@ -115,7 +123,10 @@ def train(engine, first: int, last: int, count: int, micro: int) -> list[float]:
 def whole(engine) -> dict[str, Tensor]:
     """Every parameter, gathered; equal on all ranks."""
     tensors = {name: p.detach() for name, p in engine.parameters.items()}
-    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t.clone() for name, t in tensors.items()}
+    return {
+        name: t.full_tensor() if hasattr(t, "full_tensor") else t.clone()
+        for name, t in tensors.items()
+    }
 
 
 def plain_start(seed: int = 3) -> Small:
@@ -131,10 +142,16 @@ def plain_start(seed: int = 3) -> Small:
 def truth(steps: int, count: int) -> tuple[dict[str, Tensor], list[float]]:
     """What plain torch makes of the same rows in one process."""
     model = plain_start()
-    embeddings_norms_biases = [p for p in model.parameters() if p.ndim < 2 or p is model.embedding.weight]
-    matrices = [p for p in model.parameters() if all(p is not other for other in embeddings_norms_biases)]
+    embeddings_norms_biases = [
+        p for p in model.parameters() if p.ndim < 2 or p is model.embedding.weight
+    ]
+    matrices = [
+        p for p in model.parameters() if all(p is not other for other in embeddings_norms_biases)
+    ]
     groups = [{"params": matrices}, {"params": embeddings_norms_biases, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=OPTIM.weight_decay)
+    optimiser = torch.optim.AdamW(
+        groups, betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=OPTIM.weight_decay
+    )
     norms = []
     for step in range(steps):
         batch = rows(step, count)

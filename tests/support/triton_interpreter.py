@@ -1,10 +1,13 @@
-"""Run as a program, in a process of its own: a kernel of flash-linear-attention in Triton's interpreter, on the CPU.
+"""Run as a program, in a process of its own: a kernel of flash-linear-attention in Triton's
+interpreter, on the CPU.
 
-Prints the worst difference of our use of it, forward and all gradients, from our own scan in float64, in units of each
-tensor's largest magnitude. Arguments: the kind of scan and `before` where the state is read before the update.
+Prints the worst difference of our use of it, forward and all gradients, from our own scan in
+float64, in units of each tensor's largest magnitude. Arguments: the kind of scan and `before` where
+the state is read before the update.
 
-Three things are changed in the packages so that they run without a GPU: the autotuner takes its first configuration and
-times nothing; `gather`, which is bound before the interpreter can replace it, is looked up late; loops count in tensors.
+Three things are changed in the packages so that they run without a GPU: the autotuner takes its
+first configuration and times nothing; `gather`, which is bound before the interpreter can replace
+it, is looked up late; loops count in tensors.
 """
 
 import sys
@@ -45,7 +48,9 @@ def answers(work, leaves, states) -> list[torch.Tensor]:
     keep, gain, _ = work.summarise()
     found = [keep, gain, work.read(states), work.final_states(states)]
     generator = torch.Generator().manual_seed(4)
-    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in found]
+    weights = [
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in found
+    ]
     total = torch.stack([(x * weight).sum() for x, weight in zip(found, weights)]).sum()
     return [*(x.detach() for x in found), *torch.autograd.grad(total, [*leaves, states])]
 
@@ -58,10 +63,16 @@ def worst(kind: str, before: bool) -> float:
     kernel = load_kernel(row)
     assert kernel, "the package is there"
     patch()
-    states = torch.randn(2, 3, 2, 16, 16, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    states = torch.randn(
+        2, 3, 2, 16, 16, generator=torch.Generator().manual_seed(8), dtype=torch.float64
+    )
     tensors = [*query, *payload]
     exact = [x.clone().requires_grad_() for x in (*tensors, states)]
-    ours = answers(Scan(before=before).open(exact[:1], exact[1:-1], span=span, runs=RUNS), exact[:-1], exact[-1])
+    ours = answers(
+        Scan(before=before).open(exact[:1], exact[1:-1], span=span, runs=RUNS),
+        exact[:-1],
+        exact[-1],
+    )
     leaves = [x.float().requires_grad_() for x in (*tensors, states)]
     work = FlaScan(row, kernel, leaves[0], leaves[1:-1], varlen_layout(span, RUNS))
     theirs = answers(work, leaves[:-1], leaves[-1])

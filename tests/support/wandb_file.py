@@ -1,4 +1,5 @@
-"""Reads a .wandb file back: the records of an offline run, in the log format of LevelDB (blocks of 32 KiB)."""
+"""Reads a .wandb file back: the records of an offline run, in the log format of LevelDB (blocks of
+32 KiB)."""
 
 import json
 import struct
@@ -8,7 +9,10 @@ from typing import Any, NamedTuple
 
 from wandb.proto import wandb_internal_pb2
 
-BLOCK, HEADER = 32768, struct.Struct("<IHB")  # checksum, length, kind: 1 whole, 2 first, 3 middle, 4 last
+BLOCK, HEADER = (
+    32768,
+    struct.Struct("<IHB"),
+)  # checksum, length, kind: 1 whole, 2 first, 3 middle, 4 last
 
 
 class Run(NamedTuple):
@@ -68,7 +72,9 @@ def read(path: Path) -> Run:
         elif kind == "summary":
             run.summary.update(_values(record.summary.update))
         elif kind == "artifact":
-            run.artifacts[record.artifact.name] = [entry.path for entry in record.artifact.manifest.contents]
+            run.artifacts[record.artifact.name] = [
+                entry.path for entry in record.artifact.manifest.contents
+            ]
         elif kind == "alert":
             run.alerts[record.alert.title] = record.alert.text
         elif kind == "metric":

@@ -1,4 +1,5 @@
-"""Ranks that would train on different texts, or with different weights, end the run and say who they are."""
+"""Ranks that would train on different texts, or with different weights, end the run and say who
+they are."""
 
 import re
 from pathlib import Path
@@ -34,8 +35,15 @@ def batch(change=None):
 
 
 def test_a_mark_stands_for_all_of_a_batch_and_for_its_data():
-    marks = [mark(batch()), *(mark(batch(field)) for field in range(4)), mark(batch(), "other data")]
-    marks += [mark(batch()._replace(aims=batch().tokens)), mark(batch()._replace(tokens=batch().tokens.flip(1)))]
+    marks = [
+        mark(batch()),
+        *(mark(batch(field)) for field in range(4)),
+        mark(batch(), "other data"),
+    ]
+    marks += [
+        mark(batch()._replace(aims=batch().tokens)),
+        mark(batch()._replace(tokens=batch().tokens.flip(1))),
+    ]
     assert len(set(marks)) == len(marks) and mark(batch()) == marks[0]
     assert 0 < max(marks) < 2**53, "a float64 holds it exactly"
 
@@ -60,7 +68,9 @@ def asked(env, odd):
 )
 def test_ranks_with_another_batch_are_named_on_every_rank(odd, said):
     for found in ranks(3, asked, odd):
-        assert found is None if said is None else (found[0] == BAD_RUN and found[1].startswith(said))
+        assert (
+            found is None if said is None else (found[0] == BAD_RUN and found[1].startswith(said))
+        )
 
 
 WORDS = "the quick brown fox jumps over the lazy dog and runs into the wood"
@@ -108,8 +118,14 @@ def test_a_run_whose_ranks_read_different_texts_ends(where, tmp_path):
     evaluates = where == "evaluation"
     hashes = np.array([digest(f"document {number}") for number in range(DOCUMENTS)], np.uint64)
     kept = is_held_out(hashes, HELD_OUT) == evaluates
-    odd = int(np.flatnonzero(kept)[12 if not evaluates else 0])  # of training documents, not one of the first batch
-    words = (*COMMON, "steps=6" if not evaluates else "steps=1", f"evaluation.every={int(evaluates)}")
+    odd = int(
+        np.flatnonzero(kept)[12 if not evaluates else 0]
+    )  # of training documents, not one of the first batch
+    words = (
+        *COMMON,
+        "steps=6" if not evaluates else "steps=1",
+        f"evaluation.every={int(evaluates)}",
+    )
     words += ("data=hub", f"data.name={tmp_path}", f"run_dir={tmp_path / 'run'}")
     make_run_dir(tmp_path / "run")
     batch = "held-out batch 1" if evaluates else "step [2-6]"
@@ -125,9 +141,17 @@ def files_of_its_own(env, words, folder):
         with open(next((here / "text").glob("*.txt")), "a") as file:
             file.write("and one word more")
     make_run_dir(here / "run")
-    words = [*words, f"data.path={documents}", f"data.cache={here / 'cache'}", f"run_dir={here / 'run'}"]
+    words = [
+        *words,
+        f"data.path={documents}",
+        f"data.cache={here / 'cache'}",
+        f"run_dir={here / 'run'}",
+    ]
     # the settings of all ranks come from one file; here only what they find under them differs
-    with mock.patch("trainer.run.directories.plain", lambda config: {}), pytest.raises(UserError) as caught:
+    with (
+        mock.patch("trainer.run.directories.plain", lambda config: {}),
+        pytest.raises(UserError) as caught,
+    ):
         in_rank(env, words, str(here / "run"))
     return str(caught.value)
 
@@ -135,7 +159,10 @@ def files_of_its_own(env, words, folder):
 def test_a_run_whose_machines_have_different_files_does_not_begin(tmp_path):
     words = (*COMMON, "steps=1", "evaluation.every=0", "data=files", "data.held_out=0")
     for said in ranks(3, files_of_its_own, words, str(tmp_path)):
-        assert said.startswith("after the run was built: the training data of rank 2 differ from those of ranks 0 and 1,")
+        assert said.startswith(
+            "after the run was built: the training data of rank 2 differ from those of ranks 0"
+            " and 1,"
+        )
 
 
 def facts(env):
@@ -147,13 +174,20 @@ def facts(env):
 
 
 def test_facts_that_differ_are_named():
-    assert all(said.startswith("now: the weights of rank 1 differ from those of ranks 0 and 2,") for said in ranks(3, facts))
+    assert all(
+        said.startswith("now: the weights of rank 1 differ from those of ranks 0 and 2,")
+        for said in ranks(3, facts)
+    )
 
 
 def spoilt(env, name, model, options, hit):
     """What is said of an engine, and of it after one number of a copy was changed on rank 1."""
-    mesh = build_mesh(1, env.size, **{key: value for key, value in options.items() if key != "precision"})
-    engine = ENGINES[name](mesh, small_model.OPTIM, precision=options.get("precision", "float64"), seed=3)
+    mesh = build_mesh(
+        1, env.size, **{key: value for key, value in options.items() if key != "precision"}
+    )
+    engine = ENGINES[name](
+        mesh, small_model.OPTIM, precision=options.get("precision", "float64"), seed=3
+    )
     engine.wrap(model())
     agree_on_weights(mesh, engine, "built")
     agree(mesh, {"the initial weights": engine.drawn}, "built")
@@ -188,7 +222,9 @@ def test_a_copy_that_differs_is_named_with_its_ranks(name, options, hit, sides):
 def drawn_otherwise(env):
     """The last rank draws other weights; each holds a shard that no other rank holds."""
     mesh = build_mesh(1, env.size)
-    engine = ENGINES["fsdp"](mesh, small_model.OPTIM, precision="float64", seed=3 + (env.rank == env.size - 1))
+    engine = ENGINES["fsdp"](
+        mesh, small_model.OPTIM, precision="float64", seed=3 + (env.rank == env.size - 1)
+    )
     engine.wrap(small_model.on_meta())
     assert compare_tensors(held(engine), mesh.world_group) is None
     with pytest.raises(UserError) as caught:
@@ -198,4 +234,6 @@ def drawn_otherwise(env):
 
 def test_shards_of_different_drawings_are_told_apart():
     for said in ranks(3, drawn_otherwise):
-        assert said.startswith("built: the initial weights of rank 2 differ from those of ranks 0 and 1,")
+        assert said.startswith(
+            "built: the initial weights of rank 2 differ from those of ranks 0 and 1,"
+        )

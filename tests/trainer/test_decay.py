@@ -1,6 +1,8 @@
-"""Which parameters weight decay acts on, name by name, for every mixer, position, memory and model that there is a yaml of.
+"""Which parameters weight decay acts on, name by name, for every mixer, position, memory and model
+that there is a yaml of.
 
-Numbers of layers are left out. A word is the name of a weight (`q` is q.weight); with a full stop it is a whole name.
+Numbers of layers are left out. A word is the name of a weight (`q` is q.weight); with a full stop
+it is a whole name.
 """
 
 import re
@@ -17,7 +19,9 @@ from trainer.optim.muon import Muon, matrices
 
 CONF = Path(__file__).parents[2] / "conf"
 SWIGLU = "feedforward.up feedforward.gate feedforward.down"
-EXPERTS = "feedforward.router feedforward.experts.up. feedforward.experts.gate. feedforward.experts.down."
+EXPERTS = (
+    "feedforward.router feedforward.experts.up. feedforward.experts.gate. feedforward.experts.down."
+)
 PLAIN = "q k v out"
 RWKV6 = "r k v g out decay.down decay.up looks.down looks.up"
 RWKV7 = "r k v out decay.down decay.up rate.down rate.up gate.down gate.up pull.down pull.up"
@@ -43,7 +47,10 @@ WHOLE = {  # models that are no mixer with SwiGLU and a tied embedding
     "hybrid": f"{TAPPED} gate forget {SWIGLU}",
     "key_value": "hops head",
     "lstm": "cells.all out",
-    "moe_topk": f"{PLAIN} {SWIGLU} {EXPERTS} feedforward.shared.up feedforward.shared.gate feedforward.shared.down",
+    "moe_topk": (
+        f"{PLAIN} {SWIGLU} {EXPERTS} feedforward.shared.up feedforward.shared.gate"
+        " feedforward.shared.down"
+    ),
     "ntm": "hidden aim write out",
     "retnet": f"q k v gate out {SWIGLU}",
     "rwkv7": f"{RWKV7} feedforward.up feedforward.down",
@@ -55,7 +62,9 @@ def yamls(group):
     return sorted(path.stem for path in (CONF / group).glob("*.yaml") if path.stem != "decoder")
 
 
-CASES = [(group, name) for group in ("mixer", "position", "memory", "model") for name in yamls(group)]
+CASES = [
+    (group, name) for group in ("mixer", "position", "memory", "model") for name in yamls(group)
+]
 
 
 def expected(group, name):
@@ -63,12 +72,16 @@ def expected(group, name):
         words = WHOLE[name]
     else:
         words = f"{MIXERS.get(name, PLAIN)} {SWIGLU}"
-    return {word.removesuffix(".") if word.endswith(".") else f"{word}.weight" for word in words.split()}
+    return {
+        word.removesuffix(".") if word.endswith(".") else f"{word}.weight" for word in words.split()
+    }
 
 
 def bare(names):
     """Names without numbers of layers, and without the part that is most of them."""
-    return {re.sub(r"\.\d+", "", name).removeprefix("blocks.").removeprefix("mixer.") for name in names}
+    return {
+        re.sub(r"\.\d+", "", name).removeprefix("blocks.").removeprefix("mixer.") for name in names
+    }
 
 
 def built(*words):
@@ -92,12 +105,18 @@ def test_muon_gives_what_it_does_not_take_to_an_adamw_that_decays_the_same(group
     model = built(f"{group}={name}")
     optimiser = Muon(weight_decay=0.3)(model, dict(model.named_parameters()))
     names = {id(parameter): key for key, parameter in model.named_parameters()}
-    shrunk = {names[id(p)] for part in optimiser.param_groups if part["weight_decay"] for p in part["params"]}
+    shrunk = {
+        names[id(p)]
+        for part in optimiser.param_groups
+        if part["weight_decay"]
+        for p in part["params"]
+    }
     assert shrunk == decayed_parameters(model) and set() < matrices(model) <= shrunk
 
 
 class Mine(nn.Module):
-    """A user's layer: parameters of all shapes, among them names that mean something to the trainer."""
+    """A user's layer: parameters of all shapes, among them names that mean something to the
+    trainer."""
 
     def __init__(self):
         super().__init__()
@@ -111,4 +130,7 @@ class Mine(nn.Module):
 
 def test_the_matrices_of_torchs_layers_decay_in_a_layer_of_a_user_and_nothing_else():
     matrices_of_torch = {"cell.weight_ih_l0", "cell.weight_hh_l0", "filter.weight"}
-    assert decayed_parameters(Mine()) == matrices_of_torch | {"attend.in_proj_weight", "attend.out_proj.weight"}
+    assert decayed_parameters(Mine()) == matrices_of_torch | {
+        "attend.in_proj_weight",
+        "attend.out_proj.weight",
+    }

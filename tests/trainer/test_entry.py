@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = sorted(path.stem for path in (Path(__file__).resolve().parents[2] / "scripts").glob("[a-z]*.py"))
+SCRIPTS = sorted(
+    path.stem for path in (Path(__file__).resolve().parents[2] / "scripts").glob("[a-z]*.py")
+)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

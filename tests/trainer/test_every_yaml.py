@@ -1,7 +1,8 @@
-"""Every yaml of a part as a run: steps, evaluations, saves, and a resume on another number of ranks.
+"""Every yaml of a part as a run: steps, evaluations, saves, and a resume on another number of
+ranks.
 
-Mixers begin on two ranks that share each row and go on alone; models begin alone and go on on two. Objectives, optimisers,
-schedules and data are dealt out among them, so that each is met as well.
+Mixers begin on two ranks that share each row and go on alone; models begin alone and go on on two.
+Objectives, optimisers, schedules and data are dealt out among them, so that each is met as well.
 """
 
 import json
@@ -29,7 +30,7 @@ COMMON = (
     "wandb.mode=disabled", "precision=float64", "launch.timeout_s=60",
 )  # fmt: skip
 NEEDED = {  # what a yaml cannot do without, or would make a run of this size long
-    "data=repeat_copy": ("data.maximum=4", "data.most=3"),
+    "data=repeat_copy": ("data.max_length=4", "data.max_repeats=3"),
     "mixer=bidirectional": ("objective=masked", "data=files"),
     "mixer=mamba2": ("mixer.state=4",),
     "model=bidirectional": ("objective=masked", "data=files"),
@@ -46,7 +47,9 @@ APART = ("parallel.context=1", "parallel.data=2", "engine=fsdp")
 
 
 def yamls(group):
-    return sorted(f"{group}={path.stem}" for path in (CONF / group).glob("*.yaml") if path.stem != "decoder")
+    return sorted(
+        f"{group}={path.stem}" for path in (CONF / group).glob("*.yaml") if path.stem != "decoder"
+    )
 
 
 def dealt():
@@ -72,7 +75,11 @@ CASES = dealt()
 
 
 def test_every_yaml_is_met():
-    met = {word for words, _, _ in CASES for word in (*words, *(more for word in words for more in NEEDED.get(word, ())))}
+    met = {
+        word
+        for words, _, _ in CASES
+        for word in (*words, *(more for word in words for more in NEEDED.get(word, ())))
+    }
     for group in ("mixer", "model", "position", "memory", "optim", "schedule", "data"):
         assert set(yamls(group)) <= met
 
@@ -93,10 +100,17 @@ def texts(tmp_path_factory):
     glob = Path(write_documents(folder / "text"))
     hub = folder / "hub"
     hub.mkdir()
-    lines = [json.dumps({"text": f"line {number} of a text that is long enough to be read " * 3}) for number in range(200)]
+    lines = [
+        json.dumps({"text": f"line {number} of a text that is long enough to be read " * 3})
+        for number in range(200)
+    ]
     (hub / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
     paths = (f"data.path={glob}", f"data.cache={folder / 'cache'}")
-    return {"data=files": paths, "data=stdlib": (f"data.cache={folder / 'cache'}",), "data=hub": (f"data.name={hub}",)}
+    return {
+        "data=files": paths,
+        "data=stdlib": (f"data.cache={folder / 'cache'}",),
+        "data=hub": (f"data.name={hub}",),
+    }
 
 
 def spelled(words, texts):
@@ -112,14 +126,19 @@ def test_it_steps_evaluates_saves_and_goes_on(words, begin, then, texts, tmp_pat
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("begin, then", [(ALONE, ALONE), (SHARED, APART), (APART, SHARED)], ids=["1-1", "2c-2d", "2d-2c"])
-@pytest.mark.parametrize("words", [words for words, _, _ in CASES], ids=[words[0] for words, _, _ in CASES])
+@pytest.mark.parametrize(
+    "begin, then", [(ALONE, ALONE), (SHARED, APART), (APART, SHARED)], ids=["1-1", "2c-2d", "2d-2c"]
+)
+@pytest.mark.parametrize(
+    "words", [words for words, _, _ in CASES], ids=[words[0] for words, _, _ in CASES]
+)
 def test_it_does_so_on_any_number_of_ranks(words, begin, then, texts, tmp_path):
     check_run(words, begin, then, texts, tmp_path / "run")
 
 
 def check_run(words, begin, then, texts, directory):
-    """Two steps, then the second again from the checkpoint of the first: the same loss, to rounding."""
+    """Two steps, then the second again from the checkpoint of the first: the same loss, to
+    rounding."""
     asked = (*spelled(words, texts), f"run_dir={directory}")
     make_run_dir(directory)
     assert ranks(size_of(begin), in_rank, (*asked, *begin), str(directory)) == [0] * size_of(begin)

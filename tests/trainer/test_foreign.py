@@ -1,4 +1,5 @@
-"""A layer that is not ours is tried on a tiny twin: what mixes tokens by itself is not shared, what leaks is not trained."""
+"""A layer that is not ours is tried on a tiny twin: what mixes tokens by itself is not shared, what
+leaks is not trained."""
 
 import importlib
 import re
@@ -10,13 +11,23 @@ import pytest
 from trainer.config.compose import compose
 from trainer.preflight.check import check_config
 
-SMALL = ("context_length=64", "batch_tokens=128", "model.width=32", "model.layers=2", "launch.oversubscribe=true")
+SMALL = (
+    "context_length=64",
+    "batch_tokens=128",
+    "model.width=32",
+    "model.layers=2",
+    "launch.oversubscribe=true",
+)
 ITSELF, DOCUMENTS, LATER = "mixes tokens by itself", "learn of another", "come after them"
 
 
 def faults(*words: str) -> list[str]:
     asked = compose([*SMALL, *words])
-    return asked.faults if asked.config is None else check_config(asked.config, asked.given, asked.mended, asked.faults)
+    return (
+        asked.faults
+        if asked.config is None
+        else check_config(asked.config, asked.given, asked.mended, asked.faults)
+    )
 
 
 def mixer(name: str) -> tuple[str, str]:
@@ -33,7 +44,9 @@ def mixer(name: str) -> tuple[str, str]:
         ("Scaled", [], []),
     ],
 )
-def test_what_mixes_tokens_by_itself_or_leaks_is_refused(name: str, alone: list[str], shared: list[str]) -> None:
+def test_what_mixes_tokens_by_itself_or_leaks_is_refused(
+    name: str, alone: list[str], shared: list[str]
+) -> None:
     began = time.process_time()
     for words, wanted in ((("parallel.context=1",), alone), (("parallel.context=2",), shared)):
         told = faults(*mixer(name), *words)
@@ -50,16 +63,28 @@ def test_a_leak_is_trained_where_that_is_asked_for_and_nothing_is_shared() -> No
 
 def test_feedforward_layers_are_tried_too() -> None:
     word = "model.feedforward={_target_: tests.trainer.leaking.Centred}"
-    assert re.search("Centred mixes tokens by itself", "\n".join(faults(word, "parallel.context=2")))
-    assert faults("model.feedforward={_target_: tests.trainer.leaking.Local}", "parallel.context=2") == []
+    assert re.search(
+        "Centred mixes tokens by itself", "\n".join(faults(word, "parallel.context=2"))
+    )
+    assert (
+        faults("model.feedforward={_target_: tests.trainer.leaking.Local}", "parallel.context=2")
+        == []
+    )
 
 
 def test_what_cannot_be_tried_is_said_so() -> None:
-    told = faults(*mixer("Careful"), "model.feedforward={_target_: torch.nn.LSTMCell, input_size: 3, hidden_size: 3}")
-    assert len(told) == 1 and "could not be tried" in told[0] and "model.allow_leaks=true" in told[0]
+    told = faults(
+        *mixer("Careful"),
+        "model.feedforward={_target_: torch.nn.LSTMCell, input_size: 3, hidden_size: 3}",
+    )
+    assert (
+        len(told) == 1 and "could not be tried" in told[0] and "model.allow_leaks=true" in told[0]
+    )
 
 
-def test_the_page_that_a_message_names_is_there_and_its_layer_can_be_shared(tmp_path: Path, monkeypatch) -> None:
+def test_the_page_that_a_message_names_is_there_and_its_layer_can_be_shared(
+    tmp_path: Path, monkeypatch
+) -> None:
     [told] = faults(*mixer("Careful"), "parallel.context=2")
     named = re.search(r"read (\S+\.md)", told)
     assert named is not None, told

@@ -1,4 +1,5 @@
-"""The reader with limits: whatever a file holds, plain data or one message with the file's name; never a crash or a hang."""
+"""The reader with limits: whatever a file holds, plain data or one message with the file's name;
+never a crash or a hang."""
 
 import json
 import os
@@ -41,9 +42,12 @@ BAD_JSON = {
 }
 BAD_YAML = {
     "aliases": BOMB.encode(),
-    "merged aliases": b"a: &a {x: [1,2,3]}\n"
-    + b"".join(
-        b"%c: &%c {k: {<<: *%c}, l: {<<: *%c}}\n" % (new, new, old, old) for old, new in zip(range(97, 119), range(98, 120))
+    "merged aliases": (
+        b"a: &a {x: [1,2,3]}\n"
+        + b"".join(
+            b"%c: &%c {k: {<<: *%c}, l: {<<: *%c}}\n" % (new, new, old, old)
+            for old, new in zip(range(97, 119), range(98, 120))
+        )
     ),
     "of itself": b"a: &a [*a]",
     "deep": b"[" * 5000,
@@ -104,15 +108,38 @@ def test_a_file_beyond_the_limit_is_not_read(tmp_path):
 
 def test_good_files_are_read_as_the_libraries_read_them():
     tree = {"a": [1, -2.5e-300, True, None, "ü"], "b": {"c": 2**64 - 1, "d": [[]] * 3, "e": {}}}
-    assert json_value(json.dumps(tree).encode(), "x") == tree == yaml_value(yaml.safe_dump(tree), "x")
-    assert yaml_value("a: &a {b: 1}\nc: *a\nd: {<<: *a, e: 2}", "x") == {"a": {"b": 1}, "c": {"b": 1}, "d": {"b": 1, "e": 2}}
+    assert (
+        json_value(json.dumps(tree).encode(), "x") == tree == yaml_value(yaml.safe_dump(tree), "x")
+    )
+    assert yaml_value("a: &a {b: 1}\nc: *a\nd: {<<: *a, e: 2}", "x") == {
+        "a": {"b": 1},
+        "c": {"b": 1},
+        "d": {"b": 1, "e": 2},
+    }
     assert json_value("[NaN, -Infinity]", "x")[1] == -float("inf")
 
 
 def test_files_spoilt_anywhere_give_data_or_one_message(tmp_path):
     draw = random.Random(3)
-    good = json.dumps({"step": 3, "state": [{"$tensor": "a/b"}, [1.5, None, "x"]], "files": {"a": {"bytes": 7}}}).encode()
-    pieces = [b"[", b"{", b'"', b"&a ", b"*a", b"9" * 40, b"\xff", b"\0", b": ", b"- ", b"\n", b"!!x ", b"1e999", b"<<"]
+    good = json.dumps(
+        {"step": 3, "state": [{"$tensor": "a/b"}, [1.5, None, "x"]], "files": {"a": {"bytes": 7}}}
+    ).encode()
+    pieces = [
+        b"[",
+        b"{",
+        b'"',
+        b"&a ",
+        b"*a",
+        b"9" * 40,
+        b"\xff",
+        b"\0",
+        b": ",
+        b"- ",
+        b"\n",
+        b"!!x ",
+        b"1e999",
+        b"<<",
+    ]
     for _ in range(600):
         span, piece = draw.randrange(len(good)), draw.choice(pieces)
         bad = good[:span] + piece + good[span + draw.randrange(4) :]
@@ -139,12 +166,25 @@ def test_settings_files_that_another_library_reads_are_vetted_alike(tmp_path):
             limited_reader.vet_yaml(tmp_path / "x.yaml")
 
 
-SPOILT = {"deep": b"[" * 5000, "digits": b'{"step": ' + b"9" * 400 + b"}", "kind": b"[1]", "not utf8": b"\xff", "nothing": b""}
+SPOILT = {
+    "deep": b"[" * 5000,
+    "digits": b'{"step": ' + b"9" * 400 + b"}",
+    "kind": b"[1]",
+    "not utf8": b"\xff",
+    "nothing": b"",
+}
 
 
 @pytest.mark.parametrize("name", SPOILT)
 def test_every_reader_of_a_run_directory_takes_a_spoilt_file_for_what_it_is(name, tmp_path):
-    for file in ("config.yaml", "environment.json", "outcome.json", "summary.json", "metrics.jsonl", "evaluation.jsonl"):
+    for file in (
+        "config.yaml",
+        "environment.json",
+        "outcome.json",
+        "summary.json",
+        "metrics.jsonl",
+        "evaluation.jsonl",
+    ):
         (tmp_path / file).write_bytes(SPOILT[name] + b"\n" * file.endswith("l"))
     (run,) = collect(tmp_path)
     assert "config.yaml" in run.state or "outcome.json" in run.state
@@ -163,7 +203,14 @@ def test_every_reader_of_a_run_directory_takes_a_spoilt_file_for_what_it_is(name
 
 
 @pytest.mark.parametrize(
-    "row", ['{"step": "3"}', '{"step": 1, "loss": [2]}', '{"step": true}', '{"step": 1, "value": 2}', "[" * 2000]
+    "row",
+    [
+        '{"step": "3"}',
+        '{"step": 1, "loss": [2]}',
+        '{"step": true}',
+        '{"step": 1, "value": 2}',
+        "[" * 2000,
+    ],
 )
 def test_a_row_of_another_kind_is_one_message(row, tmp_path):
     (tmp_path / "x.jsonl").write_text(f'{{"step": 1, "loss": null}}\n{row}\n{{"step": 2}}\n')
@@ -183,7 +230,9 @@ def test_a_spoilt_settings_file_is_a_message_of_the_composing(text, tmp_path, mo
     compose._vet.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["$x_{$", "a$b", "\\$b$", "_hidden", "name\nwith\x1b[31m", "\udcff", "$" * 300])
+@pytest.mark.parametrize(
+    "name", ["$x_{$", "a$b", "\\$b$", "_hidden", "name\nwith\x1b[31m", "\udcff", "$" * 300]
+)
 def test_any_name_can_stand_in_a_picture(name, tmp_path):
     runs = [RunRecord(name, label=name, curve=[(1.0, 2.0), (2.0, 1.0)], loss=1.0, finished=True)]
     assert draw(variants(runs), tmp_path)["curves"].is_file()

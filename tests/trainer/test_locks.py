@@ -54,7 +54,9 @@ def test_without_file_locks_a_corpus_is_still_built_once(lockless, tmp_path, cap
 
     cache._built = slow
     try:
-        threads = [threading.Thread(target=open_stream, args=(node,), kwargs=SETTINGS) for _ in range(3)]
+        threads = [
+            threading.Thread(target=open_stream, args=(node,), kwargs=SETTINGS) for _ in range(3)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -62,10 +64,14 @@ def test_without_file_locks_a_corpus_is_still_built_once(lockless, tmp_path, cap
     finally:
         cache._built = usual
     assert len(built) == 1 and not list((tmp_path / "cache").glob("*.held*"))
-    assert [record.getMessage() for record in caplog.records if "no file locks" in record.getMessage()]
+    assert [
+        record.getMessage() for record in caplog.records if "no file locks" in record.getMessage()
+    ]
 
 
-def test_without_file_locks_a_run_directory_has_one_launcher_at_a_time(lockless, tmp_path, monkeypatch, caplog):
+def test_without_file_locks_a_run_directory_has_one_launcher_at_a_time(
+    lockless, tmp_path, monkeypatch, caplog
+):
     monkeypatch.setattr(run_dir, "DYING_S", 0.5)
     with run_dir.lock(tmp_path):
         with run_dir.presence(tmp_path):
@@ -99,9 +105,13 @@ with held(Path(sys.argv[1]), lambda: None):
 
 
 @pytest.mark.parametrize("here", [True, False])
-def test_a_killed_holder_is_noticed_on_this_machine_by_its_process_on_others_by_its_silence(here, tmp_path, monkeypatch):
+def test_a_killed_holder_is_noticed_on_this_machine_by_its_process_on_others_by_its_silence(
+    here, tmp_path, monkeypatch
+):
     monkeypatch.setattr(locks, "STILL_S", 1.0)
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "x")], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "x")], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     if not here:
         owner = tmp_path / "x" / "owner"
@@ -128,7 +138,8 @@ def test_a_living_holder_keeps_its_lock_however_long(tmp_path, monkeypatch):
 
 @pytest.fixture
 def homeless(monkeypatch, tmp_path):
-    """A user without HOME and without a line in the list of users; folders for temporary files are the test's."""
+    """A user without HOME and without a line in the list of users; folders for temporary files are
+    the test's."""
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
 
@@ -144,7 +155,14 @@ def homeless(monkeypatch, tmp_path):
 
 def source(tmp_path, **settings):
     (tmp_path / "a.txt").write_text("text")
-    return build_source({"_target_": "trainer.data.sources.files.Files", "path": f"{tmp_path}/a.txt", "held_out": 0.0} | settings)
+    return build_source(
+        {
+            "_target_": "trainer.data.sources.files.Files",
+            "path": f"{tmp_path}/a.txt",
+            "held_out": 0.0,
+        }
+        | settings
+    )
 
 
 def test_without_a_home_folder_the_tokens_lie_among_temporary_files(homeless, caplog):
@@ -153,7 +171,8 @@ def test_without_a_home_folder_the_tokens_lie_among_temporary_files(homeless, ca
     assert folder.parent == homeless / f"longspan-{os.getuid()}" / "cache"
     place(data, data.files(), data.tokenizer())
     assert [record.getMessage() for record in caplog.records] == [
-        f"a home folder is not known: {folder.parent} is taken instead, and may be gone with the next start of the machine"
+        f"a home folder is not known: {folder.parent} is taken instead, and may be gone with the"
+        " next start of the machine"
     ]
     assert len(open_stream(data, **SETTINGS).documents) == 1 and folder.is_dir()
     assert not Path("~").exists()
@@ -163,7 +182,9 @@ def test_a_cache_that_cannot_be_written_is_replaced_or_said(tmp_path, monkeypatc
     usual = os.access
     closed = str(tmp_path / "closed")
     monkeypatch.setenv("XDG_CACHE_HOME", closed)
-    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith(closed) and usual(path, mode))
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: not str(path).startswith(closed) and usual(path, mode)
+    )
     os.mkdir(closed)
     data = source(tmp_path)
     assert "longspan-" in str(place(data, data.files(), data.tokenizer()))
@@ -177,7 +198,11 @@ def test_no_folder_to_write_to_at_all_is_one_message(tmp_path, monkeypatch, home
 
     monkeypatch.setattr("tempfile.gettempdir", nowhere)
     (said,) = check(source(tmp_path))
-    assert "data.cache=null" in said and "No usable temporary directory" in said and "give one with data.cache" in said
+    assert (
+        "data.cache=null" in said
+        and "No usable temporary directory" in said
+        and "give one with data.cache" in said
+    )
 
 
 def test_a_folder_of_somebody_else_is_not_taken(tmp_path, monkeypatch, homeless):
@@ -196,10 +221,14 @@ def test_a_process_without_home_and_user_name_is_given_both(homeless, monkeypatc
         monkeypatch.delenv(name, raising=False)
     folders.furnish()
     assert getpass.getuser() == f"user{os.getuid()}"
-    assert os.environ["HOME"] == str(homeless / f"longspan-{os.getuid()}" / "home") and os.path.isdir(os.environ["HOME"])
+    assert os.environ["HOME"] == str(
+        homeless / f"longspan-{os.getuid()}" / "home"
+    ) and os.path.isdir(os.environ["HOME"])
     for variable in ("HOME", "LOGNAME"):
         monkeypatch.setenv(variable, os.environ[variable])
-    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["a home folder is not known"]
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "a home folder is not known"
+    ]
 
 
 def test_what_the_user_set_is_left_as_it_is(monkeypatch, tmp_path):
@@ -218,11 +247,17 @@ def test_no_folder_for_temporary_files_is_one_message_and_exit_status_3(monkeypa
     monkeypatch.setattr(entry, "protect", lambda: None)
     with pytest.raises(SystemExit) as end:
         entry.run_command(lambda words: 0)
-    assert end.value.code == 3 and capsys.readouterr().err.startswith("TMPDIR: No usable temporary directory")
+    assert end.value.code == 3 and capsys.readouterr().err.startswith(
+        "TMPDIR: No usable temporary directory"
+    )
 
 
 def test_a_clock_that_is_set_back_does_not_hide_who_stands_still():
     beats = [1000.0, 1000.0 - 3600, 1000.0 + 3600]
     notes = [HeartbeatNote(3, 4, "forward", "", False, beat) for beat in beats]
     said = describe_hang(notes, (4, "forward"), 30.0, 1000.0)
-    assert "rank 1 of 3 stands still" in said and "rank 2 of 3 stands still" in said and "rank 0" not in said
+    assert (
+        "rank 1 of 3 stands still" in said
+        and "rank 2 of 3 stands still" in said
+        and "rank 0" not in said
+    )

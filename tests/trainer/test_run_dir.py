@@ -28,7 +28,13 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-FREE = ["parallel.context=2", "engine.compile=true", "launch.grace_s=5", "log.every=3", "wandb.mode=offline"]
+FREE = [
+    "parallel.context=2",
+    "engine.compile=true",
+    "launch.grace_s=5",
+    "log.every=3",
+    "wandb.mode=offline",
+]
 FREE += ["checkpoint.every=7", "evaluation.every=0", "steps=500", "name=other"]
 
 
@@ -36,8 +42,20 @@ def test_a_run_goes_on_with_other_ranks_engine_and_logs(first: Path) -> None:
     assert run_dir.check_run_dir(config(first, *FREE)) == []
 
 
-OTHER = ["seed=1", "batch_tokens=4096", "context_length=1024", "precision=float64", "model.width=64", "data.held_out=0.5"]
-OTHER += ["optim.max_grad_norm=0.5", "schedule.final_ratio=0.2", "position.theta=5.0", "memory.length=3"]
+OTHER = [
+    "seed=1",
+    "batch_tokens=4096",
+    "context_length=1024",
+    "precision=float64",
+    "model.width=64",
+    "data.held_out=0.5",
+]
+OTHER += [
+    "optim.max_grad_norm=0.5",
+    "schedule.final_ratio=0.2",
+    "position.theta=5.0",
+    "memory.length=3",
+]
 
 
 @pytest.mark.parametrize("word", OTHER)
@@ -52,7 +70,9 @@ def test_another_run_is_refused_by_name_with_both_values(first: Path, word: str)
 
 
 def test_another_mixer_is_refused(first: Path) -> None:
-    assert any(each.startswith("mixer=") for each in run_dir.check_run_dir(config(first, "mixer=sliding")))
+    assert any(
+        each.startswith("mixer=") for each in run_dir.check_run_dir(config(first, "mixer=sliding"))
+    )
 
 
 def test_never_resuming_refuses_a_directory_with_a_run(first: Path, tmp_path: Path) -> None:
@@ -105,9 +125,15 @@ def test_a_second_launcher_is_refused_until_the_first_has_ended(tmp_path: Path) 
         pass
 
 
-def test_ranks_that_outlive_their_launcher_keep_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_outlive_their_launcher_keep_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run_dir, "DYING_S", 0.3)
-    with run_dir.presence(tmp_path), pytest.raises(UserError, match="still run here"), run_dir.lock(tmp_path):
+    with (
+        run_dir.presence(tmp_path),
+        pytest.raises(UserError, match="still run here"),
+        run_dir.lock(tmp_path),
+    ):
         pass
     with run_dir.lock(tmp_path), run_dir.presence(tmp_path), run_dir.presence(tmp_path):
         pass  # any number of ranks, beside their own launcher
@@ -123,14 +149,18 @@ def test_a_lock_dies_with_its_file_descriptor(tmp_path: Path) -> None:
         pass
 
 
-def test_two_runs_in_one_second_get_two_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_runs_in_one_second_get_two_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run_dir.time, "strftime", lambda form: "20260101-000000")
     one = run_dir.fresh_path("run", tmp_path)
     one.mkdir(parents=True)
     assert run_dir.fresh_path("run", tmp_path).name == f"{one.name}-2"
 
 
-def test_the_environment_is_recorded_without_any_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_recorded_without_any_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "a-secret-of-forty-letters")
     run_dir.record(tmp_path, config(tmp_path))
     text = (tmp_path / run_dir.ENVIRONMENT).read_text()

@@ -1,4 +1,5 @@
-"""A symbolic link in a run directory turns no write and no read elsewhere; of two runs that want a name one gets it."""
+"""A symbolic link in a run directory turns no write and no read elsewhere; of two runs that want a
+name one gets it."""
 
 import json
 import os
@@ -29,7 +30,9 @@ def outside(tmp_path):
     place.mkdir()
     (place / "file").write_text(SECRET)
     yield place
-    assert (place / "file").read_text() == SECRET and [path.name for path in place.iterdir()] == ["file"]
+    assert (place / "file").read_text() == SECRET and [path.name for path in place.iterdir()] == [
+        "file"
+    ]
 
 
 @pytest.fixture
@@ -56,7 +59,13 @@ WRITES = {
 @pytest.mark.parametrize("name", WRITES)
 @pytest.mark.parametrize("dangling", [False, True])
 def test_what_is_a_link_is_not_written_through(name, dangling, run, outside):
-    target = outside / "nothing" if dangling else outside if "." not in name and name != METRICS else outside / "file"
+    target = (
+        outside / "nothing"
+        if dangling
+        else outside
+        if "." not in name and name != METRICS
+        else outside / "file"
+    )
     (run / name.rstrip("/")).symlink_to(target)
     with pytest.raises((UserError, OSError), match="symbolic link"):
         WRITES[name](run)
@@ -81,7 +90,9 @@ def test_what_is_replaced_whole_replaces_a_link(name, run, outside):
 def test_names_of_what_is_written_beside_cannot_be_foreseen(run, monkeypatch):
     seen = []
     rename = os.rename
-    monkeypatch.setattr(safe_files.os, "rename", lambda a, b, **where: (seen.append(a), rename(a, b, **where)))
+    monkeypatch.setattr(
+        safe_files.os, "rename", lambda a, b, **where: (seen.append(a), rename(a, b, **where))
+    )
     for _ in range(3):
         safe_files.replace_inside(run, "x", "y")
     assert len(set(seen)) == 3 and all(len(name) > 16 for name in seen)
@@ -120,7 +131,9 @@ def test_a_checkpoint_that_is_a_link_is_none(run, outside, tmp_path):
     checkpoints.save(1, {"model": {"w": torch.ones(2)}}, {})
     checkpoints.close()
     (run / "checkpoints").mkdir()
-    (run / "checkpoints" / "step_00000001").symlink_to(tmp_path / "other" / "checkpoints" / "step_00000001")
+    (run / "checkpoints" / "step_00000001").symlink_to(
+        tmp_path / "other" / "checkpoints" / "step_00000001"
+    )
     with pytest.raises(UserError, match="is whole"):
         CheckpointReader(run / "checkpoints", say=lambda text: None).latest()
     (run / "checkpoints" / ".step_00000002.gone-ff").symlink_to(outside)
@@ -139,10 +152,14 @@ def test_pictures_and_pages_are_not_drawn_through_links(run, outside):
         (run / "report" / name).symlink_to(outside / "file")
     plots.plots(run)
     assert report_command.main([str(run)]) == 0
-    assert not [path for path in (run / "report").iterdir() if path.is_symlink() and path.name[0] != "."]
+    assert not [
+        path for path in (run / "report").iterdir() if path.is_symlink() and path.name[0] != "."
+    ]
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "report", "wandb", ".launch", "sample.txt", "report/curves.png"])
+@pytest.mark.parametrize(
+    "name", ["checkpoints", "report", "wandb", ".launch", "sample.txt", "report/curves.png"]
+)
 def test_a_run_directory_with_a_link_is_refused_before_anything_is_written(name, tmp_path, outside):
     wish = words(tmp_path, "run", "engine=single")
     link = tmp_path / "run" / name
@@ -161,7 +178,9 @@ def test_what_wandb_links_within_its_own_folder_is_its_own(run, tmp_path, outsid
 
 def test_of_runs_that_want_one_name_each_makes_a_directory_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(run_dir.time, "strftime", lambda form: "20260101-000000")
-    monkeypatch.setattr(run_dir.os.path, "lexists", lambda path: False)  # as all saw it before any of them made it
+    monkeypatch.setattr(
+        run_dir.os.path, "lexists", lambda path: False
+    )  # as all saw it before any of them made it
     paths = [run_dir.take("run", tmp_path) for _ in range(3)]
     assert len(set(paths)) == 3 and all(path.is_dir() for path in paths)
     (tmp_path / "file").write_text("")

@@ -31,11 +31,26 @@ SECRETS = {
 
 @pytest.mark.slow
 def test_no_secret_is_in_the_run_directory_or_in_what_a_crash_prints(tmp_path):
-    unreachable = {"WANDB_BASE_URL": "http://127.0.0.1:9"}  # a key, but nobody answers: the run is offline
-    command = [sys.executable, "-m", "trainer", *words(tmp_path, "run", "engine=single", "evaluation.every=0")]
-    command += ["mixer._target_=tests.support.breaking_data.Breaking", "wandb.mode=auto", "model.layers=1"]
+    unreachable = {
+        "WANDB_BASE_URL": "http://127.0.0.1:9"
+    }  # a key, but nobody answers: the run is offline
+    command = [
+        sys.executable,
+        "-m",
+        "trainer",
+        *words(tmp_path, "run", "engine=single", "evaluation.every=0"),
+    ]
+    command += [
+        "mixer._target_=tests.support.breaking_data.Breaking",
+        "wandb.mode=auto",
+        "model.layers=1",
+    ]
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **SECRETS, **unreachable, "HOME": str(tmp_path)}, capture_output=True, text=True
+        command,
+        cwd=ROOT,
+        env={**os.environ, **SECRETS, **unreachable, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
     )
     told = done.stdout + done.stderr
     assert done.returncode == 1 and "RuntimeError: a bug that a user wrote" in told, told
@@ -45,7 +60,9 @@ def test_no_secret_is_in_the_run_directory_or_in_what_a_crash_prints(tmp_path):
     assert any(path.suffix == ".wandb" for path in files), "W&B wrote its own files"
     for name, secret in SECRETS.items():
         assert secret not in told, f"{name} is printed"
-        assert not [path for path in files if secret.encode() in path.read_bytes()], f"{name} is written"
+        assert not [path for path in files if secret.encode() in path.read_bytes()], (
+            f"{name} is written"
+        )
 
 
 class Trap:
@@ -65,12 +82,24 @@ class Refused(pickle.Unpickler):
 
 @pytest.fixture
 def trap(tmp_path, monkeypatch):
-    """Pickles, as pickle and as torch write them; the test fails when one is opened, or anything unpickles at all."""
+    """Pickles, as pickle and as torch write them; the test fails when one is opened, or anything
+    unpickles at all."""
     sprung = tmp_path / "sprung"
     torch.save(Trap(sprung), tmp_path / "trap.pt")
-    pickles = pickle.dumps(Trap(sprung), 0), pickle.dumps(Trap(sprung)), (tmp_path / "trap.pt").read_bytes()
-    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (yaml, "unsafe_load")):
-        monkeypatch.setattr(module, name, lambda *args, **settings: pytest.fail("something was unpickled"))
+    pickles = (
+        pickle.dumps(Trap(sprung), 0),
+        pickle.dumps(Trap(sprung)),
+        (tmp_path / "trap.pt").read_bytes(),
+    )
+    for module, name in (
+        (torch, "load"),
+        (pickle, "load"),
+        (pickle, "loads"),
+        (yaml, "unsafe_load"),
+    ):
+        monkeypatch.setattr(
+            module, name, lambda *args, **settings: pytest.fail("something was unpickled")
+        )
     monkeypatch.setattr(pickle, "Unpickler", Refused)
     yield pickles
     assert not sprung.exists()
@@ -95,7 +124,13 @@ def test_a_pickle_in_the_place_of_any_file_of_a_run_directory_is_not_opened(tmp_
         theirs = path.with_name(f"theirs {number}")
         shutil.copytree(path, theirs)
         here = theirs / "checkpoints" / place.name
-        for file in (METRICS, "evaluation.jsonl", run_dir.LOCK, run_dir.ENVIRONMENT, "wandb/run_id"):
+        for file in (
+            METRICS,
+            "evaluation.jsonl",
+            run_dir.LOCK,
+            run_dir.ENVIRONMENT,
+            "wandb/run_id",
+        ):
             (theirs / file).parent.mkdir(exist_ok=True)
             (theirs / file).write_bytes(content + b"\n")
         with pytest.raises(ValueError, match="no JSON object"):
@@ -109,7 +144,10 @@ def test_a_pickle_in_the_place_of_any_file_of_a_run_directory_is_not_opened(tmp_
                     CheckpointReader(theirs / "checkpoints", say=lambda text: None).latest()
                 shutil.copy(place / file, here / file)
         (theirs / run_dir.CONFIG).write_bytes(content)
-        for words_ in ([*wish, f"run_dir={str(theirs)!r}"], [*wish, f"resume={str(theirs)!r}", f"run_dir={tmp_path / 'mine'}"]):
+        for words_ in (
+            [*wish, f"run_dir={str(theirs)!r}"],
+            [*wish, f"resume={str(theirs)!r}", f"run_dir={tmp_path / 'mine'}"],
+        ):
             with pytest.raises(UserError, match=r"config.yaml cannot be read"):
                 prepare.load_config(words_)
 
@@ -119,11 +157,18 @@ def test_a_config_of_a_stranger_makes_nothing(how, tmp_path, trap):
     wish, path = strangers(tmp_path)
     config = yaml.safe_load((path / run_dir.CONFIG).read_text())
     if how == "a tag":
-        (path / run_dir.CONFIG).write_text(f"name: !!python/object/apply:os.mkdir ['{tmp_path / 'sprung'}']\n")
+        (path / run_dir.CONFIG).write_text(
+            f"name: !!python/object/apply:os.mkdir ['{tmp_path / 'sprung'}']\n"
+        )
     else:
-        config["schedule"] = {"_target_": "subprocess.Popen", "args": ["mkdir", str(tmp_path / "sprung")]}
+        config["schedule"] = {
+            "_target_": "subprocess.Popen",
+            "args": ["mkdir", str(tmp_path / "sprung")],
+        }
         (path / run_dir.CONFIG).write_text(yaml.safe_dump(config))
-    with pytest.raises(UserError, match="cannot be read" if how == "a tag" else "schedule._target_"):
+    with pytest.raises(
+        UserError, match="cannot be read" if how == "a tag" else "schedule._target_"
+    ):
         prepare.load_config(wish)
 
 

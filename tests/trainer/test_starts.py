@@ -1,4 +1,5 @@
-"""`python -m trainer` started by srun, mpirun or deepspeed's launcher is one run, and open to nobody else; or is refused."""
+"""`python -m trainer` started by srun, mpirun or deepspeed's launcher is one run, and open to
+nobody else; or is refused."""
 
 import json
 import os
@@ -13,7 +14,14 @@ import pytest
 from tests.trainer.launch.test_elastic import ROOT, open_to_others
 from trainer.logs.jsonl import METRICS, read
 
-SMALL = ["data=copy", "model.width=16", "model.layers=1", "model.heads=2", "context_length=64", "batch_tokens=256"]
+SMALL = [
+    "data=copy",
+    "model.width=16",
+    "model.layers=1",
+    "model.heads=2",
+    "context_length=64",
+    "batch_tokens=256",
+]
 SMALL += ["evaluation.every=0", "checkpoint.every=0", "wandb.mode=disabled", "log.every=1"]
 
 
@@ -40,7 +48,12 @@ def until_a_step(process: subprocess.Popen) -> None:
 @pytest.mark.slow
 def test_two_processes_of_srun_are_two_ranks_of_one_run(tmp_path: Path) -> None:
     words = [*SMALL, "steps=3", "parallel.context=2", f"run_dir={tmp_path / 'run'}"]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "SLURM_NTASKS": 2, "SLURM_STEP_ID": 0}
+    place = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+        "SLURM_NTASKS": 2,
+        "SLURM_STEP_ID": 0,
+    }
     tasks = [begin(words, SLURM_PROCID=rank, SLURM_LOCALID=rank, **place) for rank in range(2)]
     ends = [task.communicate(timeout=300) for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], ends
@@ -56,13 +69,23 @@ def test_a_start_that_does_not_say_where_to_meet_is_refused_once(tmp_path: Path)
     ends = [task.communicate(timeout=300) for task in tasks]
     assert [task.returncode for task in tasks] == [2, 2], ends
     said = "".join(err for _, err in ends)
-    assert said.count("mpirun started 2 processes") == 1 and "launch=multinode" in said and "Traceback" not in said
+    assert (
+        said.count("mpirun started 2 processes") == 1
+        and "launch=multinode" in said
+        and "Traceback" not in said
+    )
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_nothing_of_a_whole_run_listens_beyond_its_machine(tmp_path: Path) -> None:
-    words = [*SMALL, "steps=100000", "parallel.context=2", f"run_dir={tmp_path / 'run'}", "wandb.mode=offline"]
+    words = [
+        *SMALL,
+        "steps=100000",
+        "parallel.context=2",
+        f"run_dir={tmp_path / 'run'}",
+        "wandb.mode=offline",
+    ]
     process = begin(words)
     try:
         until_a_step(process)
@@ -73,13 +96,17 @@ def test_nothing_of_a_whole_run_listens_beyond_its_machine(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_killed_rank_leaves_nothing_of_wandb_outside_of_its_directory_and_the_next_start_clears_it(tmp_path: Path) -> None:
+def test_a_killed_rank_leaves_nothing_of_wandb_outside_of_its_directory_and_the_next_start_clears_it(
+    tmp_path: Path,
+) -> None:
     own, run = tmp_path / "tmp", tmp_path / "run"
     own.mkdir()
     words = [*SMALL, f"run_dir={run}", "wandb.mode=offline"]
     process = begin([*words, "steps=100000"], TMPDIR=own)
     until_a_step(process)
-    ranks = [child for child in psutil.Process(process.pid).children() if "--rank-of" in child.cmdline()]
+    ranks = [
+        child for child in psutil.Process(process.pid).children() if "--rank-of" in child.cmdline()
+    ]
     ranks[0].kill()
     assert "was killed by SIGKILL" in process.communicate(timeout=120)[1]
     left = set((run / "wandb" / "tmp").iterdir())

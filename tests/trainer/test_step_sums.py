@@ -23,4 +23,7 @@ def test_every_rank_gets_the_sums_of_all():
 def test_one_process_keeps_its_own():
     sums = StepSums()
     sums.add({"b": torch.ones(2), "a": torch.tensor(2.0)})
-    assert {name: value.tolist() for name, value in sums.over(None).items()} == {"a": 2.0, "b": [1.0, 1.0]}
+    assert {name: value.tolist() for name, value in sums.over(None).items()} == {
+        "a": 2.0,
+        "b": [1.0, 1.0],
+    }

@@ -1,4 +1,5 @@
-"""What is typed as text on a command line stays that text, whatever Hydra's grammar would read in it."""
+"""What is typed as text on a command line stays that text, whatever Hydra's grammar would read in
+it."""
 
 import random
 from typing import Literal
@@ -26,8 +27,16 @@ def composed(*words: str) -> Config:
 
 @pytest.mark.parametrize("typed", TYPED, ids=range(len(TYPED)))
 def test_a_text_stays_as_it_was_typed(typed: str) -> None:
-    words = ("data=hub", f"data.name={typed}", f"+data.revision={typed}", f"run_dir={typed}", f"evaluation.prompt={typed}")
-    config = composed(*words, f"wandb.project={typed}", f"data.split={typed}", f"wandb.tags=[{quoted(typed)},b]")
+    words = (
+        "data=hub",
+        f"data.name={typed}",
+        f"+data.revision={typed}",
+        f"run_dir={typed}",
+        f"evaluation.prompt={typed}",
+    )
+    config = composed(
+        *words, f"wandb.project={typed}", f"data.split={typed}", f"wandb.tags=[{quoted(typed)},b]"
+    )
     data = as_node(config.data)
     assert (data["name"], data["revision"], data["split"]) == (typed,) * 3
     assert (config.run_dir, config.evaluation.prompt, config.wandb.project) == (typed,) * 3
@@ -36,7 +45,9 @@ def test_a_text_stays_as_it_was_typed(typed: str) -> None:
 
 
 def test_null_is_no_text_where_there_may_be_none_and_lists_are_lists_of_texts() -> None:
-    config = composed("run_dir=null", "wandb.tags=[2024_11_27, 1e3]", "launch.setup=[module load a/b=c, 'x, y']")
+    config = composed(
+        "run_dir=null", "wandb.tags=[2024_11_27, 1e3]", "launch.setup=[module load a/b=c, 'x, y']"
+    )
     assert config.run_dir is None and composed("run_dir='null'").run_dir == "null"
     assert config.wandb.tags == ["2024_11_27", "1e3"]
     assert config.launch.setup == ["module load a/b=c", "x, y"]
@@ -45,14 +56,23 @@ def test_null_is_no_text_where_there_may_be_none_and_lists_are_lists_of_texts() 
 
 
 def test_a_class_that_the_command_names_says_which_of_its_settings_are_texts() -> None:
-    words = ("data._target_=trainer.data.sources.files.Files", "data.path=1_0,2", "data.held_out=1e-2")
+    words = (
+        "data._target_=trainer.data.sources.files.Files",
+        "data.path=1_0,2",
+        "data.held_out=1e-2",
+    )
     data = as_node(composed(*words).data)
     assert data["path"] == "1_0,2" and data["held_out"] == 0.01
 
 
 def test_what_is_no_text_is_read_as_before_and_judged_by_its_key() -> None:
-    assert composed("steps=1_0", "optim.betas=[0.5,0.6]", "parallel.micro_batch=2").optim.betas == (0.5, 0.6)
-    assert compose(["steps=1:2,"]).faults == ["steps=1:2,: a whole number is needed; for example steps=100"]
+    assert composed("steps=1_0", "optim.betas=[0.5,0.6]", "parallel.micro_batch=2").optim.betas == (
+        0.5,
+        0.6,
+    )
+    assert compose(["steps=1:2,"]).faults == [
+        "steps=1:2,: a whole number is needed; for example steps=100"
+    ]
     assert "no such setting" in compose(["nonsense=a: b"]).faults[0]
     assert "KEY=VALUE" in compose(["nonsense"]).faults[0]
 
@@ -63,7 +83,9 @@ def test_a_message_shows_the_quoted_form_to_copy() -> None:
     assert "one text" not in compose(["steps=3,4"]).faults[0]
     faults: list[str] = []
     sweep_words(["evaluation.prompt=a: b, c[d"], faults)
-    assert "write \"evaluation.prompt='a: b, c[d'\" or \"evaluation.prompt='a: b','c[d'\"" in faults[0]
+    assert (
+        "write \"evaluation.prompt='a: b, c[d'\" or \"evaluation.prompt='a: b','c[d'\"" in faults[0]
+    )
 
 
 class Mine:
@@ -91,7 +113,10 @@ def test_a_sweep_keeps_each_of_its_texts(word: str, values: list[object]) -> Non
         return
     assert faults == []
     (override,) = OverridesParser.create().parse_overrides(read)
-    jobs = [composed(f"{override.key_or_group}={spelled}") for spelled in override.sweep_string_iterator()]
+    jobs = [
+        composed(f"{override.key_or_group}={spelled}")
+        for spelled in override.sweep_string_iterator()
+    ]
     found = []
     for config in jobs:
         part = as_node(config.data) if word.startswith("data.") else config
@@ -112,7 +137,9 @@ def test_any_text_survives_quotes() -> None:
 def test_what_takes_texts() -> None:
     assert kind_of(str | None) == kind_of(Literal["a", "b"]) == "text"
     assert kind_of(list[str]) == kind_of(str | list[str] | None) == "texts"
-    assert [kind_of(kind) for kind in (str | int, Literal["auto"] | int, bool, float, list[int], None)] == [None] * 6
+    assert [
+        kind_of(kind) for kind in (str | int, Literal["auto"] | int, bool, float, list[int], None)
+    ] == [None] * 6
 
 
 @pytest.mark.parametrize(
@@ -126,7 +153,9 @@ def test_what_takes_texts() -> None:
         (["wandb.cache=1"], "known: wandb."),
     ],
 )
-def test_an_unknown_key_is_never_taken_for_one_of_another_meaning(words: list[str], end: str) -> None:
+def test_an_unknown_key_is_never_taken_for_one_of_another_meaning(
+    words: list[str], end: str
+) -> None:
     (fault,) = compose(words).faults
     assert end in fault
 

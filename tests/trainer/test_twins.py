@@ -24,7 +24,10 @@ class Grid:
 
 
 def jobs(folder: Path, *settings: str) -> list[Job]:
-    return [Job(number, (*SMALL, *words.split()), folder / str(number)) for number, words in enumerate(settings)]
+    return [
+        Job(number, (*SMALL, *words.split()), folder / str(number))
+        for number, words in enumerate(settings)
+    ]
 
 
 def test_jobs_with_equal_effective_configs_are_run_once_and_said(tmp_path: Path, capsys) -> None:
@@ -46,13 +49,37 @@ def test_jobs_with_equal_effective_configs_are_run_once_and_said(tmp_path: Path,
 def test_a_setting_that_no_job_takes_is_refused(tmp_path: Path) -> None:
     plan: SweepPlan = Grid()  # pyright: ignore
     with pytest.raises(UserError, match="nothing in this model takes a position"):
-        check_jobs(jobs(tmp_path, "mixer=gated_delta position=rope", "mixer=hyena position=rope"), [], plan, {})
+        check_jobs(
+            jobs(tmp_path, "mixer=gated_delta position=rope", "mixer=hyena position=rope"),
+            [],
+            plan,
+            {},
+        )
 
 
-def test_a_job_of_a_sweep_starts_with_the_settings_that_only_other_jobs_take(tmp_path: Path) -> None:
-    """What the sweep has said is not refused again by the command of the job; the same words of a user are."""
-    words = [*SMALL, "mixer=hyena", "position=alibi", "model.heads=2", "launch.dry_run=true", f"run_dir={tmp_path / 'job'}"]
+def test_a_job_of_a_sweep_starts_with_the_settings_that_only_other_jobs_take(
+    tmp_path: Path,
+) -> None:
+    """What the sweep has said is not refused again by the command of the job; the same words of a
+    user are."""
+    words = [
+        *SMALL,
+        "mixer=hyena",
+        "position=alibi",
+        "model.heads=2",
+        "launch.dry_run=true",
+        f"run_dir={tmp_path / 'job'}",
+    ]
     for of_sweep, code in (([JOB_OF, str(os.getpid())], 0), ([], 2)):
-        done = subprocess.run([sys.executable, "-m", "trainer", *of_sweep, *words], capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(
+            [sys.executable, "-m", "trainer", *of_sweep, *words],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
         assert done.returncode == code, done.stderr
-        assert done.stderr.count("reaches no part") == done.stderr.count("takes a position") == (1 if code else 0)
+        assert (
+            done.stderr.count("reaches no part")
+            == done.stderr.count("takes a position")
+            == (1 if code else 0)
+        )

@@ -1,7 +1,8 @@
-"""What makes a manifest whole: every field has a type and a range, and the chunks of a tensor tile it exactly.
+"""What makes a manifest whole: every field has a type and a range, and the chunks of a tensor tile
+it exactly.
 
-All of it is checked before a byte of a shard is read, so that what a stranger or a broken disk wrote is never taken for a
-checkpoint with some tensors missing.
+All of it is checked before a byte of a shard is read, so that what a stranger or a broken disk
+wrote is never taken for a checkpoint with some tensors missing.
 """
 
 import itertools
@@ -92,13 +93,17 @@ def check_manifest(place: Path, content: dict[str, Any], name: str) -> None:
         ValueError: the checkpoint is not whole; the message says in which respect.
     """
     if content.get("version") != VERSION:
-        raise ValueError(f"it has format {str(content.get('version'))[:40]}; this program reads format {VERSION}")
+        raise ValueError(
+            f"it has format {str(content.get('version'))[:40]}; this program reads format {VERSION}"
+        )
     try:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))[:200]
-        raise ValueError(f"its {name} lacks an entry or has one of a wrong kind ({where}: {first['msg']})") from None
+        raise ValueError(
+            f"its {name} lacks an entry or has one of a wrong kind ({where}: {first['msg']})"
+        ) from None
     _check_step(place, manifest.step)
     _check_files(place, manifest, name)
     for path, tensor in manifest.tensors.items():
@@ -108,7 +113,8 @@ def check_manifest(place: Path, content: dict[str, Any], name: str) -> None:
 
 
 def _check_step(place: Path, step: int) -> None:
-    """The folder of a step holds that step: what is sorted, kept and deleted goes by the folder's name."""
+    """The folder of a step holds that step: what is sorted, kept and deleted goes by the folder's
+    name."""
     match = FOLDER.fullmatch(place.name)
     if match and int(match[1]) != step:
         raise ValueError(f"it lies in {place.name} and says that it is of step {step}")
@@ -131,9 +137,13 @@ def _check_files(place: Path, manifest: Manifest, name: str) -> None:
 
 
 def _check_tensor(path: str, tensor: TensorRecord, manifest: Manifest, name: str) -> None:
-    """The type is known, every chunk lies within its file and its tensor, and together they are the tensor."""
+    """The type is known, every chunk lies within its file and its tensor, and together they are the
+    tensor."""
     if tensor.dtype not in DTYPES:
-        raise ValueError(f"its {name} lacks an entry or has one of a wrong kind ({path} is of type {tensor.dtype!r})")
+        raise ValueError(
+            f"its {name} lacks an entry or has one of a wrong kind ({path} is of type"
+            f" {tensor.dtype!r})"
+        )
     if math.prod(max(size, 1) for size in tensor.size) > LARGEST:
         raise ValueError(f"its {name} gives {path} the size {tensor.size}, which no machine has")
     itemsize = DTYPES[tensor.dtype].itemsize
@@ -146,7 +156,9 @@ def _check_tensor(path: str, tensor: TensorRecord, manifest: Manifest, name: str
             raise ValueError(f"its {name} places {path} outside of its files, in {chunk.file!r}")
         fits = 0 <= chunk.start <= chunk.start + chunk.bytes <= manifest.files[chunk.file].bytes
         if chunk.bytes != math.prod(chunk.sizes) * itemsize or chunk.start % itemsize or not fits:
-            raise ValueError(f"its {name} places {path} outside of {chunk.file}, or with another number of bytes")
+            raise ValueError(
+                f"its {name} places {path} outside of {chunk.file}, or with another number of bytes"
+            )
     if not tiles(tensor.size, [(chunk.offsets, chunk.sizes) for chunk in tensor.chunks]):
         raise ValueError(f"its {name} has chunks of {path} that overlap or do not cover it")
 
@@ -154,8 +166,9 @@ def _check_tensor(path: str, tensor: TensorRecord, manifest: Manifest, name: str
 def tiles(size: Sequence[int], boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
     """Whether boxes (offsets, sizes) cover a tensor of `size` exactly once.
 
-    A box is known by its corners with signs: the sum of the boxes' indicator functions is that of the whole exactly if the
-    signed corners add up to those of the whole. That takes time linear in the number of boxes; empty boxes cancel out.
+    A box is known by its corners with signs: the sum of the boxes' indicator functions is that of
+    the whole exactly if the signed corners add up to those of the whole. That takes time linear in
+    the number of boxes; empty boxes cancel out.
     """
     corners: Counter[tuple[int, ...]] = Counter()
     for offsets, sizes in boxes:
@@ -178,11 +191,15 @@ def _check_regions(manifest: Manifest, name: str) -> None:
     for path, tensor in manifest.tensors.items():
         for chunk in tensor.chunks:
             if chunk.bytes:
-                regions.setdefault(chunk.file, []).append((chunk.start, chunk.start + chunk.bytes, path))
+                regions.setdefault(chunk.file, []).append(
+                    (chunk.start, chunk.start + chunk.bytes, path)
+                )
     for file, taken in regions.items():
         for (_, end, one), (start, _, other) in itertools.pairwise(sorted(taken)):
             if start < end:
-                raise ValueError(f"its {name} gives the same bytes of {file} to {one} and to {other}")
+                raise ValueError(
+                    f"its {name} gives the same bytes of {file} to {one} and to {other}"
+                )
 
 
 def _check_tree(manifest: Manifest, name: str) -> None:
@@ -207,4 +224,6 @@ def _check_tree(manifest: Manifest, name: str) -> None:
         elif isinstance(value, list):
             waiting += [(f"{path}/{index}", below) for index, below in enumerate(value)]
     if homeless := manifest.tensors.keys() - standing:
-        raise ValueError(f"its {name} has a tensor {min(homeless)} that stands nowhere in the state")
+        raise ValueError(
+            f"its {name} has a tensor {min(homeless)} that stands nowhere in the state"
+        )

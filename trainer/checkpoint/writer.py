@@ -1,11 +1,13 @@
-"""Checkpoints: written beside, renamed whole, kept to the last few, and read back on any number of ranks.
+"""Checkpoints: written beside, renamed whole, kept to the last few, and read back on any number of
+ranks.
 
     <run_dir>/checkpoints/step_00000100/          a whole checkpoint (what is inside: trainer/checkpoint/manifest.py)
     <run_dir>/checkpoints/.step_00000100.tmp-x    one being written; removed when the next run begins
     <run_dir>/checkpoints/broken_00000100-x       one whose files did not match their sums; nobody reads it again
 
-Every method is collective: all ranks call it, at the same step. A SIGKILL at any moment leaves the old or the new.
-`Archive` (trainer/checkpoint/reader.py) reads; `Checkpoints` also writes, and belongs to the run that holds the run directory.
+Every method is collective: all ranks call it, at the same step. A SIGKILL at any moment leaves the
+old or the new. `Archive` (trainer/checkpoint/reader.py) reads; `Checkpoints` also writes, and
+belongs to the run that holds the run directory.
 """
 
 import errno
@@ -56,9 +58,10 @@ class CheckpointWriter(CheckpointReader):
 
     Args:
         keep: how many checkpoints stay, the newest included; None = all.
-        asynchronous: `save` returns once the state is copied to the CPU's memory; writing goes on in a thread. The copy's
-            memory, as large as the state on this rank, is kept from save to save. Where the state lies in the CPU's memory
-            anyway, training computes on the same cores, and the thread takes SHARE of one until somebody waits for it.
+        asynchronous: `save` returns once the state is copied to the CPU's memory; writing goes on
+            in a thread. The copy's memory, as large as the state on this rank, is kept from save to
+            save. Where the state lies in the CPU's memory anyway, training computes on the same
+            cores, and the thread takes SHARE of one until somebody waits for it.
     """
 
     def __init__(
@@ -71,9 +74,13 @@ class CheckpointWriter(CheckpointReader):
         say: Callable[[str], None] = print,
     ):
         if keep is not None and keep < 1:
-            raise ValueError(f"checkpoint.keep counts the newest one too; {keep} would keep none: give 1 or more, or null")
+            raise ValueError(
+                f"checkpoint.keep counts the newest one too; {keep} would keep none: give 1 or"
+                " more, or null"
+            )
         super().__init__(directory, group=group, say=say)
-        self.keep, self.asynchronous = keep, asynchronous
+        self.keep = keep
+        self.asynchronous = asynchronous
         self.writing = self._group()
         self.token = self._from_first(secrets.token_hex(4))
         self.pending: PendingSave | None = None
@@ -81,7 +88,8 @@ class CheckpointWriter(CheckpointReader):
         self._on_first(self._tidy)
 
     def _tidy(self) -> None:
-        """Remove what a killed run left half-written or half-deleted; put back what it had only moved away."""
+        """Remove what a killed run left half-written or half-deleted; put back what it had only
+        moved away."""
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         make_inside(self.directory.parent, self.directory.name)
         for path in list(self.directory.iterdir()):
@@ -98,24 +106,29 @@ class CheckpointWriter(CheckpointReader):
         self._on_first(lambda: place.rename(aside))
 
     def forget_after(self, step: int) -> None:
-        """Delete checkpoints of later steps: a run resumed from `step` will write these steps again, differently.
+        """Delete checkpoints of later steps: a run resumed from `step` will write these steps
+        again, differently.
 
         Raises:
             ValueError: a step that no run can be at; nothing is deleted.
         """
         if not 0 <= step <= STEPS:
             raise ValueError(f"step={step} is no step of a run; nothing is deleted")
-        self._on_first(lambda: [self._delete(place) for place in self._list() if _step(place) > step])
+        self._on_first(
+            lambda: [self._delete(place) for place in self._list() if _step(place) > step]
+        )
 
     def save(self, step: int, state: dict[str, Any], extra: dict[str, Any]) -> None:
-        """Write `state` and `extra` as the checkpoint of `step`; waits for the save before it, never two at once.
+        """Write `state` and `extra` as the checkpoint of `step`; waits for the save before it,
+        never two at once.
 
         Args:
-            state: nested dicts of tensors, DTensors and plain values. A plain tensor is taken to be equal on all ranks;
-                plain values and `extra` (JSON) are rank 0's.
+            state: nested dicts of tensors, DTensors and plain values. A plain tensor is taken to be
+                equal on all ranks; plain values and `extra` (JSON) are rank 0's.
 
         Raises:
-            Fault: the disk is full or cannot be written; on every rank, with the last whole checkpoint untouched.
+            Fault: the disk is full or cannot be written; on every rank, with the last whole
+                checkpoint untouched.
             ValueError: the state holds something else than tensors and plain values.
         """
         self.finish()
@@ -123,7 +136,9 @@ class CheckpointWriter(CheckpointReader):
         head = json.loads(json.dumps({"step": step, "state": tree, "extra": extra}))
         final = self.directory / f"step_{step:08d}"
         temporary = self.directory / f".{final.name}.tmp-{self.token}"
-        beside = self.asynchronous and all(tensor.device.type == "cpu" for tensor in tensors.values())
+        beside = self.asynchronous and all(
+            tensor.device.type == "cpu" for tensor in tensors.values()
+        )
         pace = Throttle() if beside else Throttle(1)
         writer = ShardWriter(temporary, head, lambda: self._publish(temporary, final), pace)
         wishes: dict[str, Any] = {
@@ -143,9 +158,11 @@ class CheckpointWriter(CheckpointReader):
             self._failed(step, temporary, failure)
 
     def poll(self) -> int | None:
-        """Look after the save in the background: the step that has just become whole, or None. Call it every step.
+        """Look after the save in the background: the step that has just become whole, or None. Call
+        it every step.
 
-        Costs nothing when none is under way, else one all_reduce of one number, so that all ranks see the same.
+        Costs nothing when none is under way, else one all_reduce of one number, so that all ranks
+        see the same.
         """
         if self.pending is None:
             return None
@@ -155,10 +172,12 @@ class CheckpointWriter(CheckpointReader):
         return self.finish() if done.item() else None
 
     def finish(self) -> int | None:
-        """Wait for the save in the background, if any, and return its step. Call it before the run ends."""
+        """Wait for the save in the background, if any, and return its step. Call it before the run
+        ends."""
         if self.pending is None:
             return None
-        (step, temporary, future, pace), self.pending = self.pending, None
+        step, temporary, future, pace = self.pending
+        self.pending = None
         pace.hurry()
         try:
             future.result()
@@ -167,9 +186,11 @@ class CheckpointWriter(CheckpointReader):
         return step
 
     def settle(self, seconds: float) -> None:
-        """Let the save in the background come to its end, for so long at most: the run ends, for another reason.
+        """Let the save in the background come to its end, for so long at most: the run ends, for
+        another reason.
 
-        A save that fails, or is not whole by then, is said and not raised, so that the reason stays the run's own.
+        A save that fails, or is not whole by then, is said and not raised, so that the reason stays
+        the run's own.
         """
         if self.pending is None:
             return
@@ -179,7 +200,10 @@ class CheckpointWriter(CheckpointReader):
         trouble = future.exception() if future.done() else f"not whole after {seconds:g} s"
         if trouble is not None:
             brief = str(trouble).strip().splitlines() or [type(trouble).__name__]
-            self.say(f"the checkpoint of step {step} was not saved either ({brief[0]}); the one before is the last")
+            self.say(
+                f"the checkpoint of step {step} was not saved either ({brief[0]}); the one before"
+                " is the last"
+            )
 
     def close(self) -> None:
         """Finish, and give the communication back."""
@@ -195,7 +219,9 @@ class CheckpointWriter(CheckpointReader):
             old = final.with_name(f".{final.name}.old-{secrets.token_hex(4)}")
             final.rename(old)
             temporary.rename(final)
-            shutil.rmtree(old, ignore_errors=True)  # what is left of it goes when the next run begins
+            shutil.rmtree(
+                old, ignore_errors=True
+            )  # what is left of it goes when the next run begins
         else:
             temporary.rename(final)
         sync(self.directory)
@@ -218,7 +244,11 @@ class CheckpointWriter(CheckpointReader):
         if self.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         self._gather(None)
-        causes = {rank: error for rank, (error, _) in failure.failures.items() if isinstance(error, OSError)}
+        causes = {
+            rank: error
+            for rank, (error, _) in failure.failures.items()
+            if isinstance(error, OSError)
+        }
         if len(causes) < len(failure.failures):
             raise RuntimeError(f"the checkpoint of step {step} failed:\n{failure}") from failure
         rank, cause = min(causes.items())
@@ -230,9 +260,10 @@ class CheckpointWriter(CheckpointReader):
             text = f"the disk under {self.directory} is full ({what}; {free / 1e9:.2f} GB are free)"
             way = "free some space or lower checkpoint.keep"
         else:
-            text, way = f"{self.directory} could not be written ({what})", "mend that"
+            text = f"{self.directory} could not be written ({what})"
+            way = "mend that"
         raise UserError(
-            f"the checkpoint of step {step} was not saved: {text}; {left}; {way}, then give the same command again "
-            "to go on from there",
+            f"the checkpoint of step {step} was not saved: {text}; {left}; {way}, then give the"
+            " same command again to go on from there",
             BAD_RUN,
         ) from failure

@@ -20,37 +20,48 @@ from trainer.errors import UserError
 
 
 def model_takes(config: Config, part: str) -> bool:
-    """Whether the model's constructor has a parameter of that name; one without mixers has no layers to build here."""
+    """Whether the model's constructor has a parameter of that name; one without mixers has no
+    layers to build here."""
     return part in parameters(find_class(config.model.target, "model"))
 
 
 def mixer_labels(config: Config) -> list[str]:
-    """The label of every layer's mixer; 'mixer' where `mixer=` replaces the pattern; none where the model takes none."""
+    """The label of every layer's mixer; 'mixer' where `mixer=` replaces the pattern; none where the
+    model takes none."""
     if not model_takes(config, "mixers"):
         return []
     if config.mixer is not None:
         return ["mixer"] * config.model.layers
-    return _repeated_pattern(config, "pattern", "mixers", "mixer= is not set; choose one, for example mixer=full")
+    return _repeated_pattern(
+        config, "pattern", "mixers", "mixer= is not set; choose one, for example mixer=full"
+    )
 
 
 def feedforward_labels(config: Config) -> list[str]:
-    """The label of every layer's feed-forward; 'feedforward' where `model.feedforward` replaces the pattern; likewise."""
+    """The label of every layer's feed-forward; 'feedforward' where `model.feedforward` replaces the
+    pattern; likewise."""
     if not model_takes(config, "feedforwards"):
         return []
     if config.model.feedforward is not None:
         return ["feedforward"] * config.model.layers
-    way = "model.feedforward is not set; name a class, as model.feedforward._target_=models.feedforward.SwiGLU"
+    way = (
+        "model.feedforward is not set; name a class, as"
+        " model.feedforward._target_=models.feedforward.SwiGLU"
+    )
     return _repeated_pattern(config, "feedforward_pattern", "feedforwards", way)
 
 
 def _repeated_pattern(config: Config, pattern: str, group: str, way: str) -> list[str]:
     """A pattern of labels, repeated or cut to the layers."""
-    asked, known = getattr(config.model, pattern), getattr(config.model, group)
+    asked = getattr(config.model, pattern)
+    known = getattr(config.model, group)
     if not asked:
         raise UserError(f"model.{pattern} is empty and {way}")
     for label in asked:
         if label not in known:
-            raise UserError(f"model.{pattern} names {label}, which model.{group} lacks{nearest(label, known)}")
+            raise UserError(
+                f"model.{pattern} names {label}, which model.{group} lacks{nearest(label, known)}"
+            )
     return [asked[layer % len(asked)] for layer in range(config.model.layers)]
 
 
@@ -85,8 +96,10 @@ def offered_sizes(config: Config, vocabulary: int) -> dict[str, Any]:
 
 
 def ffn_width(config: Config) -> int:
-    """The width of the feed-forward layers: model.ffn itself, or that multiple of the width, rounded up to eights."""
-    asked, width = config.model.ffn, config.model.width
+    """The width of the feed-forward layers: model.ffn itself, or that multiple of the width,
+    rounded up to eights."""
+    asked = config.model.ffn
+    width = config.model.width
     if asked is None:
         asked = 4.0
     if isinstance(asked, int):
@@ -96,7 +109,11 @@ def ffn_width(config: Config) -> int:
 
 def model_node(config: Config) -> dict[str, Any]:
     """The model's node without what is offered to it: its sizes, mixers and feed-forward layers."""
-    return {key: value for key, value in as_node(config.model).items() if key not in ModelConfig.model_fields}
+    return {
+        key: value
+        for key, value in as_node(config.model).items()
+        if key not in ModelConfig.model_fields
+    }
 
 
 def build_model(config: Config, vocabulary: int) -> nn.Module:
@@ -109,7 +126,9 @@ def build_model(config: Config, vocabulary: int) -> nn.Module:
     """
     model = _assembled_model(config, vocabulary)
     others = (model_node(config), as_node(config.position), memory_node(config))
-    Origin(partial(_assembled_model, config, vocabulary, layers_on="meta"), _is_foreign(others)).hang_on(model)
+    Origin(
+        partial(_assembled_model, config, vocabulary, layers_on="meta"), _is_foreign(others)
+    ).hang_on(model)
     if faults := misfits(model):
         raise UserError("\n".join(faults))
     name_stateful_modules(model)
@@ -117,12 +136,16 @@ def build_model(config: Config, vocabulary: int) -> nn.Module:
 
 
 def _assembled_model(config: Config, vocabulary: int, layers_on: str | None = None) -> nn.Module:
-    """The model; its mixers and feed-forward layers are on the device in force, or on `layers_on`."""
+    """The model; its mixers and feed-forward layers are on the device in force, or on
+    `layers_on`."""
     offers = offered_sizes(config, vocabulary)
     memory = build_memory(config, offers)
     with torch.device(layers_on) if layers_on else nullcontext():
         mixers, feedforwards = _layers(config, vocabulary)
-        mixers = [_with_memory(memory, mixer, {**offers, "layer": layer}) for layer, mixer in enumerate(mixers)]
+        mixers = [
+            _with_memory(memory, mixer, {**offers, "layer": layer})
+            for layer, mixer in enumerate(mixers)
+        ]
     try:
         memory.judge(mixers)
     except ValueError as error:
@@ -130,24 +153,38 @@ def _assembled_model(config: Config, vocabulary: int, layers_on: str | None = No
     for layer, (label, mixer) in enumerate(zip(mixer_labels(config), mixers, strict=True)):
         nodes = (mixer_node(config, label)[1], config.position, memory_node(config))
         Origin(partial(_mixer, config, vocabulary, layer), _is_foreign(nodes)).hang_on(mixer)
-    for layer, (label, feedforward) in enumerate(zip(feedforward_labels(config), feedforwards, strict=True)):
+    for layer, (label, feedforward) in enumerate(
+        zip(feedforward_labels(config), feedforwards, strict=True)
+    ):
         nodes = (feedforward_node(config, label)[1], config.position)
-        Origin(partial(_feedforward, config, vocabulary, layer), _is_foreign(nodes)).hang_on(feedforward)
+        Origin(partial(_feedforward, config, vocabulary, layer), _is_foreign(nodes)).hang_on(
+            feedforward
+        )
     place = instantiate(config.position, offers, "position")
     parts = {"mixers": mixers, "feedforwards": feedforwards}
-    return instantiate(model_node(config), {**offers, "position": place, "memory": memory, **parts}, "model")
+    return instantiate(
+        model_node(config), {**offers, "position": place, "memory": memory, **parts}, "model"
+    )
 
 
 def _layers(config: Config, vocabulary: int) -> tuple[list[nn.Module], list[nn.Module]]:
     """The mixers, before a memory is put around them, and the feed-forward layers."""
     pairs = list(zip(mixer_labels(config), feedforward_labels(config)))
     offers = offered_sizes(config, vocabulary)
-    mixers = [_layer(config, offers, layer, mixer_node(config, label)) for layer, (label, _) in enumerate(pairs)]
-    feedforwards = [_layer(config, offers, layer, feedforward_node(config, label)) for layer, (_, label) in enumerate(pairs)]
+    mixers = [
+        _layer(config, offers, layer, mixer_node(config, label))
+        for layer, (label, _) in enumerate(pairs)
+    ]
+    feedforwards = [
+        _layer(config, offers, layer, feedforward_node(config, label))
+        for layer, (_, label) in enumerate(pairs)
+    ]
     return mixers, feedforwards
 
 
-def _layer(config: Config, offers: Mapping[str, Any], layer: int, placed: tuple[str, ComponentConfig]) -> nn.Module:
+def _layer(
+    config: Config, offers: Mapping[str, Any], layer: int, placed: tuple[str, ComponentConfig]
+) -> nn.Module:
     """A mixer or a feed-forward layer, from (where its node stands, the node)."""
     where, node = placed
     place = instantiate(config.position, offers, "position")
@@ -163,7 +200,12 @@ def _mixer(config: Config, vocabulary: int, layer: int) -> nn.Module:
 
 def _feedforward(config: Config, vocabulary: int, layer: int) -> nn.Module:
     """The feed-forward layer of a layer, alone."""
-    return _layer(config, offered_sizes(config, vocabulary), layer, feedforward_node(config, feedforward_labels(config)[layer]))
+    return _layer(
+        config,
+        offered_sizes(config, vocabulary),
+        layer,
+        feedforward_node(config, feedforward_labels(config)[layer]),
+    )
 
 
 def _is_foreign(nodes: Any) -> bool:
@@ -202,13 +244,24 @@ def sizes_taken(config: Config, vocabulary: int) -> dict[str, dict[str, Any]]:
     return {
         "position": taken_offers(config.position, offers, "position"),
         **{where: taken_offers(node, inside, where) for where, node in places.items()},
-        "model": taken_offers(model_node(config), {**inside, "memory": config.memory.name}, "model"),
+        "model": taken_offers(
+            model_node(config), {**inside, "memory": config.memory.name}, "model"
+        ),
     }
 
 
 def build_engine(config: Config, mesh: Any, optimiser: Any) -> Any:
     """The engine of a run, with those of its settings that are set."""
     apart = ("name", "offload_activations")  # what place() is told
-    settings = {key: value for key, value in as_node(config.engine).items() if key not in apart and value is not None}
-    offers = {"mesh": mesh, "optimiser": optimiser, "precision": config.precision, "seed": config.seed}
+    settings = {
+        key: value
+        for key, value in as_node(config.engine).items()
+        if key not in apart and value is not None
+    }
+    offers = {
+        "mesh": mesh,
+        "optimiser": optimiser,
+        "precision": config.precision,
+        "seed": config.seed,
+    }
     return instantiate(settings, offers, "engine")

@@ -30,7 +30,16 @@ def text() -> str:
     config = compose([]).config
     assert config is not None, "conf/train.yaml does not compose"
     chosen = [f"    {group + '=':16}{', '.join(choices(group))}" for group in groups()]
-    return "\n".join([USAGE, "Groups: GROUP=NAME", *chosen, "", "Keys: KEY=VALUE (default)  meaning", *_keys(config, "")])
+    return "\n".join(
+        [
+            USAGE,
+            "Groups: GROUP=NAME",
+            *chosen,
+            "",
+            "Keys: KEY=VALUE (default)  meaning",
+            *_keys(config, ""),
+        ]
+    )
 
 
 def _keys(part: BaseModel, prefix: str) -> list[str]:
@@ -44,10 +53,14 @@ def _keys(part: BaseModel, prefix: str) -> list[str]:
         else:
             lines.append(_line(f"{prefix}{name}", value, info.description or ""))
     if isinstance(part, ComponentConfig):
-        lines += [_line(f"{prefix}{key}", value, "") for key, value in (part.model_extra or {}).items()]
+        lines += [
+            _line(f"{prefix}{key}", value, "") for key, value in (part.model_extra or {}).items()
+        ]
     return lines
 
 
 def _line(key: str, value: object, meaning: str) -> str:
-    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    shown = (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
     return f"    {f'{key} ({shown})':{WIDTH}}  {meaning}".rstrip()

@@ -1,7 +1,9 @@
-"""From a node of the config to an object: find the class, bind the settings to its signature, build it.
+"""From a node of the config to an object: find the class, bind the settings to its signature, build
+it.
 
-A size on offer (width, heads, position, ...) is given to every constructor whose signature has it, unless the node
-sets it itself. So a mixer asks for what it needs by naming it, and a new mixer needs no edit here.
+A size on offer (width, heads, position, ...) is given to every constructor whose signature has it,
+unless the node sets it itself. So a mixer asks for what it needs by naming it, and a new mixer
+needs no edit here.
 """
 
 import traceback
@@ -15,18 +17,23 @@ from trainer.config.values import TARGET, is_node
 from trainer.errors import UserError
 
 
-def taken_offers(node: ComponentConfig | Mapping[str, Any], offers: Mapping[str, Any], where: str = "node") -> dict[str, Any]:
+def taken_offers(
+    node: ComponentConfig | Mapping[str, Any], offers: Mapping[str, Any], where: str = "node"
+) -> dict[str, Any]:
     """The sizes on offer that the node's constructor takes and the node does not set itself."""
     asked = as_node(node)
     known = parameters(find_class(asked[TARGET], where))
     return {key: value for key, value in offers.items() if key in known and key not in asked}
 
 
-def instantiate(node: ComponentConfig | Mapping[str, Any], offers: Mapping[str, Any], where: str = "node") -> Any:
+def instantiate(
+    node: ComponentConfig | Mapping[str, Any], offers: Mapping[str, Any], where: str = "node"
+) -> Any:
     """Build what a node says.
 
     Args:
-        node: `_target_` and settings; a setting that is itself a node, or a list with nodes, is built first.
+        node: `_target_` and settings; a setting that is itself a node, or a list with nodes, is
+            built first.
         offers: sizes given to those constructors that have a parameter of that name.
         where: the node's place in the config, for messages.
 
@@ -45,7 +52,8 @@ def instantiate(node: ComponentConfig | Mapping[str, Any], offers: Mapping[str, 
 
 
 def _said(error: Exception) -> str:
-    """What a constructor complains of; of an error that is no judgement of its settings also the kind and the place."""
+    """What a constructor complains of; of an error that is no judgement of its settings also the
+    kind and the place."""
     if isinstance(error, ValueError):
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)

@@ -1,4 +1,5 @@
-"""Whether a node of the config can be built: its class, and each of its settings against that class's constructor."""
+"""Whether a node of the config can be built: its class, and each of its settings against that
+class's constructor."""
 
 import difflib
 import importlib
@@ -6,8 +7,18 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from trainer.config.renamed import new_key
 from trainer.config.schema import ComponentConfig, ModelConfig
-from trainer.config.values import PLAIN, TARGET, annotations, breach, classes, is_node, quoted_value, settled
+from trainer.config.values import (
+    PLAIN,
+    TARGET,
+    annotations,
+    breach,
+    classes,
+    is_node,
+    quoted_value,
+    settled,
+)
 from trainer.errors import UserError
 
 ALIKE = 0.65  # how alike two words must be for one to be taken for the other, misspelled
@@ -16,16 +27,27 @@ ALIKE = 0.65  # how alike two words must be for one to be taken for the other, m
 def find_class(target: str, where: str) -> type:
     """The class that a dotted name stands for; Fault when there is none."""
     if not isinstance(target, str):
-        raise UserError(f"{where}.{TARGET}={quoted_value(target)}: a text is needed; name a class as package.module.Class")
+        raise UserError(
+            f"{where}.{TARGET}={quoted_value(target)}: a text is needed; name a class as"
+            " package.module.Class"
+        )
     home, _, name = target.rpartition(".")
     try:
         module = importlib.import_module(home)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{where}.{TARGET}={target}: {error}; name a class as package.module.Class") from error
+        raise UserError(
+            f"{where}.{TARGET}={target}: {error}; name a class as package.module.Class"
+        ) from error
     found = getattr(module, name, None)
     if not isinstance(found, type):
-        known = [key for key, value in vars(module).items() if isinstance(value, type) and value.__module__ == home]
-        raise UserError(f"{where}.{TARGET}={target}: {home} has no class {name}{nearest(name, known)}")
+        known = [
+            key
+            for key, value in vars(module).items()
+            if isinstance(value, type) and value.__module__ == home
+        ]
+        raise UserError(
+            f"{where}.{TARGET}={target}: {home} has no class {name}{nearest(name, known)}"
+        )
     return found
 
 
@@ -39,7 +61,13 @@ def nearest(word: str, known: Any) -> str:
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:
-    """The same about an unknown setting: its last words are compared, for what they have in common in front says nothing."""
+    """The same about an unknown setting; an old name gets the new one.
+
+    The last words are compared: a common beginning says nothing.
+    """
+    known = list(known)
+    if (renamed := new_key(key, known)) is not None:
+        return f"; it is called {renamed} now"
     by_leaf = {each.rpartition(".")[2]: each for each in known}
     close = difflib.get_close_matches(key.rpartition(".")[2], by_leaf, n=1, cutoff=ALIKE)
     if close:
@@ -50,16 +78,27 @@ def nearest_key(key: str, known: Iterable[str]) -> str:
 def parameters(kind: type) -> dict[str, inspect.Parameter]:
     """The named parameters of a constructor; what it swallows by ** does not count as known."""
     swallowed = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return {key: each for key, each in inspect.signature(kind).parameters.items() if each.kind not in swallowed}
+    return {
+        key: each
+        for key, each in inspect.signature(kind).parameters.items()
+        if each.kind not in swallowed
+    }
 
 
 def as_node(node: ComponentConfig | Mapping[str, Any]) -> dict[str, Any]:
     """A node as {"_target_": ..., settings}."""
-    return {TARGET: node.target, **node.settings()} if isinstance(node, ComponentConfig) else dict(node)
+    return (
+        {TARGET: node.target, **node.settings()}
+        if isinstance(node, ComponentConfig)
+        else dict(node)
+    )
 
 
-def node_errors(node: ComponentConfig | Mapping[str, Any], offers: Mapping[str, Any], where: str) -> list[str]:
-    """What keeps a node from being built: unknown class, unknown settings, settings that are missing."""
+def node_errors(
+    node: ComponentConfig | Mapping[str, Any], offers: Mapping[str, Any], where: str
+) -> list[str]:
+    """What keeps a node from being built: unknown class, unknown settings, settings that are
+    missing."""
     asked = as_node(node)
     try:
         kind = find_class(asked.pop(TARGET), where)
@@ -67,22 +106,33 @@ def node_errors(node: ComponentConfig | Mapping[str, Any], offers: Mapping[str, 
         return [str(fault)]
     known = parameters(kind)
     sizes = ModelConfig.model_fields.keys() - {"target"} if where == "model" else set()
-    free = [f"{where}.{key}" for key in (set(known) - set(offers)) | sizes] or [f"{where}.{key}" for key in known]
+    free = [f"{where}.{key}" for key in (set(known) - set(offers)) | sizes] or [
+        f"{where}.{key}" for key in known
+    ]
     faults = [
-        f"{where}.{key}={quoted_value(value)}: {kind.__name__} has no such setting{nearest_key(f'{where}.{key}', free)}"
+        f"{where}.{key}={quoted_value(value)}: {kind.__name__} has no such"
+        f" setting{nearest_key(f'{where}.{key}', free)}"
         for key, value in asked.items()
         if key not in known
     ]
     for key, each in known.items():
         if each.default is inspect.Parameter.empty and key not in asked and key not in offers:
-            faults.append(f"{where}.{key}: {kind.__name__} needs it and it is not set; write {where}.{key}=VALUE")
+            faults.append(
+                f"{where}.{key}: {kind.__name__} needs it and it is not set; write"
+                f" {where}.{key}=VALUE"
+            )
     hints = annotations(kind)
     for key, value in asked.items():
         if key in known and (unfit := breach(value, hints.get(key, Any), key)):
-            faults.append(f"{where}.{key}={quoted_value(value)}: {unfit}{_example(f'{where}.{key}', known[key])}")
+            faults.append(
+                f"{where}.{key}={quoted_value(value)}:"
+                f" {unfit}{_example(f'{where}.{key}', known[key])}"
+            )
             continue
         for place, inner in _inner(value, f"{where}.{key}"):
-            faults += node_errors(inner, offers, place) or _other_kind(inner, hints.get(key, Any), place)
+            faults += node_errors(inner, offers, place) or _other_kind(
+                inner, hints.get(key, Any), place
+            )
     return faults
 
 
@@ -112,8 +162,11 @@ def _inner(value: Any, where: str) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def normalise_node(node: Any) -> None:
-    """Give settings of a node the type that its class wants, where that loses nothing: 1e3 of a whole number."""
-    inner = list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
+    """Give settings of a node the type that its class wants, where that loses nothing: 1e3 of a
+    whole number."""
+    inner = (
+        list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
+    )
     for value in inner:
         normalise_node(value)
     if not isinstance(node, dict) or not is_node(node):

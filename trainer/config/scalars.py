@@ -1,4 +1,5 @@
-"""The types of the config's knobs: numbers that are no truth values, in ranges that some machine has."""
+"""The types of the config's knobs: numbers that are no truth values, in ranges that some machine
+has."""
 
 from typing import Annotated, Any
 
@@ -26,7 +27,9 @@ def representable(value: float) -> float:
 
 
 Integer = Annotated[int, BeforeValidator(reject_bool), Field(le=LARGEST)]
-Real = Annotated[float, BeforeValidator(reject_bool), AfterValidator(representable), Field(allow_inf_nan=False)]
+Real = Annotated[
+    float, BeforeValidator(reject_bool), AfterValidator(representable), Field(allow_inf_nan=False)
+]
 Flag = Annotated[bool, BeforeValidator(require_bool)]
 Count = Annotated[Integer, Field(ge=1)]
 Natural = Annotated[Integer, Field(ge=0)]

@@ -1,8 +1,8 @@
 """The knobs of a run: every key, its type, its range and its choices, in one frozen model.
 
-A *node* is a part of the config that names a class by `_target_`. Its own keys are the arguments of that class's
-constructor, so a node accepts any key here and `trainer/config/instantiate.py` binds them to the signature. Everything else is
-listed below, and an unknown key is an error.
+A *node* is a part of the config that names a class by `_target_`. Its own keys are the arguments of
+that class's constructor, so a node accepts any key here and `trainer/config/instantiate.py` binds
+them to the signature. Everything else is listed below, and an unknown key is an error.
 """
 
 from typing import Annotated, Any, Literal
@@ -37,7 +37,8 @@ class ConfigGroup(BaseModel):
 
 
 class ComponentConfig(ConfigGroup):
-    """A class named by `_target_`, with settings of its own that its constructor's signature judges."""
+    """A class named by `_target_`, with settings of its own that its constructor's signature
+    judges."""
 
     model_config = ConfigDict(extra="allow", populate_by_name=True, serialize_by_alias=True)
 
@@ -54,26 +55,48 @@ class ModelConfig(ComponentConfig):
     width: Size = Field(description="features of the residual stream")
     layers: Layers = Field(description="blocks")
     heads: Heads = Field(description="query heads, offered to every mixer")
-    kv_heads: Heads | None = Field(default=None, description="key-value heads; null = as many as heads")
+    kv_heads: Heads | None = Field(
+        default=None, description="key-value heads; null = as many as heads"
+    )
     ffn: Count | Positive | None = Field(
         default=None, description="feed-forward width; 2.75 = a multiple of width, 352 = itself"
     )
-    vocabulary: Vocabulary | None = Field(default=None, description="tokens known; null = the tokenizer's")
-    max_length: Count | None = Field(default=None, description="longest document position the model may meet; null = any")
-    allow_leaks: Flag = Field(
-        default=False, description="train a class of your own that leaks between tokens; unshared only"
+    vocabulary: Vocabulary | None = Field(
+        default=None, description="tokens known; null = the tokenizer's"
     )
-    pattern: list[str] = Field(default=[], description="labels of mixers, repeated or cut to layers")
-    mixers: dict[str, ComponentConfig] = Field(default={}, description="the mixers that pattern names")
-    feedforward: ComponentConfig | None = Field(default=None, description="one for all layers; replaces feedforward_pattern")
-    feedforward_pattern: list[str] = Field(default=[], description="labels of feedforwards, repeated or cut to layers")
-    feedforwards: dict[str, ComponentConfig] = Field(default={}, description="the feed-forward layers that feedforward_pattern names")
+    max_length: Count | None = Field(
+        default=None, description="longest document position the model may meet; null = any"
+    )
+    allow_leaks: Flag = Field(
+        default=False,
+        description="train a class of your own that leaks between tokens; unshared only",
+    )
+    pattern: list[str] = Field(
+        default=[], description="labels of mixers, repeated or cut to layers"
+    )
+    mixers: dict[str, ComponentConfig] = Field(
+        default={}, description="the mixers that pattern names"
+    )
+    feedforward: ComponentConfig | None = Field(
+        default=None, description="one for all layers; replaces feedforward_pattern"
+    )
+    feedforward_pattern: list[str] = Field(
+        default=[], description="labels of feedforwards, repeated or cut to layers"
+    )
+    feedforwards: dict[str, ComponentConfig] = Field(
+        default={}, description="the feed-forward layers that feedforward_pattern names"
+    )
 
 
 class MemoryConfig(ComponentConfig):
     """What is carried from one row of a lane to the next."""
 
-    target: str = Field("models.memory.memory.Memory", alias="_target_", min_length=3, description="the class to build")
+    target: str = Field(
+        "models.memory.base.Memory",
+        alias="_target_",
+        min_length=3,
+        description="the class to build",
+    )
     name: str = Field(default="none", description="none, segments, tokens, lookup or compressive")
     length: Natural = Field(default=0, description="tokens carried")
 
@@ -91,19 +114,31 @@ class Objective(ComponentConfig):
     """What a model reads of a row and has to say at each of its tokens."""
 
     target: str = Field(
-        default="trainer.objectives.next_token.NextToken", alias="_target_", min_length=3, description="the class to build"
+        default="trainer.objectives.next_token.NextToken",
+        alias="_target_",
+        min_length=3,
+        description="the class to build",
     )
 
 
 class OptimConfig(ComponentConfig):
     """What turns a gradient into a step."""
 
-    target: str = Field(default="trainer.optim.adamw.AdamW", alias="_target_", min_length=3, description="the class to build")
+    target: str = Field(
+        default="trainer.optim.adamw.AdamW",
+        alias="_target_",
+        min_length=3,
+        description="the class to build",
+    )
     learning_rate: Positive = Field(description="peak learning rate; the schedule scales it")
     betas: tuple[Fraction, Fraction] = Field(description="decay of the first and second moment")
     eps: Positive = Field(description="added to the root of the second moment")
-    weight_decay: Annotated[Real, Field(ge=0, allow_inf_nan=False)] = Field(description="decoupled, on matrices only")
-    max_grad_norm: Annotated[Real, Field(ge=0, allow_inf_nan=False)] = Field(description="largest gradient norm; 0 = never clip")
+    weight_decay: Annotated[Real, Field(ge=0, allow_inf_nan=False)] = Field(
+        description="decoupled, on matrices only"
+    )
+    max_grad_norm: Annotated[Real, Field(ge=0, allow_inf_nan=False)] = Field(
+        description="largest gradient norm; 0 = never clip"
+    )
     auxiliary_weight: Annotated[Real, Field(ge=0, allow_inf_nan=False)] = Field(
         1.0, description="of the losses that layers have beside the language loss"
     )
@@ -114,14 +149,21 @@ class OptimConfig(ComponentConfig):
 
     def settings(self) -> dict[str, Any]:
         """Without what is the loop's to know (trainer/skip_step.py), not the optimiser's."""
-        return {key: value for key, value in super().settings().items() if key not in ("spike", "max_skipped")}
+        return {
+            key: value
+            for key, value in super().settings().items()
+            if key not in ("skip_above", "max_skipped")
+        }
 
 
 class ScheduleConfig(ComponentConfig):
     """Learning rate over steps."""
 
     extend: Literal["hold", "restart", "stretch"] | None = Field(
-        default=None, description="the learning rate of a run that goes on with other steps; null = none that changes it"
+        default=None,
+        description=(
+            "the learning rate of a run that goes on with other steps; null = none that changes it"
+        ),
     )
 
     def settings(self) -> dict[str, Any]:
@@ -134,14 +176,24 @@ class ParallelConfig(ConfigGroup):
 
     context: Ranks = Field(default=1, description="ranks that share one sequence")
     data: Ranks = Field(default=1, description="groups that read different rows")
-    experts: Ranks = Field(default=1, description="neighbouring ranks that hold all experts between them")
-    micro_batch: Literal["auto"] | Count = Field(default="auto", description="rows per rank and forward")
-    method: Literal["auto", "ring", "heads", "fetch", "usp"] = Field(
+    experts: Ranks = Field(
+        default=1, description="neighbouring ranks that hold all experts between them"
+    )
+    micro_batch: Literal["auto"] | Count = Field(
+        default="auto", description="rows per rank and forward"
+    )
+    method: Literal["auto", "ring", "ulysses", "allgather", "usp"] = Field(
         default="auto", description="how softmax attention is spread"
     )
-    layout: Literal["zigzag", "contiguous", "balanced"] = Field(default="zigzag", description="which tokens a rank holds")
-    ulysses: Ranks | None = Field(default=None, description="under usp: ranks among which heads are divided")
-    ring: Ranks | None = Field(default=None, description="under usp: ranks of the ring; heads x ring = context")
+    layout: Literal["zigzag", "contiguous", "balanced"] = Field(
+        default="zigzag", description="which tokens a rank holds"
+    )
+    ulysses: Ranks | None = Field(
+        default=None, description="under usp: ranks among which heads are divided"
+    )
+    ring: Ranks | None = Field(
+        default=None, description="under usp: ranks of the ring; heads x ring = context"
+    )
     tensor: Count = Field(default=1, description="tensor parallelism: out of scope, only 1")
     pipeline: Count = Field(default=1, description="pipeline parallelism: out of scope, only 1")
 
@@ -151,7 +203,8 @@ class ParallelConfig(ConfigGroup):
 
 
 class EngineConfig(ComponentConfig):
-    """Where parameters, gradients and optimiser state live. All keys stand here: an engine's module may be slow to import."""
+    """Where parameters, gradients and optimiser state live. All keys stand here: an engine's module
+    may be slow to import."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -160,17 +213,28 @@ class EngineConfig(ComponentConfig):
         default=None, description="DeepSpeed's stage; only engine=deepspeed"
     )
     offload: Literal["none", "optimizer", "parameters"] | None = Field(
-        default=None, description="what lies in the host's memory (optimizer: its state); only engine=deepspeed"
+        default=None,
+        description="what lies in the host's memory (optimizer: its state); only engine=deepspeed",
     )
-    reshard_after_forward: Flag | None = Field(default=None, description="free gathered weights at once; only engine=fsdp")
+    reshard_after_forward: Flag | None = Field(
+        default=None, description="free gathered weights at once; only engine=fsdp"
+    )
     replicate: Ranks | None = Field(
-        default=None, description="times that parameters are held, each time sharded over ranks of its own; only engine=fsdp"
+        default=None,
+        description=(
+            "times that parameters are held, each time sharded over ranks of its own; only"
+            " engine=fsdp"
+        ),
     )
     checkpointing: Literal["none", "full", "selective"] = Field(
-        default="none", description="computed twice: nothing, blocks, or blocks but for their attention"
+        default="none",
+        description="computed twice: nothing, blocks, or blocks but for their attention",
     )
     offload_activations: Flag = Field(
-        default=False, description="what blocks save for backward waits in the host's memory; only with an accelerator"
+        default=False,
+        description=(
+            "what blocks save for backward waits in the host's memory; only with an accelerator"
+        ),
     )
     compile: Flag = Field(default=False, description="torch.compile, block by block")
 
@@ -178,59 +242,102 @@ class EngineConfig(ComponentConfig):
 class LaunchConfig(ConfigGroup):
     """How ranks are started."""
 
-    name: Literal["local", "multinode", "slurm"] = Field(default="local", description="where ranks are started")
-    max_restarts: Natural = Field(default=0, description="times that all ranks are started again after one died")
+    name: Literal["local", "multinode", "slurm"] = Field(
+        default="local", description="where ranks are started"
+    )
+    max_restarts: Natural = Field(
+        default=0, description="times that all ranks are started again after one died"
+    )
     oversubscribe: Flag = Field(default=False, description="allow more than 8 ranks per core")
     dry_run: Flag = Field(default=False, description="say what would be started, and leave")
     timeout_s: Seconds = Field(default=600, description="longest wait in one collective")
     grace_s: Grace = Field(default=60, description="time to save after SIGTERM, before SIGKILL")
-    nodes: Ranks = Field(default=1, description="machines, each with as many ranks; only launch=multinode or slurm")
-    node_rank: Natural | None = Field(default=None, description="which of the machines this is; 0 holds the meeting")
-    rdzv_endpoint: str | None = Field(default=None, description="HOST:PORT of machine 0, where all meet; only launch=multinode")
-    address: str | None = Field(default=None, description="by which the others reach this machine; null = its name")
-    partition: str | None = Field(default=None, pattern=WORD, description="where the job runs; from here on only launch=slurm")
+    nodes: Ranks = Field(
+        default=1, description="machines, each with as many ranks; only launch=multinode or slurm"
+    )
+    node_rank: Natural | None = Field(
+        default=None, description="which of the machines this is; 0 holds the meeting"
+    )
+    rdzv_endpoint: str | None = Field(
+        default=None, description="HOST:PORT of machine 0, where all meet; only launch=multinode"
+    )
+    address: str | None = Field(
+        default=None, description="by which the others reach this machine; null = its name"
+    )
+    partition: str | None = Field(
+        default=None, pattern=WORD, description="where the job runs; from here on only launch=slurm"
+    )
     account: str | None = Field(default=None, pattern=WORD, description="who pays for the job")
-    time: str | None = Field(default=None, description="longest time of the job, as sbatch takes it; null = the partition's")
+    time: str | None = Field(
+        default=None,
+        description="longest time of the job, as sbatch takes it; null = the partition's",
+    )
     gpus: Natural | None = Field(default=None, description="of each machine; null = one a rank")
     cores: Count = Field(default=4, description="processor cores for each rank")
-    requeue: Flag = Field(default=True, description="put back a job that was preempted or ran out of time")
+    requeue: Flag = Field(
+        default=True, description="put back a job that was preempted or ran out of time"
+    )
     options: list[str] = Field(default=[], description="further options of sbatch")
-    setup: list[str] = Field(default=[], description="shell lines of the job before the ranks start")
+    setup: list[str] = Field(
+        default=[], description="shell lines of the job before the ranks start"
+    )
 
 
 class LogConfig(ConfigGroup):
     """The console and metrics.jsonl."""
 
-    every: Count = Field(default=1, description="steps between two rows; the first and last are always logged")
+    every: Count = Field(
+        default=1, description="steps between two rows; the first and last are always logged"
+    )
 
 
 class WandbConfig(ConfigGroup):
     """Weights & Biases."""
 
-    mode: Literal["auto", "online", "offline", "disabled"] = Field(default="auto", description="auto = online with a key")
+    mode: Literal["auto", "online", "offline", "disabled"] = Field(
+        default="auto", description="auto = online with a key"
+    )
     project: Annotated[str, Field(min_length=1)] | None = Field(
         default=None, description="project on the server; null = WANDB_PROJECT, else longspan"
     )
     entity: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None, description="user or team that the project is of; null = WANDB_ENTITY, else the key's owner"
+        default=None,
+        description=(
+            "user or team that the project is of; null = WANDB_ENTITY, else the key's owner"
+        ),
     )
     group: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
-        default=None, description="runs shown together; null = WANDB_RUN_GROUP, else in a sweep its folder's name"
+        default=None,
+        description=(
+            "runs shown together; null = WANDB_RUN_GROUP, else in a sweep its folder's name"
+        ),
     )
     name: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
-        default=None, description="of the run on the server; null = WANDB_NAME, else in a sweep what varies, else name"
+        default=None,
+        description=(
+            "of the run on the server; null = WANDB_NAME, else in a sweep what varies, else name"
+        ),
     )
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(
-        default=[], description="of the run on the server; none = WANDB_TAGS, else in a sweep the settings that vary"
+        default=[],
+        description=(
+            "of the run on the server; none = WANDB_TAGS, else in a sweep the settings that vary"
+        ),
     )
     notes: Annotated[str, Field(min_length=1)] | None = Field(
         default=None, description="a longer text beside the name; null = WANDB_NOTES"
     )
     id: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None, description="of the run on the server; null = the run directory's, WANDB_RUN_ID, or a new one"
+        default=None,
+        description=(
+            "of the run on the server; null = the run directory's, WANDB_RUN_ID, or a new one"
+        ),
     )
     alerts: bool | list[Literal["spike", "skipped", "hang", "end"]] = Field(
-        default=False, description="what W&B sends a message about: true = all, or some of spike, skipped, hang, end"
+        default=False,
+        description=(
+            "what W&B sends a message about: true = all, or some of spike, skipped, hang, end"
+        ),
     )
     artifacts: Flag = Field(default=False, description="send the newest checkpoint at the end")
     init_timeout_s: Seconds = Field(default=10, description="wait for the server, then offline")
@@ -249,18 +356,24 @@ class EvaluationConfig(ConfigGroup):
 
     every: Natural = Field(description="steps between two; 0 = never, not at the end either")
     batches: Size = Field(default=4, description="held-out batches each time")
-    sample_tokens: Annotated[Natural, Field(le=2**24)] = Field(default=0, description="tokens of the sample; 0 = none")
+    sample_tokens: Annotated[Natural, Field(le=2**24)] = Field(
+        default=0, description="tokens of the sample; 0 = none"
+    )
     prompt: str = Field(default="", description="what the sample begins with")
     attention_maps: Annotated[Natural, Field(le=512)] = Field(
-        default=0, description="held-out tokens whose attention is drawn after the last evaluation; 0 = none"
+        default=0,
+        description="held-out tokens whose attention is drawn after the last evaluation; 0 = none",
     )
 
-    @field_validator("maps")
+    @field_validator("attention_maps")
     @classmethod
-    def _needs_evaluation(cls, maps: int, found: ValidationInfo) -> int:
-        if maps and found.data.get("every") == 0:
-            raise ValueError("maps are drawn after the last evaluation, but evaluation.every=0; set evaluation.every too")
-        return maps
+    def _needs_evaluation(cls, tokens: int, values: ValidationInfo) -> int:
+        if tokens and values.data.get("every") == 0:
+            raise ValueError(
+                "maps are drawn after the last evaluation, but evaluation.every=0; set"
+                " evaluation.every too"
+            )
+        return tokens
 
 
 class Config(ConfigGroup):
@@ -271,12 +384,22 @@ class Config(ConfigGroup):
     seed: Seed = Field(description="of weights, order of data, dropout")
     context_length: Count = Field(description="tokens in one packed row")
     batch_tokens: Count = Field(description="tokens in one optimiser step, over all ranks")
-    precision: Literal["float32", "float64", "bfloat16"] = Field(description="type of the arithmetic")
-    run_dir: str | None = Field(default=None, min_length=1, description="null = a fresh runs/NAME-DATE-TIME")
-    resume: str = Field(default="auto", min_length=1, description="auto, never, or a run directory or checkpoint")
-    match: Literal["none", "parameters", "flops"] = Field(default="none", description="fit the width to a reference model")
+    precision: Literal["float32", "float64", "bfloat16"] = Field(
+        description="type of the arithmetic"
+    )
+    run_dir: str | None = Field(
+        default=None, min_length=1, description="null = a fresh runs/NAME-DATE-TIME"
+    )
+    resume: str = Field(
+        default="auto", min_length=1, description="auto, never, or a run directory or checkpoint"
+    )
+    match: Literal["none", "parameters", "flops"] = Field(
+        default="none", description="fit the width to a reference model"
+    )
     model: ModelConfig
-    mixer: ComponentConfig | None = Field(default=None, description="one mixer for all layers; replaces model.pattern")
+    mixer: ComponentConfig | None = Field(
+        default=None, description="one mixer for all layers; replaces model.pattern"
+    )
     position: ComponentConfig
     memory: MemoryConfig = Field(default_factory=lambda: MemoryConfig.model_validate({}))
     data: DataConfig

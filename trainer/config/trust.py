@@ -1,7 +1,9 @@
-"""Which classes a config that comes from a file may name: Longspan's own, each of the kind that its place asks for.
+"""Which classes a config that comes from a file may name: Longspan's own, each of the kind that its
+place asks for.
 
-A command line is the user's own wish and may name any class. A file may be a stranger's: to build what it names is to run
-code of the stranger's choice. A user's own parts are built with `trust=true` alone.
+A command line is the user's own wish and may name any class. A file may be a stranger's: to build
+what it names is to run code of the stranger's choice. A user's own parts are built with
+`trust=true` alone.
 """
 
 import importlib
@@ -27,8 +29,14 @@ PACKAGES = ("models", "parallel", "trainer")
 ENGINES = "parallel.engines."
 LAYERS = ("model.mixers.", "model.feedforward")
 PARTS = (nn.Module, Position, Memory, Mask, Score)
-SCHEDULES = tuple(kind for kind in vars(schedules).values() if isinstance(kind, type) and kind.__module__ == schedules.__name__)
-KINDS: dict[str, tuple[type, ...]] = {  # by place in the config; a node within one of them may be any of PARTS
+SCHEDULES = tuple(
+    kind
+    for kind in vars(schedules).values()
+    if isinstance(kind, type) and kind.__module__ == schedules.__name__
+)
+KINDS: dict[
+    str, tuple[type, ...]
+] = {  # by place in the config; a node within one of them may be any of PARTS
     "model": (nn.Module,),
     "mixer": (nn.Module,),
     "position": (Position,),
@@ -41,11 +49,23 @@ KINDS: dict[str, tuple[type, ...]] = {  # by place in the config; a node within 
 
 
 def demand_own(config: Config, file: str) -> None:
-    """Raise a Fault with every class that the config in `file` names and may not; nothing of another package is imported."""
-    faults = [fault for place, target in targets(plain_config(config)) if (fault := stranger(place, target))]
+    """Raise a Fault with every class that the config in `file` names and may not; nothing of
+    another package is imported."""
+    faults = [
+        fault
+        for place, target in targets(plain_config(config))
+        if (fault := stranger(place, target))
+    ]
     if faults:
         way = f"if you know who wrote {file} and what these are, say trust=true"
-        raise UserError("\n".join([*(f"{file}: {fault}" for fault in faults), f"{way}, which runs their code; nothing was built"]))
+        raise UserError(
+            "\n".join(
+                [
+                    *(f"{file}: {fault}" for fault in faults),
+                    f"{way}, which runs their code; nothing was built",
+                ]
+            )
+        )
 
 
 def targets(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
@@ -64,7 +84,9 @@ def stranger(place: str, target: Any) -> str | None:
     """Why a class may not be named at a place, or None."""
     shown = f"{place}.{TARGET}={target}"
     home, _, name = str(target).rpartition(".")
-    if home.partition(".")[0] not in PACKAGES or not all(part.isidentifier() for part in home.split(".")):
+    if home.partition(".")[0] not in PACKAGES or not all(
+        part.isidentifier() for part in home.split(".")
+    ):
         return f"{shown} is no part of Longspan"
     if place == "engine":  # not built from a file, and slow to import
         return None if f"{home}.".startswith(ENGINES) else f"{shown} is no engine"

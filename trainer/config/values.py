@@ -1,7 +1,8 @@
 """The values that a node's settings may have: those of the annotations of its class's constructor.
 
-A constructor's annotations are all that is known of a class before it is built, ours or a user's. What has no annotation,
-or one that says nothing of values (a callable, a type variable), is left to the constructor.
+A constructor's annotations are all that is known of a class before it is built, ours or a user's.
+What has no annotation, or one that says nothing of values (a callable, a type variable), is left to
+the constructor.
 """
 
 import math
@@ -21,7 +22,8 @@ LISTS = (list, tuple, set, frozenset, Sequence, Set)
 
 
 def annotations(kind: type) -> dict[str, Any]:
-    """What the constructor says of each setting; nothing where its annotations name what cannot be looked up."""
+    """What the constructor says of each setting; nothing where its annotations name what cannot be
+    looked up."""
     try:
         return get_type_hints(kind.__init__, include_extras=True)
     except (NameError, TypeError, AttributeError):
@@ -53,7 +55,11 @@ def breach(value: Any, wanted: Any, key: str = "") -> str | None:
         said = [fact for fact in facts if fact is not None and fact != NO_VALUE]
         return None if None in facts else " or ".join(dict.fromkeys(said))
     if origin is Literal:
-        return None if value in get_args(wanted) and not _confused(value, wanted) else _choices(get_args(wanted))
+        return (
+            None
+            if value in get_args(wanted) and not _confused(value, wanted)
+            else _choices(get_args(wanted))
+        )
     if origin in LISTS or wanted in LISTS:
         return _listed(value, wanted, key)
     if wanted is int:
@@ -62,7 +68,8 @@ def breach(value: Any, wanted: Any, key: str = "") -> str | None:
 
 
 def magnitude(value: float) -> str | None:
-    """The fact that keeps a real number out: it is none, or float32 would make infinity or 0 of it."""
+    """The fact that keeps a real number out: it is none, or float32 would make infinity or 0 of
+    it."""
     if not math.isfinite(value):
         return "a finite number is needed"
     if abs(value) > HIGHEST:
@@ -106,9 +113,15 @@ def _listed(value: Any, wanted: Any, key: str) -> str | None:
 
 def _whole(value: Any, largest: int) -> str | None:
     """A whole float, as 1e3, is a whole number; true is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not float(value).is_integer()
+    ):
         return "a whole number is needed"
-    return f"it must be at most {largest}, no machine has that many" if abs(value) > largest else None
+    return (
+        f"it must be at most {largest}, no machine has that many" if abs(value) > largest else None
+    )
 
 
 def _plain(value: Any, wanted: Any) -> str | None:
@@ -132,7 +145,8 @@ def _plain(value: Any, wanted: Any) -> str | None:
 
 
 def settled(value: Any, wanted: Any) -> Any:
-    """The value as the constructor's annotation has it: a whole float where a whole number is wanted becomes one."""
+    """The value as the constructor's annotation has it: a whole float where a whole number is
+    wanted becomes one."""
     if isinstance(value, list | tuple):
         inner = [part for part in _members(wanted) if part is not Ellipsis]
         return [settled(part, inner[0] if inner else Any) for part in value]
@@ -167,7 +181,9 @@ def classes(wanted: Any) -> tuple[type, ...]:
     """The classes among the branches of an annotation, of lists those of their members."""
     kinds = [inner for kind in (*_kinds(wanted), *_members(wanted)) for inner in _kinds(kind)]
     real = [kind for kind in kinds if isinstance(kind, type) and get_origin(kind) is None]
-    return tuple(kind for kind in real if kind not in PLAIN and not getattr(kind, "_is_protocol", False))
+    return tuple(
+        kind for kind in real if kind not in PLAIN and not getattr(kind, "_is_protocol", False)
+    )
 
 
 def quoted_value(value: Any) -> str:

@@ -1,9 +1,11 @@
-"""Which rows of a batch a rank computes, and which of their tokens: the only place where a batch is cut.
+"""Which rows of a batch a rank computes, and which of their tokens: the only place where a batch is
+cut.
 
-Rows go to data ranks in stretches, tokens to context ranks by the layout. Every rank does the same number of micro-batches
-of the same size; where rows do not divide, rows of padding fill up.
+Rows go to data ranks in stretches, tokens to context ranks by the layout. Every rank does the same
+number of micro-batches of the same size; where rows do not divide, rows of padding fill up.
 
-Letters: R rows of the step, T context length, m rows of a micro-batch, c tokens of a row that this rank holds.
+Letters: R rows of the step, T context length, m rows of a micro-batch, c tokens of a row that this
+rank holds.
 """
 
 from collections.abc import Iterator
@@ -19,7 +21,10 @@ from parallel.mesh import Mesh
 from parallel.sharding import shard_span
 from trainer.data.batch import Batch
 
-AUTO_TOKENS = {"cpu": 8192, "cuda": 32768}  # tokens that a rank computes at once under parallel.micro_batch=auto
+AUTO_TOKENS = {
+    "cpu": 8192,
+    "cuda": 32768,
+}  # tokens that a rank computes at once under parallel.micro_batch=auto
 
 
 class MicroBatch(NamedTuple):
@@ -39,11 +44,23 @@ class BatchSharder:
         context_length: T.
         micro_batch: rows that a rank computes at once, or "auto": as many as AUTO_TOKENS allows.
         policy: name of the layout.
-        prefix: first tokens of each document that the model sees at once (a prefix-LM): they are nobody's targets.
+        prefix: first tokens of each document that the model sees at once (a prefix-LM): they are
+            nobody's targets.
     """
 
-    def __init__(self, mesh: Mesh, *, rows: int, context_length: int, micro_batch: int | str, policy: str, prefix: int = 0):
-        self.mesh, self.policy, self.prefix = mesh, policy, prefix
+    def __init__(
+        self,
+        mesh: Mesh,
+        *,
+        rows: int,
+        context_length: int,
+        micro_batch: int | str,
+        policy: str,
+        prefix: int = 0,
+    ):
+        self.mesh = mesh
+        self.policy = policy
+        self.prefix = prefix
         self.each = -(-rows // mesh.data_size)
         held = -(-context_length // mesh.context_size)
         fits = max(1, AUTO_TOKENS.get(mesh.device.type, AUTO_TOKENS["cuda"]) // held)
@@ -71,20 +88,27 @@ class BatchSharder:
 
     def piece(self, batch: Batch) -> MicroBatch:
         """All rows of a batch, cut over the context ranks."""
-        device, span = self.mesh.device, batch.span()
-        tokens, targets = batch.inputs().to(device), self.targets(batch).to(device)
+        device = self.mesh.device
+        span = batch.span()
+        tokens = batch.inputs().to(device)
+        targets = self.targets(batch).to(device)
         span = span.map(lambda t: t.to(device))
         if self.mesh.context_size == 1:
             return MicroBatch(tokens, span, targets)
-        rows = layouts(self.policy, batch.span(), self.mesh.context_size, heads=self.mesh.heads_size)
+        rows = layouts(
+            self.policy, batch.span(), self.mesh.context_size, heads=self.mesh.heads_size
+        )
         here = shard_span(span, rows, self.mesh.context_rank)
-        return MicroBatch(here.sharding.shard(tokens, 0), here, here.sharding.shard(targets, IGNORE))
+        return MicroBatch(
+            here.sharding.shard(tokens, 0), here, here.sharding.shard(targets, IGNORE)
+        )
 
     def describe(self) -> str:
         """One line for the log."""
         return (
-            f"each of {self.mesh.data_size} data ranks computes {self.each} rows a step, {self.micro_batch} at once; "
-            f"each row is shared by {self.mesh.context_size} context ranks ({self.policy})"
+            f"each of {self.mesh.data_size} data ranks computes {self.each} rows a step,"
+            f" {self.micro_batch} at once; each row is shared by {self.mesh.context_size} context"
+            f" ranks ({self.policy})"
         )
 
 

@@ -23,7 +23,9 @@ TELL_S = 10  # seconds between two lines about how far the tokenising is
 
 def place(source: Local, files: list[File], tokenizer: Tokenizer) -> Path:
     """The folder of the corpus of these files under this tokenizer, whether or not it exists."""
-    key = hashlib.blake2b(f"{FORMAT} {source.key(files)} {tokenizer.fingerprint}".encode(), digest_size=12).hexdigest()
+    key = hashlib.blake2b(
+        f"{FORMAT} {source.key(files)} {tokenizer.fingerprint}".encode(), digest_size=12
+    ).hexdigest()
     name = f"{type(source).__name__.lower()}-{key}"
     return Path(os.path.expanduser(source.cache) if source.cache else _home(name)) / name
 
@@ -31,7 +33,8 @@ def place(source: Local, files: list[File], tokenizer: Tokenizer) -> Path:
 def _home(corpus: str) -> str:
     """The user's cache folder (XDG base directories: an unset or relative variable counts as none).
 
-    Where there is none that can be written, and none that has the corpus, a folder for temporary files.
+    Where there is none that can be written, and none that has the corpus, a folder for temporary
+    files.
 
     Raises ValueError where there is no folder to write to at all.
     """
@@ -43,10 +46,14 @@ def _home(corpus: str) -> str:
     if folder and (writable(folder) or os.path.isdir(os.path.join(folder, corpus))):
         return folder
     try:
-        return spare_folder("cache", f"{folder or 'a home folder'} {'cannot be written' if folder else 'is not known'}")
+        return spare_folder(
+            "cache",
+            f"{folder or 'a home folder'} {'cannot be written' if folder else 'is not known'}",
+        )
     except OSError as error:
         raise ValueError(
-            f"data.cache=null: there is no folder that the tokens can be written to ({reason(error)}); give one with data.cache"
+            "data.cache=null: there is no folder that the tokens can be written to"
+            f" ({reason(error)}); give one with data.cache"
         ) from error
 
 
@@ -57,11 +64,12 @@ def _say_waiting() -> None:
 def corpus_of(source: Local, tokenizer: Tokenizer) -> Corpus:
     """The tokenised documents of a source, from the cache or tokenised now.
 
-    Any number of processes may call this at once: one builds, the others wait for its lock and then read. A corpus
-    appears under its name only when whole.
+    Any number of processes may call this at once: one builds, the others wait for its lock and then
+    read. A corpus appears under its name only when whole.
 
     Raises:
-        ValueError: there are no files, a document cannot be read (or all were left out), or the cache has no room.
+        ValueError: there are no files, a document cannot be read (or all were left out), or the
+            cache has no room.
     """
     files = source.files()
     folder = place(source, files, tokenizer)
@@ -73,7 +81,8 @@ def corpus_of(source: Local, tokenizer: Tokenizer) -> Corpus:
                 found = _opened(folder) or _built(folder, source, files, tokenizer)
         except OSError as error:
             raise DataError(
-                f"the token cache {folder} cannot be written ({error}); give a folder with data.cache"
+                f"the token cache {folder} cannot be written ({error}); give a folder with"
+                " data.cache"
             ) from error
     return found
 
@@ -89,7 +98,8 @@ def _opened(folder: Path) -> Corpus | None:
 
 
 def _built(folder: Path, source: Local, files: list[File], tokenizer: Tokenizer) -> Corpus:
-    """Called under the lock: whatever lies beside the folder under its name was left by a process that died."""
+    """Called under the lock: whatever lies beside the folder under its name was left by a process
+    that died."""
     for old in [folder, *folder.parent.glob(f"{folder.name}.part-*")]:
         shutil.rmtree(old, ignore_errors=True)
     report = ReadReport(source.on_error)
@@ -122,4 +132,7 @@ def _told(named: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
 
 def nothing(files: int, report: ReadReport) -> str:
     """The message for data of which no document is left."""
-    return f"no document is left of {files} files ({report.text() or 'they hold no text'}); give other data"
+    return (
+        f"no document is left of {files} files ({report.text() or 'they hold no text'}); give other"
+        " data"
+    )

@@ -1,8 +1,9 @@
-"""Tokenised documents on disk: written once as Arrow record batches, then read through a memory map.
+"""Tokenised documents on disk: written once as Arrow record batches, then read through a memory
+map.
 
-A corpus is a folder: tokens.arrow (an IPC file; a row is a document: hash uint64, tokens list of uint16 or uint32, the
-end-of-text token among them) and facts.json (counts, checksums, a fingerprint of the content). It knows nothing of
-context lengths.
+A corpus is a folder: tokens.arrow (an IPC file; a row is a document: hash uint64, tokens list of
+uint16 or uint32, the end-of-text token among them) and facts.json (counts, checksums, a fingerprint
+of the content). It knows nothing of context lengths.
 """
 
 import hashlib
@@ -21,8 +22,11 @@ from trainer.data.tokenizers import Tokenizer, ended
 from trainer.limited_reader import json_object
 
 FORMAT = 2
-TOKENS, FACTS = "tokens.arrow", "facts.json"
-TEXTS, CHARACTERS = 256, 8 << 20  # tokenised together, at most
+TOKENS = "tokens.arrow"
+FACTS = "facts.json"
+# tokenised together, at most
+TEXTS = 256
+CHARACTERS = 8 << 20
 BLOCK = 4 << 20  # tokens in one record batch, about
 TRUSTED = 256 << 20  # bytes whose checksums are looked at on opening; the rest when first read
 
@@ -31,16 +35,22 @@ class Damaged(Exception):
     """A corpus whose files are not what was written."""
 
 
-def write(folder: Path, named: Iterable[tuple[str, str]], tokenizer: Tokenizer, report: ReadReport) -> dict[str, Any]:
-    """Tokenise (name, text) documents into tokens.arrow of a folder; returns the facts, which are not yet written.
+def write(
+    folder: Path, named: Iterable[tuple[str, str]], tokenizer: Tokenizer, report: ReadReport
+) -> dict[str, Any]:
+    """Tokenise (name, text) documents into tokens.arrow of a folder; returns the facts, which are
+    not yet written.
 
-    A document of which the tokenizer makes no token is left out, and counted in `report`: its end alone is nothing that
-    could be predicted.
+    A document of which the tokenizer makes no token is left out, and counted in `report`: its end
+    alone is nothing that could be predicted.
     """
     dtype = np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.uint32
     kind = pa.from_numpy_dtype(dtype)
     schema = pa.schema([("hash", pa.uint64()), ("tokens", pa.large_list(kind))])
-    content, sums, documents, tokens = hashlib.blake2b(digest_size=16), [], 0, 0
+    content = hashlib.blake2b(digest_size=16)
+    sums = []
+    documents = 0
+    tokens = 0
     with pa.OSFile(str(folder / TOKENS), "wb") as sink, pa.ipc.new_file(sink, schema) as out:
         for hashes, ids in _blocks(named, tokenizer, dtype, report):
             flat = ids[0] if len(ids) == 1 else np.concatenate(ids)
@@ -51,7 +61,8 @@ def write(folder: Path, named: Iterable[tuple[str, str]], tokenizer: Tokenizer, 
             for part in (np.array(hashes, np.uint64), lengths, flat):
                 content.update(part.data)
             sums.append(zlib.crc32(flat.data))
-            documents, tokens = documents + len(ids), tokens + len(flat)
+            documents = documents + len(ids)
+            tokens = tokens + len(flat)
     with open(folder / TOKENS, "rb") as done:
         os.fsync(done.fileno())
     content.update(tokenizer.fingerprint.encode())
@@ -63,7 +74,9 @@ def _blocks(
     named: Iterable[tuple[str, str]], tokenizer: Tokenizer, dtype: Any, report: ReadReport
 ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
     """(hashes, token arrays) of as many whole documents as make a record batch."""
-    hashes, ids, held = [], [], 0
+    hashes = []
+    ids = []
+    held = 0
     for names, texts in _handfuls(named):
         for name, found in zip(names, tokenizer.encode_many(texts)):
             if not len(found):
@@ -71,26 +84,34 @@ def _blocks(
                 continue
             if ids and len(found) >= BLOCK:  # to lay a large document beside others would copy it
                 yield hashes, ids
-                hashes, ids, held = [], [], 0
+                hashes = []
+                ids = []
+                held = 0
             hashes.append(digest(name))
             ids.append(ended(found.astype(dtype, copy=False), tokenizer.end_of_text))
             held += len(ids[-1])
         if held >= BLOCK:
             yield hashes, ids
-            hashes, ids, held = [], [], 0
+            hashes = []
+            ids = []
+            held = 0
     if ids:
         yield hashes, ids
 
 
 def _handfuls(named: Iterable[tuple[str, str]]) -> Iterator[tuple[list[str], list[str]]]:
-    names, texts, size = [], [], 0
+    names = []
+    texts = []
+    size = 0
     for name, text in named:
         names.append(name)
         texts.append(text)
         size += len(text)
         if len(texts) >= TEXTS or size >= CHARACTERS:
             yield names, texts
-            names, texts, size = [], [], 0
+            names = []
+            texts = []
+            size = 0
     if texts:
         yield names, texts
 
@@ -116,12 +137,21 @@ class Corpus:
             self.flats = [block.column(1).values.to_numpy(zero_copy_only=True) for block in blocks]
             self.ends = [block.column(1).offsets.to_numpy(zero_copy_only=True) for block in blocks]
             hashes = [block.column(0).to_numpy() for block in blocks]
-        except (ValueError, KeyError, TypeError, AttributeError, OSError, pa.ArrowException) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OSError,
+            pa.ArrowException,
+        ) as error:
             if not (folder / FACTS).exists():
                 raise FileNotFoundError(folder) from error
             raise Damaged(f"{type(error).__name__}: {error}") from error
         self.hashes = np.concatenate([np.zeros(0, np.uint64), *hashes])
-        self.lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(ends) for ends in self.ends)])
+        self.lengths = np.concatenate(
+            [np.zeros(0, np.int64), *(np.diff(ends) for ends in self.ends)]
+        )
         self.firsts = np.cumsum([0, *(len(ends) - 1 for ends in self.ends)])
         self.checked = [False] * len(self.flats)
         self._inspect()

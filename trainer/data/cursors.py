@@ -1,4 +1,5 @@
-"""Whether a cursor that comes from a file is one that a stream can go on from: every field of its kind and in its range."""
+"""Whether a cursor that comes from a file is one that a stream can go on from: every field of its
+kind and in its range."""
 
 from typing import Any
 
@@ -10,8 +11,8 @@ def misfit(beginning: Any, cursor: Any, where: str = "cursor") -> str | None:
     """What tells a cursor from those of a stream, or None.
 
     Args:
-        beginning: the cursor of the stream's first batch, whose keys and kinds every later one has; None in it stands for
-            something of a library, plain data of any kind.
+        beginning: the cursor of the stream's first batch, whose keys and kinds every later one has;
+            None in it stands for something of a library, plain data of any kind.
         cursor: what was read from the file.
     """
     if beginning is None:
@@ -20,12 +21,17 @@ def misfit(beginning: Any, cursor: Any, where: str = "cursor") -> str | None:
         return f"{where} is a {type(cursor).__name__} and no {type(beginning).__name__}"
     if isinstance(beginning, dict):
         if beginning.keys() != cursor.keys():
-            return f"{where} has the keys {sorted(map(str, cursor))[:9]} and not {sorted(beginning)}"
+            return (
+                f"{where} has the keys {sorted(map(str, cursor))[:9]} and not {sorted(beginning)}"
+            )
         pairs = [(beginning[key], cursor[key], f"{where}.{key}") for key in beginning]
     elif isinstance(beginning, list):
         if len(beginning) != len(cursor):
             return f"{where} has {len(cursor)} entries and not {len(beginning)}"
-        pairs = [(one, other, f"{where}.{index}") for index, (one, other) in enumerate(zip(beginning, cursor))]
+        pairs = [
+            (one, other, f"{where}.{index}")
+            for index, (one, other) in enumerate(zip(beginning, cursor))
+        ]
     else:
         outside = isinstance(cursor, int) and not 0 <= cursor <= LARGEST
         return f"{where}={cursor} is out of range" if outside else None

@@ -6,12 +6,18 @@ from trainer.errors import BAD_RUN, UserError
 
 ON_ERROR = ("raise", "skip")
 EXAMPLES = 5  # messages kept in a report
-NONE_HELD_OUT = "data.held_out=0 keeps no document for evaluation; give a fraction, or evaluation.every=0"
-ONE_DOCUMENT = "a single document cannot be both trained on and held out; give more documents, or evaluation.every=0"
+NONE_HELD_OUT = (
+    "data.held_out=0 keeps no document for evaluation; give a fraction, or evaluation.every=0"
+)
+ONE_DOCUMENT = (
+    "a single document cannot be both trained on and held out; give more documents, or"
+    " evaluation.every=0"
+)
 
 
 class DataError(UserError, ValueError):
-    """Data that cannot be read, in the user's words; ends a run with the code of data, disk and network."""
+    """Data that cannot be read, in the user's words; ends a run with the code of data, disk and
+    network."""
 
     def __init__(self, message: str, code: int = BAD_RUN):
         super().__init__(message, code)
@@ -20,7 +26,8 @@ class DataError(UserError, ValueError):
 class ReadReport:
     """Counts what was left out of the data, by cause, or raises at the first fault.
 
-    on_error: raise = the first fault is a DataFault; skip = faults are counted and the first few messages kept.
+    on_error: raise = the first fault is a DataFault; skip = faults are counted and the first few
+    messages kept.
     """
 
     def __init__(self, on_error: str = "raise"):
@@ -31,9 +38,12 @@ class ReadReport:
         self.silent = 0  # documents with text, of which the tokenizer makes no token
 
     def fault(self, cause: str, message: str) -> None:
-        """Tell of one file or document that cannot be read; `cause` is a short plural noun to count it under."""
+        """Tell of one file or document that cannot be read; `cause` is a short plural noun to count
+        it under."""
         if self.on_error == "raise":
-            raise DataError(f"{message}; mend or remove it, or leave such data out with data.on_error=skip")
+            raise DataError(
+                f"{message}; mend or remove it, or leave such data out with data.on_error=skip"
+            )
         self.passed(cause, message)
 
     def passed(self, cause: str, message: str) -> None:
@@ -64,6 +74,8 @@ class ReadReport:
     @staticmethod
     def of(facts: dict[str, Any]) -> "ReadReport":
         report = ReadReport(facts["on_error"])
-        report.counts, report.examples = facts["counts"], facts["examples"]
-        report.empty, report.silent = facts["empty"], facts["silent"]
+        report.counts = facts["counts"]
+        report.examples = facts["examples"]
+        report.empty = facts["empty"]
+        report.silent = facts["silent"]
         return report

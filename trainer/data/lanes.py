@@ -1,6 +1,8 @@
-"""What lanes of the batch carry from step to step, on this rank; a checkpoint holds it as it would be on one device.
+"""What lanes of the batch carry from step to step, on this rank; a checkpoint holds it as it would
+be on one device.
 
-Row i of a step goes on where row i of the step before ended. A Past belongs to the rows of one micro-batch.
+Row i of a step goes on where row i of the step before ended. A Past belongs to the rows of one
+micro-batch.
 Letters: R rows of a step, over all ranks.
 """
 
@@ -18,7 +20,9 @@ from parallel.mesh import Mesh
 from trainer.data.batch_sharding import BatchSharder
 
 State = dict[str, dict[str, Tensor]]  # {kind: {name: [R, ...]}}
-Held = tuple[dict[str, tuple[int, Tensor]], dict[int, Span], dict[str, tuple[str, Tensor]]]  # as in models.carried_state.CarriedState
+Held = tuple[
+    dict[str, tuple[int, Tensor]], dict[int, Span], dict[str, tuple[str, Tensor]]
+]  # as in models.carried_state.CarriedState
 
 
 class Lanes:
@@ -31,24 +35,32 @@ class Lanes:
     """
 
     def __init__(self, mesh: Mesh, share: BatchSharder, rows: int):
-        self.mesh, self.share, self.rows = mesh, share, rows
+        self.mesh = mesh
+        self.share = share
+        self.rows = rows
         communicator = Communicator(mesh.context_group) if mesh.context_size > 1 else None
-        self.pasts = [CarriedState() if communicator is None else ShardedCarriedState(communicator) for _ in range(share.pieces)]
+        self.pasts = [
+            CarriedState() if communicator is None else ShardedCarriedState(communicator)
+            for _ in range(share.pieces)
+        ]
 
     def attach(self, number: int, span: Span) -> Span:
         """The addresses of the micro-batch of that number, with what its lanes carry."""
         return self.pasts[number].attach(span)
 
     def advance(self, number: int) -> None:
-        """The micro-batch is done, its backward too: what it left is what the next step finds. All ranks call."""
+        """The micro-batch is done, its backward too: what it left is what the next step finds. All
+        ranks call."""
         self.pasts[number].advance()
 
     def held(self) -> list[Held]:
-        """What the lanes find in this step, for `put_back`. `advance` makes new tensors, so nothing is copied."""
+        """What the lanes find in this step, for `put_back`. `advance` makes new tensors, so nothing
+        is copied."""
         return [(past.kept, past.addresses, past.states) for past in self.pasts]
 
     def put_back(self, held: list[Held]) -> None:
-        """Forget what a step left that was not taken: kept tokens then meet a gap, and count as another document's."""
+        """Forget what a step left that was not taken: kept tokens then meet a gap, and count as
+        another document's."""
         for past, found in zip(self.pasts, held):
             past.kept, past.addresses, past.states = found
 
@@ -58,12 +70,15 @@ class Lanes:
 
     @torch.no_grad()
     def state(self) -> State:
-        """All that the lanes carry; the same on every rank, and on any number of them. All ranks call."""
+        """All that the lanes carry; the same on every rank, and on any number of them. All ranks
+        call."""
         found: State = {}
         pieces = [past.export_state() for past in self.pasts]
         for path in sorted(pieces[0]):
             kind, name = path.split("/", 1)
-            found.setdefault(kind, {})[name] = self._all_rows(torch.cat([piece[path] for piece in pieces]))
+            found.setdefault(kind, {})[name] = self._all_rows(
+                torch.cat([piece[path] for piece in pieces])
+            )
         return found
 
     def misfit(self, state: Mapping[str, Mapping[str, Tensor]]) -> str | None:
@@ -83,27 +98,35 @@ class Lanes:
                 least = 1 if kind == REPLICATED else 2
                 if shape[: len(wanted)] != wanted or len(shape) < least:
                     return f"its memory has {name} of the shape {shape} for {self.rows} rows"
-                if tokens and name in ("pos", "doc") and (tensor.dtype != torch.int64 or len(shape) != 2):
+                if (
+                    tokens
+                    and name in ("pos", "doc")
+                    and (tensor.dtype != torch.int64 or len(shape) != 2)
+                ):
                     return f"its memory has {name} that is no address"
         return None
 
     def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over what `state` gave, whatever ranks gave it."""
-        first, device = self.mesh.data_rank * self.share.each, self.mesh.device
+        first = self.mesh.data_rank * self.share.each
+        device = self.mesh.device
         for number, past in enumerate(self.pasts):
             start = first + number * self.share.micro_batch
             stop = min(start + self.share.micro_batch, first + self.share.each)
             size = self.share.micro_batch
             past.import_state(
                 {
-                    f"{kind}/{name}": _rows(x, start, stop, size, fill=-1 if name == "doc" else 0).to(device)
+                    f"{kind}/{name}": (
+                        _rows(x, start, stop, size, fill=-1 if name == "doc" else 0).to(device)
+                    )
                     for kind, part in state.items()
                     for name, x in part.items()
                 }
             )
 
     def _all_rows(self, x: Tensor) -> Tensor:
-        """[rows of this rank's micro-batches, ...] of every data rank -> [R, ...]; rows that only fill up are dropped."""
+        """[rows of this rank's micro-batches, ...] of every data rank -> [R, ...]; rows that only
+        fill up are dropped."""
         x = x[: self.share.each].contiguous()
         if self.mesh.data_size > 1:
             every = [torch.empty_like(x) for _ in range(self.mesh.data_size)]

@@ -43,42 +43,62 @@ def open_stream(
         rows: rows in a batch, over all ranks.
         seed: of the order of training documents.
         split: train, or held_out for evaluation.
-        lanes: True = row i of a batch goes on where row i of the batch before ended, positions too (for a memory).
+        lanes: True = row i of a batch goes on where row i of the batch before ended, positions too
+            (for a memory).
 
-    Raises ValueError for settings or data that cannot be read; the first call tokenises finite data.
+    Raises ValueError for settings or data that cannot be read; the first call tokenises finite
+    data.
     """
     for name, value in {"context_length": context_length, "rows": rows}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value} is no number of {'rows' if name == 'rows' else 'tokens'}; give 1 or more")
+            raise ValueError(
+                f"{name}={value} is no number of {'rows' if name == 'rows' else 'tokens'}; give 1"
+                " or more"
+            )
     if split not in SPLITS:
         raise ValueError(f"split={split} is unknown; give train or held_out")
     source = build_source(data)
-    settings = {"context_length": context_length, "rows": rows, "seed": seed, "split": split, "lanes": lanes}
+    settings = {
+        "context_length": context_length,
+        "rows": rows,
+        "seed": seed,
+        "split": split,
+        "lanes": lanes,
+    }
     if isinstance(source, Local):
         return PackedStream(source, **settings)
     if isinstance(source, SyntheticTask):
         return SyntheticStream(source, **settings)
-    assert isinstance(source, StreamingSource), f"{type(source).__name__} is neither Local nor Endless"
+    assert isinstance(source, StreamingSource), (
+        f"{type(source).__name__} is neither Local nor Endless"
+    )
     return StreamingStream(source, **settings)
 
 
 def check(
-    data: Mapping[str, Any] | Source, *, evaluates: bool = False, context_length: int | None = None, lanes: bool = False
+    data: Mapping[str, Any] | Source,
+    *,
+    evaluates: bool = False,
+    context_length: int | None = None,
+    lanes: bool = False,
 ) -> list[str]:
-    """What is wrong with the data, found without tokenising it: a message each, none where all is well.
+    """What is wrong with the data, found without tokenising it: a message each, none where all is
+    well.
 
-    Reads the first 64 MB of files and stats the rest (nothing where the tokens are in the cache), the first few documents
-    of a streamed data set, or an example of a task. What lies further in is found while the data is tokenised, with the
-    same message.
+    Reads the first 64 MB of files and stats the rest (nothing where the tokens are in the cache),
+    the first few documents of a streamed data set, or an example of a task. What lies further in is
+    found while the data is tokenised, with the same message.
 
     evaluates: whether the run will ask for held-out documents.
-    context_length, lanes: as for open_stream, where they are known: whether a task's examples fit in rows.
+    context_length, lanes: as for open_stream, where they are known: whether a task's examples fit
+    in rows.
     """
     try:
         source = build_source(data)
     except ValueError as error:
         return [str(error)]
-    found, tokenizer = [NONE_HELD_OUT] if evaluates and not source.held_out else [], None
+    found = [NONE_HELD_OUT] if evaluates and not source.held_out else []
+    tokenizer = None
     try:
         tokenizer = source.tokenizer()
     except ValueError as error:
@@ -90,7 +110,9 @@ def check(
             count = None if folder is None else _cached(folder)
             if count is None:
                 if folder is not None and not writable(folder.parent):
-                    found.append(f"data.cache={folder.parent}: it cannot be written; give another folder")
+                    found.append(
+                        f"data.cache={folder.parent}: it cannot be written; give another folder"
+                    )
                 faults, count = _look(source, files, tokenizer)
                 found += faults
             if evaluates and count == 1 and source.held_out:
@@ -99,7 +121,9 @@ def check(
             found += _glance(source, tokenizer)
         elif isinstance(source, SyntheticTask) and context_length is not None:
             for split in ("train", "held_out") if evaluates and source.held_out else ("train",):
-                SyntheticStream(source, context_length=context_length, rows=1, seed=0, split=split, lanes=lanes)
+                SyntheticStream(
+                    source, context_length=context_length, rows=1, seed=0, split=split, lanes=lanes
+                )
     except ValueError as error:
         found.append(str(error))
     return found
@@ -114,7 +138,8 @@ def _cached(folder: Path) -> int | None:
 
 
 def _glance(source: StreamingSource, tokenizer: Tokenizer | None) -> list[str]:
-    """The faults of the first documents: GLANCE of them, and more where the tokenizer makes no token of those."""
+    """The faults of the first documents: GLANCE of them, and more where the tokenizer makes no
+    token of those."""
     speaks = tokenizer is None
     texts = itertools.islice(source.texts(ReadReport(source.on_error)), SAMPLED)
     seen = 0
@@ -130,12 +155,19 @@ def _speaks(tokenizer: Tokenizer | None, text: str) -> bool:
     """Whether a tokenizer makes any token of a text; looks at as little of it as shows that."""
     if tokenizer is None:
         return True
-    return any(len(tokenizer.encode(text[span : span + SLICE])) for span in range(0, len(text), SLICE))
+    return any(
+        len(tokenizer.encode(text[span : span + SLICE])) for span in range(0, len(text), SLICE)
+    )
 
 
-def _look(source: Local, files: list[File], tokenizer: Tokenizer | None) -> tuple[list[str], int | None]:
-    """The faults of the first LOOK bytes, and how many documents there are in all where that was seen."""
-    report, left, documents = ReadReport("skip"), LOOK, 0
+def _look(
+    source: Local, files: list[File], tokenizer: Tokenizer | None
+) -> tuple[list[str], int | None]:
+    """The faults of the first LOOK bytes, and how many documents there are in all where that was
+    seen."""
+    report = ReadReport("skip")
+    left = LOOK
+    documents = 0
     speaks = False
     for file in files:
         told_by_stat = file.unreadable or file.size > source.max_document_bytes
@@ -145,7 +177,9 @@ def _look(source: Local, files: list[File], tokenizer: Tokenizer | None) -> tupl
             documents += 1
             speaks = speaks or _speaks(tokenizer, text)
         left -= file.size
-    count = documents if left > 0 or (len(files) == 1 and suffix_of(files[0].path) == ".txt") else None
+    count = (
+        documents if left > 0 or (len(files) == 1 and suffix_of(files[0].path) == ".txt") else None
+    )
     if source.on_error == "raise" and report.left_out:
         more = report.left_out - len(report.examples)
         way_out = "mend or remove it, or leave such data out with data.on_error=skip"

@@ -1,4 +1,5 @@
-"""Rows out of documents laid end to end. Legend: T context length; a row is T + 1 tokens, its last the next's first."""
+"""Rows out of documents laid end to end. Legend: T context length; a row is T + 1 tokens, its last
+the next's first."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,7 +21,8 @@ class PackedRow(NamedTuple):
 
 
 class DocumentSlice(NamedTuple):
-    """Consecutive tokens of one document: the document's number, the place of the first token in it, the tokens."""
+    """Consecutive tokens of one document: the document's number, the place of the first token in
+    it, the tokens."""
 
     document: int
     start: int
@@ -30,10 +32,13 @@ class DocumentSlice(NamedTuple):
 def lay_out(pieces: Sequence[DocumentSlice], length: int, *, goes_on: bool) -> PackedRow:
     """Lay pieces end to end into a row of `length` tokens, padded behind.
 
-    goes_on: False = documents are numbered from 0 and the first one, if cut, starts again at pos 0; True = numbers and
-    positions are those of the pieces, for a memory that has seen what came before.
+    goes_on: False = documents are numbered from 0 and the first one, if cut, starts again at pos 0;
+    True = numbers and positions are those of the pieces, for a memory that has seen what came
+    before.
     """
-    row = PackedRow(np.zeros(length, np.int64), np.full(length, PADDING, np.int64), np.zeros(length, np.int64))
+    row = PackedRow(
+        np.zeros(length, np.int64), np.full(length, PADDING, np.int64), np.zeros(length, np.int64)
+    )
     if pieces:
         counts = np.array([len(piece.tokens) for piece in pieces])
         filled = int(counts.sum())
@@ -54,32 +59,42 @@ def stack(rows: Sequence[PackedRow]) -> Batch:
 
 
 class Concatenation:
-    """Some documents of a corpus laid end to end in an order: row n is the T + 1 tokens from n * T on.
+    """Some documents of a corpus laid end to end in an order: row n is the T + 1 tokens from n * T
+    on.
 
-    Rows overlap by one token, so that every token but a document's first is predicted exactly once; the last row is
-    padded. Nothing is packed: a row is found by a search in the sums of lengths.
+    Rows overlap by one token, so that every token but a document's first is predicted exactly once;
+    the last row is padded. Nothing is packed: a row is found by a search in the sums of lengths.
 
     Args:
         order: numbers of the corpus's documents.
         first_number: the number that the first document gets where numbers go on.
     """
 
-    def __init__(self, corpus: Corpus, order: np.ndarray, context_length: int, *, first_number: int = 0):
-        self.corpus, self.order, self.context_length, self.first_number = corpus, order, context_length, first_number
+    def __init__(
+        self, corpus: Corpus, order: np.ndarray, context_length: int, *, first_number: int = 0
+    ):
+        self.corpus = corpus
+        self.order = order
+        self.context_length = context_length
+        self.first_number = first_number
         self.ends = np.cumsum(corpus.lengths[order])
 
     def row(self, number: int, *, goes_on: bool) -> PackedRow:
         """Row `number`, or one of padding behind the last."""
-        length, total = self.context_length + 1, int(self.ends[-1])
-        here, stop = number * self.context_length, min(number * self.context_length + length, total)
-        pieces, place = [], int(np.searchsorted(self.ends, here, "right"))
+        length = self.context_length + 1
+        total = int(self.ends[-1])
+        here = number * self.context_length
+        stop = min(number * self.context_length + length, total)
+        pieces = []
+        place = int(np.searchsorted(self.ends, here, "right"))
         while here < stop:
             document = int(self.order[place])
             begin = int(self.ends[place] - self.corpus.lengths[document])
             until = min(stop, int(self.ends[place]))
             tokens = self.corpus.tokens(document, here - begin, until - begin)
             pieces.append(DocumentSlice(self.first_number + place, here - begin, tokens))
-            here, place = until, place + 1
+            here = until
+            place = place + 1
         return lay_out(pieces, length, goes_on=goes_on)
 
 

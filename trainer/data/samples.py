@@ -1,13 +1,16 @@
-"""A digest of a file that may be too large to be read: its size, and some of its bytes from all over it."""
+"""A digest of a file that may be too large to be read: its size, and some of its bytes from all
+over it."""
 
 import hashlib
 import os
 
-SAMPLES, SAMPLE_BYTES = 16, 4096
+SAMPLES = 16
+SAMPLE_BYTES = 4096
 
 
 def sampled(path: str) -> str:
-    """Size and a digest of samples of a file of this machine, whatever its name; the address of any other.
+    """Size and a digest of samples of a file of this machine, whatever its name; the address of any
+    other.
 
     The first and the last bytes are among the samples: formats keep their counts and places there.
     """

@@ -14,8 +14,18 @@ from trainer.data.errors import DataError
 from trainer.limited_reader import json_file
 
 # How known models call the token that ends a text; the first that the tokenizer has is taken.
-ENDINGS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "<EOS>", "[SEP]")
-# Settings by which a model of the library draws at random how it cuts a text: BPE's dropout, and Unigram's sampling.
+ENDINGS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|im_end|>",
+    "[EOS]",
+    "<EOS>",
+    "[SEP]",
+)
+# Settings by which a model of the library draws at random how it cuts a text: BPE's dropout, and
+# Unigram's sampling.
 RANDOM_SETTINGS = ("dropout", "alpha", "nbest_size")
 LARGEST_FILE = 256 << 20  # bytes of a tokenizer.json; the largest that are in use have some 40 MB
 LARGEST_SETTINGS = 16 << 20  # bytes of a tokenizer_config.json
@@ -42,8 +52,8 @@ class Tokenizer(Protocol):
 class Bytes:
     """One token a byte of UTF-8: no file, no training, any language.
 
-    256 bytes and one more number, 256, that ends a document: a model must be able to say that a text is over, and no
-    byte is free for it (a NUL may well occur in a text).
+    256 bytes and one more number, 256, that ends a document: a model must be able to say that a
+    text is over, and no byte is free for it (a NUL may well occur in a text).
     """
 
     vocabulary = 257
@@ -54,7 +64,11 @@ class Bytes:
     def encode(self, text: str) -> np.ndarray:
         if len(text) <= PIECE:
             return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16)
-        size = len(text) if text.isascii() else sum(len(piece.encode("utf-8")) for piece in _pieces(text))
+        size = (
+            len(text)
+            if text.isascii()
+            else sum(len(piece.encode("utf-8")) for piece in _pieces(text))
+        )
         ids = np.empty(size, np.uint16)
         end = 0
         for piece in _pieces(text):
@@ -67,7 +81,8 @@ class Bytes:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Bytes that are no UTF-8 (a character cut in two) are shown as U+FFFD; ends of documents are left out."""
+        """Bytes that are no UTF-8 (a character cut in two) are shown as U+FFFD; ends of documents
+        are left out."""
         ids = np.asarray(ids, np.int64)
         return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode("utf-8", "replace")
 
@@ -75,9 +90,10 @@ class Bytes:
 class HuggingFace:
     """A tokenizer of the `tokenizers` library.
 
-    Text is never read as markup: a document that spells "<|endoftext|>" gets the tokens of those letters. Truncation,
-    padding, added special tokens and whatever is drawn at random are switched off: every rank tokenises for itself, and
-    all must read the same. Where the tokenizer names no end of text, one number is added.
+    Text is never read as markup: a document that spells "<|endoftext|>" gets the tokens of those
+    letters. Truncation, padding, added special tokens and whatever is drawn at random are switched
+    off: every rank tokenises for itself, and all must read the same. Where the tokenizer names no
+    end of text, one number is added.
 
     Args:
         backend: the library's tokenizer; it is changed.
@@ -97,14 +113,17 @@ class HuggingFace:
         self.name = name
         words = backend.get_vocab(with_added_tokens=True)
         known = [word for word in (ending, *ENDINGS) if word is not None and word in words]
-        self.vocabulary = max(words.values(), default=-1) + 1  # not the number of words: there may be gaps
+        self.vocabulary = (
+            max(words.values(), default=-1) + 1
+        )  # not the number of words: there may be gaps
         if not words:
             raise DataError(f"data.tokenizer={name}: it has no token; give another, or bytes")
         if self.vocabulary > 2 * len(words) + LARGEST_GAP:
             raise DataError(
-                f"data.tokenizer={name}: its numbers run up to {self.vocabulary - 1}, but it has only {len(words)} tokens, "
-                f"and a model has a row for every number up to the last (at most {LARGEST_GAP} more than twice the tokens "
-                "are allowed); number its tokens without gaps"
+                f"data.tokenizer={name}: its numbers run up to {self.vocabulary - 1}, but it has"
+                f" only {len(words)} tokens, and a model has a row for every number up to the last"
+                f" (at most {LARGEST_GAP} more than twice the tokens are allowed); number its"
+                " tokens without gaps"
             )
         if known:
             self.end_of_text = words[known[0]]
@@ -112,10 +131,13 @@ class HuggingFace:
             self.end_of_text = self.vocabulary
             self.vocabulary += 1
         said = f"{backend.to_str()} {self.end_of_text}"
-        self.fingerprint = "tokenizers/" + hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+        self.fingerprint = (
+            "tokenizers/" + hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+        )
 
     def number(self, word: str) -> int | None:
-        """The number of a word that is one token, a special one too; None where there is no such token."""
+        """The number of a word that is one token, a special one too; None where there is no such
+        token."""
         return self.backend.token_to_id(word)
 
     def encode(self, text: str) -> np.ndarray:
@@ -130,7 +152,8 @@ class HuggingFace:
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
 
     def _refused(self, texts: Sequence[str], error: BaseException) -> BaseException:
-        """The fault of the first text that cannot be encoded; `error` itself where that is not the library's."""
+        """The fault of the first text that cannot be encoded; `error` itself where that is not the
+        library's."""
         if not _of_library(error):
             return error
         culprit = texts[0]
@@ -143,8 +166,9 @@ class HuggingFace:
                 culprit = text
                 break
         return DataError(
-            f"data.tokenizer={self.name} cannot encode a text that begins {culprit[:SHOWN]!r} ({_first_line(error)}); "
-            "give a tokenizer that has a number for every text, such as one of bytes"
+            f"data.tokenizer={self.name} cannot encode a text that begins {culprit[:SHOWN]!r}"
+            f" ({_first_line(error)}); give a tokenizer that has a number for every text, such as"
+            " one of bytes"
         )
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -153,7 +177,8 @@ class HuggingFace:
 
 
 def ended(tokens: np.ndarray, end: int) -> np.ndarray:
-    """The tokens with the end of text behind them, in the memory that they have, where it is their own."""
+    """The tokens with the end of text behind them, in the memory that they have, where it is their
+    own."""
     if not tokens.flags.owndata or not tokens.flags.writeable:
         tokens = tokens.copy()
     tokens.resize(len(tokens) + 1, refcheck=False)
@@ -166,26 +191,37 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def load(name: str) -> Tokenizer:
-    """The tokenizer of data.tokenizer: bytes, a tokenizer.json, a folder that holds one, or a name on the hub.
+    """The tokenizer of data.tokenizer: bytes, a tokenizer.json, a folder that holds one, or a name
+    on the hub.
 
     Raises:
-        ValueError: there is no such file, it is no tokenizer, or the hub has no such name or cannot be reached.
+        ValueError: there is no such file, it is no tokenizer, or the hub has no such name or cannot
+            be reached.
     """
     if name == "bytes":
         return Bytes()
     path = Path(os.path.expanduser(name))
     if path.is_dir() or path.is_file():
         return _local(name, path)
-    if path.is_absolute() or path.suffix == ".json" or name.count("/") > 1 or name.startswith((".", "~")):
-        raise ValueError(f"data.tokenizer={name}: there is no such file; give a tokenizer.json, a hub name, or bytes")
+    if (
+        path.is_absolute()
+        or path.suffix == ".json"
+        or name.count("/") > 1
+        or name.startswith((".", "~"))
+    ):
+        raise ValueError(
+            f"data.tokenizer={name}: there is no such file; give a tokenizer.json, a hub name, or"
+            " bytes"
+        )
     try:
         backend = Backend.from_pretrained(name)
     except BaseException as error:  # the hub's own kinds of error differ from version to version
         if not _of_library(error):
             raise
         raise ValueError(
-            f"data.tokenizer={name} is neither a file here nor a tokenizer that could be had from the Hugging Face hub "
-            f"({_first_line(error)}); give the path of a tokenizer.json, or bytes"
+            f"data.tokenizer={name} is neither a file here nor a tokenizer that could be had from"
+            f" the Hugging Face hub ({_first_line(error)}); give the path of a tokenizer.json, or"
+            " bytes"
         ) from error
     return HuggingFace(backend, name=name)
 
@@ -193,7 +229,10 @@ def load(name: str) -> Tokenizer:
 def _local(name: str, path: Path) -> HuggingFace:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"data.tokenizer={name}: the folder holds no tokenizer.json; save the tokenizer there first")
+        raise ValueError(
+            f"data.tokenizer={name}: the folder holds no tokenizer.json; save the tokenizer there"
+            " first"
+        )
     try:
         text = _read(file, LARGEST_FILE)
         with _quiet():
@@ -202,7 +241,9 @@ def _local(name: str, path: Path) -> HuggingFace:
         if not _of_library(error):
             raise
         reason = _first_line(error)
-        raise ValueError(f"data.tokenizer={name}: {file} is no tokenizer ({reason}); give a tokenizer.json") from error
+        raise ValueError(
+            f"data.tokenizer={name}: {file} is no tokenizer ({reason}); give a tokenizer.json"
+        ) from error
     return HuggingFace(backend, _ending(file.with_name("tokenizer_config.json")), name)
 
 
@@ -213,9 +254,13 @@ def _ending(file: Path) -> str | None:
     try:
         settings = json_file(file, LARGEST_SETTINGS)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{file} is not JSON settings of a tokenizer ({error}); mend or remove it") from error
+        raise ValueError(
+            f"{file} is not JSON settings of a tokenizer ({error}); mend or remove it"
+        ) from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{file} is not JSON settings of a tokenizer (it is no object); mend or remove it")
+        raise ValueError(
+            f"{file} is not JSON settings of a tokenizer (it is no object); mend or remove it"
+        )
     word = settings.get("eos_token")
     if isinstance(word, dict):
         word = word.get("content")
@@ -225,7 +270,8 @@ def _ending(file: Path) -> str | None:
 
 
 def _without_chance(backend: Backend) -> str:
-    """Switches off what the tokenizer's model draws at random; returns a remark on what that was."""
+    """Switches off what the tokenizer's model draws at random; returns a remark on what that
+    was."""
     model: Any = backend.model
     drawn = {key: getattr(model, key, None) for key in RANDOM_SETTINGS}
     drawn = {key: value for key, value in drawn.items() if value is not None}
@@ -234,11 +280,15 @@ def _without_chance(backend: Backend) -> str:
     if not any(drawn.values()):
         return ""
     settings = ", ".join(f"{key}={value:g}" for key, value in drawn.items() if value)
-    return f"the tokenizer's {settings} is switched off: every rank must read the same tokens, in every epoch"
+    return (
+        f"the tokenizer's {settings} is switched off: every rank must read the same tokens, in"
+        " every epoch"
+    )
 
 
 def _read(file: Path, largest: int) -> str:
-    """The text of a file of at most so many bytes. Raises ValueError for a larger one, and for what is not UTF-8."""
+    """The text of a file of at most so many bytes. Raises ValueError for a larger one, and for what
+    is not UTF-8."""
     with open(file, "rb") as source:
         content = source.read(largest + 1)
     if len(content) > largest:
@@ -247,7 +297,8 @@ def _read(file: Path, largest: int) -> str:
 
 
 def _of_library(error: BaseException) -> bool:
-    """Whether an error is one to tell of: any Exception, and a panic of the library, which is a bare BaseException."""
+    """Whether an error is one to tell of: any Exception, and a panic of the library, which is a
+    bare BaseException."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
@@ -258,7 +309,8 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the library from writing to the console: a panic prints where in its own code it came up, which helps nobody."""
+    """Keeps the library from writing to the console: a panic prints where in its own code it came
+    up, which helps nobody."""
     try:
         console = os.dup(2)
     except OSError:  # standard error is closed

@@ -1,7 +1,8 @@
 """Evaluations of a run: what is due at a step, what of it was done, and what is owed still.
 
-The checkpoint of a step is saved before its evaluation and names the parts that are owed. A run that resumes there does
-those that it finds no result of. Whatever breaks a part is said, and training goes on.
+The checkpoint of a step is saved before its evaluation and names the parts that are owed. A run
+that resumes there does those that it finds no result of. Whatever breaks a part is said, and
+training goes on.
 """
 
 import traceback
@@ -21,7 +22,7 @@ from trainer.data.batch_sharding import BatchSharder
 from trainer.data.lanes import Lanes
 from trainer.data.streams.base import Stream
 from trainer.evaluation.attention_maps import attention_maps
-from trainer.evaluation.sample_tokens import generate
+from trainer.evaluation.generate import generate
 from trainer.evaluation.held_out import evaluate
 from trainer.logs import summary
 from trainer.logs.console import Console
@@ -36,12 +37,16 @@ SAMPLE: Part = "sample"
 MAPS: Part = "maps"
 PARTS = (HELD_OUT, SAMPLE, MAPS)
 LOSS = "held_out_loss"
-MARKS = {SAMPLE: "sample_step", MAPS: "maps_step"}  # of summary.json: the step that the last one is of
+MARKS = {
+    SAMPLE: "sample_step",
+    MAPS: "maps_step",
+}  # of summary.json: the step that the last one is of
 MEETING_S = 60.0  # how long a rank whose evaluation broke waits for the others to say the same
 
 
 class Assessment:
-    """The evaluations of a run; made on every rank, and every rank calls the same methods at the same steps.
+    """The evaluations of a run; made on every rank, and every rank calls the same methods at the
+    same steps.
 
     Args:
         stream: held-out text; None under evaluation.every=0.
@@ -85,20 +90,26 @@ class Assessment:
         parts: list[Part] = [HELD_OUT]
         if last and wish.sample_tokens:
             parts.append(SAMPLE)
-        if last and wish.maps:
+        if last and wish.attention_maps:
             parts.append(MAPS)
         return parts
 
     def resume(self, progress: Progress) -> None:
-        """Strike from what a checkpoint owes those parts that an earlier life did after it was saved."""
+        """Strike from what a checkpoint owes those parts that an earlier life did after it was
+        saved."""
         if not progress.owed:
             return
         if self.stream is None:
-            self.console.say(f"step {progress.step}: its evaluation is owed, and left out under evaluation.every=0")
+            self.console.say(
+                f"step {progress.step}: its evaluation is owed, and left out under"
+                " evaluation.every=0"
+            )
             progress.owed = []
             return
         done, loss = self._done(progress.step)
-        progress.owed = [part for part in progress.owed if part not in done and self._is_wanted(part)]
+        progress.owed = [
+            part for part in progress.owed if part not in done and self._is_wanted(part)
+        ]
         if HELD_OUT in done:
             _note_best(progress, loss)
         if HELD_OUT in progress.owed:
@@ -123,13 +134,18 @@ class Assessment:
 
     def _is_wanted(self, part: str) -> bool:
         wish = self.config.evaluation
-        return {HELD_OUT: True, SAMPLE: wish.sample_tokens > 0, MAPS: wish.maps > 0}.get(part, False)
+        return {HELD_OUT: True, SAMPLE: wish.sample_tokens > 0, MAPS: wish.attention_maps > 0}.get(
+            part, False
+        )
 
     def _done(self, step: int) -> tuple[set[str], float]:
-        """(parts of which rank 0 has a result for this step, the held-out loss); the same on every rank."""
+        """(parts of which rank 0 has a result for this step, the held-out loss); the same on every
+        rank."""
         answers = torch.zeros(len(PARTS) + 1, dtype=torch.float64, device=self.mesh.device)
         if self.mesh.rank == 0:
-            losses = [row["value"] for row in read(self.directory / EVALUATION) if _is_loss(row, step)]
+            losses = [
+                row["value"] for row in read(self.directory / EVALUATION) if _is_loss(row, step)
+            ]
             facts = _facts(self.directory)
             marked = [float(facts.get(MARKS[part]) == step) for part in (SAMPLE, MAPS)]
             loss = losses[-1] if losses else 0.0
@@ -151,15 +167,18 @@ class Assessment:
             done = False
         if self._any_broke(trouble):
             reason = _reason(trouble) if trouble is not None else "another rank says why"
-            self.console.say(f"step {progress.step}: {part} failed: {reason}; training is not affected")
+            self.console.say(
+                f"step {progress.step}: {part} failed: {reason}; training is not affected"
+            )
             return False
         return done
 
     def _any_broke(self, trouble: Exception | None) -> bool:
         """Whether a part broke on any rank.
 
-        A rank alone in its trouble has left the others in a collective that it will never join: then the trouble is
-        raised, and ends the run. So ranks compare how many collectives they have begun.
+        A rank alone in its trouble has left the others in a collective that it will never join:
+        then the trouble is raised, and ends the run. So ranks compare how many collectives they
+        have begun.
         """
         if self.meeting is None:
             return trouble is not None
@@ -183,23 +202,29 @@ class Assessment:
         """The held-out loss; False when a signal came in the middle."""
         assert self.stream is not None
         wish = self.config.evaluation
-        result = evaluate(self.engine.model, self.share, self.stream, wish.batches, self.stopped, self.lanes())
+        result = evaluate(
+            self.engine.model, self.share, self.stream, wish.batches, self.stopped, self.lanes()
+        )
         if result is None:
             return False
         step = progress.step
         if result.loss is None:
             self.console.say(
-                f"step {step}: no held-out loss, for the held-out data has no token to predict; raise data.held_out, or give "
-                "other data"
+                f"step {step}: no held-out loss, for the held-out data has no token to predict;"
+                " raise data.held_out, or give other data"
             )
             return True
         _note_best(progress, result.loss)
-        self.console.say(f"step {step}: held-out loss {result.loss:.4f} over {result.tokens} tokens")
+        self.console.say(
+            f"step {step}: held-out loss {result.loss:.4f} over {result.tokens} tokens"
+        )
         for name, value in result.graded.items():
             self.console.say(f"step {step}: held-out {name} {value:.4f}")
             self.logs.evaluation(step, name, value)
         # last, for a step whose loss is on disk owes nothing
-        self.logs.evaluation(step, LOSS, result.loss, tokens=result.tokens, by_position=result.by_position)
+        self.logs.evaluation(
+            step, LOSS, result.loss, tokens=result.tokens, by_position=result.by_position
+        )
         return True
 
     def _sample(self, progress: Progress) -> bool:
@@ -229,13 +254,16 @@ class Assessment:
         """Draw attention maps."""
         assert self.stream is not None
         tokens = self.config.evaluation.attention_maps
-        self.logs.maps(progress.step, *attention_maps(self.engine.model, self.share, self.stream, tokens))
+        self.logs.maps(
+            progress.step, *attention_maps(self.engine.model, self.share, self.stream, tokens)
+        )
         self.logs.note(**{MARKS[MAPS]: progress.step})
         return True
 
 
 def _meeting(mesh: Mesh, timeout_s: float) -> dist.ProcessGroup | None:
-    """A group apart, on which ranks may say that an evaluation broke; the others' order of collectives stays theirs."""
+    """A group apart, on which ranks may say that an evaluation broke; the others' order of
+    collectives stays theirs."""
     if mesh.world_group is None or mesh.size == 1:
         return None
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -245,7 +273,9 @@ def _meeting(mesh: Mesh, timeout_s: float) -> dist.ProcessGroup | None:
 
 def _collectives_begun(mesh: Mesh) -> int:
     """How many collectives this rank has begun on the groups of the mesh."""
-    groups = {id(group): group for group in vars(mesh).values() if isinstance(group, dist.ProcessGroup)}
+    groups = {
+        id(group): group for group in vars(mesh).values() if isinstance(group, dist.ProcessGroup)
+    }
     count = 0
     for group in groups.values():
         count += group._get_sequence_number_for_group()  # pyright: ignore[reportAttributeAccessIssue]

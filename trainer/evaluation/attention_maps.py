@@ -1,7 +1,9 @@
-"""Attention maps of the model in training, on held-out text: what `evaluation.attention_maps` draws. All ranks call it together.
+"""Attention maps of the model in training, on held-out text: what `evaluation.attention_maps`
+draws. All ranks call it together.
 
-Where ranks share a row, the hooks of a leaf's driver bring queries and keys together before they weigh them, so that maps are
-those of one device whatever the method and the layout; every rank then has all of them.
+Where ranks share a row, the hooks of a leaf's driver bring queries and keys together before they
+weigh them, so that maps are those of one device whatever the method and the layout; every rank then
+has all of them.
 """
 
 from torch import nn
@@ -19,14 +21,26 @@ from trainer.data.batch import Batch
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.streams.base import Stream
 
-KINDS = (Softmax, Ring, Ulysses, AllGather, Auto)  # what is called as a Softmax is, under any parallel.method
-LAYERS, HEADS = 12, 8  # the most that a picture can show
+KINDS = (
+    Softmax,
+    Ring,
+    Ulysses,
+    AllGather,
+    Auto,
+)  # what is called as a Softmax is, under any parallel.method
+# the most that a picture can show
+LAYERS = 12
+HEADS = 8
 
 
-def attention_maps(model: nn.Module, share: BatchSharder, stream: Stream, tokens: int) -> tuple[list[AttentionMap], int]:
-    """Of the first tokens of the first held-out row: up to 8 heads of up to 12 softmaxes, spread over the depth of the model.
+def attention_maps(
+    model: nn.Module, share: BatchSharder, stream: Stream, tokens: int
+) -> tuple[list[AttentionMap], int]:
+    """Of the first tokens of the first held-out row: up to 8 heads of up to 12 softmaxes, spread
+    over the depth of the model.
 
-    With them, how many softmaxes were left out. Empty where none of the model sees a whole row. A memory begins empty.
+    With them, how many softmaxes were left out. Empty where none of the model sees a whole row. A
+    memory begins empty.
 
     Args:
         model: in evaluation mode.
@@ -37,13 +51,16 @@ def attention_maps(model: nn.Module, share: BatchSharder, stream: Stream, tokens
     if not chosen:
         return [], 0
     piece = share.piece(beginning(stream, tokens))
-    whole = together(Communicator(share.mesh.context_group)) if share.mesh.context_size > 1 else None
+    whole = (
+        together(Communicator(share.mesh.context_group)) if share.mesh.context_size > 1 else None
+    )
     found = collect(model, chosen, piece.tokens, piece.span, whole=whole, heads=HEADS)
     return found, len(watched) - len(chosen)
 
 
 def spread_out(count: int, most: int) -> list[int]:
-    """Numbers below `count`, `most` of them or all: the first, the last, and others at even steps."""
+    """Numbers below `count`, `most` of them or all: the first, the last, and others at even
+    steps."""
     if count <= most:
         return list(range(count))
     return [round(span * (count - 1) / (most - 1)) for span in range(most)]
@@ -58,12 +75,20 @@ def beginning(stream: Stream, tokens: int) -> Batch:
 
 
 def together(communicator: Communicator) -> GatherWhole:
-    """From the part of a row that a rank holds to the row in global order, on every rank; addresses are known already."""
+    """From the part of a row that a rank holds to the row in global order, on every rank; addresses
+    are known already."""
     every = [(0, 0)] * communicator.size
 
-    def whole(query: Tensors, payload: Tensors, span: Span, kv_span: Span) -> tuple[Tensors, Tensors, Span, Span]:
-        asking = [span.sharding.to_global_order(seq_to_heads(t, communicator, None, every)) for t in query]
-        seen = [kv_span.sharding.to_global_order(seq_to_heads(t, communicator, None, every)) for t in payload]
+    def whole(
+        query: Tensors, payload: Tensors, span: Span, kv_span: Span
+    ) -> tuple[Tensors, Tensors, Span, Span]:
+        asking = [
+            span.sharding.to_global_order(seq_to_heads(t, communicator, None, every)) for t in query
+        ]
+        seen = [
+            kv_span.sharding.to_global_order(seq_to_heads(t, communicator, None, every))
+            for t in payload
+        ]
         return asking, seen, span.sharding.whole, kv_span.sharding.whole
 
     return whole

@@ -1,4 +1,5 @@
-"""A sample from the model in training, on the sharded model: every token is a forward pass over all before it.
+"""A sample from the model in training, on the sharded model: every token is a forward pass over all
+before it.
 
 Slow and exact; a cache belongs to models/cache/. All ranks call it and all get the same text.
 """
@@ -30,8 +31,8 @@ def generate(
 ) -> str | None:
     """`prompt` and `count` tokens after it; ends early where the model ends its document.
 
-    None when `stop`, which is asked before every token, says so (on all ranks).
-    Each token is drawn by a number that is a pure function of (seed, step, place), whatever the ranks.
+    None when `stop`, which is asked before every token, says so (on all ranks). Each token is drawn
+    by a number that is a pure function of (seed, step, place), whatever the ranks.
     """
     tokens = beginning(tokenizer, prompt)
     for place in range(count):
@@ -49,12 +50,14 @@ def generate(
 
 
 def beginning(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The tokens that a sample begins with; at least one, for the model needs something to follow."""
+    """The tokens that a sample begins with; at least one, for the model needs something to
+    follow."""
     return [int(token) for token in tokenizer.encode(prompt)] or [tokenizer.end_of_text]
 
 
 def _last_logits(model: nn.Module, share: BatchSharder, tokens: list[int]) -> Tensor:
-    """[V] float64 on the CPU: what the model says comes after `tokens`; from the rank that holds the last one."""
+    """[V] float64 on the CPU: what the model says comes after `tokens`; from the rank that holds
+    the last one."""
     piece = share.piece(single_row(tokens, share.mesh.device))
     logits = model(piece.tokens, piece.span).to(torch.float64)
     last = piece.span.valid() & (piece.span.pos == len(tokens) - 1)

@@ -1,4 +1,5 @@
-"""Held-out loss, and what it is made of: the loss at each distance into a document, and grades of a task; on the sharded model.
+"""Held-out loss, and what it is made of: the loss at each distance into a document, and grades of a
+task; on the sharded model.
 
 Letters: m rows of a micro-batch, c tokens of a row that this rank holds.
 """
@@ -24,8 +25,10 @@ class HeldOutResult(NamedTuple):
     """Held-out loss in nats per token, how many tokens it was taken over, and the same by position.
 
     loss: None where there was nothing to predict: that is no figure.
-    by_position: [{"begin", "end", "loss": nats, "tokens": how many}] over half-open ranges of positions in the document.
-    graded: {name: share}, how a task grades what the model finds likeliest at each target; empty where the data is no task.
+    by_position: [{"begin", "end", "loss": nats, "tokens": how many}] over half-open ranges of
+    positions in the document.
+    graded: {name: share}, how a task grades what the model finds likeliest at each target; empty
+    where the data is no task.
     """
 
     loss: float | None
@@ -41,9 +44,15 @@ def position_bucket(pos: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, share: BatchSharder, stream: Stream, batches: int, stop: Callable[[int, str], bool], lanes: Lanes | None = None
+    model: nn.Module,
+    share: BatchSharder,
+    stream: Stream,
+    batches: int,
+    stop: Callable[[int, str], bool],
+    lanes: Lanes | None = None,
 ) -> HeldOutResult | None:
-    """The loss over the first `batches` held-out batches, the same on every rank; None when `stop` says so (all ranks).
+    """The loss over the first `batches` held-out batches, the same on every rank; None when `stop`
+    says so (all ranks).
 
     Args:
         stop: as Stop.asked: is told the mark of each batch, and what it is.
@@ -64,7 +73,10 @@ def evaluate(
             valid = piece.targets != IGNORE
             if task is not None:
                 said = model(piece.tokens, span).argmax(-1)
-                grades = _added(grades, task.grade(said[valid].cpu().numpy(), piece.targets[valid].cpu().numpy()))
+                grades = _added(
+                    grades,
+                    task.grade(said[valid].cpu().numpy(), piece.targets[valid].cpu().numpy()),
+                )
             if lanes is not None:
                 lanes.advance(number)
             where = position_bucket(piece.span.pos)[valid]
@@ -74,7 +86,12 @@ def evaluate(
         dist.all_reduce(sums, group=share.mesh.world_group)
     total, count = sums.cpu()
     found = [
-        {"begin": 2**b // 2, "end": 2**b, "loss": float(total[b] / count[b]), "tokens": int(count[b])}
+        {
+            "begin": 2**b // 2,
+            "end": 2**b,
+            "loss": float(total[b] / count[b]),
+            "tokens": int(count[b]),
+        }
         for b in range(BUCKETS)
         if count[b]
     ]
@@ -85,12 +102,22 @@ def evaluate(
 
 def _added(a: Grades, b: Grades) -> Grades:
     """Counts of two lots of targets together."""
-    return {name: (many + a.get(name, (0, 0))[0], kv_span + a.get(name, (0, 0))[1]) for name, (many, kv_span) in b.items()}
+    return {
+        name: (many + a.get(name, (0, 0))[0], kv_span + a.get(name, (0, 0))[1])
+        for name, (many, kv_span) in b.items()
+    }
 
 
 def _shares(grades: Grades, share: BatchSharder) -> dict[str, float]:
-    """What was counted, over all ranks, as shares of 1; the names are the same on every rank. A share of nothing is none."""
-    counts = torch.tensor([grades[name] for name in sorted(grades)], dtype=torch.float64, device=share.mesh.device)
+    """What was counted, over all ranks, as shares of 1; the names are the same on every rank. A
+    share of nothing is none."""
+    counts = torch.tensor(
+        [grades[name] for name in sorted(grades)], dtype=torch.float64, device=share.mesh.device
+    )
     if share.mesh.world_group is not None and len(counts):
         dist.all_reduce(counts, group=share.mesh.world_group)
-    return {name: many / kv_span for name, (many, kv_span) in zip(sorted(grades), counts.tolist()) if kv_span}
+    return {
+        name: many / kv_span
+        for name, (many, kv_span) in zip(sorted(grades), counts.tolist())
+        if kv_span
+    }

@@ -1,8 +1,9 @@
-"""Start the ranks of a run on this machine, and tell each rank who it is. With trainer/launch/starters.py the only reader of the
-environment.
+"""Start the ranks of a run on this machine, and tell each rank who it is. With
+trainer/launch/starters.py the only reader of the environment.
 
-The ranks are started by torchrun's own elastic agent, from the process that checked the config. What a rank has to say
-at its end (a fault, a bug, or that a signal stopped it after saving) comes back as one `trainer.launch.exit_report.ExitReport`.
+The ranks are started by torchrun's own elastic agent, from the process that checked the config.
+What a rank has to say at its end (a fault, a bug, or that a signal stopped it after saving) comes
+back as one `trainer.launch.exit_report.ExitReport`.
 """
 
 import json
@@ -28,8 +29,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 
-from parallel.elastic import agent_config
-from parallel.signed import sign_objects
+from trainer.launch.agent_grace import agent_config
 from trainer.launch.exit_report import (
     REFUSED,
     SAVED,
@@ -40,13 +40,25 @@ from trainer.launch.exit_report import (
     report_signal,
     report_success,
 )
-from trainer.launch.nodes import LOOPBACK, Nodes, NoMeeting, interface_of, listener, loopback, resolved, single_machine
+from trainer.launch.nodes import (
+    LOOPBACK,
+    Nodes,
+    NoMeeting,
+    interface_of,
+    listener,
+    loopback,
+    resolved,
+    single_machine,
+)
 from trainer.launch.rendezvous import BACKEND, ROUND, Rendezvous, store_of
+from trainer.launch.signed_objects import sign_objects
 from trainer.launch.starters import started
 
 OUTCOME = "LONGSPAN_OUTCOME"
 SECRET = "LONGSPAN_SECRET"  # by which ranks know what comes from a rank
-HEARD = ".heard"  # beside the outcome: the number of the signal that the launcher was asked to stop by
+HEARD = (  # beside the outcome: the number of the signal that the launcher was asked to stop by
+    ".heard"
+)
 
 
 @dataclass(frozen=True)
@@ -68,12 +80,16 @@ def rank_and_size() -> tuple[int, int]:
 
 def restart_count() -> tuple[int, int]:
     """(how often the ranks were started again already, how often they may be)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), int(
+        os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)
+    )
 
 
 def machine_limits() -> tuple[int, int]:
     """(cores this process may use, GPUs it sees)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return cores, torch.cuda.device_count()
 
 
@@ -94,14 +110,21 @@ def start_ranks(
         ranks: processes on this machine.
         scratch: a folder for error files; emptied first, removed at the end.
         max_restarts: how often all ranks are started again after one died.
-        grace_s: time the ranks have to save after SIGTERM, before SIGKILL. They get SIGTERM when this process is asked to
-            stop by SIGTERM, SIGINT or SIGHUP; a second SIGINT ends them at once.
+        grace_s: time the ranks have to save after SIGTERM, before SIGKILL. They get SIGTERM when
+            this process is asked to stop by SIGTERM, SIGINT or SIGHUP; a second SIGINT ends them at
+            once.
         nodes: the machines, where this is one of several that do the same.
         say: takes a line about the other machines.
     """
     nodes = nodes or single_machine(f"longspan-{os.getpid()}")
-    if nodes.many == 1 and (outer := started()) is not None and outer.size > 1:  # each would do the whole by itself
-        return ExitReport(REFUSED, f"{outer.starter} started {outer.size} processes, and this command starts its own; start one")
+    if (
+        nodes.many == 1 and (outer := started()) is not None and outer.size > 1
+    ):  # each would do the whole by itself
+        return ExitReport(
+            REFUSED,
+            f"{outer.starter} started {outer.size} processes, and this command starts its own;"
+            " start one",
+        )
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     told = scratch / "outcome"
@@ -139,15 +162,18 @@ def start_ranks(
 
 @contextmanager
 def _listening(heard: list[signal.Signals], note: Path) -> Iterator[None]:
-    """Turn the signals that mean 'stop' into the agent's own exception; the ranks get SIGTERM for each of them.
+    """Turn the signals that mean 'stop' into the agent's own exception; the ranks get SIGTERM for
+    each of them.
 
-    The agent's handlers would end it at a second signal, while the ranks save. Here only a second SIGINT does.
+    The agent's handlers would end it at a second signal, while the ranks save. Here only a second
+    SIGINT does.
 
     Args:
         heard: is filled with the signals.
         note: where the ranks read which one was the first.
     """
-    # ranks inherit what is ignored: where that is SIGTERM they get the signal that came, which is not
+    # ranks inherit what is ignored: where that is SIGTERM they get the signal that came, which is
+    # not
     deaf = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
 
     def hear(number: int, frame: Any) -> None:
@@ -156,7 +182,9 @@ def _listening(heard: list[signal.Signals], note: Path) -> Iterator[None]:
         if not again:
             with suppress(OSError):  # a full disk: the ranks name the signal that they got
                 note.write_text(str(number))
-            raise SignalException(f"got {heard[0].name}", sigval=heard[0] if deaf else signal.SIGTERM)
+            raise SignalException(
+                f"got {heard[0].name}", sigval=heard[0] if deaf else signal.SIGTERM
+            )
         if number == signal.SIGINT and heard.count(signal.SIGINT) > 1:
             raise KeyboardInterrupt
 
@@ -165,10 +193,13 @@ def _listening(heard: list[signal.Signals], note: Path) -> Iterator[None]:
 
 
 def _prepare(ranks: int, told: Path, nodes: Nodes) -> None:
-    """Set what the ranks inherit; what the user set stays, but for sockets open to others that nobody else needs."""
+    """Set what the ranks inherit; what the user set stays, but for sockets open to others that
+    nobody else needs."""
     bind_transport(nodes.own_address(), only=nodes.address is not None)
     usual = {
-        **({} if machine_limits()[1] else {"DS_ACCELERATOR": "cpu"}),  # else DeepSpeed says of every rank how it found that out
+        **(
+            {} if machine_limits()[1] else {"DS_ACCELERATOR": "cpu"}
+        ),  # else DeepSpeed says of every rank how it found that out
         "OMP_NUM_THREADS": str(max(1, machine_limits()[0] // ranks)),
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
@@ -185,7 +216,8 @@ def _prepare(ranks: int, told: Path, nodes: Nodes) -> None:
 def report_failure(error: BaseException, fault: int | None, *, again: bool = False) -> None:
     """In a rank: leave word of what ended it, for the launcher to show.
 
-    fault: the exit status when `error` is a message to the user; None when it is a bug and needs its traceback.
+    fault: the exit status when `error` is a message to the user; None when it is a bug and needs
+    its traceback.
     again: whether starting again may mend the fault.
     """
     text = str(error) if fault is not None else "".join(traceback.format_exception(error))
@@ -202,10 +234,11 @@ def report_failure(error: BaseException, fault: int | None, *, again: bool = Fal
 
 
 def report_exit(code: int, message: str = "") -> int:
-    """In a rank that ends in order: tell the launcher the exit status of the run; returns what this rank exits with.
+    """In a rank that ends in order: tell the launcher the exit status of the run; returns what this
+    rank exits with.
 
-    Under our own launcher a rank that was stopped by a signal exits with 0, or the agent would take it for dead and start
-    it again; under somebody else's torchrun it exits with `code`.
+    Under our own launcher a rank that was stopped by a signal exits with 0, or the agent would take
+    it for dead and start it again; under somebody else's torchrun it exits with `code`.
     """
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the first of every machine: each has a launcher
         _tell(code, message)
@@ -220,7 +253,8 @@ def _tell(code: int, message: str) -> None:
 
 
 def asked_by(number: int) -> int:
-    """In a rank that got a signal: the one that its launcher was asked to stop by; `number` where that left no word."""
+    """In a rank that got a signal: the one that its launcher was asked to stop by; `number` where
+    that left no word."""
     if OUTCOME not in os.environ:  # somebody else's launcher
         return number
     try:
@@ -230,7 +264,8 @@ def asked_by(number: int) -> int:
 
 
 def already_finished() -> bool:
-    """In a rank: whether an earlier attempt of this run came to an end that starting again would not mend."""
+    """In a rank: whether an earlier attempt of this run came to an end that starting again would
+    not mend."""
     path = os.environ.get(OUTCOME)
     return path is not None and Path(path).is_file()
 
@@ -238,17 +273,24 @@ def already_finished() -> bool:
 def bind_transport(address: str, only: bool = False) -> None:
     """Keep what carries tensors to the network of an address.
 
-    On one machine that is the loopback interface, whatever the user's environment says for runs over several; there the
-    environment of the user counts first.
+    On one machine that is the loopback interface, whatever the user's environment says for runs
+    over several; there the environment of the user counts first.
 
     Args:
         address: of this machine, as the other ranks reach it.
-        only: whether NCCL's sockets stay on that network as well; by itself NCCL takes every fast network.
+        only: whether NCCL's sockets stay on that network as well; by itself NCCL takes every fast
+            network.
     """
     interface = interface_of(address)
     if interface is None:
-        wish = "no loopback interface" if loopback(address) else "no network interface with that address"
-        raise NoMeeting(f"launch.address={address}: this machine has {wish}; give an address that it has")
+        wish = (
+            "no loopback interface"
+            if loopback(address)
+            else "no network interface with that address"
+        )
+        raise NoMeeting(
+            f"launch.address={address}: this machine has {wish}; give an address that it has"
+        )
     if loopback(address):
         os.environ["GLOO_SOCKET_IFNAME"] = interface
         os.environ["NCCL_SOCKET_IFNAME"] = f"={interface}"
@@ -261,7 +303,8 @@ def bind_transport(address: str, only: bool = False) -> None:
 def init_process_group(timeout_s: float = 600, store: Any = None) -> RankInfo:
     """Choose the device, join the process group of all ranks, and say who we are.
 
-    Where there are GPUs each rank takes the one of its local number: NCCL carries its tensors and gloo those on the CPU.
+    Where there are GPUs each rank takes the one of its local number: NCCL carries its tensors and
+    gloo those on the CPU.
     """
     rank, size = rank_and_size()
     if SECRET in os.environ:
@@ -275,12 +318,15 @@ def init_process_group(timeout_s: float = 600, store: Any = None) -> RankInfo:
     if cuda:
         torch.cuda.set_device(device)
     carrier = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(carrier, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    dist.init_process_group(
+        carrier, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
+    )
     return RankInfo(rank, size, local_rank, local_size, device, "nccl" if cuda else "gloo")
 
 
 def _local_place(store: Any) -> tuple[int, int]:
-    """(rank, size) among the ranks of this machine, by the names of the machines where no starter told them."""
+    """(rank, size) among the ranks of this machine, by the names of the machines where no starter
+    told them."""
     rank, size = rank_and_size()
     if size == 1:
         return int(os.environ.get("LOCAL_RANK", 0)), 1
@@ -295,13 +341,15 @@ def _local_place(store: Any) -> tuple[int, int]:
 def rendezvous_store() -> Any:
     """The store that the ranks meet at.
 
-    Our launcher lends its own, and the keys of every start of the ranks are kept apart there, as gloo cannot start again
-    on old ones; torchrun does the same. Under any other starter the store is rank 0's.
+    Our launcher lends its own, and the keys of every start of the ranks are kept apart there, as
+    gloo cannot start again on old ones; torchrun does the same. Under any other starter the store
+    is rank 0's.
     """
     rank, size = rank_and_size()
     if "MASTER_ADDR" not in os.environ:
         return dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
     lent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if rank == 0 and not lent:
         return _own_store(host, port)
@@ -312,20 +360,25 @@ def rendezvous_store() -> Any:
 
 
 def _own_store(host: str, port: int) -> Any:
-    """The store of rank 0, which listens at the address that the other ranks were told and at no other.
+    """The store of rank 0, which listens at the address that the other ranks were told and at no
+    other.
 
     Raises:
         NoMeeting: rank 0 is not on that machine, or other machines could not reach it.
     """
     address = resolved(host)
-    if loopback(address) and int(os.environ.get("LOCAL_WORLD_SIZE", rank_and_size()[1])) < rank_and_size()[1]:
+    if (
+        loopback(address)
+        and int(os.environ.get("LOCAL_WORLD_SIZE", rank_and_size()[1])) < rank_and_size()[1]
+    ):
         raise NoMeeting(
-            f"MASTER_ADDR={host} is {address} on the machine of rank 0, which no other machine reaches; give an address of it"
+            f"MASTER_ADDR={host} is {address} on the machine of rank 0, which no other machine"
+            " reaches; give an address of it"
         )
     try:
         return store_of(listener(address, port), timedelta(seconds=300))
     except OSError as error:
         raise NoMeeting(
-            f"MASTER_ADDR={host} MASTER_PORT={port}: rank 0 cannot listen there ({error.strerror}); give an address of the "
-            "machine of rank 0 and a free port"
+            f"MASTER_ADDR={host} MASTER_PORT={port}: rank 0 cannot listen there ({error.strerror});"
+            " give an address of the machine of rank 0 and a free port"
         ) from error

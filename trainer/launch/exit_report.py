@@ -13,7 +13,8 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 FAILED = 1
 LONGEST = 1 << 20  # bytes of what rank 0 leaves
-# Exit statuses as trainer/config/schema.py has them: a wish that cannot be honoured, and what the network did.
+# Exit statuses as trainer/config/schema.py has them: a wish that cannot be honoured, and what the
+# network did.
 REFUSED = 2
 NOT_MET = 3
 SAVED = {  # exit status: stopped by it, state saved
@@ -42,9 +43,11 @@ class ExitReport:
 def handling(
     numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], object]
 ) -> Iterator[None]:
-    """Give signals to a handler for a while; those that this process inherited as ignored stay ignored.
+    """Give signals to a handler for a while; those that this process inherited as ignored stay
+    ignored.
 
-    `nohup` ignores SIGHUP for what it starts, and a shell ignores SIGINT and SIGQUIT for what it starts in the background.
+    `nohup` ignores SIGHUP for what it starts, and a shell ignores SIGINT and SIGQUIT for what it
+    starts in the background.
     """
     before = {}
     for number in numbers:
@@ -66,8 +69,15 @@ def read_report(path: Path) -> ExitReport | None:
             code, message = json.loads(file.read(LONGEST))
         if type(code) is not int or not isinstance(message, str):
             raise ValueError("no exit status and message")
-    except (OSError, ValueError, TypeError, RecursionError) as error:  # a full disk cuts it, for example
-        return ExitReport(FAILED, f"rank 0 came to an end, but what it left in {path} cannot be read ({error})")
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        RecursionError,
+    ) as error:  # a full disk cuts it, for example
+        return ExitReport(
+            FAILED, f"rank 0 came to an end, but what it left in {path} cannot be read ({error})"
+        )
     return ExitReport(code, message)
 
 
@@ -77,10 +87,13 @@ def report_success(path: Path) -> ExitReport:
 
 
 def report_signal(path: Path, number: signal.Signals) -> ExitReport:
-    """The launcher was asked to stop by a signal, and stopped the ranks by one of its own choice."""
+    """The launcher was asked to stop by a signal, and stopped the ranks by one of its own
+    choice."""
     left = read_report(path)
     if left is None:
-        return ExitReport(FAILED, f"{NO_TIME[number]} by {number.name} before there was anything to save")
+        return ExitReport(
+            FAILED, f"{NO_TIME[number]} by {number.name} before there was anything to save"
+        )
     return ExitReport(SAVED[number], left.message) if left.code in SAVED.values() else left
 
 
@@ -90,7 +103,8 @@ def of_no_meeting(error: Exception) -> ExitReport:
 
 
 def report_crash(failures: dict[int, ProcessFailure], ranks: int) -> ExitReport:
-    """A fault if there is one, else a death by signal, else the first traceback that is no echo of a lost connection."""
+    """A fault if there is one, else a death by signal, else the first traceback that is no echo of
+    a lost connection."""
     found = sorted(failures.items(), key=lambda item: item[1].timestamp)
     words = {rank: _word(failure) for rank, failure in found}
     for rank, _ in found:
@@ -103,12 +117,18 @@ def report_crash(failures: dict[int, ProcessFailure], ranks: int) -> ExitReport:
             return ExitReport(FAILED, f"rank {rank} of {ranks} was killed by {name}{hint}")
     for rank, _ in sorted(found, key=lambda item: words[item[0]].get("echo", False)):
         if "text" in words[rank]:
-            return ExitReport(FAILED, f"rank {rank} of {ranks} failed:\n{words[rank]['text'].rstrip()}")
+            return ExitReport(
+                FAILED, f"rank {rank} of {ranks} failed:\n{words[rank]['text'].rstrip()}"
+            )
     rank, failure = found[0]
     return ExitReport(FAILED, f"rank {rank} of {ranks} ended with exit status {failure.exitcode}")
 
 
 def _word(failure: ProcessFailure) -> dict[str, Any]:
     """What a rank wrote with `trainer.launch.elastic.report_failure`."""
-    message = failure.error_file_data.get("message") if isinstance(failure.error_file_data, dict) else None
+    message = (
+        failure.error_file_data.get("message")
+        if isinstance(failure.error_file_data, dict)
+        else None
+    )
     return message.get("extraInfo", {}) if isinstance(message, dict) else {}

@@ -11,18 +11,19 @@ LOOPBACK = "127.0.0.1"
 
 
 class NoMeeting(Exception):
-    """The machines of a run cannot meet, or one of them was lost for good; the message is for the user."""
+    """The machines of a run cannot meet, or one of them was lost for good; the message is for the
+    user."""
 
 
 @dataclass(frozen=True)
 class Nodes:
     """The machines of a run, as one of them sees it.
 
-    Attributes:
-        many: machines, each with as many ranks. rank: which of them this is; 0 holds the meeting.
-        endpoint: HOST:PORT of machine 0. address: by which the others reach this one; None = its name.
-        name: of the run, the same on all. timeout_s: longest wait for the others, also for one that comes back.
-        secret: by which the ranks of all machines know one another, the same on all; one machine has a fresh one.
+    Attributes: many: machines, each with as many ranks. rank: which of them this is; 0 holds the
+        meeting. endpoint: HOST:PORT of machine 0. address: by which the others reach this one; None
+        = its name. name: of the run, the same on all. timeout_s: longest wait for the others, also
+        for one that comes back. secret: by which the ranks of all machines know one another, the
+        same on all; one machine has a fresh one.
     """
 
     many: int
@@ -46,7 +47,12 @@ class Nodes:
     @property
     def near(self) -> bool:
         """Whether all of them are this machine (loopback addresses)."""
-        return self.many == 1 or self.host == "localhost" or self.host.startswith("127.") or self.host == "::1"
+        return (
+            self.many == 1
+            or self.host == "localhost"
+            or self.host.startswith("127.")
+            or self.host == "::1"
+        )
 
     def listening_address(self) -> str:
         """The one address of machine 0 at which the meeting is held.
@@ -57,12 +63,14 @@ class Nodes:
         address = resolved(self.host)
         if self.near or not loopback(address):
             return address
-        # Some systems give their own name a loopback address, under which no other machine finds them.
+        # Some systems give their own name a loopback address, under which no other machine finds
+        # them.
         outward = self.address and resolved(self.address)
         if not outward or loopback(outward):
             raise NoMeeting(
-                f"launch.rdzv_endpoint={self.endpoint}: {self.host} is {address} on this machine, which no other machine "
-                "reaches; give launch.address=ADDRESS, or an address instead of the name"
+                f"launch.rdzv_endpoint={self.endpoint}: {self.host} is {address} on this machine,"
+                " which no other machine reaches; give launch.address=ADDRESS, or an address"
+                " instead of the name"
             )
         return outward
 
@@ -93,7 +101,9 @@ def resolved(host: str) -> str:
     try:
         answers = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise NoMeeting(f"{host}: no machine of that name is known here ({error.strerror}); give an address") from error
+        raise NoMeeting(
+            f"{host}: no machine of that name is known here ({error.strerror}); give an address"
+        ) from error
     answers.sort(key=lambda answer: answer[0] != socket.AF_INET)
     return str(answers[0][4][0])
 
@@ -104,13 +114,17 @@ def loopback(address: str) -> bool:
 
 
 def outward_address(peer: str) -> str:
-    """The address of this machine on the way to another; connecting a datagram socket sends nothing."""
+    """The address of this machine on the way to another; connecting a datagram socket sends
+    nothing."""
     family = socket.AF_INET6 if ":" in peer else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((peer, 9))
         except OSError as error:
-            raise NoMeeting(f"launch.rdzv_endpoint: no network leads to {peer} ({error.strerror}); give launch.address") from error
+            raise NoMeeting(
+                f"launch.rdzv_endpoint: no network leads to {peer} ({error.strerror}); give"
+                " launch.address"
+            ) from error
         return str(probe.getsockname()[0])
 
 

@@ -16,9 +16,10 @@ def die_with_parent(launcher: int) -> None:
 
     launcher: process number of the launcher, or of any ancestor that must be alive.
 
-    Two ways, because each has a hole: the kernel's parent-death signal is lost if the launcher is gone before we ask for
-    it, and is Linux only; a thread that looks at the parent's number sleeps between two looks. The kernel's signal means
-    the end of the *thread* that started us, so ranks must be started from the launcher's main thread.
+    Two ways, because each has a hole: the kernel's parent-death signal is lost if the launcher is
+    gone before we ask for it, and is Linux only; a thread that looks at the parent's number sleeps
+    between two looks. The kernel's signal means the end of the *thread* that started us, so ranks
+    must be started from the launcher's main thread.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -1,12 +1,15 @@
-"""The meeting of the launchers of a run: every machine under its own number, in rounds, and nothing is ever unpickled.
+"""The meeting of the launchers of a run: every machine under its own number, in rounds, and nothing
+is ever unpickled.
 
-torch's own handler numbers machines as they come, keeps its state as a pickle in a store that anybody who reaches a port
-may write to, and opens that port on every network. Here machine 0 holds a store that listens at one address (on a single
-machine the loopback address), and all that is written there is JSON and plain bytes.
+torch's own handler numbers machines as they come, keeps its state as a pickle in a store that
+anybody who reaches a port may write to, and opens that port on every network. Here machine 0 holds
+a store that listens at one address (on a single machine the loopback address), and all that is
+written there is JSON and plain bytes.
 
-A round is one start of the ranks. Each machine registers in the round after the last complete one; machine 0 declares a
-round complete when all have registered. A machine that was lost and comes back registers in the next round, and the others
-see that somebody waits there and stop their ranks to join.
+A round is one start of the ranks. Each machine registers in the round after the last complete one;
+machine 0 declares a round complete when all have registered. A machine that was lost and comes back
+registers in the next round, and the others see that somebody waits there and stop their ranks to
+join.
 """
 
 import json
@@ -20,7 +23,11 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, rendezvous_handler_registry
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    rendezvous_handler_registry,
+)
 from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
 
 from trainer.launch.nodes import Nodes, NoMeeting, listener
@@ -99,7 +106,8 @@ class Rendezvous(RendezvousHandler):
         )
 
     def num_nodes_waiting(self) -> int:
-        """Machines that wait in the next round; the agent asks all the time, so it is a sign of life as well.
+        """Machines that wait in the next round; the agent asks all the time, so it is a sign of
+        life as well.
 
         Raises:
             NoMeeting: machine 0 is gone.
@@ -121,13 +129,16 @@ class Rendezvous(RendezvousHandler):
                 server = listener(address, self.nodes.port)
             except OSError as error:
                 raise NoMeeting(
-                    f"launch.rdzv_endpoint={self.nodes.endpoint}: machine 0 cannot listen at {address} ({error.strerror}); "
-                    "give an address of this machine and a free port"
+                    f"launch.rdzv_endpoint={self.nodes.endpoint}: machine 0 cannot listen at"
+                    f" {address} ({error.strerror}); give an address of this machine and a free"
+                    " port"
                 ) from error
             self.store = store_of(server, limit)
-            self.address, self.port = address, self.store.port
+            self.address = address
+            self.port = self.store.port
             return
-        self.address, self.port = self.nodes.host, self.nodes.port
+        self.address = self.nodes.host
+        self.port = self.nodes.port
         self._reach()
         self.store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             self.address, self.port, is_master=False, timeout=limit, wait_for_workers=False
@@ -143,8 +154,9 @@ class Rendezvous(RendezvousHandler):
             except OSError as error:
                 if time.monotonic() > end:
                     raise NoMeeting(
-                        f"launch.rdzv_endpoint={self.nodes.endpoint}: machine 0 did not answer within "
-                        f"{self.nodes.timeout_s:.0f} s ({error}); start it with launch.node_rank=0"
+                        f"launch.rdzv_endpoint={self.nodes.endpoint}: machine 0 did not answer"
+                        f" within {self.nodes.timeout_s:.0f} s ({error}); start it with"
+                        " launch.node_rank=0"
                     ) from error
             time.sleep(0.5)
 
@@ -181,8 +193,8 @@ class Rendezvous(RendezvousHandler):
 
     def _double(self, holder: dict[str, Any]) -> NoMeeting:
         return NoMeeting(
-            f"launch.node_rank={self.nodes.rank}: {holder['host']} is machine {self.nodes.rank} of this run already; "
-            f"give each of the {self.nodes.many} machines a number of its own"
+            f"launch.node_rank={self.nodes.rank}: {holder['host']} is machine {self.nodes.rank} of"
+            f" this run already; give each of the {self.nodes.many} machines a number of its own"
         )
 
     def _join(self, number: int) -> list[dict[str, Any]]:
@@ -221,29 +233,44 @@ class Rendezvous(RendezvousHandler):
     def _missing(self, keys: list[str]) -> NoMeeting:
         ranks = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
         return NoMeeting(
-            f"launch.nodes={self.nodes.many}: machine {', '.join(map(str, ranks))} did not come within "
-            f"{self.nodes.timeout_s:.0f} s; start the same command there, with its launch.node_rank"
+            f"launch.nodes={self.nodes.many}: machine {', '.join(map(str, ranks))} did not come"
+            f" within {self.nodes.timeout_s:.0f} s; start the same command there, with its"
+            " launch.node_rank"
         )
 
     def _lost(self) -> NoMeeting:
         return NoMeeting(
-            f"launch.rdzv_endpoint={self.nodes.endpoint}: machine 0 is gone, so this one stops as well; what it said last is on its "
-            "console. Start all machines again, and the run goes on from its checkpoint"
+            f"launch.rdzv_endpoint={self.nodes.endpoint}: machine 0 is gone, so this one stops as"
+            " well; what it said last is on its console. Start all machines again, and the run"
+            " goes on from its checkpoint"
         )
 
     def _introduce(self, members: list[dict[str, Any]]) -> None:
         """Say what this machine is; the console of machine 0 tells of the run."""
         rank = self.nodes.rank
-        where = "this console tells of the run" if rank == 0 else f"machine 0 ({members[0]['host']}) tells of the run"
+        where = (
+            "this console tells of the run"
+            if rank == 0
+            else f"machine 0 ({members[0]['host']}) tells of the run"
+        )
         again = "" if self.round == 0 else ", started again"
-        self.say(f"machine {rank} of {self.nodes.many} ({members[rank]['host']}) has joined{again}; {where}")
+        self.say(
+            f"machine {rank} of {self.nodes.many} ({members[rank]['host']}) has joined{again};"
+            f" {where}"
+        )
 
 
 def store_of(server: socket.socket, limit: timedelta) -> Any:
-    """A store that listens on a socket which is bound already, and not on all networks as it would by itself."""
+    """A store that listens on a socket which is bound already, and not on all networks as it would
+    by itself."""
     address, port = server.getsockname()[:2]
     return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-        address, port, is_master=True, timeout=limit, wait_for_workers=False, master_listen_fd=server.detach()
+        address,
+        port,
+        is_master=True,
+        timeout=limit,
+        wait_for_workers=False,
+        master_listen_fd=server.detach(),
     )
 
 

@@ -1,12 +1,14 @@
-"""launch=slurm: a batch script that starts the same command on every machine of a job, and puts the job back when it may go on.
+"""launch=slurm: a batch script that starts the same command on every machine of a job, and puts the
+job back when it may go on.
 
     the command         check -> run directory -> slurm.sh in it -> sbatch
     the job             one task on each machine: python -m trainer --in-job NUMBER HOST:PORT SETTINGS
     each task           check again, where the ranks will be -> as launch=local, or launch=multinode where there are several
 
-Who stops a job decides whether it comes back. Before its time is up Slurm warns the batch script with SIGUSR1: the ranks save
-and the script puts the job back. A job that Slurm preempts gets SIGTERM, saves, and is put back by Slurm (--requeue). One that
-was cancelled gets SIGTERM too, saves, and stays cancelled: so the script itself never puts a job back after SIGTERM.
+Who stops a job decides whether it comes back. Before its time is up Slurm warns the batch script
+with SIGUSR1: the ranks save and the script puts the job back. A job that Slurm preempts gets
+SIGTERM, saves, and is put back by Slurm (--requeue). One that was cancelled gets SIGTERM too,
+saves, and stays cancelled: so the script itself never puts a job back after SIGTERM.
 """
 
 import re
@@ -31,13 +33,23 @@ WARNING_S = 60  # Slurm looks at the clock once a minute
 
 def judge(config: Config) -> Iterator[str]:
     """What keeps a config from being a job, or a job from going on where it stopped."""
-    wish, ranks = config.launch, config.parallel.ranks
+    wish = config.launch
+    ranks = config.parallel.ranks
     if ranks % wish.nodes:
-        yield f"{ranks} ranks do not divide among launch.nodes={wish.nodes} machines; change parallel.data or launch.nodes"
+        yield (
+            f"{ranks} ranks do not divide among launch.nodes={wish.nodes} machines; change"
+            " parallel.data or launch.nodes"
+        )
     if wish.time is not None and not TIME.fullmatch(wish.time):
-        yield f"launch.time={wish.time} is no time that sbatch takes; write minutes, or for example 12:00:00 or 2-12:00"
+        yield (
+            f"launch.time={wish.time} is no time that sbatch takes; write minutes, or for example"
+            " 12:00:00 or 2-12:00"
+        )
     if wish.requeue and config.resume == "never":
-        yield "resume=never, but a job that is put back has to resume; use resume=auto, or launch.requeue=false"
+        yield (
+            "resume=never, but a job that is put back has to resume; use resume=auto, or"
+            " launch.requeue=false"
+        )
     if wish.requeue and not config.checkpoint.every:
         yield (
             "checkpoint.every=0 saves nothing, so a job that is put back would begin again; "
@@ -45,7 +57,10 @@ def judge(config: Config) -> Iterator[str]:
         )
     for option in wish.options:
         if not option.startswith("-") or not option.isprintable():
-            yield f"launch.options={option}: options of sbatch begin with -, one line each; commands go into launch.setup"
+            yield (
+                f"launch.options={option}: options of sbatch begin with -, one line each; commands"
+                " go into launch.setup"
+            )
     if not wish.dry_run and shutil.which("sbatch") is None:
         yield (
             "launch=slurm hands the job to sbatch, and there is none on PATH; "
@@ -58,7 +73,7 @@ def here(config: Config, number: int, endpoint: str) -> Config:
     wish = config.launch
     several = wish.nodes > 1
     usual = {key: getattr(LaunchConfig(), key) for key in KEYS}
-    place = {"node_rank": number, "endpoint": endpoint} if several else {}
+    place = {"node_rank": number, "rdzv_endpoint": endpoint} if several else {}
     launch = wish.model_copy(update={**usual, **place, "name": "multinode" if several else "local"})
     return config.model_copy(update={"launch": launch})
 
@@ -71,15 +86,22 @@ def submit(config: Config, path: Path, words: Sequence[str]) -> str:
     """
     file = path / SCRIPT
     try:
-        replace_inside(path, SCRIPT, script(config, path, words), mode=0o600)  # launch.setup may hold secrets
+        replace_inside(
+            path, SCRIPT, script(config, path, words), mode=0o600
+        )  # launch.setup may hold secrets
     except OSError as error:
-        raise UserError(f"run_dir={path} cannot be written: {error.strerror}; choose another run_dir") from error
+        raise UserError(
+            f"run_dir={path} cannot be written: {error.strerror}; choose another run_dir"
+        ) from error
     done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True)
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
         raise UserError(f"sbatch does not take the job: {said}; the script is {file}")
     job = done.stdout.strip().partition(";")[0]
-    return f"job {job} is in the queue; what it says will be in {path / f'slurm-{job}.out'}, its script is {file}"
+    return (
+        f"job {job} is in the queue; what it says will be in {path / f'slurm-{job}.out'}, its"
+        f" script is {file}"
+    )
 
 
 def script(config: Config, path: Path, words: Sequence[str]) -> str:
@@ -87,7 +109,9 @@ def script(config: Config, path: Path, words: Sequence[str]) -> str:
 
     path: the run directory, absolute. words: the settings as the user gave them.
     """
-    return "\n".join(["#!/bin/bash", *_options(config, path), "", *_commands(config, path, words), ""])
+    return "\n".join(
+        ["#!/bin/bash", *_options(config, path), "", *_commands(config, path, words), ""]
+    )
 
 
 def _options(config: Config, path: Path) -> Iterator[str]:

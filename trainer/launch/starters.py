@@ -1,24 +1,29 @@
-"""Recognises that this process is one of several which somebody else started, and tells which of them it is.
+"""Recognises that this process is one of several which somebody else started, and tells which of
+them it is.
 
-torchrun, deepspeed and accelerate say so in RANK and WORLD_SIZE; srun, mpirun and others have variables of their own. They
-are brought to torchrun's names, so that everything else reads one set. A start by one process alone is no such start: it
-may start ranks of its own.
+torchrun, deepspeed and accelerate say so in RANK and WORLD_SIZE; srun, mpirun and others have
+variables of their own. They are brought to torchrun's names, so that everything else reads one set.
+A start by one process alone is no such start: it may start ranks of its own.
 """
 
 import os
 import re
 from dataclasses import dataclass
 
-LOCAL_RANK_WORD = re.compile(r"--local[_-]rank=\d+")  # deepspeed puts it before the words of the user
+LOCAL_RANK_WORD = re.compile(
+    r"--local[_-]rank=\d+"
+)  # deepspeed puts it before the words of the user
 
 
 class Incomplete(Exception):
-    """Somebody started several processes, and they cannot find each other; the message is for the user."""
+    """Somebody started several processes, and they cannot find each other; the message is for the
+    user."""
 
 
 @dataclass(frozen=True)
 class Names:
-    """The variables in which a starter tells a process its place; `size` may stand in one of several."""
+    """The variables in which a starter tells a process its place; `size` may stand in one of
+    several."""
 
     starter: str
     rank: str
@@ -29,7 +34,8 @@ class Names:
 
 @dataclass(frozen=True)
 class Start:
-    """The place of this process among those that were started together; None = its starter does not say."""
+    """The place of this process among those that were started together; None = its starter does not
+    say."""
 
     starter: str
     rank: int
@@ -39,8 +45,15 @@ class Start:
 
 
 TORCHRUN = Names("torchrun", "RANK", ("WORLD_SIZE",), "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-SLURM = Names("srun", "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"), "SLURM_LOCALID", "")
-# In this order: mpirun within a batch job inherits Slurm's variables, and deepspeed may use either of the two.
+SLURM = Names(
+    "srun",
+    "SLURM_PROCID",
+    ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"),
+    "SLURM_LOCALID",
+    "",
+)
+# In this order: mpirun within a batch job inherits Slurm's variables, and deepspeed may use either
+# of the two.
 OTHERS = (
     Names("a launcher that sets RANK and WORLD_SIZE", *list(vars(TORCHRUN).values())[1:]),
     Names(
@@ -99,7 +112,10 @@ def _read(names: Names) -> Start | None:
         return None
     size = _number(size_name) or 0
     if rank >= size:
-        raise Incomplete(f"{names.rank}={rank}: {size_name}={size}, so the last rank is {size - 1}; mend one of the two")
+        raise Incomplete(
+            f"{names.rank}={rank}: {size_name}={size}, so the last rank is {size - 1}; mend one of"
+            " the two"
+        )
     return Start(names.starter, rank, size, _number(names.local_rank), _number(names.local_size))
 
 
@@ -108,7 +124,9 @@ def _number(name: str) -> int | None:
     if word is None:
         return None
     if not word.isdecimal():
-        raise Incomplete(f"{name}={word}: a whole number from 0 on; unset it, or start the run with torchrun")
+        raise Incomplete(
+            f"{name}={word}: a whole number from 0 on; unset it, or start the run with torchrun"
+        )
     return int(word)
 
 
@@ -121,9 +139,10 @@ def adopt(start: Start) -> None:
     port = os.environ.get("MASTER_PORT", "")
     if not os.environ.get("MASTER_ADDR") or not port.isdecimal() or not 0 < int(port) < 65536:
         raise Incomplete(
-            f"{start.starter} started {start.size} processes, but MASTER_ADDR and MASTER_PORT do not say where they meet; "
-            "export MASTER_ADDR=HOST_OF_RANK_0 MASTER_PORT=29500 for all of them, or start one process a machine with "
-            "launch=multinode, or one process alone, which starts the ranks of its machine itself"
+            f"{start.starter} started {start.size} processes, but MASTER_ADDR and MASTER_PORT do"
+            " not say where they meet; export MASTER_ADDR=HOST_OF_RANK_0 MASTER_PORT=29500 for all"
+            " of them, or start one process a machine with launch=multinode, or one process alone,"
+            " which starts the ranks of its machine itself"
         )
     os.environ["RANK"] = str(start.rank)
     os.environ["WORLD_SIZE"] = str(start.size)

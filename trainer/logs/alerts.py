@@ -42,9 +42,15 @@ class Alerts:
         if finite:
             self.norms.append(norm)
         if leaps:
-            self._tell("spike", "gradient spike", f"step {row.step}: gradient norm {norm:.4g}, usual {usual:.4g}")
+            self._tell(
+                "spike",
+                "gradient spike",
+                f"step {row.step}: gradient norm {norm:.4g}, usual {usual:.4g}",
+            )
         if row.skipped is not None and not (leaps and "spike" in self.wanted):
-            self._tell("skipped", "step skipped", f"step {row.step} was skipped: {row.skipped['why']}")
+            self._tell(
+                "skipped", "step skipped", f"step {row.step} was skipped: {row.skipped['why']}"
+            )
 
     def ended(self, head: str, text: str) -> None:
         """The run came to its end, in order or not."""

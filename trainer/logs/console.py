@@ -1,4 +1,5 @@
-"""What a user sees while a run goes on: a progress bar on a terminal, a plain line every few seconds elsewhere."""
+"""What a user sees while a run goes on: a progress bar on a terminal, a plain line every few
+seconds elsewhere."""
 
 import io
 import shlex
@@ -10,7 +11,14 @@ from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console as Terminal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from trainer.logs.jsonl import EVALUATION, METRICS, MetricsRow
 from trainer.logs.streams import plain
@@ -52,8 +60,13 @@ class Console:
         file: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.steps, self.first, self.speaks, self.clock = steps, first, speaks, clock
-        self.file = file or sys.stdout or io.StringIO()  # there is none where it was closed before we began
+        self.steps = steps
+        self.first = first
+        self.speaks = speaks
+        self.clock = clock
+        self.file = (
+            file or sys.stdout or io.StringIO()
+        )  # there is none where it was closed before we began
         self.begin = self.last = clock()
         self.bar: Progress | None = None
         self.task = TaskID(0)
@@ -70,7 +83,8 @@ class Console:
             self.task = self.bar.add_task("", total=steps, completed=first, told="")
 
     def say(self, text: str) -> None:
-        """One line (or several) for the user, above the bar. A screen that fails is left alone; the run goes on."""
+        """One line (or several) for the user, above the bar. A screen that fails is left alone; the
+        run goes on."""
         if not self.speaks:
             return
         text = plain(text)
@@ -89,12 +103,14 @@ class Console:
 
     def go_on_from(self, step: int) -> None:
         """The run was resumed: `step` steps were done before, and time counts from now."""
-        self.first, self.begin = step, self.clock()
+        self.first = step
+        self.begin = self.clock()
         if self.bar is not None:
             self.bar.reset(self.task, total=self.steps, completed=step, told="")
 
     def step(self, row: MetricsRow) -> None:
-        """A step is done. The first and the last always print; in between a line every few seconds."""
+        """A step is done. The first and the last always print; in between a line every few
+        seconds."""
         if not self.speaks:
             return
         loss = "nothing to predict" if row.loss is None else f"loss {row.loss:.4f}"
@@ -148,7 +164,9 @@ class Console:
             more: commands to try, before ours.
         """
         self.close()
-        checkpoints = sorted(path for path in (directory / "checkpoints").glob("step_*") if path.is_dir())
+        checkpoints = sorted(
+            path for path in (directory / "checkpoints").glob("step_*") if path.is_dir()
+        )
         plots = sorted((directory / "report").glob("*.png"))
         places = [
             ("metrics", [directory / METRICS]),
@@ -157,7 +175,9 @@ class Console:
             ("sample", [directory / "sample.txt"]),
             ("plots", plots),
         ]
-        found = [(name, str(path)) for name, paths in places for path in paths if _holds_something(path)]
+        found = [
+            (name, str(path)) for name, paths in places for path in paths if _holds_something(path)
+        ]
         if wandb:
             found.append(("W&B", wandb))
         head = f"stopped: {stopped}" if stopped else "finished"
@@ -172,7 +192,10 @@ class Console:
         run = shlex.quote(str(directory))
         next_ = [*more]
         if stopped or owed:
-            next_ = [f"python -m trainer run_dir={run} ...   with the same settings goes on from there", *next_]
+            next_ = [
+                f"python -m trainer run_dir={run} ...   with the same settings goes on from there",
+                *next_,
+            ]
         if wandb and Path(wandb).is_dir():
             next_.append(f"wandb sync {shlex.quote(wandb)}")
         if next_:

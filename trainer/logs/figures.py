@@ -9,7 +9,8 @@ from trainer.logs.jsonl import EVALUATION, METRICS, read
 
 
 class Figures(NamedTuple):
-    """What a run came to: the last loss and held-out loss, tokens a second of its middle step, most bytes on one rank."""
+    """What a run came to: the last loss and held-out loss, tokens a second of its middle step, most
+    bytes on one rank."""
 
     loss: float = math.nan
     held_out_loss: float = math.nan
@@ -20,10 +21,16 @@ class Figures(NamedTuple):
 def read_figures(directory: Path) -> Figures:
     """As far as the run has got."""
     rows = list(read(directory / METRICS))
-    held_out = [row.get("value") for row in read(directory / EVALUATION) if row.get("name") == "held_out_loss"]
+    held_out = [
+        row.get("value")
+        for row in read(directory / EVALUATION)
+        if row.get("name") == "held_out_loss"
+    ]
     if not rows:
         return Figures()
-    speeds = [row.get("tokens_per_second") for row in rows[1:] or rows]  # the first step also warms up
+    speeds = [
+        row.get("tokens_per_second") for row in rows[1:] or rows
+    ]  # the first step also warms up
     return Figures(
         _number(rows[-1].get("loss")),
         _number(held_out[-1]) if held_out else math.nan,

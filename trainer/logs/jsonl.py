@@ -1,6 +1,7 @@
 """Rows of a run on disk, an object a line: metrics.jsonl and evaluation.jsonl.
 
-Evaluations have rows {"step", "name", "value"} and whatever the value is made of, for example `by_position`.
+Evaluations have rows {"step", "name", "value"} and whatever the value is made of, for example
+`by_position`.
 """
 
 import json
@@ -13,19 +14,26 @@ from typing import Any, NamedTuple, TypeGuard
 from trainer.limited_reader import Unreadable, json_value, lines
 from trainer.safe_files import open_inside, replace_inside
 
-BESIDE = ("auxiliary", "statistics", "skipped")  # parts of a row that are dictionaries, or not there
-METRICS, EVALUATION = "metrics.jsonl", "evaluation.jsonl"
+BESIDE = (
+    "auxiliary",
+    "statistics",
+    "skipped",
+)  # parts of a row that are dictionaries, or not there
+METRICS = "metrics.jsonl"
+EVALUATION = "evaluation.jsonl"
 FIGURES = ("loss", "tokens", "tokens_per_second", "step_seconds", "peak_memory_bytes", "value")
 
 
 class MetricsRow(NamedTuple):
     """One line of metrics.jsonl.
 
-    step counts from 1; loss in nats per token, the language loss alone, None where nothing was predicted; tokens
-    trained on since the beginning; grad_norm before clipping; peak_memory_bytes of the fullest rank; mfu a share of 1
-    (trainer/logs/meters.py), None where the peak of the device is not known; auxiliary: losses of layers beside the
-    language loss; statistics: figures of layers, "layer/figure" and their mean "figure"; skipped: why the step was not
-    taken, the cursor of its batch and the rows whose loss is not finite. They are left out where there are none.
+    step counts from 1; loss in nats per token, the language loss alone, None where nothing was
+    predicted; tokens trained on since the beginning; grad_norm before clipping; peak_memory_bytes
+    of the fullest rank; mfu a share of 1 (trainer/logs/meters.py), None where the peak of the
+    device is not known; auxiliary: losses of layers beside the language loss; statistics: figures
+    of layers, "layer/figure" and their mean "figure"; skipped: why the step was not taken, the
+    cursor of its batch and the rows whose loss is not finite. They are left out where there are
+    none.
     """
 
     step: int
@@ -46,7 +54,8 @@ class Lines:
     """A file of JSON lines, appended and flushed line by line.
 
     Args:
-        path: made when missing. A last line that a killed run left half-written is dropped on opening.
+        path: made when missing. A last line that a killed run left half-written is dropped on
+            opening.
     """
 
     def __init__(self, path: Path | str):
@@ -59,15 +68,18 @@ class Lines:
         self._open()
 
     def _open(self) -> None:
-        handle = open_inside(self.path.parent, self.path.name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self.file = open(handle, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open for the life of a run)
+        handle = open_inside(
+            self.path.parent, self.path.name, os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        )
+        self.file = open(handle, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row. NaN and infinities are written as null, for JSON has no such numbers."""
         self.file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
 
     def truncate_after(self, step: int) -> int:
-        """Drop rows of later steps (a run resumed from `step` writes them again); how many were dropped."""
+        """Drop rows of later steps (a run resumed from `step` writes them again); how many were
+        dropped."""
         rows = list(read(self.path))
         kept = [row for row in rows if row["step"] <= step]
         if len(kept) < len(rows):
@@ -92,7 +104,13 @@ class Metrics(Lines):
 
     def add(self, row: MetricsRow) -> None:
         """Append the row of a step."""
-        self.write({key: value for key, value in row._asdict().items() if value is not None or key not in BESIDE})
+        self.write(
+            {
+                key: value
+                for key, value in row._asdict().items()
+                if value is not None or key not in BESIDE
+            }
+        )
 
 
 class Evaluations(Lines):
@@ -124,12 +142,16 @@ def read(path: Path | str) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n") and length == len(line):
                 return
             if not _is_row(row):
-                raise ValueError(f"line {number} of {path} is no JSON object with a step; mend or remove that line")
+                raise ValueError(
+                    f"line {number} of {path} is no JSON object with a step; mend or remove that"
+                    " line"
+                )
             yield row
 
 
 def _is_row(row: Any) -> TypeGuard[dict[str, Any]]:
-    """Says of a value whether whoever reads rows can count on it: a whole step, and numbers where figures are."""
+    """Says of a value whether whoever reads rows can count on it: a whole step, and numbers where
+    figures are."""
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return False
     if "value" in row and not isinstance(row.get("name"), str):

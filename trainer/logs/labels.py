@@ -1,4 +1,5 @@
-"""Under what W&B shows a run: the config's words first, then W&B's own variables, then ours; judged before a run starts."""
+"""Under what W&B shows a run: the config's words first, then W&B's own variables, then ours; judged
+before a run starts."""
 
 import os
 import re
@@ -44,7 +45,8 @@ class Labels:
 
 
 def variable(setting: str) -> str | None:
-    """The value of W&B's own variable for a setting, where there is one; an empty one says nothing."""
+    """The value of W&B's own variable for a setting, where there is one; an empty one says
+    nothing."""
     return os.environ.get(VARIABLES[setting]) or None
 
 
@@ -69,7 +71,8 @@ def _tags(words: str | None) -> list[str]:
 
 
 def judge(config: Config) -> Iterator[str]:
-    """Labels that W&B would not take, each under the name of the setting or the variable that holds it."""
+    """Labels that W&B would not take, each under the name of the setting or the variable that holds
+    it."""
     wish = config.wandb
     if wish.mode == "disabled":
         return
@@ -90,7 +93,9 @@ def _misfits(setting: str, where: str, value: str | list[str]) -> Iterator[str]:
     limit = LONGEST.get(setting)
     for word in words:
         if limit is not None and len(word) > limit:
-            yield f"{where}={word}: it has {len(word)} characters, but W&B takes {limit}; shorten it"
+            yield (
+                f"{where}={word}: it has {len(word)} characters, but W&B takes {limit}; shorten it"
+            )
     if not isinstance(value, str):
         return
     if setting == "project" and FORBIDDEN.search(value):
@@ -100,13 +105,24 @@ def _misfits(setting: str, where: str, value: str | list[str]) -> Iterator[str]:
             way = f"use wandb.project={project} wandb.entity={entity}"
         yield f"{where}={value}: the name of a project holds none of / \\ # ? % : in W&B; {way}"
     if setting == "entity" and FORBIDDEN.search(value):
-        yield f"{where}={value}: the name of a user or team holds none of / \\ # ? % : in W&B; give the name alone"
+        yield (
+            f"{where}={value}: the name of a user or team holds none of / \\ # ? % : in W&B; give"
+            " the name alone"
+        )
     if setting == "id" and not IDENTITY.fullmatch(value):
-        yield f"{where}={value}: an id has letters, digits, _ . and - alone, at most 128 of them; choose another"
+        yield (
+            f"{where}={value}: an id has letters, digits, _ . and - alone, at most 128 of them;"
+            " choose another"
+        )
 
 
 def _unwritable(folder: Path) -> Iterator[str]:
     """A folder in which W&B could make nothing; it would take another one in silence."""
-    there = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    there = next(
+        parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists()
+    )
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        yield f"{FOLDER}={folder}: {there} cannot be written to; name another folder, or unset {FOLDER}"
+        yield (
+            f"{FOLDER}={folder}: {there} cannot be written to; name another folder, or unset"
+            f" {FOLDER}"
+        )

@@ -1,9 +1,10 @@
 """How fast and how full: tokens per second, step seconds, peak memory and model FLOPs utilisation.
 
-Seconds are those of training alone: what runs under `pause` (evaluation, checkpoints, plots) is not counted.
-MFU = FLOPs of the step / (step seconds x peak FLOP/s of all devices), after Chowdhery et al. 2022 (arXiv:2204.02311).
-Theirs counts every pair of tokens of a row in attention; ours takes the FLOPs that the caller counted, which are those
-of visible pairs (causal, within a document: models/cost/flops.py), 3 x forward, and none for recomputation.
+Seconds are those of training alone: what runs under `pause` (evaluation, checkpoints, plots) is not
+counted. MFU = FLOPs of the step / (step seconds x peak FLOP/s of all devices), after Chowdhery et
+al. 2022 (arXiv:2204.02311). Theirs counts every pair of tokens of a row in attention; ours takes
+the FLOPs that the caller counted, which are those of visible pairs (causal, within a document:
+models/cost/flops.py), 3 x forward, and none for recomputation.
 """
 
 import re
@@ -16,7 +17,9 @@ from typing import NamedTuple
 
 import torch
 
-PEAKS = (  # dense bfloat16 FLOP/s by a word of the device's name, from the makers' data sheets; the first that fits
+# dense bfloat16 FLOP/s by a word of the device's name, from the makers' data sheets; the first that
+# fits
+PEAKS = (
     ("GB200", 2.5e15),
     ("B200", 2.25e15),
     ("GH200", 9.89e14),
@@ -42,7 +45,8 @@ PEAKS = (  # dense bfloat16 FLOP/s by a word of the device's name, from the make
 
 
 class Peak(NamedTuple):
-    """The most FLOP/s that one device could do (None = not known), and where the number comes from."""
+    """The most FLOP/s that one device could do (None = not known), and where the number comes
+    from."""
 
     flops_per_second: float | None
     source: str
@@ -57,23 +61,29 @@ class MeterReading(NamedTuple):
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The peak of a device: of a GPU from the table, of a CPU the best of a few short matmuls in `dtype`, made now."""
+    """The peak of a device: of a GPU from the table, of a CPU the best of a few short matmuls in
+    `dtype`, made now."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         found = next((value for part, value in PEAKS if re.search(rf"\b{part}\b", name)), None)
         return Peak(found, f"dense bfloat16 of {name}" if found else f"no peak known for {name}")
-    size, best = 512, float("inf")
+    size = 512
+    best = float("inf")
     a = torch.ones(size, size, dtype=dtype)
     for _ in range(6):
         begin = time.perf_counter()
         torch.mm(a, a)
         best = min(best, time.perf_counter() - begin)
     name = str(dtype).removeprefix("torch.")
-    return Peak(2 * size**3 / best, f"a {size} x {size} {name} matmul on this CPU, measured now, this rank's threads")
+    return Peak(
+        2 * size**3 / best,
+        f"a {size} x {size} {name} matmul on this CPU, measured now, this rank's threads",
+    )
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this rank ever held: allocated on its GPU, or resident in this process on a CPU."""
+    """The most memory this rank ever held: allocated on its GPU, or resident in this process on a
+    CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -90,7 +100,9 @@ class Meter:
     """
 
     def __init__(self, peak: Peak, devices: int, *, clock: Callable[[], float] = time.perf_counter):
-        self.peak, self.devices, self.clock = peak, devices, clock
+        self.peak = peak
+        self.devices = devices
+        self.clock = clock
         self.tokens = self.flops = self.steps = 0
         self.paused = 0.0
         self.begin = clock()
@@ -111,14 +123,16 @@ class Meter:
             self.paused += self.clock() - begin
 
     def read(self) -> MeterReading:
-        """Means over the steps since the last reading, which begin anew. At least one step must have been added."""
+        """Means over the steps since the last reading, which begin anew. At least one step must
+        have been added."""
         now = self.clock()
         seconds = max(now - self.begin - self.paused, 1e-9)
         rate = self.peak.flops_per_second
         mfu = None if rate is None else self.flops / (seconds * rate * self.devices)
         reading = MeterReading(self.tokens / seconds, seconds / self.steps, mfu)
         self.tokens = self.flops = self.steps = 0
-        self.paused, self.begin = 0.0, now
+        self.paused = 0.0
+        self.begin = now
         return reading
 
     def convention(self) -> str:
@@ -127,6 +141,6 @@ class Meter:
         if rate is None:
             return f"mfu: not given, {self.peak.source}"
         return (
-            f"mfu: FLOPs of visible pairs, 3 x forward / (seconds x {self.devices} x {rate / 1e12:.3g} TFLOP/s: "
-            f"{self.peak.source})"
+            f"mfu: FLOPs of visible pairs, 3 x forward / (seconds x {self.devices} x"
+            f" {rate / 1e12:.3g} TFLOP/s: {self.peak.source})"
         )

@@ -1,4 +1,5 @@
-"""Pictures of a run: loss over steps and tokens, loss by position in the context, grades of a task, and attention maps."""
+"""Pictures of a run: loss over steps and tokens, loss by position in the context, grades of a task,
+and attention maps."""
 
 import io
 from collections.abc import Sequence
@@ -17,19 +18,26 @@ from trainer.logs.caption import caption
 from trainer.logs.jsonl import EVALUATION, METRICS, read
 from trainer.safe_files import replace_inside
 
-BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#4a5568"
+BLUE = "#2b6cb0"
+ORANGE = "#dd6b20"
+GREY = "#4a5568"
 
 
 def plots(directory: Path | str, title: str | None = None) -> list[Path]:
     """Draw what the rows of a run directory allow, into its report/; the pictures made.
 
-    Reads `step`, `loss`, `tokens` of metrics.jsonl and those rows of evaluation.jsonl that have a `by_position`: a list
-    of {"begin", "end", "loss"} over half-open ranges of positions. Their `value` is the held-out loss.
+    Reads `step`, `loss`, `tokens` of metrics.jsonl and those rows of evaluation.jsonl that have a
+    `by_position`: a list of {"begin", "end", "loss"} over half-open ranges of positions. Their
+    `value` is the held-out loss.
     """
     directory = Path(directory)
     title = caption(title or directory.resolve().name)
     rows = [row for row in read(directory / METRICS) if row.get("loss") is not None]
-    evaluations = [row for row in read(directory / EVALUATION) if row.get("by_position") and row["value"] is not None]
+    evaluations = [
+        row
+        for row in read(directory / EVALUATION)
+        if row.get("by_position") and row["value"] is not None
+    ]
     drawn = {}
     if rows:
         drawn["loss"] = _loss(rows, evaluations, f"{title}: loss")
@@ -41,7 +49,8 @@ def plots(directory: Path | str, title: str | None = None) -> list[Path]:
 
 
 def grades(directory: Path) -> list[dict[str, Any]]:
-    """[{"step", name: share of 1, ...}]: how a task graded each evaluation of a run; empty where the data is no task."""
+    """[{"step", name: share of 1, ...}]: how a task graded each evaluation of a run; empty where
+    the data is no task."""
     found: dict[int, dict[str, Any]] = {}
     for row in read(directory / EVALUATION):
         if "by_position" not in row and row.get("value") is not None:
@@ -49,20 +58,31 @@ def grades(directory: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def attention(maps: Sequence[AttentionMap], directory: Path | str, title: str, left_out: int = 0) -> Path:
-    """Draw maps into report/attention.png of a run directory: a row of pictures for each softmax, one for each head.
+def attention(
+    maps: Sequence[AttentionMap], directory: Path | str, title: str, left_out: int = 0
+) -> Path:
+    """Draw maps into report/attention.png of a run directory: a row of pictures for each softmax,
+    one for each head.
 
     Args:
-        left_out: softmaxes of the model that have no map; as heads that have none, they are counted in the title.
+        left_out: softmaxes of the model that have no map; as heads that have none, they are counted
+            in the title.
     """
     columns = max(len(each.weight) for each in maps)
     size = max(7.0, 2.0 + 1.5 * columns), 1.3 + 1.5 * len(maps)
     figure = Figure(figsize=size, dpi=130, layout="constrained")
     hidden = max(each.heads - len(each.weight) for each in maps)
-    missing = [f"{many} more {what}" for many, what in ((left_out, "softmaxes"), (hidden, "heads of each")) if many]
+    missing = [
+        f"{many} more {what}"
+        for many, what in ((left_out, "softmaxes"), (hidden, "heads of each"))
+        if many
+    ]
     lines = [
         title,
-        "text runs down, what it sees to the right, white: nothing; a weight is where a head looks, not why it answers",
+        (
+            "text runs down, what it sees to the right, white: nothing; a weight is where a head"
+            " looks, not why it answers"
+        ),
     ]
     lines += [f"not shown: {', '.join(missing)}"] if missing else []
     figure.suptitle("\n".join(map(caption, lines)), x=0.01, ha="left", fontsize=9, color=GREY)
@@ -84,13 +104,16 @@ def attention(maps: Sequence[AttentionMap], directory: Path | str, title: str, l
                 axes.axvline(queries - 0.5, color=BLUE, linewidth=0.6)
         line[0].set_ylabel(caption(each.name), fontsize=7, color=GREY)
     assert shown is not None, "a softmax has heads"
-    bar = figure.colorbar(shown, ax=figure.axes, location="right", aspect=40, pad=0.01, ticks=[0, 0.01, 0.1, 0.3, 1])
+    bar = figure.colorbar(
+        shown, ax=figure.axes, location="right", aspect=40, pad=0.01, ticks=[0, 0.01, 0.1, 0.3, 1]
+    )
     bar.ax.tick_params(labelsize=6, colors=GREY)
     return _save(figure, Path(directory) / "report" / "attention.png")
 
 
 def _figure(title: str) -> tuple[Figure, Axes]:
-    """An empty picture; a Figure of its own draws without a screen and without pyplot's global state."""
+    """An empty picture; a Figure of its own draws without a screen and without pyplot's global
+    state."""
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, fontsize=12, loc="left", color=GREY, pad=12)
@@ -102,7 +125,8 @@ def _figure(title: str) -> tuple[Figure, Axes]:
 
 
 def _smooth(values: Sequence[float], reach: int) -> list[float]:
-    """Means over `reach` neighbours on either side, as many left as right, so that a slope is not shifted."""
+    """Means over `reach` neighbours on either side, as many left as right, so that a slope is not
+    shifted."""
     result = []
     for index in range(len(values)):
         near = min(reach, index, len(values) - 1 - index)
@@ -112,7 +136,8 @@ def _smooth(values: Sequence[float], reach: int) -> list[float]:
 
 def _loss(rows: list[dict[str, Any]], held_out: list[dict[str, Any]], title: str) -> Figure:
     figure, axes = _figure(title)
-    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    steps = [row["step"] for row in rows]
+    losses = [row["loss"] for row in rows]
     reach = len(rows) // 50
     single = {"marker": "o", "markersize": 4} if len(rows) < 3 else {}
     if reach:
@@ -122,15 +147,20 @@ def _loss(rows: list[dict[str, Any]], held_out: list[dict[str, Any]], title: str
     else:
         axes.plot(steps, losses, color=BLUE, linewidth=1.6, label="training", **single)
     if held_out:
-        x, y = [row["step"] for row in held_out], [row["value"] for row in held_out]
+        x = [row["step"] for row in held_out]
+        y = [row["value"] for row in held_out]
         axes.plot(x, y, color=ORANGE, marker="o", markersize=4, linewidth=1.4, label="held out")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.02)
     axes.legend(frameon=False)
-    rate = max(rows[-1]["tokens"], 1) / rows[-1]["step"]  # every step trains on about as many tokens
-    above = axes.secondary_xaxis("top", functions=(lambda step: step * rate, lambda tokens: tokens / rate))
+    rate = (
+        max(rows[-1]["tokens"], 1) / rows[-1]["step"]
+    )  # every step trains on about as many tokens
+    above = axes.secondary_xaxis(
+        "top", functions=(lambda step: step * rate, lambda tokens: tokens / rate)
+    )
     above.set_xlabel("tokens trained on")
     above.xaxis.set_major_formatter(EngFormatter(sep=""))
     above.tick_params(colors=GREY)
@@ -168,9 +198,17 @@ def _by_position(evaluations: list[dict[str, Any]], title: str) -> Figure:
 
 def _grades(rows: list[dict[str, Any]], title: str) -> Figure:
     figure, axes = _figure(title)
-    for name in [name for name in dict.fromkeys(name for row in rows for name in row) if name != "step"]:
+    for name in [
+        name for name in dict.fromkeys(name for row in rows for name in row) if name != "step"
+    ]:
         told = [row for row in rows if name in row]
-        axes.plot([row["step"] for row in told], [row[name] for row in told], marker="o", markersize=4, label=caption(name))
+        axes.plot(
+            [row["step"] for row in told],
+            [row[name] for row in told],
+            marker="o",
+            markersize=4,
+            label=caption(name),
+        )
     axes.set_xlabel("step")
     axes.set_ylabel("share of the answers")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,8 +1,9 @@
 """Secrets of a config or a command, hidden before anything of it is shown, sent or published.
 
-Three signs give a secret away: the name of its key, a place in a text where secrets stand (`KEY=...`, `--password ...`, the
-user of an address, the parameters of an address, a header), and a shape that only keys of well-known services have. All
-readers use these functions, so that what is hidden in one place is hidden in all.
+Three signs give a secret away: the name of its key, a place in a text where secrets stand
+(`KEY=...`, `--password ...`, the user of an address, the parameters of an address, a header), and a
+shape that only keys of well-known services have. All readers use these functions, so that what is
+hidden in one place is hidden in all.
 """
 
 import re
@@ -76,12 +77,15 @@ TOKEN_OF_TEXT = frozenset(
 IN_QUERY = frozenset(["sig", "signature", "key", "code", "credential"])
 
 IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+@")
-# A key and what stands between it and its value, in this order: of an address, of an assignment or JSON, of an option.
+# A key and what stands between it and its value, in this order: of an address, of an assignment or
+# JSON, of an option.
 QUERY = re.compile(r"[?&;](?P<key>[\w.%-]+)=")
 ASSIGNED = re.compile(r"(?<![\w.])(?P<key>[A-Za-z_][\w.-]*)[\"']?\s*(?:=|:(?!//))\s*")
 OPTION = re.compile(r"(?<!\S)--?(?P<key>[A-Za-z][\w-]*)\s+(?!-)")
 VALUE = re.compile(r"\"[^\"]*\"|'[^']*'|[^\s&;,|#'\"}\])]+")
-HEADER = re.compile(r"(?P<before>\b(?:Bearer|Basic|Digest|Negotiate)\s+)(?P<value>[\w.~+/=-]{6,})", re.I)
+HEADER = re.compile(
+    r"(?P<before>\b(?:Bearer|Basic|Digest|Negotiate)\s+)(?P<value>[\w.~+/=-]{6,})", re.I
+)
 LOGIN = re.compile(
     r"(?<![\w-])(?P<before>(?:wandb|hf|huggingface-cli)\s+(?:auth\s+)?login\s+|(?:-u|--user)[\s=]+[^\s:=]+:|sshpass\s+-p\s*)"
     r"(?P<value>[^\s;|&-]\S*)"
@@ -92,7 +96,9 @@ SHAPE = re.compile(
     r"|pypi-[\w-]{16,}|dckr_pat_[\w-]{16,}|wandb_v\d+_\w{16,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
 )
 SCHEME = re.compile(r"Bearer|Basic|Digest|Negotiate", re.I)
-BLOCK = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S)
+BLOCK = re.compile(
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S
+)
 
 
 def secret_key(key: str) -> bool:
@@ -105,7 +111,9 @@ def secret_key(key: str) -> bool:
             return True
     if not words or words[-1] not in ("token", "tokens"):
         return False
-    if words[-1] == "tokens":  # counts of tokens are everywhere; several secrets are rare and say what they open
+    if (
+        words[-1] == "tokens"
+    ):  # counts of tokens are everywhere; several secrets are rare and say what they open
         return not KEY_OF.isdisjoint(words[-2:-1])
     return len(words) < 2 or words[-2] not in TOKEN_OF_TEXT
 
@@ -131,16 +139,21 @@ def _hide(match: re.Match[str]) -> str:
 
 
 def _values_hidden(text: str, keys: re.Pattern[str], certain: frozenset[str] = frozenset()) -> str:
-    """Every value hidden whose key names a secret, or is one of `certain`. What another key stands for is looked into."""
+    """Every value hidden whose key names a secret, or is one of `certain`. What another key stands
+    for is looked into."""
     shown = []
     done = 0
     while (match := keys.search(text, done)) is not None:
         shown.append(text[done : match.end()])
         done = match.end()
         value = VALUE.match(text, done)
-        if value is None or not (secret_key(match["key"]) or certain.intersection(_words(match["key"])[-1:])):
+        if value is None or not (
+            secret_key(match["key"]) or certain.intersection(_words(match["key"])[-1:])
+        ):
             continue
-        if SCHEME.fullmatch(value[0]):  # `Authorization: Bearer ***`: the secret behind the scheme is hidden already
+        if SCHEME.fullmatch(
+            value[0]
+        ):  # `Authorization: Bearer ***`: the secret behind the scheme is hidden already
             continue
         shown.append(HIDDEN)
         done = value.end()
@@ -151,7 +164,9 @@ def without_secrets(value: Any) -> Any:
     """A config fit to be shown: every secret in it becomes ***."""
     if isinstance(value, dict):
         hidden = {key for key, item in value.items() if secret_key(str(key)) and item is not None}
-        return {key: HIDDEN if key in hidden else without_secrets(item) for key, item in value.items()}
+        return {
+            key: HIDDEN if key in hidden else without_secrets(item) for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return _words_without_secrets(value)
     return redacted(value) if isinstance(value, str) else value
@@ -166,7 +181,11 @@ def _words_without_secrets(items: list[Any] | tuple[Any, ...]) -> list[Any]:
             shown.append(HIDDEN if secret_key(option) else without_secrets(item))
         else:
             shown.append(without_secrets(item))
-        option = item.lstrip("-") if isinstance(item, str) and item.startswith("-") and "=" not in item else ""
+        option = (
+            item.lstrip("-")
+            if isinstance(item, str) and item.startswith("-") and "=" not in item
+            else ""
+        )
     return shown
 
 

@@ -1,4 +1,5 @@
-"""Everything that is written of a run while it goes on: its lines on disk, its summary, its W&B run and its pictures."""
+"""Everything that is written of a run while it goes on: its lines on disk, its summary, its W&B run
+and its pictures."""
 
 import importlib
 import math
@@ -35,7 +36,10 @@ class RunLogger:
     """
 
     def __init__(self, directory: Path, config: Config, console: Console, *, writes: bool):
-        self.directory, self.config, self.console, self.writes = directory, config, console, writes
+        self.directory = directory
+        self.config = config
+        self.console = console
+        self.writes = writes
         self.wandb: Any = None
         self.alerts: Alerts | None = None
         self.drawn: list[Path] = []
@@ -49,7 +53,8 @@ class RunLogger:
         """
         if not self.writes:
             return identity
-        self.metrics, self.evaluations = Metrics(self.directory), Evaluations(self.directory)
+        self.metrics = Metrics(self.directory)
+        self.evaluations = Evaluations(self.directory)
         for lines in (self.metrics, self.evaluations):
             lines.truncate_after(step)
         summary.note(self.directory, **facts)
@@ -60,9 +65,13 @@ class RunLogger:
             with scratch.inside(self.directory):  # W&B makes temporary folders when it is imported
                 self.wandb = self._begun(identity)
         except OSError as error:
-            self.console.say(f"W&B: switched off for this run ({error}); metrics.jsonl has everything")
+            self.console.say(
+                f"W&B: switched off for this run ({error}); metrics.jsonl has everything"
+            )
             return identity
-        self.alerts = Alerts(wish.alerts, self.config.name, self.config.optim.skip_above, self.wandb.alert)
+        self.alerts = Alerts(
+            wish.alerts, self.config.name, self.config.optim.skip_above, self.wandb.alert
+        )
         return self.wandb.identity
 
     def _begun(self, identity: str | None) -> Any:
@@ -95,10 +104,13 @@ class RunLogger:
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         self.alerts.ended("failed", text)
         if self.alerts.wants("end") or (isinstance(error, Hang) and self.alerts.wants("hang")):
-            self.wandb.finish({}, exit_code=1, wait_s=ALERT_S)  # else what was said would go with this process
+            self.wandb.finish(
+                {}, exit_code=1, wait_s=ALERT_S
+            )  # else what was said would go with this process
 
     def _code(self) -> dict[str, Any]:
-        """Which code ran, on what, by which command; the difference to the commit itself stays on this machine."""
+        """Which code ran, on what, by which command; the difference to the commit itself stays on
+        this machine."""
         path = self.directory / directories.ENVIRONMENT
         if not path.is_file():
             return {}
@@ -107,7 +119,9 @@ class RunLogger:
         except ValueError as error:
             self.console.say(f"{error}: W&B is not told of the code")
             return {}
-        known = {key: told.get(key) for key in ("commit", "python", "packages", "platform", "devices")}
+        known = {
+            key: told.get(key) for key in ("commit", "python", "packages", "platform", "devices")
+        }
         command = [word_without_secrets(word) for word in told.get("command") or []]
         return without_secrets({**known, "changed": bool(told.get("diff")), "command": command})
 
@@ -139,11 +153,16 @@ class RunLogger:
             self.evaluations.truncate_after(step - 1)
 
     def maps(self, step: int, maps: Sequence[AttentionMap], left_out: int) -> None:
-        """Draw attention maps, of all softmaxes but so many; W&B gets the picture at the end, with the others."""
+        """Draw attention maps, of all softmaxes but so many; W&B gets the picture at the end, with
+        the others."""
         if not maps:
             self.console.say(NO_MAPS)
         elif self.writes:
-            self.drawn = [attention(maps, self.directory, f"{self.config.name}: attention at step {step}", left_out)]
+            self.drawn = [
+                attention(
+                    maps, self.directory, f"{self.config.name}: attention at step {step}", left_out
+                )
+            ]
 
     def close(self, step: int, tokens: int, best: dict[str, float]) -> str | None:
         """Close everything and draw the pictures; where the W&B run is."""
@@ -152,17 +171,31 @@ class RunLogger:
         self.metrics.close()
         self.evaluations.close()
         graded = grades(self.directory)
-        lasts = {f"held_out_{name}": value for name, value in (graded[-1] if graded else {}).items() if name != "step"}
+        lasts = {
+            f"held_out_{name}": value
+            for name, value in (graded[-1] if graded else {}).items()
+            if name != "step"
+        }
         came_to = {"step": step, "tokens": tokens, **self._came_to(best), **lasts}
         summary.note(self.directory, **came_to)
         images = [*plots(self.directory, title=self.config.name), *self.drawn]
         if self.wandb is None:
             return None
         if self.alerts is not None:
-            head = "finished" if step >= self.config.steps else f"stopped at step {step} of {self.config.steps}"
-            self.alerts.ended(head, ", ".join(f"{name} {value:.6g}" for name, value in came_to.items()))
+            head = (
+                "finished"
+                if step >= self.config.steps
+                else f"stopped at step {step} of {self.config.steps}"
+            )
+            self.alerts.ended(
+                head, ", ".join(f"{name} {value:.6g}" for name, value in came_to.items())
+            )
         where = self.wandb.place
-        saved = sorted((self.directory / "checkpoints").glob("step_*")) if self.config.wandb.artifacts else []
+        saved = (
+            sorted((self.directory / "checkpoints").glob("step_*"))
+            if self.config.wandb.artifacts
+            else []
+        )
         self.wandb.finish(
             {**summary.read(self.directory), **came_to},
             images,
@@ -174,7 +207,9 @@ class RunLogger:
     def _came_to(self, best: dict[str, float]) -> dict[str, float]:
         """Over all steps, those before a resume as well."""
         found = read_figures(self.directory)
-        losses = [row["loss"] for row in read(self.directory / METRICS) if row.get("loss") is not None]
+        losses = [
+            row["loss"] for row in read(self.directory / METRICS) if row.get("loss") is not None
+        ]
         values = {
             "best_loss": min(losses, default=math.nan),
             **{f"best_{name}": value for name, value in best.items()},

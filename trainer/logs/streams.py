@@ -1,6 +1,8 @@
-"""Standard output and error that never end a run, whatever they are, and text that does nothing to a terminal.
+"""Standard output and error that never end a run, whatever they are, and text that does nothing to
+a terminal.
 
-`protect` is called once, where a command begins. What cannot be written is dropped: a run's figures are on disk as well.
+`protect` is called once, where a command begins. What cannot be written is dropped: a run's figures
+are on disk as well.
 """
 
 import errno
@@ -15,13 +17,18 @@ from typing import Any, TextIO
 
 PIECE = 4096  # bytes; a pipe that has room at all has room for so many (PIPE_BUF)
 PATIENCE_S = 10.0  # how long a reader that does not read may hold up a run
-JOINERS = ("\u200c", "\u200d")  # invisible, but letters of Persian, of Indian scripts and of emoji hang together by them
+JOINERS = (
+    "\u200c",
+    "\u200d",
+)  # invisible, but letters of Persian, of Indian scripts and of emoji hang together by them
 
 
 class SteadyFile(io.FileIO):
-    """A file whose writes never fail; the first failure is told to `told`, and nothing more is tried after it.
+    """A file whose writes never fail; the first failure is told to `told`, and nothing more is
+    tried after it.
 
-    A reader that pauses (a pager, a stopped terminal) is waited for once; until it reads again what is written is dropped.
+    A reader that pauses (a pager, a stopped terminal) is waited for once; until it reads again what
+    is written is dropped.
     """
 
     def __init__(self, descriptor: int, told: Any = None, patience_s: float = PATIENCE_S):
@@ -61,7 +68,9 @@ class SteadyFile(io.FileIO):
         end = time.monotonic() + (0.0 if self.paused else self.patience_s)
         while True:
             left = max(0.0, end - time.monotonic())
-            if poll.poll(left * 1000):  # an error or a hang-up counts as room: the write will say which
+            if poll.poll(
+                left * 1000
+            ):  # an error or a hang-up counts as room: the write will say which
                 self.paused = False
                 return True
             if time.monotonic() >= end:
@@ -69,7 +78,9 @@ class SteadyFile(io.FileIO):
                 return False
 
     def _fail(self, error: OSError) -> None:
-        if error.errno == errno.EAGAIN:  # less room than promised: what is left is dropped, like that of a pause
+        if (
+            error.errno == errno.EAGAIN
+        ):  # less room than promised: what is left is dropped, like that of a pause
             self.paused = True
             return
         self.gone = True
@@ -85,7 +96,8 @@ def protect() -> None:
 
 
 def plain(text: str) -> str:
-    """A text for a screen: what would move its cursor or hide something is shown escaped; new lines and tabs stay.
+    """A text for a screen: what would move its cursor or hide something is shown escaped; new lines
+    and tabs stay.
 
     Texts of a model, of data and of file names may hold anything.
     """
@@ -104,7 +116,8 @@ def _escaped(letter: str) -> str:
 
 
 def _fill_gaps() -> None:
-    """Open the null device where 0, 1 or 2 are closed, else the next file that is opened gets that number.
+    """Open the null device where 0, 1 or 2 are closed, else the next file that is opened gets that
+    number.
 
     Libraries in C would then write their warnings into it.
     """
@@ -120,7 +133,8 @@ def _fill_gaps() -> None:
 
 
 def _steady(stream: TextIO | None, descriptor: int, told: Any) -> TextIO:
-    """A text stream over a SteadyFile, of the encoding that `stream` has; letters that it lacks are shown escaped."""
+    """A text stream over a SteadyFile, of the encoding that `stream` has; letters that it lacks are
+    shown escaped."""
     if stream is not None:
         with suppress(OSError, ValueError):
             stream.flush()

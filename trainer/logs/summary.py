@@ -1,10 +1,11 @@
 """summary.json of a run directory: facts that are one number for the whole run, whatever its steps.
 
-`parameters`, `active_parameters` (what a token visits) and `flops_per_token` (training, one document as long as a row,
-models/cost/flops.py); `ranks`; `sent_bytes_per_step`, of the rank that sends most, by the moves that share a sequence or its
-experts (parallel/collectives.py), in the first step since the last start, null where that one was not logged; and at the end
-`step`, `tokens`, the lowest training loss and the best of held-out loss, the middle step's tokens a second, peak memory,
-and of a task the last grades, as held_out_NAME.
+`parameters`, `active_parameters` (what a token visits) and `flops_per_token` (training, one
+document as long as a row, models/cost/flops.py); `ranks`; `sent_bytes_per_step`, of the rank that
+sends most, by the moves that share a sequence or its experts (parallel/collectives.py), in the
+first step since the last start, null where that one was not logged; and at the end `step`,
+`tokens`, the lowest training loss and the best of held-out loss, the middle step's tokens a second,
+peak memory, and of a task the last grades, as held_out_NAME.
 """
 
 import json

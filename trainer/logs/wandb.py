@@ -1,7 +1,9 @@
-"""Weights & Biases, which never stops or slows a run: without a key or a network it writes to <run_dir>/wandb/ instead.
+"""Weights & Biases, which never stops or slows a run: without a key or a network it writes to
+<run_dir>/wandb/ instead.
 
-Only rank 0 imports this module, and only when `wandb.mode` is not disabled. Metrics keep the names of metrics.jsonl and
-have `step` as their x-axis; `by_tokens/loss` and everything under `evaluation/` have `tokens`.
+Only rank 0 imports this module, and only when `wandb.mode` is not disabled. Metrics keep the names
+of metrics.jsonl and have `step` as their x-axis; `by_tokens/loss` and everything under
+`evaluation/` have `tokens`.
 """
 
 import netrc
@@ -26,7 +28,8 @@ from trainer.logs.labels import Labels, variable
 from trainer.logs.redact import without_secrets, word_without_secrets
 from trainer.safe_files import make_inside, read_inside, replace_inside
 
-PROBE_S, FINISH_S = 3.0, 30.0
+PROBE_S = 3.0
+FINISH_S = 30.0
 UPLOAD_S = 300.0  # instead of FINISH_S, where a checkpoint is sent as well
 ALERT_GAP_S = 60.0  # between two alerts of one title
 MAX_TITLE = 63
@@ -67,13 +70,15 @@ class WandbLogger:
         identity: str | None = None,
         say: Callable[[str], None] = print,
     ):
-        self.directory, self.say = Path(directory), say
+        self.directory = Path(directory)
+        self.say = say
         self.run: Any = None
         self.tokens = 0
         self.tables: dict[str, Sequence[dict[str, Any]]] = {}
         self.root = labels.folder or self.directory
         self.identity = labels.identity or identity or variable("id") or secrets.token_hex(4)
-        # W&B's reports about itself would hold the process up at its end, for many seconds, when the server does not answer.
+        # W&B's reports about itself would hold the process up at its end, for many seconds, when
+        # the server does not answer.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
             self.identity = labels.identity or identity or identity_of(directory) or self.identity
@@ -82,40 +87,70 @@ class WandbLogger:
             make_inside(self.directory, "wandb")
             self._keep_identity()
             mode = self._mode(mode, min(PROBE_S, init_timeout_s))
-            if mode == "offline":  # for W&B's own telemetry too, which would wait for the network when the process ends
+            if (
+                mode == "offline"
+                # for W&B's own telemetry too, which would wait for the network when the process ends
+            ):
                 wandb.setup(wandb.Settings(silent=True, mode="offline"))
             with _command_without_secrets():
-                self._open(mode, init_timeout_s, **_shown_as(labels), config=without_secrets(config))
+                self._open(
+                    mode, init_timeout_s, **_shown_as(labels), config=without_secrets(config)
+                )
         except Exception as error:
             self._lost(error)
 
     def _mode(self, mode: str, wait_s: float) -> str:
         """What is possible of what is wished; a difference is said."""
-        known = wandb.setup(wandb.Settings(silent=True)).settings  # reads WANDB_* and W&B's own settings files
+        known = wandb.setup(
+            wandb.Settings(silent=True)
+        ).settings  # reads WANDB_* and W&B's own settings files
         if mode == "auto" and known.mode in ("offline", "disabled", "dryrun"):
             return "disabled" if known.mode == "disabled" else "offline"
         if mode not in ("auto", "online"):
             return mode
-        if not (known.api_key or getattr(known, "identity_token_file", None) or _in_netrc(known.base_url)):
+        if not (
+            known.api_key
+            or getattr(known, "identity_token_file", None)
+            or _in_netrc(known.base_url)
+        ):
             if mode == "online":
-                self.say("W&B: wandb.mode=online, but there is no key; going on offline (`wandb login` stores a key)")
+                self.say(
+                    "W&B: wandb.mode=online, but there is no key; going on offline (`wandb login`"
+                    " stores a key)"
+                )
             return "offline"
         if (why := unreachable(known.base_url, wait_s)) is not None:
-            self.say(f"W&B: {known.base_url} cannot be reached ({why}); going on offline, `wandb sync` sends it later")
+            self.say(
+                f"W&B: {known.base_url} cannot be reached ({why}); going on offline, `wandb sync`"
+                " sends it later"
+            )
             return "offline"
         return "online"
 
     def _open(self, mode: str, wait_s: float, **run: Any) -> None:
-        settings = {"silent": True, "console": "off", "init_timeout": wait_s, "disable_git": True, "save_code": False}
-        settings |= {"finish_timeout": FINISH_S} if "finish_timeout" in wandb.Settings.model_fields else {}
+        settings = {
+            "silent": True,
+            "console": "off",
+            "init_timeout": wait_s,
+            "disable_git": True,
+            "save_code": False,
+        }
+        settings |= (
+            {"finish_timeout": FINISH_S} if "finish_timeout" in wandb.Settings.model_fields else {}
+        )
         wishes = {"dir": str(self.root), "id": self.identity, "resume": "allow", **run}
         try:
             self.run = wandb.init(mode=mode, settings=wandb.Settings(**settings), **wishes)  # type: ignore[arg-type]
         except Exception as error:
             if mode != "online":
                 raise
-            self.say(f"W&B: the server did not answer ({_brief(error)}); going on offline, `wandb sync` sends it later")
-            wandb.teardown(exit_code=1)  # its service holds on to the id of the run that did not open
+            self.say(
+                f"W&B: the server did not answer ({_brief(error)}); going on offline, `wandb sync`"
+                " sends it later"
+            )
+            wandb.teardown(
+                exit_code=1
+            )  # its service holds on to the id of the run that did not open
             wandb.setup(wandb.Settings(silent=True, mode="offline"))
             self.run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **wishes)
         if self.run.id != self.identity:  # an agent of a W&B sweep has already named the run
@@ -131,7 +166,10 @@ class WandbLogger:
 
     def _lost(self, error: Exception) -> None:
         self.run = None
-        self.say(f"W&B: switched off for the rest of this run ({_brief(error)}); metrics.jsonl has everything")
+        self.say(
+            f"W&B: switched off for the rest of this run ({_brief(error)}); metrics.jsonl has"
+            " everything"
+        )
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
         if self.run is None:
@@ -147,28 +185,43 @@ class WandbLogger:
         parts = row._asdict()
         beside = {part: parts.pop(part) or {} for part in BESIDE}
         values = {name: value for name, value in parts.items() if value is not None}
-        values |= {f"{part}/{name}": value for part, found in beside.items() for name, value in found.items()}
+        values |= {
+            f"{part}/{name}": value
+            for part, found in beside.items()
+            for name, value in found.items()
+        }
         if row.loss is not None:
             values["by_tokens/loss"] = row.loss
         self._log(row.step, values)
 
-    def evaluation(self, step: int, name: str, value: float, by_position: Sequence[dict[str, Any]] | None = None) -> None:
-        """Send one value of an evaluation; its parts by position are a table at the end, the last ones only."""
+    def evaluation(
+        self,
+        step: int,
+        name: str,
+        value: float,
+        by_position: Sequence[dict[str, Any]] | None = None,
+    ) -> None:
+        """Send one value of an evaluation; its parts by position are a table at the end, the last
+        ones only."""
         self.tables |= {f"report/{name}_by_position": by_position} if by_position else {}
         self._log(step, {f"evaluation/{name}": value})
 
     def alert(self, title: str, text: str) -> None:
-        """Have the server send a message to the user; without a network it is sent with the rest."""
+        """Have the server send a message to the user; without a network it is sent with the
+        rest."""
         if self.run is None:
             return
         try:
-            self.run.alert(title=title[:MAX_TITLE], text=text, level="WARN", wait_duration=ALERT_GAP_S)
+            self.run.alert(
+                title=title[:MAX_TITLE], text=text, level="WARN", wait_duration=ALERT_GAP_S
+            )
         except Exception as error:
             self._lost(error)
 
     @property
     def place(self) -> str | None:
-        """Where to look: the run's address, or the directory that `wandb sync` takes; None when switched off."""
+        """Where to look: the run's address, or the directory that `wandb sync` takes; None when
+        switched off."""
         if self.run is None:
             return None
         return str(Path(self.run.dir).parent) if self.run.offline else self.run.url
@@ -183,44 +236,59 @@ class WandbLogger:
         exit_code: int = 0,
         wait_s: float | None = None,
     ) -> None:
-        """Send the summary, the pictures, tables by name (their rows, in order) and a checkpoint, and close the run.
+        """Send the summary, the pictures, tables by name (their rows, in order) and a checkpoint,
+        and close the run.
 
-        Waits for the network at most wait_s, by itself half a minute, with a checkpoint five minutes. W&B keeps a copy of
-        the checkpoint, so that a run that goes on may remove it.
+        Waits for the network at most wait_s, by itself half a minute, with a checkpoint five
+        minutes. W&B keeps a copy of the checkpoint, so that a run that goes on may remove it.
         """
         if self.run is None:
             return
-        run, trouble = self.run, []
+        run = self.run
+        trouble = []
         rows_of = {**self.tables, **{f"report/{name}": rows for name, rows in tables.items()}}
         wait_s = wait_s or (FINISH_S if checkpoint is None else UPLOAD_S)
 
         def close() -> None:
             try:
                 run.summary.update(summary)
-                shown: dict[str, Any] = {f"report/{image.stem}": wandb.Image(str(image)) for image in images}
+                shown: dict[str, Any] = {
+                    f"report/{image.stem}": wandb.Image(str(image)) for image in images
+                }
                 shown |= {name: _table(rows) for name, rows in rows_of.items()}
                 if shown:
                     run.log(shown)
                 if checkpoint is not None:
-                    artifact = wandb.Artifact(f"checkpoint-{self.identity}", "checkpoint", metadata={"of": checkpoint.name})
+                    artifact = wandb.Artifact(
+                        f"checkpoint-{self.identity}",
+                        "checkpoint",
+                        metadata={"of": checkpoint.name},
+                    )
                     artifact.add_dir(str(checkpoint))
                     run.log_artifact(artifact)
                 run.finish(exit_code=exit_code)
             except Exception as error:
                 trouble.append(error)
 
-        thread, began = threading.Thread(target=close, daemon=True), time.monotonic()
+        thread = threading.Thread(target=close, daemon=True)
+        began = time.monotonic()
         thread.start()
         thread.join(wait_s + 5)
         if trouble:
             self._lost(trouble[0])
-        elif thread.is_alive() or time.monotonic() - began > wait_s:  # W&B gives up by then, and does not say so
-            self.say(f"W&B: the server is slow or gone; `wandb sync` sends what it lacks from {self.root / 'wandb'}")
+        elif (
+            thread.is_alive() or time.monotonic() - began > wait_s
+        ):  # W&B gives up by then, and does not say so
+            self.say(
+                "W&B: the server is slow or gone; `wandb sync` sends what it lacks from"
+                f" {self.root / 'wandb'}"
+            )
 
 
 @contextmanager
 def _command_without_secrets() -> Iterator[None]:
-    """Hide secrets from W&B's own record of the command; under somebody else's launcher it holds the user's settings."""
+    """Hide secrets from W&B's own record of the command; under somebody else's launcher it holds
+    the user's settings."""
     command = sys.argv
     sys.argv = [word_without_secrets(word) for word in command]
     try:
@@ -243,7 +311,9 @@ def _shown_as(labels: Labels) -> dict[str, Any]:
 
 def _table(rows: Sequence[dict[str, Any]]) -> wandb.Table:
     columns: list[Any] = list(dict.fromkeys(name for row in rows for name in row))
-    return wandb.Table(columns=columns, data=[[row.get(column) for column in columns] for row in rows])
+    return wandb.Table(
+        columns=columns, data=[[row.get(column) for column in columns] for row in rows]
+    )
 
 
 def _brief(error: Exception) -> str:
@@ -264,7 +334,8 @@ def _in_netrc(address: str) -> bool:
 
 
 def unreachable(address: str, wait_s: float) -> str | None:
-    """Why no server answers at an address, or None when one does; takes at most `wait_s` seconds."""
+    """Why no server answers at an address, or None when one does; takes at most `wait_s`
+    seconds."""
     found: list[str | None] = []
 
     def ask() -> None:
@@ -274,10 +345,14 @@ def unreachable(address: str, wait_s: float) -> str | None:
         except urllib.error.HTTPError:
             found.append(None)  # an answer, if an unfriendly one
         except Exception as error:
-            reason = getattr(error, "reason", error)  # certificates are W&B's own affair: it may know more of them
+            reason = getattr(
+                error, "reason", error
+            )  # certificates are W&B's own affair: it may know more of them
             found.append(None if isinstance(reason, ssl.SSLError) else str(reason))
 
-    thread = threading.Thread(target=ask, daemon=True)  # a name server that does not answer knows no timeout
+    thread = threading.Thread(
+        target=ask, daemon=True
+    )  # a name server that does not answer knows no timeout
     thread.start()
     thread.join(wait_s)
     return found[0] if found else f"no answer in {wait_s:g} s"

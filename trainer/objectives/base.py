@@ -106,7 +106,9 @@ class Objective:
 
 def draw(purpose: str, seed: int, rows: Tensor, span: Span, channels: int) -> Tensor:
     """[R, T, channels] float64 in [0, 1), a function of seed, number of the row and address."""
-    return CounterRNG(seed, f"objective {purpose}", 0)(mix_bits(rows)[:, None] ^ address(span), channels)
+    return CounterRNG(seed, f"objective {purpose}", 0)(
+        mix_bits(rows)[:, None] ^ address(span), channels
+    )
 
 
 def share_between(name: str, value: float, low: float, high: float, example: float) -> float:

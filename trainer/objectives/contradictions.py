@@ -6,7 +6,8 @@ from torch import nn
 
 from models.causality import Ahead, layers_ahead, plain_sight, score_mismatches
 from models.masks.algebra import FAR
-from trainer.config import build_model, instantiate
+from trainer.config import build_model
+from trainer.config.node_checks import as_node
 from trainer.config.schema import Config
 from trainer.data.sources.base import build_source
 from trainer.data.tasks.base import SyntheticTask
@@ -56,7 +57,7 @@ def misused(config: Config) -> Iterator[str]:
 
 def vocabulary(config: Config) -> tuple[int, list[str]]:
     """Tokens of data and objective together, and the fault of a model.vocabulary below that."""
-    tokenizer = build_source(instantiate.plain(config.data)).tokenizer()
+    tokenizer = build_source(as_node(config.data)).tokenizer()
     symbols = objective_of(config).symbols(tokenizer, config.context_length)
     tokens = symbols.vocabulary
     asked = config.model.vocabulary
@@ -86,11 +87,10 @@ def unlearnable(config: Config, model: nn.Module) -> Iterator[str]:
     if useless and not ahead:
         kind = config.position.target.rpartition(".")[2]
         yield (
-            f"position.bidirectional=true: half of what {kind} learns serves keys that come later than "
-            "their query, and no layer shows "
-            f"any ({useless[0]}); use position.bidirectional=false, or objective=masked with layers "
-            "that see both sides, "
-            "as model=bidirectional"
+            f"position.bidirectional=true: half of what {kind} learns serves keys that come later"
+            f" than their query, and no layer shows any ({useless[0]}); use"
+            " position.bidirectional=false, or objective=masked with layers that see both sides,"
+            " as model=bidirectional"
         )
 
 
@@ -154,7 +154,7 @@ def _name(config: Config) -> str:
 def _task(config: Config) -> SyntheticTask | None:
     """The task that the data is, or None where it is text or cannot be had (reported elsewhere)."""
     try:
-        source = build_source(instantiate.plain(config.data))
+        source = build_source(as_node(config.data))
     except ValueError:
         return None
     return source if isinstance(source, SyntheticTask) else None

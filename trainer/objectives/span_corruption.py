@@ -90,7 +90,8 @@ class SpanCorruption(Objective):
 
     def reads(self, context_length: int) -> int:
         """See Objective: the longest text that still fits after it has been corrupted."""
-        low, high = 0, context_length
+        low = 0
+        high = context_length
         while low < high:
             middle = (low + high + 1) // 2
             # A document's end, which is moved behind the answer, takes no further place.

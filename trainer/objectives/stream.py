@@ -4,7 +4,8 @@ import hashlib
 
 import torch
 
-from trainer.config.instantiate import instantiate, plain
+from trainer.config.instantiate import instantiate
+from trainer.config.node_checks import as_node
 from trainer.config.schema import Config
 from trainer.data.batch import Batch
 from trainer.data.open import open_stream
@@ -67,7 +68,7 @@ def objective_of(config: Config) -> Objective:
 
 def vocabulary_of(config: Config) -> int:
     """How many tokens the data and the objective of a config have between them."""
-    tokenizer = build_source(plain(config.data)).tokenizer()
+    tokenizer = build_source(as_node(config.data)).tokenizer()
     return objective_of(config).symbols(tokenizer, config.context_length).vocabulary
 
 
@@ -80,7 +81,7 @@ def open_rows(config: Config, split: str) -> Stream:
     objective = objective_of(config)
     try:
         text = open_stream(
-            plain(config.data),
+            as_node(config.data),
             context_length=objective.reads(config.context_length),
             rows=config.rows,
             seed=config.seed,

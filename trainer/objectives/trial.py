@@ -9,7 +9,8 @@ from trainer.objectives.base import Objective, Symbols
 
 
 def trial_symbols(objective: Objective, text: int, length: int) -> Symbols:
-    """A vocabulary of `text` numbers, none of which ends a document, and what the objective adds."""
+    """A vocabulary of `text` numbers, none of which ends a document, and what the objective
+    adds."""
     added = len(objective.words(length))
     return Symbols(text, -1, tuple(range(text, text + added)), text + added)
 

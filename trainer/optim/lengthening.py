@@ -1,7 +1,9 @@
-"""Runs that go on with other `steps`: where that leaves the learning rate as it was, or what schedule.extend makes of it.
+"""Runs that go on with other `steps`: where that leaves the learning rate as it was, or what
+schedule.extend makes of it.
 
-A run remembers how long it was to be, and from which step on: a list of stretches {"after", "steps", "extend"}, kept in
-its checkpoints. The factor of a step is that of the last stretch that had begun before it.
+A run remembers how long it was to be, and from which step on: a list of stretches {"after",
+"steps", "extend"}, kept in its checkpoints. The factor of a step is that of the last stretch that
+had begun before it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,17 +25,21 @@ Extend = Literal["hold", "restart", "stretch"]
 HOLD = "hold"
 RESTART = "restart"
 STRETCH = "stretch"
-COMPARED = 4096  # steps at which two lengths are compared; where a run has more, so many spread over them
+COMPARED = (
+    4096  # steps at which two lengths are compared; where a run has more, so many spread over them
+)
 NEAR = 1e-9
 WAYS = (
-    "schedule.extend=hold (it stays as it is), restart (the schedule once more, over the steps that are new) or stretch "
-    "(as if the run had been so long from the beginning; it may leap)"
+    "schedule.extend=hold (it stays as it is), restart (the schedule once more, over the steps that"
+    " are new) or stretch (as if the run had been so long from the beginning; it may leap)"
 )
 
 
 def factor(schedule: Factor, stretches: Stretches, step: int) -> float:
     """The learning rate of a step as a fraction of its peak."""
-    number = max(number for number, each in enumerate(stretches) if each["after"] < step or number == 0)
+    number = max(
+        number for number, each in enumerate(stretches) if each["after"] < step or number == 0
+    )
     stretch = stretches[number]
     if number and stretch["extend"] == HOLD:
         return factor(schedule, stretches[:number], stretch["after"])
@@ -45,13 +51,15 @@ def factor(schedule: Factor, stretches: Stretches, step: int) -> float:
 def go_on(
     schedule: Factor, stretches: Stretches, step: int, steps: int, extend: Extend | None
 ) -> tuple[list[Stretch], str]:
-    """The stretches of a run that goes on after `step` and is to have `steps`, and one line where that changes them.
+    """The stretches of a run that goes on after `step` and is to have `steps`, and one line where
+    that changes them.
 
     Args:
         stretches: of the run so far; none at its beginning.
 
     Raises:
-        Fault: the learning rate depends on `steps`, and `extend` does not say what is to become of it.
+        Fault: the learning rate depends on `steps`, and `extend` does not say what is to become of
+            it.
     """
     first: Stretch = {"after": 0, "steps": steps, "extend": None}
     if not stretches:
@@ -59,27 +67,36 @@ def go_on(
     before = stretches[-1]["steps"]
     if before == steps:
         return list(stretches), ""
-    kept = [each for each in stretches if each["after"] < step]  # a longer run may have been left for an older checkpoint
+    kept = [
+        stretch for stretch in stretches if stretch["after"] < step
+    ]  # a longer run may have been left for an older checkpoint
     if not kept:
         return [first], ""
     plain = len(kept) == 1
     if plain and extend is None and agrees(schedule, step, before, steps):
-        return [first], f"steps={before} became {steps}: the learning rate so far does not depend on it"
+        return [
+            first
+        ], f"steps={before} became {steps}: the learning rate so far does not depend on it"
     if extend is None:
         raise UserError(refusal(schedule, step, before, steps))
     fresh: Stretch = {"after": step, "steps": steps, "extend": extend}
     following = [*kept, fresh]
     now = factor(schedule, kept, step)
     then = factor(schedule, following, step + 1)
-    return following, (
-        f"steps={before} became {steps} after step {step}: schedule.extend={extend}, the learning rate goes from {now:.4g} "
-        f"to {then:.4g} of its peak"
+    return (
+        following,
+        (
+            f"steps={before} became {steps} after step {step}: schedule.extend={extend}, the"
+            f" learning rate goes from {now:.4g} to {then:.4g} of its peak"
+        ),
     )
 
 
 def agrees(schedule: Factor, step: int, before: int, steps: int) -> bool:
     """Whether all steps up to `step` have the same learning rate in runs of either length."""
-    numbers = np.unique(np.linspace(1, step, min(step, COMPARED)).round().astype(int)) if step else []
+    numbers = (
+        np.unique(np.linspace(1, step, min(step, COMPARED)).round().astype(int)) if step else []
+    )
     return all(abs(schedule(int(n), before) - schedule(int(n), steps)) <= NEAR for n in numbers)
 
 
@@ -89,13 +106,15 @@ def refusal(schedule: Factor, step: int, before: int, steps: int) -> str:
     then = schedule(min(step + 1, steps), steps)
     kind = type(schedule).__name__
     return (
-        f"steps={steps}: the run was made for steps={before} and has taken {step}; the learning rate of {kind} depends on that "
-        f"and would go from {now:.4g} to {then:.4g} of its peak; use steps={before}, or say how: {WAYS}"
+        f"steps={steps}: the run was made for steps={before} and has taken {step}; the learning"
+        f" rate of {kind} depends on that and would go from {now:.4g} to {then:.4g} of its peak;"
+        f" use steps={before}, or say how: {WAYS}"
     )
 
 
 def unfit(config: Config) -> Iterator[str]:
-    """What keeps a config from going on with a run of another length, as far as the folders tell."""
+    """What keeps a config from going on with a run of another length, as far as the folders
+    tell."""
     place = _place(config)
     if place is None:
         return
@@ -108,8 +127,8 @@ def unfit(config: Config) -> Iterator[str]:
         return
     if taken > config.steps:
         yield (
-            f"steps={config.steps}: the run in {run} has taken {taken} already; use steps={taken} or more, another run_dir, "
-            "or resume=PATH of an earlier checkpoint"
+            f"steps={config.steps}: the run in {run} has taken {taken} already; use steps={taken}"
+            " or more, another run_dir, or resume=PATH of an earlier checkpoint"
         )
         return
     changes = taken > 0 and before != config.steps and config.schedule.extend is None

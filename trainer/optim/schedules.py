@@ -1,8 +1,8 @@
 """The learning rate of a step, as a fraction of its peak: pure functions of (step, steps).
 
-`step` counts from 1, the step about to be taken; `steps` is the length of the run. Every schedule rises linearly over
-`warmup_steps` (step 1 trains already, step `warmup_steps` has the peak; a longer warm-up than the run never gets there)
-and is `final` at the last step.
+`step` counts from 1, the step about to be taken; `steps` is the length of the run. Every schedule
+rises linearly over `warmup_steps` (step 1 trains already, step `warmup_steps` has the peak; a
+longer warm-up than the run never gets there) and is `final` at the last step.
 """
 
 import math
@@ -51,7 +51,8 @@ class LinearSchedule:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Warm-up, then half a cosine down to `final` of the peak (Loshchilov & Hutter 2017, arXiv:1608.03983, one period).
+    """Warm-up, then half a cosine down to `final` of the peak (Loshchilov & Hutter 2017,
+    arXiv:1608.03983, one period).
 
     Raises:
         ValueError: negative warmup_steps, or `final` outside [0, 1].
@@ -74,10 +75,11 @@ class Cosine:
 
 @dataclass(frozen=True)
 class WarmupStableDecay:
-    """Warm-up, the peak, then down to `final` over the last `decay_steps`: a run may be lengthened before they begin.
+    """Warm-up, the peak, then down to `final` over the last `decay_steps`: a run may be lengthened
+    before they begin.
 
-    The way down is 1 - sqrt(progress), which Haegele et al. 2024 (arXiv:2405.18392) found better than a straight line;
-    the shape of the whole is that of Hu et al. 2024 (arXiv:2404.06395).
+    The way down is 1 - sqrt(progress), which Haegele et al. 2024 (arXiv:2405.18392) found better
+    than a straight line; the shape of the whole is that of Hu et al. 2024 (arXiv:2404.06395).
 
     Raises:
         ValueError: negative steps, or `final` outside [0, 1].
@@ -99,7 +101,9 @@ class WarmupStableDecay:
         opens = max(self.warmup_steps, steps - self.decay_steps)
         if step <= opens:
             return 1.0
-        return self.final_ratio + (1.0 - self.final_ratio) * (1.0 - math.sqrt(_progress(step, opens, steps)))
+        return self.final_ratio + (1.0 - self.final_ratio) * (
+            1.0 - math.sqrt(_progress(step, opens, steps))
+        )
 
 
 def _progress(step: int, opens: int, closes: int) -> float:
@@ -114,4 +118,7 @@ def _check_steps(name: str, count: int) -> None:
 
 def _check_final(final: float) -> None:
     if not 0.0 <= final <= 1.0:
-        raise ValueError(f"schedule.final_ratio={final} is a fraction of the peak learning rate and must lie in [0, 1]")
+        raise ValueError(
+            f"schedule.final_ratio={final} is a fraction of the peak learning rate and must lie in"
+            " [0, 1]"
+        )

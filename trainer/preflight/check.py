@@ -1,6 +1,8 @@
-"""Whether a config can be honoured, before any rank starts: every fault at once, each with the fact and a way out.
+"""Whether a config can be honoured, before any rank starts: every fault at once, each with the fact
+and a way out.
 
-Cheap questions come first, but all are asked. What is not built yet is refused by name here, in one table a setting.
+Cheap questions come first, but all are asked. What is not built yet is refused by name here, in one
+table a setting.
 """
 
 from collections.abc import Collection, Iterator
@@ -22,7 +24,6 @@ from trainer.preflight.check_parts import check_built_model, check_nodes, too_lo
 
 NO_MEMORY = MemoryConfig.model_fields["target"].default
 MATCHES = ("none", "parameters", "flops")
-ENGINES = {name: f"parallel.engines.{name}.{name.capitalize()}" for name in ("single", "fsdp", "deepspeed")}
 LAUNCHES = ("local", "multinode", "slurm")
 
 
@@ -38,16 +39,32 @@ def check_config(
 
     Args:
         config: what to judge.
-        given: keys and groups that the user set by hand; only those can be wishes that nobody takes.
+        given: keys and groups that the user set by hand; only those can be wishes that nobody
+            takes.
         mended: keys whose value was a fault already and was put back; nothing more is said of them.
         known: messages found before; they come first.
-        started: ranks that somebody else has started already; None when this machine starts them. starter: who that was.
+        started: ranks that somebody else has started already; None when this machine starts them.
+            starter: who that was.
     """
     faults = [*known, *check_writable(config)]
     if len(faults) > len(known):
         return faults
-    carried = check_machine(config) if started is None else check_outer_launcher(config, started, starter)
-    asked = (check_sizes, size_limits.tokens, check_scope, check_parallel, check_engine_settings, run_dir.check_run_dir, unfit, judge_labels, check_nodes, check_data, misused)
+    carried = (
+        check_machine(config) if started is None else check_outer_launcher(config, started, starter)
+    )
+    asked = (
+        check_sizes,
+        size_limits.tokens,
+        check_scope,
+        check_parallel,
+        check_engine_settings,
+        run_dir.check_run_dir,
+        unfit,
+        judge_labels,
+        check_nodes,
+        check_data,
+        misused,
+    )
     answers = (each(config) for each in asked)
     for answer in (carried, *answers):
         faults += [each for each in answer if not any(key in each for key in mended)]
@@ -64,12 +81,14 @@ def require_valid(config: Config) -> None:
 
 def check_sizes(config: Config) -> Iterator[str]:
     """Sizes that have to fit one another."""
-    model, rows = config.model, config.batch_tokens / config.context_length
+    model = config.model
+    rows = config.batch_tokens / config.context_length
     if rows != int(rows):
         low = max(1, int(rows)) * config.context_length
         yield (
-            f"batch_tokens={config.batch_tokens} is no multiple of context_length={config.context_length}; "
-            f"use batch_tokens={low}, or another context_length"
+            f"batch_tokens={config.batch_tokens} is no multiple of"
+            f" context_length={config.context_length}; use batch_tokens={low}, or another"
+            " context_length"
         )
     if model.width % model.heads:
         near = -(-model.width // model.heads) * model.heads
@@ -89,8 +108,9 @@ def check_sizes(config: Config) -> Iterator[str]:
         each = -(-int(rows) // config.parallel.data)
         if config.parallel.micro_batch > each:
             yield (
-                f"parallel.micro_batch={config.parallel.micro_batch}, but a step has {each} rows for each data rank "
-                f"(batch_tokens / context_length / parallel.data); use parallel.micro_batch={each}"
+                f"parallel.micro_batch={config.parallel.micro_batch}, but a step has {each} rows"
+                " for each data rank (batch_tokens / context_length / parallel.data); use"
+                f" parallel.micro_batch={each}"
             )
 
 
@@ -105,31 +125,41 @@ def check_scope(config: Config) -> Iterator[str]:
     ]
     for key, wish, there, instead in tables:
         if wish not in there:
-            yield f"{key}={wish} is not built yet; use {key}={instead} (there is: {', '.join(there)})"
+            yield (
+                f"{key}={wish} is not built yet; use {key}={instead} (there is: {', '.join(there)})"
+            )
     for key, wish in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline)):
         if wish != 1:
             yield (
-                f"parallel.{key}={wish}: {key} parallelism is out of Longspan's scope; use parallel.{key}=1, share the "
-                f"sequence with parallel.context={wish}, and the parameters with engine=fsdp"
+                f"parallel.{key}={wish}: {key} parallelism is out of Longspan's scope; use"
+                f" parallel.{key}=1, share the sequence with parallel.context={wish}, and the"
+                " parameters with engine=fsdp"
             )
 
 
 def check_parallel(config: Config) -> Iterator[str]:
-    """Whether a sequence can be shared as asked, and whether the ranks make the groups that experts and replicas need."""
+    """Whether a sequence can be shared as asked, and whether the ranks make the groups that experts
+    and replicas need."""
     parallel = config.parallel
     yield from shape_errors(parallel.ranks, parallel.experts, config.engine.replicate or 1)
-    heads, context = config.model.heads, parallel.context
-    if parallel.method == "heads" and context > heads:
+    heads = config.model.heads
+    context = parallel.context
+    if parallel.method == "ulysses" and context > heads:
         yield (
-            f"parallel.method=ulysses over {context} ranks needs {context} query heads, but model.heads={heads}; "
-            f"use parallel.method=ring, or parallel.context={heads}"
+            f"parallel.method=ulysses over {context} ranks needs {context} query heads, but"
+            f" model.heads={heads}; use parallel.method=ring, or parallel.context={heads}"
         )
     if parallel.method == "usp" and (parallel.ulysses or 1) > heads:
         yield (
-            f"parallel.ulysses={parallel.ulysses} divides query heads among {parallel.ulysses} ranks, but model.heads={heads}; "
-            f"use parallel.ulysses={heads} or fewer, and more in parallel.ring"
+            f"parallel.ulysses={parallel.ulysses} divides query heads among {parallel.ulysses}"
+            f" ranks, but model.heads={heads}; use parallel.ulysses={heads} or fewer, and more in"
+            " parallel.ring"
         )
-    grid = {key: size for key, size in (("heads", parallel.ulysses), ("ring", parallel.ring)) if size is not None}
+    grid = {
+        key: size
+        for key, size in (("ulysses", parallel.ulysses), ("ring", parallel.ring))
+        if size is not None
+    }
     if parallel.method != "usp":
         for key, size in grid.items():
             yield (
@@ -137,9 +167,13 @@ def check_parallel(config: Config) -> Iterator[str]:
                 f"but parallel.method={parallel.method}; use parallel.{key}=null"
             )
     elif len(grid) < 2:
-        yield f"parallel.method=usp needs parallel.ulysses and parallel.ring; their product must be parallel.context={context}"
+        yield (
+            "parallel.method=usp needs parallel.ulysses and parallel.ring; their product must be"
+            f" parallel.context={context}"
+        )
     elif parallel.ulysses and parallel.ring and parallel.ulysses * parallel.ring != context:
         yield (
-            f"parallel.ulysses={parallel.ulysses} x parallel.ring={parallel.ring} is {parallel.ulysses * parallel.ring}, but "
-            f"parallel.context={context}; use parallel.context={parallel.ulysses * parallel.ring}"
+            f"parallel.ulysses={parallel.ulysses} x parallel.ring={parallel.ring} is"
+            f" {parallel.ulysses * parallel.ring}, but parallel.context={context}; use"
+            f" parallel.context={parallel.ulysses * parallel.ring}"
         )

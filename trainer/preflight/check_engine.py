@@ -1,4 +1,5 @@
-"""What engine=deepspeed cannot honour, asked by the check before any rank starts; DeepSpeed itself is not imported."""
+"""What engine=deepspeed cannot honour, asked by the check before any rank starts; DeepSpeed itself
+is not imported."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -12,16 +13,19 @@ from trainer.config import instantiate
 from trainer.config.schema import Config
 from trainer.errors import UserError
 from trainer.launch.elastic import machine_limits
-from trainer.preflight import check_engine
-from trainer.preflight.check import ENGINES
 
 
 def check_replicas(config: Config) -> Iterator[str]:
-    """Activations that are to wait in the host's memory, and are there already. A batch job has the GPUs that it asks for."""
+    """Activations that are to wait in the host's memory, and are there already. A batch job has the
+    GPUs that it asks for."""
     gpus = config.launch.gpus if config.launch.name == "slurm" else machine_limits()[1]
     if config.engine.offload_activations and gpus == 0:
         yield AT_HOME
 
+
+ENGINES = {
+    name: f"parallel.engines.{name}.{name.capitalize()}" for name in ("single", "fsdp", "deepspeed")
+}
 MUON = "trainer.optim.muon.Muon"
 
 
@@ -38,8 +42,9 @@ def check_deepspeed(config: Config) -> Iterator[str]:
     )
     if _stage(config) and config.optim.target == MUON:
         yield (
-            f"optim=muon with engine.zero_stage={_stage(config)}: DeepSpeed cuts parameters up into flat pieces, and Muon needs "
-            "whole matrices; use optim=adamw, or engine=fsdp, which gathers them"
+            f"optim=muon with engine.zero_stage={_stage(config)}: DeepSpeed cuts parameters up into"
+            " flat pieces, and Muon needs whole matrices; use optim=adamw, or engine=fsdp, which"
+            " gathers them"
         )
 
 
@@ -49,8 +54,8 @@ def check_deepspeed_model(config: Config, model: nn.Module) -> Iterator[str]:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 0:
             yield (
-                f"engine=deepspeed: {name} is a parameter without dims, which DeepSpeed cannot hold; give it the shape [1], "
-                "or use engine=fsdp"
+                f"engine=deepspeed: {name} is a parameter without dims, which DeepSpeed cannot"
+                " hold; give it the shape [1], or use engine=fsdp"
             )
 
 
@@ -70,16 +75,19 @@ def check_engine_settings(config: Config) -> Iterator[str]:
         yield SELECTIVE
     yield from check_replicas(config)
     if asked.name == "deepspeed":
-        yield from check_engine.check_deepspeed(config)
+        yield from check_deepspeed(config)
     for key, value, owner in (
-        ("zero", asked.zero_stage, "deepspeed"),
+        ("zero_stage", asked.zero_stage, "deepspeed"),
         ("offload", asked.offload, "deepspeed"),
         ("reshard_after_forward", asked.reshard_after_forward, "fsdp"),
-        ("replicas", asked.replicate, "fsdp"),
+        ("replicate", asked.replicate, "fsdp"),
     ):
         if value is not None and asked.name != owner:
             shown = str(value).lower()
-            yield f"engine.{key}={shown} is a setting of engine={owner}, but engine={asked.name}; use engine={owner}"
+            yield (
+                f"engine.{key}={shown} is a setting of engine={owner}, but engine={asked.name}; use"
+                f" engine={owner}"
+            )
 
 
 def check_engine_class(target: str) -> Iterator[str]:
@@ -90,4 +98,7 @@ def check_engine_class(target: str) -> Iterator[str]:
         yield str(fault)
         return
     if not issubclass(kind, Engine):
-        yield f"engine._target_={target}: {kind.__name__} is no engine; leave engine._target_ out, or name a class of that kind"
+        yield (
+            f"engine._target_={target}: {kind.__name__} is no engine; leave engine._target_ out, or"
+            " name a class of that kind"
+        )

@@ -1,4 +1,5 @@
-"""Wishes that would be dropped without a word, because the model or the data has no place for them: each is a fault."""
+"""Wishes that would be dropped without a word, because the model or the data has no place for them:
+each is a fault."""
 
 from collections.abc import Iterator
 
@@ -6,20 +7,24 @@ from torch import nn
 
 from models.convolution.hyena import Hyena
 from parallel.engines.base import blocks_of
-from trainer.config import build_model, instantiate
+from trainer.config import build_model
+from trainer.config.node_checks import as_node
 from trainer.config.schema import Config
 from trainer.data.sources.base import build_source
 from trainer.errors import UserError
-from trainer.evaluation.sample_tokens import beginning
+from trainer.evaluation.generate import beginning
 
 
 def check_position_places(config: Config) -> Iterator[str]:
     """Layers that were asked for of a model that takes none."""
     try:
-        places = {place: build_model.model_takes(config, place) for place in ("mixers", "feedforwards")}
+        places = {
+            place: build_model.model_takes(config, place) for place in ("mixers", "feedforwards")
+        }
     except UserError:  # there is no such class, which is said elsewhere
         return
-    asked, kind = config.model, config.model.target.rpartition(".")[2]
+    asked = config.model
+    kind = config.model.target.rpartition(".")[2]
     for key, wish, place in (
         ("mixer", config.mixer, "mixers"),
         ("model.pattern", asked.pattern, "mixers"),
@@ -29,18 +34,22 @@ def check_position_places(config: Config) -> Iterator[str]:
         ("model.feedforwards", asked.feedforwards, "feedforwards"),
     ):
         if wish and not places[place]:
-            yield f"{key} is set, but {kind} takes no {place}; leave {key} out, or use a decoder, for example model=full"
+            yield (
+                f"{key} is set, but {kind} takes no {place}; leave {key} out, or use a decoder, for"
+                " example model=full"
+            )
 
 
 def check_whole_only(config: Config, model: nn.Module) -> Iterator[str]:
     """What is done block by block, of a model that has no blocks."""
     if blocks_of(model):
         return
-    kind, engine = type(model).__name__, config.engine
+    kind = type(model).__name__
+    engine = config.engine
     if engine.checkpointing != "none":
         yield (
-            f"engine.checkpointing={engine.checkpointing} computes blocks again, and {kind} has none; "
-            "use engine.checkpointing=none"
+            f"engine.checkpointing={engine.checkpointing} computes blocks again, and {kind} has"
+            " none; use engine.checkpointing=none"
         )
     if engine.compile:
         yield f"engine.compile=true compiles blocks, and {kind} has none; use engine.compile=false"
@@ -57,7 +66,7 @@ def check_lengths(config: Config, model: nn.Module) -> Iterator[str]:
     if not wish.every or not wish.sample_tokens:
         return
     try:
-        start = len(beginning(build_source(instantiate.plain(config.data)).tokenizer(), wish.prompt))
+        start = len(beginning(build_source(as_node(config.data)).tokenizer(), wish.prompt))
     except ValueError:  # said elsewhere
         return
     limits = {who: limit for module in model.modules() for who, limit in _limits(module)}
@@ -69,13 +78,16 @@ def check_lengths(config: Config, model: nn.Module) -> Iterator[str]:
         return
     way = f"use evaluation.sample_tokens={room}" if room > 0 else "use a shorter evaluation.prompt"
     yield (
-        f"evaluation.sample_tokens={wish.sample_tokens}: a sample of so many tokens after {start} of the prompt is longer than the "
-        f"{limits[who]} that {who} can take; {way}, or a larger context_length"
+        f"evaluation.sample_tokens={wish.sample_tokens}: a sample of so many tokens after {start}"
+        f" of the prompt is longer than the {limits[who]} that {who} can take; {way}, or a larger"
+        " context_length"
     )
 
 
 def _limits(module: nn.Module) -> Iterator[tuple[str, int]]:
     """(class, longest document) of a layer that has such a limit."""
-    most = module.filter.length if isinstance(module, Hyena) else getattr(module, "max_length", None)
+    most = (
+        module.filter.length if isinstance(module, Hyena) else getattr(module, "max_length", None)
+    )
     if isinstance(most, int):
         yield type(module).__name__, most

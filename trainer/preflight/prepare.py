@@ -25,10 +25,11 @@ def load_config(
 ) -> Config:
     """The checked config of a command line, its widths fitted where `match=` asks for that.
 
-    started: ranks that somebody else has started already; None when they are ours to start. starter: who that was.
+    started: ranks that somebody else has started already; None when they are ours to start.
+    starter: who that was.
     say: is told what was fitted.
-    dropped: is told which settings reach no part, with the sentence that refuses each, where that is no fault (a job of a
-    sweep, whose other jobs take them).
+    dropped: is told which settings reach no part, with the sentence that refuses each, where that
+    is no fault (a job of a sweep, whose other jobs take them).
     here: changes what was asked for into what this machine has to do of it.
 
     Raises:
@@ -37,7 +38,9 @@ def load_config(
     asked = compose(words)
     if asked.config is None:
         raise UserError("\n".join(asked.faults))
-    config, said, unfit = here(asked.config) if here else asked.config, "", []
+    config = here(asked.config) if here else asked.config
+    said = ""
+    unfit = []
     if not asked.faults:
         try:
             config, said = match_sizes(config, words)
@@ -64,27 +67,36 @@ def create_run_dir(config: Config) -> tuple[Config, Path]:
 
 
 def write_record(config: Config, path: Path) -> None:
-    """Write the run's record, once the directory is locked; Fault when another run got there first."""
+    """Write the run's record, once the directory is locked; Fault when another run got there
+    first."""
     if faults := run_dir.check_run_dir(config):
         raise UserError("\n".join(faults))
     run_dir.record(path, config)
 
 
 def rendezvous_of(config: Config, path: Path) -> Nodes | None:
-    """The machines that share the run in `path`; None where it has one. The folder's name is what they meet under."""
+    """The machines that share the run in `path`; None where it has one. The folder's name is what
+    they meet under."""
     wish = config.launch
     if wish.name != "multinode":
         return None
     assert wish.rdzv_endpoint is not None and wish.node_rank is not None, "the check asks for both"
-    name, secret = f"longspan-{path.name}", shared_secret(path)
-    return Nodes(wish.nodes, wish.node_rank, wish.rdzv_endpoint, wish.address, name, wish.timeout_s, secret)
+    name = f"longspan-{path.name}"
+    secret = shared_secret(path)
+    return Nodes(
+        wish.nodes, wish.node_rank, wish.rdzv_endpoint, wish.address, name, wish.timeout_s, secret
+    )
 
 
 def dry_run(config: Config, command: Sequence[str]) -> str:
     """What launch.dry_run says instead of starting."""
     spread = f"parallel.context={config.parallel.context} x parallel.data={config.parallel.data}"
     path = config.run_dir or f"{run_dir.fresh_path(config.name)} (a fresh one)"
-    machines = f", {config.launch.nodes} machines that meet at {config.launch.rdzv_endpoint}" if config.launch.nodes > 1 else ""
+    machines = (
+        f", {config.launch.nodes} machines that meet at {config.launch.rdzv_endpoint}"
+        if config.launch.nodes > 1
+        else ""
+    )
     rows = f"{config.rows} rows of {config.context_length}"
     return "\n".join(
         [

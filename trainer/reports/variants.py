@@ -12,7 +12,8 @@ SEED = "seed="
 
 
 class Spread(NamedTuple):
-    """A mean over runs, and their standard deviation (n - 1); NaN where it is not known, or of one run."""
+    """A mean over runs, and their standard deviation (n - 1); NaN where it is not known, or of one
+    run."""
 
     mean: float
     deviation: float
@@ -22,9 +23,8 @@ class Spread(NamedTuple):
 class Variant:
     """Runs of the same settings, whatever their seed.
 
-    Attributes:
-        name: the settings that set it apart, without the seed.
-        runs: all of them. counted: those that figures are taken over: the finished ones, or, where none is, what there is.
+    Attributes: name: the settings that set it apart, without the seed. runs: all of them. counted:
+        those that figures are taken over: the finished ones, or, where none is, what there is.
     """
 
     name: str
@@ -55,7 +55,8 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 def variants(runs: Sequence[RunRecord]) -> list[Variant]:
-    """Best first: by held-out loss, where there is none by training loss, and those without any last."""
+    """Best first: by held-out loss, where there is none by training loss, and those without any
+    last."""
     found: dict[str, list[RunRecord]] = {}
     for run in runs:
         plain = " ".join(word for word in run.label.split(" ") if not word.startswith(SEED))
@@ -69,7 +70,8 @@ def _goodness(variant: Variant) -> tuple[bool, float, str]:
 
 
 def quality(variant: Variant) -> Spread:
-    """What a variant is judged by: its held-out loss, or its training loss where nothing was held out."""
+    """What a variant is judged by: its held-out loss, or its training loss where nothing was held
+    out."""
     held_out = variant.spread(lambda run: run.held_out)
     return variant.spread(lambda run: run.loss) if math.isnan(held_out.mean) else held_out
 
@@ -80,4 +82,6 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
     def beaten(one: tuple[float, float]) -> bool:
         return any(other != one and other[0] <= one[0] and other[1] <= one[1] for other in points)
 
-    return sorted((at for at, one in enumerate(points) if not beaten(one)), key=lambda at: points[at])
+    return sorted(
+        (at for at, one in enumerate(points) if not beaten(one)), key=lambda at: points[at]
+    )

@@ -1,4 +1,5 @@
-"""A batch of jobs: judged together before any starts, then run side by side, each in a directory of its own."""
+"""A batch of jobs: judged together before any starts, then run side by side, each in a directory of
+its own."""
 
 import json
 import os
@@ -22,14 +23,22 @@ from trainer.texts import quoted
 
 JOB_OF = "--job-of"  # hidden: the sweep's process number, then a run's settings
 TWICE = "{} is the folder of several jobs; hydra.sweep.subdir must tell them apart"
-BATCH = "launch=slurm hands over a run at a time, and -m waits for its jobs; submit a script with the whole sweep in it"
+BATCH = (
+    "launch=slurm hands over a run at a time, and -m waits for its jobs; submit a script with the"
+    " whole sweep in it"
+)
 ONE_ID = "wandb.id and WANDB_RUN_ID name one run of W&B, and -m starts several; leave them out"
 APART = ("name", "run_dir", "resume", "launch", "log", "wandb")
-BLIND = "evaluation.every=0, but a search goes by held-out loss; use for example evaluation.every=50"
+BLIND = (
+    "evaluation.every=0, but a search goes by held-out loss; use for example evaluation.every=50"
+)
 
 
-def check_jobs(jobs: Sequence[Job], known: Sequence[Job], plan: SweepPlan, effective: dict[int, str]) -> dict[int, Config]:
-    """The config of each job, by number; `effective` is filled with what each comes to, see essential.
+def check_jobs(
+    jobs: Sequence[Job], known: Sequence[Job], plan: SweepPlan, effective: dict[int, str]
+) -> dict[int, Config]:
+    """The config of each job, by number; `effective` is filled with what each comes to, see
+    essential.
 
     Raises:
         Fault: everything that is wrong with any of them, and of which jobs that is true.
@@ -49,8 +58,8 @@ def check_jobs(jobs: Sequence[Job], known: Sequence[Job], plan: SweepPlan, effec
                 dropped=lambda keys, job=job: idle.update({job.number: keys}),
             )
         except UserError as fault:
-            for each in str(fault).splitlines():
-                faults.setdefault(each, []).append(job)
+            for splitline in str(fault).splitlines():
+                faults.setdefault(splitline, []).append(job)
             continue
         if configs[job.number].launch.name == "slurm":
             faults.setdefault(BATCH, []).append(job)
@@ -59,12 +68,24 @@ def check_jobs(jobs: Sequence[Job], known: Sequence[Job], plan: SweepPlan, effec
             faults.setdefault(ONE_ID, []).append(job)
         if plan.searches and not configs[job.number].evaluation.every:
             faults.setdefault(BLIND, []).append(job)
-    for key in set.intersection(*(set(keys) for keys in idle.values())) if idle and len(idle) == len(jobs) else ():
+    for key in (
+        set.intersection(*(set(keys) for keys in idle.values()))
+        if idle and len(idle) == len(jobs)
+        else ()
+    ):
         faults.setdefault(idle[jobs[0].number][key], []).extend(jobs)
     if faults:
         names = varied(jobs)
-        told = {fault: "; ".join(f"job {job.number}: {names[job.number]}" for job in of) for fault, of in faults.items()}
-        raise UserError("\n".join(f"{fault} ({told[fault]})" if len(of) < len(jobs) else fault for fault, of in faults.items()))
+        told = {
+            fault: "; ".join(f"job {job.number}: {names[job.number]}" for job in of)
+            for fault, of in faults.items()
+        }
+        raise UserError(
+            "\n".join(
+                f"{fault} ({told[fault]})" if len(of) < len(jobs) else fault
+                for fault, of in faults.items()
+            )
+        )
     for each in said:
         print(each)
     for job in jobs:
@@ -75,7 +96,8 @@ def check_jobs(jobs: Sequence[Job], known: Sequence[Job], plan: SweepPlan, effec
 
 
 def essential(config: Config, idle: Collection[str]) -> str:
-    """The config as text without what makes no other run: names, folders, the console, and settings that reach no part."""
+    """The config as text without what makes no other run: names, folders, the console, and settings
+    that reach no part."""
     tree = {key: value for key, value in plain_config(config).items() if key not in APART}
     for key in idle:
         *road, last = key.split(".")
@@ -99,12 +121,17 @@ def twins(jobs: Sequence[Job], effective: dict[int, str]) -> dict[int, int]:
 
 
 def arguments(job: Job) -> list[str]:
-    """What the command of a job is given; the directory may hold signs that Hydra reads as its own."""
-    return [*(each.lstrip("+") for each in job.settings), f"run_dir={quoted(str(job.directory))}"]
+    """What the command of a job is given; the directory may hold signs that Hydra reads as its
+    own."""
+    return [
+        *(setting.lstrip("+") for setting in job.settings),
+        f"run_dir={quoted(str(job.directory))}",
+    ]
 
 
 def labels(config: Config, own: Sequence[str], group: str) -> list[str]:
-    """Under what W&B shows a job, where the user names nothing: the sweep's folder as group, what varies as name and tags.
+    """Under what W&B shows a job, where the user names nothing: the sweep's folder as group, what
+    varies as name and tags.
 
     Signs that Hydra would read as its own are left out, and what is longer than W&B takes is cut.
     """
@@ -123,10 +150,12 @@ def labels(config: Config, own: Sequence[str], group: str) -> list[str]:
 
 
 class JobBatch:
-    """Jobs that run side by side; says of each when it starts and how it ended, and writes that into its directory.
+    """Jobs that run side by side; says of each when it starts and how it ended, and writes that
+    into its directory.
 
     Args:
-        jobs: those to run, and their configs. before: how each ended the last time. owns: the settings that set each apart.
+        jobs: those to run, and their configs. before: how each ended the last time. owns: the
+            settings that set each apart.
         command: what starts one run. group: the name of the sweep.
     """
 
@@ -140,7 +169,10 @@ class JobBatch:
         group: str,
     ):
         self.jobs = {job.number: job for job in jobs}
-        self.configs, self.before, self.owns, self.group = configs, before, owns, group
+        self.configs = configs
+        self.before = before
+        self.owns = owns
+        self.group = group
         self.command = [*command, JOB_OF, str(os.getpid())]
         self.read: dict[int, int] = {}  # how much of its output was there before
 
@@ -161,14 +193,18 @@ class JobBatch:
         print(f"job {number} starts: {' '.join(self.owns[number])}", flush=True)
 
     def _ended(self, number: int, end: FinishedProcess) -> None:
-        job, was = self.jobs[number], self.before[number]
+        job = self.jobs[number]
+        was = self.before[number]
         kind = DONE if end.code == WELL else STOPPED if end.stopped else FAILED
         last = self._last(number) if kind == FAILED else ""
         seconds = end.seconds + (was.seconds if was else 0)
         JobOutcome(list(job.settings), kind, end.code, seconds, last).write(job.directory)
         found = read_figures(job.directory)
         if kind == FAILED:
-            told = f"FAILED with exit status {end.code}: {last}; all it said is in {job.directory / OUTPUT}"
+            told = (
+                f"FAILED with exit status {end.code}: {last}; all it said is in"
+                f" {job.directory / OUTPUT}"
+            )
         else:
             told = f"{kind}: loss {found.loss:.4f}, held-out loss {found.held_out_loss:.4f}"
         print(f"job {number} {told}, {end.seconds:.0f} s", flush=True)

@@ -1,4 +1,5 @@
-"""hydra/launcher=torchrun: what Hydra's sweepers hand their jobs to; every job is a torchrun launch."""
+"""hydra/launcher=torchrun: what Hydra's sweepers hand their jobs to; every job is a torchrun
+launch."""
 
 import importlib
 import sys
@@ -25,8 +26,8 @@ NUMBERED = "${hydra.job.num}"  # Hydra's own name for the folder of a job
 class SweepPlan:
     """What Hydra's part of the config says of a sweep.
 
-    ranks: of all jobs that run at once; None = as many as the machine has. searches: the values that jobs return decide
-    over what comes next.
+    ranks: of all jobs that run at once; None = as many as the machine has. searches: the values
+    that jobs return decide over what comes next.
     """
 
     directory: Path
@@ -53,21 +54,36 @@ class TorchrunLauncher(Launcher):
     def __init__(self, ranks: int | None = None):
         self.ranks = ranks
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
         """Called by the sweeper, before it makes any job."""
         self.sweep: SweepHandler = task_function  # pyright: ignore[reportAttributeAccessIssue]
-        self.loader, self.config = hydra_context.config_loader, config
+        self.loader = hydra_context.config_loader
+        self.config = config
         sweeper = config.hydra.sweeper
         more = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
         searches = not sweeper._target_.endswith(".BasicSweeper")
-        settings = [*OmegaConf.to_container(config.hydra.overrides.task, resolve=False), *more]  # pyright: ignore
+        settings = [
+            *OmegaConf.to_container(config.hydra.overrides.task, resolve=False),
+            *more,
+        ]  # pyright: ignore
         self.sweep.begin(SweepPlan(Path(config.hydra.sweep.dir), settings, self.ranks, searches))
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run a batch; a job that failed carries its exception, and the sweeper decides what to make of it."""
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Run a batch; a job that failed carries its exception, and the sweeper decides what to
+        make of it."""
         jobs = [
-            Job(number, tuple(settings), Path(self.config.hydra.sweep.dir) / self._folder(number, settings))
-            for number, settings in enumerate((list(map(_null, each)) for each in job_overrides), initial_job_idx)
+            Job(
+                number,
+                tuple(settings),
+                Path(self.config.hydra.sweep.dir) / self._folder(number, settings),
+            )
+            for number, settings in enumerate(
+                (list(map(_null, job_override)) for job_override in job_overrides), initial_job_idx
+            )
         ]
         return [self._told(job, value) for job, value in zip(jobs, self.sweep.batch(jobs))]
 
@@ -82,7 +98,9 @@ class TorchrunLauncher(Launcher):
 
     def _told(self, job: Job, value: float | Exception) -> JobReturn:
         told: Any = JobReturn()
-        told.overrides, told.working_dir, told.task_name = job.settings, str(job.directory), "trainer"
+        told.overrides = job.settings
+        told.working_dir = str(job.directory)
+        told.task_name = "trainer"
         told.status = JobStatus.FAILED if isinstance(value, Exception) else JobStatus.COMPLETED
         told.return_value = value
         return told
@@ -94,7 +112,8 @@ def _null(setting: str) -> str:
 
 
 def register(plugin: type[Plugin], module: str = "longspan") -> None:
-    """Make a plugin known to Hydra, as hydra_plugins.MODULE.NAME: it takes plugins from that package only."""
+    """Make a plugin known to Hydra, as hydra_plugins.MODULE.NAME: it takes plugins from that
+    package only."""
     plugins = Plugins.instance()  # first, for it searches the package
     try:
         package = importlib.import_module(PACKAGE)

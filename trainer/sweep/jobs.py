@@ -1,4 +1,5 @@
-"""The jobs of a sweep as their directories show them: settings, how each ended, its figures, and one table of all."""
+"""The jobs of a sweep as their directories show them: settings, how each ended, its figures, and
+one table of all."""
 
 import json
 import math
@@ -13,8 +14,11 @@ from trainer.logs.figures import read_figures
 from trainer.logs.redact import word_without_secrets
 from trainer.safe_files import replace_inside
 
-OUTCOME, OUTPUT = "outcome.json", "output.txt"
-DONE, FAILED, STOPPED = "done", "failed", "stopped"
+OUTCOME = "outcome.json"
+OUTPUT = "output.txt"
+DONE = "done"
+FAILED = "failed"
+STOPPED = "stopped"
 SILENT = ("launch.", "log.", "wandb.")  # settings that make no other run
 HEAD = ("job", "settings", "loss", "held-out loss", "tokens/s", "peak memory", "seconds", "outcome")
 
@@ -30,9 +34,11 @@ class Job:
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """How a job ended, as its directory tells; there is none before it did, however often it started.
+    """How a job ended, as its directory tells; there is none before it did, however often it
+    started.
 
-    outcome: done, failed or stopped. seconds: of all its starts together. message: the last line of a job that failed.
+    outcome: done, failed or stopped. seconds: of all its starts together. message: the last line of
+    a job that failed.
     """
 
     settings: list[str]
@@ -58,28 +64,37 @@ def outcome(job: Job) -> JobOutcome | None:
     try:
         told = JobOutcome(**json_object(path, follow=False))
     except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove it, and job {job.number} runs again") from error
+        raise UserError(
+            f"{path} cannot be read ({error}); remove it, and job {job.number} runs again"
+        ) from error
     if essence(told.settings) != essence(job.settings):
         raise UserError(
-            f"job {job.number} would be {' '.join(essence(job.settings))}, but {job.directory} holds "
-            f"{' '.join(essence(told.settings))}; give another hydra.sweep.dir (a search repeats itself only with "
-            "hydra.sweeper.sampler.seed=NUMBER)"
+            f"job {job.number} would be {' '.join(essence(job.settings))}, but {job.directory}"
+            f" holds {' '.join(essence(told.settings))}; give another hydra.sweep.dir (a search"
+            " repeats itself only with hydra.sweeper.sampler.seed=NUMBER)"
         )
     return told
 
 
 def essence(settings: Sequence[str]) -> list[str]:
     """The settings that make the run what it is, as a user writes them."""
-    plain = [each.lstrip("+") for each in settings]
+    plain = [setting.lstrip("+") for setting in settings]
     return [each for each in plain if not each.startswith(SILENT)]
 
 
 def own(jobs: Sequence[Job]) -> dict[int, list[str]]:
-    """By job: the settings in which the jobs differ, fit to be shown; those of one job alone are all its own."""
+    """By job: the settings in which the jobs differ, fit to be shown; those of one job alone are
+    all its own."""
     counts = Counter(each for job in jobs for each in essence(job.settings))
-    differ = {job.number: [each for each in essence(job.settings) if counts[each] < len(jobs)] for job in jobs}
+    differ = {
+        job.number: [each for each in essence(job.settings) if counts[each] < len(jobs)]
+        for job in jobs
+    }
     named = {job.number: differ[job.number] or essence(job.settings) for job in jobs}
-    return {number: [word_without_secrets(setting) for setting in settings] for number, settings in named.items()}
+    return {
+        number: [word_without_secrets(setting) for setting in settings]
+        for number, settings in named.items()
+    }
 
 
 def varied(jobs: Sequence[Job]) -> dict[int, str]:
@@ -92,8 +107,15 @@ def table(jobs: Sequence[Job]) -> str:
     names = varied(jobs)
     rows: list[tuple[str, ...]] = [HEAD]
     for job in sorted(jobs, key=lambda job: job.number):
-        told, found = outcome(job), read_figures(job.directory)
-        ended = "not started" if told is None else told.outcome if told.outcome != FAILED else f"failed ({told.code})"
+        told = outcome(job)
+        found = read_figures(job.directory)
+        ended = (
+            "not started"
+            if told is None
+            else told.outcome
+            if told.outcome != FAILED
+            else f"failed ({told.code})"
+        )
         rows.append(
             (
                 str(job.number),
@@ -108,8 +130,16 @@ def table(jobs: Sequence[Job]) -> str:
         )
     widths = [max(map(len, column)) for column in zip(*rows)]
     left = [column in (0, 1, len(HEAD) - 1) for column in range(len(HEAD))]
-    rows.insert(1, tuple("-" * width if at else "-" * (width - 1) + ":" for width, at in zip(widths, left)))
-    cells = [[cell.ljust(width) if at else cell.rjust(width) for cell, width, at in zip(row, widths, left)] for row in rows]
+    rows.insert(
+        1, tuple("-" * width if at else "-" * (width - 1) + ":" for width, at in zip(widths, left))
+    )
+    cells = [
+        [
+            cell.ljust(width) if at else cell.rjust(width)
+            for cell, width, at in zip(row, widths, left)
+        ]
+        for row in rows
+    ]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 

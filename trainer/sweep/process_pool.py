@@ -1,4 +1,5 @@
-"""Commands run side by side, as many as a machine's ranks allow; a signal stops them all, and they may save."""
+"""Commands run side by side, as many as a machine's ranks allow; a signal stops them all, and they
+may save."""
 
 import contextlib
 import os
@@ -23,8 +24,8 @@ from trainer.safe_files import open_inside
 class ProcessTask:
     """A command.
 
-    Attributes:
-        command: program and arguments. ranks: how many it starts. output: a file that its output is appended to.
+    Attributes: command: program and arguments. ranks: how many it starts. output: a file that its
+        output is appended to.
     """
 
     command: Sequence[str]
@@ -54,10 +55,17 @@ class Slots:
     def __init__(self, ranks: int | None):
         cores, gpus = machine_limits()
         if gpus and ranks and ranks > gpus:
-            raise UserError(f"hydra.launcher.ranks={ranks}, but this machine has {gpus} GPUs; use at most {gpus}")
+            raise UserError(
+                f"hydra.launcher.ranks={ranks}, but this machine has {gpus} GPUs; use at most"
+                f" {gpus}"
+            )
         self.many = ranks or gpus or cores
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        self.free = (seen.split(",") if seen else [str(gpu) for gpu in range(gpus)])[: self.many] if gpus else None
+        self.free = (
+            (seen.split(",") if seen else [str(gpu) for gpu in range(gpus)])[: self.many]
+            if gpus
+            else None
+        )
         self.threads = max(1, cores // self.many)
         self.taken = 0
 
@@ -71,7 +79,8 @@ class Slots:
         more = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.threads))}
         if self.free is None:
             return {**os.environ, **more}, []
-        own, self.free = self.free[:ranks], self.free[ranks:]
+        own = self.free[:ranks]
+        self.free = self.free[ranks:]
         return {**os.environ, **more, "CUDA_VISIBLE_DEVICES": ",".join(own)}, own
 
     def give(self, ranks: int, own: list[str]) -> None:
@@ -82,7 +91,8 @@ class Slots:
 
 
 class ProcessPool:
-    """Runs tasks side by side, first come, first served; a smaller one may pass a larger that has no room yet.
+    """Runs tasks side by side, first come, first served; a smaller one may pass a larger that has
+    no room yet.
 
     Args:
         slots: places for their ranks.
@@ -90,18 +100,28 @@ class ProcessPool:
         ended: told its number and how it ended.
     """
 
-    def __init__(self, slots: Slots, began: Callable[[int], None], ended: Callable[[int, FinishedProcess], None]):
-        self.slots, self.began, self.ended = slots, began, ended
-        self.events: SimpleQueue[Any] = SimpleQueue()  # the numbers of tasks that ended, and signals
+    def __init__(
+        self,
+        slots: Slots,
+        began: Callable[[int], None],
+        ended: Callable[[int, FinishedProcess], None],
+    ):
+        self.slots = slots
+        self.began = began
+        self.ended = ended
+        self.events: SimpleQueue[Any] = (
+            SimpleQueue()
+        )  # the numbers of tasks that ended, and signals
         self.running: dict[int, tuple[subprocess.Popen[bytes], float, int, list[str]]] = {}
 
     def run(self, tasks: dict[int, ProcessTask]) -> signal.Signals | None:
         """Run all tasks, by number; returns the signal that stopped them early, if one did.
 
-        SIGTERM, SIGINT, SIGHUP or SIGQUIT sends SIGTERM to every task that runs, starts no other, and waits for those to end; a
-        second SIGINT ends them at once.
+        SIGTERM, SIGINT, SIGHUP or SIGQUIT sends SIGTERM to every task that runs, starts no other,
+        and waits for those to end; a second SIGINT ends them at once.
         """
-        waiting, heard = dict(tasks), []
+        waiting = dict(tasks)
+        heard = []
         with self._listening(), self._none_left():
             while waiting or self.running:
                 for number in [] if heard else [*waiting]:
@@ -120,7 +140,12 @@ class ProcessPool:
         """From the main thread, for the kernel ties a task's life to the thread that started it."""
         environment, own = self.slots.take(task.ranks)
         self.began(number)
-        with open(open_inside(task.output.parent, task.output.name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as output:
+        with open(
+            open_inside(
+                task.output.parent, task.output.name, os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            ),
+            "ab",
+        ) as output:
             process = subprocess.Popen(
                 task.command,
                 stdin=subprocess.DEVNULL,

@@ -1,7 +1,9 @@
-"""python -m trainer -m KEY=VALUE,VALUE ...: every combination a run of its own, and one table at the end.
+"""python -m trainer -m KEY=VALUE,VALUE ...: every combination a run of its own, and one table at
+the end.
 
-Hydra's sweepers say which jobs there are; here they are judged before any starts, run side by side, each as the command
-that a user would give, and what ended well is not run again when the sweep goes on.
+Hydra's sweepers say which jobs there are; here they are judged before any starts, run side by side,
+each as the command that a user would give, and what ended well is not run again when the sweep goes
+on.
 """
 
 import contextlib
@@ -34,7 +36,9 @@ from trainer.sweep.hydra_launcher import SweepPlan
 from trainer.sweep.jobs import DONE, Job, essence, outcome, own, table
 from trainer.sweep.process_pool import Slots
 
-RECORD, TABLE, COMPOSED = "sweep.json", "table.md", "multirun.yaml"
+RECORD = "sweep.json"
+TABLE = "table.md"
+COMPOSED = "multirun.yaml"
 COMMAND = (sys.executable, "-u", "-m", "trainer")
 
 
@@ -43,7 +47,9 @@ def _recorded(record: Path) -> list[str]:
     try:
         return [str(word) for word in json_object(record, follow=False)["settings"]]
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{record} cannot be read ({error}); give another hydra.sweep.dir, or remove that file") from error
+        raise UserError(
+            f"{record} cannot be read ({error}); give another hydra.sweep.dir, or remove that file"
+        ) from error
 
 
 class SweepFailed(Exception):
@@ -66,7 +72,8 @@ def run_sweep(words: Sequence[str], command: Sequence[str] = COMMAND) -> int:
         command: what starts one run.
 
     Raises:
-        Fault: a setting of any job cannot be honoured, no setting has several values, or the directory is another's.
+        Fault: a setting of any job cannot be honoured, no setting has several values, or the
+            directory is another's.
     """
     faults: list[str] = []
     settings = sweep_words([word for word in words if word not in MANY], faults)
@@ -74,7 +81,8 @@ def run_sweep(words: Sequence[str], command: Sequence[str] = COMMAND) -> int:
         raise UserError("\n".join(faults))
     hydra_launcher.register(hydra_launcher.TorchrunLauncher)
     with ExitStack() as held:
-        running, code = Sweep(command, held), WELL
+        running = Sweep(command, held)
+        code = WELL
         with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
             hydra: Any = GlobalHydra.instance().hydra
         try:
@@ -98,12 +106,16 @@ def _plainly(error: Exception, words: Sequence[str]) -> str:
     if "hydra/sweeper" in said:
         return f"{said}; pip install 'longspan[sweep]' brings hydra/sweeper=optuna"
     if "does not support sweep type" in said:
-        return f"{' '.join(words)}: intervals are for a search; add hydra/sweeper=optuna, or list the values"
+        return (
+            f"{' '.join(words)}: intervals are for a search; add hydra/sweeper=optuna, or list the"
+            " values"
+        )
     return said
 
 
 class Sweep:
-    """The jobs of a sweep, in the place of Hydra's task function: the launcher hands them over in batches.
+    """The jobs of a sweep, in the place of Hydra's task function: the launcher hands them over in
+    batches.
 
     Args:
         command: what starts one run.
@@ -111,7 +123,8 @@ class Sweep:
     """
 
     def __init__(self, command: Sequence[str], held: ExitStack):
-        self.command, self.held = command, held
+        self.command = command
+        self.held = held
         self.jobs: list[Job] = []
         self.plan: SweepPlan | None = None
         self.fresh = True
@@ -120,17 +133,27 @@ class Sweep:
         """Refuse a sweep that is none, and take its directory."""
         parser = OverridesParser.create()
         if not any(each.is_sweep_override() for each in parser.parse_overrides(plan.settings)):
-            raise UserError("-m runs one job for each value, but no setting has several; write for example model=full,sliding")
-        self.plan, record, self.fresh = plan, plan.directory / RECORD, not plan.directory.exists()
+            raise UserError(
+                "-m runs one job for each value, but no setting has several; write for example"
+                " model=full,sliding"
+            )
+        self.plan = plan
+        record = plan.directory / RECORD
+        self.fresh = not plan.directory.exists()
         if record.is_file():
             was = _recorded(record)
             if was != essence(plan.settings):
                 raise UserError(
-                    f"hydra.sweep.dir={plan.directory} holds the sweep {' '.join(was)}; give those settings again, or "
-                    "another hydra.sweep.dir"
+                    f"hydra.sweep.dir={plan.directory} holds the sweep {' '.join(was)}; give those"
+                    " settings again, or another hydra.sweep.dir"
                 )
-        elif plan.directory.is_file() or (plan.directory.is_dir() and any(plan.directory.iterdir())):
-            raise UserError(f"hydra.sweep.dir={plan.directory} holds something that is no sweep; name another folder")
+        elif plan.directory.is_file() or (
+            plan.directory.is_dir() and any(plan.directory.iterdir())
+        ):
+            raise UserError(
+                f"hydra.sweep.dir={plan.directory} holds something that is no sweep; name another"
+                " folder"
+            )
 
     def _take(self, plan: SweepPlan) -> None:
         """Be the only sweep in the directory, and record which it is."""
@@ -139,10 +162,15 @@ class Sweep:
             self.held.enter_context(run_dir.lock(plan.directory))
         except UserError as fault:
             raise UserError(str(fault).replace("run_dir", "hydra.sweep.dir")) from fault
-        replace_inside(plan.directory, RECORD, json.dumps({"settings": essence(plan.settings)}, indent=2) + "\n")
+        replace_inside(
+            plan.directory,
+            RECORD,
+            json.dumps({"settings": essence(plan.settings)}, indent=2) + "\n",
+        )
 
     def batch(self, jobs: Sequence[Job]) -> list[float | Exception]:
-        """The held-out loss of each job, or why there is none; a grid does not care and goes on with NaN."""
+        """The held-out loss of each job, or why there is none; a grid does not care and goes on
+        with NaN."""
         assert self.plan is not None
         if not jobs:
             raise UserError("no job comes of these settings; one of them has no value")
@@ -151,7 +179,8 @@ class Sweep:
         effective: dict[int, str] = {}
         done = len(jobs) - len(left)
         configs = check_jobs(left, self.jobs, self.plan, effective)
-        same, numbers = twins(left, effective), {job.number: job for job in left}
+        same = twins(left, effective)
+        numbers = {job.number: job for job in left}
         for number, other in same.items():
             print(f"job {number} comes to the same run as job {other}, which is run for both")
         left = [job for job in left if job.number not in same]
@@ -162,8 +191,13 @@ class Sweep:
             self._take(self.plan)
         self.jobs += jobs
         ready = f", {done} of them done already" if done else ""
-        print(f"{len(jobs)} jobs in {self.plan.directory}{ready}; up to {slots.many} ranks at once", flush=True)
-        stopped = JobBatch(left, configs, before, own(jobs), self.command, self.plan.directory.resolve().name).run(slots)
+        print(
+            f"{len(jobs)} jobs in {self.plan.directory}{ready}; up to {slots.many} ranks at once",
+            flush=True,
+        )
+        stopped = JobBatch(
+            left, configs, before, own(jobs), self.command, self.plan.directory.resolve().name
+        ).run(slots)
         if stopped is not None:
             raise SweepStopped(stopped)
         for number, other in same.items():
@@ -181,12 +215,16 @@ class Sweep:
         """Say what would be started."""
         for job in jobs:
             ranks = f"{configs[job.number].parallel.ranks} rank(s)"
-            print(f"job {job.number}: {ranks}, {job.directory}: {shlex.join([*self.command, *arguments(job)])}")
+            print(
+                f"job {job.number}: {ranks}, {job.directory}:"
+                f" {shlex.join([*self.command, *arguments(job)])}"
+            )
         print("nothing was started (launch.dry_run=true)")
         return DryRunShown()
 
     def tidy(self) -> None:
-        """Leave nothing of a sweep that did not begin; Hydra's sweeper makes the folder before it makes the jobs."""
+        """Leave nothing of a sweep that did not begin; Hydra's sweeper makes the folder before it
+        makes the jobs."""
         if self.plan is not None and self.fresh and not self.jobs:
             (self.plan.directory / COMPOSED).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
@@ -199,10 +237,16 @@ class Sweep:
         replace_inside(self.plan.directory, TABLE, told + "\n")
         print(told)
         ended = [outcome(job) for job in self.jobs]
-        left = [job.number for job, each in zip(self.jobs, ended) if each is None or each.outcome != DONE]
+        left = [
+            job.number
+            for job, each in zip(self.jobs, ended)
+            if each is None or each.outcome != DONE
+        ]
         if left:
             again = [word for word in words if not word.startswith("hydra.sweep.dir=")]
-            command = shlex.join(["python", "-m", "trainer", *again, f"hydra.sweep.dir={self.plan.directory}"])
+            command = shlex.join(
+                ["python", "-m", "trainer", *again, f"hydra.sweep.dir={self.plan.directory}"]
+            )
             which = f"{len(left)} of {len(ended)} jobs not done ({', '.join(map(str, left))})"
             print(f"{which}; to go on with those: {command}", file=sys.stderr)
         return code or (BUG if left else WELL)

@@ -1,6 +1,8 @@
-"""Ranks forked from a process that has imported everything, and used again: a case costs no import of torch.
+"""Ranks forked from a process that has imported everything, and used again: a case costs no import
+of torch.
 
-The process that forks computes no gradient itself and holds no process group, so that what is forked starts clean.
+The process that forks computes no gradient itself and holds no process group, so that what is
+forked starts clean.
 """
 
 import multiprocessing as mp
@@ -25,7 +27,8 @@ JOBS = 25  # a crew does before it is replaced: each leaves process groups, whos
 
 
 class Answer(NamedTuple):
-    """What came of a job: a value of each rank, or a trace of the first that failed; `late` where none came in time."""
+    """What came of a job: a value of each rank, or a trace of the first that failed; `late` where
+    none came in time."""
 
     values: list[Any]
     trace: str = ""
@@ -49,21 +52,27 @@ class Crew:
         self.processes: list[Any] = []
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, self.folder, os.getpid(), there), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, size, self.folder, os.getpid(), there), daemon=True
+            )
             process.start()
             there.close()
             self.pipes.append(here)
             self.processes.append(process)
 
     def run(self, work: Callable[..., Any], arguments: Sequence[Any], seconds: float) -> Answer:
-        """work(rank, *arguments) on every rank. After an answer without values the crew is of no further use."""
+        """work(rank, *arguments) on every rank. After an answer without values the crew is of no
+        further use."""
         self.jobs += 1
         for pipe in self.pipes:
             pipe.send((work, tuple(arguments)))
         values: dict[int, Any] = {}
         end = time.monotonic() + seconds
         while len(values) < self.size:
-            ready = wait([pipe for rank, pipe in enumerate(self.pipes) if rank not in values], end - time.monotonic())
+            ready = wait(
+                [pipe for rank, pipe in enumerate(self.pipes) if rank not in values],
+                end - time.monotonic(),
+            )
             if not ready:
                 return Answer([], f"no answer in {seconds:g} s", late=True)
             for pipe in ready:
@@ -97,7 +106,9 @@ class Crews:
         self.folder = folder
         self.crews: dict[int, Crew] = {}
 
-    def run(self, size: int, work: Callable[..., Any], *arguments: Any, seconds: float = 60.0) -> Answer:
+    def run(
+        self, size: int, work: Callable[..., Any], *arguments: Any, seconds: float = 60.0
+    ) -> Answer:
         """work(rank, *arguments) on `size` ranks."""
         crew = self.crews.get(size) or self.crews.setdefault(size, Crew(size, self.folder))
         answer = crew.run(work, arguments, seconds)
@@ -112,10 +123,13 @@ class Crews:
         self.crews.clear()
 
 
-def beside(lanes: int, work: Callable[..., None], session: Any, cases: Sequence[Any]) -> Iterator[Any]:
+def beside(
+    lanes: int, work: Callable[..., None], session: Any, cases: Sequence[Any]
+) -> Iterator[Any]:
     """What `lanes` forked processes tell, as it comes: each does work(take, tell, session, cases).
 
-    take: the number of the next case that nobody took, None after the last. Raises RuntimeError where one dies.
+    take: the number of the next case that nobody took, None after the last. Raises RuntimeError
+    where one dies.
     """
     context = mp.get_context("fork")
     following = context.Value("i", 0)
@@ -168,11 +182,13 @@ def _serve(rank: int, size: int, folder: Path, parent: int, pipe: Connection) ->
     output = os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (for the life of the process)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
     read_by_deepspeed = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
-    os.environ.update({key: str(value) for key, value in read_by_deepspeed.items()}, GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(
+        {key: str(value) for key, value in read_by_deepspeed.items()}, GLOO_SOCKET_IFNAME="lo"
+    )
     store = dist.FileStore(str(folder / "store"), size)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     while True:

@@ -1,4 +1,5 @@
-"""Random runs over everything that the configs offer, most of them valid: the parts themselves say what fits them."""
+"""Random runs over everything that the configs offer, most of them valid: the parts themselves say
+what fits them."""
 
 import importlib
 import re
@@ -31,8 +32,16 @@ LENGTHS = (1, 2, 3, 5, 8, 13, 16, 24, 33, 48, 64)
 LARGEST_CREW = 4
 SIZES = (1, 2, 3, 4, 5, 8)  # of windows, blocks and the like: shorter than a row, or longer
 LOCAL = ("segments", "lookup", "compressive")  # memories that stand beside the heads of attention
-DISCRETE = ("switch", "moe_topk", "compressed", "lsh", "lookup")  # they choose: where rounding differs, other things
-SMOOTH = "optim.eps=0.001"  # Adam's steps are then no signs, that turn with the last bit of a small gradient
+DISCRETE = (
+    "switch",
+    "moe_topk",
+    "compressed",
+    "lsh",
+    "lookup",
+)  # they choose: where rounding differs, other things
+SMOOTH = (  # Adam's steps are then no signs, that turn with the last bit of a small gradient
+    "optim.eps=0.001"
+)
 TEXT = ("files", "hub", "stdlib")
 LATER = (  # what a run imports on its way
     "matplotlib.backends.backend_agg",
@@ -45,7 +54,8 @@ LATER = (  # what a run imports on its way
 
 
 class Draw(NamedTuple):
-    """A random run: the settings that one rank has too, those of the run that is spread, and its ranks."""
+    """A random run: the settings that one rank has too, those of the run that is spread, and its
+    ranks."""
 
     common: list[str]
     spread: list[str]
@@ -58,8 +68,19 @@ def options(group: str) -> list[str]:
 
 
 def import_parts() -> None:
-    """Import the modules of all that the configs offer, so that what is forked has them, and all from the same day."""
-    for group in ("model", "mixer", "position", "memory", "data", "objective", "optim", "schedule", "engine"):
+    """Import the modules of all that the configs offer, so that what is forked has them, and all
+    from the same day."""
+    for group in (
+        "model",
+        "mixer",
+        "position",
+        "memory",
+        "data",
+        "objective",
+        "optim",
+        "schedule",
+        "engine",
+    ):
         for path in sorted((CONF / group).glob("*.yaml")):
             for target in re.findall(r"_target_: ([\w.]+)", path.read_text("utf-8")):
                 importlib.import_module(target.rpartition(".")[0])
@@ -80,7 +101,11 @@ def kind_of(group: str, name: str) -> type:
 
 def settings_of(group: str, name: str) -> dict[str, Any]:
     """The settings that the yaml of an option lists, with their values."""
-    return {key: value for key, value in part(group, name).items() if key not in (TARGET, "name", "defaults")}
+    return {
+        key: value
+        for key, value in part(group, name).items()
+        if key not in (TARGET, "name", "defaults")
+    }
 
 
 def words_of(kind: str) -> tuple[Any, ...]:
@@ -103,7 +128,9 @@ def draw_run(random: Random, folder: Path, documents: str) -> Draw:
     chosen = _layers(random, memory, precision)
     chosen += [f"memory={memory}", *_sized(random, "memory", memory)] if memory != "none" else []
     text = memory != "none" or random.random() < 0.85
-    source = "files" if text else random.choice([name for name in options("data") if name not in TEXT])
+    source = (
+        "files" if text else random.choice([name for name in options("data") if name not in TEXT])
+    )
     length = random.choice(LENGTHS) if text else longest(source) + random.choice((0, 1, 5))
     rows = random.choice((1, 2, 3, 5)) if length < 100 else data
     heads = random.choice((1, 2, 4))
@@ -112,7 +139,11 @@ def draw_run(random: Random, folder: Path, documents: str) -> Draw:
     common.append(f"model.kv_heads={random.choice([n for n in (1, 2, 4) if heads % n == 0])}")
     common += [f"context_length={length}", f"batch_tokens={length * rows}", f"data={source}"]
     common += [f"data.path={documents}", f"data.cache={folder / 'cache'}"] if text else []
-    common += ["evaluation.every=3", "evaluation.batches=1"] if random.random() < 0.25 else ["evaluation.every=0"]
+    common += (
+        ["evaluation.every=3", "evaluation.batches=1"]
+        if random.random() < 0.25
+        else ["evaluation.every=0"]
+    )
     if low:
         common.append(SMOOTH)
     elif random.random() < 0.1:
@@ -123,7 +154,9 @@ def draw_run(random: Random, folder: Path, documents: str) -> Draw:
         common += _objective(random, common, length)
     spread = _ranks(random, context, data, heads)
     if random.random() < 0.4:
-        spread.append(f"parallel.micro_batch={random.choice([n for n in (1, 2) if n <= -(-rows // data)])}")
+        spread.append(
+            f"parallel.micro_batch={random.choice([n for n in (1, 2) if n <= -(-rows // data)])}"
+        )
     spread += _engine(random, engine, precision, context * data)
     if {"model=switch", "model=moe_topk"} & set(common) and engine != "deepspeed":
         spread += [f"parallel.experts={random.choice((1, context * data))}"]
@@ -139,14 +172,18 @@ def longest(source: str) -> int:
 def _layers(random: Random, memory: str, precision: str) -> list[str]:
     """The mixer, or the whole model, and a position where the mixer takes one."""
     if memory == "none" and random.random() < 0.2:
-        return [f"model={random.choice([name for name in options('model') if fits(name, precision)])}"]
+        return [
+            f"model={random.choice([name for name in options('model') if fits(name, precision)])}"
+        ]
     mixers = [name for name in options("mixer") if fits(name, precision)]
     if memory in LOCAL:
         mixers = [name for name in mixers if _beside(kind_of("mixer", name))]
     mixer = random.choice(mixers)
     words = [f"mixer={mixer}", *_sized(random, "mixer", mixer)]
     if "position" in parameters(kind_of("mixer", mixer)) and random.random() < 0.7:
-        position = random.choice([name for name in options("position") if memory == "none" or name != "learned"])
+        position = random.choice(
+            [name for name in options("position") if memory == "none" or name != "learned"]
+        )
         words += [f"position={position}", *_sized(random, "position", position)]
     return words
 
@@ -161,7 +198,8 @@ def _beside(mixer: type) -> bool:
 
 
 def _sized(random: Random, group: str, name: str) -> list[str]:
-    """The sizes of an option, most of them drawn anew: as they stand they exceed every row of these runs."""
+    """The sizes of an option, most of them drawn anew: as they stand they exceed every row of these
+    runs."""
     words = []
     for key, value in settings_of(group, name).items():
         if key == "segment":
@@ -189,7 +227,9 @@ def _ranks(random: Random, context: int, data: int, heads: int) -> list[str]:
     if context == 1:
         return spread
     divided = _either(ParallelConfig, "ulysses", "heads")
-    method = random.choice([word for word in words_of("method") if word != divided or context <= heads])
+    method = random.choice(
+        [word for word in words_of("method") if word != divided or context <= heads]
+    )
     spread += [f"parallel.method={method}", f"parallel.layout={random.choice(words_of('layout'))}"]
     if method == "usp":
         inner = random.choice([n for n in (1, 2, 3, 4) if context % n == 0 and n <= heads])
@@ -203,7 +243,9 @@ def _engine(random: Random, engine: str, precision: str, ranks: int) -> list[str
         stage = random.choice([n for n in range(4) if n or precision != "bfloat16"])
         spread.append(f"engine.{_either(EngineConfig, 'zero_stage', 'zero')}={stage}")
     if engine == "fsdp" and random.random() < 0.3:
-        spread.append(random.choice(("engine.reshard_after_forward=false", f"engine.replicate={ranks}")))
+        spread.append(
+            random.choice(("engine.reshard_after_forward=false", f"engine.replicate={ranks}"))
+        )
     if random.random() < 0.2:
         spread.append(f"engine.checkpointing={random.choice(('full', 'selective'))}")
     return spread

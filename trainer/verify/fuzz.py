@@ -1,9 +1,11 @@
-"""The fuzzer: a run spread at random gives what one rank gives, or is refused; a mistyped setting is one message.
+"""The fuzzer: a run spread at random gives what one rank gives, or is refused; a mistyped setting
+is one message.
 
-Three steps of each, losses and gradient norms of all of them. Float64 agrees to its last digits. In float32 and
-bfloat16 (and with DeepSpeed, which has no float64) the truth is one rank of engine=single in the same precision, and
-Adam divides by no less than `SMOOTH` says, so that a gradient near zero moves no weight by its sign alone. Everything
-is decided by the seed and the number of the case, so that a finding is repeated by its two numbers.
+Three steps of each, losses and gradient norms of all of them. Float64 agrees to its last digits. In
+float32 and bfloat16 (and with DeepSpeed, which has no float64) the truth is one rank of
+engine=single in the same precision, and Adam divides by no less than `SMOOTH` says, so that a
+gradient near zero moves no weight by its sign alone. Everything is decided by the seed and the
+number of the case, so that a finding is repeated by its two numbers.
 """
 
 import math
@@ -36,7 +38,11 @@ from trainer.verify.draw import LARGEST_CREW, SMALL, draw_run, import_parts
 from trainer.verify.mistype import draw_mistakes
 from trainer.verify.whole_runs import write_documents
 
-TOLERANCE = {"float64": (1e-9, 1e-9), "float32": (1e-4, 1e-3), "bfloat16": (2e-2, 1e-1)}  # of losses, of gradient norms
+TOLERANCE = {
+    "float64": (1e-9, 1e-9),
+    "float32": (1e-4, 1e-3),
+    "bfloat16": (2e-2, 1e-1),
+}  # of losses, of gradient norms
 STEPS = 3
 ATTEMPTS = 5  # draws of a case until one is not refused
 CHECK_S = 120.0  # a wish is judged within this time, on a machine that others use as well
@@ -62,7 +68,8 @@ class Fuzz:
     """
 
     def __init__(self, folder: Path, seed: int):
-        self.folder, self.seed = folder, seed
+        self.folder = folder
+        self.seed = seed
         self.documents = write_documents(folder / "text")
         usual = compose(SMALL).config  # reads and keeps the configs, before they are forked
         assert usual is not None
@@ -80,7 +87,9 @@ class Fuzz:
         """Random runs, spread and on one rank."""
         for number in numbers:
             for attempt in range(ATTEMPTS):
-                draw = draw_run(Random(f"run {self.seed} {number} {attempt}"), self.folder, self.documents)
+                draw = draw_run(
+                    Random(f"run {self.seed} {number} {attempt}"), self.folder, self.documents
+                )
                 words = [*draw.common, *draw.spread]
                 many = self._judged([*words, f"run_dir={self.folder / f'{number}-many'}"], fitted)
                 if isinstance(many, Config):
@@ -96,13 +105,17 @@ class Fuzz:
 
     def _compare(self, number: int, many: Config) -> str | None:
         """What is wrong with a run, or None."""
-        here, there = self.folder / f"{number}-one", self.folder / f"{number}-many"
-        one = many.model_copy(update={"parallel": ParallelConfig(), "engine": self.single, "run_dir": str(here)})
+        here = self.folder / f"{number}-one"
+        there = self.folder / f"{number}-many"
+        one = many.model_copy(
+            update={"parallel": ParallelConfig(), "engine": self.single, "run_dir": str(here)}
+        )
         answer = self.crews.run(1, judge_again, one, seconds=CHECK_S)
         if answer.trace or answer.values[0]:
             self.outcomes["refused on one rank alone"] += 1
             return f"one rank is refused, many are not: {answer.trace or answer.values[0]}"
-        told, ends = [], []
+        told = []
+        ends = []
         for config, place in ((many, there), (one, here)):
             place.mkdir()
             answer = self._run(config, config.parallel.ranks, place)
@@ -129,21 +142,34 @@ class Fuzz:
         for step, (a, b) in enumerate(zip(many, one), 1):
             for name, allowed in zip(("loss", "grad_norm"), TOLERANCE[config.precision]):
                 off = _apart(a[name], b[name])
-                self.worst[config.precision, name] = max(off, self.worst.get((config.precision, name), 0.0))
+                self.worst[config.precision, name] = max(
+                    off, self.worst.get((config.precision, name), 0.0)
+                )
                 if not off <= allowed:
                     self.outcomes["differs"] += 1
-                    return f"step {step}: {name} {a[name]!r}, on one rank {b[name]!r} (relative difference {off:.1e})"
+                    return (
+                        f"step {step}: {name} {a[name]!r}, on one rank {b[name]!r} (relative"
+                        f" difference {off:.1e})"
+                    )
         self.outcomes[f"equal in {config.precision}"] += 1
         return None
 
     def mistakes(self, numbers: Iterable[int]) -> Iterator[Finding]:
-        """Mistyped settings: judged by the parent's check; what passes is run; a few are starts of their own."""
+        """Mistyped settings: judged by the parent's check; what passes is run; a few are starts of
+        their own."""
         base = [*SMALL, "steps=2", "model.width=16", "model.heads=2", "context_length=16"]
-        base += ["batch_tokens=32", "evaluation.every=0", "data=files", f"data.path={self.documents}"]
+        base += [
+            "batch_tokens=32",
+            "evaluation.every=0",
+            "data=files",
+            f"data.path={self.documents}",
+        ]
         base += [f"data.cache={self.folder / 'cache'}"]
         for number in numbers:
             place = self.folder / f"{number}-mistake"
-            words = draw_mistakes(Random(f"mistake {self.seed} {number}"), [*base, f"run_dir={place}"])
+            words = draw_mistakes(
+                Random(f"mistake {self.seed} {number}"), [*base, f"run_dir={place}"]
+            )
             what = self._real(words) if number % REAL == REAL - 1 else self._mistake(words, place)
             if what:
                 yield Finding(number, words[len(base) + 1 :], what)
@@ -187,7 +213,11 @@ class Fuzz:
             )
         except subprocess.TimeoutExpired:
             return f"no end in {RUN_S:g} s"
-        if "Traceback" in done.stdout + done.stderr or done.returncode not in (0, BAD_CONFIG, BAD_RUN):
+        if "Traceback" in done.stdout + done.stderr or done.returncode not in (
+            0,
+            BAD_CONFIG,
+            BAD_RUN,
+        ):
             return f"exit status {done.returncode}: {_brief(done.stderr)}"
         return None
 
@@ -199,7 +229,11 @@ class Fuzz:
     def _refusal(self, told: str) -> str | None:
         """None where a refusal is one as it should be."""
         code, _, message = told.partition(": ")
-        if code in (str(BAD_CONFIG), str(BAD_RUN)) and message.strip() and "Traceback" not in message:
+        if (
+            code in (str(BAD_CONFIG), str(BAD_RUN))
+            and message.strip()
+            and "Traceback" not in message
+        ):
             self.outcomes["refused"] += 1
             return None
         self.outcomes["check broke"] += 1
@@ -228,7 +262,8 @@ def judge_again(rank: int, config: Config) -> str:
 
 
 def start(rank: int, config: Config, place: Path) -> int | str:
-    """In a rank: what the command does after its check, then the run; '3: message' where that ends it."""
+    """In a rank: what the command does after its check, then the run; '3: message' where that ends
+    it."""
     try:
         if config.launch.dry_run:
             return len(dry_run(config, [])) * 0
@@ -244,7 +279,8 @@ def start(rank: int, config: Config, place: Path) -> int | str:
 
 
 def ended(rank: int, config: Config, size: int, place: Path) -> int | str:
-    """In a rank: the whole run; '3: message' where a fault of data or loss ends it, the run directory left out."""
+    """In a rank: the whole run; '3: message' where a fault of data or loss ends it, the run
+    directory left out."""
     try:
         return live(rank, config, size, place)
     except UserError as fault:
@@ -264,7 +300,8 @@ def rows(place: Path) -> list[dict[str, Any]]:
 
 
 def _apart(a: float | None, b: float | None) -> float:
-    """Relative difference of what two rows say; a step without any target has no loss, and must have none in either."""
+    """Relative difference of what two rows say; a step without any target has no loss, and must
+    have none in either."""
     if a is None or b is None:
         return 0.0 if a is b else math.inf
     return abs(a - b) / max(abs(b), 1e-6)
@@ -280,28 +317,44 @@ def _brief(trace: str) -> str:
 def fuzz(
     folder: Path, seed: int, many: int, mistakes: int, say: Callable[[str], None], lanes: int = 2
 ) -> list[Finding]:
-    """`many` random runs and `mistakes` mistyped ones; says each finding as it comes, and last how many were what.
+    """`many` random runs and `mistakes` mistyped ones; says each finding as it comes, and last how
+    many were what.
 
     lanes: processes that each take the next case when they are done with one.
     """
     session = Fuzz(folder, seed)
-    cases = [("run", number) for number in range(many)] + [("mistake", number) for number in range(mistakes)]
-    findings, outcomes, worst = [], Counter(), {}
+    cases = [("run", number) for number in range(many)] + [
+        ("mistake", number) for number in range(mistakes)
+    ]
+    findings = []
+    outcomes = Counter()
+    worst = {}
     for told in beside(lanes, _lane, session, cases):
         if isinstance(told, tuple):
             counted, differences = told
             outcomes.update(counted)
-            worst = {key: max(worst.get(key, 0.0), differences.get(key, 0.0)) for key in {*worst, *differences}}
+            worst = {
+                key: max(worst.get(key, 0.0), differences.get(key, 0.0))
+                for key in {*worst, *differences}
+            }
         else:
             kind, finding = told
             findings.append(finding)
-            say(f"seed={seed} {kind} {finding.number}: {finding.what}\n    {' '.join(finding.words)}")
+            say(
+                f"seed={seed} {kind} {finding.number}: {finding.what}\n   "
+                f" {' '.join(finding.words)}"
+            )
     say(", ".join(f"{count} {name}" for name, count in outcomes.most_common()))
-    say("largest differences: " + ", ".join(f"{' '.join(key)} {off:.1e}" for key, off in sorted(worst.items())))
+    say(
+        "largest differences: "
+        + ", ".join(f"{' '.join(key)} {off:.1e}" for key, off in sorted(worst.items()))
+    )
     return findings
 
 
-def _lane(take: Callable[[], int | None], tell: Callable[[Any], None], session: Fuzz, cases: list[Any]) -> None:
+def _lane(
+    take: Callable[[], int | None], tell: Callable[[Any], None], session: Fuzz, cases: list[Any]
+) -> None:
     """In a forked process: cases one after the other, on ranks of its own."""
     session.crews = Crews(session.folder)
     try:

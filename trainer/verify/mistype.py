@@ -14,8 +14,23 @@ from trainer.verify.draw import options, settings_of
 OF_PARTS = ("mixer", "position", "memory", "optim", "schedule", "objective")
 GROUPS = (*OF_PARTS, "model", "data", "engine", "launch", "experiment")
 UNTOUCHED = ("run_dir", "name")  # or a case would write anywhere
-ONLY_STRANGE = ("wandb.mode", "engine.compile")  # their own words ask a network, or compile for minutes
-MISUSES = ("=", "a=b=c", "steps", "steps=", "=3", "steps=3,4", "--steps", "steps = 3", "hydra.run.dir=/", "\n", "@x=1")
+ONLY_STRANGE = (
+    "wandb.mode",
+    "engine.compile",
+)  # their own words ask a network, or compile for minutes
+MISUSES = (
+    "=",
+    "a=b=c",
+    "steps",
+    "steps=",
+    "=3",
+    "steps=3,4",
+    "--steps",
+    "steps = 3",
+    "hydra.run.dir=/",
+    "\n",
+    "@x=1",
+)
 STRANGE = (
     "null", "true", "false", "0", "-1", "1", "2", "3.5", "-0.0", "1e30", "1e400", "nan", "inf", "-inf", "abc", "''",
     "[]", "{}", "[1,2]", "[abc]", "{a:1}", "9223372036854775808", "99999999999999999999999999", "1e-30", "0.1", "none",
@@ -25,7 +40,8 @@ STRANGE = (
 
 
 def draw_mistakes(random: Random, base: Sequence[str]) -> list[str]:
-    """A run's settings with one or two of them changed: half of the cases to something that may be meant."""
+    """A run's settings with one or two of them changed: half of the cases to something that may be
+    meant."""
     words = list(base)
     change = _plausible if random.random() < 0.55 else _mistake
     for _ in range(random.choice((1, 1, 2))):
@@ -85,18 +101,26 @@ def _field(key: str) -> tuple[Any, Any]:
     for name in key.split("."):
         if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
             return None, None
-        info = next((each for own, each in kind.model_fields.items() if name in (own, each.alias)), None)
+        info = next(
+            (each for own, each in kind.model_fields.items() if name in (own, each.alias)), None
+        )
         if info is None:
             return None, None
         kinds = (info.annotation, *get_args(info.annotation))
-        kind = next((each for each in kinds if isinstance(each, type) and issubclass(each, BaseModel)), info.annotation)
-    default = info.default if isinstance(info.default, bool | int | float | str | list | tuple) else None
+        kind = next(
+            (each for each in kinds if isinstance(each, type) and issubclass(each, BaseModel)),
+            info.annotation,
+        )
+    default = (
+        info.default if isinstance(info.default, bool | int | float | str | list | tuple) else None
+    )
     return info.annotation, default
 
 
 def _mistake(random: Random) -> list[str]:
     """What nobody may mean."""
-    kind, key = random.random(), random.choice(keys())
+    kind = random.random()
+    key = random.choice(keys())
     if kind < 0.55:
         return [f"{key}={random.choice(STRANGE)}"]
     if kind < 0.75:  # a setting of a node, of a part that is chosen for it
@@ -105,7 +129,12 @@ def _mistake(random: Random) -> list[str]:
         node = random.choice(sorted(settings_of(group, part)) or ["length"])
         return [f"{group}={part}", f"{group}.{node}={random.choice(STRANGE)}"]
     if kind < 0.85:
-        return [random.choice((key[:-1], key + "x", key.replace(".", ""), f"+{key}", f"~{key}", key.upper())) + "=1"]
+        return [
+            random.choice(
+                (key[:-1], key + "x", key.replace(".", ""), f"+{key}", f"~{key}", key.upper())
+            )
+            + "=1"
+        ]
     if kind < 0.93:
         return [f"{random.choice(GROUPS)}={random.choice(STRANGE)}"]
     return [random.choice(MISUSES)]

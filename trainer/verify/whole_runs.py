@@ -1,6 +1,8 @@
-"""The promise, on whole runs: every step's loss is the same however the sequence, the rows and the parameters are spread.
+"""The promise, on whole runs: every step's loss is the same however the sequence, the rows and the
+parameters are spread.
 
-A case is a set of overrides; the first is the truth. `scripts/agree.py` prints the table, a test holds it.
+A case is a set of overrides; the first is the truth. `scripts/agree.py` prints the table, a test
+holds it.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,18 +32,33 @@ COMMON = (
 
 
 def _ring(context: int, layout: str, engine: str) -> tuple[str, ...]:
-    return (f"parallel.context={context}", "parallel.method=ring", f"parallel.layout={layout}", f"engine={engine}")
+    return (
+        f"parallel.context={context}",
+        "parallel.method=ring",
+        f"parallel.layout={layout}",
+        f"engine={engine}",
+    )
 
 
 def _heads(context: int, layout: str) -> tuple[str, ...]:
-    return (f"parallel.context={context}", "parallel.method=ulysses", f"parallel.layout={layout}", "engine=fsdp")
+    return (
+        f"parallel.context={context}",
+        "parallel.method=ulysses",
+        f"parallel.layout={layout}",
+        "engine=fsdp",
+    )
 
 
 TRUTH = ("parallel.context=1", "engine=single")
 
 CASES: tuple[tuple[str, ...], ...] = (
     TRUTH,
-    *(_ring(n, layout, engine) for n in (2, 3, 4) for layout in ("zigzag", "contiguous") for engine in ("single", "fsdp")),
+    *(
+        _ring(n, layout, engine)
+        for n in (2, 3, 4)
+        for layout in ("zigzag", "contiguous")
+        for engine in ("single", "fsdp")
+    ),
     *(_heads(n, layout) for n in (2, 4) for layout in ("zigzag", "contiguous")),
     ("parallel.context=2", "parallel.data=2", "engine=fsdp", "parallel.micro_batch=1"),
     ("parallel.context=2", "parallel.data=2", "engine=single", "parallel.method=ulysses"),
@@ -50,13 +67,22 @@ CASES: tuple[tuple[str, ...], ...] = (
 
 
 def _engines() -> tuple[tuple[str, ...], ...]:
-    """Every engine x ranks x context x accumulation; accumulated, each forward pass takes a row and a step has several."""
-    kinds = (*(("engine=deepspeed", f"engine.zero_stage={stage}") for stage in range(4)), ("engine=fsdp",), ("engine=single",))
+    """Every engine x ranks x context x accumulation; accumulated, each forward pass takes a row and
+    a step has several."""
+    kinds = (
+        *(("engine=deepspeed", f"engine.zero_stage={stage}") for stage in range(4)),
+        ("engine=fsdp",),
+        ("engine=single",),
+    )
     cases = []
     for size in (2, 4):
         for context in (1, 2):
             for rows in ("auto", "1"):
-                spread = (f"parallel.context={context}", f"parallel.data={size // context}", f"parallel.micro_batch={rows}")
+                spread = (
+                    f"parallel.context={context}",
+                    f"parallel.data={size // context}",
+                    f"parallel.micro_batch={rows}",
+                )
                 cases += [(*kind, *spread) for kind in kinds]
                 if size == 4:
                     cases.append(("engine=fsdp", "engine.replicate=2", *spread))
@@ -80,14 +106,18 @@ class ComparisonPlan(NamedTuple):
     tolerance: float
 
 
-ROW, ROWS, LONG = 250, 5, 50  # 4 ranks divide no row, and no data ranks the rows: some rows are of padding
+# 4 ranks divide no row, and no data ranks the rows: some rows are of padding
+ROW = 250
+ROWS = 5
+LONG = 50
 QUICKSTART = (
     "experiment=quickstart",
     "precision=float32",
     f"context_length={ROW}",
     f"batch_tokens={ROWS * ROW}",
     "model.layers=2",
-    "optim.learning_rate=0.0005",  # at 0.002 the last bits of float32 grow a thousandfold in 50 steps of this data
+    # at 0.002 the last bits of float32 grow a thousandfold in 50 steps of this data
+    "optim.learning_rate=0.0005",
     "parallel.method=auto",
     "checkpoint.every=0",
     "evaluation.every=0",
@@ -117,16 +147,21 @@ def worst(truth: Sequence[Sequence[float]], other: Sequence[Sequence[float]], st
     """Largest relative difference over steps and columns; infinite where a step is missing."""
     if len(truth) != steps or len(other) != steps:
         return float("inf")
-    return max(abs(a - b) / abs(a) for one, two in zip(truth, other) for a, b in zip(one, two, strict=True))
+    return max(
+        abs(a - b) / abs(a) for one, two in zip(truth, other) for a, b in zip(one, two, strict=True)
+    )
 
 
 def write_documents(folder: Path) -> str:
-    """Text files of very uneven length, one of a single letter, that many rows hold several of; the glob of them."""
+    """Text files of very uneven length, one of a single letter, that many rows hold several of; the
+    glob of them."""
     folder.mkdir(parents=True, exist_ok=True)
     words = WORDS.split()
     for number in range(60):
         count = 1 + (number * number * 7) % 180
-        text = " ".join(words[(number * 5 + i * (1 + number % 3)) % len(words)] for i in range(count))
+        text = " ".join(
+            words[(number * 5 + i * (1 + number % 3)) % len(words)] for i in range(count)
+        )
         (folder / f"{number:02d}.txt").write_text(text if number else "x")
     return str(folder / "*.txt")
 
@@ -147,12 +182,21 @@ def compare(
         name: of the plan. cases, steps: others than its own; the first case is the truth.
     """
     length = steps or PLANS[name].steps
-    data = ("data=files", f"data.path={write_documents(folder / 'text')}", f"data.cache={folder / 'cache'}")
-    plan, found = PLANS[name], []
+    data = (
+        "data=files",
+        f"data.path={write_documents(folder / 'text')}",
+        f"data.cache={folder / 'cache'}",
+    )
+    plan = PLANS[name]
+    found = []
     truth: list[list[float]] = []
     for number, case in enumerate(cases or plan.cases):
         directory = folder / name / f"{number:02d}"
-        run((*plan.settings, *data, *case, f"steps={length}", f"run_dir={directory}"), ranks_of(case), directory)
+        run(
+            (*plan.settings, *data, *case, f"steps={length}", f"run_dir={directory}"),
+            ranks_of(case),
+            directory,
+        )
         got = figures(directory, plan.columns)
         truth = truth or got
         found.append((" ".join(case), worst(truth, got, length)))

@@ -1,4 +1,5 @@
-"""Maps are the weights that a leaf's mean is made of: times the values they give its output, under every mask and score."""
+"""Maps are the weights that a leaf's mean is made of: times the values they give its output, under
+every mask and score."""
 
 from functools import lru_cache
 
@@ -23,7 +24,9 @@ from tests.variants import HEADS, VARIANTS, WIDTH, Taught
 @lru_cache
 def softmaxes() -> list[str]:
     """Rows of the table that have a softmax."""
-    return [name for name in VARIANTS if any(isinstance(m, Softmax) for m in VARIANTS[name]().modules())]
+    return [
+        name for name in VARIANTS if any(isinstance(m, Softmax) for m in VARIANTS[name]().modules())
+    ]
 
 
 def made(name):
@@ -105,7 +108,9 @@ def test_a_map_is_of_the_row_without_padding():
     assert padded and found.weight.shape == (HEADS, 51 - padded, 51 - padded)
     assert found.name == "mixer.mix" and found.heads == HEADS
     doc = found.span.doc[0]
-    assert not found.weight[:, doc[:, None] != doc].any() and torch.equal(found.kv_span.pos, found.span.pos)
+    assert not found.weight[:, doc[:, None] != doc].any() and torch.equal(
+        found.kv_span.pos, found.span.pos
+    )
     assert (found.weight[:, 0, 0] == 1).all(), "the first token sees itself"
 
 
@@ -125,28 +130,42 @@ def test_longformer_has_two_maps_and_each_query_a_row_in_one():
 def test_summaries_stand_behind_the_tokens_of_the_row():
     found = of("compressed")[0]
     role = found.kv_span.role[0]
-    assert torch.equal(found.kv_span.pos[0, :20], found.span.pos[0]) and (role[:20] == 0).all() and (role[20:] == 16).all()
+    assert (
+        torch.equal(found.kv_span.pos[0, :20], found.span.pos[0])
+        and (role[:20] == 0).all()
+        and (role[20:] == 16).all()
+    )
     assert found.weight.shape == (HEADS, 20, 20 + len(role[20:])) and found.weight[..., 20:].any()
 
 
 def decoder(memory=None):
     mixers = [Attention(WIDTH, HEADS, 3, Rope()) for _ in range(2)]
     mixers = [memory.around(mixer, position=Rope()) for mixer in mixers] if memory else mixers
-    return initialise(Decoder(31, WIDTH, mixers, [SwiGLU(WIDTH, 30) for _ in mixers], memory=memory), 5).double()
+    return initialise(
+        Decoder(31, WIDTH, mixers, [SwiGLU(WIDTH, 30) for _ in mixers], memory=memory), 5
+    ).double()
 
 
 def test_what_a_memory_shows_twice_has_two_columns():
     model, span = decoder(SegmentMemory(6, segment=4)), Span.line(1, 12)
     found = collect(model, leaves(model), torch.arange(12)[None], span)
     assert [each.name for each in found] == ["blocks.0.mixer.mix", "blocks.1.mixer.mix"]
-    assert found[0].weight.shape == (HEADS, 12, 24) and (found[0].weight.sum(-1) - 1).abs().max() < 1e-12
-    assert not (found[0].weight[..., :12].bool() & found[0].weight[..., 12:].bool()).any(), "a token is seen once"
+    assert (
+        found[0].weight.shape == (HEADS, 12, 24)
+        and (found[0].weight.sum(-1) - 1).abs().max() < 1e-12
+    )
+    assert not (found[0].weight[..., :12].bool() & found[0].weight[..., 12:].bool()).any(), (
+        "a token is seen once"
+    )
     assert found[0].weight[:, 5, 12:].any() and not found[0].weight[:, 3, 12:].any()
 
 
 def test_layers_that_see_no_row_are_left_out():
     assert leaves(decoder(MemoryTokens(2, segment=4))) == {}
-    assert leaves(Model("rwkv7")) == {} and list(leaves(decoder())) == ["blocks.0.mixer.mix", "blocks.1.mixer.mix"]
+    assert leaves(Model("rwkv7")) == {} and list(leaves(decoder())) == [
+        "blocks.0.mixer.mix",
+        "blocks.1.mixer.mix",
+    ]
 
 
 def test_the_model_is_left_as_it_was_and_few_heads_may_be_kept():

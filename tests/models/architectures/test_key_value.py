@@ -1,4 +1,5 @@
-"""The key-value memory network against its equations in plain loops: what is a slot, what is its key, what follows from it."""
+"""The key-value memory network against its equations in plain loops: what is a slot, what is its
+key, what follows from it."""
 
 import pytest
 import torch
@@ -29,7 +30,10 @@ def spelled(model, words, span):
     embedded = [model.embed.weight[word] for word in words]
 
     def bag(last, count):
-        return sum((embedded[t] for t in range(max(0, last - count + 1), last + 1)), torch.zeros(width).double())
+        return sum(
+            (embedded[t] for t in range(max(0, last - count + 1), last + 1)),
+            torch.zeros(width).double(),
+        )
 
     slots = [t for t in range(span + 1) if t % fact == 0]
     if model.shared:
@@ -52,7 +56,9 @@ def test_it_is_its_equations(hops, fact, shared):
     for begin, length in ((0, 8), (8, 4)):
         words = tokens[0, begin : begin + length].tolist()
         for q_span in range(length):
-            assert torch.allclose(got[0, begin + q_span], spelled(model, words, q_span), atol=1e-11), (begin, q_span)
+            assert torch.allclose(
+                got[0, begin + q_span], spelled(model, words, q_span), atol=1e-11
+            ), (begin, q_span)
 
 
 def test_losses_are_those_of_its_logits():
@@ -60,7 +66,9 @@ def test_losses_are_those_of_its_logits():
     targets = torch.roll(tokens, -1, 1)
     targets[0, [3, 12]] = IGNORE
     losses = model(tokens, span, targets)
-    want = torch.nn.functional.cross_entropy(model(tokens, span)[0], targets[0], reduction="none", ignore_index=IGNORE)
+    want = torch.nn.functional.cross_entropy(
+        model(tokens, span)[0], targets[0], reduction="none", ignore_index=IGNORE
+    )
     assert torch.allclose(losses[0], want, atol=1e-12)
 
 
@@ -72,7 +80,9 @@ def test_a_fact_is_read_in_its_direction():
             table.weight.copy_(torch.eye(VOCABULARY, 6).double() * 4)
         model.hops[0].weight.copy_(torch.eye(6).double())
     follows, (a, b, c) = 5, (0, 1, 2)
-    tokens = torch.tensor([[4, a, follows, b, b, follows, c, b, follows]])  # a is followed by b, b by c; and b by?
+    tokens = torch.tensor(
+        [[4, a, follows, b, b, follows, c, b, follows]]
+    )  # a is followed by b, b by c; and b by?
     found = []
     model.hops[0].register_forward_hook(lambda _, args, out: found.append(out))
     model(tokens, Span.line(1, 9))

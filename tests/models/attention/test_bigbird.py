@@ -23,7 +23,11 @@ def test_it_is_softmax_attention_over_its_graph():
     layer, span = _layer(block=3, random=1), Span.line(2, 25)
     x = torch.randn(2, 25, 16, dtype=torch.float64) * 3
     q, k, v = (p(x).unflatten(-1, (-1, 4)) for p in (layer.q, layer.k, layer.v))
-    q, k, v = layer.placing.turn(q, span), layer.placing.turn(k, span).repeat_interleave(2, 2), v.repeat_interleave(2, 2)
+    q, k, v = (
+        layer.placing.turn(q, span),
+        layer.placing.turn(k, span).repeat_interleave(2, 2),
+        v.repeat_interleave(2, 2),
+    )
     logits = torch.einsum("bthd,bshd->bhts", q, k) / 2
     weights = logits.masked_fill(~_graph(layer, 25), -torch.inf).softmax(-1)
     want = layer.out(torch.einsum("bhts,bshd->bthd", weights, v).flatten(-2))
@@ -39,7 +43,8 @@ def test_each_query_sees_as_many_keys_however_long_the_document():
 
 def test_random_blocks_shorten_the_way_between_tokens():
     def steps(layer) -> float:
-        """Mean number of hops from the last query to every key, along one head's causal graph, without global blocks."""
+        """Mean number of hops from the last query to every key, along one head's causal graph,
+        without global blocks."""
         edges = _graph(layer, 256)[0].float()
         reached, total, hops = torch.zeros(256), torch.zeros(256), 0
         reached[255] = 1

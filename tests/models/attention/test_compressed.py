@@ -14,12 +14,22 @@ from models.positions.yarn import Yarn
 from models.primitives.block_topk import BlockEnds
 from models.span import Span
 
-SETTINGS = {"block": 3, "top": 2, "reach": 4, "index_heads": 3, "index_channels": 6, "groups": 2, "turned": 2}
+SETTINGS = {
+    "block": 3,
+    "top": 2,
+    "window": 4,
+    "index_heads": 3,
+    "index_channels": 6,
+    "groups": 2,
+    "rope_dim": 2,
+}
 
 
 def _layer(seed: int = 0, **settings) -> Compressed:
     layer = initialise(Compressed(16, 4, Rope(), **{**SETTINGS, **settings}), seed=seed).double()
-    for parameter in layer.parameters():  # larger than at the start of a run, so that choices and weights are decided
+    for parameter in (
+        layer.parameters()
+    ):  # larger than at the start of a run, so that choices and weights are decided
         parameter.data *= 8 if parameter.dim() > 1 else 1
     layer.sink.data += torch.arange(4) / 4
     layer.compressor.bias.data += torch.linspace(-1, 1, 3)[:, None]
@@ -27,13 +37,19 @@ def _layer(seed: int = 0, **settings) -> Compressed:
 
 
 def _span() -> Span:
-    pos = torch.cat([torch.arange(17), torch.arange(1), torch.arange(8), torch.zeros(2, dtype=torch.long)])
-    doc = torch.cat([torch.zeros(17), torch.ones(1), torch.full((8,), 2.0), torch.full((2,), -1.0)]).long()
+    pos = torch.cat(
+        [torch.arange(17), torch.arange(1), torch.arange(8), torch.zeros(2, dtype=torch.long)]
+    )
+    doc = torch.cat(
+        [torch.zeros(17), torch.ones(1), torch.full((8,), 2.0), torch.full((2,), -1.0)]
+    ).long()
     return Span.of(pos[None], doc[None])
 
 
 def _x(seed: int = 0) -> torch.Tensor:
-    return torch.randn(1, 28, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        1, 28, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def _summary(press, x, start: int, first: bool, position: Rope):
@@ -56,7 +72,12 @@ def _turned(vector, pos: int, position: Rope, turned: int = 2):
 def _loop(layer: Compressed, x: torch.Tensor, span: Span, dense: bool = False):
     """(outputs [T, width], indexer losses [T]) one query and one head at a time."""
     x, pos, doc = x[0], span.pos[0].tolist(), span.doc[0].tolist()
-    rope, each, press, index = layer.placing, layer.compressor.channels, layer.compressor, layer.indexer
+    rope, each, press, index = (
+        layer.placing,
+        layer.compressor.channels,
+        layer.compressor,
+        layer.indexer,
+    )
     out, losses = torch.zeros_like(x), torch.zeros(len(pos), dtype=x.dtype)
     for t in range(len(pos)):
         if doc[t] < 0:
@@ -65,10 +86,18 @@ def _loop(layer: Compressed, x: torch.Tensor, span: Span, dense: bool = False):
         squeezed = layer.norm_q(layer.squeeze_q(x[t]))
         q = layer.q(squeezed).view(4, each)
         q = [_turned(h * (h.square().mean() + 1e-6).rsqrt(), pos[t], rope) for h in q]
-        window = [_turned(layer.norm(layer.kv(x[s])), pos[s], rope) for s in range(max(opened, t - 3), t + 1)]
+        window = [
+            _turned(layer.norm(layer.kv(x[s])), pos[s], rope)
+            for s in range(max(opened, t - 3), t + 1)
+        ]
         blocks = range((pos[t] + 1) // 3)
-        kept = [_turned(_summary(press, x, opened + 3 * b, b == 0, rope), 3 * b, rope) for b in blocks]
-        keys = [_turned(_summary(index.compressor, x, opened + 3 * b, b == 0, rope), 3 * b, rope) for b in blocks]
+        kept = [
+            _turned(_summary(press, x, opened + 3 * b, b == 0, rope), 3 * b, rope) for b in blocks
+        ]
+        keys = [
+            _turned(_summary(index.compressor, x, opened + 3 * b, b == 0, rope), 3 * b, rope)
+            for b in blocks
+        ]
         weight, iq = index.weight(x[t]) / 3**0.5, index.q(squeezed).view(3, 6)
         iq = [_turned(h, pos[t], rope) for h in iq]
         guess = [sum(w * (h @ k / 6**0.5).clamp_min(0) for w, h in zip(weight, iq)) for k in keys]
@@ -84,7 +113,10 @@ def _loop(layer: Compressed, x: torch.Tensor, span: Span, dense: bool = False):
         grouped = torch.stack(heads).view(2, -1)
         out[t] = layer.out(torch.einsum("gc,gdc->gd", grouped, layer.group).flatten())
         if chosen:
-            target, log_guess = share / share.sum(), torch.stack([guess[b] for b in chosen]).log_softmax(0)
+            target, log_guess = (
+                share / share.sum(),
+                torch.stack([guess[b] for b in chosen]).log_softmax(0),
+            )
             losses[t] = (target.detach() * (target.detach().log() - log_guess)).sum()
     return out, losses
 
@@ -101,7 +133,8 @@ def test_it_is_what_the_loop_computes(dense):
     assert loss[valid].max() > 0.01 and not loss[~valid].any()
     names = [name for name, _ in layer.indexer.named_parameters()]
     grads, want_grads = (
-        torch.autograd.grad(some.sum(), list(layer.indexer.parameters())) for some in (loss[valid], want_loss[valid])
+        torch.autograd.grad(some.sum(), list(layer.indexer.parameters()))
+        for some in (loss[valid], want_loss[valid])
     )
     for name, a, b in zip(names, grads, want_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11, msg=name)
@@ -122,7 +155,11 @@ def test_attention_teaches_the_indexer_and_learns_nothing_from_it():
     taught = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
     into = x.grad.clone()
     auxiliary_loss(layer)["indexer"].backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in layer.indexer.parameters() if p.dim() > 1)
+    assert all(
+        p.grad is not None and p.grad.abs().max() > 0
+        for p in layer.indexer.parameters()
+        if p.dim() > 1
+    )
     assert torch.equal(x.grad, into)
     assert all(torch.equal(layer.get_parameter(name).grad, grad) for name, grad in taught.items())
 
@@ -192,7 +229,7 @@ def test_a_block_is_complete_at_its_last_token():
         (Alibi(), {}, "Alibi shapes scores"),
         (Yarn(4.0, 16), {}, "position.attention_factor=1.0"),
         (Rope(), {"groups": 3}, "groups=3"),
-        (Rope(), {"turned": 8}, "turned=8"),
+        (Rope(), {"rope_dim": 8}, "rope_dim=8"),
         (Rope(), {"top": 0}, "top must be 1 or more"),
         (Rope(), {"dense_steps": -1}, "dense_steps"),
     ],

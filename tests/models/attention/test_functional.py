@@ -21,8 +21,14 @@ from tests.support.parity import packed
 
 def tensors(rows=2, tokens=51, keys=None, heads=6, kv_heads=3, width=4, values=5):
     generator = torch.Generator().manual_seed(0)
-    shapes = (rows, tokens, heads, width), (rows, keys or tokens, kv_heads, width), (rows, keys or tokens, kv_heads, values)
-    return [torch.randn(*s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+    shapes = (
+        (rows, tokens, heads, width),
+        (rows, keys or tokens, kv_heads, width),
+        (rows, keys or tokens, kv_heads, values),
+    )
+    return [
+        torch.randn(*s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes
+    ]
 
 
 def attend(q, k, v, seen=None, bias=None):
@@ -35,14 +41,25 @@ def test_the_chain_is_pytorchs_attention():
     seen, bias = torch.rand(2, 1, 51, 17) < 0.7, torch.randn(2, 6, 51, 17, dtype=torch.float64)
     seen[..., 0] = True
     add = bias.masked_fill(~seen, -torch.inf)
-    want = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=add, enable_gqa=True)
+    want = F.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=add, enable_gqa=True
+    )
     assert (attend(q, k, v, seen, bias) - want.transpose(1, 2)).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("mask", [Causal() & SameDocument(), SameDocument(), Causal() & SameDocument() & (SlidingWindow(4) | FirstTokens(2))])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Causal() & SameDocument(),
+        SameDocument(),
+        Causal() & SameDocument() & (SlidingWindow(4) | FirstTokens(2)),
+    ],
+)
 def test_the_leaf_is_the_chain(mask):
     span = packed()
-    weight = torch.randn(2, 51, 6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight = torch.randn(
+        2, 51, 6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     results = []
     for path in (
         lambda q, k, v: attend(q, k, v, visible(mask, span, span)),
@@ -72,7 +89,12 @@ def test_halves_of_the_keys_merge_by_their_mass():
     parts = []
     for half in (slice(0, 9), slice(9, 20)):
         some = scores[..., half]
-        parts.append((context_vector(attention_weights(some), v[:, half]), attention_lse(some).transpose(1, 2)))
+        parts.append(
+            (
+                context_vector(attention_weights(some), v[:, half]),
+                attention_lse(some).transpose(1, 2),
+            )
+        )
     assert (merge_partials(*parts)[0] - attend(q, k, v)).abs().max() < 1e-12
 
 
@@ -90,7 +112,9 @@ def test_a_bias_of_minus_infinity_blinds_as_a_mask_does():
     bias = torch.zeros(1, 1, 3, 3, dtype=torch.float64)
     bias[:, :, 0] = -torch.inf
     bias.requires_grad_()
-    weights = attention_weights(masked_scores(torch.zeros(1, 1, 3, 3, dtype=torch.float64), bias=bias))
+    weights = attention_weights(
+        masked_scores(torch.zeros(1, 1, 3, 3, dtype=torch.float64), bias=bias)
+    )
     assert (weights[:, :, 0] == 0).all()
     weights.square().sum().backward()
     assert bias.grad.isfinite().all()

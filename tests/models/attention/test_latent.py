@@ -16,7 +16,12 @@ from tests.support.pool import ranks
 
 
 def _layer() -> LatentAttention:
-    return initialise(LatentAttention(16, 4, Rope(), kv_latent=6, q_latent=5, nope_dim=4, rope_dim=2, value_dim=3), seed=0).double()
+    return initialise(
+        LatentAttention(
+            16, 4, Rope(), kv_latent=6, q_latent=5, nope_dim=4, rope_dim=2, value_dim=3
+        ),
+        seed=0,
+    ).double()
 
 
 def test_it_equals_attention_in_the_space_of_the_latents():
@@ -28,7 +33,9 @@ def test_it_equals_attention_in_the_space_of_the_latents():
     up_key, up_value = layer.up.weight.unflatten(0, (4, 7)).split([4, 3], 1)
     absorbed = torch.einsum("bthn,hnl->bthl", q[..., :4], up_key)
     logits = torch.einsum("bthl,bsl->bhts", absorbed, latent)
-    logits = logits + torch.einsum("bthr,bsr->bhts", layer.placing.turn(q[..., 4:], span), key[:, :, 0])
+    logits = logits + torch.einsum(
+        "bthr,bsr->bhts", layer.placing.turn(q[..., 4:], span), key[:, :, 0]
+    )
     future = torch.ones(11, 11, dtype=torch.bool).triu(1)
     weights = (logits / 6**0.5).masked_fill(future, -torch.inf).softmax(-1)
     mean = torch.einsum("bhts,bsl->bthl", weights, latent)
@@ -37,7 +44,9 @@ def test_it_equals_attention_in_the_space_of_the_latents():
 
 
 def _sent(env, heads):
-    layer = initialise(LatentAttention(16, heads, Rope(), kv_latent=6, nope_dim=4, rope_dim=2, value_dim=3), seed=0).double()
+    layer = initialise(
+        LatentAttention(16, heads, Rope(), kv_latent=6, nope_dim=4, rope_dim=2, value_dim=3), seed=0
+    ).double()
     communicator = apply_context_parallel(layer, env.group, "ring")
     span = Span.line(1, 24)
     here = shard_span(span, [layout("zigzag", 24, env.size)], env.rank)
@@ -47,7 +56,9 @@ def _sent(env, heads):
 
 def test_only_latents_go_round_the_ring_however_many_heads():
     for heads in (2, 4):
-        assert ranks(3, _sent, heads) == [2 * 8 * (6 + 2) * 8] * 3  # hops x tokens x channels x bytes
+        assert (
+            ranks(3, _sent, heads) == [2 * 8 * (6 + 2) * 8] * 3
+        )  # hops x tokens x channels x bytes
 
 
 class _Shaping(Position):
@@ -62,8 +73,8 @@ class _Shaping(Position):
     ("settings", "message"),
     [
         ({"position": _Shaping()}, "shapes scores; use position=rope"),
-        ({"position": Rope(), "turned": 3}, "even number"),
-        ({"position": Rope(), "latent": 0}, "latent is a number of channels"),
+        ({"position": Rope(), "rope_dim": 3}, "even number"),
+        ({"position": Rope(), "kv_latent": 0}, "kv_latent is a number of channels"),
     ],
 )
 def test_what_cannot_be_is_refused(settings, message):

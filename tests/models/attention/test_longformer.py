@@ -17,14 +17,21 @@ def _loop(layer, x, span, gaps, reach, first, every, symmetric):
     out = torch.zeros_like(q)
     for b in range(x.shape[0]):
         pos, doc = span.pos[b].tolist(), span.doc[b].tolist()
-        important = [r == GLOBAL or p < first or (every and p % every == 0) for p, r in zip(pos, span.role[b].tolist())]
+        important = [
+            r == GLOBAL or p < first or (every and p % every == 0)
+            for p, r in zip(pos, span.role[b].tolist())
+        ]
         for t in range(x.shape[1]):
             for h in range(heads):
                 keys = []
                 for s in range(x.shape[1]):
                     apart = abs(pos[t] - pos[s])
                     near = apart % gaps[h] == 0 and apart // gaps[h] < reach
-                    if doc[t] == doc[s] and (symmetric or pos[s] <= pos[t]) and (near or important[s] or important[t]):
+                    if (
+                        doc[t] == doc[s]
+                        and (symmetric or pos[s] <= pos[t])
+                        and (near or important[s] or important[t])
+                    ):
                         keys.append(s)
                 one = (gq, gk, gv) if important[t] else (q, k, v)
                 logits = torch.stack([one[0][b, t, h] @ one[1][b, s, h] for s in keys]) / width**0.5
@@ -35,7 +42,7 @@ def _loop(layer, x, span, gaps, reach, first, every, symmetric):
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_it_is_what_the_loop_computes(symmetric):
     gaps = [1, 2, 3]
-    settings = {"reach": 3, "gaps": gaps, "first": 1, "every": 6, "symmetric": symmetric}
+    settings = {"window": 3, "dilation": gaps, "first": 1, "every": 6, "symmetric": symmetric}
     layer = initialise(Longformer(12, 3, 3, NoPosition(), 0, 1, **settings), seed=0).double()
     pos = torch.cat([torch.arange(11), torch.arange(7)])[None]
     doc = (torch.arange(18) >= 11).long()[None]
@@ -50,13 +57,19 @@ def test_every_layer_may_have_a_reach_of_its_own():
     moved = x.clone()
     moved[:, 10] += 1
     for layer, reach in enumerate([2, 5]):
-        one = initialise(Longformer(12, 3, 3, NoPosition(), layer, 2, window=[2, 5], first=0), seed=0).double()
+        one = initialise(
+            Longformer(12, 3, 3, NoPosition(), layer, 2, window=[2, 5], first=0), seed=0
+        ).double()
         touched = (one(x, span) != one(moved, span)).any(-1)[0].nonzero()[:, 0].tolist()
         assert touched == list(range(10, 10 + reach))
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"reach": [1, 2, 3]}, "model.layers=2"), ({"reach": 4, "gaps": [1, 2]}, "model.heads=3")]
+    ("settings", "message"),
+    [
+        ({"window": [1, 2, 3]}, "model.layers=2"),
+        ({"window": 4, "dilation": [1, 2]}, "model.heads=3"),
+    ],
 )
 def test_lists_of_the_wrong_length_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):

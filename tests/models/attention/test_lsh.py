@@ -1,4 +1,5 @@
-"""LSH attention against a loop over rounds, and the two things it promises: causality, and full attention in the limit."""
+"""LSH attention against a loop over rounds, and the two things it promises: causality, and full
+attention in the limit."""
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from models.span import Span
 
 
 def _layer(position=None, **settings) -> LSHAttention:
-    return initialise(LSHAttention(12, 3, position or NoPosition(), 0, 5, 32, **settings), seed=0).double()
+    return initialise(
+        LSHAttention(12, 3, position or NoPosition(), 0, 5, 32, **settings), seed=0
+    ).double()
 
 
 def _two_documents() -> Span:
@@ -22,7 +25,8 @@ def _two_documents() -> Span:
 
 
 def _loop(layer: LSHAttention, x: torch.Tensor, span: Span) -> torch.Tensor:
-    """Round by round over sets of keys, merged by mass with shared keys counted once, as the paper writes it."""
+    """Round by round over sets of keys, merged by mass with shared keys counted once, as the paper
+    writes it."""
     q, v = layer.qk(x).unflatten(-1, (3, 4))[0], layer.v(x).unflatten(-1, (3, 4))[0]
     bucket, out = layer.hashed(q[None])[0], torch.zeros_like(q)
     pos, doc = span.pos[0].tolist(), span.doc[0].tolist()
@@ -32,13 +36,25 @@ def _loop(layer: LSHAttention, x: torch.Tensor, span: Span) -> torch.Tensor:
                 continue
             shown = []
             for n in range(bucket.shape[-1]):
-                mates = [s for s in range(len(pos)) if doc[s] == doc[t] and bucket[s, h, n] == bucket[t, h, n]]
-                mine = mates.index(t) // layer.size
-                shown.append({s for i, s in enumerate(mates) if pos[s] <= pos[t] and i // layer.size in (mine, mine - 1)})
+                mates = [
+                    s
+                    for s in range(len(pos))
+                    if doc[s] == doc[t] and bucket[s, h, n] == bucket[t, h, n]
+                ]
+                mine = mates.index(t) // layer.chunk_size
+                shown.append(
+                    {
+                        s
+                        for i, s in enumerate(mates)
+                        if pos[s] <= pos[t] and i // layer.chunk_size in (mine, mine - 1)
+                    }
+                )
             masses, means = [], []
             for keys in map(sorted, shown):
                 times = torch.tensor([sum(s in other for other in shown) for s in keys]).double()
-                logits = torch.stack([q[t, h] @ q[s, h] / q[s, h].norm() + (ALONE if s == t else 0) for s in keys])
+                logits = torch.stack(
+                    [q[t, h] @ q[s, h] / q[s, h].norm() + (ALONE if s == t else 0) for s in keys]
+                )
                 logits = logits - times.log()
                 masses.append(logits.logsumexp(0))
                 means.append((logits.softmax(0)[:, None] * v[keys, h]).sum(0))
@@ -47,20 +63,22 @@ def _loop(layer: LSHAttention, x: torch.Tensor, span: Span) -> torch.Tensor:
 
 
 def test_it_is_the_papers_merge_of_rounds():
-    layer, span = _layer(size=2, rounds=3, buckets=4), _two_documents()
+    layer, span = _layer(chunk_size=2, hashes=3, buckets=4), _two_documents()
     x = torch.randn(1, 30, 12, dtype=torch.float64) * 3
     valid = span.valid()[..., None]
-    torch.testing.assert_close(layer(x, span) * valid, _loop(layer, x, span) * valid, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        layer(x, span) * valid, _loop(layer, x, span) * valid, rtol=0, atol=1e-12
+    )
 
 
 def test_a_token_that_sees_nothing_else_gives_its_own_value():
-    layer, span = _layer(size=4), Span.line(2, 1)
+    layer, span = _layer(chunk_size=4), Span.line(2, 1)
     x = torch.randn(2, 1, 12, dtype=torch.float64)
     torch.testing.assert_close(layer(x, span), layer.out(layer.v(x)), rtol=0, atol=1e-14)
 
 
 def test_a_later_token_never_pushes_an_earlier_key_out_of_sight():
-    layer, span = _layer(Rope(), size=2, rounds=2, buckets=4), Span.line(1, 32)
+    layer, span = _layer(Rope(), chunk_size=2, hashes=2, buckets=4), Span.line(1, 32)
     x = torch.randn(1, 32, 12, dtype=torch.float64) * 3
     before = layer(x, span)
     for moved in (8, 20, 31):
@@ -72,18 +90,25 @@ def test_a_later_token_never_pushes_an_earlier_key_out_of_sight():
 
 def test_more_rounds_come_nearer_to_full_attention():
     x, span = torch.randn(8, 64, 12, dtype=torch.float64) * 20, Span.line(8, 64)
-    full = _layer(size=64, rounds=40, buckets=2)(x, span)
-    errors = [(_layer(size=64, rounds=r, buckets=16)(x, span) - full).norm().item() for r in (1, 4, 16)]
+    full = _layer(chunk_size=64, hashes=40, buckets=2)(x, span)
+    errors = [
+        (_layer(chunk_size=64, hashes=r, buckets=16)(x, span) - full).norm().item()
+        for r in (1, 4, 16)
+    ]
     assert errors[0] > 1.5 * errors[1] > 2 * errors[2]
 
 
 def test_hashes_depend_on_seed_and_layer():
     q = torch.randn(1, 50, 3, 4, dtype=torch.float64)
-    settings = {"size": 4, "buckets": 8}
-    one, same = (LSHAttention(12, 3, NoPosition(), 0, 5, 32, **settings).hashed(q) for _ in range(2))
+    settings = {"chunk_size": 4, "buckets": 8}
+    one, same = (
+        LSHAttention(12, 3, NoPosition(), 0, 5, 32, **settings).hashed(q) for _ in range(2)
+    )
     assert torch.equal(one, same)
     for layer, seed in ((1, 5), (0, 6)):
-        assert (LSHAttention(12, 3, NoPosition(), layer, seed, 32, **settings).hashed(q) != one).float().mean() > 0.5
+        assert (
+            LSHAttention(12, 3, NoPosition(), layer, seed, 32, **settings).hashed(q) != one
+        ).float().mean() > 0.5
 
 
 @pytest.mark.parametrize(
@@ -91,7 +116,7 @@ def test_hashes_depend_on_seed_and_layer():
     [
         (T5(), {}, "T5 shapes scores; use position=rope"),
         (Rope(), {"buckets": 5}, "even number"),
-        (Rope(), {"size": 0}, "size=0"),
+        (Rope(), {"chunk_size": 0}, "chunk_size=0"),
     ],
 )
 def test_what_cannot_be_is_refused(position, settings, message):

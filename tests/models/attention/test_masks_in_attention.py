@@ -61,7 +61,10 @@ def test_bidirectional_attention_meets_alibi_on_both_sides():
     layer, x, span = given(Bidirectional(WIDTH, HEADS, HEADS, Alibi()))
     bias = layer.mix.score.bias(span, span, torch.arange(HEADS), torch.float64)
     assert torch.equal(bias[0, :, 20, 25], bias[0, :, 25, 20])
-    assert furthest(layer(x, span), spelled(layer, x, span, SameDocument(), lambda s: s + bias), span) < 1e-12
+    assert (
+        furthest(layer(x, span), spelled(layer, x, span, SameDocument(), lambda s: s + bias), span)
+        < 1e-12
+    )
 
 
 @pytest.mark.parametrize(

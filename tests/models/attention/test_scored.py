@@ -8,7 +8,13 @@ from torch.nn import functional as F
 
 from models.attention.differential import Differential
 from models.attention.full import CAUSAL, Attention
-from models.attention.functional import attention_lse, attention_scores, attention_weights, masked_scores, scaled_scores
+from models.attention.functional import (
+    attention_lse,
+    attention_scores,
+    attention_weights,
+    masked_scores,
+    scaled_scores,
+)
 from models.attention.gated import Gated
 from models.attention.qk_norm import QKNorm
 from models.attention.sink_logit import SinkLogit
@@ -28,9 +34,16 @@ def test_a_sink_takes_its_share_of_every_mean(position):
     before = layer(x, span)
     layer.tables.logit.data = torch.linspace(-1, 3, HEADS, dtype=torch.float64)
     plain, _, _ = given(Attention(WIDTH, HEADS, HEADS, position()))
-    state = {key.replace("tables.inner", "tables"): value for key, value in layer.state_dict().items() if "logit" not in key}
+    state = {
+        key.replace("tables.inner", "tables"): value
+        for key, value in layer.state_dict().items()
+        if "logit" not in key
+    }
     plain.load_state_dict(state)
-    q, k = (plain.placing.turn(project(x).unflatten(-1, (-1, 4)), span) for project in (plain.q, plain.k))
+    q, k = (
+        plain.placing.turn(project(x).unflatten(-1, (-1, 4)), span)
+        for project in (plain.q, plain.k)
+    )
     params = plain.tables() if plain.tables is not None else ()
     logits = plain.mix.score.logits((q,), (k, k), params, span, span, torch.arange(HEADS))
     if isinstance(plain.placing, Alibi):
@@ -76,8 +89,12 @@ def test_a_gate_stands_between_the_means_and_the_projection():
 def test_differential_attention_is_two_softmaxes_a_pair(position, kv_heads):
     layer, x, span = given(Differential(WIDTH, HEADS, kv_heads, position(), layer=2))
     groups, share, width = kv_heads // 2, HEADS // kv_heads, 4
-    q = layer.placing.turn(layer.q(x).unflatten(-1, (HEADS, width)), span).unflatten(2, (groups, 2, share))
-    k = layer.placing.turn(layer.k(x).unflatten(-1, (kv_heads, width)), span).unflatten(2, (groups, 2))
+    q = layer.placing.turn(layer.q(x).unflatten(-1, (HEADS, width)), span).unflatten(
+        2, (groups, 2, share)
+    )
+    k = layer.placing.turn(layer.k(x).unflatten(-1, (kv_heads, width)), span).unflatten(
+        2, (groups, 2)
+    )
     v = layer.v(x).unflatten(-1, (groups, 2 * width))
     seen, made = visible(CAUSAL, span, span)[:, 0], position().score(HEADS // 2, width)[0]
     lambdas = [layer.get_parameter(f"lambda_{name}") for name in ("q1", "k1", "q2", "k2")]
@@ -88,12 +105,23 @@ def test_differential_attention_is_two_softmaxes_a_pair(position, kv_heads):
         for one in range(share):
             pair, maps = group * share + one, []
             for side in range(2):
-                scores = torch.einsum("btd,bsd->bts", q[:, :, group, side, one], k[:, :, group, side]) / 2
+                scores = (
+                    torch.einsum("btd,bsd->bts", q[:, :, group, side, one], k[:, :, group, side])
+                    / 2
+                )
                 bias = made.bias(span, span, torch.tensor([pair]), scores.dtype)
                 if isinstance(layer.placing, T5):
                     bias = layer.tables.table[made.bucket(span, span)][..., pair][:, None]
-                maps.append(attention_weights(masked_scores(scores, seen, None if bias is None else bias[:, 0])))
-            outs.append(F.rms_norm((maps[0] - weight * maps[1]) @ v[:, :, group], (8,), layer.norm.weight, 1e-5))
+                maps.append(
+                    attention_weights(
+                        masked_scores(scores, seen, None if bias is None else bias[:, 0])
+                    )
+                )
+            outs.append(
+                F.rms_norm(
+                    (maps[0] - weight * maps[1]) @ v[:, :, group], (8,), layer.norm.weight, 1e-5
+                )
+            )
     want = layer.out(torch.cat(outs, -1) * (1 - start))
     assert furthest(layer(x, span), want, span) < 1e-11
 

@@ -45,9 +45,21 @@ def flops(layer):
     [
         (lambda: LinearAttention(WIDTH, HEADS), 4 * WIDTH**2, 2 * HEADS * HEAD * (HEAD + 1)),
         (lambda: Retention(WIDTH, HEADS), 8 * WIDTH**2, 2 * HEADS * HEAD * 2 * HEAD),
-        (lambda: DeltaNet(WIDTH, HEADS), 4 * WIDTH**2 + HEADS * WIDTH, 4 * HEADS * HEAD**2 + 3 * 4 * WIDTH),
-        (lambda: Mamba2(WIDTH, HEADS, state=5), (48 + 10 + 3) * WIDTH + 24 * WIDTH, 2 * 24 * 5 + 4 * (24 + 10)),
-        (lambda: Rwkv6(WIDTH, HEADS, 0, 2, rank=2), 5 * WIDTH**2 + 6 * 4 * WIDTH, 2 * HEADS * HEAD**2 + 2 * WIDTH),
+        (
+            lambda: DeltaNet(WIDTH, HEADS),
+            4 * WIDTH**2 + HEADS * WIDTH,
+            4 * HEADS * HEAD**2 + 3 * 4 * WIDTH,
+        ),
+        (
+            lambda: Mamba2(WIDTH, HEADS, state=5),
+            (48 + 10 + 3) * WIDTH + 24 * WIDTH,
+            2 * 24 * 5 + 4 * (24 + 10),
+        ),
+        (
+            lambda: Rwkv6(WIDTH, HEADS, 0, 2, rank=2),
+            5 * WIDTH**2 + 6 * 4 * WIDTH,
+            2 * HEADS * HEAD**2 + 2 * WIDTH,
+        ),
         (lambda: ShortConv(WIDTH, conv_kernel=5), 4 * WIDTH**2, 5 * WIDTH),
     ],
     ids=["linear", "retention", "delta", "mamba2", "rwkv6", "short_conv"],
@@ -59,7 +71,10 @@ def test_a_layer_of_linear_time_counts_its_weights_and_its_recurrence(layer, wei
 
 
 def test_a_hyena_layer_counts_its_transforms_document_by_document_and_its_filter_once():
-    found, span = flops(lambda: Hyena(WIDTH, 60, order=3, conv_kernel=3, filter_width=5, bands=2)), packed(LENGTHS, 51)
+    found, span = (
+        flops(lambda: Hyena(WIDTH, 60, order=3, conv_kernel=3, filter_width=5, bands=2)),
+        packed(LENGTHS, 51),
+    )
     tokens = 2 * TOKENS * (4 * WIDTH**2 + WIDTH**2 + 3 * 4 * WIDTH)
     filters = 2 * 60 * (5 * 5 + 5 * 5 + 5 * 2 * WIDTH)
     lengths = [n for row in LENGTHS for n in row]
@@ -83,7 +98,8 @@ def test_eight_times_the_row_is_eight_times_the_work_of_a_recurrence():
 
 
 def test_a_scan_keeps_no_more_than_its_inputs_its_readers_and_its_states():
-    """Per token: what Linear layers keep, q, k, v and the output; of chunks: reader [H, D], state and gain [D, E] / C."""
+    """Per token: what Linear layers keep, q, k, v and the output; of chunks: reader [H, D], state
+    and gain [D, E] / C."""
 
     class Bare(nn.Module):
         def __init__(self):
@@ -96,5 +112,7 @@ def test_a_scan_keeps_no_more_than_its_inputs_its_readers_and_its_states():
 
     with torch.device("meta"):
         kept = activation_bytes(Model(Bare()), 6400)
-    few = 8 * 6400 + 4 * 6400 * (12 + 4 + 4 + 4 + 4 + 4 + 1)  # tokens, x, the four inputs of the scan, its reader, states / 64
+    few = 8 * 6400 + 4 * 6400 * (
+        12 + 4 + 4 + 4 + 4 + 4 + 1
+    )  # tokens, x, the four inputs of the scan, its reader, states / 64
     assert kept <= few

@@ -1,4 +1,5 @@
-"""Parameters, FLOPs and bytes against counts made by hand, by torch's own counter, and by what autograd really keeps."""
+"""Parameters, FLOPs and bytes against counts made by hand, by torch's own counter, and by what
+autograd really keeps."""
 
 import pytest
 import torch
@@ -21,10 +22,20 @@ from models.span import Span
 from tests.support.parity import packed
 
 WORDS, WIDTH, HEADS, KV, FFN, LAYERS = 257, 24, 6, 2, 40, 2
-MATRICES = LAYERS * (2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH * KV // HEADS + 3 * WIDTH * FFN) + WORDS * WIDTH
+MATRICES = (
+    LAYERS * (2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH * KV // HEADS + 3 * WIDTH * FFN) + WORDS * WIDTH
+)
 NORMS = (2 * LAYERS + 1) * WIDTH
 CAUSAL = Causal() & SameDocument()
-MASKS = [CAUSAL, CAUSAL & SlidingWindow(5), SameDocument(), ~Causal(), Mask(), Causal(), (SlidingWindow(3) & CAUSAL) | ~SlidingWindow(9) & CAUSAL]
+MASKS = [
+    CAUSAL,
+    CAUSAL & SlidingWindow(5),
+    SameDocument(),
+    ~Causal(),
+    Mask(),
+    Causal(),
+    (SlidingWindow(3) & CAUSAL) | ~SlidingWindow(9) & CAUSAL,
+]
 
 
 def swiglu(layers):
@@ -77,7 +88,9 @@ def test_forward_flops_are_matrices_and_visible_pairs():
     flops, span = count_flops(decoder()), packed()
     assert flops.token_flops == 2 * MATRICES
     width = WIDTH // HEADS
-    full, near = (int(visible(mask, span, span).sum()) for mask in (CAUSAL, CAUSAL & SlidingWindow(7)))
+    full, near = (
+        int(visible(mask, span, span).sum()) for mask in (CAUSAL, CAUSAL & SlidingWindow(7))
+    )
     tokens = int(span.valid().sum())
     assert flops.forward(span) == 2 * MATRICES * tokens + 4 * width * HEADS * (full + near)
     assert flops.training(span) == 3 * flops.forward(span)
@@ -88,14 +101,22 @@ def test_on_one_document_that_sees_everything_torch_counts_the_same():
         """Attention in the open, for torch's counter, which sees matrix products only."""
 
         def forward(self, x, span):
-            q, k, v = (p(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for p in (self.q, self.k, self.v))
+            q, k, v = (
+                p(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+                for p in (self.q, self.k, self.v)
+            )
             k, v = (t.repeat_interleave(HEADS // KV, 1) for t in (k, v))
             return self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(-2))
 
     with torch.device("meta"):
         mixers = [Everything(WIDTH, HEADS, KV, Rope()) for _ in range(LAYERS)]
         seen = Decoder(WORDS, WIDTH, mixers, swiglu(LAYERS), position=Rope())
-        ours = Decoder(WORDS, WIDTH, [Attention(WIDTH, HEADS, KV, Rope(), mask=Mask()) for _ in range(LAYERS)], swiglu(LAYERS))
+        ours = Decoder(
+            WORDS,
+            WIDTH,
+            [Attention(WIDTH, HEADS, KV, Rope(), mask=Mask()) for _ in range(LAYERS)],
+            swiglu(LAYERS),
+        )
     with FlopCounterMode(display=False) as counter:
         seen(torch.zeros(1, 33, dtype=torch.long, device="meta"), Span.line(1, 33, device="meta"))
     assert counter.get_total_flops() == count_flops(ours).forward(Span.line(1, 33))
@@ -105,21 +126,33 @@ def test_a_long_row_is_counted_without_its_square():
     size, reach = 300_000, 4096
     flops = count_flops(decoder()).cores
     assert visible_triples(flops[0].mask, Span.line(1, size)) == size * (size + 1) // 2
-    assert visible_triples(CAUSAL & SlidingWindow(reach), Span.line(1, size)) == reach * (reach + 1) // 2 + (size - reach) * reach
+    assert (
+        visible_triples(CAUSAL & SlidingWindow(reach), Span.line(1, size))
+        == reach * (reach + 1) // 2 + (size - reach) * reach
+    )
 
 
 def test_state_bytes_by_precision_and_shards():
     total = MATRICES + NORMS
     model = decoder()
-    assert state_bytes(model) == {"parameters": 4 * total, "copies": 0, "gradients": 4 * total, "optimiser": 8 * total}
+    assert state_bytes(model) == {
+        "parameters": 4 * total,
+        "copies": 0,
+        "gradients": 4 * total,
+        "optimiser": 8 * total,
+    }
     assert state_bytes(model, "float64")["optimiser"] == 16 * total
     assert state_bytes(model, "bfloat16")["copies"] == 2 * total
     shared = state_bytes(model, "bfloat16", shards=4)
     assert total <= shared["parameters"] < total + 4 * len(list(model.parameters()))
-    assert shared["copies"] == 2 * (WORDS * WIDTH + WIDTH + sum(p.numel() for p in model.blocks[0].parameters()))
+    assert shared["copies"] == 2 * (
+        WORDS * WIDTH + WIDTH + sum(p.numel() for p in model.blocks[0].parameters())
+    )
 
 
-@pytest.mark.parametrize("precision, dtype", [("float32", torch.float32), ("float64", torch.float64)])
+@pytest.mark.parametrize(
+    "precision, dtype", [("float32", torch.float32), ("float64", torch.float64)]
+)
 def test_activation_bytes_are_what_autograd_keeps(precision, dtype):
     model, size = initialise(decoder(device="cpu"), seed=0).to(dtype), 96
     storages = {id(p.untyped_storage()): p.untyped_storage() for p in model.parameters()}
@@ -140,7 +173,12 @@ def test_activation_bytes_are_what_autograd_keeps(precision, dtype):
 def test_checkpointing_keeps_one_block_and_the_inputs_of_all():
     def sized(layers, checkpointing):
         with torch.device("meta"):
-            model = Decoder(WORDS, WIDTH, [Attention(WIDTH, HEADS, KV, Rope()) for _ in range(layers)], swiglu(layers))
+            model = Decoder(
+                WORDS,
+                WIDTH,
+                [Attention(WIDTH, HEADS, KV, Rope()) for _ in range(layers)],
+                swiglu(layers),
+            )
         return activation_bytes(model, 1024, checkpointing=checkpointing)
 
     assert sized(5, "full") - sized(4, "full") == 1024 * WIDTH * 4

@@ -1,4 +1,5 @@
-"""A plan holds every visible pair once, calls blocks by their right kind, and costs what is visible."""
+"""A plan holds every visible pair once, calls blocks by their right kind, and costs what is
+visible."""
 
 import pytest
 import torch
@@ -6,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.kernels import block_plan as planning
-from models.kernels.block_plan import CAUSAL_TILE, FULL_TILE, PARTIAL_TILE, plan_rows, plan_tiles, split_tile
+from models.kernels.block_plan import (
+    CAUSAL_TILE,
+    FULL_TILE,
+    PARTIAL_TILE,
+    plan_rows,
+    plan_tiles,
+    split_tile,
+)
 from models.masks.algebra import Mask, Not, visible
 from models.masks.basic import Causal, SameDocument, SlidingWindow
 from models.span import Span
@@ -23,7 +31,9 @@ MASKS = {
 
 def row(lengths, padding=0):
     pos = torch.cat([torch.arange(n) for n in lengths] + [torch.zeros(padding, dtype=torch.long)])
-    doc = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)] + [torch.full((padding,), -1)])
+    doc = torch.cat(
+        [torch.full((n,), i) for i, n in enumerate(lengths)] + [torch.full((padding,), -1)]
+    )
     return pos, doc
 
 
@@ -55,7 +65,11 @@ def test_every_visible_pair_is_computed_once_and_no_other(lengths, mask, leaf, c
         rows = [row(some, size - sum(some)) for some in lengths]
         span = Span.of(torch.stack([p for p, _ in rows]), torch.stack([d for _, d in rows]))
         queries, keys = span.map(lambda t: t[:, cut:]), span.map(lambda t: t[:, : size - cut // 2])
-        blocks = [part for block in plan_tiles(MASKS[mask], queries, keys) for part in split_tile(block, side)]
+        blocks = [
+            part
+            for block in plan_tiles(MASKS[mask], queries, keys)
+            for part in split_tile(block, side)
+        ]
         count, seen = painted(blocks, MASKS[mask], queries, keys)
         assert torch.equal(count, seen.long())
     finally:
@@ -91,13 +105,15 @@ def test_many_short_rows_are_one_block_and_few_or_long_ones_are_not():
 
     many, few, long = span(8, 128), span(7, 128), span(8, 129)
     mask = MASKS["causal"]
-    assert plan_rows(mask, many, many) == [(0, 8, 0, 128, 0, 128, PARTIAL_TILE)] and plan_rows(mask, many, many) is plan_rows(
+    assert plan_rows(mask, many, many) == [(0, 8, 0, 128, 0, 128, PARTIAL_TILE)] and plan_rows(
         mask, many, many
-    )
+    ) is plan_rows(mask, many, many)
     for other in (few, long):
         assert plan_rows(mask, other, other) == plan_tiles(mask, other, other)
     past = Span.of(torch.arange(9).expand(8, 9).contiguous(), torch.zeros(8, 9, dtype=torch.long))
-    after = Span.of((9 + torch.arange(5)).expand(8, 5).contiguous(), torch.zeros(8, 5, dtype=torch.long))
+    after = Span.of(
+        (9 + torch.arange(5)).expand(8, 5).contiguous(), torch.zeros(8, 5, dtype=torch.long)
+    )
     assert plan_rows(mask, after, past) == [(0, 8, 0, 5, 0, 9, FULL_TILE)]
 
 
@@ -119,7 +135,10 @@ def test_a_window_costs_in_proportion_to_its_length(tokens):
 
 
 def test_an_empty_pair_costs_nothing():
-    early, late = Span.line(1, 700), Span.of(torch.arange(700, 900)[None], torch.zeros(1, 200, dtype=torch.long))
+    early, late = (
+        Span.line(1, 700),
+        Span.of(torch.arange(700, 900)[None], torch.zeros(1, 200, dtype=torch.long)),
+    )
     other = Span.of(torch.arange(700)[None], torch.ones(1, 700, dtype=torch.long))
     assert plan_tiles(MASKS["causal"], early, late) == []
     assert plan_tiles(MASKS["causal"], late, other) == []
@@ -127,4 +146,6 @@ def test_an_empty_pair_costs_nothing():
 
 def test_layers_with_equal_masks_share_a_plan():
     span = Span.line(1, 64)
-    assert plan_tiles(Causal() & SameDocument(), span, span) is plan_tiles(Causal() & SameDocument(), span, span)
+    assert plan_tiles(Causal() & SameDocument(), span, span) is plan_tiles(
+        Causal() & SameDocument(), span, span
+    )

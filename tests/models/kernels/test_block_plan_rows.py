@@ -1,4 +1,5 @@
-"""Many short rows, computed in one block, come out as fewer of them do, block by block: outputs and every gradient."""
+"""Many short rows, computed in one block, come out as fewer of them do, block by block: outputs and
+every gradient."""
 
 import pytest
 import torch
@@ -12,12 +13,19 @@ from tests.support.parity import packed, relative
 from tests.variants import VARIANTS, WIDTH
 
 TOKENS = 51
-ATTENDING = [name for name, make in VARIANTS.items() if any(isinstance(module, Softmax) for module in make().modules())]
+ATTENDING = [
+    name
+    for name, make in VARIANTS.items()
+    if any(isinstance(module, Softmax) for module in make().modules())
+]
 
 
 def rows() -> Span:
-    """One more than it takes, each of other documents, with padding of other lengths, one row with nothing else."""
-    return packed([[1 + row, 3 + 2 * row, 1, max(1, 20 - 3 * row)] for row in range(MANY)] + [[]], TOKENS)
+    """One more than it takes, each of other documents, with padding of other lengths, one row with
+    nothing else."""
+    return packed(
+        [[1 + row, 3 + 2 * row, 1, max(1, 20 - 3 * row)] for row in range(MANY)] + [[]], TOKENS
+    )
 
 
 def trained(mixer, span, x, weight):
@@ -27,7 +35,11 @@ def trained(mixer, span, x, weight):
     y = mixer(x, span) * span.valid()[..., None]
     (y * weight).sum().backward()
     assert x.grad is not None
-    return y.detach(), x.grad, {name: p.grad.clone() for name, p in mixer.named_parameters() if p.grad is not None}
+    return (
+        y.detach(),
+        x.grad,
+        {name: p.grad.clone() for name, p in mixer.named_parameters() if p.grad is not None},
+    )
 
 
 @pytest.mark.parametrize("name", ATTENDING)
@@ -42,11 +54,15 @@ def test_rows_taken_together_are_fewer_rows_taken_apart(name):
     assert relative(y, torch.cat([half[0] for half in apart])) < 1e-11
     assert relative(d_x, torch.cat([half[1] for half in apart])) < 1e-11
     for key, grad in d_parameters.items():
-        assert relative(grad, torch.stack([half[2][key] for half in apart if key in half[2]]).sum(0)) < 1e-11, key
+        assert (
+            relative(grad, torch.stack([half[2][key] for half in apart if key in half[2]]).sum(0))
+            < 1e-11
+        ), key
 
 
 def test_what_stands_at_places_that_nobody_sees_does_not_matter():
-    """Not even if it is no number, and whether or not other rows see something at the same place."""
+    """Not even if it is no number, and whether or not other rows see something at the same
+    place."""
     span, leaf = rows(), Softmax(CAUSAL)
     torch.manual_seed(3)
     q, k, v = (torch.randn(*span.shape, 2, 4, dtype=torch.float64) for _ in range(3))

@@ -1,4 +1,5 @@
-"""Partial attentions add up: merged in any order, over any blocks, in any dtype, they are the attention over all keys."""
+"""Partial attentions add up: merged in any order, over any blocks, in any dtype, they are the
+attention over all keys."""
 
 import torch
 
@@ -14,7 +15,11 @@ RANKS, TOKENS, HEADS, WIDTH = 16, 1024, 2, 32
 def test_merging_is_safe_where_one_side_or_both_saw_nothing_or_masses_are_far_apart():
     mean, nothing = torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 1, 2)
     lse, never = torch.full((1, 1, 1), 200.0), torch.full((1, 1, 1), -torch.inf)
-    for a, b in (((mean, lse), (nothing, never)), ((nothing, never), (mean, lse)), ((mean, lse), (-mean, -lse))):
+    for a, b in (
+        ((mean, lse), (nothing, never)),
+        ((nothing, never), (mean, lse)),
+        ((mean, lse), (-mean, -lse)),
+    ):
         got = blockwise.merge_partials(a, b)
         torch.testing.assert_close(got[0], mean)
         torch.testing.assert_close(got[1], lse)
@@ -23,7 +28,8 @@ def test_merging_is_safe_where_one_side_or_both_saw_nothing_or_masses_are_far_ap
 
 
 def simulated(q, k, v, d_out, ranks):
-    """Attention as `ranks` ranks of a ring compute it, block after block in one process: (mean, gradients), cast once."""
+    """Attention as `ranks` ranks of a ring compute it, block after block in one process: (mean,
+    gradients), cast once."""
     each = TOKENS // ranks
     parts = [slice(i * each, (i + 1) * each) for i in range(ranks)]
     whole = Span.line(1, TOKENS)
@@ -36,14 +42,35 @@ def simulated(q, k, v, d_out, ranks):
         total = blockwise.empty_partial(here, HEADS, WIDTH)
         order = [(mine - step) % ranks for step in range(ranks)]
         for other in order:
-            blockwise.forward(what, here, (k[:, parts[other]], v[:, parts[other]]), (), spans[mine], spans[other], total)
+            blockwise.forward(
+                what,
+                here,
+                (k[:, parts[other]], v[:, parts[other]]),
+                (),
+                spans[mine],
+                spans[other],
+                total,
+            )
         mean[:, parts[mine]] = total[0].to(q.dtype)
-        grad, delta, total = incoming_gradients(d_out[:, parts[mine]], None, mean[:, parts[mine]], total[1])
+        grad, delta, total = incoming_gradients(
+            d_out[:, parts[mine]], None, mean[:, parts[mine]], total[1]
+        )
         into = blockwise.Gradients.zeros(here, (), ())
         for other in order:
             there = k[:, parts[other]], v[:, parts[other]]
             into.payload = [s[:, parts[other]] for s in sums]
-            blockwise.backward(what, here, there, (), spans[mine], spans[other], d_out=grad, total=total, delta=delta, into=into)
+            blockwise.backward(
+                what,
+                here,
+                there,
+                (),
+                spans[mine],
+                spans[other],
+                d_out=grad,
+                total=total,
+                delta=delta,
+                into=into,
+            )
         d_q[:, parts[mine]] = into.query[0].to(q.dtype)
     return mean, d_q, *(s.to(q.dtype) for s in sums)
 

@@ -1,4 +1,5 @@
-"""Convolution by FFT equals the sum that it stands for, in outputs and gradients, for stretches that lie apart too."""
+"""Convolution by FFT equals the sum that it stands for, in outputs and gradients, for stretches
+that lie apart too."""
 
 import pytest
 import torch
@@ -22,12 +23,16 @@ CASES = [(1, 1, 0), (1, 4, 3), (6, 6, 0), (6, 9, 2), (6, 30, 6), (6, 30, 17), (8
 
 @pytest.mark.parametrize("block", [3, 4096])
 @pytest.mark.parametrize(
-    "length, taps, shift", [(1, 1, 0), (1, 4, 3), (6, 6, 0), (6, 9, 2), (6, 30, 6), (6, 30, 17), (8, 10, 4)]
+    "length, taps, shift",
+    [(1, 1, 0), (1, 4, 3), (6, 6, 0), (6, 9, 2), (6, 30, 6), (6, 30, 17), (8, 10, 4)],
 )
 def test_it_is_the_sum(length, taps, shift, block, monkeypatch):
     monkeypatch.setattr(fft_conv, "BLOCK", block)
     generator = torch.Generator().manual_seed(0)
-    given = torch.randn(2, length, 3, generator=generator, dtype=torch.float64), torch.randn(taps, 3, dtype=torch.float64)
+    given = (
+        torch.randn(2, length, 3, generator=generator, dtype=torch.float64),
+        torch.randn(taps, 3, dtype=torch.float64),
+    )
     weight = torch.randn(2, length, 3, generator=generator, dtype=torch.float64)
     answers = []
     for run in (convolve, direct):
@@ -39,6 +44,9 @@ def test_it_is_the_sum(length, taps, shift, block, monkeypatch):
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)])
 def test_either_may_need_no_gradient(wanted):
-    x, taps = torch.randn(1, 5, 2).requires_grad_(wanted[0]), torch.randn(5, 2).requires_grad_(wanted[1])
+    x, taps = (
+        torch.randn(1, 5, 2).requires_grad_(wanted[0]),
+        torch.randn(5, 2).requires_grad_(wanted[1]),
+    )
     convolve(x, taps, 0).sum().backward()
     assert (x.grad is not None, taps.grad is not None) == wanted

@@ -1,4 +1,5 @@
-"""Every way of taking many experts' products gives the same, and nothing outside the experts' stretches gets through."""
+"""Every way of taking many experts' products gives the same, and nothing outside the experts'
+stretches gets through."""
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ def given(dtype):
 def spelled(x, weight, counts):
     owners = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
     rows = [x[i] @ weight[e].T for i, e in enumerate(owners)]
-    return torch.stack([*rows, *[x.new_zeros(8)] * (len(x) - len(rows))]) + 0 * (x.sum() + weight.sum())
+    return torch.stack([*rows, *[x.new_zeros(8)] * (len(x) - len(rows))]) + 0 * (
+        x.sum() + weight.sum()
+    )
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)

@@ -1,7 +1,9 @@
-"""Scans by kernels that take whole stretches: what is handed over and what is made of the answers, against our own scan.
+"""Scans by kernels that take whole stretches: what is handed over and what is made of the answers,
+against our own scan.
 
-The table's kernels need a GPU. Here a recurrence in float64 stands in for them, called as they are called; that they answer
-as it does is shown in tests/peers/test_fla_kernels.py by the kernels themselves.
+The table's kernels need a GPU. Here a recurrence in float64 stands in for them, called as they are
+called; that they answer as it does is shown in tests/peers/test_fla_kernels.py by the kernels
+themselves.
 """
 
 import math
@@ -13,7 +15,17 @@ import pytest
 import torch
 
 from models.kernels import scan_fla
-from models.kernels.scan_fla import BEFORE, CHANNEL, LOW_RANK, PLAIN, STRONGEST, FlaScan, load_kernel, scan_kind, select_kernel
+from models.kernels.scan_fla import (
+    BEFORE,
+    CHANNEL,
+    LOW_RANK,
+    PLAIN,
+    STRONGEST,
+    FlaScan,
+    load_kernel,
+    scan_kind,
+    select_kernel,
+)
 from models.kernels.varlen import varlen_layout
 from models.primitives.scan import Scan
 from models.span import Span
@@ -34,17 +46,29 @@ def stand_in(kind):
         tokens, heads, keys = q.shape[1:]
         log = low[-1] if low else gate["w" if kind == BEFORE else "g"]
         assert q.shape == k.shape == (1, tokens, heads, keys) and v.shape[:3] == q.shape[:3]
-        assert log.shape == (q.shape[:3] if kind == PLAIN else q.shape) and len(low) == (3 if kind == LOW_RANK else 0)
+        assert log.shape == (q.shape[:3] if kind == PLAIN else q.shape) and len(low) == (
+            3 if kind == LOW_RANK else 0
+        )
         assert cu_seqlens.dtype == torch.int64 and cu_seqlens[0] == 0 and cu_seqlens[-1] == tokens
-        assert (cu_seqlens.diff() > 0).all() and initial_state.shape == (len(cu_seqlens) - 1, heads, keys, v.shape[3])
+        assert (cu_seqlens.diff() > 0).all() and initial_state.shape == (
+            len(cu_seqlens) - 1,
+            heads,
+            keys,
+            v.shape[3],
+        )
         assert all(x.is_contiguous() for x in (q, k, v, *low, log, initial_state))
         outs, lasts = [], []
-        for state, start, stop in zip(initial_state, cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
+        for state, start, stop in zip(
+            initial_state, cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()
+        ):
             payload = [x[:, start:stop] for x in (k, v, log, *low[:2])]
             span = Span.of(
-                torch.arange(1, stop - start + 1)[None], torch.zeros(1, stop - start, dtype=torch.long)
+                torch.arange(1, stop - start + 1)[None],
+                torch.zeros(1, stop - start, dtype=torch.long),
             )  # opens nowhere
-            out, last = Scan(before=kind == BEFORE).recur((q[:, start:stop],), payload, span=span, state=state[None])
+            out, last = Scan(before=kind == BEFORE).recur(
+                (q[:, start:stop],), payload, span=span, state=state[None]
+            )
             outs.append(out)
             lasts.append(last)
         return torch.cat(outs, 1), torch.cat(lasts)
@@ -77,9 +101,15 @@ def test_a_scan_by_stretches_equals_our_own(kind, before):
 def test_heads_may_share_queries_keys_and_decays():
     span, leaf = holes(), Scan(chunk=4)
     query, payload = inputs("scalar", span)
-    few = [x[:, :, :1] for x in query], [x if i == 1 else x[:, :, :1] for i, x in enumerate(payload)]
+    few = (
+        [x[:, :, :1] for x in query],
+        [x if i == 1 else x[:, :, :1] for i, x in enumerate(payload)],
+    )
     want = both(lambda q, p: leaf(q, p, span=span), *few)
-    assert max(map(relative, both(lambda q, p: (w := whole(q, p, span)).read(w.blank()), *few), want)) < 1e-11
+    assert (
+        max(map(relative, both(lambda q, p: (w := whole(q, p, span)).read(w.blank()), *few), want))
+        < 1e-11
+    )
     keep, _, _ = whole(*few, span, runs=RUNS).summarise()
     assert relative(keep, leaf.open(*few, span=span, runs=RUNS).summarise().keep) < 1e-11
 
@@ -88,12 +118,18 @@ def test_heads_may_share_queries_keys_and_decays():
 def test_runs_are_summed_up_and_left_as_our_own_do(kind, before):
     span, leaf = holes(), Scan(chunk=4, before=before)
     query, payload = inputs(kind, span)
-    states = torch.randn(2, 4, 2, 4, 5, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    states = torch.randn(
+        2, 4, 2, 4, 5, generator=torch.Generator().manual_seed(8), dtype=torch.float64
+    )
 
     def told(work):
         keep, gain, opened = work.summarise()
-        assert torch.equal(opened, leaf.open(query, payload, span=span, runs=RUNS).summarise().opened)
-        return torch.cat([x.flatten() for x in (keep, gain, work.read(states), work.final_states(states))])
+        assert torch.equal(
+            opened, leaf.open(query, payload, span=span, runs=RUNS).summarise().opened
+        )
+        return torch.cat(
+            [x.flatten() for x in (keep, gain, work.read(states), work.final_states(states))]
+        )
 
     ours = both(lambda q, p: told(leaf.open(q, p, span=span, runs=RUNS)), query, payload)
     theirs = both(lambda q, p: told(whole(q, p, span, before, RUNS)), query, payload)
@@ -104,7 +140,10 @@ def test_a_state_that_comes_in_gets_its_gradient():
     span, leaf = holes(), Scan(chunk=4)
     query, payload = inputs("vector delta", span)
     grads = []
-    for work in (leaf.open(query, payload, span=span, runs=RUNS), whole(query, payload, span, runs=RUNS)):
+    for work in (
+        leaf.open(query, payload, span=span, runs=RUNS),
+        whole(query, payload, span, runs=RUNS),
+    ):
         states = torch.ones(2, 4, 2, 4, 5, dtype=torch.float64, requires_grad=True)
         (work.read(states).square().sum() + work.final_states(states).square().sum()).backward()
         grads.append(states.grad)
@@ -135,7 +174,9 @@ def test_a_rank_of_padding_has_the_same_graph_as_the_others():
 
 def on_gpu(dtype, width=64, dims=4) -> Any:
     """What `pick` reads of a tensor, as if it lay on a GPU."""
-    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(1, 8, 2, width), dim=lambda: dims)
+    return SimpleNamespace(
+        device=torch.device("cuda", 0), dtype=dtype, shape=(1, 8, 2, width), dim=lambda: dims
+    )
 
 
 def test_who_serves_what(monkeypatch):
@@ -144,11 +185,16 @@ def test_who_serves_what(monkeypatch):
 
     def served(dtype, dims=3, low=False, before=False, width=64):
         x = on_gpu(dtype, width)
-        return select_kernel([x], [x, x, on_gpu(dtype, width, dims), *([x, x] if low else [])], before=before)
+        return select_kernel(
+            [x], [x, x, on_gpu(dtype, width, dims), *([x, x] if low else [])], before=before
+        )
 
     half = torch.bfloat16
     assert served(half) == (PLAIN, PLAIN) and served(half, 4) == (CHANNEL, CHANNEL)
-    assert served(half, 4, before=True) == (BEFORE, BEFORE) and served(half, 3, low=True) == (LOW_RANK, LOW_RANK)
+    assert served(half, 4, before=True) == (BEFORE, BEFORE) and served(half, 3, low=True) == (
+        LOW_RANK,
+        LOW_RANK,
+    )
     assert served(half, 3, before=True) is None and served(half, 4, low=True, before=True) is None
     assert served(torch.float64) is None and served(half, width=257) is None
     assert served(torch.float32) is None
@@ -157,7 +203,9 @@ def test_who_serves_what(monkeypatch):
         assert served(torch.float32) == (PLAIN, PLAIN)
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert select_kernel([torch.ones(1, 8, 2, 4)], [torch.ones(1, 8, 2, 4)] * 3, before=False) is None, "that is on the CPU"
+    assert (
+        select_kernel([torch.ones(1, 8, 2, 4)], [torch.ones(1, 8, 2, 4)] * 3, before=False) is None
+    ), "that is on the CPU"
 
 
 def test_a_package_that_fails_to_import_is_reported_once_and_torch_serves(monkeypatch):
@@ -192,7 +240,8 @@ def test_a_package_that_is_not_there_is_no_fault(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind, before", CASES)
 def test_on_a_gpu_the_kernel_serves_and_answers_as_our_own_scan(kind, before, dtype, gpu):
-    """Half: its rounding inside a chunk; float32: products in TF32, 10 bits. Decays stay float32."""
+    """Half: its rounding inside a chunk; float32: products in TF32, 10 bits. Decays stay
+    float32."""
     span, leaf = holes(), Scan(before=before)
     query, payload = inputs(kind, span, keys=32, values=48, strength=0.3)
     exact = [x if i == 3 else x.to(dtype).double() for i, x in enumerate((*query, *payload))]

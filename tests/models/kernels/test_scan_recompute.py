@@ -1,4 +1,5 @@
-"""A row gone through in stripes answers as the row at once, in outputs and all gradients, and never holds it whole."""
+"""A row gone through in stripes answers as the row at once, in outputs and all gradients, and never
+holds it whole."""
 
 import pytest
 import torch
@@ -30,8 +31,13 @@ def both(run, tensors, wanted):
     leaves = [x.clone().requires_grad_(want) for x, want in zip(tensors, wanted, strict=True)]
     found = run(leaves[0], tuple(leaves[1:]))
     generator = torch.Generator().manual_seed(1)
-    total = torch.stack([(x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in found]).sum()
-    return [*found, *torch.autograd.grad(total, [x for x in leaves if x.requires_grad], allow_unused=True)]
+    total = torch.stack(
+        [(x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in found]
+    ).sum()
+    return [
+        *found,
+        *torch.autograd.grad(total, [x for x in leaves if x.requires_grad], allow_unused=True),
+    ]
 
 
 @pytest.mark.parametrize("room", [1, 2 * B * H * C * C, 1 << 30])
@@ -60,6 +66,10 @@ def test_no_stripe_is_longer_than_there_is_room_for(monkeypatch):
         sizes.append(query.shape[1])
         return affine_chunks(query, payload, before=before)
 
-    monkeypatch.setattr(scan_recompute, "affine", watched)
-    both(lambda q, p: recomputed_chunks(q, p, before=False, room=2 * B * H * C * C), given("vector", True), [True] * 4)
+    monkeypatch.setattr(scan_recompute, "affine_chunks", watched)
+    both(
+        lambda q, p: recomputed_chunks(q, p, before=False, room=2 * B * H * C * C),
+        given("vector", True),
+        [True] * 4,
+    )
     assert sizes == [2, 2, 1] * 2, "forward, and once more backward"

@@ -1,4 +1,5 @@
-"""The four edges of PyTorch's CPU flash kernel are guarded, and what comes out is what the general tile says."""
+"""The four edges of PyTorch's CPU flash kernel are guarded, and what comes out is what the general
+tile says."""
 
 import pytest
 import torch
@@ -20,13 +21,17 @@ def tensors(queries, keys, heads=4, kv_heads=2, width=6, value=6, dtype=torch.fl
 
 def truth(q, k, v, mask):
     span, kv_span = (Span.line(1, x.shape[1]) for x in (q, k))
-    return reference.forward(Score(SCALE), mask, (q,), (k, v), (), span, kv_span, torch.arange(q.shape[2]))
+    return reference.forward(
+        Score(SCALE), mask, (q,), (k, v), (), span, kv_span, torch.arange(q.shape[2])
+    )
 
 
 def true_gradients(q, k, v, mask, d_out, mean, lse):
     span, kv_span = (Span.line(1, x.shape[1]) for x in (q, k))
-    rest = {"d_mean": d_out, "mass": lse, "delta": (d_out * mean).sum(-1)}
-    return reference.backward(Score(SCALE), mask, (q,), (k, v), (), span, kv_span, torch.arange(q.shape[2]), **rest)
+    rest = {"d_out": d_out, "lse": lse, "delta": (d_out * mean).sum(-1)}
+    return reference.backward(
+        Score(SCALE), mask, (q,), (k, v), (), span, kv_span, torch.arange(q.shape[2]), **rest
+    )
 
 
 def check(q, k, v, mask, triangle, add=None):
@@ -70,7 +75,9 @@ def test_a_query_that_sees_no_key_has_mass_minus_infinity_and_no_gradient():
     mean, lse = sdpa_cpu.forward(q, k, v, SCALE, False, add)
     assert (lse[:, 2] == -torch.inf).all() and not mean[:, 2].any()
     assert lse[:, [0, 1, 3]].isfinite().all()
-    grads = sdpa_cpu.backward(q, k, v, SCALE, False, add, d_out=torch.ones_like(mean), mean=mean, lse=lse)
+    grads = sdpa_cpu.backward(
+        q, k, v, SCALE, False, add, d_out=torch.ones_like(mean), mean=mean, lse=lse
+    )
     assert not grads[0][:, 2].any() and all(g.isfinite().all() for g in grads)
     kept = sdpa_cpu.backward(
         q[:, [0, 1, 3]], k, v, SCALE, False, add[..., [0, 1, 3], :],

@@ -1,6 +1,8 @@
-"""The GPU kernels: what is called exists, what is handed over is laid out as they want it, what comes back is the tile's.
+"""The GPU kernels: what is called exists, what is handed over is laid out as they want it, what
+comes back is the tile's.
 
-Where there is no GPU, PyTorch's meta kernels tell shapes and dtypes, and a stand-in that computes in float64 tells numbers.
+Where there is no GPU, PyTorch's meta kernels tell shapes and dtypes, and a stand-in that computes
+in float64 tells numbers.
 """
 
 import math
@@ -20,23 +22,36 @@ HOPPER, ADA, TURING, NONE = (9, 0), (8, 9), (7, 5), (0, 0)
 QKV, REST = ["query", "key", "value"], ["dropout_p", "is_causal"]
 SEEDS = ["philox_seed", "philox_offset"]
 GPUS = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-BOUND = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # half: its own rounding of 1 + a few sums
-SHAPES = {"plain": (70, 90, 4, 4, 16, 16), "grouped": (70, 70, 6, 2, 12, 20), "one": (1, 1, 2, 1, 6, 3)}
+BOUND = {
+    torch.float32: 1e-4,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+}  # half: its own rounding of 1 + a few sums
+SHAPES = {
+    "plain": (70, 90, 4, 4, 16, 16),
+    "grouped": (70, 70, 6, 2, 12, 20),
+    "one": (1, 1, 2, 1, 6, 3),
+}
 
 
-def tensors(queries, keys, heads=4, kv_heads=2, width=6, value=6, dtype=torch.bfloat16, device="cpu"):
+def tensors(
+    queries, keys, heads=4, kv_heads=2, width=6, value=6, dtype=torch.bfloat16, device="cpu"
+):
     torch.manual_seed(0)
     shapes = (2, queries, heads, width), (2, keys, kv_heads, width), (2, keys, kv_heads, value)
     return [torch.randn(*shape).to(device, dtype) for shape in shapes]
 
 
 def stand_in(monkeypatch):
-    """Both kernels by the CPU's, in float64, with what they demand of their arguments checked; says who was called."""
+    """Both kernels by the CPU's, in float64, with what they demand of their arguments checked; says
+    who was called."""
     called = []
 
     def loadable(*some, step=sdpa_cuda.ALIGN):
         for x in some:
-            assert x.stride(-1) == 1 and all(s % step == 0 for s in (x.storage_offset(), *x.stride()[:-1]))
+            assert x.stride(-1) == 1 and all(
+                s % step == 0 for s in (x.storage_offset(), *x.stride()[:-1])
+            )
 
     def packed(*some):
         assert all(x.transpose(1, 2).is_contiguous() for x in some)
@@ -51,37 +66,76 @@ def stand_in(monkeypatch):
 
     def adjoint(d, q, k, v, bias, out, lse, triangle, scale):
         width = max(q.shape[-1], v.shape[-1])
-        some = [torch.nn.functional.pad(wide(x), (0, width - x.shape[-1])) for x in (d, q, k, v, out)]
-        grads = sdpa_cpu._backward(*some, wide(lse), 0.0, triangle, attn_mask=wide(bias), scale=scale)
+        some = [
+            torch.nn.functional.pad(wide(x), (0, width - x.shape[-1])) for x in (d, q, k, v, out)
+        ]
+        grads = sdpa_cpu._backward(
+            *some, wide(lse), 0.0, triangle, attn_mask=wide(bias), scale=scale
+        )
         return [g[..., : x.shape[-1]] for g, x in zip(grads, (q, k, v))]
 
     def flash(q, k, v, dropout, triangle, debug, *, scale):
         called.append("flash")
         loadable(q, k, v)
-        assert q.dtype == k.dtype == v.dtype and q.dtype in sdpa_cuda.HALF and q.shape[-1] == k.shape[-1] == v.shape[-1]
+        assert (
+            q.dtype == k.dtype == v.dtype
+            and q.dtype in sdpa_cuda.HALF
+            and q.shape[-1] == k.shape[-1] == v.shape[-1]
+        )
         return attend(q, k, v, None, triangle, scale)
 
-    def flash_backward(d, q, k, v, out, lse, cum_q, cum_k, longest_q, longest_k, dropout, triangle, seed, offset, *, scale):
+    def flash_backward(
+        d,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cum_q,
+        cum_k,
+        longest_q,
+        longest_k,
+        dropout,
+        triangle,
+        seed,
+        offset,
+        *,
+        scale,
+    ):
         loadable(d, q, k, v, out)
-        assert lse.is_contiguous() and lse.shape == q.shape[:3] and (longest_q, longest_k) == (q.shape[2], k.shape[2])
+        assert (
+            lse.is_contiguous()
+            and lse.shape == q.shape[:3]
+            and (longest_q, longest_k) == (q.shape[2], k.shape[2])
+        )
         return adjoint(d, q, k, v, None, out, lse, triangle, scale)
 
     def efficient(q, k, v, bias, with_mass, dropout, triangle, *, scale):
         called.append("efficient")
         loadable(q, k, v)
-        assert with_mass and q.dtype == k.dtype == v.dtype and q.shape[1] == k.shape[1] == v.shape[1]
+        assert (
+            with_mass and q.dtype == k.dtype == v.dtype and q.shape[1] == k.shape[1] == v.shape[1]
+        )
         if bias is not None:
             loadable(bias, step=sdpa_cuda.BIAS_ALIGN)
             assert bias.dtype == q.dtype and bias.shape == (*q.shape[:3], k.shape[2])
         mean, lse = attend(q, k, v, bias, triangle, scale)
         full = math.ceil(q.shape[2] / 32) * 32
-        return mean[..., : v.shape[-1]], torch.nn.functional.pad(lse, (0, full - q.shape[2]), value=torch.inf)
+        return mean[..., : v.shape[-1]], torch.nn.functional.pad(
+            lse, (0, full - q.shape[2]), value=torch.inf
+        )
 
-    def efficient_backward(d, q, k, v, bias, out, lse, seed, offset, dropout, wanted, triangle, *, scale):
+    def efficient_backward(
+        d, q, k, v, bias, out, lse, seed, offset, dropout, wanted, triangle, *, scale
+    ):
         loadable(d, q, k, v, out)
         packed(d, out)
-        assert lse.shape[2] % 32 == 0 and lse.is_contiguous() and wanted == [True, True, True, False]
-        assert (lse[..., q.shape[2] :] == torch.inf).all() and lse[..., : q.shape[2]].isfinite().all()
+        assert (
+            lse.shape[2] % 32 == 0 and lse.is_contiguous() and wanted == [True, True, True, False]
+        )
+        assert (lse[..., q.shape[2] :] == torch.inf).all() and lse[
+            ..., : q.shape[2]
+        ].isfinite().all()
         return *adjoint(d, q, k, v, bias, out, lse[..., : q.shape[2]], triangle, scale), None
 
     for one in (flash, flash_backward, efficient, efficient_backward):
@@ -100,8 +154,12 @@ def truth(q, k, v, mask, d_out, add=None):
     heads = torch.arange(q.shape[2], device=q.device)
     mean, lse = reference.forward(score, mask, (q,), (k, v), (), span, kv_span, heads)
     delta = (d_out * mean).sum(-1)
-    return mean, lse, reference.backward(
-        score, mask, (q,), (k, v), (), span, kv_span, heads, d_out=d_out, lse=lse, delta=delta
+    return (
+        mean,
+        lse,
+        reference.backward(
+            score, mask, (q,), (k, v), (), span, kv_span, heads, d_out=d_out, lse=lse, delta=delta
+        ),
     )
 
 
@@ -112,10 +170,17 @@ def check(some, mask, triangle, add=None, bound=1e-2):
     mean, lse = sdpa_cuda.forward(q, k, v, SCALE, triangle, add)
     want_mean, want_mass, want = truth(q, k, v, mask, d_out, add)
     assert mean.dtype == lse.dtype == torch.float32
-    grads = sdpa_cuda.backward(q, k, v, SCALE, triangle, add, d_out=d_out, mean=want_mean.float(), lse=want_mass.float())
+    grads = sdpa_cuda.backward(
+        q, k, v, SCALE, triangle, add, d_out=d_out, mean=want_mean.float(), lse=want_mass.float()
+    )
     assert all(g.dtype == torch.float32 and g.shape == x.shape for g, x in zip(grads, some))
     for got, right in zip((mean, lse, *grads), (want_mean, want_mass, *want)):
-        torch.testing.assert_close(got.double(), right, rtol=bound, atol=bound * max(1, float(right[right.isfinite()].std())))
+        torch.testing.assert_close(
+            got.double(),
+            right,
+            rtol=bound,
+            atol=bound * max(1, float(right[right.isfinite()].std())),
+        )
 
 
 def hiding(queries, keys, dtype, device="cpu", numbers=False):
@@ -134,12 +199,35 @@ def hiding(queries, keys, dtype, device="cpu", numbers=False):
         (sdpa_cuda.flash, [*QKV, *REST, "return_debug_mask", "scale"]),
         (
             sdpa_cuda.flash_backward,
-            ["grad_out", *QKV, "out", "logsumexp", "cum_seq_q", "cum_seq_k", "max_q", "max_k", *REST, *SEEDS, "scale"],
+            [
+                "grad_out",
+                *QKV,
+                "out",
+                "logsumexp",
+                "cum_seq_q",
+                "cum_seq_k",
+                "max_q",
+                "max_k",
+                *REST,
+                *SEEDS,
+                "scale",
+            ],
         ),
         (sdpa_cuda.efficient, [*QKV, "attn_bias", "compute_log_sumexp", *REST, "scale"]),
         (
             sdpa_cuda.efficient_backward,
-            ["grad_out_", *QKV, "attn_bias", "out", "logsumexp", *SEEDS, REST[0], "grad_input_mask", REST[1], "scale"],
+            [
+                "grad_out_",
+                *QKV,
+                "attn_bias",
+                "out",
+                "logsumexp",
+                *SEEDS,
+                REST[0],
+                "grad_input_mask",
+                REST[1],
+                "scale",
+            ],
         ),
     ],
 )
@@ -151,10 +239,19 @@ def test_the_table_knows_who_computes_what():
     curved = Score()
     curved.plain = False
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert select_kernel(torch.device("cuda"), dtype, Score()) is sdpa_cuda and select_kernel(torch.device("cpu"), dtype, Score()) is sdpa_cpu
-        assert select_kernel(torch.device("cuda"), dtype, curved) is None and select_kernel(torch.device("cpu"), dtype, curved) is None
+        assert (
+            select_kernel(torch.device("cuda"), dtype, Score()) is sdpa_cuda
+            and select_kernel(torch.device("cpu"), dtype, Score()) is sdpa_cpu
+        )
+        assert (
+            select_kernel(torch.device("cuda"), dtype, curved) is None
+            and select_kernel(torch.device("cpu"), dtype, curved) is None
+        )
     assert select_kernel(torch.device("cpu"), torch.float64, Score()) is sdpa_cpu
-    assert select_kernel(torch.device("cuda"), torch.float64, Score()) is None and select_kernel(torch.device("xpu"), dtype, Score()) is None
+    assert (
+        select_kernel(torch.device("cuda"), torch.float64, Score()) is None
+        and select_kernel(torch.device("xpu"), dtype, Score()) is None
+    )
 
 
 def test_amd_devices_have_the_general_tile(monkeypatch):
@@ -179,7 +276,9 @@ def test_amd_devices_have_the_general_tile(monkeypatch):
     ],
 )
 def test_a_block_goes_to_a_kernel_that_can_compute_it(dtypes, width, generation, flash, dtype):
-    found = sdpa_cuda.choose_kernel([getattr(torch, d) for d in dtypes], width, width - 3, generation)
+    found = sdpa_cuda.choose_kernel(
+        [getattr(torch, d) for d in dtypes], width, width - 3, generation
+    )
     assert (found.flash, found.dtype) == (flash, getattr(torch, dtype))
     assert found.key % 8 == found.value % 8 == 0 and found.key >= width and found.value >= width - 3
 
@@ -190,11 +289,18 @@ def test_a_block_goes_to_a_kernel_that_can_compute_it(dtypes, width, generation,
 def test_numbers_are_the_tiles_whatever_heads_and_widths(monkeypatch, shape, triangle, dtype, who):
     called, (queries, keys, *rest) = stand_in(monkeypatch), SHAPES[shape]
     some = tensors(queries, queries if triangle else keys, *rest, dtype=dtype)
-    check(some, Causal() if triangle else Mask(), triangle, bound=1e-2 if dtype == torch.bfloat16 else 1e-5)
+    check(
+        some,
+        Causal() if triangle else Mask(),
+        triangle,
+        bound=1e-2 if dtype == torch.bfloat16 else 1e-5,
+    )
     assert called == [who]
 
 
-@pytest.mark.parametrize("dtype, numbers", [("bfloat16", False), ("float32", False), ("float32", True)])
+@pytest.mark.parametrize(
+    "dtype, numbers", [("bfloat16", False), ("float32", False), ("float32", True)]
+)
 def test_a_matrix_hides_keys_and_a_blind_query_gets_nothing(monkeypatch, dtype, numbers):
     called, dtype = stand_in(monkeypatch), getattr(torch, dtype)
     some, add = tensors(37, 41, dtype=dtype), hiding(37, 41, dtype, numbers=numbers)
@@ -211,7 +317,10 @@ def test_numbers_in_the_matrix_are_not_rounded_to_half_precision(monkeypatch):
 
 def test_views_that_a_kernel_cannot_load_are_laid_out_again(monkeypatch):
     stand_in(monkeypatch)
-    some = [torch.randn(2, 9, 3, x.shape[-1] + 3).to(x.dtype)[:, 1:, :, 1:-2] for x in tensors(9, 9, 3, 3, 8, 8)]
+    some = [
+        torch.randn(2, 9, 3, x.shape[-1] + 3).to(x.dtype)[:, 1:, :, 1:-2]
+        for x in tensors(9, 9, 3, 3, 8, 8)
+    ]
     check(some, Causal(), True)
     check([x.transpose(1, 3).contiguous().transpose(1, 3) for x in some], Causal(), True)
     check([x.float() for x in some], Causal(), True)
@@ -229,7 +338,11 @@ def test_the_real_kernels_take_what_they_are_given_and_return_what_is_said(dtype
     some = tensors(37, 41, 6, 2, 12, 20, dtype=dtype, device="meta")
     add = torch.empty(1, 1, 37, 41, dtype=dtype, device="meta") if added else None
     mean, lse = sdpa_cuda.forward(*some, SCALE, False, add)
-    assert mean.shape == (2, 37, 6, 20) and lse.shape == (2, 37, 6) and mean.dtype == lse.dtype == torch.float32
+    assert (
+        mean.shape == (2, 37, 6, 20)
+        and lse.shape == (2, 37, 6)
+        and mean.dtype == lse.dtype == torch.float32
+    )
     grads = sdpa_cuda.backward(*some, SCALE, False, add, d_out=mean, mean=mean, lse=lse)
     assert all(g.shape == x.shape and g.dtype == torch.float32 for g, x in zip(grads, some))
 
@@ -239,9 +352,29 @@ if GPUS:  # where there are none there is nothing to skip
     @pytest.mark.parametrize("device", GPUS, ids=str)
     @pytest.mark.parametrize("dtype", BOUND, ids=str)
     def test_on_a_gpu_every_kind_of_block_is_the_tiles(device, dtype):
-        for queries, keys, *rest in (*SHAPES.values(), (130, 130, 4, 2, 128, 64), (65, 40, 2, 2, 256, 256)):
-            check(tensors(queries, keys, *rest, dtype=dtype, device=device), Mask(), False, bound=BOUND[dtype])
-            check(tensors(queries, queries, *rest, dtype=dtype, device=device), Causal(), True, bound=BOUND[dtype])
+        for queries, keys, *rest in (
+            *SHAPES.values(),
+            (130, 130, 4, 2, 128, 64),
+            (65, 40, 2, 2, 256, 256),
+        ):
+            check(
+                tensors(queries, keys, *rest, dtype=dtype, device=device),
+                Mask(),
+                False,
+                bound=BOUND[dtype],
+            )
+            check(
+                tensors(queries, queries, *rest, dtype=dtype, device=device),
+                Causal(),
+                True,
+                bound=BOUND[dtype],
+            )
         some = tensors(67, 83, dtype=dtype, device=device)
         check(some, Mask(), False, hiding(67, 83, dtype, device), bound=BOUND[dtype])
-        check(some, Mask(), False, hiding(67, 83, torch.float32, device, numbers=True), bound=BOUND[dtype])
+        check(
+            some,
+            Mask(),
+            False,
+            hiding(67, 83, torch.float32, device, numbers=True),
+            bound=BOUND[dtype],
+        )

@@ -27,7 +27,9 @@ MASKS = some.recursive(
     ),
     max_leaves=4,
 )
-RUNS = some.tuples(some.integers(-1, 3), some.integers(0, 20), some.sampled_from([TEXT, PREFIX, READ]), SIZES)
+RUNS = some.tuples(
+    some.integers(-1, 3), some.integers(0, 20), some.sampled_from([TEXT, PREFIX, READ]), SIZES
+)
 ROWS = some.lists(RUNS, min_size=1, max_size=4)
 
 
@@ -36,7 +38,11 @@ def row(runs) -> Span:
     pos, doc, role = (
         torch.cat(parts)[None]
         for parts in zip(
-            *((torch.arange(p, p + n), torch.full((n,), d), torch.full((n,), r)) for d, p, r, n in runs), strict=True
+            *(
+                (torch.arange(p, p + n), torch.full((n,), d), torch.full((n,), r))
+                for d, p, r, n in runs
+            ),
+            strict=True,
         )
     )
     return Span(pos, doc, role)
@@ -69,7 +75,18 @@ def test_a_band_between_two_runs_is_the_dense_mask(mask, queries, keys):
         assert torch.equal(mask.dense(q, k), (apart >= band[0]) & (apart <= band[1]))
 
 
-@pytest.mark.parametrize("mask", [Causal(), SameDocument(), PrefixTokens(), SlidingWindow(4), FirstTokens(3), SameChunk(4), Causal() & SlidingWindow(4)])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Causal(),
+        SameDocument(),
+        PrefixTokens(),
+        SlidingWindow(4),
+        FirstTokens(3),
+        SameChunk(4),
+        Causal() & SlidingWindow(4),
+    ],
+)
 def test_an_outlook_is_decided_where_one_token_meets_another(mask):
     for queries in ((0, 5, TEXT, 1), (0, 2, PREFIX, 1), (1, 9, READ, 1)):
         for keys in ((0, 5, TEXT, 1), (0, 1, PREFIX, 1), (1, 6, TEXT, 1)):
@@ -106,7 +123,9 @@ def test_a_plan_covers_what_is_visible_once_and_nothing_else_unmasked(mask, quer
     assert (covered[seen] == 1).all()
 
 
-@pytest.mark.parametrize("wrong", [lambda: SlidingWindow(0), lambda: FirstTokens(-1), lambda: SameChunk(0)])
+@pytest.mark.parametrize(
+    "wrong", [lambda: SlidingWindow(0), lambda: FirstTokens(-1), lambda: SameChunk(0)]
+)
 def test_a_size_that_makes_no_sense_is_refused(wrong):
     with pytest.raises(ValueError, match="want"):
         wrong()

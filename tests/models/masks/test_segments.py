@@ -45,9 +45,16 @@ def test_outlook_and_band_agree_with_the_dense_mask(mask):
     generator = torch.Generator().manual_seed(0)
     decided = mixed = 0
     for turn in range(600):
-        first, count, begin, size = (int(torch.randint(n, (), generator=generator)) for n in (30, 9, 30, 9))
+        first, count, begin, size = (
+            int(torch.randint(n, (), generator=generator)) for n in (30, 9, 30, 9)
+        )
         if turn % 2:
-            roles = [int(r) for r in torch.tensor([TEXT, READ, STALE, 5])[torch.randint(4, (size + 1,), generator=generator)]]
+            roles = [
+                int(r)
+                for r in torch.tensor([TEXT, READ, STALE, 5])[
+                    torch.randint(4, (size + 1,), generator=generator)
+                ]
+            ]
         else:
             roles = [[TEXT, READ, STALE][turn // 2 % 3]] * (size + 1)
         q, k = keys(first, [TEXT] * (count + 1)), keys(begin, roles)

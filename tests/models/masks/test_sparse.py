@@ -1,4 +1,5 @@
-"""Sparse masks: what they show, that their three evaluations agree, and that random blocks are what they promise."""
+"""Sparse masks: what they show, that their three evaluations agree, and that random blocks are what
+they promise."""
 
 import pytest
 import torch
@@ -65,7 +66,11 @@ def test_outlook_and_band_agree_with_the_dense_mask(mask):
 def test_a_dilated_window_has_holes_on_its_own_heads_only():
     span = Span.line(1, 9)
     seen = (Causal() & DilatedWindow(3, (1, 2, 4))).dense(span, span, HEADS)
-    assert [seen[0, head, 8].nonzero()[:, 0].tolist() for head in range(3)] == [[6, 7, 8], [4, 6, 8], [0, 4, 8]]
+    assert [seen[0, head, 8].nonzero()[:, 0].tolist() for head in range(3)] == [
+        [6, 7, 8],
+        [4, 6, 8],
+        [0, 4, 8],
+    ]
 
 
 def test_random_blocks_are_different_and_lie_between_the_first_and_the_window():
@@ -96,7 +101,10 @@ def test_random_blocks_are_drawn_evenly():
 
 
 def test_scrambled_words_are_the_same_on_every_machine():
-    assert [int(hash_words(1, 2)), int(hash_words(torch.tensor([2]), 1))] == [hash_words(1, 2).item(), hash_words(2, 1).item()]
+    assert [int(hash_words(1, 2)), int(hash_words(torch.tensor([2]), 1))] == [
+        hash_words(1, 2).item(),
+        hash_words(2, 1).item(),
+    ]
     assert int(hash_words(1, 2)) != int(hash_words(2, 1))
     assert int(hash_words(0)) == PINNED
 

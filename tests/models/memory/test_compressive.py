@@ -1,4 +1,5 @@
-"""Infini-attention on one device: against the paper's equations, head by head and segment by segment."""
+"""Infini-attention on one device: against the paper's equations, head by head and segment by
+segment."""
 
 from typing import Any
 
@@ -40,12 +41,16 @@ MIXERS = {
 def rows(start: int = 0, stop: int = TOKENS) -> Span:
     """A stretch of two lanes, documents numbered from the stretch's first."""
     pos = torch.stack([torch.cat([torch.arange(n) for n in lane]) for lane in LENGTHS])
-    doc = torch.stack([torch.cat([torch.full((n,), i) for i, n in enumerate(lane)]) for lane in LENGTHS])
+    doc = torch.stack(
+        [torch.cat([torch.full((n,), i) for i, n in enumerate(lane)]) for lane in LENGTHS]
+    )
     return Span.of(pos[:, start:stop], (doc - doc[:, start : start + 1])[:, start:stop])
 
 
 def content() -> Tensor:
-    return 3 * torch.randn(len(LENGTHS), TOKENS, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return 3 * torch.randn(
+        len(LENGTHS), TOKENS, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
 
 
 def build(mixer: nn.Module, rule: str, segment: int | None) -> Any:
@@ -54,13 +59,16 @@ def build(mixer: nn.Module, rule: str, segment: int | None) -> Any:
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2)
+            parameter.add_(
+                torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2
+            )
     name_stateful_modules(model)
     return model
 
 
 def spelled(model, x: Tensor, rule: str, segment: int) -> Tensor:
-    """The paper's equations (1) to (10) of arXiv:2404.07143 for every document and head, one segment after another."""
+    """The paper's equations (1) to (10) of arXiv:2404.07143 for every document and head, one
+    segment after another."""
     out = torch.zeros(*x.shape[:2], HEADS, WIDTH // HEADS, dtype=x.dtype)
     gates = model.beside.gate.sigmoid()
     for row, lengths in enumerate(LENGTHS):
@@ -74,11 +82,19 @@ def spelled(model, x: Tensor, rule: str, segment: int) -> Tensor:
                     part = slice(begin + first, begin + min(length, first + segment))
                     q, k, v = (
                         F.linear(x[row, part], weight)
-                        for weight in (model.q.weight[channels], model.k.weight[shared], model.v.weight[shared])
+                        for weight in (
+                            model.q.weight[channels],
+                            model.k.weight[shared],
+                            model.v.weight[shared],
+                        )
                     )
                     span = Span.line(1, length).map(lambda t, f=first: t[:, f : f + segment])
-                    q_turned, k_turned = (Rope().turn(y[None, :, None], span)[0, :, 0] for y in (q, k))
-                    scores = (q_turned @ k_turned.T / 2).masked_fill(torch.ones(len(q), len(q)).triu(1).bool(), -torch.inf)
+                    q_turned, k_turned = (
+                        Rope().turn(y[None, :, None], span)[0, :, 0] for y in (q, k)
+                    )
+                    scores = (q_turned @ k_turned.T / 2).masked_fill(
+                        torch.ones(len(q), len(q)).triu(1).bool(), -torch.inf
+                    )
                     local, q, k = scores.softmax(-1) @ v, F.elu(q) + 1, F.elu(k) + 1
                     if first:
                         recalled = (q @ memory) / (q @ lse)[:, None]
@@ -109,7 +125,11 @@ def test_it_is_the_equations_of_the_paper_in_outputs_and_gradients(rule, segment
 def test_rows_with_their_past_are_the_whole_wherever_they_are_cut(rule, name):
     model, x, past = build(MIXERS[name](), rule, 5), content(), CarriedState()
     want = model(x, rows())
-    for cuts in ([10, 20], [20, 21, 37], [8, 9, 22, 30]):  # where segments end, where documents end, anywhere
+    for cuts in (
+        [10, 20],
+        [20, 21, 37],
+        [8, 9, 22, 30],
+    ):  # where segments end, where documents end, anywhere
         edges, got = [0, *cuts, TOKENS], []
         for start, stop in zip(edges[:-1], edges[1:]):
             got.append(model(x[:, start:stop], past.attach(rows(start, stop))))
@@ -126,9 +146,14 @@ def test_where_a_row_is_a_segment_it_reads_the_rows_before(rule):
     want, past = by_address(x, line), CarriedState()
     for start in range(0, TOKENS, 9):
         part = line.map(lambda t, s=start: t[:, s : s + 9])
-        assert relative(by_row(x[:, start : start + 9], past.attach(part)), want[:, start : start + 9]) < 1e-12
+        assert (
+            relative(by_row(x[:, start : start + 9], past.attach(part)), want[:, start : start + 9])
+            < 1e-12
+        )
         past.advance()
-    assert past.bytes() == 8 * GROUPS * (2 * 4 * 5 if rule == "linear" else 2 * 4 * 4 + 2 * 4 * 1)  # whatever was read
+    assert past.bytes() == 8 * GROUPS * (
+        2 * 4 * 5 if rule == "linear" else 2 * 4 * 4 + 2 * 4 * 1
+    )  # whatever was read
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -146,15 +171,20 @@ def test_nothing_reaches_back_in_time_or_into_another_document(rule):
 def test_in_a_first_segment_there_is_local_attention_alone(rule):
     model, x = build(MIXERS["full"](), rule, 100), content()
     plain = MIXERS["full"]().double()
-    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("beside")})
+    plain.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if not k.startswith("beside")}
+    )
     got = model(x, rows())
     assert relative(got, plain(x, rows())) < 1e-13
     got.sum().backward()
-    assert model.beside.gate.grad.eq(0).all() and all(p.grad.isfinite().all() for p in model.parameters())
+    assert model.beside.gate.grad.eq(0).all() and all(
+        p.grad.isfinite().all() for p in model.parameters()
+    )
 
 
 def test_the_delta_rule_overwrites_where_the_linear_rule_averages():
-    """A key is bound twice, a segment each; what is then answered holds the first value, or does not."""
+    """A key is bound twice, a segment each; what is then answered holds the first value, or does
+    not."""
     key, line = torch.randn(1, 1, 1, 4, dtype=torch.float64), Span.line(1, 3)
     q = k = key.expand(1, 3, 1, 4)
     v = torch.eye(4, dtype=torch.float64)[None, :3, None]
@@ -162,7 +192,9 @@ def test_the_delta_rule_overwrites_where_the_linear_rule_averages():
         memory = CompressiveMemory(1, rule, 1).double()
         nn.init.constant_(memory.gate, 100.0)
         answer = memory(q, k, v, torch.zeros_like(v), line)[0, 2, 0]
-        assert torch.allclose(answer, torch.tensor([old, 0.5, 0, 0], dtype=torch.float64), atol=1e-12)
+        assert torch.allclose(
+            answer, torch.tensor([old, 0.5, 0, 0], dtype=torch.float64), atol=1e-12
+        )
 
 
 def test_what_has_no_exact_form_is_refused_by_name():
@@ -180,9 +212,16 @@ def test_what_has_no_exact_form_is_refused_by_name():
 
 
 def test_a_layer_without_a_softmax_stays_as_it_is_but_one_layer_must_have_the_memory():
-    memory, scan, attention = Compressive(), Retention(WIDTH, HEADS), Attention(WIDTH, HEADS, GROUPS, Rope())
+    memory, scan, attention = (
+        Compressive(),
+        Retention(WIDTH, HEADS),
+        Attention(WIDTH, HEADS, GROUPS, Rope()),
+    )
     left = [memory.around(scan), memory.around(attention)]
     assert left == [scan, attention] and attention.beside is not None
     memory.judge(left)
-    with pytest.raises(ValueError, match="memory=compressive stands beside the heads of attention, and no layer has any"):
+    with pytest.raises(
+        ValueError,
+        match="memory=compressive stands beside the heads of attention, and no layer has any",
+    ):
         memory.judge([scan])

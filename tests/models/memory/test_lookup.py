@@ -1,4 +1,5 @@
-"""The Memorizing Transformer on one device: against a sort of all that is kept, and row by row against the whole."""
+"""The Memorizing Transformer on one device: against a sort of all that is kept, and row by row
+against the whole."""
 
 from typing import Any
 
@@ -18,7 +19,15 @@ from models.positions.alibi import Alibi
 from models.positions.rope import Rope
 from models.recurrent.retention import Retention
 from models.span import PADDING, Span
-from tests.models.memory.test_compressive import GROUPS, HEADS, LENGTHS, TOKENS, WIDTH, content, rows
+from tests.models.memory.test_compressive import (
+    GROUPS,
+    HEADS,
+    LENGTHS,
+    TOKENS,
+    WIDTH,
+    content,
+    rows,
+)
 from tests.support.parity import relative
 
 MIXERS = {
@@ -34,7 +43,9 @@ def build(mixer: nn.Module, memory: Memorizing) -> Any:
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2)
+            parameter.add_(
+                torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2
+            )
     name_stateful_modules(model)
     return model
 
@@ -61,7 +72,9 @@ def spelled(model, x: Tensor, segment: int, length: int, count: int) -> Tensor:
                         keys = F.normalize(k[row, kept, head // 2].detach(), dim=-1)
                         products = keys @ F.normalize(q[row, begin + t, head], dim=-1)
                         best = products.argsort(descending=True)[:count]
-                        found = (scales[head] * products[best]).softmax(0) @ v[row, kept, head // 2].detach()[best]
+                        found = (scales[head] * products[best]).softmax(0) @ v[
+                            row, kept, head // 2
+                        ].detach()[best]
                         mean = gates[head] * found + (1 - gates[head]) * mean
                     out[row, begin + t, head] = mean
             begin += tokens
@@ -70,7 +83,10 @@ def spelled(model, x: Tensor, segment: int, length: int, count: int) -> Tensor:
 
 @pytest.mark.parametrize("segment, length, count", [(4, 9, 3), (10, 100, 2), (7, 8, 50), (2, 5, 2)])
 def test_it_is_its_definition_in_outputs_and_gradients(segment, length, count):
-    model, x = build(MIXERS["full"](), Memorizing(length, segment=segment, count=count)), content().requires_grad_()
+    model, x = (
+        build(MIXERS["full"](), Memorizing(length, segment=segment, count=count)),
+        content().requires_grad_(),
+    )
     leaves = [x, *model.parameters()]
     got, want = model(x, rows()), spelled(model, x, segment, length, count)
     assert relative(got, want) < 1e-12
@@ -83,9 +99,17 @@ def test_it_is_its_definition_in_outputs_and_gradients(segment, length, count):
 @pytest.mark.parametrize("name", MIXERS)
 def test_rows_with_their_past_are_the_whole_wherever_they_are_cut(name, device):
     for length, segment in ((9, 5), (60, 4), (3, 1)):
-        model, x, past = build(MIXERS[name](), Memorizing(length, segment=segment, count=3, device=device)), content(), CarriedState()
+        model, x, past = (
+            build(MIXERS[name](), Memorizing(length, segment=segment, count=3, device=device)),
+            content(),
+            CarriedState(),
+        )
         want = model(x, rows())
-        for cuts in ([10, 20], [20, 21, 37], [8, 9, 22, 30]):  # where segments end, where documents end, anywhere
+        for cuts in (
+            [10, 20],
+            [20, 21, 37],
+            [8, 9, 22, 30],
+        ):  # where segments end, where documents end, anywhere
             edges, got = [0, *cuts, TOKENS], []
             for start, stop in zip(edges[:-1], edges[1:]):
                 got.append(model(x[:, start:stop], past.attach(rows(start, stop))))
@@ -95,19 +119,28 @@ def test_rows_with_their_past_are_the_whole_wherever_they_are_cut(name, device):
 
 def test_where_a_row_is_a_segment_it_finds_the_rows_before():
     x, line, past = content()[:1], Span.line(1, TOKENS), CarriedState()
-    by_address, by_row = (build(MIXERS["full"](), Memorizing(18, segment=s, count=4)) for s in (9, None))
+    by_address, by_row = (
+        build(MIXERS["full"](), Memorizing(18, segment=s, count=4)) for s in (9, None)
+    )
     with torch.no_grad():  # scales start where the number of kept tokens says
         by_row.beside.scale.copy_(by_address.beside.scale)
     want = by_address(x, line)
     for start in range(0, TOKENS, 9):
         part = line.map(lambda t, s=start: t[:, s : s + 9])
-        assert relative(by_row(x[:, start : start + 9], past.attach(part)), want[:, start : start + 9]) < 1e-12
+        assert (
+            relative(by_row(x[:, start : start + 9], past.attach(part)), want[:, start : start + 9])
+            < 1e-12
+        )
         past.advance()
 
 
 def test_nothing_is_learned_through_the_store():
-    """A token learns from its own segment alone, and of no other document, though its output depends on more."""
-    model, x = build(MIXERS["full"](), Memorizing(100, segment=4, count=3)), content().requires_grad_()
+    """A token learns from its own segment alone, and of no other document, though its output
+    depends on more."""
+    model, x = (
+        build(MIXERS["full"](), Memorizing(100, segment=4, count=3)),
+        content().requires_grad_(),
+    )
     span = rows()
     out = model(x, span)
     for t in (0, 3, 4, 19, 20, 21, 30, 44):
@@ -137,9 +170,14 @@ def test_the_end_of_a_document_and_padding_clear_the_store():
     alone = read(second, CarriedState())  # nothing was kept
     start, joined, fresh = read(first, past), read(second, past), read(first, past)
     assert relative(joined, alone) > 1e-2 and relative(fresh, start) == 0
-    two = Span.of(torch.cat([second.pos[:, :3], first.pos[:, :5]], 1), (torch.arange(8) > 2).long()[None])
+    two = Span.of(
+        torch.cat([second.pos[:, :3], first.pos[:, :5]], 1), (torch.arange(8) > 2).long()[None]
+    )
     after, without = read(two, past), read(two, CarriedState())
-    assert relative(after[:, :3], without[:, :3]) > 1e-2 and relative(after[:, 3:], without[:, 3:]) == 0
+    assert (
+        relative(after[:, :3], without[:, :3]) > 1e-2
+        and relative(after[:, 3:], without[:, 3:]) == 0
+    )
     read(first, past)
     read(Span.of(first.pos, torch.where(first.pos < 5, 0, PADDING)), past)
     assert relative(read(second, past), alone) == 0
@@ -148,16 +186,25 @@ def test_the_end_of_a_document_and_padding_clear_the_store():
 def test_stores_stand_three_quarters_up_or_where_they_are_wanted():
     assert [Memorizing(9).chosen(n)[0] for n in (1, 2, 4, 8, 12)] == [0, 1, 2, 5, 8]
     memory = Memorizing(9, layers=[0, 3], segment=4)
-    mixers: list[Any] = [memory.around(MIXERS["full"](), layer=layer, layers=4) for layer in range(4)]
+    mixers: list[Any] = [
+        memory.around(MIXERS["full"](), layer=layer, layers=4) for layer in range(4)
+    ]
     assert [mixer.beside is not None for mixer in mixers] == [True, False, False, True]
-    assert all(mixer.mix.mask == Chunked(WIDTH, 4, 2, Rope(), size=4).mix.mask for mixer in mixers)  # all see a segment only
+    assert all(
+        mixer.mix.mask == Chunked(WIDTH, 4, 2, Rope(), size=4).mix.mask for mixer in mixers
+    )  # all see a segment only
     other = LatentAttention(WIDTH, HEADS, Rope())
-    assert Memorizing(9, layers=[1]).around(other, layer=0, layers=2) is other  # no segments: it sees the row, as ever
+    assert (
+        Memorizing(9, layers=[1]).around(other, layer=0, layers=2) is other
+    )  # no segments: it sees the row, as ever
 
 
 def test_what_has_no_exact_form_is_refused_by_name():
     memory = Memorizing(9, layers=[0], segment=4)
-    for layer, mixer, word in ((0, Retention(WIDTH, HEADS), "Retention"), (1, LatentAttention(WIDTH, HEADS, Rope()), "LatentAttention")):
+    for layer, mixer, word in (
+        (0, Retention(WIDTH, HEADS), "Retention"),
+        (1, LatentAttention(WIDTH, HEADS, Rope()), "LatentAttention"),
+    ):
         with pytest.raises(ValueError, match=f"memory=lookup.*{word}"):
             memory.around(mixer, layer=layer, layers=2)
     assert isinstance(memory.around(Retention(WIDTH, HEADS), layer=1, layers=2), Retention)

@@ -1,4 +1,5 @@
-"""Transformer-XL's recurrence on one device: against the paper's equations, and segment by segment against the whole."""
+"""Transformer-XL's recurrence on one device: against the paper's equations, and segment by segment
+against the whole."""
 
 import pytest
 import torch
@@ -20,7 +21,11 @@ from tests.variants import HEADS, WIDTH
 
 LENGTHS = [[20, 1, 16, 50], [37, 50]]
 TOKENS = 45
-CUTS = {"anywhere": [8, 9, 22, 30], "at the ends of documents": [20, 21, 37], "at the ends of segments": [10, 15, 40]}
+CUTS = {
+    "anywhere": [8, 9, 22, 30],
+    "at the ends of documents": [20, 21, 37],
+    "at the ends of segments": [10, 15, 40],
+}
 RECALLING = [
     "full", "multi_head", "multi_query", "relative", "alibi", "t5", "no_position", "sliding", "chunked", "sinks", "sink_logit",
     "softcap", "qk_norm", "gated", "latent", "differential", "longformer", "bigbird", "yarn",
@@ -28,10 +33,14 @@ RECALLING = [
 
 
 def content(rows: int = 2, tokens: int = TOKENS) -> Tensor:
-    return torch.randn(rows, tokens, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return torch.randn(
+        rows, tokens, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
 
 
-def pieces(model: nn.Module, x: Tensor, lengths: list[list[int]], cuts: list[int], past: CarriedState) -> Tensor:
+def pieces(
+    model: nn.Module, x: Tensor, lengths: list[list[int]], cuts: list[int], past: CarriedState
+) -> Tensor:
     """Read row by row."""
     edges, out = [0, *cuts, x.shape[1]], []
     for start, stop in zip(edges[:-1], edges[1:]):
@@ -65,7 +74,8 @@ def test_a_memory_that_reaches_to_the_start_of_the_document_is_full_attention(na
 
 
 class Attached(CarriedState):
-    """Keeps the gradient of what it keeps, on one device: what the recurrence would be without its stop."""
+    """Keeps the gradient of what it keeps, on one device: what the recurrence would be without its
+    stop."""
 
     def tokens(self, name, x, length):
         kept, kv_span = super().tokens(name, x, length)
@@ -73,7 +83,10 @@ class Attached(CarriedState):
         return kept, kv_span
 
     def advance(self):
-        kept = {n: torch.cat([self._kept(n, x, m), x], 1)[:, x.shape[1] :] for n, (x, m) in self._tokens.items()}
+        kept = {
+            n: torch.cat([self._kept(n, x, m), x], 1)[:, x.shape[1] :]
+            for n, (x, m) in self._tokens.items()
+        }
         super().advance()
         self.kept = {n: (self.kept[n][0], x) for n, x in kept.items()}
 
@@ -94,7 +107,11 @@ def test_without_the_stop_all_gradients_are_those_of_the_whole(name):
 @pytest.mark.parametrize("name", ["full", "relative", "latent", "differential", "longformer"])
 def test_rows_cut_between_segments_have_the_gradients_of_the_whole(name):
     """Where a row ends with a segment, the stop between segments is the stop between rows."""
-    x, model, lengths = content().requires_grad_(), build(name, SegmentMemory(7, 5)), [[20, 10, 50], [50]]
+    x, model, lengths = (
+        content().requires_grad_(),
+        build(name, SegmentMemory(7, 5)),
+        [[20, 10, 50], [50]],
+    )
     want = gradients(model, x, model(x, lanes(lengths, 0, TOKENS)))
     got = gradients(model, x, pieces(model, x, lengths, [5, 20, 25], CarriedState()))
     assert max(apart(a, b) for a, b in zip(got, want, strict=True)) < 1e-11
@@ -110,11 +127,16 @@ def test_nothing_is_learned_through_what_is_recalled_but_it_is_seen():
     assert changed[:, 8:12].all() and not changed[:, 16:].any()  # two layers see two segments back
 
 
-def by_distance(layer: Attention, tables: tuple[Tensor, ...], norm: nn.Module, kept: Tensor, x: Tensor) -> Tensor:
-    """The paper's equations, head by head, query by query, key by key; kept [M, W], x [T, W], one document."""
+def by_distance(
+    layer: Attention, tables: tuple[Tensor, ...], norm: nn.Module, kept: Tensor, x: Tensor
+) -> Tensor:
+    """The paper's equations, head by head, query by query, key by key; kept [M, W], x [T, W], one
+    document."""
     u, v, by = tables
     seen, width, out = norm(torch.cat([kept.detach(), x])), layer.head_width, []
-    q, k, value = (project(seen).unflatten(-1, (-1, width)) for project in (layer.q, layer.k, layer.v))
+    q, k, value = (
+        project(seen).unflatten(-1, (-1, width)) for project in (layer.q, layer.k, layer.v)
+    )
     share = q.shape[1] // k.shape[1]
     for i in range(len(kept), len(seen)):
         for head in range(q.shape[1]):
@@ -130,17 +152,29 @@ def by_distance(layer: Attention, tables: tuple[Tensor, ...], norm: nn.Module, k
     return layer.out(torch.stack(out).unflatten(0, (len(x), -1)).flatten(1))
 
 
-def shifted(layer: Attention, tables: tuple[Tensor, ...], norm: nn.Module, kept: Tensor, x: Tensor) -> Tensor:
-    """As the authors' code computes it: a matrix over distances, falling, each row of it shifted against the one before."""
+def shifted(
+    layer: Attention, tables: tuple[Tensor, ...], norm: nn.Module, kept: Tensor, x: Tensor
+) -> Tensor:
+    """As the authors' code computes it: a matrix over distances, falling, each row of it shifted
+    against the one before."""
     u, v, by = tables
     seen, width = norm(torch.cat([kept.detach(), x])), layer.head_width
-    q, k, value = (project(seen).unflatten(-1, (-1, width)) for project in (layer.q, layer.k, layer.v))
-    q, k, value = q[len(kept) :], *(t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, value))
+    q, k, value = (
+        project(seen).unflatten(-1, (-1, width)) for project in (layer.q, layer.k, layer.v)
+    )
+    q, k, value = (
+        q[len(kept) :],
+        *(t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, value)),
+    )
     fall = torch.arange(len(seen) - 1, -1, -1.0, dtype=x.dtype)
-    angle = torch.outer(fall, 1 / 10_000 ** (torch.arange(0.0, by.shape[2], 2, dtype=x.dtype) / by.shape[2]))
+    angle = torch.outer(
+        fall, 1 / 10_000 ** (torch.arange(0.0, by.shape[2], 2, dtype=x.dtype) / by.shape[2])
+    )
     r = torch.einsum("jw,hdw->jhd", torch.cat([angle.sin(), angle.cos()], -1), by)
     there = torch.einsum("ihd,jhd->hij", q + v, r)
-    padded = nn.functional.pad(there, (1, 0)).view(there.shape[0], there.shape[2] + 1, there.shape[1])
+    padded = nn.functional.pad(there, (1, 0)).view(
+        there.shape[0], there.shape[2] + 1, there.shape[1]
+    )
     scores = (torch.einsum("ihd,jhd->hij", q + u, k) + padded[:, 1:].view_as(there)) / width**0.5
     hidden = torch.ones(len(x), len(seen), dtype=torch.bool).triu(1 + len(kept))
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
@@ -164,8 +198,12 @@ def test_it_is_what_the_paper_computes_gradients_of_all_weights_included(equatio
         past.advance()
         want = equations(layer, layer.tables(), norm, kept, row[0])
         assert apart(got[0], want) < 1e-13
-        weight = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=want.dtype)
-        grads = (torch.autograd.grad((out * weight).sum(), [row, *parameters]) for out in (got[0], want))
+        weight = torch.randn(
+            want.shape, generator=torch.Generator().manual_seed(1), dtype=want.dtype
+        )
+        grads = (
+            torch.autograd.grad((out * weight).sum(), [row, *parameters]) for out in (got[0], want)
+        )
         assert max(apart(a, b) for a, b in zip(*grads, strict=True)) < 1e-12
         start += size
         kept = x[0, max(0, start - length) : start]
@@ -210,10 +248,22 @@ def test_a_layer_keeps_no_more_than_it_may_need():
 @pytest.mark.parametrize(
     ("memory", "mixer", "reason"),
     [
-        (SegmentMemory(4), lambda: LSHAttention(WIDTH, HEADS, Rope(), 0, 1, 64), "lsh numbers the tokens"),
-        (SegmentMemory(4), lambda: Compressed(WIDTH, HEADS, Rope(), rope_dim=2, index_channels=4), "compressed attention chooses"),
+        (
+            SegmentMemory(4),
+            lambda: LSHAttention(WIDTH, HEADS, Rope(), 0, 1, 64),
+            "lsh numbers the tokens",
+        ),
+        (
+            SegmentMemory(4),
+            lambda: Compressed(WIDTH, HEADS, Rope(), rope_dim=2, index_channels=4),
+            "compressed attention chooses",
+        ),
         (SegmentMemory(4), lambda: Hyena(WIDTH, 64), "hyena's filter has 64 taps"),
-        (SegmentMemory(4), lambda: Attention(WIDTH, HEADS, 3, Learned(64)), "this position has 64 of them"),
+        (
+            SegmentMemory(4),
+            lambda: Attention(WIDTH, HEADS, 3, Learned(64)),
+            "this position has 64 of them",
+        ),
         (SegmentMemory(0), lambda: Attention(WIDTH, HEADS, 3, Relative()), "nothing to recall"),
     ],
 )
@@ -236,4 +286,6 @@ def test_settings_that_no_layer_takes_are_refused():
 def test_a_mixer_is_told_of_segments_by_its_mask():
     mixer = Attention(WIDTH, HEADS, 3, Rope())
     own = mixer.mix.mask
-    assert SegmentMemory(4, 2).around(mixer) is mixer and mixer.mix.mask == own & SegmentRecurrence(2, 4)
+    assert SegmentMemory(4, 2).around(mixer) is mixer and mixer.mix.mask == own & SegmentRecurrence(
+        2, 4
+    )

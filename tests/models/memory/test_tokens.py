@@ -1,4 +1,5 @@
-"""Recurrent memory: what goes through the layers, how far gradients reach, and that cuts between rows are invisible."""
+"""Recurrent memory: what goes through the layers, how far gradients reach, and that cuts between
+rows are invisible."""
 
 import pytest
 import torch
@@ -21,13 +22,16 @@ MIXERS = [name for name in VARIANTS if name not in REFUSED | {"channel_mix", "hy
 
 
 def spelled_out(model, tokens, span, carried):
-    """[B, T, V]: document by document, segment by segment, each alone on a row of its own; `carried`: memory of each row."""
+    """[B, T, V]: document by document, segment by segment, each alone on a row of its own;
+    `carried`: memory of each row."""
     stack = model.memory
     m, size = stack.settings.length, stack.settings.segment
     out = torch.zeros(*tokens.shape, VOCABULARY, dtype=model.embed.weight.dtype)
     for row in range(len(tokens)):
         memory = carried.get(row, stack.memory)
-        begins = [t for t in range(tokens.shape[1]) if t == 0 or span.doc[row, t] != span.doc[row, t - 1]] + [tokens.shape[1]]
+        begins = [
+            t for t in range(tokens.shape[1]) if t == 0 or span.doc[row, t] != span.doc[row, t - 1]
+        ] + [tokens.shape[1]]
         for first, last in zip(begins[:-1], begins[1:]):
             if span.doc[row, first] < 0:
                 continue
@@ -54,9 +58,13 @@ def test_packed_rows_are_documents_read_segment_by_segment(mixer, segment):
 
 
 def test_what_is_read_and_written_sees_what_it_should():
-    """Rows of the table: who looks; columns: at whom. r r are read, t t t the segment, w w written, . is no token."""
+    """Rows of the table: who looks; columns: at whom. r r are read, t t t the segment, w w written,
+    . is no token."""
     span, order = enclosed(packed([[3]], 4), 2)
-    assert order.tolist() == [[0, 1, 2, 3, 4, 6, 7, 5]] and span.role[0, :7].tolist() == [READ] * 2 + [TEXT] * 3 + [WRITE] * 2
+    assert (
+        order.tolist() == [[0, 1, 2, 3, 4, 6, 7, 5]]
+        and span.role[0, :7].tolist() == [READ] * 2 + [TEXT] * 3 + [WRITE] * 2
+    )
     mixer = MemoryTokens(2, 4).around(Attention(WIDTH, HEADS, 3, Rope()))
     seen = visible(mixer.mix.mask, span, span)[0, 0]
     want = """
@@ -75,9 +83,16 @@ def test_a_query_of_a_longformer_sees_memory_through_one_of_its_softmaxes():
     span, _ = enclosed(packed([[9, 4], [13]], 13), 3)
     mixer = MemoryTokens(3, 9).around(VARIANTS["longformer"]())
     heads = torch.arange(HEADS)
-    local, whole = (visible(mix.mask, span, span, heads).expand(2, HEADS, 19, 19) for mix in (mixer.mix, mixer.global_mix))
+    local, whole = (
+        visible(mix.mask, span, span, heads).expand(2, HEADS, 19, 19)
+        for mix in (mixer.mix, mixer.global_mix)
+    )
     assert not (local.any(-1) & whole.any(-1)).any()
-    assert (local | whole)[..., :3].all(-1).eq(span.valid()[:, None]).all() and local.any() and whole.any()
+    assert (
+        (local | whole)[..., :3].all(-1).eq(span.valid()[:, None]).all()
+        and local.any()
+        and whole.any()
+    )
 
 
 def test_the_mask_says_the_same_of_boxes_and_runs_as_of_tokens():
@@ -88,13 +103,19 @@ def test_the_mask_says_the_same_of_boxes_and_runs_as_of_tokens():
             for b in range(0, 19, 4):
                 q, k = (_box(span, row, i, i + 4) for i in (a, b))
                 part = dense[row, a : a + 4, b : b + 4]
-                assert MEMORY.coverage(q, k) in ({1, 2} if part.all() else {1} if part.any() else {0, 1})
+                assert MEMORY.coverage(q, k) in (
+                    {1, 2} if part.all() else {1} if part.any() else {0, 1}
+                )
     assert RoleQuery(WRITE).band(_box(span, 0, 0, 3), _box(span, 0, 0, 3)) == (1, 0)
     assert RoleQuery(READ).band(_box(span, 0, 0, 3), _box(span, 0, 0, 3))[0] < -1000
 
 
 def _box(span, row, start, stop):
-    bounds = [f(t[row, start:stop]).item() for t in (span.pos, span.doc, span.role) for f in (torch.amin, torch.amax)]
+    bounds = [
+        f(t[row, start:stop]).item()
+        for t in (span.pos, span.doc, span.role)
+        for f in (torch.amin, torch.amax)
+    ]
     return Bounds(*bounds, run=False)
 
 
@@ -110,10 +131,15 @@ def test_every_mixer_reads_as_if_its_document_were_alone(mixer):
         start += length
 
 
-@pytest.mark.parametrize("mixer", [name for name in MIXERS if not name.startswith("bidirectional") and "symmetric" not in name])
+@pytest.mark.parametrize(
+    "mixer",
+    [name for name in MIXERS if not name.startswith("bidirectional") and "symmetric" not in name],
+)
 def test_no_mixer_sees_what_comes_later(mixer):
     model = decoder(mixer, layers=1, segment=6)
-    x = torch.randn(1, 20, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    x = torch.randn(
+        1, 20, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+    ).requires_grad_()
     y = model.memory(x, Span.line(1, 20), model._through)
     (d_x,) = torch.autograd.grad(y[0, 13].sum(), x)
     assert d_x[0, 14:].abs().max() == 0 and d_x[0, :14].abs().max() > 0
@@ -136,31 +162,44 @@ def test_rows_with_their_past_are_the_whole_at_once(mixer):
     whole = packed([[96, 24, 24], [144]], 144)
     tokens = torch.randint(VOCABULARY, whole.shape, generator=torch.Generator().manual_seed(3))
     want = model(tokens, whole)
-    rows = [(tokens[:, i : i + 48], whole.map(lambda t, i=i: t[:, i : i + 48]), None) for i in (0, 48, 96)]
+    rows = [
+        (tokens[:, i : i + 48], whole.map(lambda t, i=i: t[:, i : i + 48]), None)
+        for i in (0, 48, 96)
+    ]
     got = torch.cat(run(model, rows, CarriedState()), 1)
     assert relative(got, want) < 1e-12
     alone = torch.cat(run(model, rows, None), 1)
-    assert relative(alone[:, :48], want[:, :48]) < 1e-12 and relative(alone[:, 48:], want[:, 48:]) > 1e-3
+    assert (
+        relative(alone[:, :48], want[:, :48]) < 1e-12
+        and relative(alone[:, 48:], want[:, 48:]) > 1e-3
+    )
 
 
 def test_documents_that_end_and_begin_in_lanes_are_read_as_one_row_would_be():
-    """Cuts of rows inside and on the borders of documents; a memory goes on with its document and no further."""
+    """Cuts of rows inside and on the borders of documents; a memory goes on with its document and
+    no further."""
     model, past, carried = decoder(segment=7), CarriedState(), {}
     for tokens, span, _ in lanes():
         got, want = model(tokens, past.attach(span)), spelled_out(model, tokens, span, carried)
         assert relative(got * span.valid()[..., None], want) < 1e-12
         past.advance()
-        assert all(relative(past.states["memory"][1][row], carried[row]) < 1e-12 for row in range(2))
+        assert all(
+            relative(past.states["memory"][1][row], carried[row]) < 1e-12 for row in range(2)
+        )
 
 
 def reached(depth, model=None):
     """For each segment that gives a loss, which segments' tokens it has a gradient to."""
     model = model or decoder(segment=4, depth=depth)
-    x = torch.randn(1, 20, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    x = torch.randn(
+        1, 20, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+    ).requires_grad_()
     y = model.memory(x, Span.line(1, 20), model._through)
     table = []
     for piece in range(5):
-        (d_x,) = torch.autograd.grad(y[0, piece * 4 : piece * 4 + 4].square().sum(), x, retain_graph=True)
+        (d_x,) = torch.autograd.grad(
+            y[0, piece * 4 : piece * 4 + 4].square().sum(), x, retain_graph=True
+        )
         table.append("".join(".x"[int(d_x[0, i : i + 4].abs().max() > 0)] for i in range(0, 20, 4)))
     return table
 
@@ -176,7 +215,8 @@ def test_the_gradient_reaches_back_over_depth_segments_and_no_further():
 
 
 def test_a_truncation_that_detaches_a_local_name_is_found_out():
-    """The slip of a published recipe: the detached state is bound to the name inside a function and dropped there."""
+    """The slip of a published recipe: the detached state is bound to the name inside a function and
+    dropped there."""
 
     class Careless(SequentialScan):
         def forward(self, step, xs, state, *, span, size=None, depth=None):
@@ -195,15 +235,21 @@ def test_a_truncation_that_detaches_a_local_name_is_found_out():
 
 
 def test_a_gradient_that_is_cut_is_the_same_where_it_is_not():
-    """With depth 2 of 4 segments: the gradient is that of two rows of two segments each, read with a past."""
-    model, x = decoder(segment=4, depth=2), torch.randint(VOCABULARY, (1, 16), generator=torch.Generator().manual_seed(3))
+    """With depth 2 of 4 segments: the gradient is that of two rows of two segments each, read with
+    a past."""
+    model, x = (
+        decoder(segment=4, depth=2),
+        torch.randint(VOCABULARY, (1, 16), generator=torch.Generator().manual_seed(3)),
+    )
     span, past = Span.line(1, 16), CarriedState()
     model(x, span).square().sum().backward()
     want = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     model.memory.depth = None
     for i in (0, 8):
-        model(x[:, i : i + 8], past.attach(span.map(lambda t, i=i: t[:, i : i + 8]))).square().sum().backward()
+        model(
+            x[:, i : i + 8], past.attach(span.map(lambda t, i=i: t[:, i : i + 8]))
+        ).square().sum().backward()
         past.advance()
     assert max(relative(p.grad, want[name]) for name, p in model.named_parameters()) < 1e-12
 
@@ -250,13 +296,18 @@ def test_memory_tokens_learn_and_are_what_a_document_starts_from():
 @pytest.mark.parametrize("mixer", sorted(REFUSED))
 def test_a_mixer_without_such_a_form_is_refused_by_name(mixer):
     made = VARIANTS[mixer]()
-    with pytest.raises(ValueError, match=r"memory=tokens reads segment by segment, and (PrefixAttention|Compressed) .* use "):
+    with pytest.raises(
+        ValueError,
+        match=r"memory=tokens reads segment by segment, and (PrefixAttention|Compressed) .* use ",
+    ):
         MemoryTokens(3, 4).around(getattr(made, "inner", made))
 
 
 def test_a_hyena_needs_filters_as_long_as_a_segment_with_its_memory():
     for segment, fits in ((45, True), (46, False), (None, False)):
-        make = lambda segment=segment: MemoryTokens(3, segment).around(VARIANTS["hyena"](), context_length=51)  # noqa: E731
+        make = lambda segment=segment: MemoryTokens(3, segment).around(  # noqa: E731
+            VARIANTS["hyena"](), context_length=51
+        )
         if fits:
             make()
         else:
@@ -283,4 +334,6 @@ def test_settings_that_say_nothing_are_refused(settings, said):
 def test_mixers_without_attention_are_left_as_they_are():
     kinds = [type(m) for m in VARIANTS["retention"]().modules()]
     assert [type(m) for m in MemoryTokens(3, 4).around(VARIANTS["retention"]()).modules()] == kinds
-    assert MultiHead(WIDTH, HEADS, Rope()).mix.mask == Attention(WIDTH, HEADS, 3, Rope()).mix.mask  # shared masks untouched
+    assert (
+        MultiHead(WIDTH, HEADS, Rope()).mix.mask == Attention(WIDTH, HEADS, 3, Rope()).mix.mask
+    )  # shared masks untouched

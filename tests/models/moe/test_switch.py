@@ -1,4 +1,5 @@
-"""What a Switch layer promises on one device: who is dropped, what depends on whom, what is left for the trainer."""
+"""What a Switch layer promises on one device: who is dropped, what depends on whom, what is left
+for the trainer."""
 
 import math
 
@@ -22,7 +23,9 @@ SPAN = packed([[4, 1, 9], [6, 6]], 14)
 
 
 def layer(span=SPAN, **settings):
-    made = initialise(Switch(8, 12, **{"experts": 3, "jitter": 0.0, "router_scale": 300.0, **settings}), seed=0).double()
+    made = initialise(
+        Switch(8, 12, **{"experts": 3, "jitter": 0.0, "router_scale": 300.0, **settings}), seed=0
+    ).double()
     x = torch.randn(*span.shape, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return made, x
 
@@ -31,7 +34,10 @@ def chosen(made, x, span=SPAN):
     return made.router(x, span).argmax(-1)
 
 
-@pytest.mark.parametrize(("tokens", "factor", "places"), [(10, 1.1, 3), (10, 1.0, 2), (11, 1.0, 3), (1, 0.1, 1), (30, 1.1, 7)])
+@pytest.mark.parametrize(
+    ("tokens", "factor", "places"),
+    [(10, 1.1, 3), (10, 1.0, 2), (11, 1.0, 3), (1, 0.1, 1), (30, 1.1, 7)],
+)
 def test_room_is_rounded_up_in_whole_numbers(tokens, factor, places):
     """1.1 x 10 / 5 = 2.2; in floating point 1.1 x 10 is a little more than 11."""
     assert expert_capacity(torch.tensor(tokens), 5, factor).item() == places
@@ -45,13 +51,19 @@ def test_an_expert_takes_the_first_that_come_and_the_rest_get_nothing(over):
     probs = made.router(x, SPAN).softmax(-1)
     dropped = 0
     for b in range(2):
-        groups = [SPAN.valid()[b]] if over == "row" else [SPAN.doc[b] == d for d in range(int(SPAN.doc[b].max()) + 1)]
+        groups = (
+            [SPAN.valid()[b]]
+            if over == "row"
+            else [SPAN.doc[b] == d for d in range(int(SPAN.doc[b].max()) + 1)]
+        )
         for group in groups:
             places, queue = math.ceil(0.75 * int(group.sum()) / 3), {0: 0, 1: 0, 2: 0}
             for t in group.nonzero()[:, 0].tolist():
                 e = int(choice[b, t])
                 up, gate, down = made.experts.up[e], made.experts.gate[e], made.experts.down[e]
-                want = probs[b, t, e] * (down @ (torch.nn.functional.silu(gate @ x[b, t]) * (up @ x[b, t])))
+                want = probs[b, t, e] * (
+                    down @ (torch.nn.functional.silu(gate @ x[b, t]) * (up @ x[b, t]))
+                )
                 want = want if queue[e] < places else torch.zeros_like(want)
                 torch.testing.assert_close(out[b, t], want, rtol=0, atol=1e-14)
                 dropped += queue[e] >= places
@@ -138,7 +150,9 @@ def test_figures_are_worked_out_from_the_sums_of_the_step():
     losses, sums = auxiliary_loss(made, tokens=int(SPAN.valid().sum()), rows=2), statistics(made)
     load = torch.bincount(chosen(made, x)[SPAN.valid()], minlength=3).double()
     torch.testing.assert_close(sums["/load"], load)
-    figures = on_step_end(made, {name: 3 * value for name, value in sums.items()})  # of three such micro-batches
+    figures = on_step_end(
+        made, {name: 3 * value for name, value in sums.items()}
+    )  # of three such micro-batches
     probs = made.router(x, SPAN).softmax(-1)[SPAN.valid()]
     assert figures["load"] == pytest.approx((load.max() / load.mean()).item())
     assert figures["entropy"] == pytest.approx((-(probs * probs.log()).sum(-1).mean()).item())
@@ -191,7 +205,9 @@ def test_what_a_token_visits_is_what_counts():
 
 def test_a_model_with_experts_costs_what_the_dense_one_costs_and_its_routers():
     def decoder(switch):
-        parts = [Switch(8, 12, experts=4) if switch and layer else SwiGLU(8, 12) for layer in range(2)]
+        parts = [
+            Switch(8, 12, experts=4) if switch and layer else SwiGLU(8, 12) for layer in range(2)
+        ]
         return Decoder(11, 8, [Attention(8, 2, 1, Rope()) for _ in parts], parts)
 
     span = packed()

@@ -14,8 +14,12 @@ SPAN = packed([[4, 1, 9], [6, 6]], 14)
 
 
 def layer(**settings):
-    made = initialise(TopKMixture(8, 12, **{"experts": 5, "router_scale": 100.0, **settings}), seed=0).double()
-    return made, torch.randn(*SPAN.shape, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    made = initialise(
+        TopKMixture(8, 12, **{"experts": 5, "router_scale": 100.0, **settings}), seed=0
+    ).double()
+    return made, torch.randn(
+        *SPAN.shape, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
 
 
 def spelled(made, x, score, top):
@@ -34,12 +38,18 @@ def spelled(made, x, score, top):
     return out
 
 
-@pytest.mark.parametrize(("score", "top", "shared", "bias_speed"), [("softmax", 2, 0, 0), ("sigmoid", 3, 2, 0.3)])
-def test_a_token_gets_its_best_experts_by_weight_and_the_shared_ones(score, top, shared, bias_speed):
+@pytest.mark.parametrize(
+    ("score", "top", "shared", "bias_speed"), [("softmax", 2, 0, 0), ("sigmoid", 3, 2, 0.3)]
+)
+def test_a_token_gets_its_best_experts_by_weight_and_the_shared_ones(
+    score, top, shared, bias_speed
+):
     made, x = layer(score=score, top=top, shared=shared, bias_speed=bias_speed, scaling=1.5)
     if made.bias is not None:
         made.bias.copy_(torch.tensor([0.5, -0.5, 0.0, 0.2, -0.2]))
-    torch.testing.assert_close(made(x, SPAN), spelled(made, x, score, top) * SPAN.valid()[..., None], rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        made(x, SPAN), spelled(made, x, score, top) * SPAN.valid()[..., None], rtol=0, atol=1e-13
+    )
     assert statistics(made)["/dropped"] == 0
 
 
@@ -80,7 +90,8 @@ def test_what_is_left_adds_up_until_it_is_taken_or_forgotten():
 
 
 def test_of_segments_only_those_with_text_count_and_by_their_tokens():
-    """As memory=tokens has them: memory tokens before and behind, of rows that have no segment at this turn too."""
+    """As memory=tokens has them: memory tokens before and behind, of rows that have no segment at
+    this turn too."""
     made, x = layer(balance=1.0, z=1.0)
     role = torch.full_like(SPAN.role, TEXT)
     role[:, :2], role[:, -2:] = READ, WRITE
@@ -93,7 +104,12 @@ def test_of_segments_only_those_with_text_count_and_by_their_tokens():
     want = auxiliary_loss(made, tokens=14)
     torch.testing.assert_close(found["balance"], want["balance"])
     torch.testing.assert_close(found["router_z"], want["router_z"])
-    assert sums["/tokens"] == 14 and sums["/load"].sum() == 28 and sums["/dropped"] == 0 and sums["/rows"] == 1
+    assert (
+        sums["/tokens"] == 14
+        and sums["/load"].sum() == 28
+        and sums["/dropped"] == 0
+        and sums["/rows"] == 1
+    )
 
 
 def test_without_a_bias_none_is_kept():

@@ -18,7 +18,9 @@ def test_waves_are_sines_and_cosines_by_turns(width):
     assert got.shape == (2, 51, width)
     for token in (0, 20, 37):
         pos = int(span.pos[0, token])
-        want = [(cos if i % 2 else sin)(pos / 10_000 ** (2 * (i // 2) / width)) for i in range(width)]
+        want = [
+            (cos if i % 2 else sin)(pos / 10_000 ** (2 * (i // 2) / width)) for i in range(width)
+        ]
         assert got[0, token].tolist() == pytest.approx(want, abs=1e-12)
 
 
@@ -34,7 +36,11 @@ def test_waves_have_the_dtype_of_their_model(dtype):
     got = Sinusoidal(amplitude=1.0).embedding(8).to(dtype)(Span.line(1, 2000))
     want = Sinusoidal(amplitude=1.0).embedding(8).double()(Span.line(1, 2000))
     assert got.dtype == dtype
-    assert (got.double() - want).abs().max() < {torch.float64: 1e-15, torch.float32: 2e-4, torch.bfloat16: 5e-3}[dtype]
+    assert (got.double() - want).abs().max() < {
+        torch.float64: 1e-15,
+        torch.float32: 2e-4,
+        torch.bfloat16: 5e-3,
+    }[dtype]
 
 
 def test_a_learned_position_is_a_row_of_the_table():
@@ -52,7 +58,9 @@ def test_a_learned_table_is_as_long_as_the_context_or_longer():
         Learned(64, 63)
 
 
-@pytest.mark.parametrize("wrong", [lambda: Sinusoidal(theta=1.0), lambda: Sinusoidal(amplitude=0.0)])
+@pytest.mark.parametrize(
+    "wrong", [lambda: Sinusoidal(theta=1.0), lambda: Sinusoidal(amplitude=0.0)]
+)
 def test_a_setting_that_makes_no_sense_is_refused(wrong):
     with pytest.raises(ValueError, match=r"above 1|positive"):
         wrong()

@@ -12,7 +12,13 @@ from models.positions.yarn import Yarn
 from models.span import Span
 
 CPU, F64 = torch.device("cpu"), torch.float64
-SCHEMES = [Rope(), Interpolated(4.0), Ntk(4.0), Ntk(2.0, original_length=64, context_length=256), Yarn(4.0, 64)]
+SCHEMES = [
+    Rope(),
+    Interpolated(4.0),
+    Ntk(4.0),
+    Ntk(2.0, original_length=64, context_length=256),
+    Yarn(4.0, 64),
+]
 
 
 def span(*positions: int) -> Span:
@@ -21,7 +27,9 @@ def span(*positions: int) -> Span:
 
 
 def draw(tokens: int, width: int = 16) -> torch.Tensor:
-    return torch.randn(1, tokens, 2, width, generator=torch.Generator().manual_seed(tokens), dtype=F64)
+    return torch.randn(
+        1, tokens, 2, width, generator=torch.Generator().manual_seed(tokens), dtype=F64
+    )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -36,7 +44,9 @@ def test_scores_depend_on_the_distance_alone(scheme):
 
 def test_interpolation_puts_twice_the_tokens_where_the_trained_ones_were():
     x = draw(3)
-    assert (Interpolated(2.0).turn(x, span(0, 10, 500)) - Rope().turn(x, span(0, 5, 250))).abs().max() < 1e-12
+    assert (
+        Interpolated(2.0).turn(x, span(0, 10, 500)) - Rope().turn(x, span(0, 5, 250))
+    ).abs().max() < 1e-12
 
 
 def test_ntk_leaves_the_fastest_pair_and_slows_the_slowest_by_the_factor():
@@ -54,7 +64,9 @@ def test_dynamic_ntk_follows_the_context_and_never_shortens_it():
     assert last(original_length=64, context_length=256) == pytest.approx(2 * 4 - 1)
     assert last(original_length=64, context_length=64) == pytest.approx(1)
     assert last(original_length=64, context_length=16) == pytest.approx(1)
-    assert last(context_length=256) == pytest.approx(2), "without an original length the factor alone counts"
+    assert last(context_length=256) == pytest.approx(2), (
+        "without an original length the factor alone counts"
+    )
 
 
 def test_yarn_keeps_what_turns_often_and_slows_what_turns_rarely():
@@ -62,7 +74,9 @@ def test_yarn_keeps_what_turns_often_and_slows_what_turns_rarely():
     plain = Rope().speeds(width, CPU, F64)
     ratio = plain / scheme.speeds(width, CPU, F64)
     turns = length * plain / (2 * pi)
-    one = 10_000 ** (2 / width)  # a pair turns this many times as often as the next: edges are rounded outwards to pairs
+    one = 10_000 ** (
+        2 / width
+    )  # a pair turns this many times as often as the next: edges are rounded outwards to pairs
     assert (ratio[turns > 32 * one] == 1).all()
     assert torch.allclose(ratio[turns < 1 / one], torch.tensor(8.0, dtype=F64))
     between = ratio[(turns < 32 / one) & (turns > one)]
@@ -73,7 +87,10 @@ def test_yarn_keeps_what_turns_often_and_slows_what_turns_rarely():
 def test_yarn_multiplies_logits_by_the_square_of_its_magnitude():
     x = draw(3)
     q_span = span(0, 3, 90)
-    grown, plain = Yarn(8.0, 64).turn(x, q_span), Yarn(8.0, 64, attention_factor=1.0).turn(x, q_span)
+    grown, plain = (
+        Yarn(8.0, 64).turn(x, q_span),
+        Yarn(8.0, 64, attention_factor=1.0).turn(x, q_span),
+    )
     m = 0.1 * log(8) + 1
     assert ((grown * grown).sum(-1) - m**2 * (plain * plain).sum(-1)).abs().max() < 1e-11
     assert (plain.norm(dim=-1) - x.norm(dim=-1)).abs().max() < 1e-12

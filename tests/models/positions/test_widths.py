@@ -1,4 +1,5 @@
-"""Heads that a rotary position cannot turn are refused when the layer is built, not in the first step of a rank."""
+"""Heads that a rotary position cannot turn are refused when the layer is built, not in the first
+step of a rank."""
 
 import pytest
 import torch

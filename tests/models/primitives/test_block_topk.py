@@ -43,7 +43,9 @@ def test_the_best_are_the_best_and_ties_go_to_the_earlier():
     span, store = _rows(), BlockTopK()
     q, k = (torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     k[0, 2] = k[0, 0]  # two keys alike
-    scores, found = store.best(_score, (q,), (k,), Causal() & SameDocument(), span=span, kv_span=span, count=3)
+    scores, found = store.best(
+        _score, (q,), (k,), Causal() & SameDocument(), span=span, kv_span=span, count=3
+    )
     for b in range(2):
         for t in range(7):
             mates = [s for s in range(t + 1) if span.doc[b, s] == span.doc[b, t] >= 0]
@@ -63,7 +65,8 @@ def test_a_choice_does_not_depend_on_how_many_queries_are_looked_at_together(mon
 
 
 def test_of_rows_of_padding_nothing_is_brought_and_nothing_is_needed():
-    """Under a balanced layout a row of padding lies nowhere: zeros are looked up in it, with the graph of the others."""
+    """Under a balanced layout a row of padding lies nowhere: zeros are looked up in it, with the
+    graph of the others."""
     what = Span.of(torch.zeros(2, 3, dtype=torch.long), torch.full((2, 3), -1))
     nothing = what.map(lambda t: t[:, :0])
     index, there = find(what, nothing)

@@ -10,7 +10,10 @@ from tests.support.parity import packed, relative
 
 def test_a_window_is_its_loop():
     span = packed()
-    x, taps = torch.randn(*span.shape, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    x, taps = (
+        torch.randn(*span.shape, 3, dtype=torch.float64),
+        torch.randn(4, 3, dtype=torch.float64),
+    )
     want = torch.zeros_like(x)
     for b in range(2):
         for t in range(span.shape[1]):
@@ -22,13 +25,24 @@ def test_a_window_is_its_loop():
 
 def test_token_by_token_equals_the_row_at_once():
     span = packed()
-    x, taps = torch.randn(*span.shape, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-    tail, tail_at = x.new_full((2, 3, 3), torch.nan), Span(*(torch.full((2, 3), v) for v in (0, -1, 0)))
+    x, taps = (
+        torch.randn(*span.shape, 3, dtype=torch.float64),
+        torch.randn(4, 3, dtype=torch.float64),
+    )
+    tail, tail_at = (
+        x.new_full((2, 3, 3), torch.nan),
+        Span(*(torch.full((2, 3), v) for v in (0, -1, 0))),
+    )
     out = []
     for t in range(span.shape[1]):
         here = span.map(lambda s, t=t: s[:, t : t + 1])
-        y, tail = CausalConv().recur((x[:, t : t + 1],), (taps,), span=here, tail=tail, tail_at=tail_at)
-        both = (torch.cat(ends, 1)[:, -3:] for ends in zip(*((s.pos, s.doc, s.role) for s in (tail_at, here))))
+        y, tail = CausalConv().recur(
+            (x[:, t : t + 1],), (taps,), span=here, tail=tail, tail_at=tail_at
+        )
+        both = (
+            torch.cat(ends, 1)[:, -3:]
+            for ends in zip(*((s.pos, s.doc, s.role) for s in (tail_at, here)))
+        )
         tail_at = Span(*both)
         out.append(y)
     assert relative(torch.cat(out, 1), CausalConv()((x,), (taps,), span=span)) < 1e-14

@@ -1,4 +1,5 @@
-"""A segmented memory against its equations written token by token, and its summaries against running from a state."""
+"""A segmented memory against its equations written token by token, and its summaries against
+running from a state."""
 
 import pytest
 import torch
@@ -53,12 +54,19 @@ def spelled(x, span: Span, segment, states=None):
 def test_it_is_its_recurrence_in_outputs_and_gradients(rule, segment):
     span = packed()
     leaves = [x.requires_grad_() for x in tensors(span, rule)]
-    got, want = CompressiveScan(segment)(leaves[:1], leaves[1:], span=span), spelled(leaves, span, segment)[0]
+    got, want = (
+        CompressiveScan(segment)(leaves[:1], leaves[1:], span=span),
+        spelled(leaves, span, segment)[0],
+    )
     assert relative(got, want) < 1e-13
     weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
-    grads = [torch.autograd.grad((y * weight).sum(), leaves, allow_unused=True) for y in (got, want)]
+    grads = [
+        torch.autograd.grad((y * weight).sum(), leaves, allow_unused=True) for y in (got, want)
+    ]
     for x, *pair in zip(leaves, *grads):
-        a, b = (torch.zeros_like(x) if grad is None else grad for grad in pair)  # None: nothing reads it
+        a, b = (
+            torch.zeros_like(x) if grad is None else grad for grad in pair
+        )  # None: nothing reads it
         assert relative(a, b) < 1e-12
 
 
@@ -68,7 +76,9 @@ def test_summaries_say_what_runs_do_to_any_state(rule):
     x = tensors(span, rule)
     runs = [[5, 0, 20, 1, 25], [13, 13, 13, 12, 0]]
     work = leaf.open(x[:1], x[1:], span=span, runs=runs)
-    states = torch.randn(work.blank().shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    states = torch.randn(
+        work.blank().shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
     keep, gain, _ = work.summarise()
     assert relative(keep @ states + gain, work.final_states(states)) < 1e-13
     read = work.read(states)
@@ -98,16 +108,22 @@ def test_row_by_row_with_its_past_is_the_whole_at_once(rule, segment):
     whole = spelled(x, span, segment)[0] if segment else by_rows(x, span, closing)
     for a, b in zip(edges[:-1], edges[1:]):
         row = past.attach(Span.of(pos[:, a:b], span.doc[:, a:b] - span.doc[:, a : a + 1]))
-        assert relative(leaf([x[0][:, a:b]], [t[:, a:b] for t in x[1:]], span=row), whole[:, a:b]) < 1e-13
+        assert (
+            relative(leaf([x[0][:, a:b]], [t[:, a:b] for t in x[1:]], span=row), whole[:, a:b])
+            < 1e-13
+        )
         past.advance()
 
 
 def by_rows(x, span: Span, closing):
-    """As `spelled` where a segment is what a row holds of a document: one segment after another, each by itself."""
+    """As `spelled` where a segment is what a row holds of a document: one segment after another,
+    each by itself."""
     states, out = None, []
     edges = [*closing.nonzero()[:, 0].tolist(), len(closing)]
     for a, b in zip(edges[:-1], edges[1:]):
-        part, states = spelled([t[:, a:b] for t in x], span.map(lambda t, p=slice(a, b): t[:, p]), None, states)
+        part, states = spelled(
+            [t[:, a:b] for t in x], span.map(lambda t, p=slice(a, b): t[:, p]), None, states
+        )
         out.append(part)
         states = [[(c + p, torch.zeros_like(p)) for c, p in row] for row in states]
     return torch.cat(out, 1)

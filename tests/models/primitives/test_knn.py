@@ -1,4 +1,5 @@
-"""What is recalled against sorting everything by brute force; with all entries it is full attention over the store."""
+"""What is recalled against sorting everything by brute force; with all entries it is full attention
+over the store."""
 
 import pytest
 import torch
@@ -24,7 +25,9 @@ def tensors(span: Span, rounded: bool = False):
     def noise(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    q, k, v = (noise(*span.shape, *shape) for shape in ((HEADS, WIDTH), (GROUPS, WIDTH), (GROUPS, 5)))
+    q, k, v = (
+        noise(*span.shape, *shape) for shape in ((HEADS, WIDTH), (GROUPS, WIDTH), (GROUPS, 5))
+    )
     return (q.round() if rounded else q), (k.round() if rounded else k), v, noise(HEADS).exp()
 
 
@@ -38,7 +41,10 @@ def brute(q, k, mask: Mask, span: Span, count: int):
             heads = []
             for head in range(HEADS):
                 scores = (k[row, :, head // (HEADS // GROUPS)] * q[row, t, head]).sum(-1).tolist()
-                order = sorted((-scores[s], int(span.pos[row, s])) for s in seen[row, t].nonzero()[:, 0].tolist())
+                order = sorted(
+                    (-scores[s], int(span.pos[row, s]))
+                    for s in seen[row, t].nonzero()[:, 0].tolist()
+                )
                 heads.append([pos for _, pos in order[:count]])
             found[-1].append(heads)
     return found
@@ -47,14 +53,19 @@ def brute(q, k, mask: Mask, span: Span, count: int):
 @pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("scores", [1 << 22, 64])  # all at once, and block by block
 @pytest.mark.parametrize("reach", [9, 100])  # few to choose from, and many
-def test_the_best_are_those_of_brute_force_also_where_many_are_equal(reach, scores, rounded, monkeypatch):
+def test_the_best_are_those_of_brute_force_also_where_many_are_equal(
+    reach, scores, rounded, monkeypatch
+):
     monkeypatch.setattr(kernel_knn, "CHUNK_SCORES", scores)
     monkeypatch.setattr(kernel_knn, "CHUNK_QUERIES", 256 if scores > 64 else 10)
     span, mask = packed(), SameDocument() & PreviousTokens(4, reach)
     q, k, v, _ = tensors(span, rounded)
     best = KNN(mask, 3).search(q, [KeyValueStore(k, v, span)], span)
     want = brute(q, k, mask, span, 3)
-    got = [[[[p for p in head if p >= 0] for head in token] for token in row] for row in best.pos.tolist()]
+    got = [
+        [[[p for p in head if p >= 0] for head in token] for token in row]
+        for row in best.pos.tolist()
+    ]
     assert got == want
     keys, _, index = KNN(mask, 3).bring(best.entry, [KeyValueStore(k, v, span)], q.device)
     there = best.entry >= 0
@@ -87,7 +98,12 @@ def test_all_entries_are_full_attention_over_the_store(chunk, monkeypatch):
     assert relative(got, want) < 1e-13
     assert torch.equal(found, seen.any(-1).transpose(1, 2).expand_as(found))
     weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
-    for a, b in zip(*(torch.autograd.grad((out * weight).sum(), leaves, retain_graph=True) for out in (got, want))):
+    for a, b in zip(
+        *(
+            torch.autograd.grad((out * weight).sum(), leaves, retain_graph=True)
+            for out in (got, want)
+        )
+    ):
         assert relative(a, b) < 1e-12
 
 
@@ -98,7 +114,12 @@ def test_a_query_that_finds_nothing_gets_zeros_and_no_gradient():
     got, found = KNN(mask, 3)((q,), [KeyValueStore(k, v, span)], (scale,), span=span)
     assert torch.equal(found[..., 0], span.valid() & (span.pos >= 4))
     got.sum().backward()
-    assert q.grad is not None and got[~found].eq(0).all() and q.grad[~found].eq(0).all() and q.grad[found].ne(0).any()
+    assert (
+        q.grad is not None
+        and got[~found].eq(0).all()
+        and q.grad[~found].eq(0).all()
+        and q.grad[found].ne(0).any()
+    )
     none, found = KNN(mask, 3)((q,), [], (scale,), span=span)
     assert none.eq(0).all() and not found.any() and none.requires_grad
 

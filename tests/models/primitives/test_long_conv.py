@@ -1,4 +1,5 @@
-"""A convolution as long as the sequence equals the explicit Toeplitz matrix, document by document."""
+"""A convolution as long as the sequence equals the explicit Toeplitz matrix, document by
+document."""
 
 import pytest
 import torch
@@ -18,7 +19,11 @@ def toeplitz(x, taps, span, kv_span):
 
 def case():
     span = packed()
-    return span, torch.randn(*span.shape, 3, dtype=torch.float64), torch.randn(span.shape[1], 3, dtype=torch.float64)
+    return (
+        span,
+        torch.randn(*span.shape, 3, dtype=torch.float64),
+        torch.randn(span.shape[1], 3, dtype=torch.float64),
+    )
 
 
 def test_fft_equals_toeplitz_with_gradients():
@@ -27,21 +32,30 @@ def test_fft_equals_toeplitz_with_gradients():
     got, want = LongConv()((x,), (taps,), span=span), toeplitz(x, taps, span, span)
     assert relative(got, want) < 1e-13
     weight = torch.randn_like(want)
-    pairs = zip(torch.autograd.grad((got * weight).sum(), leaves), torch.autograd.grad((want * weight).sum(), leaves))
+    pairs = zip(
+        torch.autograd.grad((got * weight).sum(), leaves),
+        torch.autograd.grad((want * weight).sum(), leaves),
+    )
     assert max(relative(a, b) for a, b in pairs) < 1e-13
 
 
 @pytest.mark.parametrize("order", ["forward", "scattered"])
 def test_contributions_of_stretches_add_up(order):
     span, x, taps = case()
-    index = torch.arange(51) if order == "forward" else torch.cat([torch.arange(a, a + 17) for a in (34, 0, 17)])
+    index = (
+        torch.arange(51)
+        if order == "forward"
+        else torch.cat([torch.arange(a, a + 17) for a in (34, 0, 17)])
+    )
     parts = index.split([20, 0, 31])
     total = torch.zeros_like(x)
     for mine in parts:
         q_span = span.map(lambda s, i=mine: s[:, i])
         for theirs in parts:
             kv_span = span.map(lambda s, i=theirs: s[:, i])
-            total[:, mine] += LongConv().partial((x[:, theirs],), (taps,), span=q_span, kv_span=kv_span)
+            total[:, mine] += LongConv().partial(
+                (x[:, theirs],), (taps,), span=q_span, kv_span=kv_span
+            )
     assert relative(total, toeplitz(x, taps, span, span)) < 1e-13
 
 
@@ -60,7 +74,18 @@ def test_poison_of_other_documents_stays_there():
 
 
 def test_padded_lengths_are_quick_ones_and_large_enough():
-    assert [_padded(n) for n in (1, 2, 3, 4, 5, 6, 7, 9, 13, 25)] == [1, 2, 3, 4, 6, 6, 8, 12, 16, 32]
+    assert [_padded(n) for n in (1, 2, 3, 4, 5, 6, 7, 9, 13, 25)] == [
+        1,
+        2,
+        3,
+        4,
+        6,
+        6,
+        8,
+        12,
+        16,
+        32,
+    ]
 
 
 def test_a_document_longer_than_the_filter_is_refused():

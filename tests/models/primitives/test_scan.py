@@ -26,7 +26,9 @@ def both(run, query, payload):
     """Outputs, and the gradients of all inputs under one random weighting of the outputs."""
     leaves = [x.clone().requires_grad_() for x in (*query, *payload)]
     out = run(leaves[:1], leaves[1:])
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(out.dtype)
+    weight = torch.randn(
+        out.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64
+    ).to(out.dtype)
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
 
 
@@ -53,12 +55,17 @@ def test_a_row_in_runs_equals_the_row_at_once(kind):
         keep, gain, opened = work.summarise()
         states = [torch.zeros_like(gain[:, 0])]
         for r in range(3):
-            passed = keep[:, r] @ states[r] if keep.dim() == 5 else keep[:, r, ..., None] * states[r]
+            passed = (
+                keep[:, r] @ states[r] if keep.dim() == 5 else keep[:, r, ..., None] * states[r]
+            )
             states.append(passed + gain[:, r])
         assert not keep[opened].any()
         return work.read(torch.stack(states, 1))
 
-    got, want = both(by_runs, query, payload), both(lambda q, p: leaf(q, p, span=span), query, payload)
+    got, want = (
+        both(by_runs, query, payload),
+        both(lambda q, p: leaf(q, p, span=span), query, payload),
+    )
     assert max(map(relative, got, want)) < 1e-11
 
 
@@ -68,7 +75,11 @@ def test_a_document_goes_on_from_its_past(kind):
     query, payload = inputs(kind, span)
     want, last = leaf.recur(query, payload, span=span)
     first, then = slice(0, 23), slice(23, 40)
-    past = leaf.recur([x[:, first] for x in query], [x[:, first] for x in payload], span=span.map(lambda x: x[:, first]))
+    past = leaf.recur(
+        [x[:, first] for x in query],
+        [x[:, first] for x in payload],
+        span=span.map(lambda x: x[:, first]),
+    )
     rest = [x[:, then] for x in query], [x[:, then] for x in payload]
     work = leaf.open(*rest, span=span.map(lambda x: x[:, then]))
     assert relative(work.read(past[1][:, None]), want[:, then]) < 1e-11
@@ -77,11 +88,16 @@ def test_a_document_goes_on_from_its_past(kind):
 
 @pytest.mark.parametrize("kind", ["scalar", "vector", "scalar delta", "vector delta"])
 def test_float32_stands_strong_decay_over_8192_tokens(kind):
-    """Log decays of about -30 at every fourth token underflow a product of gates; the others keep almost all."""
+    """Log decays of about -30 at every fourth token underflow a product of gates; the others keep
+    almost all."""
     span, leaf = Span.line(1, 8192), Scan()
     query, payload = inputs(kind, span, heads=1, keys=8, values=8)
     decay = payload[2]
-    payload[2][:] = torch.where((torch.arange(8192) % 4 == 0).view(1, -1, *[1] * (decay.dim() - 2)), 30 * decay, decay / 1000)
+    payload[2][:] = torch.where(
+        (torch.arange(8192) % 4 == 0).view(1, -1, *[1] * (decay.dim() - 2)),
+        30 * decay,
+        decay / 1000,
+    )
     want = both(lambda q, p: leaf.recur(q, p, span=span)[0], query, payload)
     single = [x.float() for x in query], [x.float() for x in payload]
     got = both(lambda q, p: leaf(q, p, span=span), *single)
@@ -103,7 +119,10 @@ def test_other_documents_and_padding_may_be_poison(kind):
     span, leaf = holes(), Scan(chunk=8)
     query, payload = inputs(kind, span)
     poison = (span.doc != 2) & ~((span.doc == 1) & (torch.arange(2) == 1)[:, None])
-    bad = [torch.where(poison.view(*poison.shape, *[1] * (x.dim() - 2)), torch.nan, x) for x in (*query, *payload)]
+    bad = [
+        torch.where(poison.view(*poison.shape, *[1] * (x.dim() - 2)), torch.nan, x)
+        for x in (*query, *payload)
+    ]
     want = both(lambda q, p: leaf(q, p, span=span)[~poison], query, payload)
     got = both(lambda q, p: leaf(q, p, span=span)[~poison], bad[:1], bad[1:])
     assert torch.equal(got[0], want[0])
@@ -128,9 +147,12 @@ def test_eight_times_the_tokens_cost_eight_times_the_products(kind):
 
 @pytest.mark.slow
 def test_chunks_take_less_than_a_fifth_of_the_time_of_the_recurrence():
-    """Processor time of one thread, forward and backward, 2,048 tokens of 8 heads of 64; measured 16 at 8,192 tokens."""
+    """Processor time of one thread, forward and backward, 2,048 tokens of 8 heads of 64; measured
+    16 at 8,192 tokens."""
     span, leaf = Span.line(1, 2048), Scan()
-    query, payload = inputs("scalar", span, heads=8, keys=64, values=64, dtype=torch.float32, strength=0.1)
+    query, payload = inputs(
+        "scalar", span, heads=8, keys=64, values=64, dtype=torch.float32, strength=0.1
+    )
     leaves = [x.requires_grad_() for x in (*query, *payload)]
 
     def seconds(run):
@@ -141,4 +163,6 @@ def test_chunks_take_less_than_a_fifth_of_the_time_of_the_recurrence():
             taken.append(time.process_time() - start)
         return min(taken)
 
-    assert 5 * seconds(lambda q, p: leaf(q, p, span=span)) < seconds(lambda q, p: leaf.recur(q, p, span=span)[0])
+    assert 5 * seconds(lambda q, p: leaf(q, p, span=span)) < seconds(
+        lambda q, p: leaf.recur(q, p, span=span)[0]
+    )

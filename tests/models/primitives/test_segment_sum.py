@@ -1,4 +1,5 @@
-"""Sums over rows and documents, and what lies before a token, against loops that are written out."""
+"""Sums over rows and documents, and what lies before a token, against loops that are written
+out."""
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ def spelled(x, span, over, before):
 
 
 def numbers(span, *features):
-    return torch.randint(-9, 9, (*span.shape, *features), generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        -9, 9, (*span.shape, *features), generator=torch.Generator().manual_seed(0)
+    )
 
 
 @pytest.mark.parametrize("span", [SPAN, HOLED], ids=["packed", "holed"])
@@ -37,14 +40,22 @@ def test_sums_are_those_of_a_loop(span, over, features):
     total = SegmentSum().total(x, span, over)
     assert total.shape[1] == (1 if over == "row" else span.shape[1])
     assert torch.equal(total.expand_as(x)[valid], spelled(x, span, over, False)[valid])
-    assert torch.equal(SegmentSum().before(x, span, over)[valid], spelled(x, span, over, True)[valid])
+    assert torch.equal(
+        SegmentSum().before(x, span, over)[valid], spelled(x, span, over, True)[valid]
+    )
 
 
 @pytest.mark.parametrize("over", ["row", "document"])
 def test_gradients_are_those_of_a_loop(over):
     x = numbers(SPAN, 2).double().requires_grad_()
-    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * SPAN.valid()[..., None]
-    for got, before in ((SegmentSum().total(x, SPAN, over), False), (SegmentSum().before(x, SPAN, over), True)):
+    weight = (
+        torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        * SPAN.valid()[..., None]
+    )
+    for got, before in (
+        (SegmentSum().total(x, SPAN, over), False),
+        (SegmentSum().before(x, SPAN, over), True),
+    ):
         (want,) = torch.autograd.grad((spelled(x, SPAN, over, before) * weight).sum(), x)
         (have,) = torch.autograd.grad((got * weight).sum(), x)
         torch.testing.assert_close(have, want, rtol=0, atol=1e-12)

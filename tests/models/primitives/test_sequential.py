@@ -1,11 +1,18 @@
-"""A Relay reads piece after piece: how rows are cut, what is handed on, and how far gradients go back."""
+"""A Relay reads piece after piece: how rows are cut, what is handed on, and how far gradients go
+back."""
 
 import pytest
 import torch
 from torch import nn
 
 from models.init import initialise
-from models.primitives.sequential import SequentialScan, misfits, segments_by_document, segments_by_row, sequential_modules
+from models.primitives.sequential import (
+    SequentialScan,
+    misfits,
+    segments_by_document,
+    segments_by_row,
+    sequential_modules,
+)
 from models.span import Span
 from tests.support.parity import packed, relative
 from tests.support.recurrent_scan import Lstm, Summing
@@ -30,18 +37,26 @@ def test_documents_are_cut_where_they_begin_and_every_so_many_tokens_from_there(
     assert index[0].tolist() == [[0, 1, 2], [3, 4, -1], [5, -1, -1], [6, 7, 8], [9, -1, -1]]
     assert index[1].tolist() == [[0, 1, 2], [3, 4, 5], [6, -1, -1], [-1, -1, -1], [-1, -1, -1]]
     whole = segments_by_document(packed([[5, 1, 4], [7]], 12), None, 4)
-    assert whole[0].tolist()[1:] == [[5, *[-1] * 6], [6, 7, 8, 9, -1, -1, -1]] and whole[1, 0].tolist() == [*range(7)]
+    assert whole[0].tolist()[1:] == [[5, *[-1] * 6], [6, 7, 8, 9, -1, -1, -1]] and whole[
+        1, 0
+    ].tolist() == [*range(7)]
     assert segments_by_document(packed([[]], 4), 3, 1).tolist() == [[[-1]]]
 
 
 def test_a_row_that_begins_inside_a_document_begins_a_piece():
     span = packed([[5, 7]], 12).map(lambda t: t[:, 2:])
-    assert segments_by_document(span, 4, 1)[0].tolist() == [[0, 1, 2, -1], [3, 4, 5, 6], [7, 8, 9, -1]]
+    assert segments_by_document(span, 4, 1)[0].tolist() == [
+        [0, 1, 2, -1],
+        [3, 4, 5, 6],
+        [7, 8, 9, -1],
+    ]
 
 
 def test_rows_are_cut_into_equal_pieces():
     assert segments_by_row(Span.line(1, 5), 2, 1)[0].tolist() == [[0, 1], [2, 3], [4, -1]]
-    assert segments_by_row(Span.line(1, 5), None, 1).shape == (1, 1, 5) and segments_by_row(Span.line(2, 5), None, 3).shape == (2, 3, 2)
+    assert segments_by_row(Span.line(1, 5), None, 1).shape == (1, 1, 5) and segments_by_row(
+        Span.line(2, 5), None, 3
+    ).shape == (2, 3, 2)
     assert SequentialScan().pieces(Span.line(1, 5), 2, 4).index.shape == (1, 4, 2)
 
 
@@ -67,7 +82,8 @@ def test_an_lstm_is_torchs_whatever_the_pieces(size):
 
 @pytest.mark.parametrize("build", [lstm, summing])
 def test_piece_by_piece_with_the_state_before_is_the_whole_at_once(build):
-    """Outputs, the last state, and gradients of everything; documents end at 7 and 8, pieces are cut at 8 and 16."""
+    """Outputs, the last state, and gradients of everything; documents end at 7 and 8, pieces are
+    cut at 8 and 16."""
     model, span, x = build(size=4), packed([[7, 1, 10], [8, 12]], 20), noise(2, 20, 5)
     grads, outs = [], []
     for cuts in ([0, 20], [0, 8, 16, 20]):
@@ -83,14 +99,18 @@ def test_piece_by_piece_with_the_state_before_is_the_whole_at_once(build):
 
 
 def test_a_row_whose_pieces_are_used_up_keeps_its_state_and_its_gradient():
-    """The last states of a short row beside a long one are those of the short row alone, also where gradients are cut."""
+    """The last states of a short row beside a long one are those of the short row alone, also where
+    gradients are cut."""
     model, x = summing(size=4, depth=1), noise(2, 20, 5)
     both, (found,) = model(x, packed([[18], [6]], 20))
     both_grad = torch.autograd.grad(found[1].sum(), model.write.parameters())
     alone, (want,) = model(x[1:], packed([[6]], 20))
     alone_grad = torch.autograd.grad(want.sum(), model.write.parameters())
     assert relative(both[1], alone[0]) < 1e-12 and relative(found[1], want[0]) < 1e-12
-    assert max(relative(a, b) for a, b in zip(both_grad, alone_grad)) < 1e-12 and alone_grad[0].abs().max() > 0
+    assert (
+        max(relative(a, b) for a, b in zip(both_grad, alone_grad)) < 1e-12
+        and alone_grad[0].abs().max() > 0
+    )
 
 
 @pytest.mark.parametrize("build", [lstm, summing])
@@ -101,7 +121,9 @@ def test_no_gradient_goes_back_over_more_than_depth_pieces(build, depth):
     for piece in range(5):
         (d_x,) = torch.autograd.grad(y[0, 4 * piece : 4 * piece + 4].sum(), x, retain_graph=True)
         reached = [d_x[0, 4 * i : 4 * i + 4].abs().max() > 0 for i in range(5)]
-        assert reached == [(i // (depth or 5) == piece // (depth or 5)) and i <= piece for i in range(5)]
+        assert reached == [
+            (i // (depth or 5) == piece // (depth or 5)) and i <= piece for i in range(5)
+        ]
 
 
 def test_what_does_not_carry_a_row_is_refused():

@@ -1,4 +1,5 @@
-"""What layers of the recurrent family promise beside parity (tests/variants.py): causality, documents, meta, own formulas."""
+"""What layers of the recurrent family promise beside parity (tests/variants.py): causality,
+documents, meta, own formulas."""
 
 import math
 
@@ -37,9 +38,17 @@ def test_no_token_hears_the_future_or_another_document(name):
     x = torch.randn(*span.shape, WIDTH, dtype=torch.float64, requires_grad=True)
     y = layer(x, span)
     (d_x,) = torch.autograd.grad(y[0, 30].sum(), x)  # document 2 of row 0, tokens 14 to 37
-    heard = d_x[0].abs().sum(-1) > 1e-13 * d_x.abs().max()  # an FFT rounds within a document, never beyond
+    heard = (
+        d_x[0].abs().sum(-1) > 1e-13 * d_x.abs().max()
+    )  # an FFT rounds within a document, never beyond
     assert not d_x[0][:14].any()
-    assert heard[30] and heard[29] and not heard[:14].any() and not heard[31:].any() and not d_x[1].any()
+    assert (
+        heard[30]
+        and heard[29]
+        and not heard[:14].any()
+        and not heard[31:].any()
+        and not d_x[1].any()
+    )
     if name != "short_conv":
         assert heard[14]
 
@@ -111,7 +120,10 @@ def test_random_features_are_orthogonal_long_as_normal_vectors_and_a_function_of
     assert abs(directions(1, 2, 3, 4, 4096, 8).square().sum(-1).mean().item() - 8) < 0.2
     torch.manual_seed(99)
     assert torch.equal(drawn, directions.__wrapped__(1, 2, 3, 2, 16, 8))
-    assert not any(torch.equal(drawn, directions(*names, 2, 16, 8)) for names in ((2, 2, 3), (1, 3, 3), (1, 2, 4)))
+    assert not any(
+        torch.equal(drawn, directions(*names, 2, 16, 8))
+        for names in ((2, 2, 3), (1, 3, 3), (1, 2, 4))
+    )
 
 
 def test_more_random_features_come_nearer_to_the_softmax():
@@ -121,7 +133,9 @@ def test_more_random_features_come_nearer_to_the_softmax():
     errors = []
     for features in (16, 256, 4096):
         layer = Performer(32, 2, 1, 0, features=features)
-        weight = torch.einsum("bthm,bshm->bhts", layer.features(q, True), layer.features(k, False)).tril()
+        weight = torch.einsum(
+            "bthm,bshm->bhts", layer.features(q, True), layer.features(k, False)
+        ).tril()
         mean = torch.einsum("bhts,bshd->bthd", weight / weight.sum(-1, keepdim=True), v)
         errors.append(((mean - want).norm() / want.norm()).item())
     assert errors[0] > 1.5 * errors[1] > 2 * errors[2] and errors[2] < 0.15
@@ -139,7 +153,9 @@ def test_features_are_redrawn_at_the_step_that_says_so():
 def test_performer_does_not_overflow_whatever_the_keys_are():
     layer = initialise(Performer(256, 1, 1, 0, features=64), 1)
     drawn = directions(1, 0, 0, 1, 64, 256)
-    worst = (drawn[0, :4] * 256**0.25).float()[None, :, None]  # the keys that make a feature as large as it can be
+    worst = (drawn[0, :4] * 256**0.25).float()[
+        None, :, None
+    ]  # the keys that make a feature as large as it can be
     found = layer.features(worst, False)
     assert found.isfinite().all() and math.log(found.max()) < ROOM + 1
 
@@ -148,8 +164,14 @@ def test_performer_does_not_overflow_whatever_the_keys_are():
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("most", [1, 2])
 def test_rwkv7_is_the_published_recurrence(level, given, most):
-    """Re-derived from the paper (arXiv:2503.14456, section 4), a token and a head at a time, values in rows."""
-    layer, tokens, heads, size = initialise(Rwkv7(16, 2, level, 3, rank=4, allow_neg_eigval=most == 2), 1).double(), 11, 2, 8
+    """Re-derived from the paper (arXiv:2503.14456, section 4), a token and a head at a time, values
+    in rows."""
+    layer, tokens, heads, size = (
+        initialise(Rwkv7(16, 2, level, 3, rank=4, allow_neg_eigval=most == 2), 1).double(),
+        11,
+        2,
+        8,
+    )
     for parameter in layer.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     x, first = torch.randn(2, tokens, 16, dtype=torch.float64)
@@ -162,7 +184,10 @@ def test_rwkv7_is_the_published_recurrence(level, given, most):
         own.append(v)
         if level and given:
             v = v + (first[t] - v) * torch.sigmoid(layer.pull.up(layer.pull.down(mixed["v"])))
-        w = (-math.exp(-0.5) * torch.sigmoid(layer.decay.up(torch.tanh(layer.decay.down(mixed["w"]))))).exp()
+        w = (
+            -math.exp(-0.5)
+            * torch.sigmoid(layer.decay.up(torch.tanh(layer.decay.down(mixed["w"]))))
+        ).exp()
         a = torch.sigmoid(layer.rate.up(layer.rate.down(mixed["a"])))
         g = layer.gate.up(torch.sigmoid(layer.gate.down(mixed["g"])))
         removal, k = k * layer.direction, k * (1 + (a - 1) * layer.strength)
@@ -170,10 +195,16 @@ def test_rwkv7_is_the_published_recurrence(level, given, most):
         for h in range(heads):
             part = slice(h * size, (h + 1) * size)
             kk = removal[part] / removal[part].norm()
-            states[h] = states[h] * w[part] - torch.outer(states[h] @ kk, most * kk * a[part]) + torch.outer(v[part], k[part])
+            states[h] = (
+                states[h] * w[part]
+                - torch.outer(states[h] @ kk, most * kk * a[part])
+                + torch.outer(v[part], k[part])
+            )
             rows.append(states[h] @ r[part])
             extra.append((r[part] * k[part] * layer.bonus[h]).sum() * v[part])
-        normed = F.group_norm(torch.cat(rows)[None], heads, layer.norm.weight, layer.norm.bias, size * 1e-5)[0]
+        normed = F.group_norm(
+            torch.cat(rows)[None], heads, layer.norm.weight, layer.norm.bias, size * 1e-5
+        )[0]
         out.append(layer.out((normed + torch.cat(extra)) * g))
     got, passed = layer.values(x[None], Span.line(1, tokens), first[None] if given else None)
     assert relative(got[0], torch.stack(out)) < 1e-12

@@ -1,4 +1,5 @@
-"""A store over ranks: what is picked, brought and best is what one device has, whatever the cut; and what it sends."""
+"""A store over ranks: what is picked, brought and best is what one device has, whatever the cut;
+and what it sends."""
 
 import pytest
 import torch
@@ -17,7 +18,11 @@ CAUSAL = Causal() & SameDocument()
 
 def _here(env, policy):
     span = packed()
-    return span, shard_span(span, layouts(policy, span, env.size), env.rank), ShardedBlockTopK(BlockTopK(), Communicator(env.group))
+    return (
+        span,
+        shard_span(span, layouts(policy, span, env.size), env.rank),
+        ShardedBlockTopK(BlockTopK(), Communicator(env.group)),
+    )
 
 
 def _score(query, keys):
@@ -27,12 +32,25 @@ def _score(query, keys):
 def _best(env, policy):
     """(found by this rank, what one device finds for the same queries)."""
     span, here, store = _here(env, policy)
-    q, k = (torch.randn(*span.shape, 4, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (0, 1))
+    q, k = (
+        torch.randn(*span.shape, 4, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
+        for s in (0, 1)
+    )
     one, ends = BlockTopK(), BlockEnds(3)
     whole, mine = one.pick(span, ends), store.pick(here, ends)
-    want = one.best(_score, (q,), (take(k, whole.index),), CAUSAL, span=span, kv_span=whole.span, count=3)[1]
+    want = one.best(
+        _score, (q,), (take(k, whole.index),), CAUSAL, span=span, kv_span=whole.span, count=3
+    )[1]
     part = [here.sharding.shard(x, 0) for x in (q, k)]
-    got = store.best(_score, (part[0],), (take(part[1], mine.index),), CAUSAL, span=here, kv_span=mine.span, count=3)[1]
+    got = store.best(
+        _score,
+        (part[0],),
+        (take(part[1], mine.index),),
+        CAUSAL,
+        span=here,
+        kv_span=mine.span,
+        count=3,
+    )[1]
     valid = here.valid()
     return got[valid].tolist(), here.sharding.shard(want, -1)[valid].tolist()
 
@@ -46,7 +64,9 @@ def test_the_best_are_those_of_one_device_also_where_many_are_equal(policy):
 def _brought(env):
     """Every token brings the two before it, weighted, and gives their gradients home."""
     inner_span, here, store = _here(env, "zigzag")
-    x = torch.randn(*inner_span.shape, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(
+        *inner_span.shape, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     mask = CAUSAL & SlidingWindow(3)
 
     def mixed(x, span, store):
@@ -62,10 +82,16 @@ def _brought(env):
     readers = torch.zeros(inner_span.shape)
     for rank in range(env.size):  # ranks that bring a token, its own among them
         span = here.sharding.spans[rank]
-        seen = mask.dense(span, inner_span)[:, 0] & span.valid()[:, :, None] & inner_span.valid()[:, None]
+        seen = (
+            mask.dense(span, inner_span)[:, 0]
+            & span.valid()[:, :, None]
+            & inner_span.valid()[:, None]
+        )
         readers += seen.any(1)
     want = (2 * x + (readers * inner_span.pos)[..., None]) * inner_span.valid()[..., None]
-    return (part.grad - here.sharding.shard(want, 0)).abs().max().item(), store.communicator.bytes_sent
+    return (
+        part.grad - here.sharding.shard(want, 0)
+    ).abs().max().item(), store.communicator.bytes_sent
 
 
 def test_gradients_of_what_was_brought_come_home_from_every_rank():
@@ -75,7 +101,9 @@ def test_gradients_of_what_was_brought_come_home_from_every_rank():
 
 def test_only_what_can_be_seen_is_sent():
     sent = [sent["lookup"] for _, sent in ranks(3, _brought)]
-    assert all(0 < s <= 2 * 4 * 2 * 16 for s in sent)  # rows x borders x tokens before a border x bytes of a token
+    assert all(
+        0 < s <= 2 * 4 * 2 * 16 for s in sent
+    )  # rows x borders x tokens before a border x bytes of a token
 
 
 def _sizes(env):

@@ -1,4 +1,5 @@
-"""Infini-attention over ranks: rows of lanes, one after another, equal one device in outputs and all gradients."""
+"""Infini-attention over ranks: rows of lanes, one after another, equal one device in outputs and
+all gradients."""
 
 from functools import partial
 
@@ -13,7 +14,7 @@ from parallel.layout import POLICIES
 from tests.support.lanes import WIDTH, compare, poisoned
 from tests.support.pool import ranks
 
-METHODS = {2: "heads", 3: "ring", 4: "usp"}
+METHODS = {2: "ulysses", 3: "ring", 4: "usp"}
 
 
 def mixer(rule: str, segment: int | None) -> nn.Module:
@@ -33,7 +34,9 @@ def test_rows_of_lanes_are_those_of_one_device(rule, segment, policy, size):
 @pytest.mark.parametrize("segment", [None, 4])
 @pytest.mark.parametrize("rule", ["linear", "delta"])
 def test_single_precision_keeps_the_memory_exact_to_its_rounding(rule, segment):
-    for worst in ranks(3, compare, partial(mixer, rule, segment), "fetch", "zigzag", torch.float32):
+    for worst in ranks(
+        3, compare, partial(mixer, rule, segment), "allgather", "zigzag", torch.float32
+    ):
         assert max(worst.values()) < 2e-5, worst
 
 

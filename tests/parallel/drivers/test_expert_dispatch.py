@@ -1,4 +1,5 @@
-"""Experts over ranks, tokens over ranks, both or neither: outputs, losses and every gradient are those of one device."""
+"""Experts over ranks, tokens over ranks, both or neither: outputs, losses and every gradient are
+those of one device."""
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ EXACT = {torch.float64: 1e-11, torch.float32: 2e-5}
 def cases():
     """Every layer with every shape, layouts in turn."""
     return [
-        (name, *shape, POLICIES[(row + column) % 3]) for row, name in enumerate(LAYERS) for column, shape in enumerate(SHAPES)
+        (name, *shape, POLICIES[(row + column) % 3])
+        for row, name in enumerate(LAYERS)
+        for column, shape in enumerate(SHAPES)
     ]
 
 
@@ -65,7 +68,11 @@ def test_some_are_dropped(name):
 def sending(env, name, context, experts):
     """What a rank sent in one layer, and what the formula says it should have."""
     mesh = build_mesh(context, env.size // context, experts=experts)
-    layer, (x, weight), span = built(name, torch.float64), given(torch.float64, LENGTHS), packed(LENGTHS)
+    layer, (x, weight), span = (
+        built(name, torch.float64),
+        given(torch.float64, LENGTHS),
+        packed(LENGTHS),
+    )
     held = EXPERTS // experts
     mine = slice(mesh.experts_rank * held, (mesh.experts_rank + 1) * held)
     for key, stack in list(layer.experts.named_parameters()):
@@ -76,15 +83,28 @@ def sending(env, name, context, experts):
     _, _, sums = passed(layer, x, weight[rows], span.map(lambda t: t[rows]))
     every = [torch.zeros_like(sums["/load"]) for _ in range(env.size)]
     dist.all_gather(every, sums["/load"])
-    here = torch.stack(every)[mesh.rank // experts * experts :][:experts].view(experts, experts, held).sum(-1).long()
+    here = (
+        torch.stack(every)[mesh.rank // experts * experts :][:experts]
+        .view(experts, experts, held)
+        .sum(-1)
+        .long()
+    )
     mine, rank = here.tolist(), mesh.experts_rank
     formula = sent_bytes(
-        mine[rank], [row[rank] for row in mine], rank, width=WIDTH, item=8, experts=EXPERTS, keys=layer.chance is not None
+        mine[rank],
+        [row[rank] for row in mine],
+        rank,
+        width=WIDTH,
+        item=8,
+        experts=EXPERTS,
+        keys=layer.chance is not None,
     )
     return communicator.bytes_sent, formula
 
 
-@pytest.mark.parametrize("name", ["switch without drops", "top 2", "top 3, biased", "undecided switch"])
+@pytest.mark.parametrize(
+    "name", ["switch without drops", "top 2", "top 3, biased", "undecided switch"]
+)
 @pytest.mark.parametrize(("size", "experts"), [(2, 2), (3, 3), (4, 2), (4, 4)])
 def test_bytes_sent_are_those_of_the_formula(name, size, experts):
     for sent, formula in ranks(size, sending, name, 1, experts):

@@ -1,4 +1,5 @@
-"""Recurrent memory over ranks: a decoder reads rows of lanes, and every output and gradient is that of one device."""
+"""Recurrent memory over ranks: a decoder reads rows of lanes, and every output and gradient is that
+of one device."""
 
 import pytest
 import torch
@@ -56,7 +57,10 @@ def compare(env, policy, dtype, mixer, settings):
 
     dealt = ShardedCarriedState(communicator)
     got = read(many, dealt, cut)
-    worst = {f"row {i}": relative(a, shard(b, 0)) for i, (a, b, shard) in enumerate(zip(got, want, shards))}
+    worst = {
+        f"row {i}": relative(a, shard(b, 0))
+        for i, (a, b, shard) in enumerate(zip(got, want, shards))
+    }
     worst["memory"] = relative(dealt.states["memory"][1], past.states["memory"][1])
     for (name, a), (_, b) in zip(many.named_parameters(), one.named_parameters()):
         assert a.grad is not None, f"{name} has no gradient on rank {env.rank}"
@@ -91,9 +95,14 @@ ENGINES = {"single": Single, "fsdp": Fsdp}
 
 
 def train(env, name, checkpointing):
-    """Gradient norms of three steps over lanes, and the parameters after them, with all ranks sharing each row."""
+    """Gradient norms of three steps over lanes, and the parameters after them, with all ranks
+    sharing each row."""
     engine = ENGINES[name](
-        build_mesh(env.size, 1), AdamW(learning_rate=1e-2), precision="float64", seed=1, checkpointing=checkpointing
+        build_mesh(env.size, 1),
+        AdamW(learning_rate=1e-2),
+        precision="float64",
+        seed=1,
+        checkpointing=checkpointing,
     )
     parallelize(decoder(segment=6), engine)
     dealt, norms = ShardedCarriedState(Communicator(env.group)), []
@@ -147,7 +156,7 @@ def test_layers_inside_the_wavefront_are_not_spread_and_others_are():
 
 def test_a_layer_with_a_loss_of_its_own_is_refused_inside_the_wavefront():
     model = decoder(segment=6)
-    assert refusals(model, "heads") == []
+    assert refusals(model, "ulysses") == []
     model.blocks[1].feedforward.auxiliary, model.head.auxiliary = {}, {}
     model.blocks[1].feedforward.balance = SegmentSum()
     (said,) = refusals(model, "ring")

@@ -1,4 +1,5 @@
-"""What a query may not see does not reach it: rubbish in other documents, in padding and beyond the window stays there."""
+"""What a query may not see does not reach it: rubbish in other documents, in padding and beyond the
+window stays there."""
 
 import pytest
 import torch
@@ -32,23 +33,33 @@ def driven(env, method, mask, score, span, policy="zigzag"):
     if method == "usp":
         communicator.add_grid(*grid(env, side))
         communicator.heads = side
-    return METHODS[method](Softmax(mask, score), communicator), shard_span(span, layouts(policy, span, env.size, heads=side), env.rank)
+    return METHODS[method](Softmax(mask, score), communicator), shard_span(
+        span, layouts(policy, span, env.size, heads=side), env.rank
+    )
 
 
 def poisoned(env, method, mask, score, spoilt, number):
-    """Output and gradients of the tokens that are not spoilt and see nothing spoilt; clean, and with `number` put in."""
+    """Output and gradients of the tokens that are not spoilt and see nothing spoilt; clean, and
+    with `number` put in."""
     span = packed()
     torch.manual_seed(4)
     leaves = [torch.randn(*span.shape, heads, 4, dtype=torch.float64) for heads in (4, 2, 2)]
     weight = torch.randn(*span.shape, 4, 4, dtype=torch.float64)
     look = mask.dense(span, span)[:, 0] & span.valid()[:, :, None] & span.valid()[:, None, :]
-    saw = (look & spoilt[:, None, :]).any(2) | spoilt  # queries that a spoilt key may reach, and the spoilt themselves
-    held = (look & saw[:, :, None]).any(1) | saw  # and keys that such a query touches in its backward pass
+    saw = (look & spoilt[:, None, :]).any(
+        2
+    ) | spoilt  # queries that a spoilt key may reach, and the spoilt themselves
+    held = (look & saw[:, :, None]).any(
+        1
+    ) | saw  # and keys that such a query touches in its backward pass
     results = []
     for fill in (None, number):
         driver, here = driven(env, method, mask, score, span)
         shard = here.sharding.shard
-        mine = [shard(x if fill is None else x.masked_fill(spoilt[..., None, None], fill), 0) for x in leaves]
+        mine = [
+            shard(x if fill is None else x.masked_fill(spoilt[..., None, None], fill), 0)
+            for x in leaves
+        ]
         q, k, v = (x.clone().requires_grad_() for x in mine)
         out = driver((q,), (k, v), span=here)
         (out * shard(weight * ~saw[..., None, None], 0)).sum().backward()
@@ -77,7 +88,10 @@ def test_rubbish_stays_where_it_is(method, what):
 
 def test_nor_does_it_spread_in_the_general_tile():
     for what in ("another document", "padding"):
-        assert max(ranks(3, poisoned, "ring", CAUSAL, Doubled(), spoilt_tokens(what), torch.nan)) < 1e-12
+        assert (
+            max(ranks(3, poisoned, "ring", CAUSAL, Doubled(), spoilt_tokens(what), torch.nan))
+            < 1e-12
+        )
 
 
 def test_what_does_see_rubbish_says_so():
@@ -97,7 +111,10 @@ def extremes(env, method, policy, lengths, tokens):
     """Largest difference from one device on a row that leaves ranks with nothing to do."""
     span = packed([lengths], tokens)
     torch.manual_seed(5)
-    whole = [torch.randn(1, tokens, heads, 4, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    whole = [
+        torch.randn(1, tokens, heads, 4, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
     want = Softmax(CAUSAL)((whole[0],), tuple(whole[1:]), span=span)
     (want * span.valid()[..., None, None]).sum().backward()
     driver, here = driven(env, method, CAUSAL, None, span, policy)
@@ -106,9 +123,15 @@ def extremes(env, method, policy, lengths, tokens):
     valid = here.valid()[..., None, None]
     (got * valid).sum().backward()
     assert got.isfinite().all()
-    worst = [relative(got * valid, here.sharding.shard(want.detach(), 0) * valid)] if valid.any() else []
+    worst = (
+        [relative(got * valid, here.sharding.shard(want.detach(), 0) * valid)]
+        if valid.any()
+        else []
+    )
     assert all(not x.grad.masked_select(~valid).any() for x in mine), "padding has no gradient"
-    worst += [(a.grad - here.sharding.shard(b.grad, 0)).abs().max().item() for a, b in zip(mine, whole)]
+    worst += [
+        (a.grad - here.sharding.shard(b.grad, 0)).abs().max().item() for a, b in zip(mine, whole)
+    ]
     return max(worst), int(here.valid().sum())
 
 
@@ -124,7 +147,8 @@ def test_ranks_without_tokens_and_rows_without_keys_are_no_trouble(method):
 
 
 def crossed(env, method):
-    """Queries of one length, keys of another, each with a cut of its own: the largest difference from one device."""
+    """Queries of one length, keys of another, each with a cut of its own: the largest difference
+    from one device."""
     span, kv_span = packed([[5, 6], [3, 1]], 11), packed([[17, 4], [1, 19]], 23)
     from_all = Softmax(CAUSAL.b)
     torch.manual_seed(6)
@@ -135,11 +159,20 @@ def crossed(env, method):
     driver, here = driven(env, method, CAUSAL.b, None, span, "balanced")
     side = GRID_HEADS[env.size] if method == "usp" else 1
     there = shard_span(kv_span, layouts("zigzag", kv_span, env.size, heads=side), env.rank)
-    mine = [s.sharding.shard(x.detach(), 0).requires_grad_() for s, x in zip((here, there, there), whole)]
+    mine = [
+        s.sharding.shard(x.detach(), 0).requires_grad_()
+        for s, x in zip((here, there, there), whole)
+    ]
     got = driver((mine[0],), tuple(mine[1:]), span=here, kv_span=there)
     got.square().sum().backward()
     worst = [relative(got, here.sharding.shard(want.detach(), 0))]
-    return max(worst + [relative(a.grad, s.sharding.shard(b.grad, 0)) for s, a, b in zip((here, there, there), mine, whole)])
+    return max(
+        worst
+        + [
+            relative(a.grad, s.sharding.shard(b.grad, 0))
+            for s, a, b in zip((here, there, there), mine, whole)
+        ]
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -25,46 +25,50 @@ def make(name, length, segment, dtype):
 
 def worker(env, name, memory, method, policy):
     length, segment = MEMORY[memory]
-    return [compare(env, partial(make, name, length, segment), method, policy, dtype) for dtype in EXACT]
+    return [
+        compare(env, partial(make, name, length, segment), method, policy, dtype) for dtype in EXACT
+    ]
 
 
 CASES = [
     ("full", "row", "ring", "zigzag", 3),
     ("full", "short", "ring", "balanced", 4),
-    ("full", "long", "fetch", "zigzag", 2),
-    ("full", "one", "fetch", "contiguous", 4),
-    ("full", "short", "heads", "zigzag", 3),
-    ("full", "row", "heads", "balanced", 2),
+    ("full", "long", "allgather", "zigzag", 2),
+    ("full", "one", "allgather", "contiguous", 4),
+    ("full", "short", "ulysses", "zigzag", 3),
+    ("full", "row", "ulysses", "balanced", 2),
     ("full", "short", "usp", "contiguous", 4),
     ("full", "row", "usp", "zigzag", 4),
     ("full", "short", "auto", "zigzag", 3),
     ("relative", "row", "ring", "contiguous", 4),
-    ("relative", "short", "heads", "balanced", 3),
-    ("relative", "long", "fetch", "balanced", 2),
+    ("relative", "short", "ulysses", "balanced", 3),
+    ("relative", "long", "allgather", "balanced", 2),
     ("relative", "short", "usp", "zigzag", 2),
     ("alibi", "short", "ring", "zigzag", 2),
     ("t5", "short", "ring", "zigzag", 3),
     ("latent", "short", "ring", "zigzag", 3),
-    ("latent", "row", "heads", "zigzag", 2),
+    ("latent", "row", "ulysses", "zigzag", 2),
     ("differential_t5", "short", "ring", "zigzag", 2),
     ("differential_alibi", "row", "usp", "zigzag", 3),
-    ("gated", "short", "fetch", "zigzag", 3),
+    ("gated", "short", "allgather", "zigzag", 3),
     ("qk_norm", "short", "ring", "contiguous", 3),
     ("sliding", "short", "auto", "contiguous", 3),
-    ("sliding", "row", "fetch", "zigzag", 4),
+    ("sliding", "row", "allgather", "zigzag", 4),
     ("sinks", "short", "ring", "zigzag", 2),
-    ("sink_logit", "row", "heads", "zigzag", 3),
-    ("chunked", "row", "fetch", "balanced", 3),
+    ("sink_logit", "row", "ulysses", "zigzag", 3),
+    ("chunked", "row", "allgather", "balanced", 3),
     ("prefix", "short", "ring", "zigzag", 3),
     ("bidirectional", "short", "ring", "zigzag", 3),
     ("softcap", "row", "ring", "zigzag", 2),
     ("longformer", "short", "ring", "zigzag", 3),
-    ("longformer", "row", "heads", "zigzag", 2),
-    ("bigbird", "short", "fetch", "zigzag", 3),
+    ("longformer", "row", "ulysses", "zigzag", 2),
+    ("bigbird", "short", "allgather", "zigzag", 3),
 ]
 
 
-@pytest.mark.parametrize(("name", "memory", "method", "policy", "size"), CASES, ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    ("name", "memory", "method", "policy", "size"), CASES, ids=lambda x: str(x)
+)
 def test_a_cut_is_invisible_over_rows_that_go_on(name, memory, method, policy, size):
     found = [max(each) for each in zip(*ranks(size, worker, name, memory, method, policy))]
     for worst, (dtype, bound) in zip(found, EXACT.items()):
@@ -74,7 +78,7 @@ def test_a_cut_is_invisible_over_rows_that_go_on(name, memory, method, policy, s
 CARRYING = [
     ("linear", "ring", "zigzag", 3),
     ("retention", "ring", "contiguous", 4),
-    ("gated_linear", "heads", "balanced", 2),
+    ("gated_linear", "ulysses", "balanced", 2),
     ("rwkv6", "ring", "zigzag", 3),
     ("rwkv7", "ring", "balanced", 4),
     ("gated_delta", "ring", "zigzag", 2),
@@ -90,7 +94,9 @@ CARRYING = [
 
 
 def recurrent(name, dtype):
-    return build(name, Memory(), dtype, scale=1)  # larger weights make retention's norm ill-conditioned in float32
+    return build(
+        name, Memory(), dtype, scale=1
+    )  # larger weights make retention's norm ill-conditioned in float32
 
 
 class Narrow(nn.Module):

@@ -1,4 +1,5 @@
-"""Tally over ranks gives what it gives on one device, in every layout, and sends what the formula says."""
+"""Tally over ranks gives what it gives on one device, in every layout, and sends what the formula
+says."""
 
 import pytest
 import torch
@@ -13,7 +14,12 @@ from parallel.sharding import shard_span
 from tests.support.parity import packed
 from tests.support.pool import ranks
 
-HOLES = torch.tensor([[0] * 5 + [-1] * 8 + [0] * 9 + [-1] * 3 + [1] * 4 + [-1] * 7 + [1] * 9, [-1] * 12 + [0] * 20 + [-1] * 13])
+HOLES = torch.tensor(
+    [
+        [0] * 5 + [-1] * 8 + [0] * 9 + [-1] * 3 + [1] * 4 + [-1] * 7 + [1] * 9,
+        [-1] * 12 + [0] * 20 + [-1] * 13,
+    ]
+)
 
 SPANS = {
     "holed": Span.of((HOLES >= 0).cumsum(1), HOLES),  # padding wherever a rank may come to hold it
@@ -30,7 +36,10 @@ def tallied(env, name, policy, over, features):
     generator = torch.Generator().manual_seed(0)
     whole = torch.randint(-9, 9, (*span.shape, *features), generator=generator)
     communicator = Communicator(env.group)
-    many, here = ShardedSegmentSum(SegmentSum(), communicator), shard_span(span, layouts(policy, span, env.size), env.rank)
+    many, here = (
+        ShardedSegmentSum(SegmentSum(), communicator),
+        shard_span(span, layouts(policy, span, env.size), env.rank),
+    )
     shard, valid = here.sharding.shard, here.valid()
     for get in ("total", "before"):
         want = getattr(SegmentSum(), get)(whole, span, over).expand_as(whole)
@@ -38,12 +47,15 @@ def tallied(env, name, policy, over, features):
         assert torch.equal(got.expand(*here.shape, *features)[valid], shard(want, 0)[valid]), get
         real = whole.double().requires_grad_()
         weight = (
-            torch.randn(real.shape, generator=generator, dtype=torch.float64) * span.valid()[(...,) + (None,) * len(features)]
+            torch.randn(real.shape, generator=generator, dtype=torch.float64)
+            * span.valid()[(...,) + (None,) * len(features)]
         )
         (getattr(SegmentSum(), get)(real, span, over) * weight).sum().backward()
         part = shard(whole, 0).double().requires_grad_()
         (getattr(many, get)(part, here, over) * shard(weight, 0)).sum().backward()
-        torch.testing.assert_close(part.grad[valid], shard(real.grad, 0)[valid], rtol=0, atol=1e-12, msg=get)
+        torch.testing.assert_close(
+            part.grad[valid], shard(real.grad, 0)[valid], rtol=0, atol=1e-12, msg=get
+        )
     runs = max(len(r) for layout in here.sharding.layouts for r in layout.runs)
     each = 8 * span.shape[0] * 2 * runs * (env.size - 1) * torch.Size(features).numel()
     assert communicator.bytes_sent == {"tally": 4 * each, "tally backward": 2 * each}

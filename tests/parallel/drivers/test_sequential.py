@@ -1,4 +1,5 @@
-"""A Relay whose rows lie over ranks gives what it gives on one device; the wavefront sends states and nothing else."""
+"""A Relay whose rows lie over ranks gives what it gives on one device; the wavefront sends states
+and nothing else."""
 
 from itertools import product
 
@@ -17,11 +18,20 @@ from tests.support.pool import ranks
 from tests.support.recurrent_scan import Lstm, Summing
 
 WIDTH, HIDDEN = 5, 6
-ROWS = [[13, 1, 24, 9], [3, 40, 1, 1], [51], [1], [20, 20]]  # uneven documents, one of a single token, mostly padding
+ROWS = [
+    [13, 1, 24, 9],
+    [3, 40, 1, 1],
+    [51],
+    [1],
+    [20, 20],
+]  # uneven documents, one of a single token, mostly padding
 
 
 def build(kind: str, **settings):
-    made = {"lstm": lambda: Lstm(WIDTH, HIDDEN, **settings), "summing": lambda: Summing(WIDTH, **settings)}
+    made = {
+        "lstm": lambda: Lstm(WIDTH, HIDDEN, **settings),
+        "summing": lambda: Summing(WIDTH, **settings),
+    }
     return initialise(made[kind](), seed=1)
 
 
@@ -37,10 +47,13 @@ def inputs(dtype, span, hidden):
 
 
 def results(model, span, given, move, counts, again: bool = False):
-    """Outputs, last state, and gradients of x, the first state and the parameters; the loss is of what `counts`."""
+    """Outputs, last state, and gradients of x, the first state and the parameters; the loss is of
+    what `counts`."""
     x, state, weight, ends = given
     x, state = move(x).clone().requires_grad_(), tuple(s.clone().requires_grad_() for s in state)
-    y, last = checkpoint(model, x, span, state, use_reentrant=False) if again else model(x, span, state)
+    y, last = (
+        checkpoint(model, x, span, state, use_reentrant=False) if again else model(x, span, state)
+    )
     loss = (y * move(weight)).sum() if "y" in counts else 0
     if "last" in counts:
         loss = loss + sum((s * e).sum() for s, e in zip(last, ends))
@@ -60,14 +73,18 @@ def compare(env, kind, settings, policy, rows, dtype, counts=("y", "last"), agai
     """Worst relative difference of all outputs and gradients."""
     span = packed(rows)
     given = inputs(dtype, span, HIDDEN if kind == "lstm" else WIDTH)
-    want, want_last, want_grads = results(build(kind, **settings).to(dtype), span, given, lambda t: t, counts)
+    want, want_last, want_grads = results(
+        build(kind, **settings).to(dtype), span, given, lambda t: t, counts
+    )
     many = build(kind, **settings).to(dtype)
     names = list(many.state_dict())
     communicator = apply_context_parallel(many, env.group)
     assert list(many.state_dict()) == names
     here = shard_span(span, layouts(policy, span, env.size), env.rank)
     shard, valid = here.sharding.shard, here.valid()[..., None]
-    given[3][:] = [e / env.size for e in given[3]]  # every rank has the last state: its loss must be counted once
+    given[3][:] = [
+        e / env.size for e in given[3]
+    ]  # every rank has the last state: its loss must be counted once
     got, got_last, got_grads = results(many, here, given, lambda t: shard(t, 0), counts, again)
     worst = {key: relative(got[key] * valid, shard(want[key], 0) * valid) for key in want}
     worst |= {key: relative(got_last[key], want_last[key]) for key in want_last}
@@ -84,7 +101,10 @@ SETTINGS = {
     "lstm": ("lstm", {}),
     "lstm in twos": ("lstm", {"rows": 2}),
     "lstm in pieces": ("lstm", {"size": 5, "depth": 2}),
-    "lstm in few pieces": ("lstm", {"size": 30}),  # fewer pieces than ranks: the last ranks hand on what they got
+    "lstm in few pieces": (
+        "lstm",
+        {"size": 30},
+    ),  # fewer pieces than ranks: the last ranks hand on what they got
     "summing": ("summing", {"size": 6}),
     "summing documents": ("summing", {}),
     "summing cut": ("summing", {"size": 3, "depth": 1}),
@@ -93,7 +113,11 @@ SETTINGS = {
 
 
 EVERY = list(product(SETTINGS, POLICIES, (2, 3, 4)))
-COVERING = [(name, list(POLICIES)[(i + size) % 3], size) for i, name in enumerate(SETTINGS) for size in (2, 3, 4)]
+COVERING = [
+    (name, list(POLICIES)[(i + size) % 3], size)
+    for i, name in enumerate(SETTINGS)
+    for size in (2, 3, 4)
+]
 
 
 @pytest.mark.parametrize("name, policy, size", COVERING)
@@ -129,7 +153,9 @@ def test_it_may_be_computed_again_in_backward(counts):
 def test_the_bubble_is_the_part_of_the_ticks_that_the_wave_comes_in_and_runs_out():
     for size, groups in ((1, 3), (4, 1), (4, 4), (3, 30)):
         ticks = groups + size - 1
-        busy = [[b for b in range(groups) if size > rank and rank + b < ticks] for rank in range(size)]
+        busy = [
+            [b for b in range(groups) if size > rank and rank + b < ticks] for rank in range(size)
+        ]
         assert bubble(size, groups) == pytest.approx(1 - sum(map(len, busy)) / (ticks * size))
 
 
@@ -150,7 +176,9 @@ def test_what_is_handed_on_is_a_state_a_row_whatever_the_length():
         assert [sent.get("state", 0) for sent, _ in found] == [state, state, 0]
         assert [sent.get("state backward", 0) for sent, _ in found] == [0, state, state]
         assert [sent["last state"] for sent, _ in found] == [0, 0, 2 * state]
-        assert all(sent["relay"] == sent["relay home"] == 0 for sent, _ in found)  # a contiguous layout lies right
+        assert all(
+            sent["relay"] == sent["relay home"] == 0 for sent, _ in found
+        )  # a contiguous layout lies right
         assert found[0][1] == {"relay": "wavefront over 3 ranks, 3 groups of rows: bubble 40%"}
 
 

@@ -1,4 +1,5 @@
-"""The values of the first layer reach the layers above however blocks are gathered, computed again, compiled or cut."""
+"""The values of the first layer reach the layers above however blocks are gathered, computed again,
+compiled or cut."""
 
 import functools
 
@@ -40,7 +41,9 @@ def decoder() -> nn.Module:
     """The first layer that shares its values is the second; the third hears nothing of them."""
     mixers = [Pulled(WIDTH, HEADS, layer, LAYERS, rank=5) for layer in range(LAYERS)]
     mixers[0], mixers[2] = (Attention(WIDTH, HEADS, 3, Rope()) for _ in range(2))
-    return Decoder(WORDS, WIDTH, mixers, [ChannelMix(WIDTH, 30, layer, LAYERS) for layer in range(LAYERS)])
+    return Decoder(
+        WORDS, WIDTH, mixers, [ChannelMix(WIDTH, 30, layer, LAYERS) for layer in range(LAYERS)]
+    )
 
 
 def data():
@@ -57,12 +60,16 @@ def trained(engine, tokens, span, targets, valid):
         norms.append(engine.clip(0.1))
         engine.step(0.01)
     state = engine.state()["model"]
-    return {key: t.full_tensor() if isinstance(t, DTensor) else t.clone() for key, t in state.items()}, norms
+    return {
+        key: t.full_tensor() if isinstance(t, DTensor) else t.clone() for key, t in state.items()
+    }, norms
 
 
 @functools.cache
 def alone(**settings):
-    engine = Single(Mesh.alone(), AdamW(learning_rate=1e-2), precision="float64", seed=5, **settings)
+    engine = Single(
+        Mesh.alone(), AdamW(learning_rate=1e-2), precision="float64", seed=5, **settings
+    )
     parallelize(initialise(decoder(), seed=5), engine)
     tokens, targets, span = data()
     return trained(engine, tokens, span, targets, (targets != IGNORE).sum())
@@ -72,7 +79,11 @@ def placed(env, name, checkpointing):
     with torch.device("meta"):
         model = decoder()
     engine = ENGINES[name](
-        build_mesh(env.size, 1), AdamW(learning_rate=1e-2), precision="float64", seed=5, checkpointing=checkpointing
+        build_mesh(env.size, 1),
+        AdamW(learning_rate=1e-2),
+        precision="float64",
+        seed=5,
+        checkpointing=checkpointing,
     )
     parallelize(model, engine, method="ring")
     tokens, targets, span = data()
@@ -99,7 +110,8 @@ def test_values_are_shared_alike_by_blocks_computed_again():
 
 @pytest.mark.full
 def test_values_are_shared_alike_by_compiled_blocks(monkeypatch):
-    """With the compiler's own kernels the test takes minutes and says no more: what could fail is the capture."""
+    """With the compiler's own kernels the test takes minutes and says no more: what could fail is
+    the capture."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     same(alone(compile=True))
 
@@ -108,11 +120,15 @@ def test_the_first_values_matter_to_the_layers_above_and_to_no_other():
     model, (tokens, _, span) = initialise(decoder(), seed=5).double(), data()
     assert [isinstance(block, ValueBlock) for block in model.blocks] == [False, True, False, True]
     heard, forward = [], model.blocks[3].mixer.values
-    model.blocks[3].mixer.values = lambda x, span, first: heard.append(first) or forward(x, span, first)
+    model.blocks[3].mixer.values = lambda x, span, first: (
+        heard.append(first) or forward(x, span, first)
+    )
     model(tokens, span).square().sum().backward()
     assert heard[0].grad_fn is not None
     want = model.blocks[1].mixer
-    assert torch.equal(heard[0], want.values(model.blocks[1].mixer_norm(below(model, tokens, span)), span, None)[1])
+    assert torch.equal(
+        heard[0], want.values(model.blocks[1].mixer_norm(below(model, tokens, span)), span, None)[1]
+    )
     assert model.blocks[3].mixer.pull.down.weight.grad.abs().max() > 0
 
 

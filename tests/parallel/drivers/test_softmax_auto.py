@@ -1,4 +1,5 @@
-"""parallel.method=auto: each attention gets the driver that sends least, the same on all ranks, and stays exact."""
+"""parallel.method=auto: each attention gets the driver that sends least, the same on all ranks, and
+stays exact."""
 
 from datetime import timedelta
 
@@ -40,7 +41,7 @@ def choices(env, policy, heads):
 
 def test_the_choice_and_its_reason_are_said_and_are_the_same_on_all_ranks():
     for found, worst in ranks(2, choices, "contiguous", 4):
-        assert found["wide"].startswith("heads: 4 heads divide among 2 ranks")
+        assert found["wide"].startswith("ulysses: 4 heads divide among 2 ranks")
         assert found["near"].startswith("fetch: its mask needs")
         assert worst < 1e-12
     for found, worst in ranks(3, choices, "zigzag", 4):
@@ -87,10 +88,16 @@ def test_the_choice_does_not_look_at_the_documents():
 
 
 def test_what_was_read_before_the_row_counts_as_its_document():
-    row, kept = (shard_span(s, layouts("contiguous", s, 4), 0) for s in (packed(), packed([[1, 1], [2]], 8)))
+    row, kept = (
+        shard_span(s, layouts("contiguous", s, 4), 0) for s in (packed(), packed([[1, 1], [2]], 8))
+    )
     joined = kept.cast(READ).join(row)
     assert joined.sharding.before() == 8
     assert remote_share(CAUSAL, row.sharding, joined.sharding, 1) == 1.0
-    assert remote_share(CAUSAL & SlidingWindow(3), row.sharding, joined.sharding, 1) == 2 / (38 + 6)  # rank 0 needs the last two kept tokens
+    assert remote_share(CAUSAL & SlidingWindow(3), row.sharding, joined.sharding, 1) == 2 / (
+        38 + 6
+    )  # rank 0 needs the last two kept tokens
     near = remote_share(CAUSAL & SlidingWindow(13), row.sharding, joined.sharding, 1)
-    assert near == 12 / (39 + 6)  # rank 0 needs the 6 kept tokens of others, the last rank 12 of the row before its own
+    assert near == 12 / (
+        39 + 6
+    )  # rank 0 needs the 6 kept tokens of others, the last rank 12 of the row before its own

@@ -1,4 +1,5 @@
-"""DeepSpeed, at every stage, trains what plain torch trains in one process, and its state is everybody's state."""
+"""DeepSpeed, at every stage, trains what plain torch trains in one process, and its state is
+everybody's state."""
 
 import functools
 
@@ -22,8 +23,13 @@ true_run = functools.cache(truth)
 def engine_here(name, size, **settings):
     """As small.engine_here, in float32; zero0 to zero3 are DeepSpeed's stages."""
     parallel.engines.deepspeed.KEPT = 0  # no parameter is too small for ZeRO-3 to shard
-    kind, own = ENGINES.get(name, Deepspeed), {} if name in ENGINES else {"zero": int(name[-1])}
-    engine = kind(build_mesh(1, size), OPTIM, **{"precision": "float32", "seed": 3, **own, **settings})
+    kind, own = (
+        ENGINES.get(name, Deepspeed),
+        {} if name in ENGINES else {"zero_stage": int(name[-1])},
+    )
+    engine = kind(
+        build_mesh(1, size), OPTIM, **{"precision": "float32", "seed": 3, **own, **settings}
+    )
     engine.wrap(on_meta())
     return engine
 
@@ -31,14 +37,18 @@ def engine_here(name, size, **settings):
 def everything(engine):
     """Every tensor of the state, gathered, by part and name."""
     return {
-        part: {name: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for name, t in tensors.items()}
+        part: {
+            name: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone()
+            for name, t in tensors.items()
+        }
         for part, tensors in engine.state().items()
     }
 
 
 def equal(one, other):
     return one.keys() == other.keys() and all(
-        one[part].keys() == other[part].keys() and all(torch.equal(t, other[part][name]) for name, t in one[part].items())
+        one[part].keys() == other[part].keys()
+        and all(torch.equal(t, other[part][name]) for name, t in one[part].items())
         for part in one
     )
 
@@ -49,7 +59,11 @@ def trained(env, name, micro):
     return everything(engine)["model"], norms, [n for n, _ in engine.model.named_parameters()]
 
 
-CASES = [("zero0", 2, 1), *((f"zero{z}", 2, 2) for z in range(4)), *((f"zero{z}", 3, 1) for z in (1, 2, 3))]
+CASES = [
+    ("zero0", 2, 1),
+    *((f"zero{z}", 2, 2) for z in range(4)),
+    *((f"zero{z}", 3, 1) for z in (1, 2, 3)),
+]
 
 
 @pytest.mark.parametrize("name, size, micro", CASES)
@@ -93,20 +107,30 @@ WAYS = [
 
 
 @pytest.mark.parametrize("name, size, then, on, precision", WAYS)
-def test_a_checkpoint_goes_on_in_another_engine_at_another_stage_on_other_ranks(name, size, then, on, precision, tmp_path):
+def test_a_checkpoint_goes_on_in_another_engine_at_another_stage_on_other_ranks(
+    name, size, then, on, precision, tmp_path
+):
     settings = {"precision": precision}
     before, norms = ranks(size, saved, name, str(tmp_path), settings)[0]
     for after, norms_after in ranks(on, resumed, then, str(tmp_path), settings):
         assert equal(after, before)
         assert all(t == 2 for key, t in after["optimizer"].items() if key.endswith(".step"))
-        torch.testing.assert_close(norms_after, norms, rtol=1e-5 if precision == "float32" else 0.02, atol=0)
+        torch.testing.assert_close(
+            norms_after, norms, rtol=1e-5 if precision == "float32" else 0.02, atol=0
+        )
 
 
 def bfloat16(env, name):
     engine = engine_here(name, env.size, precision="bfloat16")
     first, blank = everything(engine)["model"], everything(engine)["optimizer"]
     norms = train(engine, 0, STEPS, COUNT, 2)
-    return first, blank, everything(engine)["model"], norms, engine.model(rows(0, 1)[0].tokens[None]).dtype
+    return (
+        first,
+        blank,
+        everything(engine)["model"],
+        norms,
+        engine.model(rows(0, 1)[0].tokens[None]).dtype,
+    )
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
@@ -115,7 +139,9 @@ def test_bfloat16_computes_in_it_and_keeps_float32_from_the_first_weights_on(nam
     single = ranks(2, bfloat16, "single")[0]
     for first, blank, parameters, norms, computed in ranks(2, bfloat16, name):
         assert computed == torch.bfloat16
-        assert blank.keys() == single[1].keys() and not any(tensor.any() for tensor in blank.values())
+        assert blank.keys() == single[1].keys() and not any(
+            tensor.any() for tensor in blank.values()
+        )
         for key, tensor in plain_start().float().named_parameters():
             assert torch.equal(first[key], tensor)
         torch.testing.assert_close(norms, expected_norms, rtol=0.05, atol=0)
@@ -126,7 +152,8 @@ def test_bfloat16_computes_in_it_and_keeps_float32_from_the_first_weights_on(nam
 
 
 def skipped(env, name, precision):
-    """A step left out between two: the state around it, the norm it had, and the norm of the next."""
+    """A step left out between two: the state around it, the norm it had, and the norm of the
+    next."""
     engine = engine_here(name, env.size, precision=precision)
     train(engine, 0, 1, COUNT, 2)
     before = everything(engine)
@@ -142,7 +169,11 @@ def unskipped(env, name, precision):
     return train(engine_here(name, env.size, precision=precision), 0, 2, COUNT, 2)[1:]
 
 
-LEFT_OUT = [*((f"zero{z}", "float32") for z in range(4)), ("zero1", "bfloat16"), ("zero2", "bfloat16")]
+LEFT_OUT = [
+    *((f"zero{z}", "float32") for z in range(4)),
+    ("zero1", "bfloat16"),
+    ("zero2", "bfloat16"),
+]
 
 
 @pytest.mark.parametrize("name, precision", LEFT_OUT)
@@ -156,14 +187,20 @@ def test_a_step_left_out_leaves_no_trace(name, precision):
 
 def walked(env):
     model = engine_here("zero3", env.size).model
-    return [n for n, _ in model.named_modules()], [n for n, _ in model.named_parameters()], list(model.state_dict())
+    return (
+        [n for n, _ in model.named_modules()],
+        [n for n, _ in model.named_parameters()],
+        list(model.state_dict()),
+    )
 
 
 def test_what_is_called_walks_like_the_plain_model():
     plain = plain_start()
     modules, parameters, state = ranks(2, walked)[0]
     assert modules == [name for name, _ in plain.named_modules()]
-    assert parameters == [name for name, _ in plain.named_parameters()] and state == list(plain.state_dict())
+    assert parameters == [name for name, _ in plain.named_parameters()] and state == list(
+        plain.state_dict()
+    )
 
 
 def foreign(env):

@@ -1,4 +1,5 @@
-"""Every engine, on any number of ranks and micro-batches, trains exactly what plain torch trains in one process."""
+"""Every engine, on any number of ranks and micro-batches, trains exactly what plain torch trains in
+one process."""
 
 import functools
 
@@ -38,7 +39,10 @@ def trained(env, name, micro, settings):
 
 
 @pytest.mark.parametrize("micro", [1, 2])
-@pytest.mark.parametrize("name, size", [("single", 1), ("single", 2), ("single", 3), ("fsdp", 1), ("fsdp", 2), ("fsdp", 3)])
+@pytest.mark.parametrize(
+    "name, size",
+    [("single", 1), ("single", 2), ("single", 3), ("fsdp", 1), ("fsdp", 2), ("fsdp", 3)],
+)
 def test_three_clipped_steps_equal_the_one_process_run(name, size, micro):
     expected, expected_norms = true_run(STEPS, COUNT)
     assert min(expected_norms) > CLIP  # clipping is at work
@@ -51,7 +55,9 @@ def test_three_clipped_steps_equal_the_one_process_run(name, size, micro):
 @pytest.mark.parametrize("settings", [{"reshard_after_forward": False}, {"precision": "float32"}])
 def test_fsdp_settings_do_not_change_the_result(settings):
     expected, _ = true_run(STEPS, COUNT)
-    tolerance = 2e-4 if "precision" in settings else 1e-10  # float32: AdamW divides tiny gradients by their size
+    tolerance = (
+        2e-4 if "precision" in settings else 1e-10
+    )  # float32: AdamW divides tiny gradients by their size
     for parameters, _, _ in ranks(2, trained, "fsdp", 2, settings):
         for key, tensor in parameters.items():
             torch.testing.assert_close(tensor.double(), expected[key], rtol=0, atol=tolerance)
@@ -61,7 +67,9 @@ def started(env, name):
     return whole(engine_here(name, env.size))
 
 
-@pytest.mark.parametrize("name, size", [("single", 1), ("single", 2), ("fsdp", 1), ("fsdp", 2), ("fsdp", 3)])
+@pytest.mark.parametrize(
+    "name, size", [("single", 1), ("single", 2), ("fsdp", 1), ("fsdp", 2), ("fsdp", 3)]
+)
 def test_initial_weights_are_the_same_bits_on_any_number_of_ranks(name, size):
     expected = {key: p.detach() for key, p in plain_start().named_parameters()}
     for parameters in ranks(size, started, name):
@@ -97,7 +105,9 @@ def test_bfloat16_computes_in_it_and_stores_float32_alike_in_both_engines(size):
         torch.testing.assert_close(norms, expected_norms, rtol=0.05, atol=0)
         for key, tensor in parameters.items():
             torch.testing.assert_close(tensor.double(), expected[key], rtol=0, atol=0.02)
-    torch.testing.assert_close(runs["single"][2][0], runs["fsdp"][2][0], rtol=1e-6, atol=0)  # the first gradient
+    torch.testing.assert_close(
+        runs["single"][2][0], runs["fsdp"][2][0], rtol=1e-6, atol=0
+    )  # the first gradient
 
 
 def test_the_bfloat16_copies_follow_their_float32_masters():
@@ -106,7 +116,9 @@ def test_the_bfloat16_copies_follow_their_float32_masters():
     before = whole(engine)
     train(engine, 0, 1, COUNT, 1)
     for name, copy in engine.model.named_parameters():
-        assert copy.dtype == torch.bfloat16 and torch.equal(copy, engine.parameters[name].bfloat16())
+        assert copy.dtype == torch.bfloat16 and torch.equal(
+            copy, engine.parameters[name].bfloat16()
+        )
         assert not torch.equal(engine.parameters[name], before[name])
 
 
@@ -149,7 +161,9 @@ def partly_used(env, name, micro):
         first.up.forward = lambda x: x[..., :4]
         first.norm.forward = lambda x: x
     for part in range(micro):
-        engine.backward(losses(engine.model, batch[3 + part]) / valid(batch), last=part == micro - 1)
+        engine.backward(
+            losses(engine.model, batch[3 + part]) / valid(batch), last=part == micro - 1
+        )
     grads = {key: p.grad for key, p in engine.parameters.items()}
     return {key: g.full_tensor() if isinstance(g, DTensor) else g for key, g in grads.items()}
 
@@ -162,7 +176,9 @@ def partly_used_under_an_older_torch(env, name, micro):
 
 @pytest.mark.parametrize("used", [partly_used, partly_used_under_an_older_torch])
 @pytest.mark.parametrize("micro", [1, 2])
-def test_fsdp_counts_a_parameter_unused_on_one_rank_as_zero_there_and_as_unused_if_no_rank_has_it(micro, used):
+def test_fsdp_counts_a_parameter_unused_on_one_rank_as_zero_there_and_as_unused_if_no_rank_has_it(
+    micro, used
+):
     expected = ranks(3, partly_used, "single", micro)[0]
     for grads in ranks(3, used, "fsdp", micro):
         assert {key for key, grad in grads.items() if grad is None} == {"blocks.1.up.bias"}
@@ -176,9 +192,19 @@ def measured(env, name):
     engine = engine_here(name, env.size)
     batch = rows(0, COUNT)
     for row in batch[env.rank :: env.size]:
-        engine.backward(losses(engine.model, row) / valid(batch), last=row is batch[COUNT - env.size + env.rank])
-    grads = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in engine.parameters.values()]
-    return engine.clip(None), engine.clip(0), torch.cat([g.flatten() for g in grads]).norm().item(), engine.clip(1e9)
+        engine.backward(
+            losses(engine.model, row) / valid(batch), last=row is batch[COUNT - env.size + env.rank]
+        )
+    grads = [
+        p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        for p in engine.parameters.values()
+    ]
+    return (
+        engine.clip(None),
+        engine.clip(0),
+        torch.cat([g.flatten() for g in grads]).norm().item(),
+        engine.clip(1e9),
+    )
 
 
 @pytest.mark.parametrize("name", ["single", "fsdp"])
@@ -189,7 +215,8 @@ def test_the_norm_counts_every_parameter_once_and_no_clipping_leaves_the_gradien
 
 
 def evaluated(env, name):
-    """A forward without gradient, then the state, then a step: nothing of the first is left in the others."""
+    """A forward without gradient, then the state, then a step: nothing of the first is left in the
+    others."""
     engine = engine_here(name, env.size)
     with torch.no_grad():
         losses(engine.model, rows(0, 1)[0])
@@ -226,7 +253,9 @@ def test_single_needs_no_started_ranks():
     expected, expected_norms = true_run(STEPS, COUNT)
     engine = ENGINES["single"](Mesh.alone(), OPTIM, precision="float64", seed=3)
     engine.wrap(on_meta())
-    torch.testing.assert_close(train(engine, 0, STEPS, COUNT, 2), expected_norms, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        train(engine, 0, STEPS, COUNT, 2), expected_norms, rtol=1e-12, atol=0
+    )
     torch.testing.assert_close(whole(engine), expected, rtol=0, atol=1e-12)
 
 

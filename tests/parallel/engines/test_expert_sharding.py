@@ -1,4 +1,5 @@
-"""Experts over ranks, whatever else the ranks share: every engine trains what one process trains."""
+"""Experts over ranks, whatever else the ranks share: every engine trains what one process
+trains."""
 
 import functools
 
@@ -8,7 +9,16 @@ from torch.distributed.tensor import DTensor
 
 from parallel.mesh import Mesh
 from tests.support.pool import ranks
-from tests.support.small_mixture import CLIP, EXPERTS, WIDTH, engine_here, engine_on, everything, train, whole
+from tests.support.small_mixture import (
+    CLIP,
+    EXPERTS,
+    WIDTH,
+    engine_here,
+    engine_on,
+    everything,
+    train,
+    whole,
+)
 
 STEPS = range(5)
 SHAPES = [  # context, data, experts
@@ -26,12 +36,18 @@ def alone(hidden=16, precision="float64"):
 def close(found, expected, tolerance):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance * tensor.abs().max().item(), msg=name)
+        torch.testing.assert_close(
+            found[name], tensor, rtol=0, atol=tolerance * tensor.abs().max().item(), msg=name
+        )
 
 
 def placed(env, name, shape, settings):
     engine = engine_here(name, shape, **settings)
-    kinds = {key: tuple(p.to_local().shape) for key, p in engine.parameters.items() if isinstance(p, DTensor)}
+    kinds = {
+        key: tuple(p.to_local().shape)
+        for key, p in engine.parameters.items()
+        if isinstance(p, DTensor)
+    }
     return *train(engine, STEPS), everything(engine)["model"], kinds
 
 
@@ -54,9 +70,12 @@ def test_experts_over_ranks_train_what_one_process_trains(name, context, data, e
         assert found[4]["blocks.0.mixture.experts.up"] == (EXPERTS // experts, WIDTH // across, 16)
 
 
-@pytest.mark.parametrize("settings", [{"checkpointing": "full"}, {"hidden": 15}, {"reshard_after_forward": False}])
+@pytest.mark.parametrize(
+    "settings", [{"checkpointing": "full"}, {"hidden": 15}, {"reshard_after_forward": False}]
+)
 def test_how_the_rest_is_placed_changes_nothing(settings):
-    """Blocks computed again; stacks that FSDP2 cannot cut evenly and leaves whole; weights kept until backward."""
+    """Blocks computed again; stacks that FSDP2 cannot cut evenly and leaves whole; weights kept
+    until backward."""
     losses, norms, gradients, weights = alone(settings.get("hidden", 16))
     for found in ranks(4, placed, "fsdp", shape_of(2, 2, 2), settings):
         torch.testing.assert_close(found[0], losses, rtol=1e-11, atol=0)
@@ -82,8 +101,12 @@ def test_initial_weights_of_experts_are_the_same_bits_on_any_number_of_ranks(nam
 @pytest.mark.parametrize("name", ["single", "fsdp"])
 def test_in_bfloat16_experts_compute_in_it_and_are_stored_in_float32(name, hidden):
     losses, norms, *_ = alone(hidden, "bfloat16")
-    for found in ranks(4, placed, name, shape_of(1, 4, 2), {"precision": "bfloat16", "hidden": hidden}):
-        assert {tensor.dtype for tensor in (*found[2].values(), *found[3].values())} == {torch.float32}
+    for found in ranks(
+        4, placed, name, shape_of(1, 4, 2), {"precision": "bfloat16", "hidden": hidden}
+    ):
+        assert {tensor.dtype for tensor in (*found[2].values(), *found[3].values())} == {
+            torch.float32
+        }
         # later losses drift apart: a token between two experts takes the other one
         torch.testing.assert_close(found[0][:2], losses[:2], rtol=2e-3, atol=0)
         torch.testing.assert_close(found[1][0], norms[0], rtol=2e-3, atol=0)

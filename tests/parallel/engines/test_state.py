@@ -16,7 +16,10 @@ def everything(engine):
     """Every tensor of the state, gathered, by part and name."""
     state = engine.state()
     return {
-        part: {name: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for name, t in tensors.items()}
+        part: {
+            name: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone()
+            for name, t in tensors.items()
+        }
         for part, tensors in state.items()
     }
 
@@ -38,19 +41,28 @@ def resumed(env, name, path, settings):
     return everything(engine), train(engine, 2, 4, COUNT, 1)
 
 
-WAYS = [("fsdp", 2, "single", 1), ("single", 2, "fsdp", 3), ("fsdp", 3, "fsdp", 2), ("single", 1, "fsdp", 2)]
+WAYS = [
+    ("fsdp", 2, "single", 1),
+    ("single", 2, "fsdp", 3),
+    ("fsdp", 3, "fsdp", 2),
+    ("single", 1, "fsdp", 2),
+]
 
 
 @pytest.mark.parametrize("precision", ["float64", "bfloat16"])
 @pytest.mark.parametrize("name, size, then, on", WAYS)
-def test_a_checkpoint_goes_on_in_another_engine_on_other_ranks(name, size, then, on, precision, tmp_path):
+def test_a_checkpoint_goes_on_in_another_engine_on_other_ranks(
+    name, size, then, on, precision, tmp_path
+):
     settings = {"precision": precision}
     before, norms = ranks(size, saved, name, str(tmp_path), settings)[0]
     for after, norms_after in ranks(on, resumed, then, str(tmp_path), settings):
         assert after.keys() == before.keys()
         for part in before:
             assert after[part].keys() == before[part].keys()
-            assert all(torch.equal(after[part][key], tensor) for key, tensor in before[part].items())
+            assert all(
+                torch.equal(after[part][key], tensor) for key, tensor in before[part].items()
+            )
         tolerance = 1e-10 if precision == "float64" else 0.02  # the sums are taken in another order
         torch.testing.assert_close(norms_after, norms, rtol=tolerance, atol=0)
 

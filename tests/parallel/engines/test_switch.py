@@ -1,4 +1,5 @@
-"""A Switch Transformer, its own losses and the tokens it drops included, in every engine as on one device."""
+"""A Switch Transformer, its own losses and the tokens it drops included, in every engine as on one
+device."""
 
 import functools
 
@@ -29,8 +30,21 @@ def decoder():
             WIDTH,
             [Attention(WIDTH, 6, 3, Rope()) for _ in range(2)],
             [
-                Switch(WIDTH, 16, 0, 2, 5, experts=4, capacity_factor=1.1, jitter=0.1, router_scale=50.0, balance=0.1),
-                TopKMixture(WIDTH, 16, 1, 2, 5, experts=8, top=2, shared=1, score="sigmoid", balance=0.1),
+                Switch(
+                    WIDTH,
+                    16,
+                    0,
+                    2,
+                    5,
+                    experts=4,
+                    capacity_factor=1.1,
+                    jitter=0.1,
+                    router_scale=50.0,
+                    balance=0.1,
+                ),
+                TopKMixture(
+                    WIDTH, 16, 1, 2, 5, experts=8, top=2, shared=1, score="sigmoid", balance=0.1
+                ),
             ],
         )
 
@@ -49,7 +63,9 @@ def trained(env, name, shape, settings):
             one = slice(row, row + 1)
             here, words, wanted = span.map(lambda x, one=one: x[one]), tokens[one], targets[one]
             if mesh.context_size > 1:
-                here = shard_span(here, [layout("zigzag", span.shape[1], mesh.context_size)], mesh.context_rank)
+                here = shard_span(
+                    here, [layout("zigzag", span.shape[1], mesh.context_size)], mesh.context_rank
+                )
                 words, wanted = here.sharding.shard(words, 0), here.sharding.shard(wanted, IGNORE)
             reset_auxiliary(engine.model)
             loss = engine.model(words, here, wanted).sum() / valid
@@ -61,7 +77,12 @@ def trained(env, name, shape, settings):
         losses.append(total.tolist())
         norms.append(engine.clip(CLIP))
         engine.step(0.01)
-    return losses, norms, everything(engine)["model"], communicator and sorted(communicator.bytes_sent)
+    return (
+        losses,
+        norms,
+        everything(engine)["model"],
+        communicator and sorted(communicator.bytes_sent),
+    )
 
 
 @functools.cache
@@ -88,4 +109,6 @@ def test_a_switch_transformer_trains_alike_wherever_its_experts_lie(name, shape,
         torch.testing.assert_close(found[1], norms, rtol=1e-11, atol=0)
         assert found[2].keys() == weights.keys()
         for key, tensor in weights.items():
-            torch.testing.assert_close(found[2][key], tensor, rtol=0, atol=1e-11 * tensor.abs().max().item(), msg=key)
+            torch.testing.assert_close(
+                found[2][key], tensor, rtol=0, atol=1e-11 * tensor.abs().max().item(), msg=key
+            )

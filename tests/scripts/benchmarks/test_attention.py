@@ -1,4 +1,5 @@
-"""The bench measures what it says: the same work on one device and on many, with the bytes of the formula."""
+"""The bench measures what it says: the same work on one device and on many, with the bytes of the
+formula."""
 
 import subprocess
 import sys
@@ -20,15 +21,25 @@ def test_every_way_is_measured_and_sends_what_it_should():
     for found in ranks(4, rows, sizes):
         names = [(row["section"].split()[-1], row["name"]) for row in found]
         assert {name for section, name in names if section == "document"} == {
-            "one device, SDPA", "one device, ours", "ring", "heads", "fetch", "usp", "ring_attention_pytorch",
+            "one device, SDPA", "one device, ours", "ring", "ulysses", "allgather", "usp", "ring_attention_pytorch",
         }  # fmt: skip
         shared = [row for row in found if "sent_bytes" in row]
         assert len(shared) >= 12
-        assert all(row["sent_bytes"] == row["formula_bytes"] and max(row["sent_bytes"]) > 0 for row in shared)
+        assert all(
+            row["sent_bytes"] == row["formula_bytes"] and max(row["sent_bytes"]) > 0
+            for row in shared
+        )
         assert all(row["seconds"] > 0 and row["processor_seconds"] > 0 for row in found)
         assert [row["tokens"] for row in found[-5:]] == [128] * 3 + [512] * 2
-        work = {(row["section"], row["name"], row.get("layout")): row.get("balance") for row in found}
-        assert work["one causal document", "ring", "zigzag"] < 1.02 < 1.5 < work["one causal document", "ring", "contiguous"]
+        work = {
+            (row["section"], row["name"], row.get("layout")): row.get("balance") for row in found
+        }
+        assert (
+            work["one causal document", "ring", "zigzag"]
+            < 1.02
+            < 1.5
+            < work["one causal document", "ring", "contiguous"]
+        )
 
 
 def test_documents_fill_the_row():
@@ -52,8 +63,16 @@ print(peak_bytes(step))
 
 
 def test_the_peak_is_what_a_step_holds_at_once():
-    size = 64 << 20  # in a process of its own: elsewhere the allocator may still hold what other tests left
-    told = subprocess.run([sys.executable, "-c", PEAK.format(size=size)], capture_output=True, text=True, check=True, cwd=ROOT)
+    size = (
+        64 << 20
+    )  # in a process of its own: elsewhere the allocator may still hold what other tests left
+    told = subprocess.run(
+        [sys.executable, "-c", PEAK.format(size=size)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
     found = told.stdout.split()[-1]
     assert found == "None" or 0.95 * size <= int(found) < 1.4 * size, "pages, not bytes"
 

@@ -11,11 +11,16 @@ def rows(env, sizes):
 
 
 def test_every_way_is_measured_and_sends_what_it_should():
-    for found in ranks(4, rows, ExpertSizes(tokens=64, width=8, ffn=8, experts=4, ranks=4, repeats=1)):
+    for found in ranks(
+        4, rows, ExpertSizes(tokens=64, width=8, ffn=8, experts=4, ranks=4, repeats=1)
+    ):
         assert len(found) == 10 and all(row["seconds"] > 0 for row in found)
         shared = [row for row in found if "sent_bytes" in row]
         assert [row["name"] for row in shared] == ["experts, both shared"] * 2
-        assert all(row["sent_bytes"] == row["formula_bytes"] and min(row["sent_bytes"]) > 0 for row in shared)
+        assert all(
+            row["sent_bytes"] == row["formula_bytes"] and min(row["sent_bytes"]) > 0
+            for row in shared
+        )
         assert all(row["balance"] >= 1 for row in shared) and table(found).count("equal") == 2
 
 

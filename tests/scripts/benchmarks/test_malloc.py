@@ -22,8 +22,12 @@ if kept is not False:
 
 def told(*words: str) -> list[str]:
     """[what keep_heap said, was a large tensor in the heap]; [] where there is no glibc."""
-    run = subprocess.run([sys.executable, "-c", PLACES, *words], capture_output=True, text=True, check=True, cwd=ROOT)
-    return next((line.split()[1:] for line in run.stdout.splitlines() if line.startswith("found")), [])
+    run = subprocess.run(
+        [sys.executable, "-c", PLACES, *words], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return next(
+        (line.split()[1:] for line in run.stdout.splitlines() if line.startswith("found")), []
+    )
 
 
 def test_large_tensors_come_from_the_heap():

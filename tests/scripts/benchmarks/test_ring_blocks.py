@@ -15,5 +15,7 @@ def test_blocks_of_every_size_join_to_the_undivided_attention():
 
 
 def test_tokens_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="tokens=60 does not divide among 4 ranks; use a multiple of 8"):
+    with pytest.raises(
+        ValueError, match="tokens=60 does not divide among 4 ranks; use a multiple of 8"
+    ):
         next(measure(CPU, torch.float32, 60, (4,), 1))

@@ -1,4 +1,5 @@
-"""Lessons, tables and the recipe of recall: what is trained is what is examined, and one failure stops nobody."""
+"""Lessons, tables and the recipe of recall: what is trained is what is examined, and one failure
+stops nobody."""
 
 import math
 from dataclasses import replace
@@ -17,15 +18,36 @@ from trainer.logs.jsonl import MetricsRow
 from trainer.preflight.prepare import load_config
 from trainer.reach import fitting
 
-TINY = ("model=decoder", "mixer=full", "model.width=16", "model.layers=2", "model.heads=2", "model.ffn=1.0", "data=recall")
-TASK = ("data.pairs=1", "data.keys=2", "data.values=2", "data.length=4", "context_length=4", "batch_tokens=128")
-RECALL = Trial("full", (*TINY, *TASK, "steps=60", "optim.learning_rate=0.03", "schedule.warmup_steps=5"))
+TINY = (
+    "model=decoder",
+    "mixer=full",
+    "model.width=16",
+    "model.layers=2",
+    "model.heads=2",
+    "model.ffn=1.0",
+    "data=recall",
+)
+TASK = (
+    "data.pairs=1",
+    "data.keys=2",
+    "data.values=2",
+    "data.length=4",
+    "context_length=4",
+    "batch_tokens=128",
+)
+RECALL = Trial(
+    "full", (*TINY, *TASK, "steps=60", "optim.learning_rate=0.03", "schedule.warmup_steps=5")
+)
 
 ROW = MetricsRow(1, 1.0, 1, 1.0, 1.0, 1.0, 0.01, 1, None)
 
 
-def learned(name: str, seed: int, accuracy: float = 0.5, loss: float = 1.0, fault: str | None = None) -> TrialResult:
-    return TrialResult(name, seed, {HELD_OUT: HeldOutResult(loss, 1, [], {"accuracy": accuracy})}, fault=fault)
+def learned(
+    name: str, seed: int, accuracy: float = 0.5, loss: float = 1.0, fault: str | None = None
+) -> TrialResult:
+    return TrialResult(
+        name, seed, {HELD_OUT: HeldOutResult(loss, 1, [], {"accuracy": accuracy})}, fault=fault
+    )
 
 
 def test_a_lesson_learns_and_is_examined_as_asked() -> None:
@@ -52,15 +74,33 @@ def test_a_lesson_that_cannot_be_is_a_fault() -> None:
 def test_lessons_come_back_in_order_and_a_failed_one_stops_no_other() -> None:
     lines: list[str] = []
     wrong = replace(RECALL, name="wrong", overrides=(*RECALL.overrides, "data.pairs=3"))
-    found = run_trials([(RECALL, 0), (wrong, 0), (RECALL, 1)], Budget(jobs=1, steps=2), lines.append)
-    assert [(each.name, each.seed, len(each.rows)) for each in found] == [("full", 0, 2), ("wrong", 0, 0), ("full", 1, 2)]
+    found = run_trials(
+        [(RECALL, 0), (wrong, 0), (RECALL, 1)], Budget(jobs=1, steps=2), lines.append
+    )
+    assert [(each.name, each.seed, len(each.rows)) for each in found] == [
+        ("full", 0, 2),
+        ("wrong", 0, 0),
+        ("full", 1, 2),
+    ]
     assert [each.fault is None for each in found] == [True, False, True]
     assert len(lines) == 3 and "wrong, seed 0: FAILED: Fault: data.pairs=3" in lines[1]
 
 
 def test_a_table_shows_the_mean_and_between_what_the_seeds_lay() -> None:
-    seeds = [learned("a", 0, 0.5), learned("b", 0, 0.25), learned("a", 1, 1.0), learned("a", 2, fault="died")]
-    shown = table(seeds, {"accuracy": lambda each: each.accuracy, "none": lambda each: math.nan, "what": lambda each: "x"})
+    seeds = [
+        learned("a", 0, 0.5),
+        learned("b", 0, 0.25),
+        learned("a", 1, 1.0),
+        learned("a", 2, fault="died"),
+    ]
+    shown = table(
+        seeds,
+        {
+            "accuracy": lambda each: each.accuracy,
+            "none": lambda each: math.nan,
+            "what": lambda each: "x",
+        },
+    )
     assert shown.splitlines() == [
         "| model | accuracy | none | what | seeds |",
         "| --- | --- | --- | --- | --- |",
@@ -75,10 +115,16 @@ def test_every_lesson_is_taught_with_the_seeds_that_were_asked_for(monkeypatch) 
     def pretend(jobs, effort, say):
         jobs = list(jobs)
         asked.extend((lesson.name, seed) for lesson, seed in jobs)
-        held, far = HeldOutResult(1.0, 1, [], {"accuracy": 0.5}), HeldOutResult(1.0, 1, [], {"accuracy": 0.25})
-        return [TrialResult(lesson.name, seed, {HELD_OUT: held, **dict.fromkeys(lesson.exams, far)}) for lesson, seed in jobs]
+        held, far = (
+            HeldOutResult(1.0, 1, [], {"accuracy": 0.5}),
+            HeldOutResult(1.0, 1, [], {"accuracy": 0.25}),
+        )
+        return [
+            TrialResult(lesson.name, seed, {HELD_OUT: held, **dict.fromkeys(lesson.exams, far)})
+            for lesson, seed in jobs
+        ]
 
-    monkeypatch.setattr(recall, "teach_all", pretend)
+    monkeypatch.setattr(recall, "run_trials", pretend)
     monkeypatch.setattr(recall, "_decoding", lambda: "bytes")
     text, found = recall.recall(Budget(seeds=2, first=3), lambda line: None)
     every = [lesson.name for lesson in (*recall._remembering(), *recall._tracking())]
@@ -94,10 +140,13 @@ def test_a_part_of_a_recipe_is_taught_and_told_alone(monkeypatch) -> None:
         jobs = list(jobs)
         asked.extend(lesson.name for lesson, _ in jobs)
         exam = HeldOutResult(1.0, 1, [], graded)
-        return [TrialResult(lesson.name, seed, dict.fromkeys([HELD_OUT, *lesson.exams], exam)) for lesson, seed in jobs]
+        return [
+            TrialResult(lesson.name, seed, dict.fromkeys([HELD_OUT, *lesson.exams], exam))
+            for lesson, seed in jobs
+        ]
 
-    monkeypatch.setattr(memory, "teach_all", pretend)
-    monkeypatch.setattr(recall, "teach_all", pretend)
+    monkeypatch.setattr(memory, "run_trials", pretend)
+    monkeypatch.setattr(recall, "run_trials", pretend)
     text, _ = memory.memory(Budget(seeds=1, only="copying"), print)
     assert set(asked) == {lesson.name for lesson in memory._copying()} and text.count("### ") == 1
     assert "| NTM, trained to 10 | 0.2500 |" in text
@@ -108,7 +157,9 @@ def test_a_part_of_a_recipe_is_taught_and_told_alone(monkeypatch) -> None:
     assert "| rows of 32 bytes | 1.443 (1.443 to 1.443) | - | - | 2 |" in whole
     del asked[:]
     text, _ = recall.recall(Budget(seeds=1, only="tracking"), print)
-    assert asked == [lesson.name for lesson in recall._tracking()] and text.startswith(recall.TRACKED)
+    assert asked == [lesson.name for lesson in recall._tracking()] and text.startswith(
+        recall.TRACKED
+    )
     for _, parts, _ in RECIPES.values():
         for part in parts:
             assert effort([f"only={part}"], parts).only == part
@@ -122,19 +173,38 @@ def test_the_lessons_on_memory_can_be_honoured() -> None:
 
 def test_the_family_is_whole_and_every_lesson_of_it_can_be_honoured() -> None:
     lessons = [*recall._remembering(), *recall._tracking()]
-    behind = {f"conv + {name}" for name in ("full", "linear", "performer", "retention", "gated_linear")}
-    alone = {"full", "linear", "rwkv6", "rwkv7", "delta", "gated_delta", "mamba2", "hyena", "short_conv"}
+    behind = {
+        f"conv + {name}" for name in ("full", "linear", "performer", "retention", "gated_linear")
+    }
+    alone = {
+        "full",
+        "linear",
+        "rwkv6",
+        "rwkv7",
+        "delta",
+        "gated_delta",
+        "mamba2",
+        "hyena",
+        "short_conv",
+    }
     assert behind | alone <= {lesson.name for lesson in lessons}
     for lesson in lessons:
         assert load_config(fitting(lesson.overrides)).steps > 1
 
 
-def test_decoding_holds_what_a_state_takes_whatever_was_read_and_what_keys_and_values_take() -> None:
+def test_decoding_holds_what_a_state_takes_whatever_was_read_and_what_keys_and_values_take() -> (
+    None
+):
     sizes = ("model=decoder", "model.width=16", "model.layers=2", "model.heads=2")
     assert held_bytes((*sizes, "mixer=retention"), (512, 1536)) == [2 * 2 * 8 * 16 * 4] * 2
-    assert held_bytes((*sizes, "mixer=full"), (512, 1536)) == [2 * 2 * 16 * 4 * 512, 2 * 2 * 16 * 4 * 1536]
+    assert held_bytes((*sizes, "mixer=full"), (512, 1536)) == [
+        2 * 2 * 16 * 4 * 512,
+        2 * 2 * 16 * 4 * 1536,
+    ]
     windows = 2 * 3 * 3 * 16 * 4  # in two layers, three tokens of three short convolutions
-    assert held_bytes((*sizes, "mixer=gated_delta"), (512, 1536)) == [2 * 2 * 8 * 8 * 4 + windows] * 2
+    assert (
+        held_bytes((*sizes, "mixer=gated_delta"), (512, 1536)) == [2 * 2 * 8 * 8 * 4 + windows] * 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,7 +212,10 @@ def test_decoding_holds_what_a_state_takes_whatever_was_read_and_what_keys_and_v
     [
         (["recal"], "recal: there is no such recipe; known:\n    recall"),
         (["recall", "seed=3"], "seed=3: there is no such setting; known: seeds=, jobs="),
-        (["recall", "only=copying"], "only=copying: there is no such part; known: queries, tracking, decoding"),
+        (
+            ["recall", "only=copying"],
+            "only=copying: there is no such part; known: queries, tracking, decoding",
+        ),
         (["experts", "only=text"], "known: none, leave only= out"),
         (["recall", "jobs=0"], "jobs=0: a whole number of 1 or more"),
     ],

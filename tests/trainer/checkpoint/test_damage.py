@@ -1,4 +1,5 @@
-"""A full disk, a kill at any moment, a stranger's pickle: the last whole checkpoint survives and nobody waits for ever."""
+"""A full disk, a kill at any moment, a stranger's pickle: the last whole checkpoint survives and
+nobody waits for ever."""
 
 import errno
 import hashlib
@@ -60,11 +61,16 @@ def fill(env, directory: str, asynchronous: bool, victim: int, number: int):
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("victim", [0, 2])
-def test_a_disk_full_on_one_rank_is_told_to_all_and_leaves_the_last_whole(tmp_path, asynchronous, victim):
+def test_a_disk_full_on_one_rank_is_told_to_all_and_leaves_the_last_whole(
+    tmp_path, asynchronous, victim
+):
     answers = ranks(3, fill, str(tmp_path), asynchronous, victim, errno.ENOSPC)
     assert len({message for message, _, _ in answers}) == 1
     message, code, left = answers[0]
-    assert f"checkpoint of step 2 was not saved: the disk under {tmp_path} is full (rank {victim}:" in message
+    assert (
+        f"checkpoint of step 2 was not saved: the disk under {tmp_path} is full (rank {victim}:"
+        in message
+    )
     assert f"the last whole one is {KEPT}" in message
     assert code == BAD_RUN
     assert left == [KEPT]
@@ -123,7 +129,8 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_whole(tmp_path, asynchro
     try:
         while child.stdout.readline().strip() != "3":
             assert child.poll() is None
-        # Each moment is a stop, a copy of the directory as it lies there (what a kill would leave), and on.
+        # Each moment is a stop, a copy of the directory as it lies there (what a kill would leave),
+        # and on.
         while moments < 12:
             time.sleep(chance.random() * 0.03)
             os.kill(child.pid, signal.SIGSTOP)
@@ -141,7 +148,8 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_whole(tmp_path, asynchro
 
 
 def check_whole(directory: Path) -> None:
-    """All tensors of the newest checkpoint are of its own step, and the one before it is whole too."""
+    """All tensors of the newest checkpoint are of its own step, and the one before it is whole
+    too."""
     said = []
     checkpoints = CheckpointWriter(directory, say=said.append)
     latest = checkpoints.latest()
@@ -175,8 +183,15 @@ def test_nothing_of_a_strangers_checkpoint_is_unpickled(tmp_path, monkeypatch):
     manifest["files"][shard.name]["sha256"] = hashlib.sha256(raw).hexdigest()
     manifest["sha256"] = digest(manifest)
     (place / MANIFEST).write_text(json.dumps(manifest))
-    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
-        monkeypatch.setattr(module, name, lambda *args, **settings: pytest.fail("something was unpickled"))
+    for module, name in (
+        (torch, "load"),
+        (pickle, "load"),
+        (pickle, "loads"),
+        (pickle, "Unpickler"),
+    ):
+        monkeypatch.setattr(
+            module, name, lambda *args, **settings: pytest.fail("something was unpickled")
+        )
     assert checkpoints.load(place, state(0.0)).state["model"]["w3"].eq(1.0).all()
     assert not (tmp_path / "sprung").exists()
 

@@ -1,4 +1,5 @@
-"""A checkpoint goes on with another number of expert ranks, another engine, more or fewer replicas: the same losses."""
+"""A checkpoint goes on with another number of expert ranks, another engine, more or fewer replicas:
+the same losses."""
 
 import functools
 
@@ -35,7 +36,11 @@ def alone():
 
 def begin(place, seed):
     name, shape = place
-    return engine_on(Mesh.alone(), name, seed=seed) if shape is None else engine_here(name, shape, seed=seed)
+    return (
+        engine_on(Mesh.alone(), name, seed=seed)
+        if shape is None
+        else engine_here(name, shape, seed=seed)
+    )
 
 
 def write(env, place, path):
@@ -58,7 +63,11 @@ def resume(env, place, path):
 
 def on(place, worker, path):
     shape = place[1]
-    return [worker(None, place, path)] if shape is None else ranks(shape["context"] * shape["data"], worker, place, path)
+    return (
+        [worker(None, place, path)]
+        if shape is None
+        else ranks(shape["context"] * shape["data"], worker, place, path)
+    )
 
 
 WAYS = [
@@ -82,7 +91,8 @@ def test_a_checkpoint_goes_on_where_experts_lie_otherwise(place, then, tmp_path)
 
 @pytest.mark.parametrize("place", [FOUR_WHOLE, TWO_CUT, TWICE])
 def test_each_expert_is_written_once(place, tmp_path):
-    """However many ranks hold it: the parts of a tensor in the manifest do not overlap and are as large as the tensor."""
+    """However many ranks hold it: the parts of a tensor in the manifest do not overlap and are as
+    large as the tensor."""
     on(place, write, str(tmp_path))
     for path, tensor in read_manifest(tmp_path / "step_00000002")["tensors"].items():
         total = sum(torch.Size(chunk["sizes"]).numel() for chunk in tensor["chunks"])

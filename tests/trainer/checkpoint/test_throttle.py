@@ -1,4 +1,5 @@
-"""A thread in the background rests in proportion to what it used, not for ever, and not while somebody waits for it."""
+"""A thread in the background rests in proportion to what it used, not for ever, and not while
+somebody waits for it."""
 
 import errno
 import time
@@ -47,8 +48,9 @@ def test_a_thread_that_is_waited_for_and_one_with_a_whole_core_never_rest(monkey
 
 
 def saving(tmp_path, monkeypatch) -> tuple[CheckpointWriter, dict, list[int]]:
-    """Checkpoints whose thread all but stands still, a state, and where each save's copy of it lay."""
-    monkeypatch.setattr(writer, "Pace", lambda share=1e-9: Throttle(share))
+    """Checkpoints whose thread all but stands still, a state, and where each save's copy of it
+    lay."""
+    monkeypatch.setattr(writer, "Throttle", lambda share=1e-9: Throttle(share))
     places: list[int] = []
     write = ShardWriter._write
 
@@ -57,7 +59,11 @@ def saving(tmp_path, monkeypatch) -> tuple[CheckpointWriter, dict, list[int]]:
         return write(self, name, items, planner)
 
     monkeypatch.setattr(ShardWriter, "_write", noting)
-    return CheckpointWriter(tmp_path, asynchronous=True), {"model": {"w": torch.arange(1_000_000.0)}}, places
+    return (
+        CheckpointWriter(tmp_path, asynchronous=True),
+        {"model": {"w": torch.arange(1_000_000.0)}},
+        places,
+    )
 
 
 def test_a_save_beside_training_takes_its_time_until_somebody_waits_for_it(tmp_path, monkeypatch):
@@ -90,7 +96,9 @@ def test_a_run_that_ends_by_a_fault_does_not_lose_the_save_on_its_way(tmp_path, 
     assert (tmp_path / "step_00000001").is_dir()
 
 
-def test_a_save_that_fails_while_the_run_ends_is_said_and_does_not_hide_the_reason(tmp_path, monkeypatch):
+def test_a_save_that_fails_while_the_run_ends_is_said_and_does_not_hide_the_reason(
+    tmp_path, monkeypatch
+):
     checkpoints, state, _ = saving(tmp_path, monkeypatch)
     said: list[str] = []
     checkpoints.say = said.append
@@ -112,6 +120,9 @@ def test_a_save_that_does_not_come_to_its_end_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(throttle.Throttle, "hurry", lambda self: None)
     checkpoints.save(4, state, {})
     checkpoints.settle(0.2)
-    assert said == ["the checkpoint of step 4 was not saved either (not whole after 0.2 s); the one before is the last"]
+    assert said == [
+        "the checkpoint of step 4 was not saved either (not whole after 0.2 s); the one before is"
+        " the last"
+    ]
     monkeypatch.undo()
     assert checkpoints.finish() == 4

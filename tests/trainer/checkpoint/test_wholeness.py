@@ -1,4 +1,5 @@
-"""A manifest that is well formed but not whole is no checkpoint, and no field of the saved state is believed unseen."""
+"""A manifest that is well formed but not whole is no checkpoint, and no field of the saved state is
+believed unseen."""
 
 import copy
 import json
@@ -21,7 +22,10 @@ from trainer.preflight import prepare
 from trainer.progress import Progress, progress_of
 
 STEP = "step_00000003"
-STATE = {"model": {"w": torch.arange(24.0).view(4, 6), "b": torch.zeros(3)}, "optimizer": {"rate": 0.5}}
+STATE = {
+    "model": {"w": torch.arange(24.0).view(4, 6), "b": torch.zeros(3)},
+    "optimizer": {"rate": 0.5},
+}
 
 
 @pytest.fixture
@@ -62,18 +66,24 @@ SPOILED = {
     "a chunk before the tensor": lambda m: chunk(m).update(offsets=[-1, 0]),
     "a chunk of other dimensions": lambda m: chunk(m).update(offsets=[0], sizes=[24]),
     "another size": lambda m: m["tensors"]["model/w"].update(size=[8, 6]),
-    "a size that no machine has": lambda m: m["tensors"]["model/w"].update(size=[2**40, 2**40], chunks=[]),
+    "a size that no machine has": (
+        lambda m: m["tensors"]["model/w"].update(size=[2**40, 2**40], chunks=[])
+    ),
     "a fractional size": lambda m: m["tensors"]["model/w"].update(size=[4.0, 6]),
     "true for one": lambda m: chunk(m, "model/b").update(offsets=[False]),
     "bytes of another tensor": lambda m: chunk(m, "model/b").update(start=chunk(m)["start"]),
-    "an unaligned start": lambda m: chunk(m, "model/b").update(start=chunk(m, "model/b")["start"] - 2),
+    "an unaligned start": (
+        lambda m: chunk(m, "model/b").update(start=chunk(m, "model/b")["start"] - 2)
+    ),
     "an unknown type": lambda m: m["tensors"]["model/w"].update(dtype="F7"),
     "a negative step": lambda m: m.update(step=-5),
     "another step than its folder": lambda m: m.update(step=7),
     "a step that is true": lambda m: m.update(step=True),
     "a step without end": lambda m: m.update(step=10**400),
     "a tensor that stands nowhere": lambda m: m["state"]["model"].pop("b"),
-    "a tensor in the place of another": lambda m: m["state"]["model"].update(b={"$tensor": "model/w"}),
+    "a tensor in the place of another": (
+        lambda m: m["state"]["model"].update(b={"$tensor": "model/w"})
+    ),
     "an unknown tensor": lambda m: m["state"]["model"].update(c={"$tensor": "model/c"}),
     "no state": lambda m: m.update(state=[]),
     "an extra that is a list": lambda m: m.update(extra=[1]),
@@ -100,7 +110,9 @@ def test_what_is_well_formed_but_not_whole_is_not_taken(saved, how):
 def test_what_is_cut_otherwise_but_whole_is_taken(saved):
     rewrite(saved, lambda m: halves(m, 2))
     state = {"model": {"w": torch.zeros(4, 6), "b": torch.ones(3)}}
-    assert torch.equal(CheckpointReader(saved.parent).load(saved, state).state["model"]["w"], STATE["model"]["w"])
+    assert torch.equal(
+        CheckpointReader(saved.parent).load(saved, state).state["model"]["w"], STATE["model"]["w"]
+    )
 
 
 def test_a_manifest_nested_too_deeply_is_one_message(saved):
@@ -112,7 +124,13 @@ def test_a_manifest_nested_too_deeply_is_one_message(saved):
 def test_boxes_tile_a_tensor_exactly_or_not():
     assert tiles([], [([], [])]) and not tiles([], []) and not tiles([], [([], []), ([], [])])
     assert tiles([0, 3], []) and tiles([4], [([0], [4]), ([4], [0])])
-    pinwheel = [([0, 0], [1, 2]), ([0, 2], [2, 1]), ([2, 1], [1, 2]), ([1, 0], [2, 1]), ([1, 1], [1, 1])]
+    pinwheel = [
+        ([0, 0], [1, 2]),
+        ([0, 2], [2, 1]),
+        ([2, 1], [1, 2]),
+        ([1, 0], [2, 1]),
+        ([1, 1], [1, 1]),
+    ]
     assert tiles([3, 3], pinwheel) and not tiles([3, 3], pinwheel[:-1])
     assert not tiles([4, 2], [([0, 0], [2, 2]), ([0, 0], [2, 2])]), "the volume alone would do"
 
@@ -146,7 +164,9 @@ def test_a_step_that_no_run_has_deletes_nothing(saved):
     ],
 )
 def test_every_field_of_the_saved_state_has_a_type_and_a_range(change, tmp_path):
-    good = Progress({"rows": 0}, step=3, tokens=10, best={"held_out_loss": 2.0}, norms=[1.0]).extra()
+    good = Progress(
+        {"rows": 0}, step=3, tokens=10, best={"held_out_loss": 2.0}, norms=[1.0]
+    ).extra()
     assert progress_of(json.loads(json.dumps(good)), 3, tmp_path) == Progress(**good)
     with pytest.raises(UserError, match="cannot resume from"):
         progress_of(good | change, 3, tmp_path)
@@ -157,7 +177,12 @@ def test_a_best_value_that_is_no_number_is_not_saved(tmp_path):
     assert progress_of(extra, 0, tmp_path).best == {"accuracy": 0.5}
 
 
-BEGINNING = {"rows": 0, "lanes": [[0, 0], [0, 0]], "reader": {"epoch": 0, "state": None}, "fingerprint": "x"}
+BEGINNING = {
+    "rows": 0,
+    "lanes": [[0, 0], [0, 0]],
+    "reader": {"epoch": 0, "state": None},
+    "fingerprint": "x",
+}
 
 
 @pytest.mark.parametrize(
@@ -178,7 +203,11 @@ BEGINNING = {"rows": 0, "lanes": [[0, 0], [0, 0]], "reader": {"epoch": 0, "state
     ],
 )
 def test_a_cursor_of_another_kind_is_named(cursor):
-    fine = BEGINNING | {"rows": 6, "lanes": [[3, 7], [2, 0]], "reader": {"epoch": 1, "state": {"shard": 1, "at": [None]}}}
+    fine = BEGINNING | {
+        "rows": 6,
+        "lanes": [[3, 7], [2, 0]],
+        "reader": {"epoch": 1, "state": {"shard": 1, "at": [None]}},
+    }
     assert misfit(BEGINNING, fine) is None
     assert misfit(BEGINNING, cursor)
 
@@ -187,7 +216,11 @@ def test_a_memory_of_other_rows_or_kinds_is_named():
     lanes = Lanes.__new__(Lanes)
     lanes.rows = 3
     span = torch.zeros(3, 4, dtype=torch.int64)
-    fine = {"4": {"pos": span, "doc": span, "a": torch.zeros(3, 4, 2)}, "dealt": {"b": torch.zeros(3, 2)}, "whole": {"c": span[:, 0]}}
+    fine = {
+        "4": {"pos": span, "doc": span, "a": torch.zeros(3, 4, 2)},
+        "dealt": {"b": torch.zeros(3, 2)},
+        "whole": {"c": span[:, 0]},
+    }
     assert lanes.misfit(fine) is None
     for kind, name, tensor in (
         ("4", "a", torch.zeros(3, 5, 2)),
@@ -201,7 +234,9 @@ def test_a_memory_of_other_rows_or_kinds_is_named():
 
 
 def test_an_export_of_a_checkpoint_of_another_shape_writes_nothing(tmp_path):
-    config, path = prepare.create_run_dir(prepare.load_config(words(tmp_path, "theirs", "engine=single")))
+    config, path = prepare.create_run_dir(
+        prepare.load_config(words(tmp_path, "theirs", "engine=single"))
+    )
     run_dir.record(path, config)
     checkpoints = CheckpointWriter(path / "checkpoints", say=lambda text: None)
     checkpoints.save(2, {"model": {"w": torch.ones(64)}}, {})

@@ -1,4 +1,5 @@
-"""Checkpoints round-trip bit for bit on any number of ranks, and what is not whole is passed over."""
+"""Checkpoints round-trip bit for bit on any number of ranks, and what is not whole is passed
+over."""
 
 import json
 import shutil
@@ -23,7 +24,10 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8
 
 
 def small(value: float = 1.0) -> dict:
-    return {"model": {"w": torch.full((3, 2), float(value))}, "optimizer": {"lr": 0.1, "betas": (0.9, 0.95)}}
+    return {
+        "model": {"w": torch.full((3, 2), float(value))},
+        "optimizer": {"lr": 0.1, "betas": (0.9, 0.95)},
+    }
 
 
 def alone(directory: Path, **settings) -> CheckpointWriter:
@@ -31,7 +35,8 @@ def alone(directory: Path, **settings) -> CheckpointWriter:
 
 
 def training(size: int, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A module of uneven sizes, sharded by FSDP2 over `size` ranks (0: not at all), after one step of AdamW."""
+    """A module of uneven sizes, sharded by FSDP2 over `size` ranks (0: not at all), after one step
+    of AdamW."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
     if size:
@@ -76,10 +81,21 @@ def read(env, directory: str, sharded: bool):
     archive = CheckpointReader(directory, group=env and env.group)
     latest = archive.latest()
     assert latest is not None
-    saved = archive.load(latest, dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))))
-    set_state_dict(model, optimizer, model_state_dict=saved.state["model"], optim_state_dict=saved.state["optimizer"])
+    saved = archive.load(
+        latest, dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+    )
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=saved.state["model"],
+        optim_state_dict=saved.state["optimizer"],
+    )
     archive.close()
-    return whole(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))), saved.step, saved.extra
+    return (
+        whole(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))),
+        saved.step,
+        saved.extra,
+    )
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -101,7 +117,12 @@ def test_what_plain_ranks_save_sharded_ranks_load(tmp_path):
 def test_every_dtype_and_shape_comes_back_to_the_bit(tmp_path):
     values = torch.tensor([0.0, -0.0, float("nan"), float("inf"), 1e-40, 3.0])
     state = {"model": {str(dtype): values.nan_to_num().to(dtype) for dtype in DTYPES}}
-    state["model"] |= {"nan": values, "scalar": torch.tensor(0.1), "empty": torch.zeros(0, 3), "view": torch.eye(4).T[1:, ::2]}
+    state["model"] |= {
+        "nan": values,
+        "scalar": torch.tensor(0.1),
+        "empty": torch.zeros(0, 3),
+        "view": torch.eye(4).T[1:, ::2],
+    }
     state["model"]["odd"] = torch.arange(3, dtype=torch.uint8)
     checkpoints = alone(tmp_path)
     checkpoints.save(1, state, {})
@@ -109,14 +130,25 @@ def test_every_dtype_and_shape_comes_back_to_the_bit(tmp_path):
     loaded = checkpoints.load(tmp_path / "step_00000001", blank).state["model"]
     for key, tensor in state["model"].items():
         assert loaded[key].dtype == tensor.dtype
-        assert loaded[key].reshape(-1).view(torch.uint8).tolist() == tensor.reshape(-1).view(torch.uint8).tolist(), key
+        assert (
+            loaded[key].reshape(-1).view(torch.uint8).tolist()
+            == tensor.reshape(-1).view(torch.uint8).tolist()
+        ), key
 
 
 def test_plain_values_keep_their_kinds(tmp_path):
-    plain = {"a": (1, 2.5, None), "b": [True, "x", {}], "c": float("inf"), "d": 0.1 + 0.2, "e": 2**70}
+    plain = {
+        "a": (1, 2.5, None),
+        "b": [True, "x", {}],
+        "c": float("inf"),
+        "d": 0.1 + 0.2,
+        "e": 2**70,
+    }
     checkpoints = alone(tmp_path)
     checkpoints.save(1, {"optimizer": plain}, {})
-    assert checkpoints.load(tmp_path / "step_00000001", {"optimizer": {}}).state["optimizer"] == plain
+    assert (
+        checkpoints.load(tmp_path / "step_00000001", {"optimizer": {}}).state["optimizer"] == plain
+    )
     tensors, tree = unravel(plain)
     assert ravel(json.loads(json.dumps(tree)), tensors) == plain
 
@@ -156,7 +188,12 @@ def test_a_checkpoint_in_the_background_holds_the_moment_of_the_call(tmp_path):
     assert checkpoints.finish() == 2
     assert checkpoints.poll() is None
     for step, value in ((1, 1.0), (2, 5.0)):
-        assert checkpoints.load(tmp_path / f"step_{step:08d}", small(0)).state["model"]["w"].eq(value).all()
+        assert (
+            checkpoints.load(tmp_path / f"step_{step:08d}", small(0))
+            .state["model"]["w"]
+            .eq(value)
+            .all()
+        )
 
 
 def poll(env, directory: str):
@@ -193,7 +230,9 @@ def spoil(place: Path, how: str) -> None:
         manifest.write_text(manifest.read_text().replace('"step":2', '"step":9'))
 
 
-@pytest.mark.parametrize("how", ["bit", "cut", "gone", "no manifest", "half a manifest", "another step"])
+@pytest.mark.parametrize(
+    "how", ["bit", "cut", "gone", "no manifest", "half a manifest", "another step"]
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, how):
     said = []
     checkpoints = alone(tmp_path, say=said.append)
@@ -206,7 +245,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, how
     assert reader.latest() == tmp_path / "step_00000001"
     assert checkpoints.latest() == tmp_path / "step_00000001"
     assert len(said) == 2 and all("step_00000002 is damaged" in text for text in said)
-    assert [path.name[:15] for path in sorted(tmp_path.iterdir())] == ["broken_00000002", "step_00000001"]
+    assert [path.name[:15] for path in sorted(tmp_path.iterdir())] == [
+        "broken_00000002",
+        "step_00000001",
+    ]
     spoil(tmp_path / "step_00000001", how if how != "another step" else "bit")
     with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
         checkpoints.latest()
@@ -228,7 +270,10 @@ def test_what_a_killed_run_left_is_removed_or_put_back(tmp_path):
         ({"model": {"w": torch.zeros(3, 2), "b": torch.zeros(1)}}, "it has no model/b"),
         ({"model": {}}, "it has model/w, which this model has not"),
         ({"model": {"w": torch.zeros(2, 3)}}, r"model/w is \[3, 2\] there and \[2, 3\] here"),
-        ({"model": {"w": torch.zeros(3, 2, dtype=torch.float64)}}, "model/w is F32 there and F64 here"),
+        (
+            {"model": {"w": torch.zeros(3, 2, dtype=torch.float64)}},
+            "model/w is F32 there and F64 here",
+        ),
         ({"memory": {}}, "it holds model, optimizer and no memory"),
     ],
 )
@@ -244,7 +289,10 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path, wanted, told
         ({"model": {"w": object()}}, "model/w is a object"),
         ({"model": {3: 1}}, "keys are texts"),
         ({"model": {"w": torch.zeros(1, dtype=torch.complex64)}}, "model/w of torch.complex64"),
-        ({"model": {"a/b": torch.zeros(1), "a": {"b": torch.zeros(1)}}}, "share the path model/a/b"),
+        (
+            {"model": {"a/b": torch.zeros(1), "a": {"b": torch.zeros(1)}}},
+            "share the path model/a/b",
+        ),
     ],
 )
 def test_what_a_checkpoint_cannot_hold_is_refused(tmp_path, state, told):

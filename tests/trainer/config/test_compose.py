@@ -1,4 +1,5 @@
-"""Every file of conf/ composes, and every model in it builds; no unknown key gets through anywhere."""
+"""Every file of conf/ composes, and every model in it builds; no unknown key gets through
+anywhere."""
 
 import re
 
@@ -8,6 +9,7 @@ import torch
 from models.init import initial_tensor
 from trainer.config import build_model, instantiate
 from trainer.config.compose import CONF, choices, compose, groups, known_keys
+from trainer.config.node_checks import as_node
 from trainer.config.schema import Config
 from trainer.errors import UserError
 from trainer.preflight.check import check_config
@@ -32,18 +34,22 @@ def test_every_choice_of_every_group_composes(group: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", choices("mixer"))
-def test_every_mixer_builds_without_memory_and_refuses_a_setting_it_does_not_have(name: str) -> None:
+def test_every_mixer_builds_without_memory_and_refuses_a_setting_it_does_not_have(
+    name: str,
+) -> None:
     config = composed("model=decoder", f"mixer={name}", "model.layers=2")
     with torch.device("meta"):
         model = build_model.build_model(config, VOCABULARY)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert len(model.blocks) == 2  # pyright: ignore
-    wrong = {**instantiate.plain(config.mixer), "raech": 3}  # pyright: ignore
+    wrong = {**as_node(config.mixer), "raech": 3}  # pyright: ignore
     with pytest.raises(UserError, match=r"mixer\.raech=3: \w+ has no such setting"):
         instantiate.instantiate(wrong, build_model.offered_sizes(config, VOCABULARY), "mixer")
 
 
-OBJECTIVES = {"bidirectional": ["objective=masked"]}  # of a model that sees what the usual objective asks for
+OBJECTIVES = {
+    "bidirectional": ["objective=masked"]
+}  # of a model that sees what the usual objective asks for
 
 
 @pytest.mark.parametrize(
@@ -133,18 +139,27 @@ def test_one_feed_forward_replaces_the_pattern_and_takes_sizes_as_mixers_do() ->
             ["model.feedforward_pattern=[dense,mx]", CHANNEL_MIX],
             "model.feedforward_pattern names mx, which model.feedforwards lacks",
         ),
-        (["model.feedforward_pattern=[]"], "model.feedforward_pattern is empty and model.feedforward is not set"),
+        (
+            ["model.feedforward_pattern=[]"],
+            "model.feedforward_pattern is empty and model.feedforward is not set",
+        ),
         (
             ["model.feedforwards.dense.fnn=3"],
             r"model.feedforwards.dense.fnn=3: SwiGLU has no such setting; did you mean .*\.ffn",
         ),
-        (["model.feedforward._target_=models.feedforward.SwiGLUU"], "has no class SwiGLUU; did you mean SwiGLU"),
+        (
+            ["model.feedforward._target_=models.feedforward.SwiGLUU"],
+            "has no class SwiGLUU; did you mean SwiGLU",
+        ),
         (["model.feedforward.ffn=3"], "model.feedforward._target_ is not set"),
     ],
 )
 def test_feed_forward_wishes_that_cannot_be_are_faults(words: list[str], said: str) -> None:
     wish = compose(words)
-    assert any(re.search(said, fault) for fault in check_config(wish.config, known=wish.faults, mended=wish.mended))  # pyright: ignore
+    assert any(
+        re.search(said, fault)
+        for fault in check_config(wish.config, known=wish.faults, mended=wish.mended)
+    )  # pyright: ignore
 
 
 def test_the_down_projections_of_every_kind_of_feed_forward_start_smaller_with_depth() -> None:

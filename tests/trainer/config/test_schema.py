@@ -24,7 +24,7 @@ def test_a_config_cannot_be_changed() -> None:
 def test_a_node_keeps_the_settings_that_belong_to_its_class() -> None:
     mixer = config("mixer=sliding", "mixer.window=9").mixer
     assert mixer is not None
-    assert (mixer.target, mixer.settings()) == ("models.attention.sliding.Sliding", {"reach": 9})
+    assert (mixer.target, mixer.settings()) == ("models.attention.sliding.Sliding", {"window": 9})
 
 
 def test_rows_and_ranks_follow_from_the_sizes() -> None:
@@ -38,7 +38,9 @@ def test_a_whole_float_is_a_whole_number_and_a_number_is_a_name() -> None:
 
 
 def test_a_config_read_back_from_its_file_is_the_same(tmp_path) -> None:
-    made = config("mixer=sliding", "parallel.context=2", "optim.eps=1e-9", "evaluation.prompt='a: b'")
+    made = config(
+        "mixer=sliding", "parallel.context=2", "optim.eps=1e-9", "evaluation.prompt='a: b'"
+    )
     run_dir.record(tmp_path, made)
     assert run_dir.read_config(tmp_path) == made
 

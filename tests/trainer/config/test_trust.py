@@ -1,4 +1,5 @@
-"""What a file names is built only where it is Longspan's own and of the kind that its place asks for."""
+"""What a file names is built only where it is Longspan's own and of the kind that its place asks
+for."""
 
 import json
 from pathlib import Path
@@ -35,7 +36,9 @@ class Strange(Attention):
 @pytest.fixture
 def run(tmp_path) -> Path:
     """A run directory with one checkpoint of its model."""
-    config, path = prepare.create_run_dir(prepare.load_config(words(tmp_path, "run", "engine=single", "model.layers=1")))
+    config, path = prepare.create_run_dir(
+        prepare.load_config(words(tmp_path, "run", "engine=single", "model.layers=1"))
+    )
     run_dir.record(path, config)
     with torch.device("meta"):
         model = build_model(config, 257)
@@ -60,7 +63,7 @@ NAMED = {
     "a function of the system": ("position", "os.system"),
     "a class that a module of ours imported": ("mixer", "trainer.run_dir.Path"),
     "a module of ours that imported another": ("data", "trainer.run_dir.subprocess.Popen"),
-    "a class of ours of another kind": ("model", "trainer.checkpoint.Checkpoints"),
+    "a class of ours of another kind": ("model", "trainer.checkpoint.writer.CheckpointWriter"),
     "a class of ours in the place of a mixer": ("mixer", "trainer.logs.jsonl.Metrics"),
     "a function of ours": ("mixer", "trainer.run_dir.make_run_dir"),
     "a source of another package": ("data", "tests.trainer.config.test_trust.Strange"),
@@ -86,7 +89,11 @@ def test_neither_exporting_nor_reopening_builds_what_a_file_names(how, run, tmp_
     (run / run_dir.CONFIG).write_text(json.dumps(config))
     assert main([str(run), str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
-    assert f"{place}._target_={target}" in told and "trust=true" in told and not (tmp_path / "out").exists()
+    assert (
+        f"{place}._target_={target}" in told
+        and "trust=true" in told
+        and not (tmp_path / "out").exists()
+    )
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / CONFIG).write_text(json.dumps({"step": 1, "vocabulary": 257, "config": config}))
@@ -113,7 +120,21 @@ def test_every_part_that_the_configs_offer_may_be_named(run, tmp_path):
         place = file.parent.name
         for line in file.read_text().splitlines():
             key, _, target = line.strip().partition("_target_: ")
-            if not key and target and place in ("mixer", "position", "memory", "data", "optim", "schedule", "engine", "model"):
+            if (
+                not key
+                and target
+                and place
+                in (
+                    "mixer",
+                    "position",
+                    "memory",
+                    "data",
+                    "optim",
+                    "schedule",
+                    "engine",
+                    "model",
+                )
+            ):
                 where = place if not line.startswith(" ") else f"{place}.mixers.any"
                 own.add((where, target.split("}")[0].strip()))
     from_files = {pair for pair in own if "." in pair[1]}

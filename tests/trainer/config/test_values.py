@@ -1,4 +1,5 @@
-"""Every setting of every node is held against its constructor: types, ranges, finite numbers, sizes that machines have."""
+"""Every setting of every node is held against its constructor: types, ranges, finite numbers, sizes
+that machines have."""
 
 import copy
 import time
@@ -20,15 +21,33 @@ from trainer.preflight.check_parts import check_nodes
 from trainer.run_dir import plain_config
 
 NAN, ENDLESS = float("nan"), float("inf")
-NEVER = (NAN, ENDLESS, -ENDLESS, {"a": 1}, {"_target_": 5})  # of no setting that is a number or a truth value
+NEVER = (
+    NAN,
+    ENDLESS,
+    -ENDLESS,
+    {"a": 1},
+    {"_target_": 5},
+)  # of no setting that is a number or a truth value
 WRONG = {
     bool: (*NEVER, 1, 0, "abc", "true", 1.0, [True]),
     int: (*NEVER, True, "abc", 3.5, 1e30, 10**30, [[1]]),
     float: (*NEVER, True, "abc", 1e300, 1e-300, [[1]]),
     str: (NAN, True, 3, ["a"], {"a": 1}),
 }
-GROUPS = ("mixer", "position", "memory", "data", "optim", "schedule", "model", "engine", "launch", "evaluation", "parallel")
-REAL = ("spike", "timeout_s", "init_timeout_s")  # written without a point in conf
+GROUPS = (
+    "mixer",
+    "position",
+    "memory",
+    "data",
+    "optim",
+    "schedule",
+    "model",
+    "engine",
+    "launch",
+    "evaluation",
+    "parallel",
+)
+REAL = ("skip_above", "timeout_s", "init_timeout_s")  # written without a point in conf
 SMALL = ("context_length=64", "batch_tokens=128", "model.width=32", "model.layers=2", "data=copy")
 
 
@@ -43,10 +62,16 @@ def trees() -> Iterator[tuple[str, str, dict[str, Any]]]:
                 continue
             yield group, path.stem, {**copy.deepcopy(base), group: node}
     for model in ("decoder", "switch", "moe_topk", "hybrid"):
-        yield "model", model, plain_config(compose([*SMALL, f"model={model}"]).config)  # pyright: ignore
+        yield (
+            "model",
+            model,
+            plain_config(compose([*SMALL, f"model={model}"]).config),
+        )  # pyright: ignore
 
 
-def leaves(node: dict[str, Any], road: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def leaves(
+    node: dict[str, Any], road: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
     for key, value in node.items():
         if isinstance(value, dict):
             yield from leaves(value, (*road, key))
@@ -67,7 +92,11 @@ def refused(tree: dict[str, Any]) -> bool:
 def test_every_bad_value_of_every_node_of_conf_is_refused() -> None:
     passed, tried = [], 0
     for group, name, tree in trees():
-        assert group == "data" or not refused(copy.deepcopy(tree)) or name in ("decoder", "slurm", "multinode"), (group, name)
+        assert (
+            group == "data"
+            or not refused(copy.deepcopy(tree))
+            or name in ("decoder", "slurm", "multinode")
+        ), (group, name)
         for road, value in leaves(tree[group]):
             for bad in WRONG[float if road[-1] in REAL else type(value)]:
                 if (group, *road) == ("parallel", "micro_batch") and bad == 3:
@@ -117,10 +146,15 @@ def test_a_value_is_held_against_an_annotation(value: Any, wanted: Any, fact: st
 
 
 def test_a_whole_float_becomes_a_whole_number_where_one_is_wanted() -> None:
-    assert [type(settled(1e3, kind)) for kind in (int, int | None, float, int | float)] == [int, int, float, float]
+    assert [type(settled(1e3, kind)) for kind in (int, int | None, float, int | float)] == [
+        int,
+        int,
+        float,
+        float,
+    ]
     made = compose(["mixer=sliding", "mixer.window=1e2"]).config
     assert made is not None and made.mixer is not None
-    assert repr(made.mixer.settings()) == "{'reach': 100}"
+    assert repr(made.mixer.settings()) == "{'window': 100}"
 
 
 @pytest.mark.parametrize(
@@ -142,7 +176,11 @@ def test_a_whole_float_becomes_a_whole_number_where_one_is_wanted() -> None:
 def test_sizes_that_no_machine_has_are_refused_quickly(words: str) -> None:
     began = time.process_time()
     asked = compose(words.split())
-    faults = asked.faults if asked.config is None else check_config(asked.config, asked.given, asked.mended, asked.faults)
+    faults = (
+        asked.faults
+        if asked.config is None
+        else check_config(asked.config, asked.given, asked.mended, asked.faults)
+    )
     assert faults
     assert time.process_time() - began < 10
 
@@ -150,7 +188,10 @@ def test_sizes_that_no_machine_has_are_refused_quickly(words: str) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("parallel.method=usp parallel.ulysses=8 parallel.ring=1 parallel.context=8", "parallel.ulysses=8 divides query heads"),
+        (
+            "parallel.method=usp parallel.ulysses=8 parallel.ring=1 parallel.context=8",
+            "parallel.ulysses=8 divides query heads",
+        ),
         ("memory=lookup memory.layers=abc", "memory.layers=abc: a list is needed"),
         ("data.cache._target_=5", "data.cache={_target_:5}: a text is needed"),
         ("model._target_=5", "model._target_=5: a text is needed"),
@@ -167,7 +208,11 @@ def test_sizes_that_no_machine_has_are_refused_quickly(words: str) -> None:
 )
 def test_what_ended_in_a_traceback_is_one_message(words: str, said: str) -> None:
     asked = compose(["launch.oversubscribe=true", *words.split()])
-    faults = asked.faults if asked.config is None else check_config(asked.config, asked.given, asked.mended, asked.faults)
+    faults = (
+        asked.faults
+        if asked.config is None
+        else check_config(asked.config, asked.given, asked.mended, asked.faults)
+    )
     assert len(faults) == 1 and said in faults[0], faults
 
 
@@ -181,7 +226,9 @@ def test_a_whole_number_where_a_fraction_may_stand_becomes_one_that_a_tensor_can
     """Found by the fuzzer: position.amplitude of 26 digits overflowed in the first step."""
     made = settled(10**25, float)
     assert type(made) is float and made == 1e25 and type(settled(True, float)) is bool
-    assert breach(10**400, float, "position.amplitude") == "a number that a machine can hold is needed"
+    assert (
+        breach(10**400, float, "position.amplitude") == "a number that a machine can hold is needed"
+    )
 
 
 def test_a_value_is_shown_as_it_is_written_on_the_command_line() -> None:

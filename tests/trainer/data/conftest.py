@@ -39,7 +39,8 @@ def words():
     def make(count, longest=40):
         draw = np.random.default_rng(7)
         return [
-            "".join(chr(97 + int(c)) for c in draw.integers(0, 26, draw.integers(1, longest))) for _ in range(count)
+            "".join(chr(97 + int(c)) for c in draw.integers(0, 26, draw.integers(1, longest)))
+            for _ in range(count)
         ]
 
     return make

@@ -1,4 +1,5 @@
-"""Which tokens a rank computes: every one once, whatever the ranks, with the same count of targets."""
+"""Which tokens a rank computes: every one once, whatever the ranks, with the same count of
+targets."""
 
 import dataclasses
 
@@ -25,13 +26,23 @@ def batch():
 def mesh(data, data_rank, context, context_rank):
     alone = Mesh.alone()
     return dataclasses.replace(
-        alone, data_size=data, data_rank=data_rank, context_size=context, context_rank=context_rank, size=data * context
+        alone,
+        data_size=data,
+        data_rank=data_rank,
+        context_size=context,
+        context_rank=context_rank,
+        size=data * context,
     )
 
 
 def share(*where, micro_batch=2, policy="zigzag", prefix=0):
     return BatchSharder(
-        mesh(*where), rows=ROWS, context_length=LENGTH, micro_batch=micro_batch, policy=policy, prefix=prefix
+        mesh(*where),
+        rows=ROWS,
+        context_length=LENGTH,
+        micro_batch=micro_batch,
+        policy=policy,
+        prefix=prefix,
     )
 
 
@@ -70,7 +81,9 @@ def test_tokens_in_plain_sight_are_nobodys_target():
 
 def test_auto_computes_at_least_a_row_at_once():
     assert share(1, 0, 1, 0, micro_batch="auto").micro_batch == ROWS
-    long = BatchSharder(mesh(1, 0, 1, 0), rows=2, context_length=10**6, micro_batch="auto", policy="zigzag")
+    long = BatchSharder(
+        mesh(1, 0, 1, 0), rows=2, context_length=10**6, micro_batch="auto", policy="zigzag"
+    )
     assert long.micro_batch == 1 and long.pieces == 2
 
 
@@ -84,7 +97,9 @@ def addressed(data, context, micro_batch):
     found, count = {}, 0
     for data_rank in range(data):
         for context_rank in range(context):
-            for piece, _ in share(data, data_rank, context, context_rank, micro_batch=micro_batch)(batch()):
+            for piece, _ in share(data, data_rank, context, context_rank, micro_batch=micro_batch)(
+                batch()
+            ):
                 here = piece.span.valid()
                 found.update(zip(address(piece.span)[here].tolist(), piece.tokens[here].tolist()))
                 count += int(here.sum())

@@ -45,7 +45,12 @@ def test_processes_that_start_at_once_build_one_corpus(files, texts, words, tmp_
     node = files(texts(words(20000, longest=60)))
     node.pop("_target_")
     command = [sys.executable, "-c", BUILDER, json.dumps(node)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[3]}
+    pipes = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "text": True,
+        "cwd": Path(__file__).parents[3],
+    }
     processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
     assert [process.stdout.readline() for process in processes] == ["ready\n"] * 2
     for process in processes:
@@ -94,7 +99,9 @@ def test_a_damaged_corpus_is_built_again_and_it_is_said(name, files, texts, tmp_
     assert after.facts == before and Bytes().decode(after.tokens(1, 0, 99)) == "needle"
 
 
-def test_damage_behind_what_is_looked_at_first_is_found_when_read(files, texts, tmp_path, monkeypatch):
+def test_damage_behind_what_is_looked_at_first_is_found_when_read(
+    files, texts, tmp_path, monkeypatch
+):
     source = build_source(files(texts(["hay", "needle"])))
     corpus_of(source, Bytes())
     (folder,) = corpora(tmp_path / "cache")
@@ -104,7 +111,9 @@ def test_damage_behind_what_is_looked_at_first_is_found_when_read(files, texts, 
         corpus_of(source, Bytes()).tokens(0, 0, 2)
 
 
-def test_a_build_that_fails_leaves_nothing_and_what_a_dead_one_left_is_swept(files, texts, tmp_path):
+def test_a_build_that_fails_leaves_nothing_and_what_a_dead_one_left_is_swept(
+    files, texts, tmp_path
+):
     good = texts(["fine"])
     node = files(good)
     good.write_text('{"text": "fine"}\nbroken')
@@ -145,10 +154,16 @@ def test_a_cache_that_cannot_be_written_is_one_message(files, texts, tmp_path):
 
 def test_the_users_cache_folder_is_the_default(files, texts, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert corpus_of(build_source(files(texts(["one"]), cache=None)), Bytes()).folder.parent == tmp_path / "xdg" / "longspan"
+    assert (
+        corpus_of(build_source(files(texts(["one"]), cache=None)), Bytes()).folder.parent
+        == tmp_path / "xdg" / "longspan"
+    )
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert corpus_of(build_source(files(texts(["one"]), cache=None)), Bytes()).folder.parent == tmp_path / ".cache/longspan"
+    assert (
+        corpus_of(build_source(files(texts(["one"]), cache=None)), Bytes()).folder.parent
+        == tmp_path / ".cache/longspan"
+    )
 
 
 def test_blocks_join_without_a_seam(files, texts, words, monkeypatch, tmp_path):
@@ -172,7 +187,9 @@ class Renamed(Bytes):
 def test_another_tokenizer_has_a_corpus_and_a_fingerprint_of_its_own(files, texts):
     source = build_source(files(texts(["one"])))
     first, second = corpus_of(source, Bytes()), corpus_of(source, Renamed())
-    assert first.folder != second.folder and first.facts["fingerprint"] != second.facts["fingerprint"]
+    assert (
+        first.folder != second.folder and first.facts["fingerprint"] != second.facts["fingerprint"]
+    )
 
 
 class Wide(Bytes):

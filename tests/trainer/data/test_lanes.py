@@ -27,7 +27,8 @@ def batch(step: int) -> Batch:
 
 
 def leave(lanes: Lanes, share: BatchSharder, step: int, rank: int, size: int) -> None:
-    """What a model would leave: tokens that tell their row and place, a state of each row, one of each (row, head)."""
+    """What a model would leave: tokens that tell their row and place, a state of each row, one of
+    each (row, head)."""
     for number, (piece, _) in enumerate(share(batch(step))):
         span = lanes.attach(number, piece.span)
         start = share.mesh.data_rank * share.each + number * share.micro_batch
@@ -41,7 +42,9 @@ def leave(lanes: Lanes, share: BatchSharder, step: int, rank: int, size: int) ->
 
 
 def walk(mesh: Mesh, micro_batch: int, policy: str, state=None, first: int = 0):
-    share = BatchSharder(mesh, rows=ROWS, context_length=TOKENS, micro_batch=micro_batch, policy=policy)
+    share = BatchSharder(
+        mesh, rows=ROWS, context_length=TOKENS, micro_batch=micro_batch, policy=policy
+    )
     lanes = Lanes(mesh, share, ROWS)
     if state is not None:
         lanes.load(state)
@@ -56,7 +59,9 @@ def worker(env, context: int, micro_batch: int, policy: str, state):
 
 
 def same(a, b) -> bool:
-    return set(a) == set(b) and all(set(a[k]) == set(b[k]) and all(torch.equal(a[k][n], b[k][n]) for n in a[k]) for k in a)
+    return set(a) == set(b) and all(
+        set(a[k]) == set(b[k]) and all(torch.equal(a[k][n], b[k][n]) for n in a[k]) for k in a
+    )
 
 
 @pytest.mark.parametrize(("size", "context", "micro_batch", "policy"), [

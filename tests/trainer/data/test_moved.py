@@ -1,4 +1,5 @@
-"""A run follows its data to another place: the fingerprint of what is read decides, not the text of a setting."""
+"""A run follows its data to another place: the fingerprint of what is read decides, not the text of
+a setting."""
 
 import json
 import os
@@ -23,17 +24,24 @@ def write(folder, count=40, start=0):
     """Two files of JSON lines."""
     folder.mkdir(parents=True)
     for part in ("a", "b"):
-        lines = [json.dumps({"text": f"{part} {number} the quick brown fox"}) for number in range(start, start + count)]
+        lines = [
+            json.dumps({"text": f"{part} {number} the quick brown fox"})
+            for number in range(start, start + count)
+        ]
         (folder / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
 def fingerprint(node, tmp_path):
     extra = {"cache": str(tmp_path / "cache")} if node["_target_"] == FILES else {}
-    return open_stream({**node, "held_out": 0.1, "tokenizer": "bytes", **extra}, context_length=16, rows=2, seed=0).fingerprint
+    return open_stream(
+        {**node, "held_out": 0.1, "tokenizer": "bytes", **extra}, context_length=16, rows=2, seed=0
+    ).fingerprint
 
 
-def test_local_files_are_the_same_however_their_glob_is_spelt_and_wherever_they_lie(tmp_path, monkeypatch):
+def test_local_files_are_the_same_however_their_glob_is_spelt_and_wherever_they_lie(
+    tmp_path, monkeypatch
+):
     write(tmp_path / "x" / "texts")
     shutil.copytree(tmp_path / "x" / "texts", tmp_path / "y" / "moved")
     os.symlink(tmp_path / "x" / "texts", tmp_path / "linked")
@@ -43,19 +51,27 @@ def test_local_files_are_the_same_however_their_glob_is_spelt_and_wherever_they_
         tmp_path / "x/*/*.jsonl", tmp_path / "x/**/*.jsonl", tmp_path / "y/moved/*.jsonl", tmp_path / "linked/*.jsonl",
         "texts/*.jsonl", "./texts/?.jsonl",
     ]  # fmt: skip
-    assert len({fingerprint({"_target_": FILES, "path": str(path)}, tmp_path) for path in spellings}) == 1
-    write(tmp_path / "z", start=1)
-    assert fingerprint({"_target_": FILES, "path": str(tmp_path / "z/*.jsonl")}, tmp_path) != fingerprint(
-        {"_target_": FILES, "path": "texts/*.jsonl"}, tmp_path
+    assert (
+        len({fingerprint({"_target_": FILES, "path": str(path)}, tmp_path) for path in spellings})
+        == 1
     )
+    write(tmp_path / "z", start=1)
+    assert fingerprint(
+        {"_target_": FILES, "path": str(tmp_path / "z/*.jsonl")}, tmp_path
+    ) != fingerprint({"_target_": FILES, "path": "texts/*.jsonl"}, tmp_path)
 
 
-def test_a_streamed_folder_is_the_same_under_any_name_and_no_other_of_that_name(tmp_path, monkeypatch):
+def test_a_streamed_folder_is_the_same_under_any_name_and_no_other_of_that_name(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     first = write(tmp_path / "x" / "texts")
     shutil.copytree(first, tmp_path / "y" / "moved")
     folders = (first, tmp_path / "y" / "moved", f"{tmp_path}/x/./texts/")
-    assert len({fingerprint({"_target_": HUB, "name": str(folder)}, tmp_path) for folder in folders}) == 1
+    assert (
+        len({fingerprint({"_target_": HUB, "name": str(folder)}, tmp_path) for folder in folders})
+        == 1
+    )
     other = write(tmp_path / "w" / "texts")
     with open(other / "b.jsonl", "a") as file:  # the same name, and the same first document
         file.write('{"text": "one more"}\n')
@@ -96,7 +112,10 @@ def test_a_run_goes_on_with_its_data_elsewhere_and_not_with_others(source, tmp_p
     assert ranks(1, recorded, (*moved, "data.on_error=skip"), str(run_dir)) == [0]
     assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 2
     write(tmp_path / "other", start=7)
-    for strange in (words(tmp_path / "other", 3, "c2", tmp_path / "tok"), words(tmp_path / "y", 3, "c2", "bytes")):
+    for strange in (
+        words(tmp_path / "other", 3, "c2", tmp_path / "tok"),
+        words(tmp_path / "y", 3, "c2", "bytes"),
+    ):
         (said,) = ranks(1, refused, strange, str(run_dir))
         assert "cannot resume from" in said and "belongs to other data" in said
     refusals = other_run(load_config([*(word for word in moved if "held_out" not in word and "run_dir" not in word),

@@ -16,7 +16,11 @@ def test_a_row_numbers_documents_from_zero_and_restarts_a_cut_one():
         [0, 0, 1, 1, 1, -1, -1],
         [0, 1, 0, 1, 2, 0, 0],
     ]
-    assert plain(lay_out(pieces, 5, goes_on=True)) == [[1, 2, 3, 4, 5], [7, 7, 8, 8, 8], [5, 6, 0, 1, 2]]
+    assert plain(lay_out(pieces, 5, goes_on=True)) == [
+        [1, 2, 3, 4, 5],
+        [7, 7, 8, 8, 8],
+        [5, 6, 0, 1, 2],
+    ]
 
 
 def test_a_row_of_nothing_is_padding():

@@ -1,4 +1,5 @@
-"""Memory of reading: bounded by data.max_document_bytes, whatever the file; and what is left out is said."""
+"""Memory of reading: bounded by data.max_document_bytes, whatever the file; and what is left out is
+said."""
 
 import json
 import os
@@ -47,14 +48,21 @@ def by_dictionary(path):
 
 
 def by_compression(path):
-    parquet.write_table(columns(["a" * (100 * MIB)]), path, compression="zstd", use_dictionary=False)
+    parquet.write_table(
+        columns(["a" * (100 * MIB)]), path, compression="zstd", use_dictionary=False
+    )
 
 
 def by_pages(path):
     """Rows of a large page each, behind many small ones."""
     texts = ["b"] * 3000 + [chr(97 + i) * (3 * MIB) for i in range(24)] * 2
     parquet.write_table(
-        columns(texts), path, compression="zstd", use_dictionary=False, write_batch_size=1, data_page_size=4096
+        columns(texts),
+        path,
+        compression="zstd",
+        use_dictionary=False,
+        write_batch_size=1,
+        data_page_size=4096,
     )
 
 
@@ -103,12 +111,18 @@ def test_a_document_as_large_as_the_limit_is_read_and_one_byte_more_is_not(tmp_p
         (tmp_path / name).write_bytes(content)
         report = ReadReport("skip")
         reading = ReadRequest("text", report, None, most)
-        return [text for _, text in documents(file_at(str(tmp_path / name), name), reading, READERS)], report
+        return [
+            text for _, text in documents(file_at(str(tmp_path / name), name), reading, READERS)
+        ], report
 
     line = b'{"text": "abc"}'
     for most, good in ((len(line), True), (len(line) - 1, False)):
         for end in (b"\n", b""):
-            texts, report = read("a.jsonl", line + end + b'{"text":"z"}' + end, most) if end else read("a.jsonl", line, most)
+            texts, report = (
+                read("a.jsonl", line + end + b'{"text":"z"}' + end, most)
+                if end
+                else read("a.jsonl", line, most)
+            )
             assert ("abc" in texts) == good and report.left_out == (not good)
     for most, good in ((3, True), (2, False)):
         assert (read("a.txt", b"abc", most)[0] == ["abc"]) == good
@@ -117,7 +131,9 @@ def test_a_document_as_large_as_the_limit_is_read_and_one_byte_more_is_not(tmp_p
         assert report.left_out == (0 if good else 1)
     node = files(tmp_path / "a.txt", max_document_bytes=2)
     (said,) = check(node)
-    assert "has 3 bytes, more than data.max_document_bytes=2" in said and "data.on_error=skip" in said
+    assert (
+        "has 3 bytes, more than data.max_document_bytes=2" in said and "data.on_error=skip" in said
+    )
     with pytest.raises(ValueError, match="max_document_bytes=2"):
         open_stream(node, **SETTINGS)
     assert "max_document_bytes=0" in check(files(tmp_path / "a.txt", max_document_bytes=0))[0]
@@ -131,10 +147,15 @@ def test_another_limit_is_another_corpus(tmp_path, files):
     assert len(open_stream(node | {"max_document_bytes": 3}, **SETTINGS).documents) == 1
 
 
-@pytest.mark.parametrize("settings", [{}, {"data_page_version": "2.0"}, {"write_statistics": False}, {"compression": "none"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"data_page_version": "2.0"}, {"write_statistics": False}, {"compression": "none"}],
+)
 def test_pages_are_those_of_the_library(settings, tmp_path):
     texts = [f"{i} " * (i % 90) for i in range(5000)]
-    parquet.write_table(columns(texts), tmp_path / "a.parquet", data_page_size=5000, row_group_size=2000, **settings)
+    parquet.write_table(
+        columns(texts), tmp_path / "a.parquet", data_page_size=5000, row_group_size=2000, **settings
+    )
     metadata = parquet.read_metadata(tmp_path / "a.parquet")
     with open(tmp_path / "a.parquet", "rb") as source:
         for number in range(3):
@@ -153,11 +174,15 @@ def test_reading_a_table_goes_on_at_any_row(first, tmp_path):
 
 
 def test_a_parquet_file_spoilt_anywhere_gives_rows_or_one_fault_with_file_and_place(tmp_path):
-    parquet.write_table(columns([f"text {i}" * 9 for i in range(300)]), tmp_path / "a.parquet", row_group_size=100)
+    parquet.write_table(
+        columns([f"text {i}" * 9 for i in range(300)]), tmp_path / "a.parquet", row_group_size=100
+    )
     good = (tmp_path / "a.parquet").read_bytes()
     faults = 0
     for span in range(0, len(good), 29):
-        (tmp_path / "b.parquet").write_bytes(good[:span] + bytes([good[span] ^ 255]) + good[span + 1 :])
+        (tmp_path / "b.parquet").write_bytes(
+            good[:span] + bytes([good[span] ^ 255]) + good[span + 1 :]
+        )
         with open(tmp_path / "b.parquet", "rb") as source:
             for cell in cells(source, "b.parquet", "text", MIB):
                 if isinstance(cell.text, Unread):
@@ -214,7 +239,9 @@ def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path, files, mon
 
 
 def test_a_file_that_fails_in_the_middle_is_said_with_file_and_place(tmp_path, files, monkeypatch):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(9)))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": str(i)}) + "\n" for i in range(9))
+    )
     whole_file = json.loads
 
     def broken(text, **settings):
@@ -222,13 +249,19 @@ def test_a_file_that_fails_in_the_middle_is_said_with_file_and_place(tmp_path, f
             raise OSError(5, "Input/output error")
         return whole_file(text, **settings)
 
-    monkeypatch.setattr("trainer.data.readers.json.loads", broken)
-    with pytest.raises(ValueError, match=r"a\.jsonl cannot be read behind 5 \(Input/output error\)"):
+    monkeypatch.setattr("trainer.data.sources.readers.json.loads", broken)
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl cannot be read behind 5 \(Input/output error\)"
+    ):
         open_stream(files(tmp_path / "a.jsonl"), **SETTINGS)
 
 
 def test_fields_that_nobody_asked_for_may_hold_anything(tmp_path, files):
-    rows = [b'{"n": 1, "text": "a"}', b'{"n": "one", "text": "b"}', b'{"n": ' + b"9" * 6000 + b', "text": "c"}']
+    rows = [
+        b'{"n": 1, "text": "a"}',
+        b'{"n": "one", "text": "b"}',
+        b'{"n": ' + b"9" * 6000 + b', "text": "c"}',
+    ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([*rows, b'{"n": [NaN, 1e999], "text": "d"}']))
     assert len(open_stream(files(tmp_path / "a.jsonl"), **SETTINGS).documents) == 4
     (tmp_path / "b.jsonl").write_bytes(b'{"text": 12}\n')
@@ -236,7 +269,9 @@ def test_fields_that_nobody_asked_for_may_hold_anything(tmp_path, files):
 
 
 @pytest.mark.parametrize("letters", ["abc ", "aé\u20ac\U0001f600"])
-def test_a_long_text_has_the_tokens_of_its_bytes_in_at_most_three_times_its_memory(letters, tmp_path, monkeypatch):
+def test_a_long_text_has_the_tokens_of_its_bytes_in_at_most_three_times_its_memory(
+    letters, tmp_path, monkeypatch
+):
     text = (letters * (1 << 20))[: (3 << 20) + 7]
     ids = Bytes().encode(text)
     assert ids.astype(np.uint8).tobytes() == text.encode() and ids.dtype == np.uint16
@@ -253,5 +288,6 @@ def test_a_long_text_has_the_tokens_of_its_bytes_in_at_most_three_times_its_memo
     stored = [corpus.tokens(number, 0, 1 << 30) for number in range(4)]
     for (_, wanted), tokens in zip(named, stored):
         assert tokens[-1] == 256 and tokens[:-1].astype(np.uint8).tobytes() == wanted.encode()
-    # Beside the text itself: two bytes for each token, and pieces of it (of four bytes a character at most).
+    # Beside the text itself: two bytes for each token, and pieces of it (of four bytes a character
+    # at most).
     assert peak < 2 * len(ids) + (8 << 20)

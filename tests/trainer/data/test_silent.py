@@ -1,4 +1,5 @@
-"""Documents of which a tokenizer makes no token hold nothing to predict: they are left out, and all of them are no data."""
+"""Documents of which a tokenizer makes no token hold nothing to predict: they are left out, and all
+of them are no data."""
 
 import json
 
@@ -33,12 +34,19 @@ def data(request, tmp_path, tokenizer):
     def node(texts, **settings):
         folder = tmp_path / "texts"
         folder.mkdir(exist_ok=True)
-        (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        (folder / "train.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        )
         common = {"tokenizer": tokenizer, "held_out": 0.0, **settings}
         if request.param == "hub":
             return {"_target_": "trainer.data.sources.hub.Hub", "name": str(folder), **common}
         path, cache = str(folder / "*.jsonl"), str(tmp_path / "cache")
-        return {"_target_": "trainer.data.sources.files.Files", "path": path, "cache": cache, **common}
+        return {
+            "_target_": "trainer.data.sources.files.Files",
+            "path": path,
+            "cache": cache,
+            **common,
+        }
 
     return node
 
@@ -94,11 +102,14 @@ def test_reading_goes_on_exactly_behind_documents_without_tokens(data):
 
 
 def test_an_evaluation_over_no_tokens_is_no_figure(tmp_path, tokenizer):
-    """No document of a streamed data set is held out: that is said, and nothing becomes the best value."""
+    """No document of a streamed data set is held out: that is said, and nothing becomes the best
+    value."""
     folder, run_dir = tmp_path / "texts", tmp_path / "run"
     folder.mkdir()
     texts = ["a b a b b a" for _ in range(60)]
-    (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "train.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
     words = ("steps=2", "context_length=8", "batch_tokens=16", "model.width=8", "model.layers=1", "model.heads=1", "data=hub",
              f"data.name={folder}", f"data.tokenizer={tokenizer}", "data.held_out=1e-9", "evaluation.every=1",
              "checkpoint.every=2", "wandb.mode=disabled", "engine=single", f"run_dir={run_dir}")  # fmt: skip

@@ -10,7 +10,11 @@ HASHES = np.array([digest(f"document {i}") for i in range(2000)], np.uint64)
 def test_the_mix_is_that_of_splitmix64():
     # First three outputs of SplitMix64 from state 0: the published reference values.
     states = np.arange(3, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    assert [hex(x) for x in mix(states)] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4", "0x6c45d188009454f"]
+    assert [hex(x) for x in mix(states)] == [
+        "0xe220a8397b1dcdaf",
+        "0x6e789e6aa1b965f4",
+        "0x6c45d188009454f",
+    ]
 
 
 def test_orders_are_permutations_that_differ_by_seed_and_epoch():

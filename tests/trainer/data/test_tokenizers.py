@@ -18,7 +18,9 @@ def trained(path, specials=()):
     found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     found.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=list(specials), initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=list(specials), initial_alphabet=alphabet
+    )
     found.train_from_iterator([TEXT * 20], trainer)
     found.enable_truncation(3)
     found.enable_padding(length=50)
@@ -43,7 +45,10 @@ def test_a_tokenizer_file_encodes_and_comes_back(tmp_path):
     assert ids.max() < found.vocabulary and found.decode(ids) == TEXT * 5
     assert found.end_of_text == 0 and 0 not in ids
     assert found.decode([*ids, found.end_of_text]) == TEXT * 5
-    assert all((a == b).all() for a, b in zip(found.encode_many([TEXT, "x"]), [found.encode(TEXT), found.encode("x")]))
+    assert all(
+        (a == b).all()
+        for a, b in zip(found.encode_many([TEXT, "x"]), [found.encode(TEXT), found.encode("x")])
+    )
 
 
 def test_markup_in_a_document_is_only_letters(tmp_path):
@@ -63,7 +68,9 @@ def test_a_folder_says_what_ends_a_text(tmp_path):
     trained(tmp_path / "tokenizer.json", ["<|endoftext|>", "<stop>"])
     assert load(str(tmp_path)).end_of_text == 0
     before = load(str(tmp_path)).fingerprint
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<stop>"}}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": {"content": "<stop>"}})
+    )
     assert load(str(tmp_path)).end_of_text == 1
     assert load(str(tmp_path)).fingerprint != before
 
@@ -108,7 +115,10 @@ def test_a_tokenizer_that_samples_its_pieces_is_made_to_take_the_best():
     backend.model.alpha = 0.5
     assert any(backend.encode("ab" * 20).ids != best for _ in range(20))
     chosen = HuggingFace(backend)
-    assert all(list(chosen.encode("ab" * 20)) == best for _ in range(20)) and "alpha=0.5" in chosen.remark
+    assert (
+        all(list(chosen.encode("ab" * 20)) == best for _ in range(20))
+        and "alpha=0.5" in chosen.remark
+    )
 
 
 def word_level(path, words, **rest):
@@ -137,8 +147,22 @@ def test_a_tokenizer_without_tokens_is_refused(tmp_path):
     "rest",
     [
         {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
-        {"model": {"type": "BPE", "vocab": {"a": 0, "b": 3}, "merges": [["a", "b"]], "continuing_subword_prefix": "###"}},
-        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}},
+        {
+            "model": {
+                "type": "BPE",
+                "vocab": {"a": 0, "b": 3},
+                "merges": [["a", "b"]],
+                "continuing_subword_prefix": "###",
+            }
+        },
+        {
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"Regex": "("},
+                "behavior": "Isolated",
+                "invert": False,
+            }
+        },
     ],
     ids=["panics", "a merge without its product", "a bad pattern"],
 )
@@ -162,7 +186,9 @@ def test_a_file_beyond_the_limit_is_not_read(tmp_path, monkeypatch):
         load(str(tmp_path))
 
 
-@pytest.mark.parametrize("settings", ["[" * 100_000, "[]", '{"eos_token": 5}', '{"eos_token": {"content": [1]}}', "\0"])
+@pytest.mark.parametrize(
+    "settings", ["[" * 100_000, "[]", '{"eos_token": 5}', '{"eos_token": {"content": [1]}}', "\0"]
+)
 def test_strange_settings_beside_a_tokenizer_are_a_message(tmp_path, settings):
     trained(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer_config.json").write_text(settings)

@@ -1,4 +1,5 @@
-"""Evaluations: saved before, owed when a signal or a fault comes between, done at the next start, said by the exit status."""
+"""Evaluations: saved before, owed when a signal or a fault comes between, done at the next start,
+said by the exit status."""
 
 import io
 import json
@@ -42,7 +43,8 @@ def breaks(*args, **kwargs):
 
 
 def in_rank(env, words, directory, name, instead):
-    """A whole run, in which a name of trainer.evaluation.assessment may do something else: its exit status, and what was printed."""
+    """A whole run, in which a name of trainer.evaluation.assessment may do something else: its exit
+    status, and what was printed."""
     config = load_config(words, started=env.size)
     real = getattr(assessment, name or "evaluate")
     setattr(assessment, name or "evaluate", instead or real)
@@ -55,7 +57,8 @@ def in_rank(env, words, directory, name, instead):
 
 
 def disagreeing(env):
-    """One rank is in trouble, after other collectives than the others have begun: what each rank then raises."""
+    """One rank is in trouble, after other collectives than the others have begun: what each rank
+    then raises."""
     here = Assessment.__new__(Assessment)
     here.mesh = build_mesh(env.size, 1)
     here.meeting = assessment._meeting(here.mesh, 60)
@@ -74,12 +77,22 @@ def disagreeing(env):
 @pytest.fixture
 def words(tmp_path):
     os.environ["HF_HUB_OFFLINE"] = "1"
-    return (*COMMON, f"data.path={write_documents(tmp_path / 'text')}", f"data.cache={tmp_path / 'cache'}")
+    return (
+        *COMMON,
+        f"data.path={write_documents(tmp_path / 'text')}",
+        f"data.cache={tmp_path / 'cache'}",
+    )
 
 
 def went(directory, words, *more, size=1, instead=None):
     make_run_dir(directory)
-    ends = ranks(size, in_rank, (*words, *more, f"run_dir={directory}"), str(directory), *(instead or (None, None)))
+    ends = ranks(
+        size,
+        in_rank,
+        (*words, *more, f"run_dir={directory}"),
+        str(directory),
+        *(instead or (None, None)),
+    )
     assert [code for code, _ in ends] == [ends[0][0]] * size
     return ends[0]
 
@@ -95,7 +108,9 @@ def checkpoints(directory):
 
 
 @pytest.mark.parametrize(("size", "more"), [(1, ()), (3, ("parallel.context=3",))])
-def test_what_a_signal_left_undone_is_owed_said_and_done_by_the_same_command(tmp_path, words, size, more):
+def test_what_a_signal_left_undone_is_owed_said_and_done_by_the_same_command(
+    tmp_path, words, size, more
+):
     whole = tmp_path / "whole"
     assert went(whole, words)[0] == DONE
     cut = tmp_path / "cut"
@@ -113,18 +128,27 @@ def test_what_a_signal_left_undone_is_owed_said_and_done_by_the_same_command(tmp
     assert best == pytest.approx(min(losses(whole).values()), rel=1e-9)
 
 
-@pytest.mark.parametrize(("part", "size", "more"), [("evaluate", 1, ()), ("generate", 3, ("parallel.context=3",))])
+@pytest.mark.parametrize(
+    ("part", "size", "more"), [("evaluate", 1, ()), ("generate", 3, ("parallel.context=3",))]
+)
 def test_what_breaks_an_evaluation_is_said_and_ends_no_training(tmp_path, words, part, size, more):
     directory = tmp_path / "run"
     code, said = went(directory, words, *more, size=size, instead=(part, breaks))
     assert code == BAD_RUN and checkpoints(directory) == ["step_00000002", "step_00000004"]
-    assert "IndexError: a layer has only 8 places" in said and "trained to the last step, but not evaluated" in said
+    assert (
+        "IndexError: a layer has only 8 places" in said
+        and "trained to the last step, but not evaluated" in said
+    )
     assert went(directory, words, *more, size=size)[0] == DONE
     assert 4 in losses(directory) and (directory / "sample.txt").exists()
 
 
 def test_a_rank_alone_in_its_trouble_ends_the_run(tmp_path):
-    assert ranks(3, disagreeing) == [(True, "RuntimeError"), (True, "IndexError"), (True, "RuntimeError")]
+    assert ranks(3, disagreeing) == [
+        (True, "RuntimeError"),
+        (True, "IndexError"),
+        (True, "RuntimeError"),
+    ]
 
 
 def test_what_is_switched_off_is_owed_no_more(tmp_path, words):
@@ -134,7 +158,8 @@ def test_what_is_switched_off_is_owed_no_more(tmp_path, words):
 
 
 @pytest.mark.parametrize(
-    ("layer", "message"), [("mixer=hyena", "Filter|Hyena"), ("position=learned", "PositionTable"), ("mixer=full", None)]
+    ("layer", "message"),
+    [("mixer=hyena", "Filter|Hyena"), ("position=learned", "PositionTable"), ("mixer=full", None)],
 )
 def test_a_sample_longer_than_a_layer_can_take_is_refused_before_the_start(words, layer, message):
     long = [word for word in words if "generate" not in word]
@@ -142,7 +167,13 @@ def test_a_sample_longer_than_a_layer_can_take_is_refused_before_the_start(words
     if message is None:
         load_config([*long, *asked])
         return
-    with pytest.raises(UserError, match=f"evaluation.sample_tokens=48: .* the 48 that ({message}) .* use evaluation.sample_tokens=47"):
+    with pytest.raises(
+        UserError,
+        match=(
+            f"evaluation.sample_tokens=48: .* the 48 that ({message}) .* use"
+            " evaluation.sample_tokens=47"
+        ),
+    ):
         load_config([*long, *asked])
     load_config([*long, *asked, "evaluation.sample_tokens=47"])
     load_config([*long, *asked, "evaluation.every=0"])

@@ -54,8 +54,13 @@ def decoder(name):
     mixers = [Attention(WIDTH, HEADS, 3, Rope()) if memory else VARIANTS[name]() for _ in range(2)]
     mixers = [mixer.inner if isinstance(mixer, Taught) else mixer for mixer in mixers]
     if memory:
-        mixers = [memory.around(mixer, position=Rope(), layer=span, layers=2) for span, mixer in enumerate(mixers)]
-    return initialise(Decoder(257, WIDTH, mixers, [SwiGLU(WIDTH, 30) for _ in mixers], memory=memory), 5).double()
+        mixers = [
+            memory.around(mixer, position=Rope(), layer=span, layers=2)
+            for span, mixer in enumerate(mixers)
+        ]
+    return initialise(
+        Decoder(257, WIDTH, mixers, [SwiGLU(WIDTH, 30) for _ in mixers], memory=memory), 5
+    ).double()
 
 
 @pytest.fixture
@@ -66,13 +71,19 @@ def folder(tmp_path):
 
 
 def stream(folder):
-    data = {"_target_": "trainer.data.sources.files.Files", "path": str(folder / "text" / "*.txt"), "held_out": 0.2}
+    data = {
+        "_target_": "trainer.data.sources.files.Files",
+        "path": str(folder / "text" / "*.txt"),
+        "held_out": 0.2,
+    }
     data["cache"] = str(folder / "cache")
     return open_stream(data, context_length=LENGTH, rows=3, seed=0, split="held_out")
 
 
 def maps(model, mesh, folder, policy="zigzag", tokens=TOKENS):
-    share = BatchSharder(mesh, rows=3, context_length=LENGTH, micro_batch="auto", policy=policy, prefix=5)
+    share = BatchSharder(
+        mesh, rows=3, context_length=LENGTH, micro_batch="auto", policy=policy, prefix=5
+    )
     found, left_out = attention_maps(model.eval(), share, stream(folder), tokens)
     assert left_out == 0
     return found
@@ -80,12 +91,20 @@ def maps(model, mesh, folder, policy="zigzag", tokens=TOKENS):
 
 def differences(found, want):
     assert [each.name for each in found] == [each.name for each in want] and want
-    assert all(torch.equal(a.kv_span.pos, b.kv_span.pos) and torch.equal(a.kv_span.role, b.kv_span.role) for a, b in zip(found, want))
+    assert all(
+        torch.equal(a.kv_span.pos, b.kv_span.pos) and torch.equal(a.kv_span.role, b.kv_span.role)
+        for a, b in zip(found, want)
+    )
     return [relative(a.weight, b.weight) for a, b in zip(found, want)]
 
 
 def shared(env, name, folder, method, policy):
-    mesh = build_mesh(env.size, 1, heads=env.size if method == "usp" else None, ring=1 if method == "usp" else None)
+    mesh = build_mesh(
+        env.size,
+        1,
+        heads=env.size if method == "usp" else None,
+        ring=1 if method == "usp" else None,
+    )
     model = decoder(name)
     grid = (mesh.heads_group, mesh.ring_group) if method == "usp" else None
     apply_context_parallel(model, mesh.context_group, method, grid=grid)
@@ -94,7 +113,9 @@ def shared(env, name, folder, method, policy):
 
 @pytest.mark.parametrize("turn, name", enumerate((*MIXERS, *MEMORIES, "key_value")))
 def test_maps_over_three_ranks_are_those_of_one_device(turn, name, folder):
-    methods = ("ring", "fetch") if name == "key_value" else (*METHODS, "auto")  # the others trade heads, of which it has one
+    methods = (
+        ("ring", "allgather") if name == "key_value" else (*METHODS, "auto")
+    )  # the others trade heads, of which it has one
     for step, method in enumerate(methods):
         policy = list(POLICIES)[(turn + step) % len(POLICIES)]
         for worst in ranks(3, shared, name, folder, method, policy):
@@ -104,7 +125,9 @@ def test_maps_over_three_ranks_are_those_of_one_device(turn, name, folder):
 def grid(env, folder):
     mesh = build_mesh(4, 1, heads=2, ring=2)
     model = decoder("full")
-    apply_context_parallel(model, mesh.context_group, "usp", grid=(mesh.heads_group, mesh.ring_group))
+    apply_context_parallel(
+        model, mesh.context_group, "usp", grid=(mesh.heads_group, mesh.ring_group)
+    )
     return differences(maps(model, mesh, folder), maps(decoder("full"), Mesh.alone(), folder))
 
 
@@ -115,10 +138,19 @@ def test_maps_over_a_grid_of_heads_and_ring_are_those_of_one_device(folder):
 
 def sharded(env, folder):
     mesh = build_mesh(env.size, 1)
-    optimiser = AdamW(learning_rate=0.001, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, max_grad_norm=1.0, auxiliary_weight=1.0)
+    optimiser = AdamW(
+        learning_rate=0.001,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        auxiliary_weight=1.0,
+    )
     engine = Fsdp(mesh, optimiser, precision="float64", checkpointing="selective")
     parallelize(decoder("relative"), engine, method="ring")
-    return differences(maps(engine.model, mesh, folder), maps(decoder("relative"), Mesh.alone(), folder))
+    return differences(
+        maps(engine.model, mesh, folder), maps(decoder("relative"), Mesh.alone(), folder)
+    )
 
 
 def test_maps_of_sharded_parameters_are_those_of_one_device(folder):
@@ -130,8 +162,14 @@ def test_the_text_is_the_beginning_of_the_first_held_out_row(folder):
     batch, _ = stream(folder).read(stream(folder).start())
     for tokens, got in ((7, 7), (500, LENGTH)):
         row = beginning(stream(folder), tokens)
-        assert torch.equal(row.inputs(), batch.tokens[:1, :got]) and row.doc.shape == row.pos.shape == (1, got + 1)
-        assert maps(decoder("full"), Mesh.alone(), folder, tokens=tokens)[0].weight.shape == (HEADS, got, got)
+        assert torch.equal(
+            row.inputs(), batch.tokens[:1, :got]
+        ) and row.doc.shape == row.pos.shape == (1, got + 1)
+        assert maps(decoder("full"), Mesh.alone(), folder, tokens=tokens)[0].weight.shape == (
+            HEADS,
+            got,
+            got,
+        )
 
 
 def test_deep_models_show_layers_from_bottom_to_top():
@@ -148,7 +186,10 @@ def test_a_model_without_a_softmax_has_no_maps(folder):
 @pytest.mark.parametrize(
     "words, told",
     [
-        ("evaluation.attention_maps=8 evaluation.every=0", ["evaluation.attention_maps=8", "evaluation.every=0", "set evaluation.every"]),
+        (
+            "evaluation.attention_maps=8 evaluation.every=0",
+            ["evaluation.attention_maps=8", "evaluation.every=0", "set evaluation.every"],
+        ),
         ("evaluation.attention_maps=600", ["evaluation.attention_maps=600", "at most 512"]),
         ("evaluation.attention_maps=-1", ["evaluation.attention_maps=-1", "at least 0"]),
     ],
@@ -172,10 +213,14 @@ def test_a_run_on_three_ranks_draws_what_one_device_draws_and_grades_every_evalu
         directory = tmp_path / f"{size}"
         in_pool((*RUN, *words, "name=same", f"run_dir={directory}"), size, directory)
         pictures.append((directory / "report" / "attention.png").read_bytes())
-        rows = [json.loads(line) for line in (directory / "evaluation.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line) for line in (directory / "evaluation.jsonl").read_text().splitlines()
+        ]
         graded = [row["value"] for row in rows if row["name"] == "accuracy"]
         assert len(graded) == 2 and (directory / "report" / "grades.png").is_file()
-        assert json.loads((directory / "summary.json").read_text())["held_out_accuracy"] == graded[-1]
+        assert (
+            json.loads((directory / "summary.json").read_text())["held_out_accuracy"] == graded[-1]
+        )
     assert pictures[0] == pictures[1]
 
 

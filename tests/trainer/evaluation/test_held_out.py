@@ -1,4 +1,5 @@
-"""Held-out loss and a sample are the same whatever the ranks, and the loss by position adds up to the loss."""
+"""Held-out loss and a sample are the same whatever the ranks, and the loss by position adds up to
+the loss."""
 
 import dataclasses
 
@@ -17,7 +18,7 @@ from tests.support.pool import ranks
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.open import open_stream
 from trainer.data.tokenizers import Bytes
-from trainer.evaluation.sample_tokens import generate
+from trainer.evaluation.generate import generate
 from trainer.evaluation.held_out import evaluate, position_bucket
 from trainer.verify.whole_runs import write_documents
 
@@ -34,7 +35,11 @@ def folder(tmp_path):
 
 
 def stream(folder):
-    data = {"_target_": "trainer.data.sources.files.Files", "path": str(folder / "text" / "*.txt"), "held_out": 0.2}
+    data = {
+        "_target_": "trainer.data.sources.files.Files",
+        "path": str(folder / "text" / "*.txt"),
+        "held_out": 0.2,
+    }
     data["cache"] = str(folder / "cache")
     return open_stream(data, context_length=61, rows=3, seed=0, split="held_out")
 
@@ -69,7 +74,10 @@ def test_it_is_the_same_on_any_ranks(size, context, folder):
 def test_positions_add_up_to_the_loss(folder):
     found = evaluate(decoder(), share(Mesh.alone()), stream(folder), 4, never)
     assert sum(b["tokens"] for b in found.by_position) == found.tokens
-    assert abs(sum(b["tokens"] * b["loss"] for b in found.by_position) / found.tokens - found.loss) < 1e-12
+    assert (
+        abs(sum(b["tokens"] * b["loss"] for b in found.by_position) / found.tokens - found.loss)
+        < 1e-12
+    )
     assert all(a["end"] == b["begin"] for a, b in zip(found.by_position, found.by_position[1:]))
 
 
@@ -79,7 +87,13 @@ def test_it_is_the_plain_mean_over_valid_targets(folder):
     with torch.no_grad():
         losses = model(batch.inputs(), batch.span(), batch.targets())
     valid = batch.targets() != IGNORE
-    assert abs(evaluate(model, share(Mesh.alone()), held_out, 1, never).loss - losses[valid].mean().item()) < 1e-12
+    assert (
+        abs(
+            evaluate(model, share(Mesh.alone()), held_out, 1, never).loss
+            - losses[valid].mean().item()
+        )
+        < 1e-12
+    )
 
 
 def test_a_signal_ends_it(folder):
@@ -87,7 +101,17 @@ def test_a_signal_ends_it(folder):
 
 
 def test_buckets_double():
-    assert position_bucket(torch.tensor([0, 1, 2, 3, 4, 7, 8, 1023, 1024])).tolist() == [0, 1, 2, 2, 3, 3, 4, 10, 11]
+    assert position_bucket(torch.tensor([0, 1, 2, 3, 4, 7, 8, 1023, 1024])).tolist() == [
+        0,
+        1,
+        2,
+        2,
+        3,
+        3,
+        4,
+        10,
+        11,
+    ]
 
 
 def test_another_step_draws_another_sample():

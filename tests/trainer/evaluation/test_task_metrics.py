@@ -19,12 +19,18 @@ LENGTH = 23
 
 
 def stream():
-    return open_stream(CopyTask(max_length=4, bits=3), context_length=LENGTH, rows=3, seed=0, split="held_out")
+    return open_stream(
+        CopyTask(max_length=4, bits=3), context_length=LENGTH, rows=3, seed=0, split="held_out"
+    )
 
 
 def model(kind):
     vocabulary = stream().vocabulary
-    made = NeuralTuringMachine(vocabulary, 9, 1, slots=6, slot_width=4) if kind == "turing" else KeyValue(vocabulary, 8, fact=1)
+    made = (
+        NeuralTuringMachine(vocabulary, 9, 1, slots=6, slot_width=4)
+        if kind == "turing"
+        else KeyValue(vocabulary, 8, fact=1)
+    )
     return initialise(made, 5).double()
 
 
@@ -55,7 +61,10 @@ def test_a_grade_is_the_share_of_targets_that_the_model_finds_likeliest():
     for _ in range(2):
         batch, cursor = held_out.read(cursor)
         said, wanted = one(batch.inputs(), batch.span()).argmax(-1), batch.targets()
-        right, kv_span = right + int((said == wanted).sum()), kv_span + int((wanted != IGNORE).sum())
+        right, kv_span = (
+            right + int((said == wanted).sum()),
+            kv_span + int((wanted != IGNORE).sum()),
+        )
     assert graded(one, Mesh.alone()).graded["accuracy"] == right / kv_span
     with torch.no_grad():
         one.out.bias.copy_(torch.tensor([9.0, -9.0, 9.0, -9.0]))  # says 5 whatever it sees

@@ -1,4 +1,5 @@
-"""Ranks are started, told who they are, stopped with their launcher, and heard once when they fail."""
+"""Ranks are started, told who they are, stopped with their launcher, and heard once when they
+fail."""
 
 import os
 import shlex
@@ -58,7 +59,7 @@ try:
             break
         time.sleep(0.05)
     dist.destroy_process_group()
-    sys.exit(launch.leave(code))
+    sys.exit(launch.report_exit(code))
 except Fault as fault:
     launch.confess(fault, fault.code)
     os._exit(fault.code)
@@ -69,7 +70,8 @@ except Exception as error:
 
 
 def heed_signals() -> None:
-    """What a shell that started the tests in the background ignores would be ignored by all that they start as well."""
+    """What a shell that started the tests in the background ignores would be ignored by all that
+    they start as well."""
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
 
@@ -81,13 +83,27 @@ def launcher(tmp_path: Path):
     started: list[subprocess.Popen] = []
 
     def begin(what: str, restarts: int = 0, before: str = "") -> subprocess.Popen:
-        command = [sys.executable, "-c", LAUNCHER, str(tmp_path / "scratch"), str(restarts), str(tmp_path / "rank.py"), what]
+        command = [
+            sys.executable,
+            "-c",
+            LAUNCHER,
+            str(tmp_path / "scratch"),
+            str(restarts),
+            str(tmp_path / "rank.py"),
+            what,
+        ]
         if before:
             command = ["bash", "-c", f"{before} exec {shlex.join(command)}"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
         process = subprocess.Popen(
-            command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=ROOT, preexec_fn=heed_signals
+            command,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+            preexec_fn=heed_signals,
         )
         started.append(process)
         return process
@@ -138,21 +154,34 @@ def test_the_ranks_of_a_killed_launcher_are_gone_within_five_seconds(launcher) -
 
 
 def open_to_others(process: psutil.Process) -> list[str]:
-    """Sockets of a process and of all that it started which listen beyond the loopback interface, or carry data there."""
-    sockets = [entry for each in [process, *process.children(recursive=True)] for entry in each.net_connections("inet")]
+    """Sockets of a process and of all that it started which listen beyond the loopback interface,
+    or carry data there."""
+    sockets = [
+        entry
+        for each in [process, *process.children(recursive=True)]
+        for entry in each.net_connections("inet")
+    ]
     assert sockets, "nothing was looked at"
-    return [str(entry) for entry in sockets if not entry.laddr.ip.startswith(("127.", "::1", "::ffff:127."))]
+    return [
+        str(entry)
+        for entry in sockets
+        if not entry.laddr.ip.startswith(("127.", "::1", "::ffff:127."))
+    ]
 
 
 def test_no_process_of_a_run_listens_beyond_its_machine(launcher, monkeypatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", next(name for name in psutil.net_if_addrs() if name != "lo"))
+    monkeypatch.setenv(
+        "GLOO_SOCKET_IFNAME", next(name for name in psutil.net_if_addrs() if name != "lo")
+    )
     process = launcher("wait")
     numbers(process)
     assert open_to_others(psutil.Process(process.pid)) == []
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_reaches_the_ranks_which_save_and_leave(launcher, number: signal.Signals, code: int) -> None:
+def test_a_signal_reaches_the_ranks_which_save_and_leave(
+    launcher, number: signal.Signals, code: int
+) -> None:
     process = launcher("wait")
     numbers(process)
     process.send_signal(number)
@@ -168,7 +197,9 @@ def test_a_signal_reaches_the_ranks_which_save_and_leave(launcher, number: signa
     ("ignored", "number", "code"),
     [("HUP", signal.SIGHUP, 143), ("INT QUIT", signal.SIGINT, 143)],
 )
-def test_a_signal_that_was_ignored_when_we_were_started_stays_ignored(launcher, ignored, number, code) -> None:
+def test_a_signal_that_was_ignored_when_we_were_started_stays_ignored(
+    launcher, ignored, number, code
+) -> None:
     process = launcher("wait", before=f"trap '' {ignored};")
     numbers(process)
     process.send_signal(number)

@@ -1,6 +1,5 @@
-"""Machines meet under their own numbers, in rounds; who is missing, double or gone is said; nothing is unpickled."""
-# MERGED-DOC tests.trainer.test_nodes
-"""launch=multinode: several machines meet, train one run, and go on when one of them was lost and came back."""
+"""Machines meet under their own numbers, in rounds; who is missing, double or gone is said; nothing
+is unpickled."""
 
 import os
 import pickle
@@ -32,7 +31,8 @@ def free_port() -> int:
 
 @pytest.fixture
 def machines(monkeypatch):
-    """Make machines of one run; what they say is in `said`, and what they meet in `met` or in `refused`."""
+    """Make machines of one run; what they say is in `said`, and what they meet in `met` or in
+    `refused`."""
     monkeypatch.setattr(rendezvous, "SILENCE_S", 2.5)
     monkeypatch.setattr(pickle, "loads", lambda *_: pytest.fail("something was unpickled"))
     port = free_port()
@@ -40,7 +40,9 @@ def machines(monkeypatch):
     class Machine:
         def __init__(self, rank: int, many: int = 3, wait_s: float = 30):
             self.said: list[str] = []
-            self.handler = Rendezvous(Nodes(many, rank, f"127.0.0.1:{port}", None, "run", wait_s), self.said.append)
+            self.handler = Rendezvous(
+                Nodes(many, rank, f"127.0.0.1:{port}", None, "run", wait_s), self.said.append
+            )
             self.met: list[tuple[int, int]] = []
             self.refused = ""
 
@@ -68,14 +70,23 @@ def together(*machines) -> None:
         thread.join(40)
 
 
-def test_ranks_follow_the_numbers_whoever_comes_first_and_each_machine_says_one_line(machines) -> None:
+def test_ranks_follow_the_numbers_whoever_comes_first_and_each_machine_says_one_line(
+    machines,
+) -> None:
     last, middle, first = machines(2), machines(1), machines(0)
     together(last, middle, first)
     assert [machine.met for machine in (first, middle, last)] == [[(0, 3)], [(1, 3)], [(2, 3)]]
     assert [len(machine.said) for machine in (first, middle, last)] == [1, 1, 1]
-    assert first.said[0].startswith("machine 0 of 3") and "this console tells of the run" in first.said[0]
+    assert (
+        first.said[0].startswith("machine 0 of 3")
+        and "this console tells of the run" in first.said[0]
+    )
     assert last.said[0].startswith("machine 2 of 3") and "machine 0 (" in last.said[0]
-    mine = {entry.laddr.ip for entry in psutil.Process().net_connections("inet") if entry.status == psutil.CONN_LISTEN}
+    mine = {
+        entry.laddr.ip
+        for entry in psutil.Process().net_connections("inet")
+        if entry.status == psutil.CONN_LISTEN
+    }
     assert mine == {"127.0.0.1"}
 
 
@@ -103,7 +114,10 @@ def test_two_machines_of_one_number_are_refused_and_the_run_goes_on(machines) ->
     while thread.is_alive():
         assert first.handler.num_nodes_waiting() == second.handler.num_nodes_waiting() == 0
         time.sleep(0.05)
-    assert double.refused.startswith("launch.node_rank=1: ") and "a number of its own" in double.refused
+    assert (
+        double.refused.startswith("launch.node_rank=1: ")
+        and "a number of its own" in double.refused
+    )
 
 
 def test_a_machine_that_does_not_come_is_named(machines) -> None:
@@ -121,7 +135,14 @@ def test_machines_that_count_differently_are_refused(machines) -> None:
     together(first, second)
     assert "launch.nodes=2, but machine 1" in first.refused and "launch.nodes=3" in second.refused
 
-FINE = ("launch=multinode", "launch.node_rank=1", "launch.rdzv_endpoint=node0:29500", "run_dir=shared", "parallel.context=2")
+
+FINE = (
+    "launch=multinode",
+    "launch.node_rank=1",
+    "launch.rdzv_endpoint=node0:29500",
+    "run_dir=shared",
+    "parallel.context=2",
+)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +150,10 @@ FINE = ("launch=multinode", "launch.node_rank=1", "launch.rdzv_endpoint=node0:29
     [
         ("launch.rdzv_endpoint=node0", "launch.rdzv_endpoint=node0: machines meet at HOST:PORT"),
         ("launch.rdzv_endpoint=null", "launch.rdzv_endpoint=null: machines meet at HOST:PORT"),
-        ("launch.node_rank=2", "launch.node_rank=2: give each of the 2 machines a number from 0 to 1"),
+        (
+            "launch.node_rank=2",
+            "launch.node_rank=2: give each of the 2 machines a number from 0 to 1",
+        ),
         ("launch.node_rank=null", "launch.node_rank=null: give each"),
         ("parallel.context=3", "3 ranks do not divide among launch.nodes=2 machines"),
         ("run_dir=null", "give run_dir=PATH, a folder that all of them see"),
@@ -145,7 +169,9 @@ def test_machines_that_could_not_meet_are_refused(word: str, message: str) -> No
 def machine(words: list[str], rank: int) -> subprocess.Popen:
     own = ("launch=multinode", f"launch.node_rank={rank}", f"launch.address=127.0.0.{2 + rank}")
     command = [sys.executable, "-m", "trainer", *words, *own]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def until(place: Path, step: int, process: subprocess.Popen) -> None:
@@ -158,9 +184,25 @@ def until(place: Path, step: int, process: subprocess.Popen) -> None:
 @pytest.mark.full
 def test_two_machines_train_on_after_one_was_killed_and_came_back(tmp_path: Path) -> None:
     place, port = tmp_path / "run", 20000 + os.getpid() % 20000
-    words = ["data=files", f"data.path={write_documents(tmp_path / 'text')}", f"data.cache={tmp_path / 'cache'}"]
-    words += ["context_length=64", "batch_tokens=256", "model.width=32", "model.layers=2", "parallel.context=2", "steps=9999"]
-    words += ["checkpoint.every=10", "evaluation.every=0", "wandb.mode=disabled", f"run_dir={place}"]
+    words = [
+        "data=files",
+        f"data.path={write_documents(tmp_path / 'text')}",
+        f"data.cache={tmp_path / 'cache'}",
+    ]
+    words += [
+        "context_length=64",
+        "batch_tokens=256",
+        "model.width=32",
+        "model.layers=2",
+        "parallel.context=2",
+        "steps=9999",
+    ]
+    words += [
+        "checkpoint.every=10",
+        "evaluation.every=0",
+        "wandb.mode=disabled",
+        f"run_dir={place}",
+    ]
     words += [f"launch.rdzv_endpoint=127.0.0.1:{port}"]
     machines = [machine(words, rank) for rank in range(2)]
     try:

@@ -1,4 +1,5 @@
-"""launch=slurm: what sbatch is handed, and what the job does with it, on a machine whose Slurm is a few shell scripts."""
+"""launch=slurm: what sbatch is handed, and what the job does with it, on a machine whose Slurm is a
+few shell scripts."""
 
 import functools
 import os
@@ -22,7 +23,14 @@ from trainer.sweep.batch import check_jobs
 from trainer.sweep.hydra_launcher import SweepPlan
 from trainer.sweep.jobs import Job
 
-WORDS = ("launch=slurm", "launch.nodes=2", "parallel.context=4", "model.width=32", "model.layers=1", "wandb.mode=disabled")
+WORDS = (
+    "launch=slurm",
+    "launch.nodes=2",
+    "parallel.context=4",
+    "model.width=32",
+    "model.layers=1",
+    "wandb.mode=disabled",
+)
 RECORD = 'printf "%s\\n" "$(basename "$0") $*" >> "$LOG"\n'
 TOOLS = {
     "sbatch": RECORD + '[ -n "$FULL" ] && { echo "QOSMaxSubmitJobPerUserLimit" >&2; exit 1; }; echo "7007;cluster"',
@@ -52,7 +60,12 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in TOOLS.items():
         (home / name).write_text(f"#!/bin/bash\n{text}\n")
         (home / name).chmod(0o755)
-    usual = {"PATH": f"{home}:{os.environ['PATH']}", "LOG": str(tmp_path / "log"), "FULL": "", "END": ""}
+    usual = {
+        "PATH": f"{home}:{os.environ['PATH']}",
+        "LOG": str(tmp_path / "log"),
+        "FULL": "",
+        "END": "",
+    }
     for key, value in {**usual, "SLURM_JOB_NODELIST": "node[8-9]", "SLURM_JOB_ID": "7007"}.items():
         monkeypatch.setenv(key, value)
     return tmp_path
@@ -72,24 +85,42 @@ def faults(*words: str) -> list[str]:
 
 
 def directives(text: str) -> list[str]:
-    return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+    return [
+        line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")
+    ]
 
 
 def test_sbatch_is_told_of_machines_time_and_the_warning_before_its_end() -> None:
-    more = ("launch.partition=gpu", "launch.account=lab", "launch.time=2-12:00", "launch.cores=3", "launch.grace_s=90")
-    text = slurm.script(composed(*more, "launch.options=['--qos=low']", "name=mine"), Path("/shared/a 100%/run"), WORDS)
+    more = (
+        "launch.partition=gpu",
+        "launch.account=lab",
+        "launch.time=2-12:00",
+        "launch.cores=3",
+        "launch.grace_s=90",
+    )
+    text = slurm.script(
+        composed(*more, "launch.options=['--qos=low']", "name=mine"),
+        Path("/shared/a 100%/run"),
+        WORDS,
+    )
     assert directives(text) == [
         "--job-name=mine", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=6", "--gpus-per-node=2", "--partition=gpu",
         "--account=lab", "--time=2-12:00", '--output="/shared/a 100%%/run/slurm-%j.out"', "--open-mode=append", "--requeue",
         "--signal=B:USR1@150", "--qos=low",
     ]  # fmt: skip
-    assert text.startswith("#!/bin/bash\n#SBATCH"), "sbatch stops reading its options at the first command"
+    assert text.startswith("#!/bin/bash\n#SBATCH"), (
+        "sbatch stops reading its options at the first command"
+    )
 
 
 def test_what_is_not_asked_for_is_left_to_slurm() -> None:
-    told = directives(slurm.script(composed("launch.gpus=0", "launch.requeue=false"), Path("/run"), WORDS))
+    told = directives(
+        slurm.script(composed("launch.gpus=0", "launch.requeue=false"), Path("/run"), WORDS)
+    )
     assert "--no-requeue" in told and "--requeue" not in told
-    assert not [each for each in told if each.startswith(("--gpus", "--partition", "--account", "--time"))]
+    assert not [
+        each for each in told if each.startswith(("--gpus", "--partition", "--account", "--time"))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -101,26 +132,45 @@ def test_what_is_not_asked_for_is_left_to_slurm() -> None:
         (("resume=never",), "resume=never, but a job that is put back has to resume"),
         (("checkpoint.every=0",), "checkpoint.every=0 saves nothing"),
         (("launch.options=[qos]",), "launch.options=qos: options of sbatch begin with -"),
-        (("launch.node_rank=0",), "launch.node_rank=0 is for several machines, but launch=slurm; use launch=multinode"),
-        (("launch.name=local", "launch.nodes=1", "launch.cores=2"), "launch.cores=2 is for a batch job, but launch=local"),
+        (
+            ("launch.node_rank=0",),
+            "launch.node_rank=0 is for several machines, but launch=slurm; use launch=multinode",
+        ),
+        (
+            ("launch.name=local", "launch.nodes=1", "launch.cores=2"),
+            "launch.cores=2 is for a batch job, but launch=local",
+        ),
     ],
 )
-def test_jobs_that_could_not_run_or_go_on_are_refused(cluster: Path, words: tuple[str, ...], message: str) -> None:
+def test_jobs_that_could_not_run_or_go_on_are_refused(
+    cluster: Path, words: tuple[str, ...], message: str
+) -> None:
     found = faults(*WORDS, *words)
     assert len(found) == 1 and message in found[0]
 
 
-@pytest.mark.parametrize("path", ["/shared/a\n#SBATCH --uid=0\n", "/shared/a\rb", "/shared/a\u2028b", "a\x1b[2J"])
-def test_a_run_directory_that_would_begin_a_line_of_its_own_is_refused(cluster: Path, path: str) -> None:
+@pytest.mark.parametrize(
+    "path", ["/shared/a\n#SBATCH --uid=0\n", "/shared/a\rb", "/shared/a\u2028b", "a\x1b[2J"]
+)
+def test_a_run_directory_that_would_begin_a_line_of_its_own_is_refused(
+    cluster: Path, path: str
+) -> None:
     for words in (WORDS, WORDS[2:]):
         asked = composed(*words) if words is WORDS else compose(list(words)).config
-        assert asked is not None and check_config(asked.model_copy(update={"run_dir": "/shared/a ü=b"})) == []
+        assert (
+            asked is not None
+            and check_config(asked.model_copy(update={"run_dir": "/shared/a ü=b"})) == []
+        )
         found = check_config(asked.model_copy(update={"run_dir": path}))
         assert len(found) == 1 and "control character" in found[0] and found[0].isprintable()
 
 
 def test_a_job_that_never_comes_back_need_not_resume(cluster: Path) -> None:
-    assert faults(*WORDS) == [] == faults(*WORDS, "launch.requeue=false", "resume=never", "checkpoint.every=0")
+    assert (
+        faults(*WORDS)
+        == []
+        == faults(*WORDS, "launch.requeue=false", "resume=never", "checkpoint.every=0")
+    )
 
 
 def test_without_sbatch_only_the_script_can_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,11 +185,15 @@ def test_ranks_are_not_counted_against_the_machine_that_only_submits(cluster: Pa
     assert faults(*WORDS, "parallel.data=4096", "batch_tokens=8388608") == []
 
 
-def test_a_dry_run_prints_the_script_and_leaves_no_trace(cluster: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_dry_run_prints_the_script_and_leaves_no_trace(
+    cluster: Path, capsys: pytest.CaptureFixture
+) -> None:
     words = [*WORDS, f"run_dir={cluster / 'run'}", "launch.dry_run=true"]
     assert trainer.main(words) == 0
     told = capsys.readouterr().out
-    assert told.startswith("#!/bin/bash") and told.endswith("# nothing was submitted (launch.dry_run=true)\n")
+    assert told.startswith("#!/bin/bash") and told.endswith(
+        "# nothing was submitted (launch.dry_run=true)\n"
+    )
     assert "dry_run=true" not in told.partition("# nothing")[0], "the job itself is no dry run"
     assert not (cluster / "log").exists() and not (cluster / "run").exists()
 
@@ -150,10 +204,18 @@ def test_sbatch_gets_the_script_of_the_run_directory_and_may_refuse_it(
     path = cluster / "run"
     assert trainer.main([*WORDS, f"run_dir={path}"]) == 0
     assert (cluster / "log").read_text() == f"sbatch --parsable {path / slurm.SCRIPT}\n"
-    assert f"job 7007 is in the queue; what it says will be in {path / 'slurm-7007.out'}" in capsys.readouterr().out
-    assert not prepare.directory.holds_run(path), "the run is recorded where it runs"
+    assert (
+        f"job 7007 is in the queue; what it says will be in {path / 'slurm-7007.out'}"
+        in capsys.readouterr().out
+    )
+    assert not prepare.run_dir.holds_run(path), "the run is recorded where it runs"
     monkeypatch.setenv("FULL", "yes")
-    with pytest.raises(UserError, match=r"sbatch does not take the job: QOSMaxSubmitJobPerUserLimit; the script is .*slurm.sh"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"sbatch does not take the job: QOSMaxSubmitJobPerUserLimit; the script is .*slurm.sh"
+        ),
+    ):
         slurm.submit(composed(), path, WORDS)
 
 
@@ -171,8 +233,15 @@ def test_a_sweep_does_not_hand_its_jobs_over(cluster: Path) -> None:
 
 
 @pytest.mark.parametrize(("nodes", "name"), [(1, "local"), (2, "multinode")])
-def test_within_the_job_it_is_the_same_run_on_this_machine_or_on_one_of_several(nodes: int, name: str) -> None:
-    asked = composed(f"launch.nodes={nodes}", "launch.partition=gpu", "launch.setup=['true']", f"run_dir={Path.cwd()}/none")
+def test_within_the_job_it_is_the_same_run_on_this_machine_or_on_one_of_several(
+    nodes: int, name: str
+) -> None:
+    asked = composed(
+        f"launch.nodes={nodes}",
+        "launch.partition=gpu",
+        "launch.setup=['true']",
+        f"run_dir={Path.cwd()}/none",
+    )
     found = slurm.here(asked, 0, "node8:27007")
     assert found.launch.name == name and check_config(found) == []
     assert found.model_copy(update={"launch": asked.launch}) == asked
@@ -184,7 +253,9 @@ def started(cluster: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> subp
     """The script in the hands of bash, as Slurm would run it."""
     monkeypatch.setattr(sys, "executable", str(cluster / "bin" / "python"))
     file = cluster / "slurm.sh"
-    file.write_text(slurm.script(composed(*words), cluster / "it's a run", [*WORDS, *words, "run_dir=other"]))
+    file.write_text(
+        slurm.script(composed(*words), cluster / "it's a run", [*WORDS, *words, "run_dir=other"])
+    )
     return subprocess.Popen(["bash", str(file)], cwd="/")
 
 
@@ -194,7 +265,10 @@ def calls(cluster: Path, tool: str, many: int) -> list[list[str]]:
     while True:
         log = cluster / "log"
         lines = log.read_text().splitlines() if log.exists() else []
-        if len(found := [line for line in lines if line.startswith(tool)]) >= many or time.monotonic() > end:
+        if (
+            len(found := [line for line in lines if line.startswith(tool)]) >= many
+            or time.monotonic() > end
+        ):
             return [line.split(" ", 1)[1].split() for line in found]
         time.sleep(0.02)
 
@@ -204,21 +278,29 @@ def test_every_machine_is_given_the_settings_its_number_and_the_first_machine(
     cluster: Path, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     monkeypatch.setenv("END", end)
-    assert started(cluster, monkeypatch, "launch.setup=['export MARK=1','echo ready > \"$LOG.$MARK\"']").wait(60) == int(end)
+    assert started(
+        cluster, monkeypatch, "launch.setup=['export MARK=1','echo ready > \"$LOG.$MARK\"']"
+    ).wait(60) == int(end)
     found = sorted((cluster / "log").read_text().splitlines())
     tasks = [line for line in found if line.startswith("python")]
     assert len(tasks) == 2
     for number, task in enumerate(tasks):
         told = task.removeprefix(f"python -u -m trainer {slurm.IN_JOB} ")
-        assert told.startswith(f"{number} node8:27007 launch=slurm launch.nodes=2 parallel.context=4 ")
+        assert told.startswith(
+            f"{number} node8:27007 launch=slurm launch.nodes=2 parallel.context=4 "
+        )
         quoted = "it\\'s a run"
         assert told.endswith(f" run_dir='{cluster}/{quoted}'") and "run_dir=other" not in told
-    assert "--nodes=2 --ntasks=2 --cpus-per-task=8 --kill-on-bad-exit=0 --wait=60" in shlex.join(calls(cluster, "srun", 1)[0])
+    assert "--nodes=2 --ntasks=2 --cpus-per-task=8 --kill-on-bad-exit=0 --wait=60" in shlex.join(
+        calls(cluster, "srun", 1)[0]
+    )
     assert (cluster / "log.1").read_text() == "ready\n"
     assert not [line for line in found if "requeue" in line]
 
 
-def test_the_path_of_the_run_arrives_as_it_was_given(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_path_of_the_run_arrives_as_it_was_given(
+    cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quoted = str(cluster / "it's a run").replace("'", "\\'")
     assert composed(f"run_dir='{quoted}'").run_dir == str(cluster / "it's a run")
 
@@ -232,7 +314,11 @@ def test_the_path_of_the_run_arrives_as_it_was_given(cluster: Path, monkeypatch:
     ],
 )
 def test_a_warned_job_saves_and_is_put_back_and_a_cancelled_one_is_not(
-    cluster: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, words: tuple[str, ...], back: bool
+    cluster: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    words: tuple[str, ...],
+    back: bool,
 ) -> None:
     process = started(cluster, monkeypatch, *words)
     try:
@@ -246,8 +332,12 @@ def test_a_warned_job_saves_and_is_put_back_and_a_cancelled_one_is_not(
         process.kill()
 
 
-def test_a_warned_job_whose_ranks_failed_is_not_put_back(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (cluster / "bin" / "python").write_text(f"#!/bin/bash\n{RECORD}trap 'exit 3' TERM\nwhile :; do sleep 0.05; done\n")
+def test_a_warned_job_whose_ranks_failed_is_not_put_back(
+    cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cluster / "bin" / "python").write_text(
+        f"#!/bin/bash\n{RECORD}trap 'exit 3' TERM\nwhile :; do sleep 0.05; done\n"
+    )
     process = started(cluster, monkeypatch)
     assert len(calls(cluster, "python", 2)) == 2
     time.sleep(0.2)

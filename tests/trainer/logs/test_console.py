@@ -1,4 +1,5 @@
-"""The console: plain lines where there is no terminal, a bar where there is one, nothing on other ranks."""
+"""The console: plain lines where there is no terminal, a bar where there is one, nothing on other
+ranks."""
 
 import io
 
@@ -71,7 +72,9 @@ def test_the_last_screen_lists_what_is_there_and_nothing_else(tmp_path):
     (tmp_path / "evaluation.jsonl").write_text("")
     for step in (1, 2):
         (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
-    Console(1, file=file).finish(tmp_path, wandb=str(tmp_path), more=["python -m scripts.generate x"])
+    Console(1, file=file).finish(
+        tmp_path, wandb=str(tmp_path), more=["python -m scripts.generate x"]
+    )
     text = file.getvalue()
     assert str(tmp_path / "metrics.jsonl") in text and "step_00000002" in text
     assert "step_00000001" not in text and "evaluation.jsonl" not in text and "plots" not in text
@@ -82,5 +85,11 @@ def test_the_last_screen_lists_what_is_there_and_nothing_else(tmp_path):
 
 
 def test_numbers_are_short():
-    assert [count(number) for number in (0.5, 950, 12345, 4.56e6, 7e9)] == ["0.5", "950", "12.3k", "4.56M", "7G"]
+    assert [count(number) for number in (0.5, 950, 12345, 4.56e6, 7e9)] == [
+        "0.5",
+        "950",
+        "12.3k",
+        "4.56M",
+        "7G",
+    ]
     assert [duration(seconds) for seconds in (4.6, 65, 3723)] == ["0:05", "1:05", "1:02:03"]

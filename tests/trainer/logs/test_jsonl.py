@@ -7,7 +7,15 @@ import pytest
 
 from trainer.logs.jsonl import Evaluations, Metrics, MetricsRow, read
 
-FIELDS = ["step", "loss", "tokens", "tokens_per_second", "step_seconds", "grad_norm", "learning_rate"]
+FIELDS = [
+    "step",
+    "loss",
+    "tokens",
+    "tokens_per_second",
+    "step_seconds",
+    "grad_norm",
+    "learning_rate",
+]
 FIELDS += ["peak_memory_bytes", "mfu"]
 
 
@@ -25,15 +33,26 @@ def test_a_row_is_on_the_disk_at_once_with_exactly_the_agreed_fields(tmp_path):
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert text.endswith("\n") and list(json.loads(text)) == FIELDS
     assert json.loads(text)["loss"] is None
-    Evaluations(tmp_path).add(1, "held_out", 2.0, by_position=[{"begin": 0, "end": 1, "loss": float("inf")}])
+    Evaluations(tmp_path).add(
+        1, "held_out", 2.0, by_position=[{"begin": 0, "end": 1, "loss": float("inf")}]
+    )
     assert list(read(tmp_path / "evaluation.jsonl")) == [
-        {"step": 1, "name": "held_out", "value": 2.0, "by_position": [{"begin": 0, "end": 1, "loss": None}]}
+        {
+            "step": 1,
+            "name": "held_out",
+            "value": 2.0,
+            "by_position": [{"begin": 0, "end": 1, "loss": None}],
+        }
     ]
 
 
 def test_what_layers_tell_stands_in_the_row_where_they_tell_something(tmp_path):
     metrics = Metrics(tmp_path)
-    metrics.add(row(1)._replace(auxiliary={"balance": 0.1}, statistics={"load": 1.5, "blocks.1.feedforward/load": 1.5}))
+    metrics.add(
+        row(1)._replace(
+            auxiliary={"balance": 0.1}, statistics={"load": 1.5, "blocks.1.feedforward/load": 1.5}
+        )
+    )
     (found,) = read(metrics.path)
     assert list(found) == [*FIELDS, "auxiliary", "statistics"]
     assert found["statistics"] == {"load": 1.5, "blocks.1.feedforward/load": 1.5}

@@ -1,4 +1,5 @@
-"""What W&B is told of a run: the config first, then W&B's own variables; what it would not take is refused before the start."""
+"""What W&B is told of a run: the config first, then W&B's own variables; what it would not take is
+refused before the start."""
 
 import os
 import tempfile
@@ -27,7 +28,15 @@ VARIABLES = {
     "WANDB_NOTES": "why",
     "WANDB_RUN_GROUP": "lot",
 }
-WORDS = ["wandb.project=p", "wandb.entity=e", "wandb.name=n", "wandb.tags=[t]", "wandb.notes=x", "wandb.group=g", "wandb.id=i"]
+WORDS = [
+    "wandb.project=p",
+    "wandb.entity=e",
+    "wandb.name=n",
+    "wandb.tags=[t]",
+    "wandb.notes=x",
+    "wandb.group=g",
+    "wandb.id=i",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +94,9 @@ def test_what_wandb_would_not_take_is_refused(word, message):
         ("WANDB_DIR", "/proc/nowhere/x", "WANDB_DIR=/proc/nowhere/x: /proc cannot be written to"),
     ],
 )
-def test_a_variable_that_wandb_would_not_take_is_refused_by_its_name(monkeypatch, name, value, message):
+def test_a_variable_that_wandb_would_not_take_is_refused_by_its_name(
+    monkeypatch, name, value, message
+):
     monkeypatch.setattr(os, "access", lambda place, mode: not str(place).startswith("/proc"))
     monkeypatch.setenv(name, value)
     faults = check_config(config())

@@ -16,7 +16,10 @@ def write(directory: Path, steps: int, evaluations: int) -> None:
     rows = [{"step": s, "loss": 1 + 1 / s, "tokens": 64 * s} for s in range(1, steps + 1)]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     bars = [{"begin": 2**b // 2, "end": 2**b, "loss": 3.0 - b / 4} for b in range(5)]
-    rows = [{"step": 10 * e, "name": "held_out", "value": 2.0, "by_position": bars} for e in range(1, evaluations + 1)]
+    rows = [
+        {"step": 10 * e, "name": "held_out", "value": 2.0, "by_position": bars}
+        for e in range(1, evaluations + 1)
+    ]
     (directory / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -24,7 +27,11 @@ def write(directory: Path, steps: int, evaluations: int) -> None:
 def figures(monkeypatch):
     """The figures that are saved, by file name."""
     kept, save = {}, plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: kept.setdefault(path.name, figure) and save(figure, path))
+    monkeypatch.setattr(
+        plots,
+        "_save",
+        lambda figure, path: kept.setdefault(path.name, figure) and save(figure, path),
+    )
     return kept
 
 
@@ -32,7 +39,9 @@ def test_both_pictures_are_drawn_from_the_rows(tmp_path, figures):
     write(tmp_path / "my_run", steps=120, evaluations=3)
     made = plots.plots(tmp_path / "my_run")
     assert [path.name for path in made] == ["loss.png", "loss_by_position.png"]
-    assert all(path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 10_000 for path in made)
+    assert all(
+        path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 10_000 for path in made
+    )
     axes = figures["loss.png"].axes[0]
     raw, smooth, held_out = axes.get_lines()
     assert list(raw.get_xdata()) == list(range(1, 121))
@@ -42,7 +51,11 @@ def test_both_pictures_are_drawn_from_the_rows(tmp_path, figures):
     assert "my_run" in axes.get_title(loc="left")
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "loss (nats per token)")
     by_position = figures["loss_by_position.png"].axes[0]
-    assert [line.get_label() for line in by_position.get_lines()] == ["step 10", "step 20", "step 30"]
+    assert [line.get_label() for line in by_position.get_lines()] == [
+        "step 10",
+        "step 20",
+        "step 30",
+    ]
     assert list(by_position.get_lines()[-1].get_ydata()) == [3.0, 2.75, 2.5, 2.25, 2.0]
 
 
@@ -66,10 +79,18 @@ def test_grades_of_a_task_are_a_table_and_a_picture(tmp_path, figures):
             file.write(json.dumps({"step": step, "name": "wrong_bits", "value": wrong}) + "\n")
     want = [{"step": 10, "accuracy": 0.25, "wrong_bits": 0.5}, {"step": 20, "accuracy": 0.75}]
     assert plots.grades(tmp_path / "run") == want
-    assert [path.name for path in plots.plots(tmp_path / "run")] == ["loss.png", "loss_by_position.png", "grades.png"]
+    assert [path.name for path in plots.plots(tmp_path / "run")] == [
+        "loss.png",
+        "loss_by_position.png",
+        "grades.png",
+    ]
     accuracy, wrong = figures["grades.png"].axes[0].get_lines()
     assert [list(accuracy.get_xdata()), list(accuracy.get_ydata())] == [[10, 20], [0.25, 0.75]]
-    assert (accuracy.get_label(), wrong.get_label(), list(wrong.get_ydata())) == ("accuracy", "wrong_bits", [0.5])
+    assert (accuracy.get_label(), wrong.get_label(), list(wrong.get_ydata())) == (
+        "accuracy",
+        "wrong_bits",
+        [0.5],
+    )
 
 
 def test_attention_has_a_row_for_each_softmax_and_a_picture_for_each_head(tmp_path, figures):

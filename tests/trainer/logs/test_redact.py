@@ -1,4 +1,5 @@
-"""Secrets are hidden by key, by place and by shape, wherever a config or a command is shown, and nothing else is."""
+"""Secrets are hidden by key, by place and by shape, wherever a config or a command is shown, and
+nothing else is."""
 
 import json
 
@@ -32,7 +33,10 @@ def test_a_key_that_names_a_secret_hides_its_value(key):
 )  # fmt: skip
 def test_what_is_no_secret_is_shown(key):
     assert not secret_key(key)
-    assert without_secrets({key: "value"}) == {key: "value"} and word_without_secrets(f"{key}=8") == f"{key}=8"
+    assert (
+        without_secrets({key: "value"}) == {key: "value"}
+        and word_without_secrets(f"{key}=8") == f"{key}=8"
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,7 +65,11 @@ def test_what_is_no_secret_is_shown(key):
     ],
 )
 def test_secrets_inside_of_values_are_hidden(text):
-    for shown in (redacted(text), str(without_secrets({"setup": [text]})), word_without_secrets(f"launch.setup=[{text}]")):
+    for shown in (
+        redacted(text),
+        str(without_secrets({"setup": [text]})),
+        word_without_secrets(f"launch.setup=[{text}]"),
+    ):
         assert SECRET not in shown and "***" in shown
         assert not any(sign in shown for sign in ("hf_AbCd", "AKIAIO", "ghp_abc", "MIIE"))
 
@@ -79,8 +87,16 @@ def test_ordinary_values_stay_as_they_are(text):
 
 
 def test_an_option_and_its_secret_may_be_two_words():
-    assert without_secrets(["--password", SECRET, "--size", "3"]) == ["--password", "***", "--size", "3"]
-    assert without_secrets({"a": [{"api_key": "k"}], "token": None}) == {"a": [{"api_key": "***"}], "token": None}
+    assert without_secrets(["--password", SECRET, "--size", "3"]) == [
+        "--password",
+        "***",
+        "--size",
+        "3",
+    ]
+    assert without_secrets({"a": [{"api_key": "k"}], "token": None}) == {
+        "a": [{"api_key": "***"}],
+        "token": None,
+    }
 
 
 def test_the_names_of_a_sweeps_jobs_hold_no_secret(tmp_path):

@@ -1,4 +1,5 @@
-"""The logs of a run: summary.json, what W&B is given, and what a run that goes on leaves as it was."""
+"""The logs of a run: summary.json, what W&B is given, and what a run that goes on leaves as it
+was."""
 
 import io
 import json
@@ -32,14 +33,20 @@ class Recorder:
     def evaluation(self, step: int, name: str, value: float, by_position: Any = None) -> None:
         self.given.append((step, name, value, by_position))
 
-    def finish(self, told: dict[str, Any], images: Any, *, tables: Any, checkpoint: Path | None = None) -> None:
+    def finish(
+        self, told: dict[str, Any], images: Any, *, tables: Any, checkpoint: Path | None = None
+    ) -> None:
         self.given.append((told, [image.name for image in images], checkpoint))
         self.tables = tables
 
 
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_logger, "importlib", SimpleNamespace(import_module=lambda name: SimpleNamespace(Wandb=Recorder)))
+    monkeypatch.setattr(
+        run_logger,
+        "importlib",
+        SimpleNamespace(import_module=lambda name: SimpleNamespace(Wandb=Recorder)),
+    )
 
 
 def config(*words: str) -> Config:
@@ -70,15 +77,32 @@ def test_a_run_notes_its_facts_and_wandb_gets_all_of_them(tmp_path: Path) -> Non
     log.evaluation(3, "held_out_loss", 2.5, tokens=9, by_position=BARS)
     assert log.close(3, 192, {"held_out_loss": 2.25}) == "there"
     facts = {"step": 3, "tokens": 192, "best_loss": 1.0, "best_held_out_loss": 2.25}
-    facts |= {"tokens_per_second": 250.0, "peak_memory_bytes": 3e6, "parameters": 7, "sent_bytes_per_step": 5}
+    facts |= {
+        "tokens_per_second": 250.0,
+        "peak_memory_bytes": 3e6,
+        "parameters": 7,
+        "sent_bytes_per_step": 5,
+    }
     assert summary.read(tmp_path) == facts
     sent = log.wandb
     assert sent.given[:4] == [1, 2, 3, (3, "held_out_loss", 2.5, BARS)]
-    assert sent.given[4] == (facts, ["loss.png", "loss_by_position.png"], tmp_path / "checkpoints" / "step_00000003")
+    assert sent.given[4] == (
+        facts,
+        ["loss.png", "loss_by_position.png"],
+        tmp_path / "checkpoints" / "step_00000003",
+    )
     assert sent.tables == {}
-    assert (sent.settings["name"], sent.settings["group"], sent.settings["tags"]) == ("mine", "g", ["a", "b"])
+    assert (sent.settings["name"], sent.settings["group"], sent.settings["tags"]) == (
+        "mine",
+        "g",
+        ["a", "b"],
+    )
     code = sent.settings["config"]["code"]
-    assert code["commit"] == "c0ffee" and code["changed"] is True and code["command"] == ["x", "data.hf_token=***"]
+    assert (
+        code["commit"] == "c0ffee"
+        and code["changed"] is True
+        and code["command"] == ["x", "data.hf_token=***"]
+    )
     assert "secret line" not in str(sent.settings)
 
 
@@ -103,14 +127,20 @@ def test_a_run_that_goes_on_keeps_its_facts_and_its_best(tmp_path: Path) -> None
     assert second.close(2, 128, {}) is None
     found = summary.read(tmp_path)
     assert (found["parameters"], found["ranks"], found["best_loss"]) == (7, 2, 0.5)
-    assert [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0.5, 2.0]
+    assert [
+        json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ] == [0.5, 2.0]
 
 
 def some_map() -> AttentionMap:
-    return AttentionMap("blocks.0.mixer.mix", torch.eye(3)[None], 1, Span.line(1, 3), Span.line(1, 3))
+    return AttentionMap(
+        "blocks.0.mixer.mix", torch.eye(3)[None], 1, Span.line(1, 3), Span.line(1, 3)
+    )
 
 
-def test_grades_reach_the_summary_a_picture_and_a_table_those_before_a_resume_too(tmp_path: Path) -> None:
+def test_grades_reach_the_summary_a_picture_and_a_table_those_before_a_resume_too(
+    tmp_path: Path,
+) -> None:
     def evaluated(log: run_logger.RunLogger, step: int, accuracy: float) -> None:
         log.step(row(step, 1.0))
         log.evaluation(step, "held_out_loss", 2.0, tokens=9, by_position=BARS)
@@ -128,13 +158,17 @@ def test_grades_reach_the_summary_a_picture_and_a_table_those_before_a_resume_to
     told, images, _ = second.wandb.given[-1]
     assert told["held_out_accuracy"] == summary.read(tmp_path)["held_out_accuracy"] == 0.5
     assert images == ["loss.png", "loss_by_position.png", "grades.png", "attention.png"]
-    assert second.wandb.tables == {"held_out_grades": [{"step": 1, "accuracy": 0.25}, {"step": 2, "accuracy": 0.5}]}
+    assert second.wandb.tables == {
+        "held_out_grades": [{"step": 1, "accuracy": 0.25}, {"step": 2, "accuracy": 0.5}]
+    }
     assert (tmp_path / "report" / "attention.png").is_file()
 
 
 def test_a_model_without_maps_is_said_and_the_run_goes_on(tmp_path: Path) -> None:
     screen = io.StringIO()
-    log = run_logger.RunLogger(tmp_path, config("wandb.mode=disabled"), Console(3, file=screen), writes=True)
+    log = run_logger.RunLogger(
+        tmp_path, config("wandb.mode=disabled"), Console(3, file=screen), writes=True
+    )
     log.open(0, None)
     log.maps(3, [], 0)
     assert screen.getvalue().splitlines() == [run_logger.NO_MAPS]

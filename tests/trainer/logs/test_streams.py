@@ -1,4 +1,5 @@
-"""Standard output and error never end a program, whatever they are; texts do nothing to a terminal."""
+"""Standard output and error never end a program, whatever they are; texts do nothing to a
+terminal."""
 
 import io
 import os
@@ -28,7 +29,15 @@ open(sys.argv[1], "w").write("to the end")
 
 @pytest.mark.parametrize(
     "shell",
-    ["| head -1", "> /dev/full", "> /dev/full 2>&1", ">&-", ">&- 2>&-", "<&- >&- 2>&-", "2>&1 | cat"],
+    [
+        "| head -1",
+        "> /dev/full",
+        "> /dev/full 2>&1",
+        ">&-",
+        ">&- 2>&-",
+        "<&- >&- 2>&-",
+        "2>&1 | cat",
+    ],
     ids=["left", "full", "both full", "closed", "both closed", "all closed", "ascii"],
 )
 def test_a_program_gets_to_its_end(tmp_path: Path, shell: str) -> None:
@@ -36,7 +45,12 @@ def test_a_program_gets_to_its_end(tmp_path: Path, shell: str) -> None:
     command = f"{sys.executable} -c '{PROGRAM}' {end} {shell}"
     encoding = {"PYTHONIOENCODING": "ascii"} if "cat" in shell else {}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **encoding}
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], env=environment, capture_output=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        env=environment,
+        capture_output=True,
+        timeout=60,
+    )
     assert done.returncode == 0 and end.read_text() == "to the end"
     assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
     if encoding:
@@ -91,7 +105,10 @@ def test_a_console_survives_any_file(monkeypatch) -> None:
 
 
 def test_what_would_act_on_a_terminal_is_shown_escaped() -> None:
-    assert plain("a\x1b[2J\x07\r\x9b\x00\u202e\u2028\ud800") == "a\\x1b[2J\\x07\\r\\x9b\\x00\\u202e\\u2028\\ud800"
+    assert (
+        plain("a\x1b[2J\x07\r\x9b\x00\u202e\u2028\ud800")
+        == "a\\x1b[2J\\x07\\r\\x9b\\x00\\u202e\\u2028\\ud800"
+    )
     kept = "tab\tand\nline, \u00fc \u4e2d \U0001f469\u200d\U0001f52c"
     assert plain(kept) == kept
     file = io.StringIO()

@@ -27,7 +27,9 @@ KEY = "0123456789" * 4
 
 
 def row(step: int) -> MetricsRow:
-    return MetricsRow(step, 3.0 / step, 64 * step, 1000.0, 0.5, 1.25, 1e-3, 10**9, None if step == 2 else 0.25)
+    return MetricsRow(
+        step, 3.0 / step, 64 * step, 1000.0, 0.5, 1.25, 1e-3, 10**9, None if step == 2 else 0.25
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -52,16 +54,28 @@ def offline(directory: Path) -> list[Path]:
 
 
 def test_an_offline_file_holds_every_metric_and_no_secret(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["trainer", "data.hf_token=s3cret", "launch.setup=[export HF_TOKEN=s3cret]"])
-    said, config = [], {"data": {"tokenizer": "bytes", "hf_token": "s3cret", "path": "https://me:s3cret@host/x"}}
+    monkeypatch.setattr(
+        "sys.argv", ["trainer", "data.hf_token=s3cret", "launch.setup=[export HF_TOKEN=s3cret]"]
+    )
+    said, config = (
+        [],
+        {"data": {"tokenizer": "bytes", "hf_token": "s3cret", "path": "https://me:s3cret@host/x"}},
+    )
     labels = {"group": "a sweep", "tags": ["model=full", "seed=1"], "name": "model=full seed=1"}
     labels |= {"project": "longspan", "entity": "team", "notes": "why"}
     shown = Labels(**labels | {"tags": tuple(labels["tags"])})
     run = begin(tmp_path, said, config=config | {"batch_tokens": 64}, labels=shown)
     for step in (1, 2, 3):
         run.step(row(step))
-    run.step(row(4)._replace(auxiliary={"balance": 0.1}, statistics={"load": 1.5, "blocks.1.feedforward/load": 1.5}))
-    bars = [{"begin": 0, "end": 1, "loss": 4.0, "tokens": 3}, {"begin": 1, "end": 2, "loss": None, "tokens": 0}]
+    run.step(
+        row(4)._replace(
+            auxiliary={"balance": 0.1}, statistics={"load": 1.5, "blocks.1.feedforward/load": 1.5}
+        )
+    )
+    bars = [
+        {"begin": 0, "end": 1, "loss": 4.0, "tokens": 3},
+        {"begin": 1, "end": 2, "loss": None, "tokens": 0},
+    ]
     run.evaluation(4, "held_out", 2.75, by_position=bars[:1])
     run.evaluation(4, "held_out", 2.5, by_position=bars)
     run.alert("mine: step skipped", "step 4 was skipped")
@@ -85,20 +99,39 @@ def test_an_offline_file_holds_every_metric_and_no_secret(tmp_path, monkeypatch)
         assert history[step]["_step"] == step
         assert history[step]["by_tokens/loss"] == 3.0 / step
     assert history[4]["evaluation/held_out"] == 2.5 and history[4]["auxiliary/balance"] == 0.1
-    assert history[4]["statistics/load"] == history[4]["statistics/blocks.1.feedforward/load"] == 1.5
-    table = next(part[key] for part in found.history for key in part if key == "report/held_out_by_position.path")
+    assert (
+        history[4]["statistics/load"] == history[4]["statistics/blocks.1.feedforward/load"] == 1.5
+    )
+    table = next(
+        part[key]
+        for part in found.history
+        for key in part
+        if key == "report/held_out_by_position.path"
+    )
     told = json.loads((path.parent / "files" / table).read_text())
-    assert told == {"columns": ["begin", "end", "loss", "tokens"], "data": [[0, 1, 4.0, 3], [1, 2, None, 0]]}
+    assert told == {
+        "columns": ["begin", "end", "loss", "tokens"],
+        "data": [[0, 1, 4.0, 3], [1, 2, None, 0]],
+    }
     assert found.summary["best_loss"] == 1.0
-    assert found.axes["*"] == "step" and found.axes["by_tokens/*"] == found.axes["evaluation/*"] == "tokens"
+    assert (
+        found.axes["*"] == "step"
+        and found.axes["by_tokens/*"] == found.axes["evaluation/*"] == "tokens"
+    )
     assert list(path.parent.glob("files/media/images/report/loss*.png"))
-    assert found.config["data"] == {"tokenizer": "bytes", "hf_token": "***", "path": "https://***@host/x"}
+    assert found.config["data"] == {
+        "tokenizer": "bytes",
+        "hf_token": "***",
+        "path": "https://***@host/x",
+    }
     assert found.config["batch_tokens"] == 64
     written = [file for file in path.parent.rglob("*") if file.is_file()]
     assert path in written and not any(b"s3cret" in file.read_bytes() for file in written)
 
 
-def test_an_offline_run_holds_loss_by_position_attention_and_grades_as_tables_pictures_and_curves(tmp_path):
+def test_an_offline_run_holds_loss_by_position_attention_and_grades_as_tables_pictures_and_curves(
+    tmp_path,
+):
     wish = compose(["name=mine", "wandb.mode=offline", "data=recall"]).config
     assert wish is not None
     log = RunLogger(tmp_path, wish, Console(2, speaks=False), writes=True)
@@ -108,35 +141,68 @@ def test_an_offline_run_holds_loss_by_position_attention_and_grades_as_tables_pi
         log.step(row(step))
         log.evaluation(step, "held_out_loss", 2.0 / step, tokens=3, by_position=bars)
         log.evaluation(step, "accuracy", accuracy)
-    log.maps(2, [AttentionMap("blocks.0.mixer.mix", torch.eye(3)[None], 1, Span.line(1, 3), Span.line(1, 3))], 0)
+    log.maps(
+        2,
+        [
+            AttentionMap(
+                "blocks.0.mixer.mix", torch.eye(3)[None], 1, Span.line(1, 3), Span.line(1, 3)
+            )
+        ],
+        0,
+    )
     log.close(2, 128, {"held_out_loss": 1.0})
     [path] = offline(tmp_path)
     found = wandb_file.read(path)
-    curve = {part["tokens"]: part["evaluation/accuracy"] for part in found.history if "evaluation/accuracy" in part}
+    curve = {
+        part["tokens"]: part["evaluation/accuracy"]
+        for part in found.history
+        if "evaluation/accuracy" in part
+    }
     assert curve == {64: 0.125, 128: 0.75} and found.axes["evaluation/*"] == "tokens"
     assert found.summary["held_out_accuracy"] == 0.75 and found.summary["best_held_out_loss"] == 1.0
-    media = {key: value for part in found.history for key, value in part.items() if key.endswith(".path")}
+    media = {
+        key: value for part in found.history for key, value in part.items() if key.endswith(".path")
+    }
     names = ("loss", "loss_by_position", "grades", "attention")
     for name in names:
         image = path.parent / "files" / media.pop(f"report/{name}.path")
         assert image.read_bytes() == (tmp_path / "report" / f"{name}.png").read_bytes()
-    tables = {key: json.loads((path.parent / "files" / value).read_text()) for key, value in media.items()}
+    tables = {
+        key: json.loads((path.parent / "files" / value).read_text()) for key, value in media.items()
+    }
     assert tables == {
-        "report/held_out_loss_by_position.path": {"columns": ["begin", "end", "loss", "tokens"], "data": [[0, 1, 4.0, 3]]},
-        "report/held_out_grades.path": {"columns": ["step", "accuracy"], "data": [[1, 0.125], [2, 0.75]]},
+        "report/held_out_loss_by_position.path": {
+            "columns": ["begin", "end", "loss", "tokens"],
+            "data": [[0, 1, 4.0, 3]],
+        },
+        "report/held_out_grades.path": {
+            "columns": ["step", "accuracy"],
+            "data": [[1, 0.125], [2, 0.75]],
+        },
     }
 
 
-def test_an_id_that_was_asked_for_counts_before_the_directorys_and_the_variables_after_it(tmp_path, monkeypatch):
+def test_an_id_that_was_asked_for_counts_before_the_directorys_and_the_variables_after_it(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("WANDB_RUN_ID", "of-the-variable")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
-    first = begin(tmp_path / "run", [], labels=Labels("longspan", "r", folder=tmp_path / "elsewhere"))
+    first = begin(
+        tmp_path / "run", [], labels=Labels("longspan", "r", folder=tmp_path / "elsewhere")
+    )
     first.finish({})
     assert first.identity == ours.identity_of(tmp_path / "run") == "of-the-variable"
     monkeypatch.setenv("WANDB_RUN_ID", "of-another-run")
-    again = begin(tmp_path / "run", [], labels=Labels("longspan", "r", folder=tmp_path / "elsewhere"))
+    again = begin(
+        tmp_path / "run", [], labels=Labels("longspan", "r", folder=tmp_path / "elsewhere")
+    )
     again.finish({})
-    asked = begin(tmp_path / "run", [], labels=Labels("longspan", "r", identity="mine"), identity="of-a-checkpoint")
+    asked = begin(
+        tmp_path / "run",
+        [],
+        labels=Labels("longspan", "r", identity="mine"),
+        identity="of-a-checkpoint",
+    )
     asked.finish({})
     assert (again.identity, asked.identity) == ("of-the-variable", "mine")
     assert len(offline(tmp_path / "elsewhere")) >= 1 and len(offline(tmp_path / "run")) == 1
@@ -163,7 +229,9 @@ def silent_server() -> tuple[socket.socket, str]:
 
 
 @pytest.mark.parametrize("mode", ["auto", "online"])
-def test_with_a_key_and_no_network_the_run_goes_on_offline_soon_and_says_so_once(tmp_path, monkeypatch, mode):
+def test_with_a_key_and_no_network_the_run_goes_on_offline_soon_and_says_so_once(
+    tmp_path, monkeypatch, mode
+):
     server, address = silent_server()
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", address)
@@ -187,7 +255,9 @@ def test_a_server_that_answers_nonsense_is_left_after_the_timeout(tmp_path, monk
             except OSError:
                 return
             connection.recv(1000)
-            connection.sendall(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            connection.sendall(
+                b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            )
             connection.close()
 
     threading.Thread(target=nonsense, daemon=True).start()
@@ -252,8 +322,12 @@ def test_a_server_that_goes_in_the_middle_holds_up_nothing_and_loses_nothing(tmp
     assert time.monotonic() - begun < 20
     assert len(said) == 1 and "slow or gone" in said[0] and "`wandb sync`" in said[0]
     kept = []
-    while len(kept) < 4 and time.monotonic() - begun < 60:  # W&B's own process writes the file, and is not waited for
-        kept = [each["step"] for each in wandb_file.read(online(tmp_path)[0]).history if "loss" in each]
+    while (
+        len(kept) < 4 and time.monotonic() - begun < 60
+    ):  # W&B's own process writes the file, and is not waited for
+        kept = [
+            each["step"] for each in wandb_file.read(online(tmp_path)[0]).history if "loss" in each
+        ]
     assert kept == [1, 2, 3, 4]
 
 
@@ -288,7 +362,10 @@ def test_an_error_of_wandb_switches_it_off_and_is_said_once(tmp_path, monkeypatc
         run.step(row(step))
     run.evaluation(2, "held_out", 1.0)
     run.finish({"best_loss": 1.0})
-    assert said == ["W&B: switched off for the rest of this run (the pipe is gone); metrics.jsonl has everything"]
+    assert said == [
+        "W&B: switched off for the rest of this run (the pipe is gone); metrics.jsonl has"
+        " everything"
+    ]
     assert run.place is None
 
 

@@ -1,4 +1,5 @@
-"""An objective that the model, the data or the evaluation contradicts is refused, with the way out."""
+"""An objective that the model, the data or the evaluation contradicts is refused, with the way
+out."""
 
 import pytest
 import torch
@@ -58,7 +59,10 @@ WRONG = [
     ("mixer=longformer mixer.symmetric=true", ["Longformer", "objective=masked"]),
     ("mixer=bigbird mixer.symmetric=true", ["BigBird", "objective=masked"]),
     (
-        "model.pattern=[full,other] model.mixers.other._target_=models.attention.bidirectional.Bidirectional",
+        (
+            "model.pattern=[full,other]"
+            " model.mixers.other._target_=models.attention.bidirectional.Bidirectional"
+        ),
         ["blocks.1.mixer (Bidirectional), like 1 more layer,", "objective=masked"],
     ),
     (

@@ -1,4 +1,5 @@
-"""Losses, gradients and evaluations of an objective on three ranks are those of one device, under every layout."""
+"""Losses, gradients and evaluations of an objective on three ranks are those of one device, under
+every layout."""
 
 import pytest
 import torch
@@ -90,7 +91,9 @@ def learned(name, mesh, policy, micro_batch, context):
     one = model(name)
     if context > 1:
         apply_context_parallel(one, mesh.context_group, "ring")
-    share = BatchSharder(mesh, rows=4, context_length=LENGTH, micro_batch=micro_batch, policy=policy)
+    share = BatchSharder(
+        mesh, rows=4, context_length=LENGTH, micro_batch=micro_batch, policy=policy
+    )
     valid, total = share.valid(batch(name)), torch.zeros((), dtype=torch.float64)
     for piece, _ in share(batch(name)):
         loss = one(piece.tokens, piece.span, piece.targets).sum() / valid

@@ -1,4 +1,5 @@
-"""Masked language modelling: BERT's shares, targets at their own place, and a choice made by address alone."""
+"""Masked language modelling: BERT's shares, targets at their own place, and a choice made by
+address alone."""
 
 import pytest
 import torch
@@ -46,7 +47,8 @@ def test_fifteen_percent_are_targets_and_of_these_eighty_ten_and_ten_are_masked_
     masked = chosen & (read == 257)
     assert near(int(masked.sum()) / many, 0.8, many)
     swapped = chosen & (read != 257) & (read != was)
-    # A random token of 257 is the token itself now and then, and then counts among those that are left.
+    # A random token of 257 is the token itself now and then, and then counts among those that are
+    # left.
     assert near(int(swapped.sum()) / many, 0.1 * 256 / 257, many)
     left = chosen & (read == was)
     assert near(int(left.sum()) / many, 0.1 + 0.1 / 257, many)

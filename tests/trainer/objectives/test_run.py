@@ -1,4 +1,5 @@
-"""Whole runs under an objective: on one rank, then from a checkpoint in the middle on three ranks, with the same figures."""
+"""Whole runs under an objective: on one rank, then from a checkpoint in the middle on three ranks,
+with the same figures."""
 
 import json
 from pathlib import Path
@@ -34,7 +35,12 @@ COMMON = (
     "wandb.mode=disabled",
 )
 KINDS = {
-    "masked": ("objective=masked", "model=bidirectional", "position=t5", "position.bidirectional=true"),
+    "masked": (
+        "objective=masked",
+        "model=bidirectional",
+        "position=t5",
+        "position.bidirectional=true",
+    ),
     "span": ("objective=span_corruption", "mixer=prefix", "mixer.length=0"),
 }
 

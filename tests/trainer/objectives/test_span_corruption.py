@@ -1,4 +1,5 @@
-"""Span corruption: input and answer hold the text between them, nothing is cut off, and T5's shares hold."""
+"""Span corruption: input and answer hold the text between them, nothing is cut off, and T5's shares
+hold."""
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ END, FIRST = Bytes.end_of_text, Bytes.vocabulary
 
 
 def packed(lengths, length, seed=0):
-    """[1, length + 1] one row of documents of these lengths, each with its end but the last, which is cut."""
+    """[1, length + 1] one row of documents of these lengths, each with its end but the last, which
+    is cut."""
     random = np.random.default_rng(seed)
     tokens, doc, pos = (
         torch.zeros(length + 1, dtype=torch.long),
@@ -39,7 +41,8 @@ def made(batch, length, row=0, seed=0, **settings):
 
 
 def documents(batch):
-    """(what is read, what follows) of each document, as lists; and what is to be said at each token of it."""
+    """(what is read, what follows) of each document, as lists; and what is to be said at each token
+    of it."""
     row = [x[0].tolist() for x in (batch.tokens, batch.doc, batch.pos, batch.role, batch.aims)]
     parts = {}
     for token, doc, pos, role, aim in zip(*row):
@@ -131,7 +134,7 @@ def test_rows_read_as_much_text_as_fits():
 def test_fifteen_percent_lie_in_spans_of_three_on_average():
     hidden, spans, sizes = 0, 0, []
     for row in range(50):
-        (there, answer, _) = documents(made(packed([WHOLE], WHOLE, row), LENGTH, row))[0]
+        there, answer, _ = documents(made(packed([WHOLE], WHOLE, row), LENGTH, row))[0]
         sentinels = [place for place, token in enumerate(answer) if token >= FIRST]
         sizes += [b - a - 1 for a, b in zip(sentinels, sentinels[1:])]
         assert there[0] < FIRST, "a text begins with a token of its own"

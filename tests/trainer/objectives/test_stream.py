@@ -1,4 +1,5 @@
-"""A run's rows under an objective: resumed, in other batches and in evaluations they are the same rows."""
+"""A run's rows under an objective: resumed, in other batches and in evaluations they are the same
+rows."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""Weight decay falls on matrices only, the state is there before the first step, and bad numbers are refused."""
+"""Weight decay falls on matrices only, the state is there before the first step, and bad numbers
+are refused."""
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from trainer.optim.adamw import AdamW, decayed_parameters, lr_scales
 
 
 class Rates(nn.Module):
-    """A module that says which of its own parameters are matrices of a linear layer, and that a linear layer is none."""
+    """A module that says which of its own parameters are matrices of a linear layer, and that a
+    linear layer is none."""
 
     decayed = "mix", "absent"
     undecayed = ("filter",)
@@ -27,17 +29,24 @@ class Rates(nn.Module):
 def groups(model, **settings):
     optimiser = AdamW(**settings)(model, dict(model.named_parameters()))
     names = {id(p): name for name, p in model.named_parameters()}
-    return {group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in optimiser.param_groups}
+    return {
+        group["weight_decay"]: {names[id(p)] for p in group["params"]}
+        for group in optimiser.param_groups
+    }
 
 
 def test_only_matrices_decay():
     found = groups(Small(tie=False), weight_decay=0.3)
-    assert found[0.3] == {f"blocks.{i}.{side}.weight" for i in (0, 1) for side in ("up", "down")} | {"head.weight"}
+    assert found[0.3] == {
+        f"blocks.{i}.{side}.weight" for i in (0, 1) for side in ("up", "down")
+    } | {"head.weight"}
     assert found[0.0] >= {"embedding.weight", "norm.weight", "blocks.0.up.bias"}
 
 
 def test_a_tied_embedding_is_an_embedding():
-    assert "embedding.weight" not in decayed_parameters(Small(tie=True)) and "head.weight" not in decayed_parameters(Small(tie=True))
+    assert "embedding.weight" not in decayed_parameters(
+        Small(tie=True)
+    ) and "head.weight" not in decayed_parameters(Small(tie=True))
 
 
 def test_a_module_may_name_what_is_a_matrix_and_what_is_none():
@@ -47,12 +56,21 @@ def test_a_module_may_name_what_is_a_matrix_and_what_is_none():
 def test_the_filters_of_hyena_do_not_decay_and_learn_at_their_own_pace():
     layer = nn.ModuleDict({"mixer": Hyena(4, 8, filter_width=3, bands=2, filter_rate=0.25)})
     filters = {name for name, _ in layer.named_parameters() if name.startswith("mixer.filter.")}
-    assert len(filters) == 6 and decayed_parameters(layer) == {f"mixer.{name}.weight" for name in ("inner", "short", "out")}
+    assert len(filters) == 6 and decayed_parameters(layer) == {
+        f"mixer.{name}.weight" for name in ("inner", "short", "out")
+    }
     assert lr_scales(layer) == dict.fromkeys(filters, 0.25)
     optimiser = AdamW(weight_decay=0.3)(layer, dict(layer.named_parameters()))
     names = {id(p): name for name, p in layer.named_parameters()}
-    found = {(g["rate"], g["weight_decay"]): {names[id(p)] for p in g["params"]} for g in optimiser.param_groups}
-    assert found == {(1.0, 0.3): decayed_parameters(layer), (1.0, 0.0): {"mixer.bias"}, (0.25, 0.0): filters}
+    found = {
+        (g["rate"], g["weight_decay"]): {names[id(p)] for p in g["params"]}
+        for g in optimiser.param_groups
+    }
+    assert found == {
+        (1.0, 0.3): decayed_parameters(layer),
+        (1.0, 0.0): {"mixer.bias"},
+        (0.25, 0.0): filters,
+    }
 
 
 def test_a_pace_that_is_none_is_refused():
@@ -71,7 +89,8 @@ class Halved(nn.Module):
 
 
 def moves(env):
-    """How far each parameter of Halved goes in steps at two learning rates, all its gradients being equal."""
+    """How far each parameter of Halved goes in steps at two learning rates, all its gradients being
+    equal."""
     model = Halved()
     engine = Single(build_mesh(1, env.size), AdamW(weight_decay=0.0), precision="float64")
     engine.wrap(model)
@@ -80,7 +99,12 @@ def moves(env):
         before = [p.detach().clone() for p in (model.fast, model.slow)]
         engine.backward((model.fast + model.slow).sum())
         engine.step(rate)
-        found.append([float((then - now.detach()).mean()) for then, now in zip(before, (model.fast, model.slow))])
+        found.append(
+            [
+                float((then - now.detach()).mean())
+                for then, now in zip(before, (model.fast, model.slow))
+            ]
+        )
     return found
 
 
@@ -122,8 +146,12 @@ def test_the_state_made_beforehand_is_what_torch_makes():
     for p, q in zip(ours.parameters(), theirs.parameters()):
         assert torch.equal(p, q)
         assert plain.state[q].keys() == optimiser.state[p].keys()
-        assert all(torch.equal(plain.state[q][key], optimiser.state[p][key]) for key in plain.state[q])
-        assert all(plain.state[q][key].dtype == optimiser.state[p][key].dtype for key in plain.state[q])
+        assert all(
+            torch.equal(plain.state[q][key], optimiser.state[p][key]) for key in plain.state[q]
+        )
+        assert all(
+            plain.state[q][key].dtype == optimiser.state[p][key].dtype for key in plain.state[q]
+        )
 
 
 @pytest.mark.parametrize("pieces", [2, 3, 7, 769])
@@ -148,7 +176,7 @@ def test_the_update_has_the_same_bits_however_a_parameter_is_cut(pieces):
 @pytest.mark.parametrize(
     "wrong",
     [{"learning_rate": 0}, {"learning_rate": -1}, {"learning_rate": float("nan")}, {"eps": 0}, {"weight_decay": -0.1},
-     {"clip": -1}, {"clip": float("inf")}, {"betas": (0.9, 1.0)}, {"betas": (0.9,)}],
+     {"max_grad_norm": -1}, {"max_grad_norm": float("inf")}, {"betas": (0.9, 1.0)}, {"betas": (0.9,)}],
 )  # fmt: skip
 def test_a_number_out_of_range_is_refused_by_name(wrong):
     with pytest.raises(ValueError, match=f"optim.{next(iter(wrong))}="):

@@ -24,7 +24,11 @@ def test_it_takes_the_hidden_matrices_alone():
     names = {id(p): name for name, p in model.named_parameters()}
     state = {names[id(p)]: set(kept) for p, kept in optimiser.state.items()}
     assert {name for name, kept in state.items() if kept == {"momentum_buffer"}} == HIDDEN
-    assert all(kept == {"step", "exp_avg", "exp_avg_sq"} for name, kept in state.items() if name not in HIDDEN)
+    assert all(
+        kept == {"step", "exp_avg", "exp_avg_sq"}
+        for name, kept in state.items()
+        if name not in HIDDEN
+    )
     assert len(state) == len(names) == sum(len(group["params"]) for group in optimiser.param_groups)
 
 
@@ -44,7 +48,9 @@ def test_it_steps_as_the_library_does_in_bfloat16():
     same.load_state_dict(layer.state_dict())
     model = nn.ModuleDict({"inner": layer, "norm": nn.RMSNorm(3)})
     ours = Muon(learning_rate=0.02, weight_decay=0.1)(model, dict(model.named_parameters()))
-    theirs = torch.optim.Muon(same.parameters(), lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    theirs = torch.optim.Muon(
+        same.parameters(), lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )
     start = layer.weight.detach().clone()
     for step in range(4):
         layer.weight.grad = torch.randn(40, 24, generator=torch.Generator().manual_seed(step))
@@ -52,7 +58,9 @@ def test_it_steps_as_the_library_does_in_bfloat16():
         ours.step()
         theirs.step()
     moved = (same.weight - start).norm()
-    assert moved > 0.1 and (layer.weight - same.weight).norm() < 0.01 * moved  # theirs iterates in bfloat16
+    assert (
+        moved > 0.1 and (layer.weight - same.weight).norm() < 0.01 * moved
+    )  # theirs iterates in bfloat16
 
 
 def test_adamw_takes_the_rest_at_the_rate_that_is_set():
@@ -64,7 +72,9 @@ def test_adamw_takes_the_rest_at_the_rate_that_is_set():
         p.grad = torch.ones_like(p)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     ours.step()
-    torch.testing.assert_close(model.norm.weight, before["norm.weight"] - 0.01)  # AdamW's first step is the learning rate
+    torch.testing.assert_close(
+        model.norm.weight, before["norm.weight"] - 0.01
+    )  # AdamW's first step is the learning rate
     assert (model.blocks[0].up.weight - before["blocks.0.up.weight"]).abs().max() < 0.01
 
 
@@ -72,14 +82,24 @@ def trained(env, kind, micro):
     engine = kind(build_mesh(1, env.size), Muon(learning_rate=0.01), precision="float64", seed=3)
     engine.wrap(on_meta())
     norms = train(engine, 0, 3, COUNT, micro)
-    return whole(engine), norms, {key: t.full_tensor() if kind is Fsdp else t for key, t in moments(engine).items()}
+    return (
+        whole(engine),
+        norms,
+        {key: t.full_tensor() if kind is Fsdp else t for key, t in moments(engine).items()},
+    )
 
 
 def moments(engine):
-    return {name: t for name, t in engine.state()["optimizer"].items() if name.endswith("momentum_buffer")}
+    return {
+        name: t
+        for name, t in engine.state()["optimizer"].items()
+        if name.endswith("momentum_buffer")
+    }
 
 
-@pytest.mark.parametrize("kind, size, micro", [(Single, 2, 1), (Fsdp, 1, 1), (Fsdp, 2, 1), (Fsdp, 3, 2)])
+@pytest.mark.parametrize(
+    "kind, size, micro", [(Single, 2, 1), (Fsdp, 1, 1), (Fsdp, 2, 1), (Fsdp, 3, 2)]
+)
 def test_it_is_the_same_on_any_ranks_sharded_or_not(kind, size, micro):
     expected, norms, buffers = ranks(1, trained, Single, 1)[0]
     assert {name.removesuffix(".momentum_buffer") for name in buffers} == HIDDEN
@@ -89,7 +109,9 @@ def test_it_is_the_same_on_any_ranks_sharded_or_not(kind, size, micro):
         torch.testing.assert_close(kept, buffers, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("setting", [{"momentum": 1.0}, {"momentum": -0.1}, {"iterations": 0}, {"learning_rate": 0.0}])
+@pytest.mark.parametrize(
+    "setting", [{"momentum": 1.0}, {"momentum": -0.1}, {"iterations": 0}, {"learning_rate": 0.0}]
+)
 def test_a_number_out_of_its_range_is_refused(setting):
     with pytest.raises(ValueError, match=f"optim.{next(iter(setting))}"):
         Muon(**setting)
@@ -104,5 +126,7 @@ def faults(*words):
 def test_it_is_offered_and_refused_where_matrices_are_cut_into_flat_pieces():
     assert faults("optim.momentum=0.9") == faults("engine=deepspeed", "engine.zero_stage=0") == []
     found = faults("engine=deepspeed", "engine.zero_stage=2")
-    assert len(found) == 1 and all(word in found[0] for word in ("optim=muon", "engine.zero_stage=2", "optim=adamw"))
+    assert len(found) == 1 and all(
+        word in found[0] for word in ("optim=muon", "engine.zero_stage=2", "optim=adamw")
+    )
     assert any("optim.momentum" in fault for fault in faults("optim.momentum=2"))

@@ -19,7 +19,7 @@ def test_warm_up_is_a_straight_line_that_trains_from_step_one(kind):
 @pytest.mark.parametrize("warmup_steps", [0, 1, 10])
 @pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
 def test_it_ends_at_final_and_never_rises_after_the_warm_up(kind, warmup_steps, final):
-    schedule = kind(warmup_steps=warmup_steps, final=final)
+    schedule = kind(warmup_steps=warmup_steps, final_ratio=final)
     factors = [schedule(step, 100) for step in range(max(1, warmup_steps), 101)]
     assert math.isclose(factors[-1], final, abs_tol=1e-12)
     assert all(a >= b for a, b in zip(factors, factors[1:]))
@@ -31,7 +31,9 @@ def test_the_middle_of_each_shape():
     assert math.isclose(LinearSchedule(final_ratio=0.2)(50, 100), 0.6)
     assert Constant(warmup_steps=3)(50, 100) == 1.0
     assert WarmupStableDecay(warmup_steps=5, decay_steps=20)(80, 100) == 1.0
-    assert math.isclose(WarmupStableDecay(warmup_steps=5, decay_steps=20)(85, 100), 1 - math.sqrt(0.25))
+    assert math.isclose(
+        WarmupStableDecay(warmup_steps=5, decay_steps=20)(85, 100), 1 - math.sqrt(0.25)
+    )
 
 
 @pytest.mark.parametrize("kind", [Constant, Cosine, LinearSchedule, WarmupStableDecay])
@@ -46,7 +48,7 @@ def test_one_step_is_a_run_too(kind):
 
 @pytest.mark.parametrize(
     "kind, wrong",
-    [(Constant, {"warmup_steps": -1}), (Cosine, {"final": 1.1}), (LinearSchedule, {"final": -0.1}),
+    [(Constant, {"warmup_steps": -1}), (Cosine, {"final_ratio": 1.1}), (LinearSchedule, {"final_ratio": -0.1}),
      (WarmupStableDecay, {"decay_steps": -1})],
 )  # fmt: skip
 def test_a_number_out_of_range_is_refused_by_name(kind, wrong):

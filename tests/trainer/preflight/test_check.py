@@ -1,4 +1,5 @@
-"""Every wish that cannot be honoured is refused with the wish, the fact and a way out, and all of them together."""
+"""Every wish that cannot be honoured is refused with the wish, the fact and a way out, and all of
+them together."""
 
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import torch
 
 from trainer.config.compose import choices, compose
 from trainer.preflight import check as asking
-from trainer.preflight import check_model
+from trainer.preflight import check_engine, check_launch
 from trainer.preflight.check import check_config
 from trainer.preflight.prepare import load_config
 from trainer.reach import fitting
@@ -19,13 +20,22 @@ SMALL = ["context_length=64", "batch_tokens=128"]
 
 def faults(*words: str) -> list[str]:
     asked = compose([*SMALL, *words])
-    return asked.faults if asked.config is None else check_config(asked.config, asked.given, asked.mended, asked.faults)
+    return (
+        asked.faults
+        if asked.config is None
+        else check_config(asked.config, asked.given, asked.mended, asked.faults)
+    )
+
+
+def limit_machine(monkeypatch: pytest.MonkeyPatch, cores: int, gpus: int) -> None:
+    """Let the checks see a machine of so many cores and GPUs."""
+    for module in (check_launch, check_engine):
+        monkeypatch.setattr(module, "machine_limits", lambda: (cores, gpus))
 
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "machine", lambda: (2, 0))
-    monkeypatch.setattr(check_model, "machine", lambda: (2, 0))
+    limit_machine(monkeypatch, 2, 0)
 
 
 def test_a_good_wish_has_no_fault() -> None:
@@ -43,13 +53,16 @@ WRONG = [
     ("model=ful", ["model=ful", "model=full"]),
     ("mixer.window=4", ["mixer", "no mixer is chosen", "mixer=NAME"]),
     ("mixer=sliding mixer.raech=4", ["mixer.raech=4", "Sliding", "mixer.window"]),
-    ("mixer=sliding mixer.window=0", ["reach", "0"]),
+    ("mixer=sliding mixer.window=0", ["window", "0"]),
     ("position.bas=4", ["position.bas=4", "Rope", "position.theta"]),
     ("model.wdth=4", ["model.wdth=4", "Decoder", "model.width"]),
     ("data.tokenzer=bytes", ["data.tokenzer=bytes", "data.tokenizer"]),
     ("data.tokenizer=nowhere/at/all.json", ["nowhere/at/all.json"]),
     ("data=files data.path=nowhere/*.txt", ["nowhere/*.txt"]),
-    ("model._target_=models.architectures.decoder.Decodr", ["models.architectures.decoder.Decodr", "Decoder"]),
+    (
+        "model._target_=models.architectures.decoder.Decodr",
+        ["models.architectures.decoder.Decodr", "Decoder"],
+    ),
     ("model._target_=models.nowhere.Decoder", ["models.nowhere.Decoder"]),
     ("steps=many", ["steps=many", "whole number", "steps=100"]),
     ("steps=true", ["steps=true", "number"]),
@@ -57,7 +70,7 @@ WRONG = [
     ("optim.learning_rate=-1", ["optim.learning_rate=-1", "more than 0"]),
     ("optim.learning_rate=nan", ["optim.learning_rate=nan"]),
     ("optim.betas=[0.9]", ["optim.betas=[0.9]", "list of two"]),
-    ("schedule.final_ratio=7", ["final", "7"]),
+    ("schedule.final_ratio=7", ["final_ratio", "7"]),
     ("precision=float16", ["precision=float16", "bfloat16"]),
     ("parallel.micro_batch=0", ["parallel.micro_batch=0", "auto", "at least 1"]),
     ("parallel.micro_batch=3", ["parallel.micro_batch=3", "2 rows", "parallel.micro_batch=2"]),
@@ -76,24 +89,51 @@ WRONG = [
     ("model.vocabulary=7", ["model.vocabulary=7", "257"]),
     ("model.pattern=[fll]", ["model.pattern", "fll", "full"]),
     ("model=decoder", ["model.pattern", "mixer=full"]),
-    ("parallel.context=8 parallel.method=ulysses", ["parallel.method=ulysses", "8 query heads", "model.heads=4", "method=ring"]),
+    (
+        "parallel.context=8 parallel.method=ulysses",
+        ["parallel.method=ulysses", "8 query heads", "model.heads=4", "method=ring"],
+    ),
     ("parallel.context=4 parallel.data=5", ["20 ranks", "2 cores", "launch.oversubscribe=true"]),
     ("parallel.ulysses=2", ["parallel.ulysses=2", "parallel.method=usp", "null"]),
     ("parallel.tensor=2", ["parallel.tensor=2", "scope", "parallel.context=2"]),
     ("parallel.pipeline=2", ["parallel.pipeline=2", "scope"]),
     ("parallel.experts=2", ["parallel.experts=2", "number of ranks, 1", "parallel.experts=1"]),
-    ("parallel.context=2 parallel.experts=2", ["parallel.experts=2", "no layer", "parallel.experts=1", "model=switch"]),
-    ("model=switch parallel.context=2 parallel.experts=2 model.feedforwards.switch.experts=5", ["5 experts of blocks.1"]),
-    ("memory=segments memory.length=0 mixer=gated_delta position=learned position.max_length=4096", ["go on", "position=rope"]),
-    ("memory.name=segments", ["memory.name=segments", "models.memory.base.Memory", "memory=segments"]),
+    (
+        "parallel.context=2 parallel.experts=2",
+        ["parallel.experts=2", "no layer", "parallel.experts=1", "model=switch"],
+    ),
+    (
+        "model=switch parallel.context=2 parallel.experts=2 model.feedforwards.switch.experts=5",
+        ["5 experts of blocks.1"],
+    ),
+    (
+        (
+            "memory=segments memory.length=0 mixer=gated_delta position=learned"
+            " position.max_length=4096"
+        ),
+        ["go on", "position=rope"],
+    ),
+    (
+        "memory.name=segments",
+        ["memory.name=segments", "models.memory.base.Memory", "memory=segments"],
+    ),
     ("memory.length=5", ["memory.length=5", "memory=none"]),
-    ("launch.name=kubernetes", ["launch.name=kubernetes", "multinode", "slurm", "launch.name=local"]),
-    ("engine.checkpointing=selective engine.compile=true", ["engine.checkpointing=selective", "engine.compile=false"]),
+    (
+        "launch.name=kubernetes",
+        ["launch.name=kubernetes", "multinode", "slurm", "launch.name=local"],
+    ),
+    (
+        "engine.checkpointing=selective engine.compile=true",
+        ["engine.checkpointing=selective", "engine.compile=false"],
+    ),
     (
         "engine.offload_activations=true",
         ["engine.offload_activations=true", "host's memory already", "offload_activations=false"],
     ),
-    ("engine=deepspeed engine.offload_activations=true", ["engine.offload_activations=true", "host's memory already"]),
+    (
+        "engine=deepspeed engine.offload_activations=true",
+        ["engine.offload_activations=true", "host's memory already"],
+    ),
     (
         "launch=slurm launch.dry_run=true launch.gpus=0 engine.offload_activations=true",
         ["engine.offload_activations=true", "host's memory already"],
@@ -101,14 +141,19 @@ WRONG = [
     ("engine.zero_stage=2", ["engine.zero_stage=2", "engine=deepspeed", "engine=single"]),
     ("engine.reshard_after_forward=true", ["engine.reshard_after_forward=true", "engine=fsdp"]),
     ("+engine.replicate=2 parallel.context=2 engine=single", ["engine.replicate=2", "engine=fsdp"]),
-    ("engine=fsdp engine.replicate=3 parallel.context=4", ["engine.replicate=3", "ranks, 4", "engine.replicate=2"]),
+    (
+        "engine=fsdp engine.replicate=3 parallel.context=4",
+        ["engine.replicate=3", "ranks, 4", "engine.replicate=2"],
+    ),
     ("data.held_out=0", ["data.held_out=0", "evaluation.every=0"]),
     ("resume=nowhere", ["resume=nowhere", "no such directory"]),
 ]
 
 
 @pytest.mark.parametrize(("words", "said"), WRONG, ids=[words for words, _ in WRONG])
-def test_a_wish_that_cannot_be_honoured_is_refused_in_one_message(words: str, said: list[str]) -> None:
+def test_a_wish_that_cannot_be_honoured_is_refused_in_one_message(
+    words: str, said: list[str]
+) -> None:
     found = faults(*words.split())
     assert len(found) == 1, found
     for each in said:
@@ -116,14 +161,20 @@ def test_a_wish_that_cannot_be_honoured_is_refused_in_one_message(words: str, sa
 
 
 @pytest.mark.parametrize("engine", ["single", "fsdp", "deepspeed"])
-def test_activations_are_offloaded_where_there_is_an_accelerator(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_are_offloaded_where_there_is_an_accelerator(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = f"engine={engine}", "engine.offload_activations=true"
-    assert faults(*words, "launch=slurm", "launch.dry_run=true") == []  # a batch job has a GPU a rank, whatever is here
-    monkeypatch.setattr(check_model, "machine", lambda: (2, 1))
+    assert (
+        faults(*words, "launch=slurm", "launch.dry_run=true") == []
+    )  # a batch job has a GPU a rank, whatever is here
+    limit_machine(monkeypatch, 2, 1)
     assert faults(*words) == []
 
 
-def test_what_is_not_built_yet_is_refused_with_the_nearest_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_built_yet_is_refused_with_the_nearest_that_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(asking, "METHODS", {"ring": None})
     monkeypatch.setattr(asking, "POLICIES", {"zigzag": None})
     found = faults("parallel.method=allgather", "parallel.layout=balanced", "parallel.context=2")
@@ -133,20 +184,26 @@ def test_what_is_not_built_yet_is_refused_with_the_nearest_that_is(monkeypatch: 
 
 
 @pytest.mark.parametrize(("heads", "ring"), [(2, 3), (4, 2), (None, 4), (4, None)])
-def test_under_usp_heads_times_ring_is_the_context(heads, ring, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_under_usp_heads_times_ring_is_the_context(
+    heads, ring, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(asking, "METHODS", {"ring": None, "usp": None})
-    words = [f"parallel.{key}={size}" for key, size in (("heads", heads), ("ring", ring)) if size]
+    words = [f"parallel.{key}={size}" for key, size in (("ulysses", heads), ("ring", ring)) if size]
     found = faults("parallel.context=4", "parallel.method=usp", *words)
     assert len(found) == 1
     assert "parallel.context" in found[0]
 
 
 def test_deepspeed_is_refused_in_float64() -> None:
-    assert any("precision=float64" in each for each in faults("engine=deepspeed", "precision=float64"))
+    assert any(
+        "precision=float64" in each for each in faults("engine=deepspeed", "precision=float64")
+    )
 
 
-def test_more_ranks_than_gpus_are_refused_where_there_are_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "machine", lambda: (64, 2))
+def test_more_ranks_than_gpus_are_refused_where_there_are_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limit_machine(monkeypatch, 64, 2)
     assert "2 GPUs" in faults("parallel.context=3")[0]
     assert faults("parallel.context=2") == []
 
@@ -174,7 +231,14 @@ def test_under_torchrun_what_only_our_own_launcher_can_do_is_refused_by_name() -
 
 
 def test_faults_of_every_kind_are_shown_together() -> None:
-    found = faults("stepz=3", "mixer=slidng", "optim.learning_rate=-1", "batch_tokens=100", "model.kv_heads=3", "foo")
+    found = faults(
+        "stepz=3",
+        "mixer=slidng",
+        "optim.learning_rate=-1",
+        "batch_tokens=100",
+        "model.kv_heads=3",
+        "foo",
+    )
     for each in ("stepz", "slidng", "learning_rate=-1", "batch_tokens=100", "kv_heads=3", "foo"):
         assert sum(each in fault for fault in found) == 1
     assert len(found) == 6
@@ -193,12 +257,16 @@ def test_checking_leaves_the_default_device_alone() -> None:
 
 def command(*words: str) -> tuple[int, str, str, float]:
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "trainer", *words], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", *words], capture_output=True, text=True, timeout=120
+    )
     return done.returncode, done.stdout, done.stderr, time.monotonic() - began
 
 
 def test_a_refused_command_ends_with_2_and_messages_only(tmp_path) -> None:
-    code, out, err, seconds = command("parallel.contxt=2", "+model.heads=3", "mixer=slidng", f"run_dir={tmp_path / 'run'}")
+    code, out, err, seconds = command(
+        "parallel.contxt=2", "+model.heads=3", "mixer=slidng", f"run_dir={tmp_path / 'run'}"
+    )
     assert code == 2
     assert out == ""
     assert "Traceback" not in err
@@ -208,7 +276,9 @@ def test_a_refused_command_ends_with_2_and_messages_only(tmp_path) -> None:
 
 
 def test_a_dry_run_says_what_would_be_started_and_starts_nothing(tmp_path) -> None:
-    code, out, err, _ = command("launch.dry_run=true", "parallel.context=2", f"run_dir={tmp_path / 'run'}")
+    code, out, err, _ = command(
+        "launch.dry_run=true", "parallel.context=2", f"run_dir={tmp_path / 'run'}"
+    )
     assert (code, err) == (0, "")
     assert "ranks    2" in out
     assert str(tmp_path / "run") in out
@@ -218,7 +288,13 @@ def test_a_dry_run_says_what_would_be_started_and_starts_nothing(tmp_path) -> No
 def test_help_names_groups_and_keys_with_their_defaults() -> None:
     code, out, _, _ = command("--help")
     assert code == 0
-    for each in ("mixer=", "multi_query", "parallel.context (1)", "experiment=quickstart", "Exit status"):
+    for each in (
+        "mixer=",
+        "multi_query",
+        "parallel.context (1)",
+        "experiment=quickstart",
+        "Exit status",
+    ):
         assert each in out
 
 
@@ -235,19 +311,29 @@ UNREACHED = [
 
 
 @pytest.mark.parametrize(("words", "said", "remedy"), UNREACHED)
-def test_what_was_written_and_reaches_no_part_is_refused_with_the_parts_that_take_it(words, said, remedy) -> None:
+def test_what_was_written_and_reaches_no_part_is_refused_with_the_parts_that_take_it(
+    words, said, remedy
+) -> None:
     told = faults(*words.split())
     assert len(told) == 1 and said in told[0] and remedy in told[0], told
 
 
 def test_what_reaches_a_part_or_asks_for_nothing_is_no_fault() -> None:
-    for words in ("position=none mixer=gated_delta", "position=learned mixer=gated_delta", "model.heads=8 mixer=multi_query"):
+    for words in (
+        "position=none mixer=gated_delta",
+        "position=learned mixer=gated_delta",
+        "model.heads=8 mixer=multi_query",
+    ):
         assert faults(*words.split()) == []
 
 
 IDLE = [
     ("mixer=hyena model.heads=8", "model.heads=8 reaches no part of this model", "gated_delta"),
-    ("mixer=multi_query model.kv_heads=2", "model.kv_heads=2 reaches no part of this model", "sliding"),
+    (
+        "mixer=multi_query model.kv_heads=2",
+        "model.kv_heads=2 reaches no part of this model",
+        "sliding",
+    ),
     ("model=ntm model.layers=2", "model.layers=2 reaches no part of this model", "lstm"),
     ("model=key_value model.ffn=3", "model.ffn=3 reaches no part of this model", "hybrid"),
     ("model=ntm model.kv_heads=1", "model.kv_heads=1 reaches no part of this model", "sliding"),
@@ -255,9 +341,13 @@ IDLE = [
 
 
 @pytest.mark.parametrize(("words", "said", "takers"), IDLE)
-def test_a_size_that_was_written_and_that_no_part_takes_is_refused_with_the_parts_that_do(words, said, takers) -> None:
+def test_a_size_that_was_written_and_that_no_part_takes_is_refused_with_the_parts_that_do(
+    words, said, takers
+) -> None:
     told = faults(*words.split())
-    assert len(told) == 1 and said in told[0] and takers in told[0] and "leave model." in told[0], told
+    assert len(told) == 1 and said in told[0] and takers in told[0] and "leave model." in told[0], (
+        told
+    )
 
 
 def test_sizes_of_a_recipe_or_of_the_model_to_match_are_no_wishes_of_this_model() -> None:
@@ -271,15 +361,25 @@ def test_sizes_of_a_recipe_or_of_the_model_to_match_are_no_wishes_of_this_model(
         assert faults(*words.split()) == [], words
 
 
-def test_a_command_that_gives_the_same_sizes_to_many_models_leaves_out_what_a_model_does_not_take() -> None:
+def test_a_command_that_gives_the_same_sizes_to_many_models_leaves_out_what_a_model_does_not_take() -> (
+    None
+):
     common = ["model.width=32", "model.layers=2", "model.heads=4", "++model.kv_heads=2"]
     assert fitting([*common, "mixer=sliding"]) == [*common, "mixer=sliding"]
     assert fitting([*common, "mixer=hyena"]) == [*common[:2], "mixer=hyena"]
     assert fitting([*common, "model=lstm"]) == [*common[:2], "model=lstm"]
-    assert fitting([*common, "mixer=hyena", "match=flops"]) == [*common, "mixer=hyena", "match=flops"]
+    assert fitting([*common, "mixer=hyena", "match=flops"]) == [
+        *common,
+        "mixer=hyena",
+        "match=flops",
+    ]
     for name in choices("model"):
-        assert not any("reaches no part" in each for each in faults(*fitting([*common, f"model={name}"]))), name
+        assert not any(
+            "reaches no part" in each for each in faults(*fitting([*common, f"model={name}"]))
+        ), name
 
 
 def test_a_setting_of_an_unknown_group_is_named_as_it_was_written() -> None:
-    assert faults("modl.width=3") == ["modl.width=3: there is no such setting; did you mean model.width?"]
+    assert faults("modl.width=3") == [
+        "modl.width=3: there is no such setting; did you mean model.width?"
+    ]

@@ -1,4 +1,5 @@
-"""Models that are no decoders and data that is a task: what they have no place for is refused, the rest passes the check."""
+"""Models that are no decoders and data that is a task: what they have no place for is refused, the
+rest passes the check."""
 
 import re
 
@@ -14,7 +15,11 @@ TASKS = ("copy", "repeat_copy", "associative", "sort", "facts", "retrieval")
 
 def faults(*words: str) -> list[str]:
     asked = compose(list(words))
-    return asked.faults if asked.config is None else check_config(asked.config, asked.given, asked.mended, asked.faults)
+    return (
+        asked.faults
+        if asked.config is None
+        else check_config(asked.config, asked.given, asked.mended, asked.faults)
+    )
 
 
 @pytest.mark.parametrize("model", ["ntm", "lstm", "key_value", "full"])
@@ -26,22 +31,52 @@ def test_every_task_can_be_given_to_every_model(model: str, data: str) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((*COPY, "mixer=full"), "mixer is set, but Turing takes no mixers; leave mixer out"),
-        ((*COPY, "model.pattern=[full]"), "model.pattern is set, but Turing takes no mixers"),
-        ((*COPY, "model.feedforward={_target_: models.feedforward.SwiGLU}"), "model.feedforward is set, but Turing takes no"),
+        (
+            (*COPY, "mixer=full"),
+            "mixer is set, but NeuralTuringMachine takes no mixers; leave mixer out",
+        ),
+        (
+            (*COPY, "model.pattern=[full]"),
+            "model.pattern is set, but NeuralTuringMachine takes no mixers",
+        ),
+        (
+            (*COPY, "model.feedforward={_target_: models.feedforward.SwiGLU}"),
+            "model.feedforward is set, but NeuralTuringMachine takes no",
+        ),
         ((*COPY, "position=alibi"), "nothing in this model takes a position"),
-        ((*COPY, "memory=lookup"), "Turing carries a state of its own .* use memory=segments memory.length=0"),
+        (
+            (*COPY, "memory=lookup"),
+            "NeuralTuringMachine carries a state of its own .* use memory=segments memory.length=0",
+        ),
         ((*FACTS, "memory=segments"), "memory=segments, but KeyValue takes no memory"),
-        ((*COPY, "engine.checkpointing=full"), "engine.checkpointing=full computes blocks again, and Turing has none"),
+        (
+            (*COPY, "engine.checkpointing=full"),
+            "engine.checkpointing=full computes blocks again, and NeuralTuringMachine has none",
+        ),
         (
             (*COPY, "engine.offload_activations=true", "launch=slurm", "launch.dry_run=true"),
-            "sends away what blocks save, and Turing has none",
+            "sends away what blocks save, and NeuralTuringMachine has none",
         ),
-        ((*FACTS, "engine.compile=true"), "engine.compile=true compiles blocks, and KeyValue has none"),
-        ((*COPY, "context_length=40", "batch_tokens=80"), "the longest example of Copy takes 41; use context_length=41"),
-        ((*COPY, "evaluation.sample_tokens=5"), "what Copy wants said is no next token; use evaluation.sample_tokens=0"),
-        ((*FACTS, "evaluation.sample_tokens=5", "evaluation.prompt=def"), "evaluation.prompt=def: 'def' is no token of this task"),
-        ((*COPY, "data.maximun=3"), r"data.maximun=3: Copy has no such setting; did you mean data.maximum\?"),
+        (
+            (*FACTS, "engine.compile=true"),
+            "engine.compile=true compiles blocks, and KeyValue has none",
+        ),
+        (
+            (*COPY, "context_length=40", "batch_tokens=80"),
+            "the longest example of CopyTask takes 41; use context_length=41",
+        ),
+        (
+            (*COPY, "evaluation.sample_tokens=5"),
+            "what CopyTask wants said is no next token; use evaluation.sample_tokens=0",
+        ),
+        (
+            (*FACTS, "evaluation.sample_tokens=5", "evaluation.prompt=def"),
+            "evaluation.prompt=def: 'def' is no token of this task",
+        ),
+        (
+            (*COPY, "data.max_lenght=3"),
+            r"data.max_lenght=3: CopyTask has no such setting; did you mean data.max_length\?",
+        ),
         ((*COPY, "model.controller=gru"), "controller=gru is none that there is"),
         ((*COPY, "parallel.context=2", "parallel.method=ulysses"), "needs 2 query heads"),
         ((*COPY, "data.held_out=0"), "data.held_out=0 keeps nothing to evaluate on"),
@@ -54,5 +89,7 @@ def test_what_there_is_no_place_for_is_refused(words: tuple[str, ...], said: str
 
 def test_a_state_of_its_own_is_carried_by_the_memory_that_asks_for_nothing_else() -> None:
     assert faults(*COPY, "memory=segments", "memory.length=0") == []
-    longer = faults(*COPY, "context_length=10", "batch_tokens=20", "memory=segments", "memory.length=0")
+    longer = faults(
+        *COPY, "context_length=10", "batch_tokens=20", "memory=segments", "memory.length=0"
+    )
     assert longer == [], "an example may be longer than a row where rows go on"

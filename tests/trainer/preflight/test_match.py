@@ -1,4 +1,5 @@
-"""match=parameters|flops: variants become as large, or as dear, as full attention of the same settings."""
+"""match=parameters|flops: variants become as large, or as dear, as full attention of the same
+settings."""
 
 import pytest
 import torch
@@ -26,12 +27,18 @@ def composed(*words: str) -> Config:
 def costs(config: Config) -> tuple[int, int]:
     with torch.device("meta"):
         model = build_model.build_model(config, VOCABULARY)
-    return count_parameters(model).total, count_flops(model).training(Span.line(1, config.context_length))
+    return count_parameters(model).total, count_flops(model).training(
+        Span.line(1, config.context_length)
+    )
 
 
-@pytest.mark.parametrize("model", ["sliding", "retnet", "rwkv7", "switch", "lstm"])  # an lstm has no feed-forward width
+@pytest.mark.parametrize(
+    "model", ["sliding", "retnet", "rwkv7", "switch", "lstm"]
+)  # an lstm has no feed-forward width
 @pytest.mark.parametrize(("match", "which"), [("parameters", 0), ("flops", 1)])
-def test_a_variant_comes_within_three_percent_of_full_attention(model: str, match: str, which: int) -> None:
+def test_a_variant_comes_within_three_percent_of_full_attention(
+    model: str, match: str, which: int
+) -> None:
     words = (*SIZES, f"model={model}", f"match={match}")
     goal = costs(composed(*SIZES, "model=full"))[which]
     fitted, said = match_sizes(composed(*words), words)
@@ -65,21 +72,44 @@ def test_a_feed_forward_width_that_was_set_by_hand_stays() -> None:
 
 
 def test_the_reference_has_full_attention_whatever_the_settings_change_in_the_layers() -> None:
-    words = (*SIZES, "model=switch", "mixer=retention", "mixer.expand=1", "memory=tokens", "model.kv_heads=2", "match=flops")
+    words = (
+        *SIZES,
+        "model=switch",
+        "mixer=retention",
+        "mixer.expand=1",
+        "memory=tokens",
+        "model.kv_heads=2",
+        "match=flops",
+    )
     found = reference(composed(*words), words)
     truth = composed(*SIZES, "model=full", "model.kv_heads=2", "match=flops")
     assert costs(found) == costs(truth)
 
 
 def test_wide_heads_get_widths_that_kernels_like() -> None:
-    words = ("model.width=512", "model.heads=8", "model.layers=2", "model=retention", "match=parameters")
+    words = (
+        "model.width=512",
+        "model.heads=8",
+        "model.layers=2",
+        "model=retention",
+        "match=parameters",
+    )
     fitted, _ = match_sizes(composed(*words), words)
     assert fitted.model.width % 64 == 0
 
 
 def test_what_cannot_be_fitted_is_refused_with_a_way_out() -> None:
-    words = ("model.width=16", "model.ffn=4000", "model.layers=2", "model=switch", "match=parameters")
-    with pytest.raises(UserError, match=r"no width comes near .*; use another model\.width or model\.layers, or match=none"):
+    words = (
+        "model.width=16",
+        "model.ffn=4000",
+        "model.layers=2",
+        "model=switch",
+        "match=parameters",
+    )
+    with pytest.raises(
+        UserError,
+        match=r"no width comes near .*; use another model\.width or model\.layers, or match=none",
+    ):
         match_sizes(composed(*words), words)
     with pytest.raises(UserError, match=r"model\.width=96 does not divide among model\.heads=5"):
         load_config([*SIZES, "model.heads=5", "match=parameters"])

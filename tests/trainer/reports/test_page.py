@@ -50,7 +50,11 @@ class Page(HTMLParser):
             head, _, data = told["src"].partition(",")
             assert head == "data:image/png;base64"
             self.images.append(base64.b64decode(data))
-        self.addresses += [value for key, value in told.items() if key in ("src", "href") and not value.startswith("data:")]
+        self.addresses += [
+            value
+            for key, value in told.items()
+            if key in ("src", "href") and not value.startswith("data:")
+        ]
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -72,21 +76,48 @@ def test_the_report_of_a_sweep_is_one_page_with_every_row(place: Path, capsys) -
     assert [Path(path).name for path in paths.split()] == names
     text = (place / "report" / "index.html").read_text()
     page = Page(text)
-    assert page.addresses == [] and "<script" not in text and "http" not in text and "@import" not in text
-    assert page.images == [(place / "report" / f"{name}.png").read_bytes() for name in ("curves", "pareto", "by_position")]
+    assert (
+        page.addresses == []
+        and "<script" not in text
+        and "http" not in text
+        and "@import" not in text
+    )
+    assert page.images == [
+        (place / "report" / f"{name}.png").read_bytes()
+        for name in ("curves", "pareto", "by_position")
+    ]
     head, full, sliding, *_ = page.rows
-    assert said.splitlines()[1] == "| --- " * len(head) + "|" and said + "\n" == (place / "report" / "variants.md").read_text()
-    for row, line in zip((head, full, sliding), (said.splitlines()[span] for span in (0, 2, 3)), strict=True):
+    assert (
+        said.splitlines()[1] == "| --- " * len(head) + "|"
+        and said + "\n" == (place / "report" / "variants.md").read_text()
+    )
+    for row, line in zip(
+        (head, full, sliding), (said.splitlines()[span] for span in (0, 2, 3)), strict=True
+    ):
         assert line == f"| {' | '.join(row)} |"
     told = dict(zip(head, full))
-    assert told["variant"] == "model=full" and told["parameters"] == "123k" and told["FLOPs/token"] == "4M"
-    assert told["loss"] == "2.0236 \u00b1 0.0497" and told["held-out loss"] == "2.1236 \u00b1 0.0497"
-    assert told["recall"] == "0.2500 \u00b1 0.0000" and told["tokens/s"] == "8,192" and told["peak memory"] == "1,024 MiB"
+    assert (
+        told["variant"] == "model=full"
+        and told["parameters"] == "123k"
+        and told["FLOPs/token"] == "4M"
+    )
+    assert (
+        told["loss"] == "2.0236 \u00b1 0.0497" and told["held-out loss"] == "2.1236 \u00b1 0.0497"
+    )
+    assert (
+        told["recall"] == "0.2500 \u00b1 0.0000"
+        and told["tokens/s"] == "8,192"
+        and told["peak memory"] == "1,024 MiB"
+    )
     assert told["bytes sent/step"] == "7.34M" and told["state"] == "3 runs"
     assert sliding[-1] == "2 of 3 runs; 4: failed with exit status 3: the disk <is> full"
     commands = [row for row in page.rows if row[-1].startswith("python -m trainer")]
-    assert len(commands) == 11 and commands[10][-1] == "python -m trainer steps=40 model=hyena seed=2"
-    assert sum(kind == "bad" for kind in page.kinds) == 3 + 3  # of the variants sliding, hyena and 11; of the runs 4, 10, 11
+    assert (
+        len(commands) == 11 and commands[10][-1] == "python -m trainer steps=40 model=hyena seed=2"
+    )
+    assert (
+        sum(kind == "bad" for kind in page.kinds) == 3 + 3
+    )  # of the variants sliding, hyena and 11; of the runs 4, 10, 11
     ranges = next(row for row in page.rows if row[0] == "position")
     assert ranges[1:5] == ["0", "1", "2-3", "4-7"]
 
@@ -94,7 +125,9 @@ def test_the_report_of_a_sweep_is_one_page_with_every_row(place: Path, capsys) -
 def test_the_report_of_a_run_that_has_not_stepped_says_so(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("name: lone\nsteps: 5\n")
-    (tmp_path / "run" / "environment.json").write_text('{"command": ["x", "name=lone", "data.hf_token=s3cret"]}')
+    (tmp_path / "run" / "environment.json").write_text(
+        '{"command": ["x", "name=lone", "data.hf_token=s3cret"]}'
+    )
     assert main([str(tmp_path / "run")]) == 0
     text = (tmp_path / "run" / "report" / "index.html").read_text()
     page = Page(text)
@@ -118,7 +151,9 @@ def test_pictures_show_means_over_seeds_and_what_no_other_beats(place: Path) -> 
     best = [round(x / 1e9) for x, _ in points(pareto.axes[0].get_lines()[-1])]
     assert best == [328, 492, 655]  # hyena, sliding, full: retnet is dearer and worse than sliding
     by_position = plots._by_position(rows)
-    assert by_position is not None and points(by_position.axes[0].get_lines()[0])[0][1] == pytest.approx(2.6)
+    assert by_position is not None and points(by_position.axes[0].get_lines()[0])[0][
+        1
+    ] == pytest.approx(2.6)
 
 
 def test_pictures_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
@@ -126,17 +161,25 @@ def test_pictures_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
     assert main([str(tmp_path)]) == 0
     (tmp_path / "evaluation.jsonl").unlink()
     assert main([str(tmp_path)]) == 0
-    assert not (tmp_path / "report" / "by_position.png").exists() and (tmp_path / "report" / "curves.png").exists()
+    assert (
+        not (tmp_path / "report" / "by_position.png").exists()
+        and (tmp_path / "report" / "curves.png").exists()
+    )
 
 
-@pytest.mark.parametrize(("words", "said"), [([], "one directory is wanted"), (["/none/such"], "there is no such directory")])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [([], "one directory is wanted"), (["/none/such"], "there is no such directory")],
+)
 def test_a_wrong_wish_is_one_line_and_exit_status_2(words: list[str], said: str, capsys) -> None:
     assert main(words) == 2
     told = capsys.readouterr().err
     assert said in told and told.count("\n") == 1
 
 
-def test_a_report_that_cannot_be_written_is_one_line_and_exit_status_3(tmp_path: Path, capsys) -> None:
+def test_a_report_that_cannot_be_written_is_one_line_and_exit_status_3(
+    tmp_path: Path, capsys
+) -> None:
     trained(tmp_path, 2.0)
     (tmp_path / "report").write_text("in the way")
     assert main([str(tmp_path)]) == 3
@@ -144,7 +187,8 @@ def test_a_report_that_cannot_be_written_is_one_line_and_exit_status_3(tmp_path:
 
 
 def named(place: Path, count: int) -> Path:
-    """A sweep whose variants have long names, and which was graded in several ways while it trained."""
+    """A sweep whose variants have long names, and which was graded in several ways while it
+    trained."""
     place.mkdir()
     (place / "sweep.json").write_text('{"settings": []}')
     for number in range(count):
@@ -157,11 +201,15 @@ def named(place: Path, count: int) -> Path:
         with open(place / str(number) / "evaluation.jsonl", "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         long = f"++mixer._target_=somebody.has.a.very.long.name.of.a.module.Mixer{number}"
-        JobOutcome(["model=full", long, "++mixer.temperature=0.125"], "done", 0, 9.0).write(place / str(number))
+        JobOutcome(["model=full", long, "++mixer.temperature=0.125"], "done", 0, 9.0).write(
+            place / str(number)
+        )
     return place
 
 
-@pytest.mark.parametrize("draw", [plots._curves, plots._pareto, plots._by_position, plots._evaluations])
+@pytest.mark.parametrize(
+    "draw", [plots._curves, plots._pareto, plots._by_position, plots._evaluations]
+)
 def test_legends_of_long_names_lie_on_the_sheet_and_below_the_panels(tmp_path: Path, draw) -> None:
     figure = draw(variants(collect(named(tmp_path / "all", 9))))
     canvas = FigureCanvasAgg(figure)
@@ -186,7 +234,12 @@ def test_accuracies_have_curves_and_tables_fit_the_page(tmp_path: Path) -> None:
     page = Page((place / "report" / "index.html").read_text())
     assert len(page.images) == 4 and max(len(row) for row in page.rows) <= 13
     heads = [row for row in page.rows if row[0] == "variant"]
-    assert {name for head in heads for name in head} > {"accuracy", "recall_of_14_pairs", "state", "bytes sent/step"}
+    assert {name for head in heads for name in head} > {
+        "accuracy",
+        "recall_of_14_pairs",
+        "state",
+        "bytes sent/step",
+    }
 
 
 def test_a_curve_of_one_value_is_none(place: Path) -> None:

@@ -22,14 +22,20 @@ def test_a_job_has_its_sweep_as_group_and_what_varies_as_name_and_tags() -> None
     own = ["model=full", "optim.learning_rate=0.01"]
     words = labels(config(), own, "my sweep")
     wish = config(*words).wandb
-    assert (wish.group, wish.name, wish.tags) == ("my sweep", "model=full optim.learning_rate=0.01", own)
+    assert (wish.group, wish.name, wish.tags) == (
+        "my sweep",
+        "model=full optim.learning_rate=0.01",
+        own,
+    )
 
 
 def test_what_the_user_names_wins() -> None:
     mine = ("wandb.group=g", "wandb.name=n", "wandb.tags=[t]")
     for span, word in enumerate(mine):
         left = labels(config(word), ["seed=1"], "all")
-        assert [each.partition("=")[0] for each in left] == [m.partition("=")[0] for i, m in enumerate(mine) if i != span]
+        assert [each.partition("=")[0] for each in left] == [
+            m.partition("=")[0] for i, m in enumerate(mine) if i != span
+        ]
     assert labels(config(*mine), ["seed=1"], "all") == []
     assert labels(config("wandb.mode=disabled"), ["seed=1"], "all") == []
 
@@ -53,9 +59,18 @@ def test_any_setting_can_be_a_name_and_a_tag(own: list[str]) -> None:
 
 
 def test_the_command_of_each_job_carries_its_labels(tmp_path: Path) -> None:
-    stub = "import json, pathlib, sys; pathlib.Path(sys.argv[1], sys.argv[3] + '.json').write_text(json.dumps(sys.argv))"
+    stub = (
+        "import json, pathlib, sys; pathlib.Path(sys.argv[1], sys.argv[3] +"
+        " '.json').write_text(json.dumps(sys.argv))"
+    )
     (tmp_path / "stub.py").write_text(stub.replace("sys.argv[3]", "str(abs(hash(str(sys.argv))))"))
-    words = ["-m", "context_length=64", "batch_tokens=64", "seed=1,2", f"hydra.sweep.dir={tmp_path / 'lot'}"]
+    words = [
+        "-m",
+        "context_length=64",
+        "batch_tokens=64",
+        "seed=1,2",
+        f"hydra.sweep.dir={tmp_path / 'lot'}",
+    ]
     assert run_sweep(words, [sys.executable, str(tmp_path / "stub.py"), str(tmp_path)]) == 0
     told = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
     assert len(told) == 2 and all("wandb.group='lot'" in words for words in told)

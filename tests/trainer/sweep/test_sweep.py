@@ -1,4 +1,5 @@
-"""Sweeps: every combination runs once, in a directory of its own; one that fails is named and the rest goes on."""
+"""Sweeps: every combination runs once, in a directory of its own; one that fails is named and the
+rest goes on."""
 
 import json
 import os
@@ -21,7 +22,14 @@ from trainer.sweep.process_pool import Slots
 from trainer.sweep.sweep import run_sweep
 from trainer.verify.whole_runs import write_documents
 
-SMALL = ("context_length=64", "batch_tokens=64", "model.width=16", "model.layers=1", "model.heads=2", "steps=2")
+SMALL = (
+    "context_length=64",
+    "batch_tokens=64",
+    "model.width=16",
+    "model.layers=1",
+    "model.heads=2",
+    "steps=2",
+)
 STUB = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -58,12 +66,16 @@ def run(home: Path, *words: str) -> int:
 def starts(home: Path) -> list[int]:
     """The seeds that were started since the last look."""
     path = home / "starts"
-    seeds = [int(line.split()[0]) for line in path.read_text().splitlines()] if path.exists() else []
+    seeds = (
+        [int(line.split()[0]) for line in path.read_text().splitlines()] if path.exists() else []
+    )
     path.unlink(missing_ok=True)
     return sorted(seeds)
 
 
-def test_a_job_that_fails_is_named_and_the_rest_goes_on_and_only_it_runs_again(home: Path, capsys) -> None:
+def test_a_job_that_fails_is_named_and_the_rest_goes_on_and_only_it_runs_again(
+    home: Path, capsys
+) -> None:
     (home / "fail2").touch()
     assert run(home, "seed=1,2,3") == 1
     assert starts(home) == [1, 2, 3]
@@ -97,7 +109,9 @@ sys.exit(sweep(sys.argv[1:], [sys.executable, {str(home / "stub.py")!r}, {str(ho
 """
     words = ("-m", *SMALL, f"hydra.sweep.dir={home / 'all'}", *words)
     pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, "-c", code, *words], stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *words], stdout=pipe, stderr=pipe, text=True, cwd=ROOT
+    )
 
 
 def await_files(process: subprocess.Popen, *paths: Path) -> None:
@@ -107,7 +121,9 @@ def await_files(process: subprocess.Popen, *paths: Path) -> None:
         time.sleep(0.05)
 
 
-def test_two_of_three_jobs_run_at_once_on_two_ranks_and_a_signal_stops_them_and_says_how_to_go_on(home: Path) -> None:
+def test_two_of_three_jobs_run_at_once_on_two_ranks_and_a_signal_stops_them_and_says_how_to_go_on(
+    home: Path,
+) -> None:
     for seed in (1, 2):
         (home / f"wait{seed}").touch()
     process = detached(home, "seed=1,2,3", "hydra.launcher.ranks=2")
@@ -137,16 +153,26 @@ def test_two_of_three_jobs_run_at_once_on_two_ranks_and_a_signal_stops_them_and_
         (("seed=1",), "no setting has several; write for example model=full,sliding"),
         (("seed=range(3,3)",), "no job comes of these settings"),
         (("mixer=full,sliding", "mixer.raech=8"), "did you mean mixer.window"),
-        (("model.heads=2,3",), "model.width=16 does not divide among model.heads=3; .* (job 1: model.heads=3)"),
+        (
+            ("model.heads=2,3",),
+            "model.width=16 does not divide among model.heads=3; .* (job 1: model.heads=3)",
+        ),
         (("seed=1,2", "run_dir=there"), "give the folder of all with hydra.sweep.dir=PATH"),
         (("seed=1,2", "hydra.sweep.subdir=same"), "is the folder of several jobs"),
         (("seed=1,2", "hydra/launcher=basic"), "of Hydra's settings a sweep takes"),
-        (("optim.learning_rate=interval(0.1,0.2)",), "intervals are for a search; add hydra/sweeper=optuna"),
+        (
+            ("optim.learning_rate=interval(0.1,0.2)",),
+            "intervals are for a search; add hydra/sweeper=optuna",
+        ),
     ],
     ids=lambda each: " ".join(each) if isinstance(each, tuple) else "",
 )
-def test_a_bad_sweep_is_refused_before_any_job_starts(home: Path, words: tuple[str, ...], message: str) -> None:
-    with pytest.raises(UserError, match=message.replace("(", "[(]").replace(")", "[)]").replace("?", "[?]")):
+def test_a_bad_sweep_is_refused_before_any_job_starts(
+    home: Path, words: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(
+        UserError, match=message.replace("(", "[(]").replace(")", "[)]").replace("?", "[?]")
+    ):
         run(home, *words)
     assert starts(home) == []
     assert not (home / "all").exists()
@@ -155,7 +181,10 @@ def test_a_bad_sweep_is_refused_before_any_job_starts(home: Path, words: tuple[s
 def test_a_directory_of_another_sweep_or_of_something_else_is_refused(home: Path) -> None:
     assert run(home, "seed=1,2") == 0
     starts(home)
-    with pytest.raises(UserError, match=r"holds the sweep .* seed=1,2; give those settings again, or another hydra.sweep.dir"):
+    with pytest.raises(
+        UserError,
+        match=r"holds the sweep .* seed=1,2; give those settings again, or another hydra.sweep.dir",
+    ):
         run(home, "seed=1,2,3")
     with pytest.raises(UserError, match="holds something that is no sweep"):
         run_sweep(["-m", *SMALL, "seed=1,2", f"hydra.sweep.dir={home}"], ["false"])
@@ -226,17 +255,37 @@ def test_ranks_have_room_or_run_alone() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", ["a blocked/f", pytest.param("a b c d e blocked/f", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "names", ["a blocked/f", pytest.param("a b c d e blocked/f", marks=pytest.mark.full)]
+)
 def test_real_runs_of_which_the_last_fails_and_is_mended(tmp_path: Path, names: str) -> None:
     last = len(names.split()) - 1
     glob = write_documents(tmp_path / "text")
     (tmp_path / "blocked").touch()  # where the folder of a token cache should be
     caches = ",".join(f"{tmp_path}/{name}" for name in names.split())
-    words = ("-m", *SMALL, "data=files", f"data.path={glob}", f"data.cache={caches}", "wandb.mode=disabled")
-    words += ("checkpoint.every=0", "evaluation.every=2", "evaluation.batches=1", f"hydra.sweep.dir={tmp_path / 'all'}")
+    words = (
+        "-m",
+        *SMALL,
+        "data=files",
+        f"data.path={glob}",
+        f"data.cache={caches}",
+        "wandb.mode=disabled",
+    )
+    words += (
+        "checkpoint.every=0",
+        "evaluation.every=2",
+        "evaluation.batches=1",
+        f"hydra.sweep.dir={tmp_path / 'all'}",
+    )
 
     def go() -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-m", "trainer", *words], cwd=ROOT, capture_output=True, text=True, timeout=240)
+        return subprocess.run(
+            [sys.executable, "-m", "trainer", *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
 
     first = go()
     assert first.returncode == 1, first.stdout + first.stderr
@@ -246,4 +295,6 @@ def test_real_runs_of_which_the_last_fails_and_is_mended(tmp_path: Path, names: 
     second = go()
     assert second.returncode == 0, second.stdout + second.stderr
     assert second.stdout.count(" starts: ") == 1 and f"job {last} done" in second.stdout
-    assert all((tmp_path / "all" / str(number) / "config.yaml").is_file() for number in range(last + 1))
+    assert all(
+        (tmp_path / "all" / str(number) / "config.yaml").is_file() for number in range(last + 1)
+    )

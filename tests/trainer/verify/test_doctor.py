@@ -1,4 +1,5 @@
-"""The doctor finds nothing wrong where nothing is, and finds every way in which a driver is broken on purpose."""
+"""The doctor finds nothing wrong where nothing is, and finds every way in which a driver is broken
+on purpose."""
 
 import pytest
 
@@ -7,7 +8,13 @@ from tests.support.pool import ranks
 from trainer.preflight.prepare import load_config
 from trainer.verify.doctor import BREAKS, TOKENS, Examination, small_twin
 
-QUICK = ("experiment=quickstart", "wandb.mode=disabled", "model.layers=2", "model.heads=4", "model.kv_heads=2")
+QUICK = (
+    "experiment=quickstart",
+    "wandb.mode=disabled",
+    "model.layers=2",
+    "model.heads=4",
+    "model.kv_heads=2",
+)
 
 
 MASKED = ("objective=masked", "evaluation.sample_tokens=0")
@@ -24,10 +31,27 @@ def examine(env, words, sabotage):
     [
         ("parallel.method=ring",),
         ("parallel.method=ulysses", "parallel.layout=contiguous"),
-        ("mixer=sliding", "mixer.window=300", "parallel.method=allgather", "parallel.layout=balanced"),
+        (
+            "mixer=sliding",
+            "mixer.window=300",
+            "parallel.method=allgather",
+            "parallel.layout=balanced",
+        ),
         ("mixer=gated_linear",),
-        ("mixer=bidirectional", *MASKED, "position=t5", "position.bidirectional=true", "parallel.layout=balanced"),
-        ("mixer=prefix", "mixer.length=0", "objective=span_corruption", "evaluation.sample_tokens=0", "parallel.method=allgather"),
+        (
+            "mixer=bidirectional",
+            *MASKED,
+            "position=t5",
+            "position.bidirectional=true",
+            "parallel.layout=balanced",
+        ),
+        (
+            "mixer=prefix",
+            "mixer.length=0",
+            "objective=span_corruption",
+            "evaluation.sample_tokens=0",
+            "parallel.method=allgather",
+        ),
     ],
     ids=" ".join,
 )
@@ -38,7 +62,9 @@ def test_a_sound_config_passes(words):
 
 
 @pytest.mark.parametrize("sabotage", BREAKS)
-@pytest.mark.parametrize("words", ["parallel.method=ring", "parallel.method=ulysses", "mixer=gated_linear"])
+@pytest.mark.parametrize(
+    "words", ["parallel.method=ring", "parallel.method=ulysses", "mixer=gated_linear"]
+)
 def test_a_broken_driver_is_caught(words, sabotage):
     findings = ranks(3, examine, (words,), sabotage)[0]
     assert [f for f in findings if not f.fine], f"{sabotage} went unseen"
@@ -58,9 +84,15 @@ def test_a_mixer_that_looks_ahead_by_design_is_not_blamed_for_it():
 
 
 def test_the_small_model_keeps_the_kind():
-    config = load_config((*QUICK, "model=hybrid", "model.layers=24", "context_length=4096", "batch_tokens=4096"))
+    config = load_config(
+        (*QUICK, "model=hybrid", "model.layers=24", "context_length=4096", "batch_tokens=4096")
+    )
     tiny = small_twin(config)
     assert tiny.context_length == TOKENS and tiny.model.layers == len(config.model.pattern)
     assert tiny.model.mixers == config.model.mixers and tiny.model.heads == config.model.heads
-    window = small_twin(load_config((*QUICK, "mixer=sliding", "mixer.window=1024", "context_length=2048")))
-    assert window.mixer is not None and window.mixer.settings()["reach"] == round(1024 * TOKENS / 2048)
+    window = small_twin(
+        load_config((*QUICK, "mixer=sliding", "mixer.window=1024", "context_length=2048"))
+    )
+    assert window.mixer is not None and window.mixer.settings()["window"] == round(
+        1024 * TOKENS / 2048
+    )

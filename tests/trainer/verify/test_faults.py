@@ -1,4 +1,5 @@
-"""A loss or gradient that is no finite number, or leaps: the step is left out on every rank, without a trace."""
+"""A loss or gradient that is no finite number, or leaps: the step is left out on every rank,
+without a trace."""
 
 import errno
 import json
@@ -45,7 +46,8 @@ def bits(loop):
 
 
 def poisoned(env, words, directory, way, steps, victim):
-    """A run of which the last micro-batch of some steps is spoiled on one rank: (how it ended, steps that moved nothing)."""
+    """A run of which the last micro-batch of some steps is spoiled on one rank: (how it ended,
+    steps that moved nothing)."""
     config = load_config(words, started=env.size)
     forward, step = nn.Embedding.forward, Loop._step
     now, still = {"step": 0, "left": 0}, []
@@ -75,7 +77,11 @@ def poisoned(env, words, directory, way, steps, victim):
 
 def went(folder, name, size, way, steps, *words, victim=0):
     directory = folder / name
-    data = (f"data.path={write_documents(folder / 'text')}", f"data.cache={folder / 'cache'}", f"run_dir={directory}")
+    data = (
+        f"data.path={write_documents(folder / 'text')}",
+        f"data.cache={folder / 'cache'}",
+        f"run_dir={directory}",
+    )
     make_run_dir(directory)
     ends = ranks(size, poisoned, (*COMMON, *data, *words), str(directory), way, steps, victim)
     assert all(end == ends[0] for end in ends), "the ranks did not decide alike"
@@ -85,14 +91,25 @@ def went(folder, name, size, way, steps, *words, victim=0):
 CASES = {
     "two ranks share rows": (2, 1, ("parallel.context=2", "engine=fsdp")),
     "rows are dealt": (3, 2, ("parallel.data=3", "engine=single")),
-    "experts": (2, 1, ("model=moe_topk", "model.feedforwards.experts.bias_speed=0.05", "parallel.data=2", "engine=single")),
+    "experts": (
+        2,
+        1,
+        (
+            "model=moe_topk",
+            "model.feedforwards.experts.bias_speed=0.05",
+            "parallel.data=2",
+            "engine=single",
+        ),
+    ),
     "bfloat16": (2, 0, ("parallel.data=2", "engine=single", "precision=bfloat16")),
 }
 
 
 @pytest.mark.parametrize("way", ["loss", "gradient"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all_without_a_trace(case, way, tmp_path):
+def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all_without_a_trace(
+    case, way, tmp_path
+):
     size, victim, words = CASES[case]
     words = (*words, "steps=4", "checkpoint.every=0")
     (code, still), rows = went(tmp_path, case, size, way, [2], *words, victim=victim)
@@ -104,7 +121,9 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all_without_a_trac
     assert told["cursor"]["rows"] == 5, "the address of the batch: the second of five rows each"
     if way == "loss":
         assert rows[2]["loss"] is None and "the loss is nan" in told["why"]
-        assert told["rows"] == [{"two ranks share rows": 4, "rows are dealt": 5}.get(case, 2 if victim == 0 else 5)]
+        assert told["rows"] == [
+            {"two ranks share rows": 4, "rows are dealt": 5}.get(case, 2 if victim == 0 else 5)
+        ]
     else:
         assert rows[2]["loss"] and rows[2]["grad_norm"] is None and told["rows"] == []
 
@@ -119,7 +138,13 @@ def test_the_batch_after_a_skipped_one_is_the_one_that_follows_it(tmp_path):
 
 @pytest.mark.parametrize("memory", ["segments", "compressive"])
 def test_a_memory_does_not_keep_what_was_not_finite(memory, tmp_path):
-    words = (f"memory={memory}", "memory.segment=16", "steps=4", "checkpoint.every=0", "log.every=1")
+    words = (
+        f"memory={memory}",
+        "memory.segment=16",
+        "steps=4",
+        "checkpoint.every=0",
+        "log.every=1",
+    )
     more = ("memory.length=20", "position=relative") if memory == "segments" else ()
     _, clean = went(tmp_path, "clean", 1, "loss", [], *words, *more)
     (code, still), rows = went(tmp_path, "spoilt", 1, "loss", [2], *words, *more)
@@ -127,19 +152,49 @@ def test_a_memory_does_not_keep_what_was_not_finite(memory, tmp_path):
     assert all(math.isfinite(rows[step]["loss"]) for step in (3, 4))
 
 
-def test_after_max_skipped_in_a_row_the_run_ends_on_every_rank_and_its_checkpoint_is_whole(tmp_path):
-    words = ("parallel.context=2", "engine=fsdp", "steps=9", "checkpoint.every=1", "checkpoint.keep=9", "optim.max_skipped=2")
+def test_after_max_skipped_in_a_row_the_run_ends_on_every_rank_and_its_checkpoint_is_whole(
+    tmp_path,
+):
+    words = (
+        "parallel.context=2",
+        "engine=fsdp",
+        "steps=9",
+        "checkpoint.every=1",
+        "checkpoint.keep=9",
+        "optim.max_skipped=2",
+    )
     ((code, told), still), rows = went(tmp_path, "run", 2, "loss", [2, 4, 5, 6], *words)
-    assert code == BAD_RUN and still == [2, 4], "a single one does not end it; the fifth is the second in a row"
-    assert "step 5: the loss is nan" in told and "optim.max_skipped=2" in told and "another run_dir" in told
+    assert code == BAD_RUN and still == [
+        2,
+        4,
+    ], "a single one does not end it; the fifth is the second in a row"
+    assert (
+        "step 5: the loss is nan" in told
+        and "optim.max_skipped=2" in told
+        and "another run_dir" in told
+    )
     assert rows[5]["skipped"] and 6 not in rows
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))[-1] == "step_00000004"
+    assert (
+        sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))[-1]
+        == "step_00000004"
+    )
 
 
 def guard(**settings):
-    given = {"learning_rate": 1.0, "betas": (0.9, 0.9), "eps": 1e-8, "weight_decay": 0.0, "clip": 1.0, **settings}
+    given = {
+        "learning_rate": 1.0,
+        "betas": (0.9, 0.9),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        **settings,
+    }
     mesh = Mesh.alone()
-    return SkipStepGuard(mesh, BatchSharder(mesh, rows=2, context_length=8, micro_batch=2, policy="zigzag"), OptimConfig.model_validate(given))
+    return SkipStepGuard(
+        mesh,
+        BatchSharder(mesh, rows=2, context_length=8, micro_batch=2, policy="zigzag"),
+        OptimConfig.model_validate(given),
+    )
 
 
 def judged(judge, progress, norms):
@@ -152,7 +207,9 @@ def judged(judge, progress, norms):
 
 def test_a_leap_is_judged_by_the_median_of_finite_norms_and_a_nan_never_spoils_it():
     progress, judge = Progress({}), guard(spike=4.0)
-    assert judged(judge, progress, [100.0] * (LEAST - 1) + [1000.0]) == [False] * LEAST, "too few to tell"
+    assert judged(judge, progress, [100.0] * (LEAST - 1) + [1000.0]) == [False] * LEAST, (
+        "too few to tell"
+    )
     assert judged(judge, progress, [math.nan, math.inf, 399.0, 401.0]) == [True, True, False, True]
     assert judged(judge, progress, [399.0]) == [False] and progress.skipped == 0
     assert len(progress.norms) == LEAST + 3
@@ -188,9 +245,17 @@ def test_a_resumed_guard_judges_as_the_one_that_went_on():
 
 @pytest.mark.slow
 def test_a_run_that_is_resumed_skips_the_same_spike(tmp_path):
-    words = ("steps=20", "checkpoint.every=18", "optim.skip_above=5", "log.every=1", "optim.learning_rate=0.0001")
+    words = (
+        "steps=20",
+        "checkpoint.every=18",
+        "optim.skip_above=5",
+        "log.every=1",
+        "optim.learning_rate=0.0001",
+    )
     (code, still), whole = went(tmp_path, "whole", 1, "spike", [18, 20], *words)
-    assert (code, still) == (0, [18, 20]) and "optim.skip_above=5 times the usual" in whole[20]["skipped"]["why"]
+    assert (code, still) == (0, [18, 20]) and "optim.skip_above=5 times the usual" in whole[20][
+        "skipped"
+    ]["why"]
     first = tmp_path / "whole" / "checkpoints" / "step_00000018"
     (_, still), rest = went(tmp_path, "rest", 1, "spike", [20], *words, f"resume={first}")
     assert still == [20] and rest[20]["skipped"] == whole[20]["skipped"]
@@ -200,16 +265,27 @@ def test_a_run_that_is_resumed_skips_the_same_spike(tmp_path):
 def test_a_disk_that_is_full_before_the_first_step_is_told_in_a_sentence(tmp_path, monkeypatch):
     glob = write_documents(tmp_path / "text")
     config = load_config(
-        ["data=files", f"data.path={glob}", f"data.cache={tmp_path / 'cache'}", "context_length=48", "batch_tokens=48"]
+        [
+            "data=files",
+            f"data.path={glob}",
+            f"data.cache={tmp_path / 'cache'}",
+            "context_length=48",
+            "batch_tokens=48",
+        ]
     )
 
     def full(root, name, content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(directories, "replace_inside", full)
-    with pytest.raises(UserError, match="cannot be written: No space left on device; make room") as told:
+    with pytest.raises(
+        UserError, match="cannot be written: No space left on device; make room"
+    ) as told:
         directories.record(tmp_path, config)
     assert told.value.code == BAD_RUN
     (tmp_path / directories.LOCK).mkdir()
-    with pytest.raises(UserError, match=r"cannot be written: \.lock: Is a directory; choose"), directories.lock(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"cannot be written: \.lock: Is a directory; choose"),
+        directories.lock(tmp_path),
+    ):
         pass

@@ -16,7 +16,9 @@ from trainer.verify.fuzz import Fuzz, fuzz
 from trainer.verify.mistype import draw_mistakes
 from trainer.verify.whole_runs import write_documents
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forking a process that has threads
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # of forking a process that has threads
 MANY, MISTAKES = 12, 24
 
 
@@ -53,15 +55,30 @@ def test_some_runs_and_mistakes_are_as_promised(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     said: list[str] = []
     assert fuzz(tmp_path, seed=0, many=MANY, mistakes=MISTAKES, say=said.append) == []
-    counts = {name: int(count) for count, _, name in (each.partition(" ") for each in said[0].split(", "))}
-    assert sum(count for name, count in counts.items() if name.startswith("equal")) >= 0.75 * MANY, counts
+    counts = {
+        name: int(count) for count, _, name in (each.partition(" ") for each in said[0].split(", "))
+    }
+    assert (
+        sum(count for name, count in counts.items() if name.startswith("equal")) >= 0.75 * MANY
+    ), counts
     assert counts["passed and ran"] >= MISTAKES / 5 and counts["refused"], counts
 
 
 def _drawn(monkeypatch, session, *more: str) -> None:
     """One run is drawn, whatever the number."""
-    common = [*SMALL, "precision=float64", "data=files", f"data.path={session.documents}", "model.width=8"]
-    common += ["model.heads=1", "model.kv_heads=1", "evaluation.every=0", f"data.cache={session.folder / 'cache'}"]
+    common = [
+        *SMALL,
+        "precision=float64",
+        "data=files",
+        f"data.path={session.documents}",
+        "model.width=8",
+    ]
+    common += [
+        "model.heads=1",
+        "model.kv_heads=1",
+        "evaluation.every=0",
+        f"data.cache={session.folder / 'cache'}",
+    ]
     common += ["context_length=8", "batch_tokens=16", *more]
     draw = Draw(common, ["parallel.context=2", "engine=single"], 2)
     monkeypatch.setattr(fuzzing, "draw_run", lambda *_: draw)
@@ -71,7 +88,9 @@ def _drawn(monkeypatch, session, *more: str) -> None:
 def test_a_broken_driver_is_a_finding(session, monkeypatch):
     _drawn(monkeypatch, session, "mixer=linear")
     right = StatePassing.forward
-    monkeypatch.setattr(StatePassing, "forward", lambda self, *args, **named: right(self, *args, **named) + 1e-5)
+    monkeypatch.setattr(
+        StatePassing, "forward", lambda self, *args, **named: right(self, *args, **named) + 1e-5
+    )
     (found,) = session.runs([0])
     assert "step 1: loss" in found.what and session.outcomes["differs"] == 1
     session.close()  # ranks are forked anew, from what is whole
@@ -80,7 +99,9 @@ def test_a_broken_driver_is_a_finding(session, monkeypatch):
 
 
 def test_a_step_without_a_target_has_no_loss_to_compare(session):
-    config = session._judged([*SMALL, "precision=float64", "data=files", f"data.path={session.documents}"])
+    config = session._judged(
+        [*SMALL, "precision=float64", "data=files", f"data.path={session.documents}"]
+    )
     row, none = {"loss": 5.0, "grad_norm": 1.0}, {"loss": None, "grad_norm": None}
     assert session._difference(config, [[row, none, row], [row, none, row]]) is None
     assert "step 2: loss None" in session._difference(config, [[row, none, row], [row, row, row]])
@@ -88,10 +109,20 @@ def test_a_step_without_a_target_has_no_loss_to_compare(session):
 
 @pytest.mark.slow
 def test_a_run_that_its_data_ends_has_to_end_so_on_one_rank(session, monkeypatch):
-    _drawn(monkeypatch, session, "mixer=bidirectional", "objective=masked", "objective.probability=0.001")
+    _drawn(
+        monkeypatch,
+        session,
+        "mixer=bidirectional",
+        "objective=masked",
+        "objective.probability=0.001",
+    )
     assert list(session.runs([0])) == [] and session.outcomes == {"ended with the same message": 1}
     session.close()
-    monkeypatch.setattr(fuzzing, "live", lambda rank, config, size, heartbeat: size > 1 and _live(rank, config, size, heartbeat))
+    monkeypatch.setattr(
+        fuzzing,
+        "live",
+        lambda rank, config, size, heartbeat: size > 1 and _live(rank, config, size, heartbeat),
+    )
     (found,) = session.runs([1])
     assert "no token to predict" in found.what and "on one rank with False" in found.what
 
@@ -104,10 +135,15 @@ def _raise(*args, **named):
 
 
 @pytest.mark.slow
-def test_a_trace_is_a_finding_in_the_check_in_a_run_and_in_what_follows_a_mistake(session, monkeypatch):
+def test_a_trace_is_a_finding_in_the_check_in_a_run_and_in_what_follows_a_mistake(
+    session, monkeypatch
+):
     _drawn(monkeypatch, session, "mixer=full")
     monkeypatch.setattr(fuzzing, "draw_mistakes", lambda random, base: [*base, "steps=1"])
-    for name, outcomes in (("wish", {"check broke": 2}), ("run", {"broke": 1, "passed and broke": 1})):
+    for name, outcomes in (
+        ("wish", {"check broke": 2}),
+        ("run", {"broke": 1, "passed and broke": 1}),
+    ):
         session.outcomes.clear()
         session.close()
         with monkeypatch.context() as patch:
@@ -116,10 +152,14 @@ def test_a_trace_is_a_finding_in_the_check_in_a_run_and_in_what_follows_a_mistak
         assert ["ZeroDivisionError: a bug" in each.what for each in found] == [True, True]
         assert session.outcomes == outcomes
     session.close()
-    assert [*session.runs([1]), *session.mistakes([1])] == [] and session.outcomes["passed and ran"] == 1
+    assert [*session.runs([1]), *session.mistakes([1])] == [] and session.outcomes[
+        "passed and ran"
+    ] == 1
 
 
-def test_only_a_fault_of_data_disk_or_loss_may_end_a_run_that_passed_the_check(session, monkeypatch):
+def test_only_a_fault_of_data_disk_or_loss_may_end_a_run_that_passed_the_check(
+    session, monkeypatch
+):
     monkeypatch.setattr(fuzzing, "draw_mistakes", lambda random, base: [*base, "steps=1"])
     for code, expected in ((BAD_RUN, 0), (BAD_CONFIG, 1)):
 
@@ -176,7 +216,11 @@ def test_a_crew_that_fails_dies_or_hangs_is_told_of_and_replaced(tmp_path):
 
 def test_a_refusal_without_words_or_with_a_trace_is_a_finding(session):
     assert session._refusal("2: steps=0: use 1 or more") is None
-    for told in ("2: ", "Traceback (most recent call last): ValueError", "2: it said Traceback (most recent"):
+    for told in (
+        "2: ",
+        "Traceback (most recent call last): ValueError",
+        "2: it said Traceback (most recent",
+    ):
         assert session._refusal(told)
 
 

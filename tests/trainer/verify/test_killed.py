@@ -1,4 +1,5 @@
-"""Killed at any moment and started again, a run ends where it would have ended: through the command that a user gives."""
+"""Killed at any moment and started again, a run ends where it would have ended: through the command
+that a user gives."""
 
 import json
 import os
@@ -22,9 +23,26 @@ STEPS = 12
 def words(folder: Path, name: str, *more: str) -> list[str]:
     glob = write_documents(folder / "text")
     return [
-        *("data=files", f"data.path={glob}", f"data.cache={folder / 'cache'}", f"run_dir={folder / name}"),
-        *(f"steps={STEPS}", "context_length=126", "batch_tokens=504", "model.width=32", "model.layers=2", "model.heads=4"),
-        *("checkpoint.every=2", "evaluation.every=5", "evaluation.batches=2", "wandb.mode=disabled"),
+        *(
+            "data=files",
+            f"data.path={glob}",
+            f"data.cache={folder / 'cache'}",
+            f"run_dir={folder / name}",
+        ),
+        *(
+            f"steps={STEPS}",
+            "context_length=126",
+            "batch_tokens=504",
+            "model.width=32",
+            "model.layers=2",
+            "model.heads=4",
+        ),
+        *(
+            "checkpoint.every=2",
+            "evaluation.every=5",
+            "evaluation.batches=2",
+            "wandb.mode=disabled",
+        ),
         *more,
     ]
 
@@ -48,7 +66,8 @@ def finish(arguments: list[str]) -> str:
 
 
 def kill_after(arguments: list[str], rows: int, pause_s: float, metrics: Path) -> None:
-    """Start, wait until so many steps are logged and a moment more, then SIGKILL the launcher; its ranks must follow."""
+    """Start, wait until so many steps are logged and a moment more, then SIGKILL the launcher; its
+    ranks must follow."""
     process = start(arguments)
     end = time.monotonic() + 240
     while time.monotonic() < end and process.poll() is None and len(list(read(metrics))) < rows:
@@ -60,7 +79,9 @@ def kill_after(arguments: list[str], rows: int, pause_s: float, metrics: Path) -
 
 def weights(directory: Path) -> dict[str, str]:
     """Checksum of every file of the last checkpoint."""
-    manifest = json.loads((directory / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json").read_text())
+    manifest = json.loads(
+        (directory / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json").read_text()
+    )
     return {name: entry["sha256"] for name, entry in manifest["files"].items()}
 
 
@@ -84,14 +105,24 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(folder, whole):
         kill_after(same, rows, moments.uniform(0, 0.4), folder / "killed" / METRICS)
     finish(same)
     assert weights(folder / "killed") == weights(whole)
-    a, b = ([(r["step"], r["tokens"], r["loss"]) for r in read(path / METRICS)] for path in (whole, folder / "killed"))
+    a, b = (
+        [(r["step"], r["tokens"], r["loss"]) for r in read(path / METRICS)]
+        for path in (whole, folder / "killed")
+    )
     assert a == b and [step for step, *_ in a] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_ranks_and_another_engine(folder, whole):
-    kill_after(words(folder, "moved", "parallel.context=3", "engine=fsdp"), 5, 0.0, folder / "moved" / METRICS)
-    told = finish(words(folder, "moved", "parallel.context=2", "parallel.layout=contiguous", "engine=single"))
+    kill_after(
+        words(folder, "moved", "parallel.context=3", "engine=fsdp"),
+        5,
+        0.0,
+        folder / "moved" / METRICS,
+    )
+    told = finish(
+        words(folder, "moved", "parallel.context=2", "parallel.layout=contiguous", "engine=single")
+    )
     assert "resumed from" in told
     a, b = (list(read(path / METRICS)) for path in (whole, folder / "moved"))
     assert [r["tokens"] for r in a] == [r["tokens"] for r in b]
@@ -103,7 +134,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder, whole):
     first = words(folder, "damaged", "parallel.context=2", "engine=fsdp", "checkpoint.keep=3")
     kill_after(first, 9, 0.0, folder / "damaged" / METRICS)
     newest = sorted((folder / "damaged" / "checkpoints").glob("step_*"))[-1]
-    victim = max((p for p in newest.iterdir() if p.name != "manifest.json"), key=lambda p: p.stat().st_size)
+    victim = max(
+        (p for p in newest.iterdir() if p.name != "manifest.json"), key=lambda p: p.stat().st_size
+    )
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
@@ -134,17 +167,32 @@ def test_sigterm_saves_and_says_so(folder, whole):
 
 @pytest.mark.slow
 def test_after_a_rank_was_killed_all_ranks_are_back_from_the_last_checkpoint(folder, whole):
-    process = start(words(folder, "restarted", "parallel.context=2", "engine=fsdp", "launch.max_restarts=2"))
+    process = start(
+        words(folder, "restarted", "parallel.context=2", "engine=fsdp", "launch.max_restarts=2")
+    )
     for victim, rows in ((1, 5), (0, 9)):
         end = time.monotonic() + 240
-        while time.monotonic() < end and process.poll() is None and len(list(read(folder / "restarted" / METRICS))) < rows:
+        while (
+            time.monotonic() < end
+            and process.poll() is None
+            and len(list(read(folder / "restarted" / METRICS))) < rows
+        ):
             time.sleep(0.02)
-        every = {int(each.environ()["RANK"]): each for each in psutil.Process(process.pid).children(recursive=True)}
+        every = {
+            int(each.environ()["RANK"]): each
+            for each in psutil.Process(process.pid).children(recursive=True)
+        }
         every[victim].kill()
         psutil.wait_procs(every.values(), timeout=60)
     told, _ = process.communicate(timeout=240)
-    assert process.returncode == 0 and "all were started again (2 of launch.max_restarts=2 times)" in told, told
+    assert (
+        process.returncode == 0
+        and "all were started again (2 of launch.max_restarts=2 times)" in told
+    ), told
     assert "resumed from" in told and "Traceback" not in told
     assert weights(folder / "restarted") == weights(whole)
-    a, b = ([(r["step"], r["tokens"], r["loss"]) for r in read(path / METRICS)] for path in (whole, folder / "restarted"))
+    a, b = (
+        [(r["step"], r["tokens"], r["loss"]) for r in read(path / METRICS)]
+        for path in (whole, folder / "restarted")
+    )
     assert a == b and [step for step, *_ in a] == list(range(1, STEPS + 1))

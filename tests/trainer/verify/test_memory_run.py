@@ -1,4 +1,5 @@
-"""A run with a memory: the same losses on any ranks, and a resumed run goes on with what its lanes carried."""
+"""A run with a memory: the same losses on any ranks, and a resumed run goes on with what its lanes
+carried."""
 
 import json
 import os
@@ -17,7 +18,13 @@ COMMON = (
 MEMORIES = {
     "segments": ("memory=segments", "memory.length=40", "memory.segment=16", "position=relative"),
     "tokens": ("memory=tokens", "memory.length=3", "memory.segment=16", "memory.depth=2"),
-    "lookup": ("memory=lookup", "memory.length=60", "memory.segment=16", "memory.count=5", "memory.layers=[1]"),
+    "lookup": (
+        "memory=lookup",
+        "memory.length=60",
+        "memory.segment=16",
+        "memory.count=5",
+        "memory.layers=[1]",
+    ),
     "compressive": ("memory=compressive", "memory.segment=16", "memory.rule=delta"),
     "states": ("memory=segments", "memory.length=0", "mixer=gated_delta"),
 }
@@ -31,7 +38,11 @@ def losses(directory, name, key):
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_a_memory_gives_the_same_losses_on_any_ranks_and_after_a_resume_on_others(memory, tmp_path):
     os.environ["HF_HUB_OFFLINE"] = "1"
-    data = ("data=files", f"data.path={write_documents(tmp_path / 'text')}", f"data.cache={tmp_path / 'cache'}")
+    data = (
+        "data=files",
+        f"data.path={write_documents(tmp_path / 'text')}",
+        f"data.cache={tmp_path / 'cache'}",
+    )
     words = (*COMMON, *data, *MEMORIES[memory])
 
     def went(name, *cases):
@@ -46,8 +57,16 @@ def test_a_memory_gives_the_same_losses_on_any_ranks_and_after_a_resume_on_other
     assert truth[0][1:] != losses(tmp_path / "without", METRICS, "loss")[1:]
     for name, *cases in (
         ("shared", (3, ("engine=fsdp", "parallel.context=3"))),
-        ("resumed", (4, ("steps=3", "parallel.context=2", "parallel.data=2", "engine=single")), (3, ("parallel.context=3",))),
-        ("rows", (2, ("steps=3", "parallel.data=2", "parallel.micro_batch=1")), (1, ("engine=single",))),
+        (
+            "resumed",
+            (4, ("steps=3", "parallel.context=2", "parallel.data=2", "engine=single")),
+            (3, ("parallel.context=3",)),
+        ),
+        (
+            "rows",
+            (2, ("steps=3", "parallel.data=2", "parallel.micro_batch=1")),
+            (1, ("engine=single",)),
+        ),
     ):
         for got, want in zip(went(name, *cases), truth):
             assert got == pytest.approx(want, rel=1e-9), name

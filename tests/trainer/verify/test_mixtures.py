@@ -1,4 +1,5 @@
-"""Whole runs of models with experts: the same losses, own losses and figures however they are spread; the log has them all."""
+"""Whole runs of models with experts: the same losses, own losses and figures however they are
+spread; the log has them all."""
 
 from pathlib import Path
 
@@ -27,13 +28,21 @@ SPREAD = (
 )
 MODELS = {
     "switch": ("model=switch", "model.feedforwards.switch.expert_dropout=0.2"),
-    "moe_topk": ("model=moe_topk", "model.feedforwards.experts.bias_speed=0.05", "model.feedforwards.experts.balance=0.1"),
+    "moe_topk": (
+        "model=moe_topk",
+        "model.feedforwards.experts.bias_speed=0.05",
+        "model.feedforwards.experts.balance=0.1",
+    ),
 }
 
 
 def in_rank(env, words, directory):
     config = load_config(words, started=env.size)
-    return run(config, RankInfo(env.rank, env.size, env.rank, env.size, torch.device("cpu"), "gloo"), Path(directory))
+    return run(
+        config,
+        RankInfo(env.rank, env.size, env.rank, env.size, torch.device("cpu"), "gloo"),
+        Path(directory),
+    )
 
 
 def rows_of(words, directory):
@@ -47,13 +56,23 @@ def rows_of(words, directory):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_run_is_the_same_however_tokens_and_experts_are_spread(name, tmp_path):
-    data = (f"data.path={write_documents(tmp_path / 'text')}", f"data.cache={tmp_path / 'cache'}", *MODELS[name])
+    data = (
+        f"data.path={write_documents(tmp_path / 'text')}",
+        f"data.cache={tmp_path / 'cache'}",
+        *MODELS[name],
+    )
     truth = rows_of(data, tmp_path / "alone")
     assert truth[-1]["loss"] < truth[0]["loss"]
-    assert {"load", "dropped", "entropy", "blocks.1.feedforward/load"} <= truth[0]["statistics"].keys()
-    assert truth[0]["statistics"]["balance"] == pytest.approx(truth[0]["statistics"]["blocks.1.feedforward/balance"])
+    assert {"load", "dropped", "entropy", "blocks.1.feedforward/load"} <= truth[0][
+        "statistics"
+    ].keys()
+    assert truth[0]["statistics"]["balance"] == pytest.approx(
+        truth[0]["statistics"]["blocks.1.feedforward/balance"]
+    )
     weight = {"switch": 0.01, "moe_topk": 0.1}[name]
-    assert truth[0]["auxiliary"]["balance"] == pytest.approx(weight * truth[0]["statistics"]["balance"])  # a mean over rows
+    assert truth[0]["auxiliary"]["balance"] == pytest.approx(
+        weight * truth[0]["statistics"]["balance"]
+    )  # a mean over rows
     if name == "switch":
         assert 0.05 < truth[0]["statistics"]["dropped"] < 0.9
     for number, words in enumerate(SPREAD):
@@ -67,13 +86,24 @@ def test_a_run_is_the_same_however_tokens_and_experts_are_spread(name, tmp_path)
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_run_with_a_memory_that_hands_segments_on_is_the_same_over_ranks(name, tmp_path):
-    data = (f"data.path={write_documents(tmp_path / 'text')}", f"data.cache={tmp_path / 'cache'}", *MODELS[name])
+    data = (
+        f"data.path={write_documents(tmp_path / 'text')}",
+        f"data.cache={tmp_path / 'cache'}",
+        *MODELS[name],
+    )
     memory = ("memory=tokens", "memory.length=3", "memory.segment=17")
     truth = rows_of((*data, *memory), tmp_path / "alone")
-    spreads = ("parallel.context=3", "memory.recompute=true"), ("parallel.context=2", "parallel.data=2")
+    spreads = (
+        ("parallel.context=3", "memory.recompute=true"),
+        ("parallel.context=2", "parallel.data=2"),
+    )
     for number, words in enumerate(spreads):
-        for a, b in zip(truth, rows_of((*data, *memory, *words), tmp_path / str(number)), strict=True):
-            assert (b["loss"], b["grad_norm"]) == pytest.approx((a["loss"], a["grad_norm"]), rel=1e-10)
+        for a, b in zip(
+            truth, rows_of((*data, *memory, *words), tmp_path / str(number)), strict=True
+        ):
+            assert (b["loss"], b["grad_norm"]) == pytest.approx(
+                (a["loss"], a["grad_norm"]), rel=1e-10
+            )
             assert b["auxiliary"] == pytest.approx(a["auxiliary"], rel=1e-10)
             assert b["statistics"] == pytest.approx(a["statistics"], rel=1e-10)
 
@@ -81,8 +111,15 @@ def test_a_run_with_a_memory_that_hands_segments_on_is_the_same_over_ranks(name,
 @pytest.mark.parametrize("name", MODELS)
 def test_a_checkpoint_of_four_expert_ranks_goes_on_on_one_and_two_and_back(name, tmp_path):
     """The bias of the choice, too, is what it was."""
-    data = (f"data.path={write_documents(tmp_path / 'text')}", f"data.cache={tmp_path / 'cache'}", *MODELS[name])
-    data = (*data, "optim.learning_rate=0.001")  # so that the bias, and not the router, makes the choice
+    data = (
+        f"data.path={write_documents(tmp_path / 'text')}",
+        f"data.cache={tmp_path / 'cache'}",
+        *MODELS[name],
+    )
+    data = (
+        *data,
+        "optim.learning_rate=0.001",
+    )  # so that the bias, and not the router, makes the choice
     saving = (*data, "checkpoint.every=2", "checkpoint.keep=2")
     four = ("parallel.context=2", "parallel.data=2", "parallel.experts=4", "engine=fsdp")
     two = ("parallel.data=2", "parallel.experts=2")
@@ -93,13 +130,17 @@ def test_a_checkpoint_of_four_expert_ranks_goes_on_on_one_and_two_and_back(name,
         found = rows_of((*data, *words, going_on), tmp_path / str(number))
         assert [row["step"] for row in found] == [3, 4]
         for a, b in zip(truth[2:], found, strict=True):
-            assert (b["loss"], b["grad_norm"]) == pytest.approx((a["loss"], a["grad_norm"]), rel=1e-10)
+            assert (b["loss"], b["grad_norm"]) == pytest.approx(
+                (a["loss"], a["grad_norm"]), rel=1e-10
+            )
             assert b["statistics"] == pytest.approx(a["statistics"], rel=1e-10)
 
 
 def test_the_doctor_finds_no_coupling_of_documents_unless_they_queue_up_together():
     sound, coupled = (
-        ranks(3, examine, ("model=switch", f"model.feedforwards.switch.capacity_over={over}"), None)[0]
+        ranks(
+            3, examine, ("model=switch", f"model.feedforwards.switch.capacity_over={over}"), None
+        )[0]
         for over in ("document", "row")
     )
     assert [f for f in sound if not f.fine] == []

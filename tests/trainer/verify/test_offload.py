@@ -1,4 +1,5 @@
-"""A whole run whose activations wait on the host: the same losses, bit for bit, and its setting reaches every block."""
+"""A whole run whose activations wait on the host: the same losses, bit for bit, and its setting
+reaches every block."""
 
 import os
 from pathlib import Path
@@ -17,11 +18,14 @@ from trainer.verify.whole_runs import COMMON, write_documents
 
 
 def in_rank(env, words, directory):
-    """Bytes that left for the host, which is taken to be another place than the device; None if nothing was to leave."""
+    """Bytes that left for the host, which is taken to be another place than the device; None if
+    nothing was to leave."""
     made = []
 
     def to_host(device):
-        made.append(ActivationOffload(device, lambda size: torch.from_numpy(np.empty(size, np.uint8))))
+        made.append(
+            ActivationOffload(device, lambda size: torch.from_numpy(np.empty(size, np.uint8)))
+        )
         return made[-1]
 
     asked = compose(words)
@@ -37,8 +41,19 @@ def in_rank(env, words, directory):
 
 def test_a_run_with_its_activations_on_the_host_has_the_same_losses(tmp_path):
     os.environ["HF_HUB_OFFLINE"] = "1"
-    data = ("data=files", f"data.path={write_documents(tmp_path / 'text')}", f"data.cache={tmp_path / 'cache'}")
-    words = (*COMMON, *data, "steps=3", "parallel.context=2", "engine=fsdp", "engine.checkpointing=selective")
+    data = (
+        "data=files",
+        f"data.path={write_documents(tmp_path / 'text')}",
+        f"data.cache={tmp_path / 'cache'}",
+    )
+    words = (
+        *COMMON,
+        *data,
+        "steps=3",
+        "parallel.context=2",
+        "engine=fsdp",
+        "engine.checkpointing=selective",
+    )
     found = []
     for wish in ("false", "true"):
         directory = tmp_path / wish

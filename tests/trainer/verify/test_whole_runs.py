@@ -16,7 +16,11 @@ from trainer.verify.whole_runs import PLANS, TRUTH, compare
 
 def in_rank(env, words, directory):
     config = load_config(words, started=env.size)
-    return run(config, RankInfo(env.rank, env.size, env.rank, env.size, torch.device("cpu"), "gloo"), Path(directory))
+    return run(
+        config,
+        RankInfo(env.rank, env.size, env.rank, env.size, torch.device("cpu"), "gloo"),
+        Path(directory),
+    )
 
 
 def in_pool(words, size, directory):
@@ -33,7 +37,11 @@ def some(name, many):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, many",
-    [("float32", 5), ("float64", 10), *(pytest.param(name, None, marks=pytest.mark.full) for name in ("float32", "float64"))],
+    [
+        ("float32", 5),
+        ("float64", 10),
+        *(pytest.param(name, None, marks=pytest.mark.full) for name in ("float32", "float64")),
+    ],
 )
 def test_every_way_of_spreading_a_run_gives_the_same_losses(name, many, tmp_path):
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -45,14 +53,22 @@ def test_every_way_of_spreading_a_run_gives_the_same_losses(name, many, tmp_path
 
 
 def spread(engine, context, micro):
-    return (*engine.split(), f"parallel.context={context}", f"parallel.data={2 // context}", f"parallel.micro_batch={micro}")
+    return (
+        *engine.split(),
+        f"parallel.context={context}",
+        f"parallel.data={2 // context}",
+        f"parallel.micro_batch={micro}",
+    )
 
 
 @pytest.mark.slow
 def test_deepspeed_gives_the_losses_and_norms_of_one_device_at_every_stage(tmp_path):
     os.environ["HF_HUB_OFFLINE"] = "1"
     ways = ((0, 2, 1), (1, 1, 1), (2, 2, "auto"), (3, 2, 1), (3, 1, "auto"))
-    cases = [spread(f"engine=deepspeed engine.zero_stage={zero}", context, micro) for zero, context, micro in ways]
+    cases = [
+        spread(f"engine=deepspeed engine.zero_stage={zero}", context, micro)
+        for zero, context, micro in ways
+    ]
     assert set(cases) <= set(PLANS["engines"].cases)
     found = compare(in_pool, tmp_path, "engines", cases=(TRUTH, *cases), steps=5)
     assert all(error < PLANS["engines"].tolerance for _, error in found[1:]), found

@@ -1,4 +1,5 @@
-"""Where documents come from, in a fixed order: what every source has in common, and how one is built from a config."""
+"""Where documents come from, in a fixed order: what every source has in common, and how one is
+built from a config."""
 
 import hashlib
 import importlib
@@ -14,32 +15,53 @@ from trainer.data.tokenizers import Tokenizer, load
 class Source:
     """Documents in a fixed order, and the settings that every source takes.
 
-    Attributes:
-        content_decides: settings that say where the data lies or how it is read. A run that goes on may spell them
+    Attributes: content_decides: settings that say where the data lies or how it is read. A run that
+        goes on may spell them
             otherwise: the fingerprint of what is read tells whether it is the same data.
 
     Args:
-        tokenizer: bytes, the path of a tokenizer.json or of a folder with one, or a name on the Hugging Face hub.
+        tokenizer: bytes, the path of a tokenizer.json or of a folder with one, or a name on the
+            Hugging Face hub.
         held_out: fraction of the documents kept from training, 0 <= held_out < 1.
-        on_error: raise = a document that cannot be read ends the run; skip = it is counted and left out.
-        max_document_bytes: of a text, a line of JSON, or a page of a Parquet file; a larger one cannot be read.
+        on_error: raise = a document that cannot be read ends the run; skip = it is counted and left
+            out.
+        max_document_bytes: of a text, a line of JSON, or a page of a Parquet file; a larger one
+            cannot be read.
     """
 
     content_decides: tuple[str, ...] = ("tokenizer", "on_error", "max_document_bytes")
 
-    def __init__(self, *, tokenizer: str, held_out: float, on_error: str, max_document_bytes: int = MOST):
-        if isinstance(max_document_bytes, bool) or not isinstance(max_document_bytes, int) or max_document_bytes < 1:
+    def __init__(
+        self, *, tokenizer: str, held_out: float, on_error: str, max_document_bytes: int = MOST
+    ):
+        if (
+            isinstance(max_document_bytes, bool)
+            or not isinstance(max_document_bytes, int)
+            or max_document_bytes < 1
+        ):
             raise ValueError(
-                f"data.max_document_bytes={max_document_bytes} is no number of bytes; give 1 or more, such as {MOST}"
+                f"data.max_document_bytes={max_document_bytes} is no number of bytes; give 1 or"
+                f" more, such as {MOST}"
             )
         self.max_document_bytes = max_document_bytes
         if not isinstance(tokenizer, str) or not tokenizer:
-            raise ValueError(f"data.tokenizer={tokenizer!r} names no tokenizer; give bytes, a path or a hub name")
-        if isinstance(held_out, bool) or not isinstance(held_out, int | float) or not 0 <= held_out < 1:
-            raise ValueError(f"data.held_out={held_out} is no fraction of the documents; give 0 (none) up to below 1")
+            raise ValueError(
+                f"data.tokenizer={tokenizer!r} names no tokenizer; give bytes, a path or a hub name"
+            )
+        if (
+            isinstance(held_out, bool)
+            or not isinstance(held_out, int | float)
+            or not 0 <= held_out < 1
+        ):
+            raise ValueError(
+                f"data.held_out={held_out} is no fraction of the documents; give 0 (none) up to"
+                " below 1"
+            )
         if on_error not in ON_ERROR:
             raise ValueError(f"data.on_error={on_error} is unknown; give raise or skip")
-        self.tokenizer_name, self.held_out, self.on_error = tokenizer, float(held_out), on_error
+        self.tokenizer_name = tokenizer
+        self.held_out = float(held_out)
+        self.on_error = on_error
 
     def tokenizer(self) -> Tokenizer:
         return load(self.tokenizer_name)
@@ -56,34 +78,65 @@ class Local(Source):
     readers: Mapping[str, Reader] = {}  # for each suffix, how such a file is read
     text_field = "text"
 
-    def __init__(self, *, tokenizer: str, held_out: float, on_error: str, cache: str | None, max_document_bytes: int = MOST):
-        super().__init__(tokenizer=tokenizer, held_out=held_out, on_error=on_error, max_document_bytes=max_document_bytes)
+    def __init__(
+        self,
+        *,
+        tokenizer: str,
+        held_out: float,
+        on_error: str,
+        cache: str | None,
+        max_document_bytes: int = MOST,
+    ):
+        super().__init__(
+            tokenizer=tokenizer,
+            held_out=held_out,
+            on_error=on_error,
+            max_document_bytes=max_document_bytes,
+        )
         if cache is not None and not (isinstance(cache, str) and cache):
-            raise ValueError(f"data.cache={cache!r} is no folder; give a path, or null for the user's cache folder")
+            raise ValueError(
+                f"data.cache={cache!r} is no folder; give a path, or null for the user's cache"
+                " folder"
+            )
         self.cache = cache
 
     def files(self) -> list[File]:
-        """The files to read, in order. Raises ValueError where there are none, or one is of an unknown kind."""
+        """The files to read, in order. Raises ValueError where there are none, or one is of an
+        unknown kind."""
         raise NotImplementedError
 
-    def documents(self, files: list[File], report: ReadReport, limit: int | None = None) -> Iterator[tuple[str, str]]:
-        """(name, text) of every document, in order; `limit` is the number of bytes after which to leave each file."""
+    def documents(
+        self, files: list[File], report: ReadReport, limit: int | None = None
+    ) -> Iterator[tuple[str, str]]:
+        """(name, text) of every document, in order; `limit` is the number of bytes after which to
+        leave each file."""
         for file in files:
-            yield from documents(file, ReadRequest(self.text_field, report, limit, self.max_document_bytes), self.readers)
+            yield from documents(
+                file,
+                ReadRequest(self.text_field, report, limit, self.max_document_bytes),
+                self.readers,
+            )
 
     def key(self, files: list[File]) -> str:
         """Changes whenever what is read from the files may change."""
         seen = hashlib.blake2b(digest_size=16)
-        seen.update(repr((type(self).__name__, self.text_field, self.on_error, self.max_document_bytes)).encode())
+        seen.update(
+            repr(
+                (type(self).__name__, self.text_field, self.on_error, self.max_document_bytes)
+            ).encode()
+        )
         for file in files:
-            seen.update(repr((file.path, file.name, file.size, file.stamp)).encode("utf-8", "surrogatepass"))
+            seen.update(
+                repr((file.path, file.name, file.size, file.stamp)).encode("utf-8", "surrogatepass")
+            )
         return seen.hexdigest()
 
 
 def build_source(data: Mapping[str, Any] | Source) -> Source:
     """The source that a data node names by `_target_`, made with the node's other keys.
 
-    Raises ValueError for a class that cannot be had, an argument it does not take, or a value it refuses.
+    Raises ValueError for a class that cannot be had, an argument it does not take, or a value it
+    refuses.
     """
     if isinstance(data, Source):
         return data
@@ -98,12 +151,18 @@ def build_source(data: Mapping[str, Any] | Source) -> Source:
 
 
 def kind_of(target: Any) -> type[Source]:
-    """The class that a data node names by `_target_`. Raises ValueError where it cannot be had, or is no source."""
+    """The class that a data node names by `_target_`. Raises ValueError where it cannot be had, or
+    is no source."""
     module, _, name = str(target).rpartition(".")
     try:
         kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"data._target_={target} cannot be imported ({error}); use data=stdlib, files or hub") from error
+        raise ValueError(
+            f"data._target_={target} cannot be imported ({error}); use data=stdlib, files or hub"
+        ) from error
     if not (inspect.isclass(kind) and issubclass(kind, Source)):
-        raise ValueError(f"data._target_={target} is no source of documents; use data=stdlib, data=files or data=hub")
+        raise ValueError(
+            f"data._target_={target} is no source of documents; use data=stdlib, data=files or"
+            " data=hub"
+        )
     return kind

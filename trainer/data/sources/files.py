@@ -12,7 +12,8 @@ from trainer.data.sources.readers import MOST, File, lines, reason, suffix_of, w
 class Files(Local):
     """The files that a glob matches, sorted by path.
 
-    A .txt file is one document; a line of a .jsonl or a row of a .parquet is one, its text in `text_field`.
+    A .txt file is one document; a line of a .jsonl or a row of a .parquet is one, its text in
+    `text_field`.
 
     Args:
         path: a glob, such as texts/*.jsonl or books/**/*.txt.
@@ -41,15 +42,23 @@ class Files(Local):
             max_document_bytes=max_document_bytes,
         )
         if not isinstance(path, str) or not path:
-            raise ValueError("data=files needs data.path: a glob, such as data.path='texts/*.jsonl'")
+            raise ValueError(
+                "data=files needs data.path: a glob, such as data.path='texts/*.jsonl'"
+            )
         if not isinstance(text_field, str) or not text_field:
-            raise ValueError(f"data.text_field={text_field!r} names no field; give the name of the text's column")
-        self.path, self.text_field = path, text_field
+            raise ValueError(
+                f"data.text_field={text_field!r} names no field; give the name of the text's column"
+            )
+        self.path = path
+        self.text_field = text_field
 
     def files(self) -> list[File]:
         pattern = os.path.expanduser(self.path)
         if os.path.isdir(pattern):
-            raise ValueError(f"data.path={self.path} is a folder; give a glob, such as '{pattern.rstrip('/')}/*.jsonl'")
+            raise ValueError(
+                f"data.path={self.path} is a folder; give a glob, such as"
+                f" '{pattern.rstrip('/')}/*.jsonl'"
+            )
         matches = _matches(pattern)
         root = _common(matches) or _root(pattern)
         listed = [file_at(path, os.path.relpath(path, root or ".")) for path in matches]
@@ -61,14 +70,18 @@ class Files(Local):
         return listed
 
     def _refuse(self, listed: list[File]) -> None:
-        """Raise ValueError where a file is of another kind, or cannot be read, and none may be left out."""
+        """Raise ValueError where a file is of another kind, or cannot be read, and none may be left
+        out."""
         unreadable = [file for file in listed if file.unreadable]
         if unreadable:
             raise ValueError(
-                f"data.path={self.path} matches {unreadable[0].path}{_and_more(unreadable)}, which cannot be read "
-                f"({unreadable[0].unreadable}); mend or remove it, or leave such data out with data.on_error=skip"
+                f"data.path={self.path} matches {unreadable[0].path}{_and_more(unreadable)}, which"
+                f" cannot be read ({unreadable[0].unreadable}); mend or remove it, or leave such"
+                " data out with data.on_error=skip"
             )
-        odd = [file for file in listed if not file.folder and suffix_of(file.path) not in self.readers]
+        odd = [
+            file for file in listed if not file.folder and suffix_of(file.path) not in self.readers
+        ]
         if odd:
             raise ValueError(
                 f"data.path={self.path} matches {odd[0].path}{_and_more(odd)}; data=files reads "
@@ -83,7 +96,10 @@ def _and_more(files: list[File]) -> str:
 def _no_match(pattern: str, folders: list[File]) -> str:
     """The rest of the sentence for a path or glob that has no file."""
     if folders:
-        return f"matches {len(folders)} folders and no file ({folders[0].path}); give a glob of the files within"
+        return (
+            f"matches {len(folders)} folders and no file ({folders[0].path}); give a glob of the"
+            " files within"
+        )
     try:
         os.stat(pattern)
     except (FileNotFoundError, NotADirectoryError):
@@ -109,7 +125,8 @@ def _matches(pattern: str) -> list[str]:
 
 
 def unlisted(pattern: str) -> dict[str, str]:
-    """The folders that a glob would look into and may not, with the reason: the library takes them for empty."""
+    """The folders that a glob would look into and may not, with the reason: the library takes them
+    for empty."""
     closed: dict[str, str] = {}
     parts = pattern.split("/")
     for span in range(1, len(parts)):
@@ -125,15 +142,20 @@ def unlisted(pattern: str) -> dict[str, str]:
 
 
 def _closed(folder: str, why: str, root: str) -> File:
-    return File(os.path.abspath(folder), os.path.relpath(folder, root or "."), 0, 0, f"a folder: {why}")
+    return File(
+        os.path.abspath(folder), os.path.relpath(folder, root or "."), 0, 0, f"a folder: {why}"
+    )
 
 
 def _common(matches: list[str]) -> str:
     """The folder that all matching files lie in; '' where there are none.
 
-    Names are kept relative to it, so that the data may move, and whatever glob matches these files names them alike.
+    Names are kept relative to it, so that the data may move, and whatever glob matches these files
+    names them alike.
     """
-    folders = [os.path.dirname(os.path.abspath(path)) for path in matches if not os.path.isdir(path)]
+    folders = [
+        os.path.dirname(os.path.abspath(path)) for path in matches if not os.path.isdir(path)
+    ]
     return os.path.commonpath(folders) if folders else ""
 
 
@@ -152,7 +174,11 @@ def file_at(path: str, name: str) -> File:
     try:
         facts = os.stat(path)
     except OSError as error:
-        broken = "a link to nothing" if os.path.islink(path) and not os.path.exists(path) else reason(error)
+        broken = (
+            "a link to nothing"
+            if os.path.islink(path) and not os.path.exists(path)
+            else reason(error)
+        )
         return File(place, name, 0, 0, broken)
     if stat.S_ISDIR(facts.st_mode):
         return File(place, name, 0, 0, folder=True)

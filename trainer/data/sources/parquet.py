@@ -1,8 +1,8 @@
 """Documents out of a Parquet file: a row is a document.
 
-Only the text's column is read, a few rows at a time: a file of kilobytes may unfold to gigabytes, by its dictionary (one
-value that stands for many rows) or by its compression. The first is not unfolded; of the second the size that each page
-says of itself is looked at before the page is.
+Only the text's column is read, a few rows at a time: a file of kilobytes may unfold to gigabytes,
+by its dictionary (one value that stands for many rows) or by its compression. The first is not
+unfolded; of the second the size that each page says of itself is looked at before the page is.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,15 @@ import pyarrow.compute as pc
 from pyarrow import parquet
 
 from trainer.data.sources.parquet_pages import pages, rows_at_once
-from trainer.data.sources.readers import TOO_LARGE, DataFault, File, ReadRequest, Unread, reason, too_large
+from trainer.data.sources.readers import (
+    TOO_LARGE,
+    DataError,
+    File,
+    ReadRequest,
+    Unread,
+    reason,
+    too_large,
+)
 
 ROWS = 256  # rows decoded at a time, at most
 PIECE = 32 << 20  # bytes decoded at a time, where no page has more by itself
@@ -21,12 +29,22 @@ SLACK = 1 << 16  # bytes of a page beside those of its only text
 BUFFER = 1 << 20  # bytes of a column read from the file at a time
 DICTIONARY = {"PLAIN_DICTIONARY", "RLE_DICTIONARY"}
 PLAIN = {"PLAIN", "RLE", "BIT_PACKED"}
-LENGTHS = {"DELTA_LENGTH_BYTE_ARRAY", "DELTA_BINARY_PACKED"}  # as PLAIN, but nothing can be kept folded beside them
-FAULTS = (pa.ArrowException, OSError, MemoryError, ValueError, RuntimeError)  # that the library raises for a spoilt file
+LENGTHS = {
+    "DELTA_LENGTH_BYTE_ARRAY",
+    "DELTA_BINARY_PACKED",
+}  # as PLAIN, but nothing can be kept folded beside them
+FAULTS = (
+    pa.ArrowException,
+    OSError,
+    MemoryError,
+    ValueError,
+    RuntimeError,
+)  # that the library raises for a spoilt file
 
 
 class Cell(NamedTuple):
-    """The text of one row, by its number from 0. A group of rows that cannot be read is one cell, its last row's."""
+    """The text of one row, by its number from 0. A group of rows that cannot be read is one cell,
+    its last row's."""
 
     row: int
     text: str | Unread
@@ -64,8 +82,14 @@ def cells(source: BinaryIO, name: str, field: str, most: int, first: int = 0) ->
             return
         column = metadata.schema.names.index(field)
         folded = _stays_folded(metadata, column)
-        settings: dict[str, Any] = {"metadata": metadata, "buffer_size": BUFFER, "pre_buffer": False}
-        with parquet.ParquetFile(source, read_dictionary=[field] if folded else None, **settings) as opened:
+        settings: dict[str, Any] = {
+            "metadata": metadata,
+            "buffer_size": BUFFER,
+            "pre_buffer": False,
+        }
+        with parquet.ParquetFile(
+            source, read_dictionary=[field] if folded else None, **settings
+        ) as opened:
             end = 0
             for number in range(opened.num_row_groups):
                 group = opened.metadata.row_group(number)
@@ -76,17 +100,26 @@ def cells(source: BinaryIO, name: str, field: str, most: int, first: int = 0) ->
                 rows = _rows(source, group.column(column), most, folded)
                 if isinstance(rows, TooLarge):
                     row = end
-                    yield Cell(end - 1, _page_too_large(f"{name} rows {begin} to {end - 1}", rows.size, most))
+                    yield Cell(
+                        end - 1,
+                        _page_too_large(f"{name} rows {begin} to {end - 1}", rows.size, most),
+                    )
                     continue
                 batches = opened.iter_batches(rows, row_groups=[number], columns=[field])
                 for cell in _of_group(batches, begin, name, field, most):
                     if cell.row >= row:
                         row = cell.row + 1
                         yield cell
-    except DataFault:
+    except DataError:
         raise
     except FAULTS as error:
-        yield Cell(row, Unread("corrupt files", f"{name} is not a whole Parquet file: at row {row}: {reason(error)}"))
+        yield Cell(
+            row,
+            Unread(
+                "corrupt files",
+                f"{name} is not a whole Parquet file: at row {row}: {reason(error)}",
+            ),
+        )
 
 
 def _unfit(schema: pa.Schema, name: str, field: str) -> Unread | None:
@@ -95,7 +128,10 @@ def _unfit(schema: pa.Schema, name: str, field: str) -> Unread | None:
         message = f"{name} has no column {field!r} (it has: {names}); data.text_field names it"
         return Unread("files without text", message)
     if not _holds_text(schema.field(field).type):
-        return Unread("files without text", f"{name}: column {field!r} is not text but {schema.field(field).type}")
+        return Unread(
+            "files without text",
+            f"{name}: column {field!r} is not text but {schema.field(field).type}",
+        )
     return None
 
 
@@ -106,14 +142,18 @@ class TooLarge(NamedTuple):
 
 
 def _stays_folded(metadata: Any, column: int) -> bool:
-    """Says whether the library can, and need, give the rows of a column as numbers into its dictionary."""
-    chunks = [metadata.row_group(number).column(column) for number in range(metadata.num_row_groups)]
+    """Says whether the library can, and need, give the rows of a column as numbers into its
+    dictionary."""
+    chunks = [
+        metadata.row_group(number).column(column) for number in range(metadata.num_row_groups)
+    ]
     encodings = {encoding for chunk in chunks for encoding in chunk.encodings}
     return bool(encodings & DICTIONARY) and encodings <= PLAIN | DICTIONARY
 
 
 def _rows(source: BinaryIO, chunk: Any, most: int, folded: bool) -> int | TooLarge:
-    """How many rows of a column chunk are decoded at a time: one, where an encoding lets a few bytes stand for many."""
+    """How many rows of a column chunk are decoded at a time: one, where an encoding lets a few
+    bytes stand for many."""
     if not folded and not set(chunk.encodings) <= PLAIN | LENGTHS:
         return 1
     if chunk.total_uncompressed_size <= most:
@@ -126,11 +166,17 @@ def _rows(source: BinaryIO, chunk: Any, most: int, folded: bool) -> int | TooLar
 
 
 def _page_too_large(place: str, size: int, most: int) -> Unread:
-    message = f"{place}: a page of them unfolds to {size} bytes, more than data.max_document_bytes={most}"
-    return Unread(TOO_LARGE, f"{message}; write the file with smaller pages, or give a larger limit")
+    message = (
+        f"{place}: a page of them unfolds to {size} bytes, more than data.max_document_bytes={most}"
+    )
+    return Unread(
+        TOO_LARGE, f"{message}; write the file with smaller pages, or give a larger limit"
+    )
 
 
-def _of_group(batches: Iterator[pa.RecordBatch], row: int, name: str, field: str, most: int) -> Iterator[Cell]:
+def _of_group(
+    batches: Iterator[pa.RecordBatch], row: int, name: str, field: str, most: int
+) -> Iterator[Cell]:
     for batch in batches:
         column = batch.column(0)
         places = column.indices if pa.types.is_dictionary(column.type) else None
@@ -149,7 +195,9 @@ def _within(places: pa.Array, size: int) -> bool:
     return bounds["min"] is None or 0 <= bounds["min"] <= bounds["max"] < size
 
 
-def _text(words: pa.Array, sizes: pa.Array, span: int | None, place: str, field: str, most: int) -> str | Unread:
+def _text(
+    words: pa.Array, sizes: pa.Array, span: int | None, place: str, field: str, most: int
+) -> str | Unread:
     size = None if span is None else sizes[span].as_py()
     if size is None:
         return Unread("rows without text", f"{place}: field {field!r} is null")
@@ -158,7 +206,9 @@ def _text(words: pa.Array, sizes: pa.Array, span: int | None, place: str, field:
     try:
         return words[span].as_py()
     except UnicodeDecodeError as error:
-        return Unread("rows not in UTF-8", f"{place} is not UTF-8 text at byte {error.start} of its text")
+        return Unread(
+            "rows not in UTF-8", f"{place} is not UTF-8 text at byte {error.start} of its text"
+        )
 
 
 def _bytes_of(kind: pa.DataType) -> pa.DataType:
@@ -170,4 +220,6 @@ def _bytes_of(kind: pa.DataType) -> pa.DataType:
 
 def _holds_text(kind: pa.DataType) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )

@@ -1,21 +1,39 @@
-"""The sizes that the pages of a Parquet column say of themselves, read without unfolding any of them.
+"""The sizes that the pages of a Parquet column say of themselves, read without unfolding any of
+them.
 
-The headers are in Thrift's compact protocol. A header begins with the fields 1 type, 2 size unfolded, 3 size as it lies in
-the file, all of them whole numbers; what follows is passed over.
+The headers are in Thrift's compact protocol. A header begins with the fields 1 type, 2 size
+unfolded, 3 size as it lies in the file, all of them whole numbers; what follows is passed over.
 """
 
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-HEADERS = (1 << 12, 1 << 20)  # bytes of a header that are looked at: usually, and where statistics make it longer
-STOP, TRUE, FALSE, BYTE, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = 0, 1, 2, 3, 7, 8, 9, 10, 11, 12
+HEADERS = (
+    1 << 12,
+    1 << 20,
+)  # bytes of a header that are looked at: usually, and where statistics make it longer
+STOP = 0
+TRUE = 1
+FALSE = 2
+BYTE = 3
+DOUBLE = 7
+BINARY = 8
+LIST = 9
+SET = 10
+MAP = 11
+STRUCT = 12
 DEPTH = 8  # structs within each other; a header has two
-UNFOLDED, STORED, DATA, DATA_2 = 2, 3, 5, 8  # fields of a page's header
+# fields of a page's header
+UNFOLDED = 2
+STORED = 3
+DATA = 5
+DATA_2 = 8
 COUNT = 1  # the field of the header of a data page that has its number of values
 
 
 class Page(NamedTuple):
-    """A page of a column: how many values it has (a dictionary: none of the column's), and bytes once it is unfolded."""
+    """A page of a column: how many values it has (a dictionary: none of the column's), and bytes
+    once it is unfolded."""
 
     values: int
     size: int
@@ -30,7 +48,8 @@ class _Header:
         self.inner: dict[int, dict[int, int]] = {}
 
     def numbers(self) -> dict[int, int]:
-        """The whole numbers among its own fields, by the field's number; those of its structs are then in `inner`.
+        """The whole numbers among its own fields, by the field's number; those of its structs are
+        then in `inner`.
 
         Raises ValueError where it is no header, IndexError where it goes on behind what there is.
         """
@@ -127,7 +146,8 @@ def _header(source: BinaryIO, place: int) -> tuple[_Header, dict[int, int]]:
 
 
 def rows_at_once(chunk_pages: list[Page], most: int, bytes_at_once: int) -> int:
-    """The largest of a few numbers of rows that never unfold to more than so many bytes together, or to one page.
+    """The largest of a few numbers of rows that never unfold to more than so many bytes together,
+    or to one page.
 
     A dictionary is held whole while its rows are read, and counts for none of them.
     """
@@ -139,7 +159,8 @@ def rows_at_once(chunk_pages: list[Page], most: int, bytes_at_once: int) -> int:
 
 
 def _spans(data: list[Page], rows: int) -> Iterator[int]:
-    """Bytes of the pages that so many rows may touch, from each page's last row on; 0 where that is one page alone."""
+    """Bytes of the pages that so many rows may touch, from each page's last row on; 0 where that is
+    one page alone."""
     for first, page in enumerate(data):
         left = rows - 1
         size = page.size

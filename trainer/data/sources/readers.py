@@ -1,6 +1,7 @@
 """Documents out of one local file of text or JSON lines; each fault names the file and the place.
 
-A file is read in bounded pieces: no line and no text of more than `data.max_document_bytes` is ever held.
+A file is read in bounded pieces: no line and no text of more than `data.max_document_bytes` is ever
+held.
 """
 
 import codecs
@@ -21,10 +22,10 @@ TOO_LARGE = "documents too large"
 class File:
     """A file of the data.
 
-    Attributes:
-        path: where it lies. name: the one it keeps when the folder moves. size: bytes. stamp: time of change in ns.
-        unreadable: why it cannot be read, where that is known before; the other facts are nothing then.
-        folder: whether it is no file at all, but a folder whose name matches.
+    Attributes: path: where it lies. name: the one it keeps when the folder moves. size: bytes.
+        stamp: time of change in ns. unreadable: why it cannot be read, where that is known before;
+        the other facts are nothing then. folder: whether it is no file at all, but a folder whose
+        name matches.
     """
 
     path: str
@@ -39,8 +40,8 @@ class File:
 class ReadRequest:
     """How a file is read.
 
-    Attributes:
-        field: that holds the text. report: takes the faults. limit: bytes after which to stop. most: bytes of a document.
+    Attributes: field: that holds the text. report: takes the faults. limit: bytes after which to
+        stop. most: bytes of a document.
     """
 
     field: str
@@ -53,7 +54,8 @@ class ReadRequest:
 
 
 class Unread(NamedTuple):
-    """A document without its text: the plural noun it is counted under, and what is wrong with it, in the user's words."""
+    """A document without its text: the plural noun it is counted under, and what is wrong with it,
+    in the user's words."""
 
     cause: str
     message: str
@@ -67,11 +69,16 @@ class Line(NamedTuple):
     text: str | Unread
 
 
-Reader = Callable[[File, ReadRequest], Iterator[tuple[str, str]]]  # yields (place in the file, text)
+Reader = Callable[
+    [File, ReadRequest], Iterator[tuple[str, str]]
+]  # yields (place in the file, text)
 
 
-def documents(file: File, reading: ReadRequest, readers: Mapping[str, Reader]) -> Iterator[tuple[str, str]]:
-    """(name, text) of every document of the file, in order; a name is unique among the data. No text is empty.
+def documents(
+    file: File, reading: ReadRequest, readers: Mapping[str, Reader]
+) -> Iterator[tuple[str, str]]:
+    """(name, text) of every document of the file, in order; a name is unique among the data. No
+    text is empty.
 
     readers: for each suffix that may be read, with its dot, how.
     """
@@ -88,7 +95,9 @@ def documents(file: File, reading: ReadRequest, readers: Mapping[str, Reader]) -
         raise
     except (OSError, MemoryError) as error:
         behind = f" behind {place}" if place else ""
-        reading.report.fault("unreadable files", f"{file.path} cannot be read{behind} ({reason(error)})")
+        reading.report.fault(
+            "unreadable files", f"{file.path} cannot be read{behind} ({reason(error)})"
+        )
 
 
 def _passed_over(file: File, report: ReadReport, readers: Mapping[str, Reader]) -> bool:
@@ -99,7 +108,10 @@ def _passed_over(file: File, report: ReadReport, readers: Mapping[str, Reader]) 
         report.fault("unreadable files", f"{file.path} cannot be read ({file.unreadable})")
     elif (suffix := suffix_of(file.path)) not in readers:
         known = ", ".join(readers)
-        report.fault("files of another kind", f"{file.path} is of the kind {suffix or 'without suffix'}; read are {known}")
+        report.fault(
+            "files of another kind",
+            f"{file.path} is of the kind {suffix or 'without suffix'}; read are {known}",
+        )
     elif not file.size:
         report.fault("empty files", f"{file.path} is empty (0 bytes)")
     else:
@@ -123,7 +135,10 @@ def suffix_of(path: str) -> str:
 
 def too_large(place: str, size: int, most: int) -> Unread:
     """A document beyond data.max_document_bytes."""
-    message = f"{place} has {size} bytes, more than data.max_document_bytes={most}; split it, or give a larger limit"
+    message = (
+        f"{place} has {size} bytes, more than data.max_document_bytes={most}; split it, or give a"
+        " larger limit"
+    )
     return Unread(TOO_LARGE, message)
 
 
@@ -141,11 +156,14 @@ def _decoded(file: File, reading: ReadRequest) -> str | Unread:
     if file.size > reading.most:
         return too_large(file.path, file.size, reading.most)
     with open(file.path, "rb") as source:
-        raw = source.read(reading.most + 1 if reading.limit is None else min(reading.limit, reading.most + 1))
+        raw = source.read(
+            reading.most + 1 if reading.limit is None else min(reading.limit, reading.most + 1)
+        )
     if len(raw) > reading.most:  # it has grown
         return too_large(file.path, len(raw), reading.most)
     try:
-        # A reading with a limit may stop inside a character: only the file's end must be the end of one.
+        # A reading with a limit may stop inside a character: only the file's end must be the end of
+        # one.
         return codecs.getincrementaldecoder("utf-8")().decode(raw, final=len(raw) >= file.size)
     except UnicodeDecodeError as error:
         return Unread("files not in UTF-8", f"{file.path} is not UTF-8 text at byte {error.start}")
@@ -164,7 +182,9 @@ def lines(file: File, reading: ReadRequest) -> Iterator[tuple[str, str]]:
                 return
 
 
-def json_lines(source: BinaryIO, name: str, field: str, most: int, number: int = 0, end: int = 0) -> Iterator[Line]:
+def json_lines(
+    source: BinaryIO, name: str, field: str, most: int, number: int = 0, end: int = 0
+) -> Iterator[Line]:
     """The lines of JSON of an opened file that are not blank, each with the text in its field.
 
     Args:
@@ -208,17 +228,23 @@ class _Number(str):
 
 
 def _text_of(holder: list[bytes], place: str, start: int, field: str) -> str | Unread:
-    """The text of one line of JSON, which is taken out of its holder so that it is not held twice."""
+    """The text of one line of JSON, which is taken out of its holder so that it is not held
+    twice."""
     try:
         words = holder.pop().decode("utf-8")
     except UnicodeDecodeError as error:
-        return Unread("lines not in UTF-8", f"{place} is not UTF-8 text at byte {start + error.start}")
+        return Unread(
+            "lines not in UTF-8", f"{place} is not UTF-8 text at byte {start + error.start}"
+        )
     try:
         value = json.loads(words, parse_int=_Number, parse_float=_Number)
     except ValueError as error:
         return Unread("malformed lines", f"{place} is not JSON ({error})")
     except RecursionError:
-        return Unread("malformed lines", f"{place} is not JSON that can be read (lists within lists without end)")
+        return Unread(
+            "malformed lines",
+            f"{place} is not JSON that can be read (lists within lists without end)",
+        )
     del words
     return field_of(value, place, field)
 
@@ -229,12 +255,20 @@ def field_of(value: Any, place: str, field: str) -> str | Unread:
         return Unread("malformed lines", f"{place} is not a JSON object but {_kind(value)}")
     if field not in value:
         names = ", ".join(str(name)[:60] for name in list(value)[:20]) or "none"
-        return Unread("lines without text", f"{place} has no field {field!r} (it has: {names}); data.text_field names it")
+        return Unread(
+            "lines without text",
+            f"{place} has no field {field!r} (it has: {names}); data.text_field names it",
+        )
     text = value[field]
     if type(text) is not str:
-        return Unread("lines without text", f"{place}: field {field!r} is not text but {_kind(text)}")
+        return Unread(
+            "lines without text", f"{place}: field {field!r} is not text but {_kind(text)}"
+        )
     if not sound(text):
-        return Unread("malformed lines", f"{place}: field {field!r} holds half a surrogate pair, which is no character")
+        return Unread(
+            "malformed lines",
+            f"{place}: field {field!r} holds half a surrogate pair, which is no character",
+        )
     return text
 
 
@@ -243,7 +277,8 @@ def _kind(value: Any) -> str:
 
 
 def sound(text: str) -> bool:
-    """Whether a text can be written as UTF-8; JSON can spell half of a surrogate pair, which cannot."""
+    """Whether a text can be written as UTF-8; JSON can spell half of a surrogate pair, which
+    cannot."""
     if text.isascii():
         return True
     try:

@@ -1,7 +1,9 @@
-"""The texts of a data set's files of JSON or Parquet, one file after another, with a state from which reading goes on.
+"""The texts of a data set's files of JSON or Parquet, one file after another, with a state from
+which reading goes on.
 
-The `datasets` library finds the files, wherever they are; it would then read every column, and cast each to the type that
-it had in the first file. Here only the column of the text is read, in bounded pieces, and a fault has its file and place.
+The `datasets` library finds the files, wherever they are; it would then read every column, and cast
+each to the type that it had in the first file. Here only the column of the text is read, in bounded
+pieces, and a fault has its file and place.
 """
 
 import io
@@ -18,7 +20,14 @@ from trainer.data.sources.parquet import cells
 from trainer.data.sources.readers import Unread, field_of, json_lines, reason, suffix_of, too_large
 
 START = {"file": 0, "member": 0, "row": 0, "end": 0}
-BARE = (".json", ".jsonl", ".ndjson", ".parquet", ".geoparquet", ".gpq")  # files that are not packed
+BARE = (
+    ".json",
+    ".jsonl",
+    ".ndjson",
+    ".parquet",
+    ".geoparquet",
+    ".gpq",
+)  # files that are not packed
 BUFFER = 1 << 20
 
 
@@ -30,10 +39,12 @@ class At(NamedTuple):
 
 
 class Rows:
-    """The documents of a data set in the order of its files; {field: text}, or an Unread where a row has none.
+    """The documents of a data set in the order of its files; {field: text}, or an Unread where a
+    row has none.
 
     Args:
-        files: paths or addresses. parquet: whether they are tables; else they are JSON. field: that holds the text.
+        files: paths or addresses. parquet: whether they are tables; else they are JSON. field: that
+            holds the text.
         most: bytes of a document.
     """
 
@@ -50,10 +61,12 @@ class Rows:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on there. Raises DataFault for the state of another reader."""
-        if state_dict.keys() != START.keys() or not all(type(value) is int for value in state_dict.values()):
+        if state_dict.keys() != START.keys() or not all(
+            type(value) is int for value in state_dict.values()
+        ):
             raise DataError(
-                "the saved place in the data was written by another version of the reader; start the run anew, or "
-                "go on with the version that began it"
+                "the saved place in the data was written by another version of the reader; start"
+                " the run anew, or go on with the version that began it"
             )
         self.state = dict(state_dict)
 
@@ -65,10 +78,18 @@ class Rows:
             except DataError:
                 raise
             except Exception as error:  # packers and networks have errors of their own
-                here, row = self.state["file"], self.state["row"]
-                message = f"{file} cannot be read behind row {row} ({type(error).__name__}: {reason(error)})"
-                if "://" in file:  # a network may have what it lacks the next time, so nothing is left out for it
-                    raise DataError(f"{message}; run the same command again: it goes on from its checkpoint") from error
+                here = self.state["file"]
+                row = self.state["row"]
+                message = (
+                    f"{file} cannot be read behind row {row} ({type(error).__name__}:"
+                    f" {reason(error)})"
+                )
+                if (
+                    "://" in file
+                ):  # a network may have what it lacks the next time, so nothing is left out for it
+                    raise DataError(
+                        f"{message}; run the same command again: it goes on from its checkpoint"
+                    ) from error
                 self.state = START | {"file": here + 1}
                 yield Unread("unreadable files", message)
                 continue
@@ -84,7 +105,11 @@ class Rows:
             span = At(self.state["row"], self.state["end"])
             with xopen(path, "rb") as opened:
                 source = _buffered(opened)
-                texts = self._table(source, name, span) if self.parquet else self._json(source, name, span)
+                texts = (
+                    self._table(source, name, span)
+                    if self.parquet
+                    else self._json(source, name, span)
+                )
                 for after, text in texts:
                     self.state = self.state | {"row": after.row, "end": after.end}
                     yield text if isinstance(text, Unread) else {self.field: text}
@@ -93,12 +118,16 @@ class Rows:
         for row, text in cells(source, name, self.field, self.most, span.row):
             yield At(row + 1, 0), text
 
-    def _json(self, source: io.BufferedReader, name: str, span: At) -> Iterator[tuple[At, str | Unread]]:
+    def _json(
+        self, source: io.BufferedReader, name: str, span: At
+    ) -> Iterator[tuple[At, str | Unread]]:
         if source.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
             yield from self._list(source, name, span)
             return
         _go_to(source, span.end)
-        for number, end, text in json_lines(source, name, self.field, self.most, span.row, span.end):
+        for number, end, text in json_lines(
+            source, name, self.field, self.most, span.row, span.end
+        ):
             yield At(number, end), text
 
     def _list(self, source: BinaryIO, name: str, span: At) -> Iterator[tuple[At, str | Unread]]:
@@ -111,7 +140,10 @@ class Rows:
         try:
             items = json.loads(raw.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
-            yield At(span.row + 1, 0), Unread("corrupt files", f"{name} is not JSON ({reason(error)})")
+            yield (
+                At(span.row + 1, 0),
+                Unread("corrupt files", f"{name} is not JSON ({reason(error)})"),
+            )
             return
         for number, item in enumerate(items):
             if number >= span.row:
@@ -144,14 +176,21 @@ def _go_to(source: BinaryIO, place: int) -> None:
 
 
 def strangers(folder: str, files: Sequence[str]) -> dict[str, str]:
-    """The files of a local folder that its data set leaves out, with the reason; none that describe it, and none hidden."""
+    """The files of a local folder that its data set leaves out, with the reason; none that describe
+    it, and none hidden."""
     known = {os.path.abspath(file) for file in files}
     left_out = {}
-    for above, folders, names in os.walk(folder, onerror=lambda error: left_out.update({str(error.filename): reason(error)})):
+    for above, folders, names in os.walk(
+        folder, onerror=lambda error: left_out.update({str(error.filename): reason(error)})
+    ):
         folders[:] = sorted(name for name in folders if name[0] not in "._")
         for name in sorted(names):
             path = os.path.abspath(os.path.join(above, name))
             if path in known or name[0] in "._" or name.lower().startswith(("readme", "license")):
                 continue
-            left_out[path] = "it cannot be opened" if not os.path.exists(path) else "the library reads no such file with it"
+            left_out[path] = (
+                "it cannot be opened"
+                if not os.path.exists(path)
+                else "the library reads no such file with it"
+            )
     return left_out

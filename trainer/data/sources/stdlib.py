@@ -39,7 +39,10 @@ class Stdlib(Local):
         root = sysconfig.get_path("stdlib")
         found = sorted(_walk(root, ""), key=lambda file: file.name)
         if not found:
-            raise ValueError(f"data=stdlib: {root} holds no *.py files (a zipped or stripped Python); use data=files")
+            raise ValueError(
+                f"data=stdlib: {root} holds no *.py files (a zipped or stripped Python); use"
+                " data=files"
+            )
         return found
 
 

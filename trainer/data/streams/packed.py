@@ -1,7 +1,9 @@
-"""Batches of a run, step after step: `open_stream` gives a stream, a stream turns a cursor into a batch and a cursor.
+"""Batches of a run, step after step: `open_stream` gives a stream, a stream turns a cursor into a
+batch and a cursor.
 
-A cursor is a small dict that JSON can hold. It speaks of rows of the whole run, so it is valid for any number of ranks,
-any context degree and any micro-batch; a fingerprint of the data and of what shapes the rows guards it.
+A cursor is a small dict that JSON can hold. It speaks of rows of the whole run, so it is valid for
+any number of ranks, any context degree and any micro-batch; a fingerprint of the data and of what
+shapes the rows guards it.
 """
 
 import hashlib
@@ -22,20 +24,31 @@ from trainer.errors import BAD_CONFIG
 class PackedStream(Stream):
     """Rows of local documents: an epoch after an epoch, each in an order of its own, without end.
 
-    Documents are laid end to end in the epoch's order and the rows of that are dealt in another order of the epoch: else the
-    rows of one long document would fill whole batches. Under `lanes` rows go on where rows ended instead.
+    Documents are laid end to end in the epoch's order and the rows of that are dealt in another
+    order of the epoch: else the rows of one long document would fill whole batches. Under `lanes`
+    rows go on where rows ended instead.
 
-    Held-out documents keep one order whatever the seed, are read once, and are followed by rows of padding: the first
-    N batches are the same in every evaluation of every run.
+    Held-out documents keep one order whatever the seed, are read once, and are followed by rows of
+    padding: the first N batches are the same in every evaluation of every run.
     """
 
     def __init__(
-        self, source: Local, *, context_length: int, rows: int, seed: int, split: str = "train", lanes: bool = False
+        self,
+        source: Local,
+        *,
+        context_length: int,
+        rows: int,
+        seed: int,
+        split: str = "train",
+        lanes: bool = False,
     ):
         self.tokenizer = source.tokenizer()
         self.corpus: Corpus = corpus_of(source, self.tokenizer)
         self.report = ReadReport.of(self.corpus.facts["report"])
-        self.context_length, self.rows, self.seed, self.lanes = context_length, rows, seed, lanes
+        self.context_length = context_length
+        self.rows = rows
+        self.seed = seed
+        self.lanes = lanes
         self.endless = split == "train"
         train, held_out = divide(self.corpus.hashes, source.held_out)
         self.documents = train if self.endless else held_out
@@ -45,7 +58,13 @@ class PackedStream(Stream):
         self.epoch_rows = rows_of(self.tokens, context_length)
         self.batches = -(-self.epoch_rows // rows)
         self.vocabulary = self.tokenizer.vocabulary
-        shape = (split, source.held_out, context_length, seed if self.endless else None, rows if lanes else None)
+        shape = (
+            split,
+            source.held_out,
+            context_length,
+            seed if self.endless else None,
+            rows if lanes else None,
+        )
         said = f"{self.corpus.facts['fingerprint']} {shape}"
         self.fingerprint = hashlib.blake2b(said.encode(), digest_size=12).hexdigest()
         self._epochs: dict[int, Concatenation] = {}
@@ -76,18 +95,27 @@ class PackedStream(Stream):
         return self._orders[epoch]
 
     def _lane_row(self, number: int) -> PackedRow:
-        """Lane i of an epoch's rows reads an i-th part of them, one after another; a shorter part ends in padding."""
+        """Lane i of an epoch's rows reads an i-th part of them, one after another; a shorter part
+        ends in padding."""
         step, lane = divmod(number, self.rows)
         epoch, step = divmod(step, self.batches or 1) if self.endless else (0, step)
         first, last = (self.epoch_rows * i // self.rows for i in (lane, lane + 1))
-        return self._epoch(epoch).row(first + step if first + step < last else self.epoch_rows + 1, goes_on=True)
+        return self._epoch(epoch).row(
+            first + step if first + step < last else self.epoch_rows + 1, goes_on=True
+        )
 
     def _epoch(self, epoch: int) -> Concatenation:
-        """Documents in the epoch's order; numbered on from epoch to epoch, so that a memory never mixes two up."""
+        """Documents in the epoch's order; numbered on from epoch to epoch, so that a memory never
+        mixes two up."""
         if epoch not in self._epochs:
-            order = arrange(self.corpus.hashes[self.documents], self.seed if self.endless else 0, epoch)
+            order = arrange(
+                self.corpus.hashes[self.documents], self.seed if self.endless else 0, epoch
+            )
             laid = Concatenation(
-                self.corpus, self.documents[order], self.context_length, first_number=epoch * len(order)
+                self.corpus,
+                self.documents[order],
+                self.context_length,
+                first_number=epoch * len(order),
             )
             kept = {number: self._epochs[number] for number in self._epochs if number == epoch - 1}
             self._epochs = kept | {epoch: laid}
@@ -96,7 +124,10 @@ class PackedStream(Stream):
     def describe(self, steps: int | None = None) -> str:
         kind = "training" if self.endless else "held-out"
         words = [f"{len(self.documents)} {kind} documents, {self.tokens} tokens"]
-        words.append(f"{self.epoch_rows} rows of {self.context_length} ({self.batches} batches of {self.rows})")
+        words.append(
+            f"{self.epoch_rows} rows of {self.context_length} ({self.batches} batches of"
+            f" {self.rows})"
+        )
         if steps is not None and self.endless:
             words.append(f"{steps} steps read them {steps * self.rows / self.epoch_rows:.2f} times")
         words += [remark for remark in (self.report.text(), self.tokenizer.remark) if remark]

@@ -9,7 +9,8 @@ from trainer.data.tasks.vectors import MARKS, Vectors
 
 
 class Associative(Vectors):
-    """A list of items, each some vectors behind a mark; then one of them, but not the last: the next item is wanted.
+    """A list of items, each some vectors behind a mark; then one of them, but not the last: the
+    next item is wanted.
 
     Args:
         min_items, maximum: items in the list.
@@ -31,14 +32,20 @@ class Associative(Vectors):
         per_row: int | None = None,
     ):
         super().__init__(bits=bits, more=2, held_out=held_out, per_row=per_row)
-        self.sizes, self.each = bounds(min_items, max_items, least=2), whole("vectors_each", vectors_each, 1)
+        self.sizes = bounds(min_items, max_items, least=2, names=("min_items", "max_items"))
+        self.each = whole("vectors_each", vectors_each, 1)
         if 2 ** (bits * vectors_each) < 2 * max_items:
-            raise DataError(f"data.maximum={max_items} items of {vectors_each} x {bits} bits cannot all differ; give more bits")
-        self.item, self.asked = 2**bits + MARKS, 2**bits + MARKS + 1
+            raise DataError(
+                f"data.max_items={max_items} items of {vectors_each} x {bits} bits cannot all"
+                " differ; give more bits"
+            )
+        self.item = 2**bits + MARKS
+        self.asked = 2**bits + MARKS + 1
         self.longest = (max_items + 1) * (vectors_each + 1) + 1 + vectors_each
 
     def example(self, random: np.random.Generator) -> Example:
-        wanted, items = int(random.integers(*self.sizes, endpoint=True)), []
+        wanted = int(random.integers(*self.sizes, endpoint=True))
+        items = []
         while len(items) < wanted:
             item = self.vectors(random, self.each)
             if item not in items:

@@ -19,7 +19,13 @@ class CopyTask(Vectors):
     """
 
     def __init__(
-        self, *, min_length: Many = 1, max_length: Many = 20, bits: int = 8, held_out: float = 0.1, per_row: int | None = None
+        self,
+        *,
+        min_length: Many = 1,
+        max_length: Many = 20,
+        bits: int = 8,
+        held_out: float = 0.1,
+        per_row: int | None = None,
     ):
         super().__init__(bits=bits, more=0, held_out=held_out, per_row=per_row)
         self.sizes = bounds(min_length, max_length)

@@ -8,7 +8,8 @@ from trainer.data.tasks.vectors import MARKS, Vectors
 
 
 class RepeatCopy(Vectors):
-    """A sequence of random vectors and a number; the sequence is to be said so many times, then END.
+    """A sequence of random vectors and a number; the sequence is to be said so many times, then
+    END.
 
     Args:
         min_length, maximum: vectors in a sequence.
@@ -16,8 +17,8 @@ class RepeatCopy(Vectors):
         bits: of a vector.
         held_out, per_row: as in Task.
 
-    Source: Graves et al. 2014 (arXiv:1410.5401), section 4.2. There the number is a real one on a channel of its own; here
-    each number is a mark, so that none beyond `most` can be asked.
+    Source: Graves et al. 2014 (arXiv:1410.5401), section 4.2. There the number is a real one on a
+    channel of its own; here each number is a mark, so that none beyond `most` can be asked.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class RepeatCopy(Vectors):
         held_out: float = 0.1,
         per_row: int | None = None,
     ):
-        self.times = bounds(min_repeats, max_repeats, names=("fewest", "most"))
+        self.times = bounds(min_repeats, max_repeats, names=("min_repeats", "max_repeats"))
         super().__init__(bits=bits, more=max_repeats, held_out=held_out, per_row=per_row)
         self.sizes = bounds(min_length, max_length)
         self.longest = max_length + 3 + max_repeats * max_length

@@ -1,4 +1,5 @@
-"""Priority sort: vectors come with priorities in any order and are to be said from the highest priority down."""
+"""Priority sort: vectors come with priorities in any order and are to be said from the highest
+priority down."""
 
 import numpy as np
 
@@ -9,7 +10,8 @@ from trainer.data.tasks.vectors import MARKS, Vectors
 
 
 class Sort(Vectors):
-    """Random vectors, each behind a mark that is its priority, no two the same; the highest ones are to be said in order.
+    """Random vectors, each behind a mark that is its priority, no two the same; the highest ones
+    are to be said in order.
 
     Args:
         min_length, maximum: vectors to sort.
@@ -18,8 +20,8 @@ class Sort(Vectors):
         bits: of a vector.
         held_out, per_row: as in Task.
 
-    Source: Graves et al. 2014 (arXiv:1410.5401), section 4.5: 20 vectors, the 16 highest. There a priority is a real number
-    between -1 and 1 on a channel of its own.
+    Source: Graves et al. 2014 (arXiv:1410.5401), section 4.5: 20 vectors, the 16 highest. There a
+    priority is a real number between -1 and 1 on a channel of its own.
     """
 
     def __init__(
@@ -33,17 +35,32 @@ class Sort(Vectors):
         held_out: float = 0.1,
         per_row: int | None = None,
     ):
-        super().__init__(bits=bits, more=whole("levels", levels, 1), held_out=held_out, per_row=per_row)
-        self.sizes, self.levels, self.kept = bounds(min_length, max_length), levels, kept
+        super().__init__(
+            bits=bits, more=whole("levels", levels, 1), held_out=held_out, per_row=per_row
+        )
+        self.sizes = bounds(min_length, max_length)
+        self.levels = levels
+        self.kept = kept
         if max_length > levels:
-            raise DataError(f"data.maximum={max_length} vectors cannot all have one of data.levels={levels}; use levels={max_length}")
+            raise DataError(
+                f"data.max_length={max_length} vectors cannot all have one of data.levels={levels};"
+                f" use levels={max_length}"
+            )
         if kept is not None and whole("kept", kept, 1) > min_length:
-            raise DataError(f"data.kept={kept} of data.minimum={min_length} vectors cannot be said; use kept={min_length}, or null")
+            raise DataError(
+                f"data.kept={kept} of data.min_length={min_length} vectors cannot be said; use"
+                f" kept={min_length}, or null"
+            )
         self.longest = 2 * max_length + 1 + (max_length if kept is None else kept)
 
     def example(self, random: np.random.Generator) -> Example:
         count = int(random.integers(*self.sizes, endpoint=True))
-        priorities, shown = random.permutation(self.levels)[:count].tolist(), self.vectors(random, count)
-        question = [token for level, vector in zip(priorities, shown) for token in (2**self.bits + MARKS + level, vector)]
+        priorities = random.permutation(self.levels)[:count].tolist()
+        shown = self.vectors(random, count)
+        question = [
+            token
+            for level, vector in zip(priorities, shown)
+            for token in (2**self.bits + MARKS + level, vector)
+        ]
         ranked = [vector for _, vector in sorted(zip(priorities, shown), reverse=True)]
         return self.answered(question, ranked[: self.kept])

@@ -22,25 +22,55 @@ def table(path, columns):
 
 
 FAULTS = {
-    "jsonl line": (lambda d: lines(d / "a.jsonl", b'{"text": "fine"}', b'{"text": '), r"a\.jsonl line 2 is not JSON"),
-    "jsonl kind": (lambda d: lines(d / "a.jsonl", b'["x"]'), r"a\.jsonl line 1 is not a JSON object but list"),
-    "jsonl field": (lambda d: lines(d / "a.jsonl", b'{"body": "x"}'), r"line 1 has no field 'text' \(it has: body\)"),
-    "jsonl null": (lambda d: lines(d / "a.jsonl", b'{"text": null}'), r"line 1: field 'text' is not text but NoneType"),
+    "jsonl line": (
+        lambda d: lines(d / "a.jsonl", b'{"text": "fine"}', b'{"text": '),
+        r"a\.jsonl line 2 is not JSON",
+    ),
+    "jsonl kind": (
+        lambda d: lines(d / "a.jsonl", b'["x"]'),
+        r"a\.jsonl line 1 is not a JSON object but list",
+    ),
+    "jsonl field": (
+        lambda d: lines(d / "a.jsonl", b'{"body": "x"}'),
+        r"line 1 has no field 'text' \(it has: body\)",
+    ),
+    "jsonl null": (
+        lambda d: lines(d / "a.jsonl", b'{"text": null}'),
+        r"line 1: field 'text' is not text but NoneType",
+    ),
     "jsonl utf8": (
         lambda d: lines(d / "a.jsonl", b'{"text": "fine"}', b'{"text": "\xff"}'),
         r"line 2 is not UTF-8 text at byte 27",
     ),
-    "jsonl surrogate": (lambda d: lines(d / "a.jsonl", b'{"text": "\\ud800"}'), r"line 1: .* half a surrogate pair"),
-    "text utf8": (lambda d: (d / "a.txt").write_bytes(b"abc\xe9d"), r"a\.txt is not UTF-8 text at byte 3"),
-    "text cut": (lambda d: (d / "a.txt").write_bytes("abc\xe9".encode()[:-1]), r"a\.txt is not UTF-8 text at byte 3"),
+    "jsonl surrogate": (
+        lambda d: lines(d / "a.jsonl", b'{"text": "\\ud800"}'),
+        r"line 1: .* half a surrogate pair",
+    ),
+    "text utf8": (
+        lambda d: (d / "a.txt").write_bytes(b"abc\xe9d"),
+        r"a\.txt is not UTF-8 text at byte 3",
+    ),
+    "text cut": (
+        lambda d: (d / "a.txt").write_bytes("abc\xe9".encode()[:-1]),
+        r"a\.txt is not UTF-8 text at byte 3",
+    ),
     "empty": (lambda d: (d / "a.txt").touch(), r"a\.txt is empty \(0 bytes\)"),
-    "parquet column": (lambda d: table(d / "a.parquet", {"body": ["x"]}), r"no column 'text' \(it has: body\)"),
-    "parquet kind": (lambda d: table(d / "a.parquet", {"text": [1]}), r"column 'text' is not text but int64"),
+    "parquet column": (
+        lambda d: table(d / "a.parquet", {"body": ["x"]}),
+        r"no column 'text' \(it has: body\)",
+    ),
+    "parquet kind": (
+        lambda d: table(d / "a.parquet", {"text": [1]}),
+        r"column 'text' is not text but int64",
+    ),
     "parquet null": (
         lambda d: table(d / "a.parquet", {"text": ["x", None]}),
         r"a\.parquet row 1: field 'text' is null",
     ),
-    "parquet corrupt": (lambda d: (d / "a.parquet").write_bytes(b"PAR1 nothing"), r"a\.parquet is not a whole Parquet"),
+    "parquet corrupt": (
+        lambda d: (d / "a.parquet").write_bytes(b"PAR1 nothing"),
+        r"a\.parquet is not a whole Parquet",
+    ),
     "suffix": (
         lambda d: (d / "a.csv").write_text("x"),
         r"matches .*a\.csv; data=files reads \.txt, \.jsonl, \.parquet",
@@ -78,7 +108,9 @@ def test_skipping_counts_the_fault_and_reads_the_rest(name, files, tmp_path):
 
 
 def test_every_kind_of_file_gives_its_documents_in_order(files, tmp_path):
-    table(tmp_path / "c.parquet", {"text": pa.array(["p0", "p1"], pa.large_string()), "other": [1, 2]})
+    table(
+        tmp_path / "c.parquet", {"text": pa.array(["p0", "p1"], pa.large_string()), "other": [1, 2]}
+    )
     lines(tmp_path / "b.jsonl", b'\xef\xbb\xbf{"text": "j1"}', b"", b'{"text": "j3", "n": 1}')
     (tmp_path / "a.txt").write_text("t\r\nx", newline="")
     stream = open_stream(files(tmp_path / "?.*"), **SETTINGS)
@@ -99,7 +131,12 @@ def test_empty_documents_are_counted_and_no_fault(files, texts):
 
 
 @pytest.mark.parametrize(
-    "path, message", [("none/*.txt", "matches no file"), (".", "is a folder; give a glob"), (None, "needs data.path")]
+    "path, message",
+    [
+        ("none/*.txt", "matches no file"),
+        (".", "is a folder; give a glob"),
+        (None, "needs data.path"),
+    ],
 )
 def test_a_glob_that_finds_nothing_is_refused(files, tmp_path, path, message):
     node = files(tmp_path / path) if path else files("x") | {"path": None}

@@ -1,4 +1,5 @@
-"""A data set's files read column by column: columns nobody asked for, packed files, spoilt ones, and exact resume in each."""
+"""A data set's files read column by column: columns nobody asked for, packed files, spoilt ones,
+and exact resume in each."""
 
 import bz2
 import gzip
@@ -27,7 +28,11 @@ def without_a_network(monkeypatch):
 
 
 def node(folder, **settings):
-    return {"_target_": "trainer.data.sources.hub.Hub", "name": str(folder), "held_out": 0.0} | settings
+    return {
+        "_target_": "trainer.data.sources.hub.Hub",
+        "name": str(folder),
+        "held_out": 0.0,
+    } | settings
 
 
 def jsonl(*rows):
@@ -47,8 +52,12 @@ def tables(folder, name, columns):
 
 def mixed_json(folder):
     for file, value in {"a": 1, "b": "s1", "c": {"deep": [1]}, "d": None}.items():
-        (folder / f"{file}.jsonl").write_bytes(jsonl(*({"text": f"{file}{i}", "n": value} for i in range(40))))
-    (folder / "e.jsonl").write_bytes(jsonl({"n": 1, "text": "e0"}, {"text": "e1", "n": [2]}, {"m": 2, "text": "e2"}))
+        (folder / f"{file}.jsonl").write_bytes(
+            jsonl(*({"text": f"{file}{i}", "n": value} for i in range(40)))
+        )
+    (folder / "e.jsonl").write_bytes(
+        jsonl({"n": 1, "text": "e0"}, {"text": "e1", "n": [2]}, {"m": 2, "text": "e2"})
+    )
 
 
 def mixed_tables(folder):
@@ -64,12 +73,18 @@ def test_a_column_that_nobody_asked_for_may_be_anything(on_error, tmp_path):
         folder.mkdir()
         make(folder)
         texts, report = texts_of(folder, on_error=on_error)
-        assert len(texts) == wanted and None not in texts and texts == sorted(texts, key=lambda text: text[0])
+        assert (
+            len(texts) == wanted
+            and None not in texts
+            and texts == sorted(texts, key=lambda text: text[0])
+        )
         assert report.text() == "" and check(node(folder, on_error=on_error)) == []
         open_stream(node(folder, on_error=on_error), **SHAPE)
 
 
-def test_the_wanted_column_is_not_cast_and_a_row_of_another_type_is_a_fault_with_its_place(tmp_path):
+def test_the_wanted_column_is_not_cast_and_a_row_of_another_type_is_a_fault_with_its_place(
+    tmp_path,
+):
     (tmp_path / "a.jsonl").write_bytes(jsonl({"text": "one"}, {"text": 2}, {"text": "three"}))
     with pytest.raises(DataError, match=r"a\.jsonl line 2: field 'text' is not text but a number"):
         texts_of(tmp_path)
@@ -93,7 +108,9 @@ def packed(folder):
     (folder / "b.jsonl.xz").write_bytes(lzma.compress(ten("b")))
     (folder / "c.jsonl.bz2").write_bytes(bz2.compress(ten("c")))
     (folder / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + ten("d").replace(b"\n", b"\r\n\n"))
-    (folder / "e.json").write_text(json.dumps([{"text": f"e{i}", "n": i} for i in range(10)], indent=1))
+    (folder / "e.json").write_text(
+        json.dumps([{"text": f"e{i}", "n": i} for i in range(10)], indent=1)
+    )
     with zipfile.ZipFile(folder / "f.jsonl.zip", "w") as archive:
         archive.writestr("x.jsonl", ten("f")[:60])
         archive.writestr("y.jsonl", ten("f")[60:])
@@ -117,7 +134,9 @@ def test_packed_files_are_read_and_resumed_exactly(tmp_path, monkeypatch):
     for stop in range(0, 61, 3):
         again = rows()
         again.load_state_dict(states[stop])
-        assert [example["text"] for example in itertools.islice(again, 12)] == wanted[stop : stop + 12]
+        assert [example["text"] for example in itertools.islice(again, 12)] == wanted[
+            stop : stop + 12
+        ]
     assert texts_of(tmp_path)[0] == wanted
 
 
@@ -141,7 +160,9 @@ def test_a_spoilt_file_among_good_ones_is_one_message_or_counted(kind, tmp_path)
             "utf8": b'{"text": "\xff"}\n',
             "nothing": b"no",
         }
-        (tmp_path / f"b.jsonl{'.' + kind if kind in ('gz', 'xz') else ''}").write_bytes(spoilt[kind])
+        (tmp_path / f"b.jsonl{'.' + kind if kind in ('gz', 'xz') else ''}").write_bytes(
+            spoilt[kind]
+        )
     with pytest.raises(DataError, match=r"/b\.") as error:
         texts_of(tmp_path)
     assert "row" in str(error.value) or "line" in str(error.value) or "not JSON" in str(error.value)
@@ -169,7 +190,9 @@ def test_the_place_saved_by_another_reader_is_refused(tmp_path):
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "json"])
 def test_documents_beyond_the_limit_are_refused_or_counted(kind, tmp_path):
     if kind == "parquet":
-        parquet.write_table(pa.table({"text": ["a", "x" * 999, "b"]}), tmp_path / "a.parquet", row_group_size=1)
+        parquet.write_table(
+            pa.table({"text": ["a", "x" * 999, "b"]}), tmp_path / "a.parquet", row_group_size=1
+        )
     elif kind == "json":
         (tmp_path / "a.json").write_text(json.dumps([{"text": "x" * 999}]))
         (tmp_path / "b.json").write_text('[{"text": "a"}, {"text": "b"}]')
@@ -178,4 +201,6 @@ def test_documents_beyond_the_limit_are_refused_or_counted(kind, tmp_path):
     with pytest.raises(DataError, match=r"more than data\.max_document_bytes=200"):
         texts_of(tmp_path, max_document_bytes=200)
     texts, report = texts_of(tmp_path, max_document_bytes=200, on_error="skip")
-    assert [text for text in texts if text] == ["a", "b"] and report.counts == {"documents too large": 1}
+    assert [text for text in texts if text] == ["a", "b"] and report.counts == {
+        "documents too large": 1
+    }

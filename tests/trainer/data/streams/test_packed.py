@@ -39,7 +39,9 @@ def test_every_token_is_predicted_exactly_once_per_epoch(opened, words, context,
     epochs = 2
     rows = stream.batches * 3 if lanes else stream.epoch_rows
     read, _ = batches(stream, -(-rows * epochs // 3))
-    flat = [row for batch in read for row in zip(*(t.unbind() for t in (batch.targets(), batch.doc)))]
+    flat = [
+        row for batch in read for row in zip(*(t.unbind() for t in (batch.targets(), batch.doc)))
+    ]
     for epoch in range(epochs):
         targets = torch.cat([row[0] for row in flat[epoch * rows : (epoch + 1) * rows]])
         assert Counter(t for t in targets.tolist() if t != IGNORE) == once
@@ -52,7 +54,12 @@ def test_rows_overlap_by_one_token_and_spell_the_documents(opened, words):
     read = [dealt[place] for place in np.argsort(stream._order(0))]  # as they were laid end to end
     for before, after in itertools.pairwise(read):
         assert before.tokens[0, -1] == after.tokens[0, 0]
-    ids = [t for batch in read for t, d in zip(batch.tokens[0, :-1].tolist(), batch.doc[0, :-1].tolist()) if d >= 0]
+    ids = [
+        t
+        for batch in read
+        for t, d in zip(batch.tokens[0, :-1].tolist(), batch.doc[0, :-1].tolist())
+        if d >= 0
+    ]
     ids += [256] * (ids[-1] != 256)
     spelt = "".join(chr(i) if i < 256 else "|" for i in ids)
     assert sorted(spelt[:-1].split("|")) == sorted(found)
@@ -61,7 +68,9 @@ def test_rows_overlap_by_one_token_and_spell_the_documents(opened, words):
 def test_rows_are_dealt_in_another_order_each_epoch(opened, words):
     stream = opened(words(60, longest=90), context_length=9, rows=1)
     orders = [stream._order(epoch).tolist() for epoch in (0, 1)]
-    assert orders[0] != orders[1] and all(sorted(o) == list(range(stream.epoch_rows)) for o in orders)
+    assert orders[0] != orders[1] and all(
+        sorted(o) == list(range(stream.epoch_rows)) for o in orders
+    )
     neighbours = sum(b == a + 1 for a, b in itertools.pairwise(orders[0]))
     assert neighbours < stream.epoch_rows / 4
 
@@ -91,7 +100,9 @@ def test_lanes_go_on_where_they_were(opened, words):
                 for b, t in ((before, -1), (after, 0))
             )
             if step % stream.batches == 0:
-                assert first[1] > before.doc[lane].max(), "an epoch's documents are not those of the epoch before"
+                assert first[1] > before.doc[lane].max(), (
+                    "an epoch's documents are not those of the epoch before"
+                )
             elif first[1] >= 0:
                 assert last == first
                 went_on += first[2] > 0
@@ -115,7 +126,9 @@ def test_the_cursor_counts_rows_of_the_whole_run_and_nothing_else(opened, words)
     wide = opened(words(30), rows=4)
     batch, _ = wide.read(cursor)
     narrow, _ = batches(opened(words(30)), 2, cursor)
-    assert batch.aims is None and same(batch[:4], [torch.cat(parts) for parts in zip(*(each[:4] for each in narrow))])
+    assert batch.aims is None and same(
+        batch[:4], [torch.cat(parts) for parts in zip(*(each[:4] for each in narrow))]
+    )
 
 
 def test_epochs_and_seeds_have_orders_of_their_own(opened, words):
@@ -129,7 +142,13 @@ def test_epochs_and_seeds_have_orders_of_their_own(opened, words):
 
 @pytest.mark.parametrize(
     "change",
-    [{"context_length": 4}, {"seed": 1}, {"lanes": True}, {"data": {"held_out": 0.5}}, {"split": "held_out"}],
+    [
+        {"context_length": 4},
+        {"seed": 1},
+        {"lanes": True},
+        {"data": {"held_out": 0.5}},
+        {"split": "held_out"},
+    ],
 )
 def test_a_cursor_of_other_rows_is_refused(opened, words, change):
     data = {"data": {"held_out": 0.3}}
@@ -138,7 +157,9 @@ def test_a_cursor_of_other_rows_is_refused(opened, words, change):
         opened(words(30), **(data | change)).read(cursor)
 
 
-def test_a_cursor_of_other_documents_is_refused_but_the_data_may_move(opened, files, texts, words, tmp_path):
+def test_a_cursor_of_other_documents_is_refused_but_the_data_may_move(
+    opened, files, texts, words, tmp_path
+):
     stream = opened(words(30))
     with pytest.raises(ValueError, match="set them back, or begin anew"):
         opened(words(31)).read(stream.start())
@@ -159,7 +180,9 @@ def test_held_out_documents_are_not_trained_on_and_come_in_one_order(opened, wor
     assert all(same(a, b) for a, b in zip(first, second))
     assert (first[-1].doc == -1).all() and first[-1].predictions() == 0
     letters = sum(len(found[i].encode()) for i in held_out[0].documents)
-    assert sum(batch.predictions() for batch in first) == letters, "each token of a document but its first, and its end"
+    assert sum(batch.predictions() for batch in first) == letters, (
+        "each token of a document but its first, and its end"
+    )
 
 
 def test_a_single_document_cannot_be_held_out(opened):
@@ -183,10 +206,16 @@ def test_unicode_is_packed_by_bytes(opened):
 
 def test_the_log_is_told_what_there_is(opened, words):
     text = opened([*words(5), ""], rows=1).describe(steps=100)
-    assert "5 training documents" in text and "1 documents without text" in text and "100 steps read them" in text
+    assert (
+        "5 training documents" in text
+        and "1 documents without text" in text
+        and "100 steps read them" in text
+    )
 
 
-def test_evaluation_without_held_out_documents_is_refused_before_and_in_the_run(opened, files, texts):
+def test_evaluation_without_held_out_documents_is_refused_before_and_in_the_run(
+    opened, files, texts
+):
     with pytest.raises(ValueError, match="keeps no document for evaluation"):
         opened(["one", "two"], split="held_out")
     node = files(texts(["one", "two"]))
@@ -206,7 +235,10 @@ def test_the_check_sees_that_one_document_cannot_be_held_out(files, texts):
     [
         ({"data": {"held_out": 1.0}}, r"data\.held_out=1\.0 is no fraction"),
         ({"data": {"on_error": "ignore"}}, r"data\.on_error=ignore is unknown"),
-        ({"data": {"text_filed": "x"}}, r"data\.text_filed is not a setting of .* it takes path, text_field"),
+        (
+            {"data": {"text_filed": "x"}},
+            r"data\.text_filed is not a setting of .* it takes path, text_field",
+        ),
         ({"data": {"_target_": "trainer.data.none.None"}}, "cannot be imported"),
         ({"data": {"_target_": "trainer.data.batch.Batch"}}, "is no source of documents"),
         ({"data": {"cache": ""}}, "is no folder"),
@@ -223,7 +255,9 @@ def test_a_wish_that_cannot_be_honoured_is_refused(opened, settings, message):
 
 @pytest.mark.parametrize("name", ["stdlib", "files", "hub"])
 def test_the_settings_on_offer_are_those_that_the_source_takes(name):
-    node = yaml.safe_load((Path(__file__).parents[4] / "conf" / "data" / f"{name}.yaml").read_text())
+    node = yaml.safe_load(
+        (Path(__file__).parents[4] / "conf" / "data" / f"{name}.yaml").read_text()
+    )
     module, _, kind = node.pop("_target_").rpartition(".")
     taken = inspect.signature(getattr(importlib.import_module(module), kind)).parameters
     required = {"path", "name"}

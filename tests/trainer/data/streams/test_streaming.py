@@ -30,8 +30,14 @@ def hub(tmp_path):
         for shard in range(3):
             part = found[shard * len(found) // 3 : (shard + 1) * len(found) // 3]
             table = pa.table({field: pa.array(part, pa.string()), "other": list(range(len(part)))})
-            parquet.write_table(table, folder / f"train-{shard:05d}-of-00003.parquet", row_group_size=16)
-        return {"_target_": "trainer.data.sources.hub.Hub", "name": str(folder), "held_out": 0.0} | settings
+            parquet.write_table(
+                table, folder / f"train-{shard:05d}-of-00003.parquet", row_group_size=16
+            )
+        return {
+            "_target_": "trainer.data.sources.hub.Hub",
+            "name": str(folder),
+            "held_out": 0.0,
+        } | settings
 
     return make
 
@@ -52,8 +58,11 @@ def same(a, b):
 
 
 def spell(found, lane):
-    """What a lane read, documents ended by a bar; every row's last token is the next one's first."""
-    ids = [t for batch in found for t in batch.tokens[lane, :-1][batch.doc[lane, :-1] >= 0].tolist()]
+    """What a lane read, documents ended by a bar; every row's last token is the next one's
+    first."""
+    ids = [
+        t for batch in found for t in batch.tokens[lane, :-1][batch.doc[lane, :-1] >= 0].tolist()
+    ]
     return "".join(chr(i) if i < 256 else "|" for i in ids)
 
 
@@ -103,7 +112,9 @@ def test_an_epochs_end_inside_a_stop_is_exact(hub, words):
 def test_lanes_number_documents_and_positions_on(hub, words):
     found, _ = read(open_stream(hub(words(60, longest=60)), **SHAPE, lanes=True), 30)
     for before, after in itertools.pairwise(found):
-        assert torch.equal(before.doc[:, -1], after.doc[:, 0]) and torch.equal(before.pos[:, -1], after.pos[:, 0])
+        assert torch.equal(before.doc[:, -1], after.doc[:, 0]) and torch.equal(
+            before.pos[:, -1], after.pos[:, 0]
+        )
     assert found[-1].doc.min() > 0 and max(b.pos[:, 0].max() for b in found) > 8
 
 
@@ -113,7 +124,11 @@ def test_a_folder_of_json_lines_resumes_too(tmp_path, words, monkeypatch):
     for shard in range(2):
         lines = [json.dumps({"body": text, "n": shard}) for text in words(60)[shard::2]]
         (tmp_path / "set" / f"train-{shard}.jsonl").write_text("\n".join(lines))
-    node = {"_target_": "trainer.data.sources.hub.Hub", "name": str(tmp_path / "set"), "text_field": "body"}
+    node = {
+        "_target_": "trainer.data.sources.hub.Hub",
+        "name": str(tmp_path / "set"),
+        "text_field": "body",
+    }
     whole, _ = read(open_stream(node, **SHAPE), 70)
     for stop in (5, 33):
         _, cursor = read(open_stream(node, **SHAPE), stop)
@@ -161,7 +176,9 @@ def test_documents_without_text_are_left_out_and_counted(hub, words):
 
 def test_a_null_text_ends_the_run_with_its_place(hub, words):
     node = hub([*words(9), None, *words(9)])
-    with pytest.raises(ValueError, match=r"set/train-00001-of-00003\.parquet row 3: field 'text' is null; mend"):
+    with pytest.raises(
+        ValueError, match=r"set/train-00001-of-00003\.parquet row 3: field 'text' is null; mend"
+    ):
         read(open_stream(node, **SHAPE), 9)
 
 
@@ -177,7 +194,10 @@ def test_no_document_to_train_on_is_an_error_and_no_endless_search(hub):
     [
         ({"text_field": "body"}, r"has no column 'body' \(it has: text, other\)"),
         ({"split": "tests"}, "cannot be had as a data set"),
-        ({"name": "no-such/set-of-longspan"}, "check the name, data.subset and data.split, or the network"),
+        (
+            {"name": "no-such/set-of-longspan"},
+            "check the name, data.subset and data.split, or the network",
+        ),
         ({"name": None}, "data=hub needs data.name"),
     ],
 )
@@ -205,5 +225,8 @@ def test_a_broken_shard_is_told_with_the_place(hub, words, tmp_path):
     node = hub(words(30))
     shard = sorted((tmp_path / "set").iterdir())[1]
     shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"set/train-00001-of-00003\.parquet is not a whole Parquet file: at row 0: "):
+    with pytest.raises(
+        ValueError,
+        match=r"set/train-00001-of-00003\.parquet is not a whole Parquet file: at row 0: ",
+    ):
         read(open_stream(node, **SHAPE), 99)

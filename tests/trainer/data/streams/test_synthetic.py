@@ -45,7 +45,10 @@ def test_a_batch_is_a_pure_function_of_its_cursor():
 
 
 def test_a_row_is_the_same_in_a_batch_of_any_size():
-    few, many = rows(opened(CopyTask(max_length=5), many=2), 3), rows(opened(CopyTask(max_length=5), many=6), 1)
+    few, many = (
+        rows(opened(CopyTask(max_length=5), many=2), 3),
+        rows(opened(CopyTask(max_length=5), many=6), 1),
+    )
     assert [row for batch in few for row in batch.tokens.tolist()] == many[0].tokens.tolist()
 
 
@@ -64,7 +67,10 @@ def test_seed_split_and_settings_each_change_the_rows_and_the_cursor_belongs_to_
 
 
 def test_held_out_examples_are_the_same_for_every_seed_and_never_trained_on():
-    one, other = (rows(opened(CopyTask(max_length=2, bits=4), split="held_out", seed=seed), 4) for seed in (0, 5))
+    one, other = (
+        rows(opened(CopyTask(max_length=2, bits=4), split="held_out", seed=seed), 4)
+        for seed in (0, 5)
+    )
     assert all((a.tokens == b.tokens).all() for a, b in zip(one, other))
 
     def documents(batches):
@@ -116,7 +122,10 @@ def test_a_part_of_a_batch_takes_its_aims_along():
 
 
 def test_so_many_examples_a_row_as_asked():
-    assert all(len(set(row) - {-1}) == 2 for row in rows(opened(CopyTask(max_length=3, per_row=2)), 1)[0].doc.tolist())
+    assert all(
+        len(set(row) - {-1}) == 2
+        for row in rows(opened(CopyTask(max_length=3, per_row=2)), 1)[0].doc.tolist()
+    )
 
 
 def test_under_lanes_an_example_goes_on_in_the_next_row_of_its_lane():
@@ -136,14 +145,27 @@ def test_under_lanes_an_example_goes_on_in_the_next_row_of_its_lane():
 
 
 def test_what_does_not_fit_is_said_with_a_way_out():
-    with pytest.raises(DataError, match="context_length=40, but the longest example of Copy takes 41; use context_length=41"):
+    with pytest.raises(
+        DataError,
+        match="context_length=40, but the longest example of Copy takes 41; use context_length=41",
+    ):
         opened(CopyTask(), length=40)
-    with pytest.raises(DataError, match=r"per_row=2 examples of 41 tokens do not fit .* use data.per_row=1, or"):
+    with pytest.raises(
+        DataError, match=r"per_row=2 examples of 41 tokens do not fit .* use data.per_row=1, or"
+    ):
         opened(CopyTask(per_row=2), length=81)
     with pytest.raises(DataError, match="held_out=0"):
         opened(CopyTask(held_out=0.0), length=41, split="held_out")
     with pytest.raises(DataError, match="too few different ones"):
-        opened(CopyTask(min_length=1, max_length=1, bits=1, held_out=0.001), length=41, split="held_out")
-    node = {"_target_": "trainer.data.tasks.copy.Copy", "maximum": 20}
+        opened(
+            CopyTask(min_length=1, max_length=1, bits=1, held_out=0.001),
+            length=41,
+            split="held_out",
+        )
+    node = {"_target_": "trainer.data.tasks.copy.CopyTask", "max_length": 20}
     assert "use context_length=41" in check(node, context_length=40)[0]
-    assert check(node, context_length=41, evaluates=True) == [] == check(node, context_length=10, lanes=True)
+    assert (
+        check(node, context_length=41, evaluates=True)
+        == []
+        == check(node, context_length=10, lanes=True)
+    )

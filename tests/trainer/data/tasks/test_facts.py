@@ -1,4 +1,5 @@
-"""Facts are true, a question is answered by the facts shown, and by nothing that could be known by heart."""
+"""Facts are true, a question is answered by the facts shown, and by nothing that could be known by
+heart."""
 
 from collections import Counter
 
@@ -54,8 +55,13 @@ def test_facts_are_true_forwards_or_backwards_and_both_are_as_frequent():
 def test_entities_are_functions_of_this_pythons_library():
     found = modules(60)
     assert sum(map(len, found)) == 60
-    assert "calendar.isleap" in {name for module in modules(256) for name in module} and len(set(sum(found, ()))) == 60
-    assert functions("def a(): pass\nclass C:\n    def no(self): pass\ndef b(): pass\ndef a(): pass\n") == ["a", "b"]
+    assert (
+        "calendar.isleap" in {name for module in modules(256) for name in module}
+        and len(set(sum(found, ()))) == 60
+    )
+    assert functions(
+        "def a(): pass\nclass C:\n    def no(self): pass\ndef b(): pass\ndef a(): pass\n"
+    ) == ["a", "b"]
     assert functions("def (") == []
 
 
@@ -72,6 +78,10 @@ def test_a_sample_shows_names():
     task = Facts(entities=100)
     example = examples(task, 1)[0]
     text = task.tokenizer().decode(example.tokens)
-    assert text.startswith("? ") and " -> " in text and (task.tokenizer().encode(text) == example.tokens).all()
+    assert (
+        text.startswith("? ")
+        and " -> " in text
+        and (task.tokenizer().encode(text) == example.tokens).all()
+    )
     with pytest.raises(ValueError, match="'def' is no token of this task"):
         task.tokenizer().encode("def")

@@ -1,4 +1,5 @@
-"""State tracking by permutations: targets are products, in the order in which the permutations come."""
+"""State tracking by permutations: targets are products, in the order in which the permutations
+come."""
 
 import numpy as np
 import pytest
@@ -32,7 +33,9 @@ def test_examples_have_the_lengths_asked_for_and_a_target_at_every_token() -> No
 
 
 def test_swaps_are_the_only_tokens_where_they_are_asked_for_and_lead_everywhere() -> None:
-    example = Permutations(min_length=200, max_length=200, swaps=True).example(np.random.default_rng(0))
+    example = Permutations(min_length=200, max_length=200, swaps=True).example(
+        np.random.default_rng(0)
+    )
     assert set(example.tokens.tolist()) == {0, 1, 2, 5}
     assert set(example.targets.tolist()) == set(range(6))  # pyright: ignore
 
@@ -42,7 +45,7 @@ def test_swaps_are_the_only_tokens_where_they_are_asked_for_and_lead_everywhere(
     [
         ({"elements": 7}, "use at most 6"),
         ({"elements": 1}, "data.elements=1"),
-        ({"minimum": 9, "maximum": 8}, "data.minimum=9"),
+        ({"min_length": 9, "max_length": 8}, "data.min_length=9"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(settings: dict, words: str) -> None:

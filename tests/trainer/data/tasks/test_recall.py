@@ -8,11 +8,19 @@ from trainer.data.batch import Batch
 from trainer.data.open import check, open_stream
 from trainer.data.tasks.recall import RecallTask
 
-NODE = {"_target_": "trainer.data.tasks.recall.Recall", "pairs": 3, "keys": 5, "values": 7, "length": 16}
+NODE = {
+    "_target_": "trainer.data.tasks.recall.RecallTask",
+    "pairs": 3,
+    "keys": 5,
+    "values": 7,
+    "length": 16,
+}
 
 
 def example(seed: int = 0, **settings):
-    return RecallTask(**{"pairs": 3, "keys": 5, "values": 7, "length": 16, **settings}).example(np.random.default_rng(seed))
+    return RecallTask(**{"pairs": 3, "keys": 5, "values": 7, "length": 16, **settings}).example(
+        np.random.default_rng(seed)
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -28,7 +36,7 @@ def test_every_key_is_asked_once_behind_the_pairs_and_answered_with_its_value(se
 
 
 def test_examples_have_fewer_pairs_where_that_is_asked_for() -> None:
-    drawn = [example(seed, fewest=1) for seed in range(60)]
+    drawn = [example(seed, min_pairs=1) for seed in range(60)]
     assert {int((each.targets != IGNORE).sum()) for each in drawn} == {1, 2, 3}
 
 
@@ -51,9 +59,15 @@ def test_a_stream_of_it_predicts_the_answers_and_nothing_else() -> None:
     ("settings", "words"),
     [
         ({"pairs": 6}, "data.pairs=6 need as many different keys, but data.keys=5"),
-        ({"length": 8}, r"data.length=8 has no room for 3 pairs and 3 queries; use data.length=9 or more, or data.pairs=2"),
+        (
+            {"length": 8},
+            (
+                r"data.length=8 has no room for 3 pairs and 3 queries; use data.length=9 or more,"
+                r" or data.pairs=2"
+            ),
+        ),
         ({"nearness": 0}, "data.nearness=0 is no number above 0"),
-        ({"fewest": 4}, "data.fewest=4 is above data.pairs=3"),
+        ({"min_pairs": 4}, "data.min_pairs=4 is above data.pairs=3"),
         ({"pairs": 0}, "data.pairs=0"),
         ({"values": 1}, "data.values=1"),
     ],

@@ -1,4 +1,5 @@
-"""The tasks of the Neural Turing Machine say what the paper says, and nothing of an answer is shown."""
+"""The tasks of the Neural Turing Machine say what the paper says, and nothing of an answer is
+shown."""
 
 import numpy as np
 import pytest
@@ -73,26 +74,36 @@ def test_priorities_and_items_are_never_the_same_twice():
         marks = parts(example)[0][0::2]
         assert len(set(marks)) == len(marks)
     for example in examples(TASKS["associative"]):
-        items = [tuple(parts(example)[0][i + 1 : i + 3]) for i in range(0, len(parts(example)[0]) - 3, 3)]
+        items = [
+            tuple(parts(example)[0][i + 1 : i + 3]) for i in range(0, len(parts(example)[0]) - 3, 3)
+        ]
         assert len(set(items)) == len(items)
 
 
 def test_wrong_bits_are_counted_over_vectors_and_a_mark_in_their_place_is_all_wrong():
-    grade = TASKS["repeat_copy"].grade(np.array([0b101, 0b011, END, 0b000, END]), np.array([0b101, 0b101, 0b001, END, END]))
+    grade = TASKS["repeat_copy"].grade(
+        np.array([0b101, 0b011, END, 0b000, END]), np.array([0b101, 0b101, 0b001, END, END])
+    )
     assert grade == {"accuracy": (2, 5), "wrong_bits": (0 + 2 + 3, 9)}
-    assert TASKS["copy"].grade(np.array([], int), np.array([], int)) == {"accuracy": (0, 0), "wrong_bits": (0, 0)}
+    assert TASKS["copy"].grade(np.array([], int), np.array([], int)) == {
+        "accuracy": (0, 0),
+        "wrong_bits": (0, 0),
+    }
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: CopyTask(min_length=4, max_length=3), "data.minimum=4 is above data.maximum=3; use data.maximum=4"),
-        (lambda: CopyTask(min_length=0), "data.minimum=0 is no whole number from 1 on"),
+        (
+            lambda: CopyTask(min_length=4, max_length=3),
+            "data.min_length=4 is above data.max_length=3; use data.max_length=4",
+        ),
+        (lambda: CopyTask(min_length=0), "data.min_length=0 is no whole number from 1 on"),
         (lambda: CopyTask(bits=20), "data.bits=20 .* at most 12"),
         (lambda: CopyTask(per_row=0), "data.per_row=0"),
         (lambda: CopyTask(held_out=1.0), "held_out=1.0"),
-        (lambda: RepeatCopy(max_repeats=True), "data.most=True"),
-        (lambda: Associative(min_items=1), "data.minimum=1 is no whole number from 2 on"),
+        (lambda: RepeatCopy(max_repeats=True), "data.max_repeats=True"),
+        (lambda: Associative(min_items=1), "data.min_items=1 is no whole number from 2 on"),
         (lambda: Associative(bits=1, vectors_each=1), "cannot all differ"),
         (lambda: Sort(levels=4), "levels=8"),
         (lambda: Sort(min_length=3, kept=4), "kept=3"),

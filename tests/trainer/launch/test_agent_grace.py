@@ -5,7 +5,7 @@ import signal
 import pytest
 from torch.distributed.elastic.multiprocessing.api import PContext
 
-from parallel import elastic
+from trainer.launch import agent_grace
 
 
 class Closed(PContext):
@@ -18,17 +18,17 @@ class Closed(PContext):
         self._close = lambda **words: self.told.append((words["death_sig"], words["timeout"]))
 
 
-@pytest.fixture(params=[elastic.GRACE, "a setting that no version has"])
+@pytest.fixture(params=[agent_grace.GRACE, "a setting that no version has"])
 def name(request, monkeypatch):
-    monkeypatch.setattr(elastic, "GRACE", request.param)
+    monkeypatch.setattr(agent_grace, "GRACE", request.param)
 
 
 @pytest.mark.usefixtures("name")
 def test_ranks_have_the_grace_that_was_asked_for_and_nobody_else_does():
     ranks = Closed()
-    with elastic.agent_config(77, min_nodes=1, max_nodes=1, nproc_per_node=2) as config:
+    with agent_grace.agent_config(77, min_nodes=1, max_nodes=1, nproc_per_node=2) as config:
         close = [signal.SIGTERM]  # what the agent of each version calls it with
-        if (seconds := getattr(config, elastic.GRACE, None)) is not None:
+        if (seconds := getattr(config, agent_grace.GRACE, None)) is not None:
             close.append(seconds)
         ranks.close(*close)
     ranks.close(signal.SIGTERM)

@@ -1,8 +1,10 @@
-"""Objects that ranks send one another are signed with the run's secret, and opened only when the signature is right.
+"""Objects that ranks send one another are signed with the run's secret, and opened only when the
+signature is right.
 
-torch's collectives of objects (checkpoints are planned with them) send pickles, and opening a pickle may run whatever it
-names. Sockets between ranks ask nobody for a password. So that a stranger who gets hold of one runs no code here, every
-pickle carries a signature that only processes of this run can make. Tensors are not signed: they run no code.
+torch's collectives of objects (checkpoints are planned with them) send pickles, and opening a
+pickle may run whatever it names. Sockets between ranks ask nobody for a password. So that a
+stranger who gets hold of one runs no code here, every pickle carries a signature that only
+processes of this run can make. Tensors are not signed: they run no code.
 """
 
 import hashlib
@@ -53,21 +55,26 @@ class Checker:
         body = self.stream.read()
         if not hmac.compare_digest(signature, hmac.digest(self.secret, body, DIGEST)):
             raise NoMeeting(
-                "an object came that no rank of this run has signed: somebody else sends to its ports, or the machines have "
-                "different secrets; use a network that nobody else reaches, and one run_dir that all machines see"
+                "an object came that no rank of this run has signed: somebody else sends to its"
+                " ports, or the machines have different secrets; use a network that nobody else"
+                " reaches, and one run_dir that all machines see"
             )
         return pickle.loads(body)
 
 
 def sign_objects(secret: str) -> None:
-    """From now on objects to and from other ranks are signed; every rank calls it before the process group exists.
+    """From now on objects to and from other ranks are signed; every rank calls it before the
+    process group exists.
 
     Raises:
         NoMeeting: this torch has no place to do that.
     """
     for name in ("_pickler", "_unpickler"):
         if not hasattr(distributed_c10d, name):
-            raise NoMeeting(f"torch.distributed has no {name} any more, so objects could not be signed; use an older torch")
+            raise NoMeeting(
+                f"torch.distributed has no {name} any more, so objects could not be signed; use an"
+                " older torch"
+            )
     key = secret.encode()
     distributed_c10d._pickler = type("SignerOfRun", (Signer,), {"secret": key})  # pyright: ignore[reportAttributeAccessIssue]
     distributed_c10d._unpickler = type("CheckerOfRun", (Checker,), {"secret": key})  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,5 @@
-"""What torch's elastic agent is told differently by its versions. The only place that asks which of them this is."""
+"""What torch's elastic agent is told differently by its versions. The only place that asks which of
+them this is."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +14,12 @@ GRACE = "shutdown_timeout"  # the agent's own setting, from torch 2.12 on
 
 @contextmanager
 def agent_config(grace_s: int, **settings: Any) -> Iterator[LaunchConfig]:
-    """The config of an agent whose ranks have `grace_s` seconds between SIGTERM and SIGKILL; hold it while the agent runs.
+    """The config of an agent whose ranks have `grace_s` seconds between SIGTERM and SIGKILL; hold
+    it while the agent runs.
 
-    Torch 2.11 has no such setting: its agent closes its ranks with a default of 30 s, which cuts off a save that
-    takes longer. There the default of the method that it calls is another one for as long as the context is open.
+    Torch 2.11 has no such setting: its agent closes its ranks with a default of 30 s, which cuts
+    off a save that takes longer. There the default of the method that it calls is another one for
+    as long as the context is open.
     """
     if GRACE in {field.name for field in fields(LaunchConfig)}:
         settings[GRACE] = grace_s

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from parallel.signed import sign_objects
 from tests.support.pool import Env, ranks
 from trainer.errors import UserError
 from trainer.launch.nodes import NoMeeting
+from trainer.launch.signed_objects import sign_objects
 from trainer.secret import NAME, shared_secret
 
 
@@ -44,7 +44,9 @@ def test_an_object_of_this_run_arrives_and_one_of_a_stranger_is_not_opened(signe
     trap = pickle.dumps(Trap(tmp_path / "sprung"))
     for raw in (trap, bytes(32) + trap, b""):
         with pytest.raises(NoMeeting, match="no rank of this run has signed"):
-            distributed_c10d._tensor_to_object(torch.frombuffer(bytearray(raw + b" "), dtype=torch.uint8), len(raw), None)
+            distributed_c10d._tensor_to_object(
+                torch.frombuffer(bytearray(raw + b" "), dtype=torch.uint8), len(raw), None
+            )
     tensor, size = sent(value)
     sign_objects("another secret")
     with pytest.raises(NoMeeting):
