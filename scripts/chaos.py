@@ -1,11 +1,11 @@
-"""python -m scripts.chaos [kills=30] [seed=0] [only=kills|faults|saves]: break a small run in every
-way.
+"""python -m scripts.chaos [kills=30] [seed=0] [only=kills|faults|saves]: injects faults into a run.
 
-Kills it at random moments and compares the final weights, bit for bit, with a run never stopped;
-then every other fault; then how long a save holds a step up. Prints what is seen and what is lost;
-exit status 1 where a promise was not kept. Ten seconds of a core for each launch, a launch and a
-quarter for each kill, some 25 launches more. The figures of `saves` mean nothing on cores that
-others use.
+Kills a small run at random moments and compares its final weights, bit for bit, with those of an
+undisturbed run; then injects every other fault; then measures how long a save delays a step. Prints
+what the user sees and what is lost; exit status 1 when a promise was not kept.
+
+Takes about ten seconds of a core for each launch: a launch and a quarter for each kill, and about
+25 launches more. The figures of `saves` are meaningless on cores that other processes use.
 """
 
 import tempfile
@@ -14,56 +14,59 @@ from pathlib import Path
 
 from trainer.entry import run_command
 from trainer.errors import UserError
-from trainer.verify.fault_injection import FaultInjection, FaultOutcome, delay
+from trainer.verify.fault_cases import inject_faults
+from trainer.verify.fault_injection import FaultInjection, FaultOutcome
+from trainer.verify.save_delay import measure_save_delay
 
-WISHES = {"kills": "30", "seed": "0", "only": ""}
+DEFAULTS = {"kills": "30", "seed": "0", "only": ""}
 PARTS = ("kills", "faults", "saves")
+BROKEN = "NOT AS PROMISED"
 
 
-def wishes(words: Sequence[str]) -> dict[str, str]:
-    """What the command line asks for.
+def parse_words(words: Sequence[str]) -> dict[str, str]:
+    """Reads the words of the command line.
 
     Raises:
-        Fault: a word that this command does not know.
+        UserError: a word has an unknown key or a value of the wrong kind.
     """
-    found = dict(WISHES)
+    settings = dict(DEFAULTS)
     for word in words:
         key, _, value = word.partition("=")
-        if (
-            key not in WISHES
-            or (key == "only") != (not value.isdecimal())
-            or (key == "only" and value not in PARTS)
-        ):
-            raise UserError(f"{word}: write kills=NUMBER, seed=NUMBER or only={'|'.join(PARTS)}")
-        found[key] = value
-    return found
+        allowed = value in PARTS if key == "only" else value.isdecimal()
+        if key not in DEFAULTS or not allowed:
+            choices = "|".join(PARTS)
+            raise UserError(f"{word}: write kills=NUMBER, seed=NUMBER or only={choices}")
+        settings[key] = value
+    return settings
 
 
-def tell(text: str) -> None:
+def say(text: str) -> None:
     print(text, flush=True)
 
 
 def main(words: Sequence[str]) -> int:
-    asked = wishes(words)
-    parts = [asked["only"]] if asked["only"] else PARTS
-    table: list[FaultOutcome] = []
+    settings = parse_words(words)
+    parts = PARTS
+    if settings["only"]:
+        parts = (settings["only"],)
+    outcomes: list[FaultOutcome] = []
     with tempfile.TemporaryDirectory() as folder:
-        chaos = FaultInjection(Path(folder), int(asked["seed"]))
+        injection = FaultInjection(Path(folder), int(settings["seed"]))
         if "kills" in parts:
-            table += chaos.kills(int(asked["kills"]), tell)
+            outcomes += injection.kills(int(settings["kills"]), say)
         if "faults" in parts:
-            for seen in chaos.faults():
-                tell(f"{seen.fault}: {'as promised' if seen.kept else 'NOT AS PROMISED'}")
-                table.append(seen)
+            for outcome in inject_faults(injection):
+                verdict = "as promised" if outcome.as_promised else BROKEN
+                say(f"{outcome.fault}: {verdict}")
+                outcomes.append(outcome)
         if "saves" in parts:
-            table.append(delay(chaos))
+            outcomes.append(measure_save_delay(injection))
     print("\n| what happens | what you see | what is lost | |\n|---|---|---|---|")
-    for seen in table:
-        print(
-            f"| {seen.fault} | {seen.shown} | {seen.lost} |"
-            f" {'ok' if seen.kept else 'NOT AS PROMISED'} |"
-        )
-    return int(not all(seen.kept for seen in table))
+    for outcome in outcomes:
+        verdict = "ok" if outcome.as_promised else BROKEN
+        print(f"| {outcome.fault} | {outcome.shown} | {outcome.lost} | {verdict} |")
+    broken = [outcome for outcome in outcomes if not outcome.as_promised]
+    return int(bool(broken))
 
 
 if __name__ == "__main__":

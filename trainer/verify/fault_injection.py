@@ -1,30 +1,28 @@
-"""Faults on purpose, on a small run of two ranks through the command that a user gives: what is
-seen, and what is lost.
+"""Runs a small job through the public command and disturbs it on purpose.
 
-The truth is a run that nobody disturbed. However another is disturbed, once the same command is
-given again it must end with the same weights, bit for bit, and with the same rows of metrics. Where
-a run is, is read from its ranks' notes (trainer/watchdog.py), so that a kill meets a step, a save,
-an evaluation or the first batch at will.
+The reference is a run that is not disturbed. A disturbed run must end, after the same command is
+given again, with the same weights bit for bit and the same rows of metrics. The phase of a run is
+read from the heartbeat notes of its ranks (trainer/watchdog.py), so that a kill can be aimed at a
+step, a save, an evaluation or the first batch.
+
+fault_cases.py holds the other faults, save_delay.py measures asynchronous saves, and
+`scripts/chaos.py` prints the table.
 """
 
-import json
 import os
 import random
-import resource
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
 
 import psutil
 
 from trainer.checkpoint.manifest import read_manifest
-from trainer.errors import BAD_CONFIG, BAD_RUN, DONE
+from trainer.errors import DONE
 from trainer.logs.jsonl import METRICS, read
 from trainer.run_dir import SCRATCH
 from trainer.verify.whole_runs import write_documents
@@ -33,442 +31,221 @@ from trainer.watchdog import HeartbeatNote, read_heartbeats
 STEPS = 14
 RANKS = 2
 PATIENCE_S = 300
-MOMENTS = {  # of a run: whether a rank's note shows it
-    "the first batch": lambda note: note.step <= 1,
-    "a step": lambda note: note.phase.startswith(("reading", "forward", "backward", "gradient")),
+FIRST_BATCH = "the first batch"
+STEP_PHASES = ("reading", "forward", "backward", "gradient")
+LOST_SINCE_CHECKPOINT = "steps since the last checkpoint"
+
+Moment = Callable[[HeartbeatNote], bool]
+
+# Predicates over a rank's heartbeat note, by the phase of the run that they recognise.
+MOMENTS: dict[str, Moment] = {
+    FIRST_BATCH: lambda note: note.step <= 1,
+    "a step": lambda note: note.phase.startswith(STEP_PHASES),
     "a save": lambda note: note.phase == "saving" or note.phase.startswith("looking after"),
     "an evaluation": lambda note: note.phase == "evaluation",
 }
 
 
 class FaultOutcome(NamedTuple):
-    """A line of the table: what was done, what the user saw, what was lost, and whether the promise
-    was kept."""
+    """One line of the table of faults.
+
+    Attributes:
+        fault: what was done to the run.
+        shown: what the user sees.
+        lost: what work is lost.
+        as_promised: the run kept the promise of this line.
+    """
 
     fault: str
     shown: str
     lost: str
-    kept: bool
+    as_promised: bool
 
 
 class EndedProcess(NamedTuple):
-    """A command's exit status and all that it printed."""
+    """Exit status and combined output of a command."""
 
     code: int
-    told: str
+    output: str
 
     def line(self, word: str) -> str:
-        """The first line with a word in it, without what is only true here."""
-        return next(
-            (line.strip() for line in self.told.splitlines() if word in line), "NOTHING OF IT"
-        )
+        """Returns the first line of the output that contains `word`."""
+        for line in self.output.splitlines():
+            if word in line:
+                return line.strip()
+        return "NOTHING OF IT"
 
 
 @dataclass
 class FaultInjection:
-    """A folder of runs, and the truth they are held against."""
+    """A folder of runs and the undisturbed run that they are compared with.
+
+    Args:
+        folder: receives the data, the runs and their output.
+        seed: of the random moments at which runs are killed.
+
+    Attributes:
+        reference: outcome of the undisturbed run, as `outcome` returns it.
+        common: settings that every run shares.
+    """
 
     folder: Path
     seed: int = 0
-    truth: object = None
+    reference: object = None
     common: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.chance = random.Random(self.seed)
-        data = write_documents(self.folder / "text")
+        self.random = random.Random(self.seed)
+        documents = write_documents(self.folder / "text")
         self.common = [
-            *(
-                "data=files",
-                f"data.path={data}",
-                f"data.cache={self.folder / 'cache'}",
-                f"steps={STEPS}",
-                "context_length=126",
-            ),
-            *(
-                "batch_tokens=504",
-                "model.width=32",
-                "model.layers=2",
-                "model.heads=4",
-                "engine=fsdp",
-                "evaluation.every=5",
-            ),
-            *(
-                "evaluation.batches=2",
-                "checkpoint.every=2",
-                "wandb.mode=disabled",
-                f"parallel.context={RANKS}",
-            ),
+            "data=files",
+            f"data.path={documents}",
+            f"data.cache={self.folder / 'cache'}",
+            f"steps={STEPS}",
+            "context_length=126",
+            "batch_tokens=504",
+            "model.width=32",
+            "model.layers=2",
+            "model.heads=4",
+            "engine=fsdp",
+            "evaluation.every=5",
+            "evaluation.batches=2",
+            "checkpoint.every=2",
+            "wandb.mode=disabled",
+            f"parallel.context={RANKS}",
         ]
-        end = self.run("truth")
-        assert end.code == DONE, end.told
-        self.truth = self.outcome("truth")
+        ended = self.run("truth")
+        assert ended.code == DONE, ended.output
+        self.reference = self.outcome("truth")
 
-    def start(self, name: str, *more: str, **environment: str) -> subprocess.Popen[str]:
-        """Give the command; its words are those of every run here and `more`."""
-        words = [*self.common, f"run_dir={self.folder / name}", *more]
-        with open(self.folder / f"{name}.out", "w", encoding="utf-8") as told:
+    def start(self, name: str, *overrides: str, **environment: str) -> subprocess.Popen[str]:
+        """Starts the command with the common settings, a run directory `name` and `overrides`."""
+        words = [*self.common, f"run_dir={self.folder / name}", *overrides]
+        with open(self.folder / f"{name}.out", "w", encoding="utf-8") as output:
             return subprocess.Popen(
                 [sys.executable, "-m", "trainer", *words],
-                stdout=told,
-                stderr=told,
+                stdout=output,
+                stderr=output,
                 text=True,
                 env={**os.environ, **environment},
             )
 
     def end(self, name: str, process: subprocess.Popen[str]) -> EndedProcess:
-        """Wait for a command's end."""
-        process.wait(timeout=PATIENCE_S)
-        return EndedProcess(
-            process.returncode, (self.folder / f"{name}.out").read_text(encoding="utf-8")
-        )
+        """Waits for a command and reads what it printed.
 
-    def run(self, name: str, *more: str, **environment: str) -> EndedProcess:
-        return self.end(name, self.start(name, *more, **environment))
+        Raises:
+            subprocess.TimeoutExpired: it takes longer than PATIENCE_S.
+        """
+        process.wait(timeout=PATIENCE_S)
+        output = (self.folder / f"{name}.out").read_text(encoding="utf-8")
+        return EndedProcess(process.returncode, output)
+
+    def run(self, name: str, *overrides: str, **environment: str) -> EndedProcess:
+        """Starts a command and waits for its end."""
+        process = self.start(name, *overrides, **environment)
+        return self.end(name, process)
 
     def outcome(self, name: str) -> object:
-        """Checksums of the last step's weights and optimiser, and what every step logged; None
-        where it did not come so far."""
-        place = self.folder / name / "checkpoints" / f"step_{STEPS:08d}"
-        if not place.is_dir():
+        """Returns checksums of the last step's weights and optimiser, and the logged steps.
+
+        None when the run did not reach its last step.
+        """
+        checkpoint = self.folder / name / "checkpoints" / f"step_{STEPS:08d}"
+        if not checkpoint.is_dir():
             return None
-        sums = {file: entry["sha256"] for file, entry in read_manifest(place)["files"].items()}
-        return sums, [
-            (row["step"], row["tokens"], row["loss"]) for row in read(self.folder / name / METRICS)
-        ]
+        checksums = {}
+        for file, entry in read_manifest(checkpoint)["files"].items():
+            checksums[file] = entry["sha256"]
+        steps = []
+        for row in read(self.folder / name / METRICS):
+            # Times and memory differ between equal runs and are left out of the comparison.
+            steps.append((row["step"], row["tokens"], row["loss"]))
+        return checksums, steps
 
-    def finishes(self, name: str, *more: str) -> bool:
-        """Whether the same command, given again, ends as the truth did."""
-        return self.run(name, *more).code == DONE and self.outcome(name) == self.truth
+    def matches(self, name: str, ended: EndedProcess) -> bool:
+        """Reports that a command succeeded and its run equals the reference."""
+        return ended.code == DONE and self.outcome(name) == self.reference
 
-    def meets(
-        self,
-        name: str,
-        process: subprocess.Popen[str],
-        moment: Callable[[HeartbeatNote], bool],
-        after: int,
+    def finishes(self, name: str, *overrides: str) -> bool:
+        """Gives the same command again and compares the finished run with the reference."""
+        return self.matches(name, self.run(name, *overrides))
+
+    def wait_for(
+        self, name: str, process: subprocess.Popen[str], moment: Moment, after: int
     ) -> HeartbeatNote | None:
-        """Wait until rank 0 of the run is past step `after` and at such a moment; None where the
-        run ended first."""
+        """Waits until rank 0 is past step `after` and in the phase that `moment` recognises.
+
+        Returns:
+            The note of that moment; None when the run ended first.
+        """
         folder = self.folder / name / SCRATCH / "watch_0"
         began = time.time()
-        end = time.monotonic() + PATIENCE_S
-        while process.poll() is None and time.monotonic() < end:
+        deadline = time.monotonic() + PATIENCE_S
+        while process.poll() is None and time.monotonic() < deadline:
             note = read_heartbeats(folder, 1)[0]
-            if (
-                note is not None
-                and note.beat > began
-                and note.passed
-                and note.step > after
-                and moment(note)
-            ):
-                return note
+            if note is not None:
+                # An earlier start of the same run leaves its notes behind: only fresh ones count.
+                fresh = note.beat > began and note.passed
+                if fresh and note.step > after and moment(note):
+                    return note
+            # A phase of this model lasts about a millisecond, so the poll must be shorter.
             time.sleep(0.0005)
         return None
 
+    def ranks(self, process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+        """Returns the rank processes below a launcher, by rank."""
+        processes = {}
+        for child in psutil.Process(process.pid).children(recursive=True):
+            processes[int(child.environ()["RANK"])] = child
+        return processes
+
     def kills(self, count: int, say: Callable[[str], None]) -> Iterator[FaultOutcome]:
-        """Kill launchers at `count` moments, run after run; a line for each kind of moment."""
-        met: dict[str, int] = dict.fromkeys(MOMENTS, 0)
-        wrong = 0
-        number = 0
+        """Kills launchers at `count` moments, run after run.
+
+        Yields:
+            One line for each kind of moment.
+        """
+        kills_by_moment: dict[str, int] = dict.fromkeys(MOMENTS, 0)
+        differing_runs = 0
+        runs = 0
         began = time.monotonic()
-        while sum(met.values()) < count:
-            number, name, after = number + 1, f"killed {number}", 0
-            while sum(met.values()) < count and after < STEPS - 2:
-                kind = (
-                    "the first batch"
-                    if after == 0 and not met["the first batch"]
-                    else self.chance.choice(list(MOMENTS)[1:])
-                )
-                process = self.start(name)
-                note = self.meets(
-                    name, process, MOMENTS[kind], 0 if kind == "the first batch" else after
-                )
-                time.sleep(self.chance.uniform(0, 0.01))
-                process.kill()
-                process.wait()
-                if note is None:
-                    break
-                met[kind] += 1
-                after = note.step
-                say(f"{sum(met.values())}/{count} killed in {kind}: step {note.step}, {note.phase}")
-            wrong += not self.finishes(name)
-        each = (time.monotonic() - began) / max(count, 1)
+        while sum(kills_by_moment.values()) < count:
+            runs += 1
+            name = f"killed {runs}"
+            self._kill_until_last_steps(name, count, kills_by_moment, say)
+            if not self.finishes(name):
+                differing_runs += 1
+        seconds_per_kill = (time.monotonic() - began) / max(count, 1)
         say(
-            f"{number} runs, {count} kills, {each:.1f} s for each kill and its part of the runs to"
-            " the end"
+            f"{runs} runs, {count} kills, {seconds_per_kill:.1f} s for each kill and its part of"
+            " the runs to the end"
         )
-        for kind, times in met.items():
-            shown = (
-                "the same command ends with the same weights, bit for bit"
-                if not wrong
-                else f"{wrong} RUNS DIFFER"
-            )
-            yield FaultOutcome(
-                f"killed (SIGKILL) {times} times in {kind}",
-                shown,
-                "steps since the last checkpoint",
-                not wrong,
-            )
+        shown = "the same command ends with the same weights, bit for bit"
+        if differing_runs:
+            shown = f"{differing_runs} RUNS DIFFER"
+        for moment, times in kills_by_moment.items():
+            fault = f"killed (SIGKILL) {times} times in {moment}"
+            yield FaultOutcome(fault, shown, LOST_SINCE_CHECKPOINT, not differing_runs)
 
-    def faults(self) -> Iterator[FaultOutcome]:
-        """Every other fault, one after another."""
-        yield from (
-            each()
-            for each in (
-                self.rank_killed,
-                self.rank_stopped,
-                self.rank_stopped_once,
-                self.asked_to_stop,
-            )
-        )
-        yield from (
-            each()
-            for each in (
-                self.damaged,
-                self.diverged,
-                self.disk_full,
-                self.broken_data,
-                self.no_network,
-            )
-        )
-
-    def _ranks(self, process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
-        return {
-            int(each.environ()["RANK"]): each
-            for each in psutil.Process(process.pid).children(recursive=True)
-        }
-
-    def rank_killed(self) -> FaultOutcome:
-        name = "rank killed"
-        more = ("launch.max_restarts=2",)
-        process = self.start(name, *more)
-        self.meets(name, process, MOMENTS["a step"], 5)
-        self._ranks(process)[1].kill()
-        began = time.monotonic()
-        again = self.folder / name / SCRATCH / "watch_1"
-        while process.poll() is None and not any(
-            note and note.passed for note in read_heartbeats(again, 1)
-        ):
-            time.sleep(0.01)
-        seconds = time.monotonic() - began
-        end = self.end(name, process)
-        fine = end.code == DONE and self.outcome(name) == self.truth and "started again" in end.told
-        shown = f"all ranks go on from the last checkpoint, after {seconds:.1f} s"
-        return FaultOutcome(
-            "a rank is killed, launch.max_restarts=2",
-            shown,
-            "steps since the last checkpoint",
-            fine,
-        )
-
-    def rank_stopped(self) -> FaultOutcome:
-        name = "rank stopped"
-        process = self.start(name, "launch.timeout_s=5", "launch.grace_s=1")
-        self.meets(name, process, MOMENTS["a step"], 5)
-        self._ranks(process)[1].suspend()
-        end = self.end(name, process)
-        fine = (
-            end.code == BAD_RUN
-            and f"rank 1 of {RANKS} stands still" in end.told
-            and self.finishes(name)
-        )
-        shown = (
-            f"exit status {end.code}:"
-            f" {end.line('launch.timeout_s').partition(': ')[2].partition(';')[0]}"
-        )
-        return FaultOutcome(
-            "a rank hangs (SIGSTOP)", shown, "steps since the last checkpoint", fine
-        )
-
-    def rank_stopped_once(self) -> FaultOutcome:
-        name = "rank stopped once"
-        process = self.start(
-            name, "launch.timeout_s=5", "launch.grace_s=1", "launch.max_restarts=1"
-        )
-        self.meets(name, process, MOMENTS["a step"], 5)
-        self._ranks(process)[1].suspend()
-        end = self.end(name, process)
-        fine = end.code == DONE and self.outcome(name) == self.truth and "started again" in end.told
-        shown = (
-            "which rank it was; all ranks go on from the last checkpoint"
-            if fine
-            else end.told[-300:]
-        )
-        return FaultOutcome(
-            "a rank hangs, launch.max_restarts=1", shown, "steps since the last checkpoint", fine
-        )
-
-    def asked_to_stop(self) -> FaultOutcome:
-        name = "asked"
-        process = self.start(name, "checkpoint.every=1000")
-        self.meets(name, process, MOMENTS["a step"], 4)
-        process.send_signal(signal.SIGTERM)
-        end = self.end(name, process)
-        steps = len(list(read(self.folder / name / METRICS)))
-        saved = (self.folder / name / "checkpoints" / f"step_{steps:08d}").is_dir()
-        fine = end.code == 143 and saved and self.finishes(name)
-        return FaultOutcome(
-            "SIGTERM",
-            f"exit status {end.code}: {end.line('stopped')}".partition(" after")[0],
-            "nothing",
-            fine,
-        )
-
-    def damaged(self) -> FaultOutcome:
-        name = "damaged"
-        more = ("checkpoint.keep=3",)
-        process = self.start(name, *more)
-        self.meets(name, process, MOMENTS["a step"], 7)
-        process.kill()
-        process.wait()
-        newest = sorted((self.folder / name / "checkpoints").glob("step_*"))[-1]
-        victim = max(newest.glob("shard_*"), key=lambda path: path.stat().st_size)
-        content = bytearray(victim.read_bytes())
-        content[len(content) // 2] ^= 1
-        victim.write_bytes(content)
-        end = self.run(name, *more)
-        fine = (
-            end.code == DONE
-            and self.outcome(name) == self.truth
-            and f"{newest.name} is damaged" in end.told
-        )
-        return FaultOutcome(
-            "a bit of the newest checkpoint flips",
-            end.line("is damaged"),
-            "the steps between two checkpoints",
-            fine,
-        )
-
-    def diverged(self) -> FaultOutcome:
-        end = self.run(
-            "diverged",
-            "optim.learning_rate=1e30",
-            "schedule.warmup_steps=0",
-            "optim.max_grad_norm=0",
-        )
-        skipped = [row for row in read(self.folder / "diverged" / METRICS) if row.get("skipped")]
-        fine = end.code == BAD_RUN and len(skipped) == 3 and "optim.max_skipped=3" in end.told
-        shown = (
-            f"each such step: {end.line('skipped:').partition(';')[0]}; after 3 in a row exit"
-            f" status {end.code}"
-        )
-        return FaultOutcome("the loss is NaN", shown, "the batches left out", fine)
-
-    def disk_full(self) -> FaultOutcome:
-        name = "disk full"
-        process = self.start(name)
-        resource.prlimit(
-            process.pid, resource.RLIMIT_FSIZE, (150_000, 150_000)
-        )  # what its ranks inherit
-        end = self.end(name, process)
-        fine = (
-            end.code == BAD_RUN
-            and "is full" in end.told
-            and "Traceback" not in end.told
-            and self.finishes(name)
-        )
-        shown = f"exit status {end.code}: {end.line('is full').partition(str(self.folder))[0]}..."
-        return FaultOutcome("the disk is full", shown, "steps since the last checkpoint", fine)
-
-    def broken_data(self) -> FaultOutcome:
-        lines = [
-            json.dumps({"text": path.read_text()})
-            for path in sorted((self.folder / "text").glob("*.txt"))
-        ]
-        lines[len(lines) // 2] = lines[len(lines) // 2][:-9] + "\x00"
-        (self.folder / "broken.jsonl").write_text("\n".join(lines) + "\n")
-        words = (
-            f"data.path={self.folder / 'broken.jsonl'}",
-            "parallel.context=1",
-            "engine=single",
-            "steps=2",
-        )
-        raised = self.run("broken", *words)
-        skipped = self.run("skipped", *words, "data.on_error=skip")
-        fine = (
-            raised.code in (BAD_CONFIG, BAD_RUN)
-            and "broken.jsonl line" in raised.told
-            and "Traceback" not in raised.told
-        )
-        fine = fine and skipped.code == DONE and "left out 1" in skipped.told
-        shown = (
-            f"exit status {raised.code} names the file and line; with data.on_error=skip it is left"
-            " out and counted"
-        )
-        return FaultOutcome(
-            "a document in the middle of the data is broken",
-            shown,
-            "with skip, that document",
-            fine,
-        )
-
-    def no_network(self) -> FaultOutcome:
-        name = "no network"
-        key = "0123456789" * 4
-        end = self.run(
-            name, "wandb.mode=auto", WANDB_API_KEY=key, WANDB_BASE_URL="http://127.0.0.1:9"
-        )
-        fine = end.code == DONE and self.outcome(name) == self.truth and key not in end.told
-        return FaultOutcome("no network for W&B", end.line("going on offline"), "nothing", fine)
-
-
-def delay(
-    chaos: FaultInjection, width: int = 512, layers: int = 5, saves: int = 10, every: int = 6
-) -> FaultOutcome:
-    """How much longer steps take while a save is on its way, and how much memory the save takes, a
-    rank.
-
-    Steps are told apart by how many the save beside them began before; the worst of these means
-    counts.
-    """
-    steps = saves * every + 1
-    more = [
-        f"model.width={width}",
-        f"model.layers={layers}",
-        f"steps={steps}",
-        f"checkpoint.every={every}",
-        "model.heads=8",
-    ]
-    more += ["context_length=512", "batch_tokens=2048", "evaluation.every=0", "checkpoint.keep=1"]
-    process = chaos.start("delay", *more)
-    folder = chaos.folder / "delay"
-    rows = folder / METRICS
-    places = folder / "checkpoints"
-    # when each step ended, when each checkpoint was alone there, and how large the rows were
-    ended = []
-    whole = {}
-    size = 0
-    while process.poll() is None:
-        time.sleep(0.005)
-        if rows.exists() and rows.stat().st_size != size:
-            size = rows.stat().st_size
-            ended += [time.monotonic()] * (len(list(read(rows))) - len(ended))
-        due = len(ended) // every * every
-        if due and due not in whole and os.listdir(places) == [f"step_{due:08d}"]:
-            whole[due] = time.monotonic()
-    found = list(read(rows))
-    usual = []
-    beside = {}
-    for step in range(3, steps + 1):
-        since = (
-            step - 1
-        ) % every + 1  # steps since the one with which the last save began, itself counted
-        took = ended[step - 1] - ended[step - 2]
-        busy = whole.get(step - since, 0.0) > ended[step - 2]
-        (beside.setdefault(since, []) if busy else usual).append(took)
-    means = [fmean(beside[since]) for since in sorted(beside)]
-    bytes_written = sum(path.stat().st_size for path in places.glob("step_*/shard_00000.*"))
-    memory = found[-1]["peak_memory_bytes"] - found[every - 1]["peak_memory_bytes"]
-    more_by = max(means) / fmean(usual) - 1
-    shown = (
-        f"{bytes_written / 1e6:.0f} MB a rank: {len(usual)} steps without a save take"
-        f" {fmean(usual):.2f} s, the first, second and so on after it began"
-        f" {', '.join(f'{mean:.2f}' for mean in means)} s (at most {more_by:+.0%}); the save's"
-        f" memory is {memory / 1e6:.0f} MB a rank"
-    )
-    return FaultOutcome(
-        "a checkpoint is saved (asynchronous)",
-        shown,
-        "nothing",
-        process.returncode == DONE and more_by < 0.1,
-    )
+    def _kill_until_last_steps(
+        self, name: str, count: int, kills_by_moment: dict[str, int], say: Callable[[str], None]
+    ) -> None:
+        """Kills one run again and again, each time further on, and counts the kills."""
+        after = 0
+        # The last two steps are left to the run, or it could end before a moment is met.
+        while sum(kills_by_moment.values()) < count and after < STEPS - 2:
+            if after == 0 and not kills_by_moment[FIRST_BATCH]:
+                moment = FIRST_BATCH
+            else:
+                moment = self.random.choice(list(MOMENTS)[1:])
+            process = self.start(name)
+            note = self.wait_for(name, process, MOMENTS[moment], after)
+            time.sleep(self.random.uniform(0, 0.01))
+            process.kill()
+            process.wait()
+            if note is None:
+                return
+            kills_by_moment[moment] += 1
+            after = note.step
+            kills = sum(kills_by_moment.values())
+            say(f"{kills}/{count} killed in {moment}: step {note.step}, {note.phase}")
