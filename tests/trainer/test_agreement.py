@@ -149,7 +149,7 @@ def files_of_its_own(env, words, folder):
     ]
     # the settings of all ranks come from one file; here only what they find under them differs
     with (
-        mock.patch("trainer.run.directories.plain", lambda config: {}),
+        mock.patch("trainer.run.directories.plain_config", lambda config: {}),
         pytest.raises(UserError) as caught,
     ):
         in_rank(env, words, str(here / "run"))

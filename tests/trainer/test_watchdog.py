@@ -111,9 +111,9 @@ def test_who_is_inside_a_collective_waits_and_the_innermost_line_of_ours_is_told
             "found"
         ]
 
-    assert told("trainer", "sums.py", "hear") == ("trainer/step_sums.py:4", False)
+    assert told("trainer", "step_sums.py", "hear") == ("trainer/step_sums.py:4", False)
     assert told("parallel", "moves.py", "hear") == ("parallel/collectives.py:4", True)
-    assert told("trainer", "sums.py", "all_reduce") == (
+    assert told("trainer", "step_sums.py", "all_reduce") == (
         "all_reduce at trainer/step_sums.py:4",
         True,
     )

@@ -77,7 +77,7 @@ class RunLogger:
     def _begun(self, identity: str | None) -> Any:
         """The W&B run."""
         wish = self.config.wandb
-        return importlib.import_module(LOGGER).Wandb(
+        return importlib.import_module(LOGGER).WandbLogger(
             self.directory,
             mode=wish.mode,
             labels=labels(self.config),

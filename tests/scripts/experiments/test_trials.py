@@ -83,7 +83,7 @@ def test_lessons_come_back_in_order_and_a_failed_one_stops_no_other() -> None:
         ("full", 1, 2),
     ]
     assert [each.fault is None for each in found] == [True, False, True]
-    assert len(lines) == 3 and "wrong, seed 0: FAILED: Fault: data.pairs=3" in lines[1]
+    assert len(lines) == 3 and "wrong, seed 0: FAILED: UserError: data.pairs=3" in lines[1]
 
 
 def test_a_table_shows_the_mean_and_between_what_the_seeds_lay() -> None:

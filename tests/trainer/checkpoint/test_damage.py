@@ -104,8 +104,8 @@ def test_a_directory_that_cannot_be_made_is_a_fault(tmp_path):
 
 SAVING = """
 import sys, torch
-from trainer.checkpoint.writer import Checkpoints
-checkpoints = Checkpoints(sys.argv[1], keep=2, asynchronous=sys.argv[2] == "True")
+from trainer.checkpoint.writer import CheckpointWriter
+checkpoints = CheckpointWriter(sys.argv[1], keep=2, asynchronous=sys.argv[2] == "True")
 print("ready", flush=True)
 for step in range(1, 10**6):
     value = float(step)

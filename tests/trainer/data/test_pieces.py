@@ -82,12 +82,12 @@ CASES = {
 }
 MEASURE = """
 import resource, sys
-from trainer.data.errors import Report
-from trainer.data.sources.readers import Reading, documents
+from trainer.data.errors import ReadReport
+from trainer.data.sources.readers import ReadRequest, documents
 from trainer.data.sources.files import Files, file_at
-report = Report("skip")
+report = ReadReport("skip")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-count = sum(1 for _ in documents(file_at(sys.argv[1], "x"), Reading("text", report, None, int(sys.argv[2])), Files.readers))
+count = sum(1 for _ in documents(file_at(sys.argv[1], "x"), ReadRequest("text", report, None, int(sys.argv[2])), Files.readers))
 print(count, report.left_out, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 

@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[3]
 LAUNCHER = """
 import sys
 from pathlib import Path
-from trainer.launch.elastic import start
+from trainer.launch.elastic import start_ranks
 scratch, restarts, *command = sys.argv[1:]
-end = start(["-u", *command], ranks=2, scratch=Path(scratch), max_restarts=int(restarts), grace_s=10)
+end = start_ranks(["-u", *command], ranks=2, scratch=Path(scratch), max_restarts=int(restarts), grace_s=10)
 print("END", end.code, end.message, flush=True)
 """
 
@@ -28,26 +28,26 @@ import os, signal, sys, time
 from pathlib import Path
 launcher, what = os.getppid(), sys.argv[1]
 import torch, torch.distributed as dist
-from parallel import launch
-from trainer.launch.parent_death import die_with
-from trainer.config.schema import Fault
-die_with(launcher)
+from trainer.launch import elastic as launch
+from trainer.launch.parent_death import die_with_parent
+from trainer.errors import UserError
+die_with_parent(launcher)
 from trainer.launch.exit_report import SAVED, handling
-if launch.word_left():
+if launch.already_finished():
     sys.exit(0)
 heard = []
 listening = handling(SAVED, lambda number, frame: heard.append(launch.asked_by(number)))
 listening.__enter__()
 try:
-    ranks = launch.initialise(60)
-    n = launch.attempt()[0]
+    ranks = launch.init_process_group(60)
+    n = launch.restart_count()[0]
     total = torch.tensor([1 + ranks.rank])
     dist.all_reduce(total)
     told = ("up", ranks.rank, ranks.size, ranks.local_size, ranks.backend, "sum", total.item(), "attempt", n, os.getpid())
     os.write(1, (" ".join(map(str, told)) + chr(10)).encode())  # in one piece: two ranks share the pipe
     if n == 0 and ranks.rank == 1:
         if what == "bug": raise RuntimeError("a bug of rank one")
-        if what == "fault": raise Fault("the disk is full; make room", 3)
+        if what == "fault": raise UserError("the disk is full; make room", 3)
         if what == "killed": os.kill(os.getpid(), signal.SIGKILL)
     code = 0
     while what == "wait" or (n == 0 and what in ("bug", "fault", "killed")):
@@ -60,11 +60,11 @@ try:
         time.sleep(0.05)
     dist.destroy_process_group()
     sys.exit(launch.report_exit(code))
-except Fault as fault:
-    launch.confess(fault, fault.code)
+except UserError as fault:
+    launch.report_failure(fault, fault.code)
     os._exit(fault.code)
 except Exception as error:
-    launch.confess(error, None)
+    launch.report_failure(error, None)
     os._exit(1)
 """
 

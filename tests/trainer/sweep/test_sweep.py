@@ -104,8 +104,8 @@ def detached(home: Path, *words: str) -> subprocess.Popen:
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from trainer.sweep.sweep import sweep
-sys.exit(sweep(sys.argv[1:], [sys.executable, {str(home / "stub.py")!r}, {str(home)!r}]))
+from trainer.sweep.sweep import run_sweep
+sys.exit(run_sweep(sys.argv[1:], [sys.executable, {str(home / "stub.py")!r}, {str(home)!r}]))
 """
     words = ("-m", *SMALL, f"hydra.sweep.dir={home / 'all'}", *words)
     pipe = subprocess.PIPE
@@ -152,7 +152,7 @@ def test_two_of_three_jobs_run_at_once_on_two_ranks_and_a_signal_stops_them_and_
         (("model=full,slidin",), "there is no model of that name; did you mean model=sliding?"),
         (("seed=1",), "no setting has several; write for example model=full,sliding"),
         (("seed=range(3,3)",), "no job comes of these settings"),
-        (("mixer=full,sliding", "mixer.raech=8"), "did you mean mixer.window"),
+        (("mixer=full,sliding", "mixer.windwo=8"), "did you mean mixer.window"),
         (
             ("model.heads=2,3",),
             "model.width=16 does not divide among model.heads=3; .* (job 1: model.heads=3)",

@@ -36,7 +36,7 @@ COMMON = (
 WAYS = {  # what is done to what the blocks of a micro-batch read
     "loss": lambda x: x * math.nan,
     "gradient": lambda x: x.register_hook(lambda grad: grad * math.inf) and x,
-    "spike": lambda x: x.register_hook(lambda grad: grad * 1e4) and x,
+    "skip_above": lambda x: x.register_hook(lambda grad: grad * 1e4) and x,
 }
 
 
@@ -206,21 +206,21 @@ def judged(judge, progress, norms):
 
 
 def test_a_leap_is_judged_by_the_median_of_finite_norms_and_a_nan_never_spoils_it():
-    progress, judge = Progress({}), guard(spike=4.0)
+    progress, judge = Progress({}), guard(skip_above=4.0)
     assert judged(judge, progress, [100.0] * (LEAST - 1) + [1000.0]) == [False] * LEAST, (
         "too few to tell"
     )
     assert judged(judge, progress, [math.nan, math.inf, 399.0, 401.0]) == [True, True, False, True]
     assert judged(judge, progress, [399.0]) == [False] and progress.skipped == 0
     assert len(progress.norms) == LEAST + 3
-    assert judged(guard(spike=0.0), Progress({}), [1.0] * 20 + [1e9]) == [False] * 21
+    assert judged(guard(skip_above=0.0), Progress({}), [1.0] * 20 + [1e9]) == [False] * 21
     assert not any(judged(judge, progress, [100.0] * 2 * WINDOW)) and len(progress.norms) == WINDOW
     grown = judged(judge, progress, [900.0] * WINDOW)
     assert grown[0] and not grown[-1], "where gradients have grown for good, the median follows"
 
 
 def test_a_step_that_has_nothing_to_predict_is_left_out_and_too_many_end_the_run():
-    progress, judge = Progress({}), guard(spike=4.0, max_skipped=3)
+    progress, judge = Progress({}), guard(skip_above=4.0, max_skipped=3)
     for turn in range(3):
         judge.look(torch.zeros(2, 8))
         skip = judge.verdict(progress, 0.0, 0.0, predicts=False)
@@ -234,12 +234,12 @@ def test_a_step_that_has_nothing_to_predict_is_left_out_and_too_many_end_the_run
 
 def test_a_resumed_guard_judges_as_the_one_that_went_on():
     norms = [1.0 + (n * 37 % 11) / 7 for n in range(40)] + [9.0, 8.0, 7.9]
-    truth, whole, judge = [], Progress({}), guard(spike=4.0)
+    truth, whole, judge = [], Progress({}), guard(skip_above=4.0)
     truth = judged(judge, whole, norms)
     part = Progress({})
-    judged(guard(spike=4.0), part, norms[:41])
+    judged(guard(skip_above=4.0), part, norms[:41])
     resumed = Progress(**json.loads(json.dumps(part.extra())))
-    assert judged(guard(spike=4.0), resumed, norms[41:]) == truth[41:] and any(truth[41:])
+    assert judged(guard(skip_above=4.0), resumed, norms[41:]) == truth[41:] and any(truth[41:])
     assert asdict(resumed) == asdict(whole)
 
 

@@ -141,7 +141,7 @@ def test_a_trace_is_a_finding_in_the_check_in_a_run_and_in_what_follows_a_mistak
     _drawn(monkeypatch, session, "mixer=full")
     monkeypatch.setattr(fuzzing, "draw_mistakes", lambda random, base: [*base, "steps=1"])
     for name, outcomes in (
-        ("wish", {"check broke": 2}),
+        ("load_config", {"check broke": 2}),
         ("run", {"broke": 1, "passed and broke": 1}),
     ):
         session.outcomes.clear()
