@@ -91,7 +91,7 @@ class Compressed(nn.Module):
         self.top = top
         self.rope_dim = rope_dim
         self.groups = groups
-        self.placing = require_rotary(position, "compressed", heads, rope_dim)
+        self.position = require_rotary(position, "compressed", heads, rope_dim)
         self.dense_steps = dense_steps
         self.dense = False
         self.auxiliary: dict[str, Tensor] = {}
@@ -131,8 +131,8 @@ class Compressed(nn.Module):
         ends = self.store.pick(span, BlockEnds(self.block))
         squeezed = self.norm_q(self.squeeze_q(x))
         q = self.q(squeezed).unflatten(-1, (self.heads, -1))
-        q = rotate_last(F.rms_norm(q, q.shape[-1:], eps=1e-6), span, self.placing, self.rope_dim)
-        tokens = rotate_last(self.norm(self.kv(x))[:, :, None], span, self.placing, self.rope_dim)[
+        q = rotate_last(F.rms_norm(q, q.shape[-1:], eps=1e-6), span, self.position, self.rope_dim)
+        tokens = rotate_last(self.norm(self.kv(x))[:, :, None], span, self.position, self.rope_dim)[
             :, :, 0
         ]
         summaries = self.compressor(x, span, self.store, ends)
@@ -156,7 +156,7 @@ class Compressed(nn.Module):
         back = Span(
             -span.pos, span.doc, span.role
         )  # values were turned with their keys: what is left is the distance
-        mean = rotate_last(mean, back, self.placing, self.rope_dim)
+        mean = rotate_last(mean, back, self.position, self.rope_dim)
         grouped = torch.einsum(
             "btgc,gdc->btgd", mean.flatten(-2).unflatten(-1, (self.groups, -1)), self.group
         )

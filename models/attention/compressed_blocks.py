@@ -21,7 +21,7 @@ EVERY = -2  # in place of the number of a chosen block: all of them
 def rotate_last(x: Tensor, span: Span, position: Position, turned: int) -> Tensor:
     """[B, T, H, C]: the last `turned` channels as the position turns them, the others as they
     are."""
-    return torch.cat([x[..., :-turned], position.turn(x[..., -turned:], span)], -1)
+    return torch.cat([x[..., :-turned], position.rotate(x[..., -turned:], span)], -1)
 
 
 class BlockCompressor(nn.Module):
@@ -47,7 +47,7 @@ class BlockCompressor(nn.Module):
         self.channels = channels
         self.block = block
         self.turned = turned
-        self.placing = position
+        self.position = position
         self.value = nn.Linear(width, 2 * channels, bias=False)
         self.gate = nn.Linear(width, 2 * channels, bias=False)
         self.bias = nn.Parameter(torch.zeros(block, 2 * channels))
@@ -73,7 +73,7 @@ class BlockCompressor(nn.Module):
         )  # [B, N, 2 M, 2 C]
         before = (
             back >= block
-        )  # these slots lie in the block before: they give their first channels, the others their last
+        )  # slots of the block before give their first channels, the others their last
         value, gate, bias = (
             torch.where(before[:, None], t[..., :each], t[..., each:])
             for t in (values, gates, self.bias[(block - 1 - back) % block])
@@ -89,7 +89,7 @@ class BlockCompressor(nn.Module):
         )
         summary = self.norm((weight.to(x.dtype) * value).sum(-2))
         start = moved(ends.span, 1 - block)
-        return rotate_last(summary[:, :, None], start, self.placing, self.turned)[:, :, 0]
+        return rotate_last(summary[:, :, None], start, self.position, self.turned)[:, :, 0]
 
 
 class ChosenScore(Score):

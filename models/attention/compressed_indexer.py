@@ -56,7 +56,7 @@ class Indexer(nn.Module):
         super().__init__()
         self.heads = heads
         self.turned = turned
-        self.placing = position
+        self.position = position
         self.compressor = BlockCompressor(width, channels, block, turned, position)
         self.q = nn.Linear(squeezed, heads * channels, bias=False)
         self.weight = nn.Linear(width, heads, bias=False)
@@ -68,7 +68,7 @@ class Indexer(nn.Module):
         x = x.detach()
         squeezed = squeezed.detach()
         q = self.q(squeezed).unflatten(-1, (self.heads, -1))
-        q = rotate_last(q, span, self.placing, self.turned)
+        q = rotate_last(q, span, self.position, self.turned)
         return (q, self.weight(x) * self.heads**-0.5), self.compressor(x, span, store, ends)
 
 

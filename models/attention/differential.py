@@ -58,7 +58,7 @@ class Differential(SplitAttention):
         self.groups = kv_heads // 2
         self.share = heads // kv_heads
         self.head_width = width // heads
-        self.placing = position
+        self.position = position
         self.start = 0.8 - 0.6 * exp(-0.3 * layer)
         self.q = nn.Linear(width, heads * self.head_width, bias=False)
         self.k = nn.Linear(width, kv_heads * self.head_width, bias=False)
@@ -96,12 +96,12 @@ class Differential(SplitAttention):
         """Keys [B, S, 2 G, D] and values [B, S, G, 2 D]."""
         k = self.k(x).unflatten(-1, (-1, self.head_width))
         v = self.v(x).unflatten(-1, (self.groups, 2 * self.head_width))
-        return self.placing.turn(k, span), v
+        return self.position.rotate(k, span), v
 
     def attend(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width], given the keys and values of the tokens `of`."""
         pairs = self.pairs(x.device)
-        q = self.placing.turn(self.q(x).unflatten(-1, (-1, self.head_width)), span)
+        q = self.position.rotate(self.q(x).unflatten(-1, (-1, self.head_width)), span)
         tables = self.tables() if self.tables is not None else ()
         params = tuple(
             t if dim is None else t.index_select(dim, pairs)

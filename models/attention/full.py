@@ -48,7 +48,7 @@ class Attention(SplitAttention):
                 f" of {heads}"
             )
         self.head_width = width // heads
-        self.placing = position
+        self.position = position
         self.q = nn.Linear(width, heads * self.head_width, bias=False)
         self.k = nn.Linear(width, kv_heads * self.head_width, bias=False)
         self.v = nn.Linear(width, kv_heads * self.head_width, bias=False)
@@ -57,11 +57,11 @@ class Attention(SplitAttention):
         self.mix = Softmax(mask, score)
         self.register_module("beside", None)
 
-    def bare_query(self, x: Tensor) -> Tensor:
+    def project_query(self, x: Tensor) -> Tensor:
         """[B, T, width] -> [B, T, H, D], not told where they stand."""
         return self.q(x).unflatten(-1, (-1, self.head_width))
 
-    def bare_payload(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def project_payload(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, S, G, D], not told where they stand."""
         k, v = (project(x).unflatten(-1, (-1, self.head_width)) for project in (self.k, self.v))
         return k, v
@@ -69,16 +69,18 @@ class Attention(SplitAttention):
     def payload(self, x: Tensor, span: Span) -> tuple[Tensor, ...]:
         """Keys and values [B, S, G, D]; with something `beside`, also the keys as that takes
         them."""
-        k, v = self.bare_payload(x)
-        placed = self.placing.turn(k, span), v
+        k, v = self.project_payload(x)
+        placed = self.position.rotate(k, span), v
         return placed if self.beside is None else (*placed, k)
 
-    def found(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span) -> Tensor:
+    def attend_heads(
+        self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span
+    ) -> Tensor:
         """[B, T, H D]: the mean of what each head of each token sees."""
         params = self.tables() if self.tables is not None else ()
-        q = self.bare_query(x)
+        q = self.project_query(x)
         means = self.mix(
-            (self.placing.turn(q, span),), payload[:2], params, span=span, kv_span=kv_span
+            (self.position.rotate(q, span),), payload[:2], params, span=span, kv_span=kv_span
         )
         if self.beside is not None:
             v, k = (each[:, each.shape[1] - x.shape[1] :] for each in payload[1:])
@@ -87,7 +89,7 @@ class Attention(SplitAttention):
 
     def attend(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width], given the keys and values of the tokens `of`."""
-        return self.out(self.found(x, span, payload, kv_span))
+        return self.out(self.attend_heads(x, span, payload, kv_span))
 
 
 class MultiHead(Attention):

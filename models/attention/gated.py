@@ -19,6 +19,8 @@ class Gated(Attention):
         super().__init__(width, heads, kv_heads, position)
         self.gate = nn.Linear(width, heads * self.head_width, bias=False)
 
-    def found(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span) -> Tensor:
+    def attend_heads(
+        self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span
+    ) -> Tensor:
         """[B, T, H D]: what passes the gate."""
-        return super().found(x, span, payload, kv_span) * self.gate(x).sigmoid()
+        return super().attend_heads(x, span, payload, kv_span) * self.gate(x).sigmoid()

@@ -88,7 +88,7 @@ class LatentAttention(SplitAttention):
                 raise ValueError(
                     f"{name} is a number of channels and must be 1 or more; got {size}"
                 )
-        self.placing = require_rotary(position, "latent", heads, sizes["turned"])
+        self.position = require_rotary(position, "latent", heads, sizes["turned"])
         self.heads = heads
         self.sizes = sizes
         query = heads * (sizes["content"] + sizes["turned"])
@@ -106,7 +106,7 @@ class LatentAttention(SplitAttention):
     def payload(self, x: Tensor, span: Span) -> tuple[Tensor, ...]:
         """Latents [B, S, L] and the key part [B, S, R] that the position turns."""
         latent, key = self.squeeze(x).split([self.sizes["latent"], self.sizes["turned"]], -1)
-        return self.norm(latent), self.placing.turn(key[:, :, None], span)[:, :, 0]
+        return self.norm(latent), self.position.rotate(key[:, :, None], span)[:, :, 0]
 
     def attend(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width], given the latents of the tokens `of`."""
@@ -116,6 +116,6 @@ class LatentAttention(SplitAttention):
             x if self.squeeze_q is None or self.norm_q is None else self.norm_q(self.squeeze_q(x))
         )
         q = self.q(squeezed).unflatten(-1, (self.heads, content + turned))
-        q = torch.cat([q[..., :content], self.placing.turn(q[..., content:], span)], -1)
+        q = torch.cat([q[..., :content], self.position.rotate(q[..., content:], span)], -1)
         up = self.up.weight.unflatten(0, (self.heads, content + self.sizes["value"]))
         return self.out(self.mix((q,), payload, (up,), span=span, kv_span=kv_span).flatten(-2))

@@ -77,14 +77,16 @@ class Longformer(Attention):
             project(x).unflatten(-1, (-1, self.head_width))
             for project in (self.global_k, self.global_v)
         )
-        return *super().payload(x, span), self.placing.turn(k, span), v
+        return *super().payload(x, span), self.position.rotate(k, span), v
 
-    def found(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span) -> Tensor:
+    def attend_heads(
+        self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span
+    ) -> Tensor:
         """[B, T, H D]: each softmax gives 0 to queries that are the other one's business."""
         params = self.tables() if self.tables is not None else ()
-        q = self.placing.turn(self.global_q(x).unflatten(-1, (-1, self.head_width)), span)
+        q = self.position.rotate(self.global_q(x).unflatten(-1, (-1, self.head_width)), span)
         whole = self.global_mix((q,), payload[2:], params, span=span, kv_span=kv_span).flatten(-2)
-        return super().found(x, span, payload[:2], kv_span) + whole
+        return super().attend_heads(x, span, payload[:2], kv_span) + whole
 
 
 def _each(name: str, value: int | Sequence[int], count: int, kv_span: str) -> list[int]:

@@ -105,7 +105,7 @@ class LSHAttention(nn.Module):
                 " must be 1 or more"
             )
         self.head_width = width // heads
-        self.placing = require_rotary(position, "lsh", heads, self.head_width)
+        self.position = require_rotary(position, "lsh", heads, self.head_width)
         self.buckets = max(2, context_length // chunk_size * 2) if buckets is None else buckets
         if self.buckets < 2 or self.buckets % 2:
             raise ValueError(
@@ -127,9 +127,11 @@ class LSHAttention(nn.Module):
         chunk = self.places(bucket, span) // self.chunk_size
         exact = torch.promote_types(x.dtype, torch.float32)  # whole numbers up to 2^24
         places = bucket.to(exact), chunk.to(exact)
-        k = self.placing.turn(nn.functional.normalize(q, dim=-1, eps=1e-12), span)
+        k = self.position.rotate(nn.functional.normalize(q, dim=-1, eps=1e-12), span)
         return self.out(
-            self.mix((self.placing.turn(q, span), *places), (k, v, *places), span=span).flatten(-2)
+            self.mix((self.position.rotate(q, span), *places), (k, v, *places), span=span).flatten(
+                -2
+            )
         )
 
     def hashed(self, q: Tensor) -> Tensor:

@@ -29,11 +29,11 @@ class QKNorm(Attention):
             )
         self.q_norm, self.k_norm = (nn.RMSNorm(self.head_width, eps=eps) for _ in range(2))
 
-    def bare_query(self, x: Tensor) -> Tensor:
+    def project_query(self, x: Tensor) -> Tensor:
         """[B, T, width] -> [B, T, H, D], normed."""
-        return self.q_norm(super().bare_query(x))
+        return self.q_norm(super().project_query(x))
 
-    def bare_payload(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def project_payload(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys, normed, and values [B, S, G, D]."""
-        k, v = super().bare_payload(x)
+        k, v = super().project_payload(x)
         return self.k_norm(k), v

@@ -64,7 +64,7 @@ def attention_beside(mixer: nn.Module, name: str, position: Any = None) -> Atten
             f"memory={name} reads and keeps the queries, keys and values of heads, {kind} has"
             f" others; {WAY_OUT}"
         )
-    most = getattr(position or mixer.placing, "max_length", None)
+    most = getattr(position or mixer.position, "max_length", None)
     if most is not None:
         raise ValueError(
             f"memory={name}: positions go on from row to row, this position has {most} of them; use"

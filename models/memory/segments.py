@@ -78,7 +78,7 @@ class SegmentMemory(Memory):
             if isinstance(mixer, kind):
                 raise ValueError(f"memory=segments: {reason}; use another mixer, or memory=none")
         if isinstance(mixer, SplitAttention):
-            self._attach(mixer, sizes.get("position", getattr(mixer, "placing", None)))
+            self._attach(mixer, sizes.get("position", getattr(mixer, "position", None)))
         elif any(isinstance(leaf, Softmax) for leaf in mixer.modules()):
             kind = type(mixer).__name__
             raise ValueError(

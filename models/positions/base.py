@@ -22,7 +22,7 @@ class Position:
         """A module (span) -> [B, T, width] that is added to the token embeddings, or None."""
         return None
 
-    def turn(self, x: Tensor, span: Span) -> Tensor:
+    def rotate(self, x: Tensor, span: Span) -> Tensor:
         """Queries or keys [B, T, H, D] as they enter the scores."""
         return x
 

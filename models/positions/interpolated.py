@@ -20,9 +20,9 @@ class Interpolated(Rope):
         super().__init__(theta)
         self.factor = stretch(factor)
 
-    def speeds(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def inv_freq(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[width / 2] radians per token, fastest first."""
-        return super().speeds(width, device, dtype) / self.factor
+        return super().inv_freq(width, device, dtype) / self.factor
 
 
 def stretch(factor: float) -> float:

@@ -49,11 +49,11 @@ class Ntk(Rope):
                 )
             self.longer = factor * max(1.0, context_length / original_length) - (factor - 1)
 
-    def speeds(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def inv_freq(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[width / 2] radians per token, fastest first."""
         if width < 4:
             raise ValueError(
                 f"position=ntk needs heads of at least 4 channels, got {width}; use fewer heads"
             )
         pair = torch.arange(width // 2, device=device, dtype=dtype) / (width // 2)
-        return super().speeds(width, device, dtype) * self.longer ** -(pair * width / (width - 2))
+        return super().inv_freq(width, device, dtype) * self.longer ** -(pair * width / (width - 2))

@@ -24,7 +24,7 @@ class Rope(Position):
             )
         self.theta = theta
 
-    def speeds(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def inv_freq(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[width / 2] radians per token, fastest first."""
         if width % 2:
             raise ValueError(
@@ -35,14 +35,14 @@ class Rope(Position):
     def score(self, heads: int, head_width: int) -> tuple[Score, nn.Module | None]:
         """See Position.score; raises ValueError for heads that cannot be turned, when the layer is
         built."""
-        self.speeds(head_width, torch.device("meta"), torch.float32)
+        self.inv_freq(head_width, torch.device("meta"), torch.float32)
         return super().score(heads, head_width)
 
-    def turn(self, x: Tensor, span: Span) -> Tensor:
+    def rotate(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, H, D] turned; angles in float32, or float64 where x is, whatever x is computed
         in."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        angle = span.pos[..., None, None].to(wide) * self.speeds(x.shape[-1], x.device, wide)
+        angle = span.pos[..., None, None].to(wide) * self.inv_freq(x.shape[-1], x.device, wide)
         a, b = x.chunk(2, -1)
         cos = angle.cos()
         sin = angle.sin()

@@ -72,16 +72,16 @@ class Yarn(Rope):
         high = min(ceil(slow), width - 1)
         return low, max(high, low + 1e-3)
 
-    def speeds(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def inv_freq(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[width / 2] radians per token, fastest first."""
-        speed = super().speeds(width, device, dtype)
+        speed = super().inv_freq(width, device, dtype)
         low, high = self.ramp(width)
         slowed = (
             (torch.arange(width // 2, device=device, dtype=dtype) - low) / (high - low)
         ).clamp(0, 1)
         return speed * (1 - slowed) + speed / self.factor * slowed
 
-    def turn(self, x: Tensor, span: Span) -> Tensor:
+    def rotate(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, H, D] turned and magnified, computed in at least float32."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (super().turn(wide, span) * self.attention_factor).to(x.dtype)
+        return (super().rotate(wide, span) * self.attention_factor).to(x.dtype)

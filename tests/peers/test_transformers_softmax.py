@@ -338,7 +338,7 @@ def test_speeds_of_scaled_rotary_positions(kind, ours, settings):
         **{**SIZES, "head_dim": 64, "max_position_embeddings": 512}, rope_parameters=rope
     )
     want, magnitude = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=2048)
-    got = ours.speeds(64, torch.device("cpu"), torch.float64)
+    got = ours.inv_freq(64, torch.device("cpu"), torch.float64)
     assert ((got - want).abs() / want).max() < 1e-6
     assert getattr(ours, "attention_factor", 1.0) == pytest.approx(magnitude)
 

@@ -37,7 +37,7 @@ def spelled(layer, x, span: Span, mask: Mask, bend=lambda scores: scores):
     q, k, v = (
         project(x).unflatten(-1, (-1, layer.head_width)) for project in (layer.q, layer.k, layer.v)
     )
-    q, k = layer.placing.turn(q, span), layer.placing.turn(k, span)
+    q, k = layer.position.rotate(q, span), layer.position.rotate(k, span)
     scores = masked_scores(
         bend(scaled_scores(attention_scores(q, k), layer.head_width)), visible(mask, span, span)
     )

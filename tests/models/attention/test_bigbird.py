@@ -24,8 +24,8 @@ def test_it_is_softmax_attention_over_its_graph():
     x = torch.randn(2, 25, 16, dtype=torch.float64) * 3
     q, k, v = (p(x).unflatten(-1, (-1, 4)) for p in (layer.q, layer.k, layer.v))
     q, k, v = (
-        layer.placing.turn(q, span),
-        layer.placing.turn(k, span).repeat_interleave(2, 2),
+        layer.position.rotate(q, span),
+        layer.position.rotate(k, span).repeat_interleave(2, 2),
         v.repeat_interleave(2, 2),
     )
     logits = torch.einsum("bthd,bshd->bhts", q, k) / 2

@@ -73,7 +73,7 @@ def _loop(layer: Compressed, x: torch.Tensor, span: Span, dense: bool = False):
     """(outputs [T, width], indexer losses [T]) one query and one head at a time."""
     x, pos, doc = x[0], span.pos[0].tolist(), span.doc[0].tolist()
     rope, each, press, index = (
-        layer.placing,
+        layer.position,
         layer.compressor.channels,
         layer.compressor,
         layer.indexer,

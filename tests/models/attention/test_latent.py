@@ -29,12 +29,12 @@ def test_it_equals_attention_in_the_space_of_the_latents():
     x = torch.randn(2, 11, 16, dtype=torch.float64) * 3
     q = layer.q(layer.norm_q(layer.squeeze_q(x))).unflatten(-1, (4, 6))
     latent, key = layer.squeeze(x).split([6, 2], -1)
-    latent, key = layer.norm(latent), layer.placing.turn(key[:, :, None], span)
+    latent, key = layer.norm(latent), layer.position.rotate(key[:, :, None], span)
     up_key, up_value = layer.up.weight.unflatten(0, (4, 7)).split([4, 3], 1)
     absorbed = torch.einsum("bthn,hnl->bthl", q[..., :4], up_key)
     logits = torch.einsum("bthl,bsl->bhts", absorbed, latent)
     logits = logits + torch.einsum(
-        "bthr,bsr->bhts", layer.placing.turn(q[..., 4:], span), key[:, :, 0]
+        "bthr,bsr->bhts", layer.position.rotate(q[..., 4:], span), key[:, :, 0]
     )
     future = torch.ones(11, 11, dtype=torch.bool).triu(1)
     weights = (logits / 6**0.5).masked_fill(future, -torch.inf).softmax(-1)

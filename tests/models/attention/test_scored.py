@@ -41,12 +41,12 @@ def test_a_sink_takes_its_share_of_every_mean(position):
     }
     plain.load_state_dict(state)
     q, k = (
-        plain.placing.turn(project(x).unflatten(-1, (-1, 4)), span)
+        plain.position.rotate(project(x).unflatten(-1, (-1, 4)), span)
         for project in (plain.q, plain.k)
     )
     params = plain.tables() if plain.tables is not None else ()
     logits = plain.mix.score.logits((q,), (k, k), params, span, span, torch.arange(HEADS))
-    if isinstance(plain.placing, Alibi):
+    if isinstance(plain.position, Alibi):
         assert (logits - scaled_scores(attention_scores(q, k), 4)).abs().max() > 1
     lse = attention_lse(masked_scores(logits, visible(CAUSAL, span, span))).transpose(1, 2)
     kept = torch.sigmoid(lse - layer.tables.logit).repeat_interleave(4, 2)
@@ -89,10 +89,10 @@ def test_a_gate_stands_between_the_means_and_the_projection():
 def test_differential_attention_is_two_softmaxes_a_pair(position, kv_heads):
     layer, x, span = given(Differential(WIDTH, HEADS, kv_heads, position(), layer=2))
     groups, share, width = kv_heads // 2, HEADS // kv_heads, 4
-    q = layer.placing.turn(layer.q(x).unflatten(-1, (HEADS, width)), span).unflatten(
+    q = layer.position.rotate(layer.q(x).unflatten(-1, (HEADS, width)), span).unflatten(
         2, (groups, 2, share)
     )
-    k = layer.placing.turn(layer.k(x).unflatten(-1, (kv_heads, width)), span).unflatten(
+    k = layer.position.rotate(layer.k(x).unflatten(-1, (kv_heads, width)), span).unflatten(
         2, (groups, 2)
     )
     v = layer.v(x).unflatten(-1, (groups, 2 * width))
@@ -110,7 +110,7 @@ def test_differential_attention_is_two_softmaxes_a_pair(position, kv_heads):
                     / 2
                 )
                 bias = made.bias(span, span, torch.tensor([pair]), scores.dtype)
-                if isinstance(layer.placing, T5):
+                if isinstance(layer.position, T5):
                     bias = layer.tables.table[made.bucket(span, span)][..., pair][:, None]
                 maps.append(
                     attention_weights(

@@ -90,7 +90,7 @@ def spelled(model, x: Tensor, rule: str, segment: int) -> Tensor:
                     )
                     span = Span.line(1, length).map(lambda t, f=first: t[:, f : f + segment])
                     q_turned, k_turned = (
-                        Rope().turn(y[None, :, None], span)[0, :, 0] for y in (q, k)
+                        Rope().rotate(y[None, :, None], span)[0, :, 0] for y in (q, k)
                     )
                     scores = (q_turned @ k_turned.T / 2).masked_fill(
                         torch.ones(len(q), len(q)).triu(1).bool(), -torch.inf

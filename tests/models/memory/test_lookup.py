@@ -60,7 +60,7 @@ def spelled(model, x: Tensor, segment: int, length: int, count: int) -> Tensor:
         for tokens in lengths:
             span = Span.line(1, tokens)
             part = slice(begin, begin + tokens)
-            q_turned, k_turned = (Rope().turn(y[row : row + 1, part], span)[0] for y in (q, k))
+            q_turned, k_turned = (Rope().rotate(y[row : row + 1, part], span)[0] for y in (q, k))
             for t in range(tokens):
                 start = t // segment * segment
                 for head in range(HEADS):
