@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from models.primitive import Primitive
 from models.primitives.block_topk import BlockTopK
 from models.primitives.causal_conv import CausalConv
 from models.primitives.compressive import CompressiveScan
@@ -66,9 +67,42 @@ DRIVERS: Drivers = {  # kind -> (leaf, wire, method) -> driver
 # from step to step, and kernels, which are compiled already. Between them it meets plain arithmetic
 # on tensors of one shape.
 OPAQUE: tuple[type[nn.Module], ...] = (
-    *DRIVERS, ExpertDispatch, Auto, ChannelAllToAll, ShardedCompressive, AllGather, Halo, Wavefront, Ulysses, StatePassing, ShardedKNN, Ring, ShardedSegmentSum, ShardedBlockTopK,
-    ExpertAllToAll, Usp,
-)  # fmt: skip
+    Primitive,
+    Auto,
+    ChannelAllToAll,
+    ShardedCompressive,
+    AllGather,
+    Halo,
+    Wavefront,
+    Ulysses,
+    StatePassing,
+    ShardedKNN,
+    Ring,
+    ShardedSegmentSum,
+    ShardedBlockTopK,
+    ExpertAllToAll,
+    Usp,
+)
+
+
+def without_driver(model: nn.Module) -> list[str]:
+    """One sentence for each primitive of the model that a sharded row would silently change.
+
+    A primitive that stays in place works on the shard of its rank alone: it runs, it learns, and
+    its results are those of another model.
+    """
+    inside = sequential_modules(model)  # these see whole segments on one rank
+    sentences = []
+    for name, module in model.named_modules():
+        if not isinstance(module, Primitive) or not module.needs_driver or module in inside:
+            continue
+        if not isinstance(module, tuple(DRIVERS)):
+            sentences.append(
+                f"parallel.context: no driver for {type(module).__name__} ({name or 'the model'}),"
+                " so every rank would see only its own part of a row; add one to DRIVERS in"
+                " parallel/context_parallel.py, or use parallel.context=1"
+            )
+    return sentences
 
 
 def refusals(model: nn.Module, method: str) -> list[str]:
@@ -80,12 +114,16 @@ def refusals(model: nn.Module, method: str) -> list[str]:
         for name, leaf in model.named_modules()
         if isinstance(leaf, Softmax) and leaf not in inside
     ]
-    return misfits(model) + [
-        f"parallel.method={method} trades heads, but the queries of {name or 'this attention'} have"
-        " none; use ring or allgather"
-        for name, leaf in leaves
-        if method in TRADING and leaf.score.query_heads[0] is None
-    ]
+    return (
+        without_driver(model)
+        + misfits(model)
+        + [
+            f"parallel.method={method} trades heads, but the queries of {name or 'this attention'} have"
+            " none; use ring or allgather"
+            for name, leaf in leaves
+            if method in TRADING and leaf.score.query_heads[0] is None
+        ]
+    )
 
 
 def unreachable(model: nn.Module) -> list[str]:

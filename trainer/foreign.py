@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.primitive import Primitive
 from models.span import Span
-from parallel.context_parallel import DRIVERS
 from trainer.config.node_checks import as_node, find_class
 from trainer.config.schema import Config, MemoryConfig
 from trainer.config.values import is_node
@@ -177,7 +177,7 @@ def _difference(
     model = built(tiny).to(dtype)
     if tape is not None:
         for module in model.modules():
-            if isinstance(module, tuple(DRIVERS)):
+            if isinstance(module, Primitive):
                 module.register_forward_hook(tape.hook)
     seen = []
     for tokens in both:

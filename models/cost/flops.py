@@ -16,6 +16,8 @@ Convention, printed with every MFU:
   real transform of N (half of the usual 5 N log2 N for complex numbers), three times forward and
   three times backward, with products of n complex numbers between (6 FLOPs each): one forward, two
   backward.
+* Not counted: searches of stores, sums over segments, and the products of a segment memory with its
+  state. They are named by `counts_flops = False` of their primitive.
 * Training is 3 times forward, 2 times for long convolutions. Recomputation (activation
   checkpointing, groups of scan chunks) does not count: utilisation is of useful work.
 
@@ -34,6 +36,7 @@ from models.cost.parameters import active_shares, meta_row, meta_twin
 from models.cost.visible_pairs import visible_triples
 from models.declared import declared
 from models.masks.algebra import Mask
+from models.primitive import Primitive
 from models.primitives.causal_conv import CausalConv
 from models.primitives.long_conv import LongConv
 from models.primitives.scan import Scan
@@ -82,11 +85,24 @@ class CostTrace:
 
 def trace_cost(model: nn.Module, noted: CostTrace) -> None:
     """Let every leaf of a twin on the meta device note what it costs; a Softmax gives back a mean
-    without computing one."""
+    without computing one.
+
+    Raises:
+        TypeError: a primitive is neither watched nor declared as not counted.
+    """
     for leaf in list(model.modules()):
+        watched = False
         for kind, watch in WATCHES.items():
             if isinstance(leaf, kind):
                 leaf.forward = watch(leaf, noted)
+                watched = True
+        # A primitive that nobody thought of would count 0 FLOPs, and every MFU would be too low.
+        if isinstance(leaf, Primitive) and leaf.counts_flops and not watched:
+            kind_name = type(leaf).__name__
+            raise TypeError(
+                f"no FLOP count for {kind_name}; add it to WATCHES in models/cost/flops.py, or set"
+                f" {kind_name}.counts_flops = False"
+            )
 
 
 def _softmax(leaf: Softmax, noted: CostTrace) -> Any:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.masks.algebra import Mask, visible
+from models.primitive import Primitive
 from models.scores import Tensors
 from models.span import PADDING, Span
 
@@ -53,8 +54,10 @@ class BlockEnds:
         return max(1, tokens // self.block)
 
 
-class BlockTopK(nn.Module):
-    """One device: every entry is at hand."""
+class BlockTopK(Primitive):
+    """Searches a store on one device, where every entry is at hand."""
+
+    counts_flops = False  # a search chooses entries; what reads them is a Softmax, which counts
 
     def pick(self, span: Span, choose: BlockEnds) -> PickedBlocks:
         """The tokens that `choose` is true of, as a store."""

@@ -8,11 +8,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.carried_state import StatefulModule
+from models.primitive import Primitive
 from models.scores import Tensors
 from models.span import PADDING, Span
 
 
-class CausalConv(StatefulModule):
+class CausalConv(Primitive, StatefulModule):
     """A causal filter per channel, y_t = sum_j taps_j x_{t-j}, that reads no other document and no
     padding.
 

@@ -19,12 +19,13 @@ from torch.nn import functional as F
 from models.carried_state import SHARDED, StatefulModule
 from models.kernels.scan_chunks import Runs
 from models.kernels.segment_chunks import SegmentChunks, segment_chunks
+from models.primitive import Primitive
 from models.primitives.scan import RunSummary
 from models.scores import Tensors
 from models.span import Span
 
 
-class CompressiveScan(StatefulModule):
+class CompressiveScan(Primitive, StatefulModule):
     """One device: all tokens are at hand.
 
     Args:
@@ -39,6 +40,8 @@ class CompressiveScan(StatefulModule):
     Source: the algebra of Infini-attention (Munkhdalai et al. 2024, arXiv:2404.07143). Theirs goes
     through segments one by one; ours sums all of them up at once and then passes memories along.
     """
+
+    counts_flops = False  # the count has always left segment memories out; so their MFU is a floor
 
     def __init__(self, segment: int | None = None):
         super().__init__()

@@ -6,15 +6,20 @@ A leaf without parameters. Letters: N visits, W width, E experts.
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from models.primitive import Primitive
 
 Visit = Callable[
     [Tensor, Tensor, Tensor | None], Tensor
 ]  # (tokens [N, W], counts [E], keys [N] or None) -> [N, W]
 
 
-class ExpertDispatch(nn.Module):
-    """One device: every expert is at hand."""
+class ExpertDispatch(Primitive):
+    """Passes tokens to their experts on one device, where every expert is at hand."""
+
+    needs_driver = False  # of a sharded row only; experts over ranks have one of their own
+    counts_flops = False  # the experts' weights are counted by their active share
 
     def exchange(
         self, sent: Tensor, counts: Tensor, visit: Visit, keys: Tensor | None = None

@@ -13,17 +13,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.kernels.knn import NOWHERE, KeyValueStore, Neighbors, blocks, no_neighbors, search
 from models.masks.algebra import Mask
+from models.primitive import Primitive
 from models.scores import Tensors
 from models.span import Span
 
 CHUNK_NUMBERS = 1 << 22  # of keys brought together at once
 
 
-class KNN(nn.Module):
+class KNN(Primitive):
     """One device: every entry is at hand.
 
     Args:
@@ -33,6 +34,8 @@ class KNN(nn.Module):
     Source: Wu et al. 2022 (arXiv:2203.08913). Theirs searches approximately where the store is
     large.
     """
+
+    counts_flops = False  # a search over a store whose size no span tells
 
     def __init__(self, mask: Mask, count: int):
         super().__init__()

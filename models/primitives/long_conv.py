@@ -17,6 +17,7 @@ from torch import Tensor
 from models.carried_state import StatefulModule
 from models.kernels.fft_conv import convolve
 from models.kernels.scan_chunks import on_host
+from models.primitive import Primitive
 from models.primitives.causal_conv import with_tail
 from models.same_graph import tied
 from models.scores import Tensors
@@ -44,7 +45,7 @@ class FragmentPair(NamedTuple):
     kv_span: Fragment
 
 
-class LongConv(StatefulModule):
+class LongConv(Primitive, StatefulModule):
     """y_t = sum_{j <= t} filter_j x_{t-j} within a document, by FFT; float32, or float64 where x
     is.
 

@@ -23,6 +23,7 @@ from models.kernels import scan_chunkwise, scan_fla
 from models.kernels.scan_chunks import ChunkLayout, Runs, chunk_layout
 from models.kernels.scan_recompute import recomputed_chunks
 from models.kernels.varlen import varlen_layout
+from models.primitive import Primitive
 from models.scores import Tensors
 from models.span import Span
 
@@ -43,7 +44,7 @@ class RunSummary(NamedTuple):
     opened: Tensor
 
 
-class Scan(StatefulModule):
+class Scan(Primitive, StatefulModule):
     """A linear recurrence over the tokens at hand.
 
     Args:

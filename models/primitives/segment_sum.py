@@ -5,18 +5,21 @@ A leaf without parameters. Letters: B rows, T tokens, F features.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from models.primitive import Primitive
 from models.span import Span
 
 SCOPES = ("row", "document")
 
 
-class SegmentSum(nn.Module):
+class SegmentSum(Primitive):
     """One device: whole rows are at hand.
 
     x is [B, T] or [B, T, F], whole numbers or real. Order is that of the tokens in the row.
     """
+
+    counts_flops = False  # additions only; the convention counts products of matrices
 
     def total(self, x: Tensor, span: Span, over: str = "row") -> Tensor:
         """What the row, or the token's document, adds up to: [B, 1, ...], or [B, T, ...] over

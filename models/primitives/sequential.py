@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.primitive import Primitive
 from models.scores import Tensors
 from models.span import PADDING, Span
 
@@ -76,7 +77,7 @@ def segments_by_document(span: Span, size: int | None, parts: int) -> Tensor:
     return index
 
 
-class SequentialScan(nn.Module):
+class SequentialScan(Primitive):
     """A strictly sequential state over the tokens at hand.
 
     Args:

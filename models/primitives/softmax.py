@@ -8,17 +8,18 @@ Letters: B rows, T queries, S keys, H heads, E value width.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.kernels import blockwise
 from models.kernels.reference import Partial
 from models.masks.algebra import Mask
+from models.primitive import Primitive
 from models.primitives.attention_tape import AttentionReplay
 from models.scores import Score, Tensors
 from models.span import Span
 
 
-class Softmax(nn.Module):
+class Softmax(Primitive):
     """Attention under a mask and a score, over the tokens at hand.
 
     Args:

@@ -5,7 +5,7 @@ kind, before step 1.
     causality   a later token changed: nothing before it moves
     documents   a document changed: nothing in another one moves
     padding     what stands in padding changed: nothing moves
-    reach       a token changed: something after it does move (else the three above would prove nothing)
+    reach       a token changed: something after it moves (else the three above prove nothing)
 
 `scripts/doctor.py` prints the table. The doctor is itself tested: `doctor.break=` sabotages one
 driver and must be caught.
@@ -25,11 +25,12 @@ from models.carried_state import CarriedState
 from models.init import init_rules, initial_tensor
 from models.loss import IGNORE
 from models.masks.algebra import visible
+from models.primitive import Primitive
 from models.primitives.softmax import Softmax
 from models.span import Span
 from parallel.carried_state import ShardedCarriedState
 from parallel.collectives import Communicator
-from parallel.context_parallel import DRIVERS, apply_context_parallel
+from parallel.context_parallel import apply_context_parallel
 from parallel.layout import layouts
 from parallel.mesh import Mesh
 from parallel.sharding import shard_span
@@ -328,9 +329,7 @@ def _largest(moved: Tensor, where: Tensor) -> float:
 
 def _sabotage(model: nn.Module, kind: str) -> None:
     """Break the first driver that there is, in one of four ways."""
-    drivers = [
-        m for m in model.modules() if hasattr(m, "core") and isinstance(m.core, tuple(DRIVERS))
-    ]
+    drivers = [m for m in model.modules() if hasattr(m, "core") and isinstance(m.core, Primitive)]
     if not drivers:
         raise ValueError(f"doctor.break={kind} needs a driver to break, and this model has none")
     driver = drivers[0]
