@@ -108,22 +108,18 @@ def without_driver(model: nn.Module) -> list[str]:
 def refusals(model: nn.Module, method: str) -> list[str]:
     """Why a model cannot be shared by this method: one sentence for each layer that has no exact
     form under it."""
+    sentences = without_driver(model) + misfits(model)
+    if method not in TRADING:
+        return sentences
     inside = sequential_modules(model)  # computed by one rank at a time
-    leaves = [
-        (name, leaf)
-        for name, leaf in model.named_modules()
-        if isinstance(leaf, Softmax) and leaf not in inside
-    ]
-    return (
-        without_driver(model)
-        + misfits(model)
-        + [
-            f"parallel.method={method} trades heads, but the queries of {name or 'this attention'} have"
-            " none; use ring or allgather"
-            for name, leaf in leaves
-            if method in TRADING and leaf.score.query_heads[0] is None
-        ]
-    )
+    for name, leaf in model.named_modules():
+        softmax = isinstance(leaf, Softmax) and leaf not in inside
+        if softmax and leaf.score.query_heads[0] is None:
+            sentences.append(
+                f"parallel.method={method} trades heads, but the queries of"
+                f" {name or 'this attention'} have none; use ring or allgather"
+            )
+    return sentences
 
 
 def unreachable(model: nn.Module) -> list[str]:
