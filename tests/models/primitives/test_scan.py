@@ -28,7 +28,7 @@ def both(run, query, payload):
     out = run(leaves[:1], leaves[1:])
     weight = torch.randn(
         out.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64
-    ).to(out.dtype)
+    ).to(out)
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
 
 
