@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from models.primitive import Primitive
 from models.span import Span
+from trainer.config.finding import NO_VALUE_SHOWN, Finding
 from trainer.config.node_checks import as_node, find_class
 from trainer.config.schema import Config, MemoryConfig
 from trainer.config.values import is_node
@@ -69,39 +70,47 @@ def _outside(target: str) -> bool:
     return kind.__module__.partition(".")[0] not in OURS
 
 
-def judge(config: Config) -> Iterator[str]:
-    """What keeps layers that are not ours from being shared, or from training without a leak."""
-    names = strangers(config)
-    if not names or (config.parallel.context == 1 and config.model.allow_leaks):
+def check_foreign_layers(config: Config) -> Iterator[Finding]:
+    """Checks that layers which are not ours can be shared, and train without a leak."""
+    class_names = strangers(config)
+    shared = config.parallel.context > 1
+    if not class_names or (config.model.allow_leaks and not shared):
         return
-    who = " and ".join(names)
+    layers = " and ".join(class_names)
     try:
         moved, bound = _tried(config)
+    # A layer of the user's own may raise anything.
     except Exception as error:
-        first = str(error).strip().partition("\n")[0]
-        fact = (
-            f"{who} could not be tried on a tiny twin ({type(error).__name__}: {first}), so nothing"
-            " is known of leaks"
+        first_line = str(error).strip().partition("\n")[0]
+        yield Finding(
+            "model",
+            NO_VALUE_SHOWN,
+            f"{layers} could not be tried on a tiny twin ({type(error).__name__}: {first_line}), so leaks"
+            " cannot be ruled out",
+            f"let it work at any width, length and precision{_way_out(config)}",
         )
-        yield f"{fact}; let it work at any width, length and precision{_way_out(config)}"
         return
-    shared = config.parallel.context > 1
     if shared and moved.frozen > bound:
-        yield (
-            f"parallel.context={config.parallel.context}: {who} mixes tokens by itself, so each"
-            f" rank would see its own part of the row only; put that into a primitive ({PAGE}), or"
-            " use parallel.context=1"
+        yield Finding(
+            "parallel.context",
+            config.parallel.context,
+            f"{layers} mixes tokens by itself, so each rank would see its own part of the row only",
+            f"put that into a primitive ({PAGE}), or use parallel.context=1",
         )
     if moved.documents > bound:
-        yield (
-            f"{who} lets tokens of one document learn of another in the same row; use the span that"
-            f" it is given, best through a primitive ({PAGE}){_way_out(config)}"
+        yield Finding(
+            "model",
+            NO_VALUE_SHOWN,
+            f"{layers} lets tokens of one document learn of another in the same row",
+            f"use the span that it is given, best through a primitive ({PAGE}){_way_out(config)}",
         )
     if moved.earlier > bound and learns_next(config):
-        yield (
-            f"{who} lets tokens see those that come after them, which next-token loss rewards; make"
-            f" it causal, best through a primitive ({PAGE}), or use"
-            f" objective=masked{_way_out(config)}"
+        yield Finding(
+            "model",
+            NO_VALUE_SHOWN,
+            f"{layers} lets tokens see those that come after them, which next-token loss rewards",
+            f"make it causal, best through a primitive ({PAGE}), or use"
+            f" objective=masked{_way_out(config)}",
         )
 
 

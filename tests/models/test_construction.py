@@ -144,9 +144,9 @@ def test_a_parameter_without_dims_is_refused_where_deepspeed_cannot_hold_it():
     asked = compose((f"mixer._target_={HERE}.Cosine", "engine=deepspeed", *SIZES))
     assert asked.config is not None
     reasons = [
-        reason
-        for reason in check_deepspeed_model(asked.config, built(f"mixer._target_={HERE}.Cosine"))
-        if "dims" in reason
+        finding.fact + finding.remedy
+        for finding in check_deepspeed_model(asked.config, built(f"mixer._target_={HERE}.Cosine"))
+        if "dims" in finding.fact
     ]
     assert (
         len(reasons) == 3

@@ -1,9 +1,9 @@
-"""Sizes that no machine has: what certainly does not fit is refused before any rank is started.
+"""Checks sizes against the memory that the machines of a run have at most.
 
-Only lower bounds are taken, so that nothing is refused that could run: parameters, gradients and
-the optimiser's two moments once, or on every rank where the engine holds them whole; one residual
-stream of the rows that are worked on at a time; the tokens of a step; what a memory carries.
-`python -m trainer --help` says nothing of it, for there is nothing to set.
+The checks take lower bounds only, so that nothing is refused that could run: parameters, gradients
+and the two moments of the optimiser, once or on every rank where the engine holds them whole; one
+residual stream of the rows of a forward; the tokens of a step; the carried state. No setting
+changes these limits.
 """
 
 import os
@@ -11,67 +11,94 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from trainer.config.finding import NO_VALUE_SHOWN, Finding
 from trainer.config.schema import Config
 from trainer.launch.elastic import machine_limits
 
-GPU_BYTES = 2**40  # of one accelerator, which is not asked: more than any has
-HOST_BYTES = 2**44  # of a machine that is not this one
-STATE = 4  # a parameter, its gradient and two moments
+GPU_BYTES = 2**40  # of one accelerator, more than any has: it is not asked
+HOST_BYTES = 2**44  # of a machine other than this one
+STATE_TENSORS = 4  # a parameter, its gradient and the two moments of Adam
+TOKEN_BYTES = 8  # of a token's number
 
 
 def machine_bytes(config: Config) -> int:
-    """Memory that the machines of the run have at most."""
-    wish = config.launch
-    if wish.name == "slurm":
-        gpus = config.parallel.ranks if wish.gpus is None else wish.gpus * wish.nodes
-        return HOST_BYTES * wish.nodes + GPU_BYTES * gpus
-    here = (
-        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + GPU_BYTES * machine_limits()[1]
-    )
-    return here if wish.nodes == 1 else here + (HOST_BYTES + 8 * GPU_BYTES) * (wish.nodes - 1)
+    """Returns the bytes of memory that the machines of the run have at most."""
+    launch = config.launch
+    if launch.name == "slurm":
+        if launch.gpus is None:
+            gpus = config.parallel.ranks
+        else:
+            gpus = launch.gpus * launch.nodes
+        return HOST_BYTES * launch.nodes + GPU_BYTES * gpus
+    host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    this_machine = host_bytes + GPU_BYTES * machine_limits()[1]
+    if launch.nodes == 1:
+        return this_machine
+    return this_machine + (HOST_BYTES + 8 * GPU_BYTES) * (launch.nodes - 1)
 
 
-def tokens(config: Config) -> Iterator[str]:
-    """Whether the tokens of a step and what a memory carries could lie anywhere."""
+def check_step_memory(config: Config) -> Iterator[Finding]:
+    """Checks that the tokens of a step and the carried state could fit into memory."""
     limit = machine_bytes(config)
-    width = 8 if config.precision == "float64" else 4
-    stream = config.context_length * config.model.width * width * config.parallel.data
-    if stream > limit:
-        yield (
-            f"context_length={config.context_length}: one residual stream of"
-            f" model.width={config.model.width} is {_gib(stream)} for the rows at hand, and there"
-            f" is memory of {_gib(limit)}; use a shorter context_length"
+    element_bytes = _element_bytes(config)
+    token_state_bytes = config.model.width * element_bytes
+    stream_bytes = config.context_length * token_state_bytes * config.parallel.data
+    if stream_bytes > limit:
+        yield Finding(
+            "context_length",
+            config.context_length,
+            f"one residual stream of model.width={config.model.width} is {_gib(stream_bytes)} for"
+            f" the rows of one forward, but there are {_gib(limit)} of memory",
+            "use a shorter context_length",
+            causes=("model.width", "parallel.data", "precision"),
         )
-    if config.batch_tokens * 8 > limit:
-        yield (
-            f"batch_tokens={config.batch_tokens}: their numbers alone are"
-            f" {_gib(config.batch_tokens * 8)}, and there is memory of {_gib(limit)}; use fewer"
+    batch_bytes = config.batch_tokens * TOKEN_BYTES
+    if batch_bytes > limit:
+        yield Finding(
+            "batch_tokens",
+            config.batch_tokens,
+            f"their numbers alone are {_gib(batch_bytes)}, but there are {_gib(limit)} of memory",
+            "use fewer",
         )
-    carried = config.memory.length * config.model.width * width
-    if carried > limit:
-        yield (
-            f"memory.length={config.memory.length}: of model.width={config.model.width} that is"
-            f" {_gib(carried)}, and there is memory of {_gib(limit)}; use a shorter memory.length"
+    carried_bytes = config.memory.length * token_state_bytes
+    if carried_bytes > limit:
+        yield Finding(
+            "memory.length",
+            config.memory.length,
+            f"at model.width={config.model.width} that is {_gib(carried_bytes)}, but there are"
+            f" {_gib(limit)} of memory",
+            "use a shorter memory.length",
+            causes=("model.width", "precision"),
         )
 
 
-def parameters(config: Config, model: nn.Module) -> Iterator[str]:
-    """Whether the parameters of a model could lie anywhere; the largest of them is named."""
+def check_model_memory(config: Config, model: nn.Module) -> Iterator[Finding]:
+    """Checks that the parameters of a model could fit into memory, and names the largest."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     if not sizes:
         return
+    # Only engine=single holds the parameters whole on every rank; the others shard them.
     copies = config.parallel.ranks if config.engine.name == "single" else 1
     count = sum(sizes.values())
     limit = machine_bytes(config)
-    needed = count * STATE * copies * (8 if config.precision == "float64" else 4)
-    if needed > limit:
-        largest = max(sizes, key=lambda name: sizes[name])
-        held = f" on each of {copies} ranks" if copies > 1 else ""
-        yield (
-            f"the model has {count:,} parameters, {sizes[largest]:,} of them in {largest}; with"
-            f" gradients and the optimiser's state{held} that is {_gib(needed)}, and there is"
-            f" memory of {_gib(limit)}; choose smaller sizes"
-        )
+    needed_bytes = count * STATE_TENSORS * copies * _element_bytes(config)
+    if needed_bytes <= limit:
+        return
+    largest = max(sizes, key=lambda name: sizes[name])
+    on_ranks = f" on each of {copies} ranks" if copies > 1 else ""
+    yield Finding(
+        "model",
+        NO_VALUE_SHOWN,
+        f"has {count:,} parameters, {sizes[largest]:,} of them in {largest}; with"
+        f" gradients and the optimiser's state{on_ranks} that is {_gib(needed_bytes)}, but there"
+        f" are {_gib(limit)} of memory",
+        "choose smaller sizes",
+    )
+
+
+def _element_bytes(config: Config) -> int:
+    """Returns the bytes of one number; bfloat16 keeps its master weights in float32."""
+    return 8 if config.precision == "float64" else 4
 
 
 def _gib(count: int) -> str:

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from trainer.config.finding import Finding
 from trainer.config.schema import Config, LaunchConfig
 from trainer.errors import UserError
 from trainer.safe_files import replace_inside
@@ -31,41 +32,60 @@ TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
 WARNING_S = 60  # Slurm looks at the clock once a minute
 
 
-def judge(config: Config) -> Iterator[str]:
-    """What keeps a config from being a job, or a job from going on where it stopped."""
-    wish = config.launch
-    ranks = config.parallel.ranks
-    if ranks % wish.nodes:
-        yield (
-            f"{ranks} ranks do not divide among launch.nodes={wish.nodes} machines; change"
-            " parallel.data or launch.nodes"
+def check_slurm(config: Config) -> Iterator[Finding]:
+    """Checks that a config can be a batch job, and that the job could go on where it stopped."""
+    launch = config.launch
+    if config.parallel.ranks % launch.nodes:
+        yield ranks_per_node_finding(config)
+    if launch.time is not None and not TIME.fullmatch(launch.time):
+        yield Finding(
+            "launch.time",
+            launch.time,
+            "must be a time that sbatch takes",
+            "write minutes, or for example 12:00:00 or 2-12:00",
         )
-    if wish.time is not None and not TIME.fullmatch(wish.time):
-        yield (
-            f"launch.time={wish.time} is no time that sbatch takes; write minutes, or for example"
-            " 12:00:00 or 2-12:00"
+    if launch.requeue and config.resume == "never":
+        yield Finding(
+            "resume",
+            config.resume,
+            "a job that is put back has to resume",
+            "use resume=auto, or launch.requeue=false",
+            causes=("launch.requeue",),
         )
-    if wish.requeue and config.resume == "never":
-        yield (
-            "resume=never, but a job that is put back has to resume; use resume=auto, or"
-            " launch.requeue=false"
+    if launch.requeue and not config.checkpoint.every:
+        yield Finding(
+            "checkpoint.every",
+            config.checkpoint.every,
+            "saves nothing, so a job that is put back would begin again",
+            "use for example checkpoint.every=100, or launch.requeue=false",
+            causes=("launch.requeue",),
         )
-    if wish.requeue and not config.checkpoint.every:
-        yield (
-            "checkpoint.every=0 saves nothing, so a job that is put back would begin again; "
-            "use for example checkpoint.every=100, or launch.requeue=false"
-        )
-    for option in wish.options:
+    for option in launch.options:
         if not option.startswith("-") or not option.isprintable():
-            yield (
-                f"launch.options={option}: options of sbatch begin with -, one line each; commands"
-                " go into launch.setup"
+            yield Finding(
+                "launch.options",
+                option,
+                "options of sbatch begin with -, one line each",
+                "put commands into launch.setup",
             )
-    if not wish.dry_run and shutil.which("sbatch") is None:
-        yield (
-            "launch=slurm hands the job to sbatch, and there is none on PATH; "
-            "use a machine that submits jobs, or see the script with launch.dry_run=true"
+    if not launch.dry_run and shutil.which("sbatch") is None:
+        yield Finding(
+            "launch",
+            "slurm",
+            "the job is handed to sbatch, which is not on PATH",
+            "use a machine that submits jobs, or see the script with launch.dry_run=true",
         )
+
+
+def ranks_per_node_finding(config: Config) -> Finding:
+    """Returns the finding about ranks that do not divide among the machines."""
+    return Finding(
+        "launch.nodes",
+        config.launch.nodes,
+        f"{config.parallel.ranks} ranks do not divide among {config.launch.nodes} machines",
+        "change parallel.data or launch.nodes",
+        causes=("parallel.context", "parallel.data"),
+    )
 
 
 def here(config: Config, number: int, endpoint: str) -> Config:

@@ -70,7 +70,7 @@ def _tags(words: str | None) -> list[str]:
     return [tag.strip() for tag in (words or "").split(",") if tag.strip()]
 
 
-def judge(config: Config) -> Iterator[str]:
+def check_labels(config: Config) -> Iterator[str]:
     """Labels that W&B would not take, each under the name of the setting or the variable that holds
     it."""
     wish = config.wandb

@@ -16,7 +16,7 @@ from trainer.objectives.base import Objective
 from trainer.objectives.stream import objective_of
 
 
-def misused(config: Config) -> Iterator[str]:
+def check_objective(config: Config) -> Iterator[str]:
     """Faults of the objective beside the data, the memory and the sample; no model is needed."""
     try:
         objective = objective_of(config)
@@ -77,7 +77,7 @@ def learns_next(config: Config) -> bool:
     return objective_of(config).predicts_next and (task is None or not task.aimed)
 
 
-def unlearnable(config: Config, model: nn.Module) -> Iterator[str]:
+def check_objective_model(config: Config, model: nn.Module) -> Iterator[str]:
     """Faults of a model that is shown what it is to predict, or whose positions serve no mask."""
     objective = objective_of(config)
     ahead = layers_ahead(model)

@@ -112,7 +112,7 @@ def refusal(schedule: Factor, step: int, before: int, steps: int) -> str:
     )
 
 
-def unfit(config: Config) -> Iterator[str]:
+def check_lengthening(config: Config) -> Iterator[str]:
     """What keeps a config from going on with a run of another length, as far as the folders
     tell."""
     place = _place(config)

@@ -1,30 +1,24 @@
-"""Whether a config can be honoured, before any rank starts: every fault at once, each with the fact
-and a way out.
+"""Checks a config before any rank starts and reports every fault at once.
 
-Cheap questions come first, but all are asked. What is not built yet is refused by name here, in one
-table a setting.
+Each check is a function `check_*` that yields a `Finding` for every setting that cannot be
+honoured. The cheap checks all run; the model is built only where none of them found a fault.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
-from parallel.context_parallel import METHODS
-from parallel.layout import POLICIES
 from parallel.mesh import shape_errors
 from trainer import run_dir
-from trainer.config import size_limits
-from trainer.config.schema import Config, MemoryConfig
+from trainer.config.finding import Finding, as_finding, render
+from trainer.config.schema import Config
+from trainer.config.size_limits import check_step_memory
 from trainer.errors import UserError
-from trainer.logs.labels import judge as judge_labels
-from trainer.objectives.contradictions import misused
-from trainer.optim.lengthening import unfit
+from trainer.logs.labels import check_labels
+from trainer.objectives.contradictions import check_objective
+from trainer.optim.lengthening import check_lengthening
 from trainer.preflight.check_data import check_data
 from trainer.preflight.check_engine import check_engine_settings
-from trainer.preflight.check_launch import check_machine, check_outer_launcher, check_writable
-from trainer.preflight.check_parts import check_built_model, check_nodes, too_long
-
-NO_MEMORY = MemoryConfig.model_fields["target"].default
-MATCHES = ("none", "parameters", "flops")
-LAUNCHES = ("local", "multinode", "slurm")
+from trainer.preflight.check_launch import check_machine, check_outer_launcher, check_paths
+from trainer.preflight.check_parts import check_built_model, check_nodes, context_too_long
 
 
 def check_config(
@@ -35,145 +29,195 @@ def check_config(
     started: int | None = None,
     starter: str = "torchrun",
 ) -> list[str]:
-    """Every fault of a config, as messages.
+    """Returns a message for every fault of a config; an empty list where it can be run.
 
     Args:
-        config: what to judge.
-        given: keys and groups that the user set by hand; only those can be wishes that nobody
-            takes.
-        mended: keys whose value was a fault already and was put back; nothing more is said of them.
-        known: messages found before; they come first.
-        started: ranks that somebody else has started already; None when this machine starts them.
-            starter: who that was.
+        config: the config to check.
+        given: keys and groups that the user set by hand; only those are refused where no part of
+            the model takes them.
+        mended: keys whose value was at fault already and was put back to its default; findings
+            that depend on them are hidden.
+        known: messages of faults that were found while composing; they come first.
+        started: number of ranks that another launcher has started; None when this command starts
+            them.
+        starter: name of that launcher.
     """
-    faults = [*known, *check_writable(config)]
-    if len(faults) > len(known):
-        return faults
-    carried = (
-        check_machine(config) if started is None else check_outer_launcher(config, started, starter)
-    )
-    asked = (
-        check_sizes,
-        size_limits.tokens,
-        check_scope,
-        check_parallel,
-        check_engine_settings,
-        run_dir.check_run_dir,
-        unfit,
-        judge_labels,
-        check_nodes,
-        check_data,
-        misused,
-    )
-    answers = (each(config) for each in asked)
-    for answer in (carried, *answers):
-        faults += [each for each in answer if not any(key in each for key in mended)]
-    if len(faults) == len(known):
-        faults += check_built_model(config, given)
-    return list(dict.fromkeys(faults))
+    # A path that the system cannot open would raise in every later check that looks at files.
+    path_messages = [render(finding) for finding in check_paths(config)]
+    if path_messages:
+        return [*known, *path_messages]
+
+    messages = [render(finding) for finding in _check_settings(config, mended, started, starter)]
+    if not messages:
+        # Building a model from settings that are known to be wrong would only repeat the fault.
+        messages = [render(as_finding(fault)) for fault in check_built_model(config, given)]
+    return list(dict.fromkeys([*known, *messages]))
 
 
 def require_valid(config: Config) -> None:
-    """Raise one Fault with everything that `check` finds."""
-    if faults := check_config(config):
-        raise UserError("\n".join(faults))
+    """Raises one UserError that lists every fault of a config."""
+    messages = check_config(config)
+    if messages:
+        raise UserError("\n".join(messages))
 
 
-def check_sizes(config: Config) -> Iterator[str]:
-    """Sizes that have to fit one another."""
+def _check_settings(
+    config: Config, mended: Collection[str], started: int | None, starter: str
+) -> Iterator[Finding]:
+    """Yields the findings of all checks that need no model, except those about mended keys."""
+    answers: list[Iterable[Finding | str]] = []
+    if started is None:
+        answers.append(check_machine(config))
+    else:
+        answers.append(check_outer_launcher(config, started, starter))
+    answers += [
+        check_sizes(config),
+        check_step_memory(config),
+        check_scope(config),
+        check_parallel(config),
+        check_engine_settings(config),
+        run_dir.check_run_dir(config),
+        check_lengthening(config),
+        check_labels(config),
+        check_nodes(config),
+        check_data(config),
+        check_objective(config),
+    ]
+    for answer in answers:
+        for fault in answer:
+            finding = as_finding(fault)
+            if not finding.depends_on(mended):
+                yield finding
+
+
+def check_sizes(config: Config) -> Iterator[Finding]:
+    """Checks that the sizes of rows, batches and heads divide one another."""
     model = config.model
-    rows = config.batch_tokens / config.context_length
-    if rows != int(rows):
-        low = max(1, int(rows)) * config.context_length
-        yield (
-            f"batch_tokens={config.batch_tokens} is no multiple of"
-            f" context_length={config.context_length}; use batch_tokens={low}, or another"
-            " context_length"
+    rows, remainder = divmod(config.batch_tokens, config.context_length)
+    if remainder:
+        nearest = max(1, rows) * config.context_length
+        yield Finding(
+            "batch_tokens",
+            config.batch_tokens,
+            f"must be a multiple of context_length={config.context_length}",
+            f"use batch_tokens={nearest}, or another context_length",
+            causes=("context_length",),
         )
     if model.width % model.heads:
-        near = -(-model.width // model.heads) * model.heads
-        yield (
-            f"model.width={model.width} does not divide among model.heads={model.heads}; "
-            f"use model.width={near}, or a divisor of the width as heads"
+        nearest = -(-model.width // model.heads) * model.heads
+        yield Finding(
+            "model.width",
+            model.width,
+            f"must divide among model.heads={model.heads}",
+            f"use model.width={nearest}, or a divisor of the width as heads",
+            causes=("model.heads",),
         )
     if model.kv_heads and model.heads % model.kv_heads:
-        fit = [n for n in range(1, model.heads + 1) if model.heads % n == 0]
-        yield (
-            f"model.kv_heads={model.kv_heads} does not divide model.heads={model.heads}; "
-            f"use model.kv_heads={min(fit, key=lambda n: abs(n - (model.kv_heads or 1)))}"
+        yield Finding(
+            "model.kv_heads",
+            model.kv_heads,
+            f"must divide model.heads={model.heads}",
+            f"use model.kv_heads={_nearest_divisor(model.heads, model.kv_heads)}",
+            causes=("model.heads",),
         )
     if model.max_length and config.context_length > model.max_length:
-        yield too_long(config, model.max_length, f"model.max_length={model.max_length}")
-    if rows == int(rows) and isinstance(config.parallel.micro_batch, int):
-        each = -(-int(rows) // config.parallel.data)
-        if config.parallel.micro_batch > each:
-            yield (
-                f"parallel.micro_batch={config.parallel.micro_batch}, but a step has {each} rows"
-                " for each data rank (batch_tokens / context_length / parallel.data); use"
-                f" parallel.micro_batch={each}"
-            )
+        limit = f"model.max_length={model.max_length}"
+        yield context_too_long(config, model.max_length, limit, causes=("model.max_length",))
+    if not remainder:
+        yield from _check_micro_batch(config, rows)
 
 
-def check_scope(config: Config) -> Iterator[str]:
-    """What has a name already but is not built yet."""
+def _nearest_divisor(number: int, wanted: int) -> int:
+    """Returns the divisor of a number that is nearest to another; of two the smaller."""
+    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    return min(divisors, key=lambda divisor: abs(divisor - wanted))
+
+
+def _check_micro_batch(config: Config, rows: int) -> Iterator[Finding]:
+    micro_batch = config.parallel.micro_batch
+    rows_per_rank = -(-rows // config.parallel.data)
+    if isinstance(micro_batch, int) and micro_batch > rows_per_rank:
+        yield Finding(
+            "parallel.micro_batch",
+            micro_batch,
+            f"a step has {rows_per_rank} rows for each data rank (batch_tokens / context_length /"
+            " parallel.data)",
+            f"use parallel.micro_batch={rows_per_rank}",
+            causes=("batch_tokens", "context_length", "parallel.data"),
+        )
+
+
+def check_scope(config: Config) -> Iterator[Finding]:
+    """Refuses the kinds of parallelism that are out of scope, with the kinds that replace them."""
     parallel = config.parallel
-    tables: list[tuple[str, str, Collection[str], str]] = [
-        ("parallel.method", parallel.method, ("auto", *METHODS), "ring"),
-        ("parallel.layout", parallel.layout, tuple(POLICIES), "zigzag"),
-        ("match", config.match, MATCHES, "none"),
-        ("launch", config.launch.name, LAUNCHES, "local"),
-    ]
-    for key, wish, there, instead in tables:
-        if wish not in there:
-            yield (
-                f"{key}={wish} is not built yet; use {key}={instead} (there is: {', '.join(there)})"
-            )
-    for key, wish in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline)):
-        if wish != 1:
-            yield (
-                f"parallel.{key}={wish}: {key} parallelism is out of Longspan's scope; use"
-                f" parallel.{key}=1, share the sequence with parallel.context={wish}, and the"
-                " parameters with engine=fsdp"
+    for kind, ranks in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline)):
+        if ranks != 1:
+            yield Finding(
+                f"parallel.{kind}",
+                ranks,
+                f"{kind} parallelism is out of Longspan's scope",
+                f"use parallel.{kind}=1, share the sequence with parallel.context={ranks}, and the"
+                " parameters with engine=fsdp",
             )
 
 
-def check_parallel(config: Config) -> Iterator[str]:
-    """Whether a sequence can be shared as asked, and whether the ranks make the groups that experts
-    and replicas need."""
+def check_parallel(config: Config) -> Iterator[Finding]:
+    """Checks that the ranks form the groups that were asked for and that heads suffice for them."""
     parallel = config.parallel
-    yield from shape_errors(parallel.ranks, parallel.experts, config.engine.replicate or 1)
+    replicas = config.engine.replicate or 1
+    for sentence in shape_errors(parallel.ranks, parallel.experts, replicas):
+        yield as_finding(sentence)
     heads = config.model.heads
     context = parallel.context
     if parallel.method == "ulysses" and context > heads:
-        yield (
-            f"parallel.method=ulysses over {context} ranks needs {context} query heads, but"
-            f" model.heads={heads}; use parallel.method=ring, or parallel.context={heads}"
+        yield Finding(
+            "parallel.method",
+            parallel.method,
+            f"over {context} ranks it needs {context} query heads, but model.heads={heads}",
+            f"use parallel.method=ring, or parallel.context={heads}",
+            causes=("parallel.context", "model.heads"),
         )
     if parallel.method == "usp" and (parallel.ulysses or 1) > heads:
-        yield (
-            f"parallel.ulysses={parallel.ulysses} divides query heads among {parallel.ulysses}"
-            f" ranks, but model.heads={heads}; use parallel.ulysses={heads} or fewer, and more in"
-            " parallel.ring"
+        yield Finding(
+            "parallel.ulysses",
+            parallel.ulysses,
+            f"query heads are divided among {parallel.ulysses} ranks, but model.heads={heads}",
+            f"use parallel.ulysses={heads} or fewer, and more in parallel.ring",
+            causes=("parallel.method", "model.heads"),
         )
-    grid = {
-        key: size
-        for key, size in (("ulysses", parallel.ulysses), ("ring", parallel.ring))
-        if size is not None
-    }
+    yield from _check_grid(config)
+
+
+def _check_grid(config: Config) -> Iterator[Finding]:
+    """Checks parallel.ulysses and parallel.ring, the two sides of the grid of method=usp."""
+    parallel = config.parallel
+    ulysses = parallel.ulysses
+    ring = parallel.ring
     if parallel.method != "usp":
-        for key, size in grid.items():
-            yield (
-                f"parallel.{key}={size} means something under parallel.method=usp only, "
-                f"but parallel.method={parallel.method}; use parallel.{key}=null"
-            )
-    elif len(grid) < 2:
-        yield (
-            "parallel.method=usp needs parallel.ulysses and parallel.ring; their product must be"
-            f" parallel.context={context}"
+        for key, size in (("parallel.ulysses", ulysses), ("parallel.ring", ring)):
+            if size is not None:
+                yield Finding(
+                    key,
+                    size,
+                    "means something under parallel.method=usp only, but"
+                    f" parallel.method={parallel.method}",
+                    f"use {key}=null",
+                    causes=("parallel.method",),
+                )
+    elif ulysses is None or ring is None:
+        yield Finding(
+            "parallel.method",
+            "usp",
+            "needs parallel.ulysses and parallel.ring",
+            f"set both; their product must be parallel.context={parallel.context}",
+            causes=("parallel.ulysses", "parallel.ring"),
         )
-    elif parallel.ulysses and parallel.ring and parallel.ulysses * parallel.ring != context:
-        yield (
-            f"parallel.ulysses={parallel.ulysses} x parallel.ring={parallel.ring} is"
-            f" {parallel.ulysses * parallel.ring}, but parallel.context={context}; use"
-            f" parallel.context={parallel.ulysses * parallel.ring}"
+    elif ulysses * ring != parallel.context:
+        yield Finding(
+            "parallel.ulysses",
+            ulysses,
+            f"times parallel.ring={ring} it is {ulysses * ring}, but"
+            f" parallel.context={parallel.context}",
+            f"use parallel.context={ulysses * ring}",
+            causes=("parallel.ring", "parallel.context"),
         )

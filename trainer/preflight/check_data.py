@@ -1,54 +1,66 @@
-"""Checks of the data that a config names."""
+"""Checks the data that a config names, and the sample that is written from it."""
 
 from collections.abc import Iterator
 
+from trainer.config.finding import Finding, as_finding
 from trainer.config.node_checks import as_node, node_errors
 from trainer.config.schema import Config
-from trainer.data.open import check as look_at
+from trainer.data.open import check as check_source
 from trainer.data.sources.base import build_source
 from trainer.data.tasks.base import SyntheticTask
 
 
-def check_prompt(config: Config) -> Iterator[str]:
-    """A sample of a task's data: of one whose answers are no next tokens, or from a prompt that is
-    none of its tokens."""
-    if not config.evaluation.sample_tokens:
+def check_data(config: Config) -> Iterator[Finding]:
+    """Checks that the data exists and can be read, as far as a quick look can tell."""
+    node = as_node(config.data)
+    holds_nothing_out = node.get("held_out") == 0
+    if config.evaluation.every and holds_nothing_out:
+        yield Finding(
+            "data.held_out",
+            0,
+            "keeps nothing to evaluate on",
+            "use data.held_out=0.02, or evaluation.every=0",
+            causes=("evaluation.every",),
+        )
+    sentences = node_errors(node, {}, "data")
+    if sentences:
+        for sentence in sentences:
+            yield as_finding(sentence)
+        return
+    source_sentences = check_source(
+        node,
+        evaluates=bool(config.evaluation.every) and not holds_nothing_out,
+        context_length=config.context_length,
+        lanes=config.memory.carries,
+    )
+    for sentence in source_sentences:
+        yield as_finding(sentence)
+    yield from check_prompt(config)
+
+
+def check_prompt(config: Config) -> Iterator[Finding]:
+    """Checks that a synthetic task can write the sample that evaluation.sample_tokens asks for."""
+    sample_tokens = config.evaluation.sample_tokens
+    if not sample_tokens:
         return
     try:
         source = build_source(as_node(config.data))
-    except ValueError:  # said elsewhere
+    except ValueError:  # reported by the check of the source itself
         return
+    # Only a task limits its prompt: the tokenizer of text takes any.
     if not isinstance(source, SyntheticTask):
         return
     if source.aimed:
-        kind = type(source).__name__
-        yield (
-            f"evaluation.sample_tokens={config.evaluation.sample_tokens} writes token after token,"
-            f" but what {kind} wants said is no next token; use evaluation.sample_tokens=0"
+        yield Finding(
+            "evaluation.sample_tokens",
+            sample_tokens,
+            "a sample is written token after token, but the answers of"
+            f" {type(source).__name__} are not next tokens",
+            "use evaluation.sample_tokens=0",
         )
         return
+    prompt = config.evaluation.prompt
     try:
-        source.tokenizer().encode(config.evaluation.prompt)
+        source.tokenizer().encode(prompt)
     except ValueError as error:
-        yield f"evaluation.prompt={config.evaluation.prompt}: {error}"
-
-
-def check_data(config: Config) -> Iterator[str]:
-    """Whether the data is there and can be read, as far as a quick look tells."""
-    node = as_node(config.data)
-    if config.evaluation.every and node.get("held_out") == 0:
-        yield (
-            "data.held_out=0 keeps nothing to evaluate on; use data.held_out=0.02, or"
-            " evaluation.every=0"
-        )
-    if faults := node_errors(node, {}, "data"):
-        yield from faults
-    else:
-        evaluates = bool(config.evaluation.every) and node.get("held_out") != 0
-        yield from look_at(
-            node,
-            evaluates=evaluates,
-            context_length=config.context_length,
-            lanes=config.memory.carries,
-        )
-        yield from check_prompt(config)
+        yield Finding("evaluation.prompt", prompt, str(error))

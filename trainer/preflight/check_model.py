@@ -1,5 +1,7 @@
-"""Wishes that would be dropped without a word, because the model or the data has no place for them:
-each is a fault."""
+"""Checks for settings that the model or the data has no use for.
+
+Without these checks such a setting would be dropped in silence.
+"""
 
 from collections.abc import Iterator
 
@@ -8,6 +10,7 @@ from torch import nn
 from models.convolution.hyena import Hyena
 from parallel.engines.base import blocks_of
 from trainer.config import build_model
+from trainer.config.finding import NO_VALUE_SHOWN, Finding
 from trainer.config.node_checks import as_node
 from trainer.config.schema import Config
 from trainer.data.sources.base import build_source
@@ -15,79 +18,105 @@ from trainer.errors import UserError
 from trainer.evaluation.generate import beginning
 
 
-def check_position_places(config: Config) -> Iterator[str]:
-    """Layers that were asked for of a model that takes none."""
+def check_layer_settings(config: Config) -> Iterator[Finding]:
+    """Refuses settings of layers where the model takes no layers."""
     try:
-        places = {
-            place: build_model.model_takes(config, place) for place in ("mixers", "feedforwards")
+        takes = {
+            parameter: build_model.model_takes(config, parameter)
+            for parameter in ("mixers", "feedforwards")
         }
-    except UserError:  # there is no such class, which is said elsewhere
+    except UserError:  # the class does not exist, which the check of the node reports
         return
-    asked = config.model
-    kind = config.model.target.rpartition(".")[2]
-    for key, wish, place in (
+    model = config.model
+    model_class = model.target.rpartition(".")[2]
+    for key, value, parameter in (
         ("mixer", config.mixer, "mixers"),
-        ("model.pattern", asked.pattern, "mixers"),
-        ("model.mixers", asked.mixers, "mixers"),
-        ("model.feedforward", asked.feedforward, "feedforwards"),
-        ("model.feedforward_pattern", asked.feedforward_pattern, "feedforwards"),
-        ("model.feedforwards", asked.feedforwards, "feedforwards"),
+        ("model.pattern", model.pattern, "mixers"),
+        ("model.mixers", model.mixers, "mixers"),
+        ("model.feedforward", model.feedforward, "feedforwards"),
+        ("model.feedforward_pattern", model.feedforward_pattern, "feedforwards"),
+        ("model.feedforwards", model.feedforwards, "feedforwards"),
     ):
-        if wish and not places[place]:
-            yield (
-                f"{key} is set, but {kind} takes no {place}; leave {key} out, or use a decoder, for"
-                " example model=full"
+        if value and not takes[parameter]:
+            yield Finding(
+                key,
+                NO_VALUE_SHOWN,
+                f"is set, but {model_class} takes no {parameter}",
+                f"leave {key} out, or use a decoder, for example model=full",
             )
 
 
-def check_whole_only(config: Config, model: nn.Module) -> Iterator[str]:
-    """What is done block by block, of a model that has no blocks."""
+def check_block_settings(config: Config, model: nn.Module) -> Iterator[Finding]:
+    """Refuses settings that act on blocks where the model has no blocks."""
     if blocks_of(model):
         return
-    kind = type(model).__name__
     engine = config.engine
+    lacks_blocks = f"and {type(model).__name__} has none"
     if engine.checkpointing != "none":
-        yield (
-            f"engine.checkpointing={engine.checkpointing} computes blocks again, and {kind} has"
-            " none; use engine.checkpointing=none"
+        yield Finding(
+            "engine.checkpointing",
+            engine.checkpointing,
+            f"computes blocks again, {lacks_blocks}",
+            "use engine.checkpointing=none",
         )
     if engine.compile:
-        yield f"engine.compile=true compiles blocks, and {kind} has none; use engine.compile=false"
+        yield Finding(
+            "engine.compile",
+            True,
+            f"compiles blocks, {lacks_blocks}",
+            "use engine.compile=false",
+        )
     if engine.offload_activations:
-        yield (
-            f"engine.offload_activations=true sends away what blocks save, and {kind} has none; "
-            "use engine.offload_activations=false"
+        yield Finding(
+            "engine.offload_activations",
+            True,
+            f"sends away what blocks save, {lacks_blocks}",
+            "use engine.offload_activations=false",
         )
 
 
-def check_lengths(config: Config, model: nn.Module) -> Iterator[str]:
-    """A sample that is longer than what a layer of the model can take."""
-    wish = config.evaluation
-    if not wish.every or not wish.sample_tokens:
+def check_sample_length(config: Config, model: nn.Module) -> Iterator[Finding]:
+    """Refuses a sample that is longer than some layer of the model can take."""
+    evaluation = config.evaluation
+    if not evaluation.every or not evaluation.sample_tokens:
         return
     try:
-        start = len(beginning(build_source(as_node(config.data)).tokenizer(), wish.prompt))
-    except ValueError:  # said elsewhere
+        tokenizer = build_source(as_node(config.data)).tokenizer()
+        prompt_tokens = len(beginning(tokenizer, evaluation.prompt))
+    except ValueError:  # reported by the check of the data
         return
-    limits = {who: limit for module in model.modules() for who, limit in _limits(module)}
+    limits: dict[str, int] = {}
+    for module in model.modules():
+        limit = _longest_document(module)
+        if limit is not None:
+            limits[type(module).__name__] = limit
     if not limits:
         return
-    who = min(limits, key=lambda name: limits[name])
-    room = limits[who] - start + 1  # the last token is drawn and not read
-    if wish.sample_tokens <= room:
+    shortest = min(limits, key=lambda name: limits[name])
+    # One token more than the limit fits, because the last token is drawn and never read.
+    room = limits[shortest] - prompt_tokens + 1
+    if evaluation.sample_tokens <= room:
         return
-    way = f"use evaluation.sample_tokens={room}" if room > 0 else "use a shorter evaluation.prompt"
-    yield (
-        f"evaluation.sample_tokens={wish.sample_tokens}: a sample of so many tokens after {start}"
-        f" of the prompt is longer than the {limits[who]} that {who} can take; {way}, or a larger"
-        " context_length"
+    if room > 0:
+        remedy = f"use evaluation.sample_tokens={room}"
+    else:
+        remedy = "use a shorter evaluation.prompt"
+    yield Finding(
+        "evaluation.sample_tokens",
+        evaluation.sample_tokens,
+        f"after {prompt_tokens} tokens of the prompt the sample is longer than the"
+        f" {limits[shortest]} that {shortest} can take",
+        f"{remedy}, or a larger context_length",
+        causes=("evaluation.prompt", "context_length"),
     )
 
 
-def _limits(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """(class, longest document) of a layer that has such a limit."""
-    most = (
-        module.filter.length if isinstance(module, Hyena) else getattr(module, "max_length", None)
-    )
-    if isinstance(most, int):
-        yield type(module).__name__, most
+def _longest_document(module: nn.Module) -> int | None:
+    """Returns the number of tokens that a layer is limited to; None where it has no limit."""
+    if isinstance(module, Hyena):
+        limit = module.filter.length
+    else:
+        limit = getattr(module, "max_length", None)
+    if isinstance(limit, int):
+        return limit
+    return None

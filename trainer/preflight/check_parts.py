@@ -1,144 +1,182 @@
-"""Whether the parts that a config names can be built: every node's class and settings, then the
-whole model."""
+"""Checks that the parts of a config can be built: each node by itself, then the whole model."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch import nn
 
 from models.construction import never_filled
 from parallel.context_parallel import refusals, unreachable
 from parallel.engines.expert_sharding import unshared
-from trainer import foreign
-from trainer.config import build_model, instantiate, size_limits
+from trainer.config import build_model, instantiate
 from trainer.config.compose import CONF
+from trainer.config.finding import Finding
 from trainer.config.node_checks import node_errors
-from trainer.config.schema import Config
+from trainer.config.schema import ComponentConfig, Config
+from trainer.config.size_limits import check_model_memory
 from trainer.config.values import TARGET
 from trainer.errors import UserError
-from trainer.objectives.contradictions import unlearnable, vocabulary
-from trainer.preflight import check_engine
-from trainer.preflight.check_model import check_lengths, check_position_places, check_whole_only
+from trainer.foreign import check_foreign_layers
+from trainer.objectives.contradictions import check_objective_model, vocabulary
+from trainer.preflight.check_engine import check_deepspeed_model
+from trainer.preflight.check_model import (
+    check_block_settings,
+    check_layer_settings,
+    check_sample_length,
+)
 from trainer.reach import unreached
 
 
-def check_nodes(config: Config) -> Iterator[str]:
-    """Whether every node's settings are those of its class."""
-    offers = dict.fromkeys(build_model.offered_sizes(config, 1), None)
-    within = {**offers, "position": None, "layer": None}
-    yield from node_errors(config.position, offers, "position")
-    if config.mixer is not None:
-        yield from node_errors(config.mixer, within, "mixer")
-    for label, node in config.model.mixers.items():
-        yield from node_errors(node, within, f"model.mixers.{label}")
-    if config.model.feedforward is not None:
-        yield from node_errors(config.model.feedforward, within, "model.feedforward")
-    for label, node in config.model.feedforwards.items():
-        yield from node_errors(node, within, f"model.feedforwards.{label}")
-    for labels in (build_model.mixer_labels, build_model.feedforward_labels):
-        try:
-            labels(config)
-        except UserError as fault:
-            yield str(fault)
-    yield from check_position_places(config)
-    within |= {"mixers": None, "feedforwards": None, "memory": None}
-    yield from node_errors(build_model.model_node(config), within, "model")
-    yield from _memory_name(config)
+def check_nodes(config: Config) -> Iterator[Finding | str]:
+    """Checks that every node's settings are those of its class."""
     sizes = build_model.offered_sizes(config, 1)
-    for where, node, given in (
-        ("optim", config.optim, {}),
-        ("schedule", config.schedule, {}),
-        ("objective", config.objective, {}),
-        ("memory", build_model.memory_node(config), sizes),
-    ):
-        if faults := node_errors(node, given, where):
-            yield from faults
-        else:
-            yield from _tried(
-                lambda where=where, node=node, given=given: instantiate.instantiate(
-                    node, given, where
-                )
-            )
+    offers = dict.fromkeys(sizes)
+    layer_offers = {**offers, "position": None, "layer": None}
+    model_offers = {**layer_offers, "mixers": None, "feedforwards": None, "memory": None}
+    yield from node_errors(config.position, offers, "position")
+    yield from _check_layer_nodes(config, layer_offers)
+    for layer_labels in (build_model.mixer_labels, build_model.feedforward_labels):
+        try:
+            layer_labels(config)
+        except UserError as error:
+            yield str(error)
+    yield from check_layer_settings(config)
+    yield from node_errors(build_model.model_node(config), model_offers, "model")
+    yield from check_memory_name(config)
+    yield from _check_by_building(config.optim, {}, "optim")
+    yield from _check_by_building(config.schedule, {}, "schedule")
+    yield from _check_by_building(config.objective, {}, "objective")
+    yield from _check_by_building(build_model.memory_node(config), sizes, "memory")
 
 
-def _memory_name(config: Config) -> Iterator[str]:
-    """Whether a memory's name and class are one of conf/memory's pairs; of a user's class the name
-    says if it carries."""
-    asked = config.memory
-    pairs = {
-        path.stem: str(OmegaConf.load(path)[TARGET]) for path in (CONF / "memory").glob("*.yaml")
-    }  # pyright: ignore
-    named = next((name for name, target in pairs.items() if target == asked.target), None)
-    if named and named != asked.name:
-        use = asked.name if asked.name in pairs else named
-        yield f"memory.name={asked.name}, but memory._target_={asked.target}; use memory={use}"
-    elif not named and not asked.carries:
-        yield (
-            f"memory.name={asked.name}, but memory._target_={asked.target}; give it a name of"
-            " its own"
-        )
+def _check_layer_nodes(config: Config, offers: Mapping[str, Any]) -> Iterator[str]:
+    if config.mixer is not None:
+        yield from node_errors(config.mixer, offers, "mixer")
+    for label, node in config.model.mixers.items():
+        yield from node_errors(node, offers, f"model.mixers.{label}")
+    if config.model.feedforward is not None:
+        yield from node_errors(config.model.feedforward, offers, "model.feedforward")
+    for label, node in config.model.feedforwards.items():
+        yield from node_errors(node, offers, f"model.feedforwards.{label}")
 
 
-def _tried(attempt: Callable[[], object]) -> Iterator[str]:
+def _check_by_building(
+    node: ComponentConfig | Mapping[str, Any], offers: Mapping[str, Any], path: str
+) -> Iterator[str]:
+    """Checks a node that is cheap enough to build, so that its constructor has a say as well."""
+    sentences = node_errors(node, offers, path)
+    if sentences:
+        yield from sentences
+        return
     try:
-        attempt()
+        instantiate.instantiate(node, offers, path)
     except (UserError, ValueError) as error:
         yield str(error)
 
 
-def check_built_model(config: Config, given: Collection[str]) -> Iterator[str]:
-    """Whether the model can be built, and takes what was asked for; it is built without memory."""
-    tokens, small = vocabulary(config)
-    yield from small
+def check_memory_name(config: Config) -> Iterator[Finding]:
+    """Checks that the name and the class of the memory belong together.
+
+    The name decides whether rows carry a state, so a wrong pair would change how the data is read.
+    A class of the user's own may have any name that is not taken, which then says that it carries.
+    """
+    memory = config.memory
+    targets: dict[str, str] = {}
+    for path in (CONF / "memory").glob("*.yaml"):
+        targets[path.stem] = str(OmegaConf.load(path)[TARGET])  # pyright: ignore
+    own_names = [name for name, target in targets.items() if target == memory.target]
+    fact = f"does not belong to memory._target_={memory.target}"
+    if own_names and own_names[0] != memory.name:
+        choice = memory.name if memory.name in targets else own_names[0]
+        yield Finding("memory.name", memory.name, fact, f"use memory={choice}")
+    elif not own_names and not memory.carries:
+        yield Finding("memory.name", memory.name, fact, "give it a name of its own")
+
+
+def check_built_model(config: Config, given: Collection[str]) -> Iterator[Finding | str]:
+    """Checks that the model can be built and takes what was set; it is built without memory.
+
+    Args:
+        config: a config whose nodes were checked.
+        given: keys and groups that the user set by hand.
+    """
+    tokens, vocabulary_errors = vocabulary(config)
+    yield from vocabulary_errors
     try:
-        place = instantiate.instantiate(
-            config.position, build_model.offered_sizes(config, tokens), "position"
-        )
+        offers = build_model.offered_sizes(config, tokens)
+        position = instantiate.instantiate(config.position, offers, "position")
         with torch.device("meta"):
-            built_model = build_model.build_model(config, tokens)
-    except UserError as fault:
-        yield str(fault)
+            model = build_model.build_model(config, tokens)
+    except UserError as error:
+        yield str(error)
         return
-    yield from size_limits.parameters(config, built_model)
-    yield from never_filled(built_model, config.seed)
-    yield from check_whole_only(config, built_model)
-    yield from unlearnable(config, built_model)
-    yield from foreign.judge(config)
+    yield from check_model_memory(config, model)
+    yield from never_filled(model, config.seed)
+    yield from check_block_settings(config, model)
+    yield from check_objective_model(config, model)
+    yield from check_foreign_layers(config)
     if config.engine.name == "deepspeed":
-        yield from check_engine.check_deepspeed_model(config, built_model)
+        yield from check_deepspeed_model(config, model)
     if config.parallel.context > 1:
-        yield from refusals(built_model, config.parallel.method)
+        yield from refusals(model, config.parallel.method)
     if config.parallel.experts > 1:
-        yield from unshared(built_model, config.parallel.experts) + unreachable(built_model)
-    for who in (place, built_model):
-        limit = getattr(who, "max_length", None)
-        if limit is not None and limit < config.context_length:
-            yield too_long(config, limit, f"{type(who).__name__} (max_length={limit})")
-    yield from check_lengths(config, built_model)
-    if config.memory.carries and (limit := getattr(place, "max_length", None)) is not None:
-        yield (
-            f"memory={config.memory.name}: positions go on from row to row, but"
-            f" position.max_length={limit}; use position=rope or position=relative, which have no"
-            " limit"
-        )
-    taken = [name for each in build_model.sizes_taken(config, tokens).values() for name in each]
-    if (
-        config.model.max_length is not None and "max_length" not in taken
-    ):  # a limit; sizes are offers, which the log lists
-        yield (
-            f"model.max_length={config.model.max_length}, but nothing in this model takes it; use"
-            " model.max_length=null"
-        )
-    if config.memory.carries and "memory" not in taken:
-        yield (
-            f"memory={config.memory.name}, but {type(built_model).__name__} takes no memory; leave"
-            " memory= out"
-        )
+        yield from unshared(model, config.parallel.experts)
+        yield from unreachable(model)
+    yield from _check_max_length(config, position, model)
+    yield from check_sample_length(config, model)
+    yield from _check_takers(config, position, model, tokens)
     yield from unreached(config, given, tokens).values()
 
 
-def too_long(config: Config, limit: int, who: str) -> str:
-    return (
-        f"context_length={config.context_length} is longer than {who} allows; "
-        f"use context_length={limit}, or position=rope, which has no limit"
+def _check_max_length(config: Config, position: Any, model: nn.Module) -> Iterator[Finding]:
+    for part in (position, model):
+        limit = getattr(part, "max_length", None)
+        if limit is not None and limit < config.context_length:
+            yield context_too_long(config, limit, f"{type(part).__name__} (max_length={limit})")
+
+
+def _check_takers(
+    config: Config, position: Any, model: nn.Module, vocabulary_size: int
+) -> Iterator[Finding]:
+    """Checks that some part takes the limit of length and the memory that were set."""
+    sizes_by_part = build_model.sizes_taken(config, vocabulary_size)
+    taken = {name for sizes in sizes_by_part.values() for name in sizes}
+    memory = config.memory
+    longest = getattr(position, "max_length", None)
+    if memory.carries and longest is not None:
+        yield Finding(
+            "memory",
+            memory.name,
+            f"positions go on from row to row, but position.max_length={longest}",
+            "use position=rope or position=relative, which have no limit",
+        )
+    # Other sizes are offers, and the log lists who took them; a limit that is not kept is a fault.
+    if config.model.max_length is not None and "max_length" not in taken:
+        yield Finding(
+            "model.max_length",
+            config.model.max_length,
+            "nothing in this model takes it",
+            "use model.max_length=null",
+        )
+    if memory.carries and "memory" not in taken:
+        yield Finding(
+            "memory",
+            memory.name,
+            f"{type(model).__name__} takes no memory",
+            "leave memory= out",
+        )
+
+
+def context_too_long(
+    config: Config, limit: int, owner: str, causes: tuple[str, ...] = ()
+) -> Finding:
+    """Returns the finding about rows that are longer than a part of the model allows."""
+    return Finding(
+        "context_length",
+        config.context_length,
+        f"is longer than {owner} allows",
+        f"use context_length={limit}, or position=rope, which has no limit",
+        causes=causes,
     )

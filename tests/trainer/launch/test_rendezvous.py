@@ -152,10 +152,10 @@ FINE = (
         ("launch.rdzv_endpoint=null", "launch.rdzv_endpoint=null: machines meet at HOST:PORT"),
         (
             "launch.node_rank=2",
-            "launch.node_rank=2: give each of the 2 machines a number from 0 to 1",
+            "launch.node_rank=2: must be a number from 0 to 1",
         ),
-        ("launch.node_rank=null", "launch.node_rank=null: give each"),
-        ("parallel.context=3", "3 ranks do not divide among launch.nodes=2 machines"),
+        ("launch.node_rank=null", "launch.node_rank=null: must be a number"),
+        ("parallel.context=3", "launch.nodes=2: 3 ranks do not divide among 2 machines"),
         ("run_dir=null", "give run_dir=PATH, a folder that all of them see"),
         ("launch.name=local", "for several machines, but launch=local; use launch=multinode"),
     ],

@@ -126,19 +126,19 @@ def test_what_is_not_asked_for_is_left_to_slurm() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("parallel.context=3",), "3 ranks do not divide among launch.nodes=2 machines"),
-        (("launch.time=soon",), "launch.time=soon is no time that sbatch takes"),
-        (("launch.time=1:2:3:4",), "launch.time=1:2:3:4 is no time that sbatch takes"),
-        (("resume=never",), "resume=never, but a job that is put back has to resume"),
-        (("checkpoint.every=0",), "checkpoint.every=0 saves nothing"),
+        (("parallel.context=3",), "launch.nodes=2: 3 ranks do not divide among 2 machines"),
+        (("launch.time=soon",), "launch.time=soon: must be a time that sbatch takes"),
+        (("launch.time=1:2:3:4",), "launch.time=1:2:3:4: must be a time that sbatch takes"),
+        (("resume=never",), "resume=never: a job that is put back has to resume"),
+        (("checkpoint.every=0",), "checkpoint.every=0: saves nothing"),
         (("launch.options=[qos]",), "launch.options=qos: options of sbatch begin with -"),
         (
             ("launch.node_rank=0",),
-            "launch.node_rank=0 is for several machines, but launch=slurm; use launch=multinode",
+            "launch.node_rank=0: is for several machines, but launch=slurm; use launch=multinode",
         ),
         (
             ("launch.name=local", "launch.nodes=1", "launch.cores=2"),
-            "launch.cores=2 is for a batch job, but launch=local",
+            "launch.cores=2: is for a batch job, but launch=local",
         ),
     ],
 )

@@ -33,25 +33,25 @@ def test_every_task_can_be_given_to_every_model(model: str, data: str) -> None:
     [
         (
             (*COPY, "mixer=full"),
-            "mixer is set, but NeuralTuringMachine takes no mixers; leave mixer out",
+            "mixer: is set, but NeuralTuringMachine takes no mixers; leave mixer out",
         ),
         (
             (*COPY, "model.pattern=[full]"),
-            "model.pattern is set, but NeuralTuringMachine takes no mixers",
+            "model.pattern: is set, but NeuralTuringMachine takes no mixers",
         ),
         (
             (*COPY, "model.feedforward={_target_: models.feedforward.SwiGLU}"),
-            "model.feedforward is set, but NeuralTuringMachine takes no",
+            "model.feedforward: is set, but NeuralTuringMachine takes no",
         ),
         ((*COPY, "position=alibi"), "nothing in this model takes a position"),
         (
             (*COPY, "memory=lookup"),
             "NeuralTuringMachine carries a state of its own .* use memory=segments memory.length=0",
         ),
-        ((*FACTS, "memory=segments"), "memory=segments, but KeyValue takes no memory"),
+        ((*FACTS, "memory=segments"), "memory=segments: KeyValue takes no memory"),
         (
             (*COPY, "engine.checkpointing=full"),
-            "engine.checkpointing=full computes blocks again, and NeuralTuringMachine has none",
+            "engine.checkpointing=full: computes blocks again, and NeuralTuringMachine has none",
         ),
         (
             (*COPY, "engine.offload_activations=true", "launch=slurm", "launch.dry_run=true"),
@@ -59,7 +59,7 @@ def test_every_task_can_be_given_to_every_model(model: str, data: str) -> None:
         ),
         (
             (*FACTS, "engine.compile=true"),
-            "engine.compile=true compiles blocks, and KeyValue has none",
+            "engine.compile=true: compiles blocks, and KeyValue has none",
         ),
         (
             (*COPY, "context_length=40", "batch_tokens=80"),
@@ -67,7 +67,7 @@ def test_every_task_can_be_given_to_every_model(model: str, data: str) -> None:
         ),
         (
             (*COPY, "evaluation.sample_tokens=5"),
-            "what CopyTask wants said is no next token; use evaluation.sample_tokens=0",
+            "the answers of CopyTask are not next tokens; use evaluation.sample_tokens=0",
         ),
         (
             (*FACTS, "evaluation.sample_tokens=5", "evaluation.prompt=def"),
@@ -79,7 +79,7 @@ def test_every_task_can_be_given_to_every_model(model: str, data: str) -> None:
         ),
         ((*COPY, "model.controller=gru"), "controller=gru is none that there is"),
         ((*COPY, "parallel.context=2", "parallel.method=ulysses"), "needs 2 query heads"),
-        ((*COPY, "data.held_out=0"), "data.held_out=0 keeps nothing to evaluate on"),
+        ((*COPY, "data.held_out=0"), "data.held_out=0: keeps nothing to evaluate on"),
     ],
 )
 def test_what_there_is_no_place_for_is_refused(words: tuple[str, ...], said: str) -> None:

@@ -111,5 +111,5 @@ def test_what_cannot_be_fitted_is_refused_with_a_way_out() -> None:
         match=r"no width comes near .*; use another model\.width or model\.layers, or match=none",
     ):
         match_sizes(composed(*words), words)
-    with pytest.raises(UserError, match=r"model\.width=96 does not divide among model\.heads=5"):
+    with pytest.raises(UserError, match=r"model\.width=96: must divide among model\.heads=5"):
         load_config([*SIZES, "model.heads=5", "match=parameters"])

@@ -155,7 +155,7 @@ def test_two_of_three_jobs_run_at_once_on_two_ranks_and_a_signal_stops_them_and_
         (("mixer=full,sliding", "mixer.windwo=8"), "did you mean mixer.window"),
         (
             ("model.heads=2,3",),
-            "model.width=16 does not divide among model.heads=3; .* (job 1: model.heads=3)",
+            "model.width=16: must divide among model.heads=3; .* (job 1: model.heads=3)",
         ),
         (("seed=1,2", "run_dir=there"), "give the folder of all with hydra.sweep.dir=PATH"),
         (("seed=1,2", "hydra.sweep.subdir=same"), "is the folder of several jobs"),
