@@ -179,15 +179,15 @@ def _judge(
 ) -> None:
     """Refuse sizes that do not fit each other."""
     if not 1 <= turned <= min(channels, index_channels):
-        fact = f"turned={turned} of channels={channels} and index_channels={index_channels}"
+        fact = f"rope_dim={turned} of channels={channels} and index_channels={index_channels}"
         raise ValueError(
-            f"{fact}: the position turns some of the channels of both; choose turned among them"
+            f"{fact}: a position rotates some of the channels of both; choose rope_dim among them"
         )
     if groups < 1 or heads % groups:
         raise ValueError(
             f"model.heads={heads} does not fall into groups={groups}; choose a divisor of {heads}"
         )
-    magnitude = getattr(position, "magnitude", 1.0)
+    magnitude = getattr(position, "attention_factor", 1.0)
     if isinstance(position, Rope) and magnitude != 1.0:
         raise ValueError(
             f"compressed attention turns its output back, which a position of magnitude {magnitude}"

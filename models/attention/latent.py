@@ -78,44 +78,44 @@ class LatentAttention(SplitAttention):
         super().__init__()
         each = max(1, width // heads)
         sizes = {
-            "latent": 2 * each if kv_latent is None else kv_latent,
-            "content": each if nope_dim is None else nope_dim,
-            "turned": max(2, each // 4 * 2) if rope_dim is None else rope_dim,
-            "value": each if value_dim is None else value_dim,
+            "kv_latent": 2 * each if kv_latent is None else kv_latent,
+            "nope_dim": each if nope_dim is None else nope_dim,
+            "rope_dim": max(2, each // 4 * 2) if rope_dim is None else rope_dim,
+            "value_dim": each if value_dim is None else value_dim,
         }
-        for name, size in {**sizes, "query_latent": 1 if q_latent is None else q_latent}.items():
+        for name, size in {**sizes, "q_latent": 1 if q_latent is None else q_latent}.items():
             if size < 1:
                 raise ValueError(
                     f"{name} is a number of channels and must be 1 or more; got {size}"
                 )
-        self.position = require_rotary(position, "latent", heads, sizes["turned"])
+        self.position = require_rotary(position, "latent", heads, sizes["rope_dim"])
         self.heads = heads
         self.sizes = sizes
-        query = heads * (sizes["content"] + sizes["turned"])
+        query = heads * (sizes["nope_dim"] + sizes["rope_dim"])
         self.squeeze_q = None if q_latent is None else nn.Linear(width, q_latent, bias=False)
         self.norm_q = None if q_latent is None else nn.RMSNorm(q_latent, eps=1e-6)
         self.q = nn.Linear(width if q_latent is None else q_latent, query, bias=False)
-        self.squeeze = nn.Linear(width, sizes["latent"] + sizes["turned"], bias=False)
-        self.norm = nn.RMSNorm(sizes["latent"], eps=1e-6)
+        self.squeeze = nn.Linear(width, sizes["kv_latent"] + sizes["rope_dim"], bias=False)
+        self.norm = nn.RMSNorm(sizes["kv_latent"], eps=1e-6)
         self.up = nn.Linear(
-            sizes["latent"], heads * (sizes["content"] + sizes["value"]), bias=False
+            sizes["kv_latent"], heads * (sizes["nope_dim"] + sizes["value_dim"]), bias=False
         )
-        self.out = nn.Linear(heads * sizes["value"], width, bias=False)
-        self.mix = Softmax(CAUSAL, LatentScore(sizes["content"]))
+        self.out = nn.Linear(heads * sizes["value_dim"], width, bias=False)
+        self.mix = Softmax(CAUSAL, LatentScore(sizes["nope_dim"]))
 
     def payload(self, x: Tensor, span: Span) -> tuple[Tensor, ...]:
         """Latents [B, S, L] and the key part [B, S, R] that the position turns."""
-        latent, key = self.squeeze(x).split([self.sizes["latent"], self.sizes["turned"]], -1)
+        latent, key = self.squeeze(x).split([self.sizes["kv_latent"], self.sizes["rope_dim"]], -1)
         return self.norm(latent), self.position.rotate(key[:, :, None], span)[:, :, 0]
 
     def attend(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width], given the latents of the tokens `of`."""
-        content = self.sizes["content"]
-        turned = self.sizes["turned"]
+        content = self.sizes["nope_dim"]
+        turned = self.sizes["rope_dim"]
         squeezed = (
             x if self.squeeze_q is None or self.norm_q is None else self.norm_q(self.squeeze_q(x))
         )
         q = self.q(squeezed).unflatten(-1, (self.heads, content + turned))
         q = torch.cat([q[..., :content], self.position.rotate(q[..., content:], span)], -1)
-        up = self.up.weight.unflatten(0, (self.heads, content + self.sizes["value"]))
+        up = self.up.weight.unflatten(0, (self.heads, content + self.sizes["value_dim"]))
         return self.out(self.mix((q,), payload, (up,), span=span, kv_span=kv_span).flatten(-2))

@@ -33,7 +33,6 @@ NEEDED = {  # what a yaml cannot do without, or would make a run of this size lo
     "data=repeat_copy": ("data.max_length=4", "data.max_repeats=3"),
     "mixer=bidirectional": ("objective=masked", "data=files"),
     "mixer=mamba2": ("mixer.state=4",),
-    "model=bidirectional": ("objective=masked", "data=files"),
     "memory=compressive": ("memory.segment=16", "data=files"),
     "memory=lookup": ("memory.length=32", "memory.layers=[0]", "data=files"),
     "memory=segments": ("memory.length=32", "data=files"),
@@ -47,8 +46,12 @@ APART = ("parallel.context=1", "parallel.data=2", "engine=fsdp")
 
 
 def yamls(group):
+    """The parts of a group; a model that only names a mixer of the same name is that mixer's."""
+    mixers = {path.stem for path in (CONF / "mixer").glob("*.yaml")} if group == "model" else set()
     return sorted(
-        f"{group}={path.stem}" for path in (CONF / group).glob("*.yaml") if path.stem != "decoder"
+        f"{group}={path.stem}"
+        for path in (CONF / group).glob("*.yaml")
+        if path.stem not in mixers | {"decoder"}
     )
 
 

@@ -115,7 +115,7 @@ PINNED = 2459150361376443823
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DilatedWindow(0), "reach is a number of tokens"),
+        (lambda: DilatedWindow(0), "window is a number of tokens"),
         (lambda: DilatedWindow(2, (1, 0)), "gaps are distances"),
         (lambda: GlobalKey(-1), "0 or more"),
         (lambda: NeighborBlocks(0, 1), "block=0"),

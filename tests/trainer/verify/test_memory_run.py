@@ -12,11 +12,17 @@ from trainer.verify.whole_runs import write_documents
 
 COMMON = (
     "steps=6", "context_length=48", "batch_tokens=192", "model.width=32", "model.layers=2", "model.heads=4",
-    "model.kv_heads=2", "optim.learning_rate=0.003", "checkpoint.every=3", "evaluation.every=3", "evaluation.batches=2",
+    "optim.learning_rate=0.003", "checkpoint.every=3", "evaluation.every=3", "evaluation.batches=2",
     "wandb.mode=disabled", "precision=float64",
 )  # fmt: skip
 MEMORIES = {
-    "segments": ("memory=segments", "memory.length=40", "memory.segment=16", "position=relative"),
+    "segments": (
+        "memory=segments",
+        "model.kv_heads=2",
+        "memory.length=40",
+        "memory.segment=16",
+        "position=relative",
+    ),
     "tokens": ("memory=tokens", "memory.length=3", "memory.segment=16", "memory.depth=2"),
     "lookup": (
         "memory=lookup",
