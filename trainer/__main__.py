@@ -23,8 +23,8 @@ from typing import Any
 import torch.distributed as dist
 
 from trainer import run_dir
-from trainer.config.compose import MANY
 from trainer.config.help import text
+from trainer.config.overrides import MULTIRUN_WORDS
 from trainer.config.schema import Config
 from trainer.entry import asks_for_help, run_command
 from trainer.errors import BAD_RUN, BUG, DONE, UserError
@@ -66,7 +66,7 @@ def main(words: Sequence[str]) -> int:
                 words[2:], dropped=lambda found: None
             )  # the sweep has said which settings reach nothing in this job
         start = None if any(word in ONE_A_MACHINE for word in words) else _started()
-        if any(word in MANY for word in words):
+        if any(word in MULTIRUN_WORDS for word in words):
             return many(words, start)
         return (
             command(words)

@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 from models.positions.base import Position
 from models.positions.none import NoPosition
 from trainer.config import build_model, instantiate
-from trainer.config.compose import CONF, compose
+from trainer.config.compose import compose
+from trainer.config.groups import CONF
 from trainer.config.schema import Config
 from trainer.config.values import TARGET
 from trainer.errors import UserError

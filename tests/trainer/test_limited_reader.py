@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from trainer import limited_reader, run_dir
 from trainer.checkpoint.manifest import read_manifest
-from trainer.config import compose
+from trainer.config import compose, groups
 from trainer.errors import UserError
 from trainer.export import reopen
 from trainer.launch.exit_report import ExitReport, read_report
@@ -220,8 +220,8 @@ def test_a_row_of_another_kind_is_one_message(row, tmp_path):
 
 @pytest.mark.parametrize("text", [BOMB, "a:\n\t- b", "[" * 5000], ids=["aliases", "tab", "deep"])
 def test_a_spoilt_settings_file_is_a_message_of_the_composing(text, tmp_path, monkeypatch):
-    shutil.copytree(compose.CONF, tmp_path / "conf")
-    monkeypatch.setattr(compose, "CONF", tmp_path / "conf")
+    shutil.copytree(groups.CONF, tmp_path / "conf")
+    monkeypatch.setattr(groups, "CONF", tmp_path / "conf")
     assert compose.compose(["steps=3"]).faults == []
     (tmp_path / "conf" / "optim" / "mine.yaml").write_text(text)
     compose._vet.cache_clear()

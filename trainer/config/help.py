@@ -2,7 +2,8 @@
 
 from pydantic import BaseModel
 
-from trainer.config.compose import choices, compose, groups
+from trainer.config.compose import compose
+from trainer.config.groups import choices, groups
 from trainer.config.schema import ComponentConfig
 
 USAGE = """Train a sequence model on contexts longer than one device holds.

@@ -11,8 +11,8 @@ from models.construction import never_filled
 from parallel.context_parallel import refusals, unreachable
 from parallel.engines.expert_sharding import unshared
 from trainer.config import build_model, instantiate
-from trainer.config.compose import CONF
 from trainer.config.finding import Finding
+from trainer.config.groups import CONF
 from trainer.config.node_checks import node_errors
 from trainer.config.schema import ComponentConfig, Config
 from trainer.config.size_limits import check_model_memory

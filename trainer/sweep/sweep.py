@@ -22,7 +22,9 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer import run_dir
-from trainer.config.compose import CONF, MANY, sweep_words
+from trainer.config.compose import sweep_words
+from trainer.config.groups import CONF
+from trainer.config.overrides import MULTIRUN_WORDS
 from trainer.config.schema import Config
 from trainer.errors import BUG, UserError
 from trainer.errors import DONE as WELL
@@ -76,7 +78,7 @@ def run_sweep(words: Sequence[str], command: Sequence[str] = COMMAND) -> int:
             directory is another's.
     """
     faults: list[str] = []
-    settings = sweep_words([word for word in words if word not in MANY], faults)
+    settings = sweep_words([word for word in words if word not in MULTIRUN_WORDS], faults)
     if faults:
         raise UserError("\n".join(faults))
     hydra_launcher.register(hydra_launcher.TorchrunLauncher)

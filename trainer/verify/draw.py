@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from models.attention.full import Attention
 from models.memory.local_attention import NOT_EXACT
-from trainer.config.compose import CONF, choices
+from trainer.config.groups import CONF, choices
 from trainer.config.node_checks import find_class, parameters
 from trainer.config.schema import EngineConfig, ParallelConfig
 from trainer.config.values import TARGET

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
-from trainer.config.compose import known_keys
+from trainer.config.explain import known_keys
 from trainer.config.schema import Config
 from trainer.verify.draw import options, settings_of
 

@@ -8,7 +8,9 @@ import torch
 
 from models.init import initial_tensor
 from trainer.config import build_model, instantiate
-from trainer.config.compose import CONF, choices, compose, groups, known_keys
+from trainer.config.compose import compose
+from trainer.config.explain import known_keys
+from trainer.config.groups import CONF, choices, groups
 from trainer.config.node_checks import as_node
 from trainer.config.schema import Config
 from trainer.errors import UserError

@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from models.ranges import Range
-from trainer.config.compose import CONF, compose
+from trainer.config.compose import compose
+from trainer.config.groups import CONF
 from trainer.config.node_checks import normalise_node
 from trainer.config.schema import Config
 from trainer.config.values import breach, quoted_value, settled

@@ -8,7 +8,8 @@ import time
 import pytest
 import torch
 
-from trainer.config.compose import choices, compose
+from trainer.config.compose import compose
+from trainer.config.groups import choices
 from trainer.preflight import check_engine, check_launch
 from trainer.preflight.check import check_config
 from trainer.preflight.prepare import load_config

@@ -1,0 +1,31 @@
+"""Groups of the configuration folder: the names that can be chosen as GROUP=NAME."""
+
+from pathlib import Path
+
+CONF = Path(__file__).resolve().parent.parent.parent / "conf"
+
+
+def choices(group: str) -> list[str]:
+    """Returns the names of a group, as in mixer=NAME."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def groups() -> list[str]:
+    """Returns the groups that can be chosen, as in GROUP=NAME."""
+    names = []
+    for path in CONF.iterdir():
+        if path.is_dir() and any(path.glob("*.yaml")):
+            names.append(path.name)
+    return sorted(names)
+
+
+def is_hydra_key(key: str) -> bool:
+    """Tells whether a key is one of Hydra's own settings."""
+    return key == "hydra" or key.startswith(("hydra.", "hydra/"))
+
+
+def is_group(key: str) -> bool:
+    """Tells whether a key chooses a member of a group, also as GROUP@PLACE."""
+    if not key or is_hydra_key(key):
+        return False
+    return (CONF / key.partition("@")[0]).is_dir()
