@@ -1,5 +1,7 @@
-"""Compressed sparse attention: a window of tokens, and the few block summaries that an indexer
-finds worth a look."""
+"""Compressed sparse attention: a window of tokens and a few block summaries chosen by an indexer.
+
+Letters: B rows, T tokens, H heads, C channels of a key, K chosen blocks.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -20,32 +22,32 @@ from models.span import Span
 
 
 class Compressed(nn.Module):
-    """One softmax over the last `reach` tokens, `top` chosen summaries of complete blocks, and a
-    learned sink.
+    """One softmax over the last `window` tokens, `top` chosen block summaries and a learned sink.
 
     Args:
-        width, heads: of what comes in and goes out; query heads, which share one key that is also
-            the value.
-        position: must turn queries and keys without changing their length: rope, interpolated, ntk,
-            none.
-        channels: C, of a key; null = width / heads. turned: the last of them, which the position
-            turns; null = half of C.
-        q_latent: width that queries are squeezed through; null = width / 2.
-        block: tokens in a block. top: summaries that a query may choose. reach: tokens of the
-            window, oneself among them.
-        index_heads, index_channels: of the indexer.
-        groups: of heads, each with its own projection to `group_width` channels; null = width /
-            groups.
-        dense_steps: steps at the beginning in which every query sees all summaries while the
-            indexer learns from that.
+        width: channels of input and output.
+        heads: query heads, which share one key that is also the value.
+        position: must rotate queries and keys without changing their length: rope, interpolated,
+            ntk, none.
+        channels: C, of a key; null = width / heads.
+        rope_dim: how many of the last channels are rotated; null = half of C.
+        q_latent: channels that queries are squeezed through; null = width / 2.
+        block: tokens in a block.
+        top: summaries that a query may choose.
+        window: tokens of the window; it counts the query itself.
+        index_heads, index_channels: heads and channels of the indexer.
+        groups: groups of heads, each with its own projection to `group_width` channels.
+        group_width: null = width / groups.
+        dense_steps: first steps in which every query sees all summaries while the indexer learns
+            from that.
 
-    The indexer's loss is left in `auxiliary["indexer"]` [B, T] (see models/auxiliary.py), the step
-    is told by `begin`. Before any `begin`, and where no step is told, attention is sparse.
+    The indexer's loss is left in `auxiliary["indexer"]` [B, T] (see models/auxiliary.py). `begin`
+    receives the step number; before its first call, attention is sparse.
 
     Source: DeepSeek-AI 2026, DeepSeek-V4, section 2.3.1, as transformers computes it. Ours counts
-    blocks from the start of each document; gives the indexer a loss, which theirs lacks (V3.2's:
-    attention's weights on summaries, summed over heads, as the target); turns pairs (i, i + R/2),
-    theirs (2i, 2i + 1): a fixed permutation of channels.
+    blocks from the start of each document; gives the indexer a loss, which theirs lacks (that of
+    V3.2: the target is attention's weights on summaries, summed over heads); rotates pairs
+    (i, i + R/2), theirs (2i, 2i + 1): a fixed permutation of channels.
     """
 
     decayed = ("group",)
@@ -69,23 +71,23 @@ class Compressed(nn.Module):
         dense_steps: int = 0,
     ):
         super().__init__()
-        each = max(1, width // heads) if channels is None else channels
-        rope_dim = max(2, each // 4 * 2) if rope_dim is None else rope_dim
-        squeezed = max(1, width // 2) if q_latent is None else q_latent
-        _judge(
-            position,
-            heads=heads,
-            channels=each,
-            turned=rope_dim,
-            index_channels=index_channels,
-            groups=groups,
-        )
-        counts = {"block": block, "top": top, "query_latent": squeezed, "index_heads": index_heads}
-        for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"{name} must be 1 or more; got {count}")
+        if channels is None:
+            channels = max(1, width // heads)
+        if rope_dim is None:
+            rope_dim = max(2, channels // 4 * 2)
+        if q_latent is None:
+            q_latent = max(1, width // 2)
+        _validate_channels(position, channels, rope_dim, index_channels)
+        _validate_counts(block=block, top=top, q_latent=q_latent, index_heads=index_heads)
+        if groups < 1 or heads % groups:
+            raise ValueError(
+                f"groups={groups} does not divide model.heads={heads}; choose a divisor of {heads}"
+            )
         if dense_steps < 0:
-            raise ValueError(f"dense_steps is a number of steps, 0 or more; got {dense_steps}")
+            raise ValueError(f"dense_steps={dense_steps}: a number of steps must be 0 or more")
+        if group_width is None:
+            group_width = max(1, width // groups)
+
         self.heads = heads
         self.block = block
         self.top = top
@@ -95,101 +97,129 @@ class Compressed(nn.Module):
         self.dense_steps = dense_steps
         self.dense = False
         self.auxiliary: dict[str, Tensor] = {}
-        self.squeeze_q = nn.Linear(width, squeezed, bias=False)
-        self.norm_q = nn.RMSNorm(squeezed, eps=1e-6)
-        self.q = nn.Linear(squeezed, heads * each, bias=False)
-        self.kv = nn.Linear(width, each, bias=False)
-        self.norm = nn.RMSNorm(each, eps=1e-6)
-        self.compressor = BlockCompressor(width, each, block, rope_dim, position)
+        self.squeeze_q = nn.Linear(width, q_latent, bias=False)
+        self.norm_q = nn.RMSNorm(q_latent, eps=1e-6)
+        self.q = nn.Linear(q_latent, heads * channels, bias=False)
+        self.kv = nn.Linear(width, channels, bias=False)
+        self.norm = nn.RMSNorm(channels, eps=1e-6)
+        self.compressor = BlockCompressor(width, channels, block, rope_dim, position)
         self.indexer = Indexer(
             width,
-            squeezed,
+            q_latent,
             heads=index_heads,
             channels=index_channels,
             block=block,
-            turned=rope_dim,
+            rope_dim=rope_dim,
             position=position,
         )
-        inner = max(1, width // groups) if group_width is None else group_width
         self.sink = nn.Parameter(torch.zeros(heads))
-        self.group = nn.Parameter(torch.empty(groups, inner, heads // groups * each))
-        self.out = nn.Linear(groups * inner, width, bias=False)
+        self.group = nn.Parameter(torch.empty(groups, group_width, heads // groups * channels))
+        self.out = nn.Linear(groups * group_width, width, bias=False)
         self.store = BlockTopK()
-        self.mix = Softmax(CAUSAL & (RoleKey(SUMMARY) | SlidingWindow(window)), ChosenScore(block))
+        mask = CAUSAL & (RoleKey(SUMMARY) | SlidingWindow(window))
+        self.mix = Softmax(mask, ChosenScore(block))
 
     def initial(self) -> dict[str, Rule]:
         """The sink starts as a key of logit 0."""
         return {"sink": constant(0.0), "group": ScaledNormal()}
 
     def begin(self, step: int) -> None:
-        """Step numbers start at 1."""
+        """Decides whether this step is dense; step numbers start at 1."""
         self.dense = step <= self.dense_steps
 
-    def forward(self, x: Tensor, span: Span) -> Tensor:
+    def forward(self, hidden: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]."""
-        self.auxiliary.clear()  # what a recomputation in backward has left, or nobody has taken
+        # a recomputation in backward leaves a loss here that is never collected
+        self.auxiliary.clear()
         ends = self.store.pick(span, BlockEnds(self.block))
-        squeezed = self.norm_q(self.squeeze_q(x))
-        q = self.q(squeezed).unflatten(-1, (self.heads, -1))
-        q = rotate_last(F.rms_norm(q, q.shape[-1:], eps=1e-6), span, self.position, self.rope_dim)
-        tokens = rotate_last(self.norm(self.kv(x))[:, :, None], span, self.position, self.rope_dim)[
-            :, :, 0
-        ]
-        summaries = self.compressor(x, span, self.store, ends)
-        query, keys = self.indexer(x, squeezed, span, self.store, ends)
-        chosen = self._choose(query, keys, span, ends)
-        kv = torch.cat([tokens, summaries], 1)
-        exact = torch.promote_types(x.dtype, torch.float32)  # whole numbers up to 2^24
-        marks = torch.cat(
+        latent = self.norm_q(self.squeeze_q(hidden))
+        query = self.q(latent).unflatten(-1, (self.heads, -1))
+        query = F.rms_norm(query, query.shape[-1:], eps=1e-6)
+        query = rotate_last(query, span, self.position, self.rope_dim)
+        tokens = self.norm(self.kv(hidden))[:, :, None]
+        tokens = rotate_last(tokens, span, self.position, self.rope_dim)[:, :, 0]
+        summaries = self.compressor(hidden, span, self.store, ends)
+        index_query, index_keys = self.indexer(hidden, latent, span, self.store, ends)
+        chosen = self._choose(index_query, index_keys, span, ends)
+
+        # Everything that travels to other ranks is floating point; float32 holds block numbers up
+        # to 2^24 exactly, bfloat16 would not.
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        is_summary = torch.cat(
             [torch.zeros_like(tokens[..., :1]), torch.ones_like(summaries[..., :1])], 1
         )
-        mean = self.mix(
-            (q, chosen.to(exact)), (kv, marks), (self.sink,), span=span, kv_span=ends.joint
+        keys = torch.cat([tokens, summaries], 1)
+        output = self.mix(
+            (query, chosen.to(exact)),
+            (keys, is_summary),
+            (self.sink,),
+            span=span,
+            kv_span=ends.joint,
         )
-        mean, share = mean[..., :-1], mean[..., -1]
+        mean = output[..., :-1]
+        summary_share = output[..., -1]
+
         if torch.is_grad_enabled():
-            main = q * q.shape[-1] ** -0.5, summaries, share
-            over = None if self.dense else chosen
+            scaled_query = query * query.shape[-1] ** -0.5
             self.auxiliary["indexer"] = indexer_loss(
-                query, keys, main, over, span=span, ends=ends, store=self.store, block=self.block
+                index_query,
+                index_keys,
+                (scaled_query, summaries, summary_share),
+                None if self.dense else chosen,
+                span=span,
+                ends=ends,
+                store=self.store,
+                block=self.block,
             )
-        back = Span(
-            -span.pos, span.doc, span.role
-        )  # values were turned with their keys: what is left is the distance
-        mean = rotate_last(mean, back, self.position, self.rope_dim)
-        grouped = torch.einsum(
-            "btgc,gdc->btgd", mean.flatten(-2).unflatten(-1, (self.groups, -1)), self.group
-        )
+        return self._project_out(mean, span)
+
+    def _project_out(self, mean: Tensor, span: Span) -> Tensor:
+        """Undoes the rotation of the values and projects, [B, T, H, C] -> [B, T, width]."""
+        # Values were rotated with their keys. Rotating the mean back by the query's position leaves
+        # a rotation by the distance alone.
+        backward_span = Span(-span.pos, span.doc, span.role)
+        mean = rotate_last(mean, backward_span, self.position, self.rope_dim)
+        grouped = mean.flatten(-2).unflatten(-1, (self.groups, -1))
+        grouped = torch.einsum("btgc,gdc->btgd", grouped, self.group)
         return self.out(grouped.flatten(-2))
 
     def _choose(
-        self, query: tuple[Tensor, ...], keys: Tensor, span: Span, ends: PickedBlocks
+        self, index_query: tuple[Tensor, ...], index_keys: Tensor, span: Span, ends: PickedBlocks
     ) -> Tensor:
-        """[B, T, K] numbers of blocks."""
+        """[B, T, K] numbers of the blocks that each query sees; -1 for none."""
         if self.dense:
-            return torch.full((*span.shape, 1), EVERY, device=keys.device)
-        _, last = self.store.best(
-            index_scores, query, (keys,), CAUSAL, span=span, kv_span=ends.span, count=self.top
+            return torch.full((*span.shape, 1), EVERY, device=index_keys.device)
+        _, last_token = self.store.best(
+            index_scores,
+            index_query,
+            (index_keys,),
+            CAUSAL,
+            span=span,
+            kv_span=ends.span,
+            count=self.top,
         )
-        return torch.where(last >= 0, last // self.block, -1)
+        return torch.where(last_token >= 0, last_token // self.block, -1)
 
 
-def _judge(
-    position: Position, *, heads: int, channels: int, turned: int, index_channels: int, groups: int
+def _validate_channels(
+    position: Position, channels: int, rope_dim: int, index_channels: int
 ) -> None:
-    """Refuse sizes that do not fit each other."""
-    if not 1 <= turned <= min(channels, index_channels):
-        fact = f"rope_dim={turned} of channels={channels} and index_channels={index_channels}"
+    """Raises ValueError if the position cannot rotate part of every key there and back."""
+    if not 1 <= rope_dim <= min(channels, index_channels):
         raise ValueError(
-            f"{fact}: a position rotates some of the channels of both; choose rope_dim among them"
+            f"rope_dim={rope_dim}: must be 1 or more and at most channels={channels} and"
+            f" index_channels={index_channels}; choose a smaller number"
         )
-    if groups < 1 or heads % groups:
+    attention_factor = getattr(position, "attention_factor", 1.0)
+    if isinstance(position, Rope) and attention_factor != 1.0:
         raise ValueError(
-            f"model.heads={heads} does not fall into groups={groups}; choose a divisor of {heads}"
+            f"position.attention_factor={attention_factor}: compressed attention rotates its"
+            " output back, which must not change its length; set position.attention_factor=1.0"
         )
-    magnitude = getattr(position, "attention_factor", 1.0)
-    if isinstance(position, Rope) and magnitude != 1.0:
-        raise ValueError(
-            f"compressed attention turns its output back, which a position of magnitude {magnitude}"
-            " does not allow; set position.attention_factor=1.0"
-        )
+
+
+def _validate_counts(**counts: int) -> None:
+    """Raises ValueError for a count below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}={count}: {name} must be 1 or more")

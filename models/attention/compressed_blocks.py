@@ -1,7 +1,7 @@
-"""Summaries of blocks of tokens, and the score that lets a query see the chosen ones.
+"""Summaries of blocks of tokens, and the score that shows a query the summaries it has chosen.
 
-Letters: B rows, T queries, S keys, N summaries, H heads, C channels of a summary, M tokens in a
-block.
+Letters: B rows, T queries, S keys, N summaries, H heads, C channels of a summary, K chosen blocks,
+M tokens in a block.
 """
 
 import torch
@@ -15,38 +15,41 @@ from models.primitives.block_topk import SUMMARY, BlockTopK, PickedBlocks, find,
 from models.scores import Score, Tensors, grouped_dot_products
 from models.span import Span
 
-EVERY = -2  # in place of the number of a chosen block: all of them
+EVERY = -2  # stands for all blocks where the number of a chosen block is expected
 
 
-def rotate_last(x: Tensor, span: Span, position: Position, turned: int) -> Tensor:
-    """[B, T, H, C]: the last `turned` channels as the position turns them, the others as they
-    are."""
-    return torch.cat([x[..., :-turned], position.rotate(x[..., -turned:], span)], -1)
+def rotate_last(hidden: Tensor, span: Span, position: Position, rope_dim: int) -> Tensor:
+    """Rotates the last `rope_dim` channels of [B, T, H, C]; the others stay as they are."""
+    content = hidden[..., :-rope_dim]
+    rotated = position.rotate(hidden[..., -rope_dim:], span)
+    return torch.cat([content, rotated], -1)
 
 
 class BlockCompressor(nn.Module):
-    """One summary for each complete block of a document, made of that block and the one before.
+    """Makes one summary of each complete block of a document and the block before it.
 
     Args:
-        width: of what comes in.
-        channels: C, of a summary.
-        block: M.
-        turned: how many of the last channels the position turns, as of the block's first token.
+        width: channels of the input.
+        channels: C, channels of a summary.
+        block: M, tokens in a block.
+        rope_dim: how many of the last channels are rotated, by the position of the block's first
+            token.
+        position: the rotary position scheme.
 
-    Every token gives two values and two gates a channel, for the block it is in and for the block
-    that follows. A summary is the mean of 2 M values under a softmax, channel by channel, of their
-    gates and a bias for each place, then normed. Blocks are counted from the start of the document,
-    so that nothing crosses into another.
+    Every token gives two values and two gates per channel: one for its own block and one for the
+    next block. A summary is the normed mean of 2 M values, weighted channel by channel with a
+    softmax over their gates plus a bias per slot. Blocks are counted from the start of the
+    document, so a summary never mixes two documents.
 
     Source: DeepSeek-AI 2026, DeepSeek-V4, section 2.3.1, equations 9 to 12; as transformers
     computes it.
     """
 
-    def __init__(self, width: int, channels: int, block: int, turned: int, position: Position):
+    def __init__(self, width: int, channels: int, block: int, rope_dim: int, position: Position):
         super().__init__()
         self.channels = channels
         self.block = block
-        self.turned = turned
+        self.rope_dim = rope_dim
         self.position = position
         self.value = nn.Linear(width, 2 * channels, bias=False)
         self.gate = nn.Linear(width, 2 * channels, bias=False)
@@ -54,51 +57,68 @@ class BlockCompressor(nn.Module):
         self.norm = nn.RMSNorm(channels, eps=1e-6)
 
     def initial(self) -> dict[str, Rule]:
+        """The bias starts at 0: every slot of a block counts alike."""
         return {"bias": constant(0.0)}
 
-    def forward(self, x: Tensor, span: Span, store: BlockTopK, ends: PickedBlocks) -> Tensor:
-        """[B, T, width] -> [B, N, C]; `ends` are the last tokens of the blocks, `store` brings
-        those before them."""
-        each = self.channels
-        block = self.block
-        mask = CAUSAL & SlidingWindow(2 * block)
-        (every,), among = store.bring(
-            (torch.cat([self.value(x), self.gate(x)], -1),), mask, span=ends.span, kv_span=span
-        )
-        back = torch.arange(2 * block, device=x.device)
-        slots = ends.span.map(lambda t: t.repeat_interleave(2 * block, 1))
-        index, there = find(moved(slots, -back.repeat(ends.span.shape[1])), among)
-        values, gates = (
-            take(every, index).unflatten(1, (-1, 2 * block)).split(2 * each, -1)
-        )  # [B, N, 2 M, 2 C]
-        before = (
-            back >= block
-        )  # slots of the block before give their first channels, the others their last
-        value, gate, bias = (
-            torch.where(before[:, None], t[..., :each], t[..., each:])
-            for t in (values, gates, self.bias[(block - 1 - back) % block])
-        )
-        wide = torch.promote_types(x.dtype, torch.float32)
-        unseen = ~there.unflatten(1, (-1, 2 * block))[..., None]
-        weight = (
-            (gate + bias)
-            .to(wide)
-            .masked_fill(unseen, torch.finfo(wide).min)
-            .softmax(-2)
-            .masked_fill(unseen, 0)
-        )
-        summary = self.norm((weight.to(x.dtype) * value).sum(-2))
-        start = moved(ends.span, 1 - block)
-        return rotate_last(summary[:, :, None], start, self.position, self.turned)[:, :, 0]
+    def forward(self, hidden: Tensor, span: Span, store: BlockTopK, ends: PickedBlocks) -> Tensor:
+        """Computes the summaries, [B, T, width] -> [B, N, C].
+
+        Args:
+            store: brings the tokens of a block to the rank that owns its last token.
+            ends: the last tokens of all complete blocks.
+        """
+        slots = 2 * self.block
+        projected = torch.cat([self.value(hidden), self.gate(hidden)], -1)
+        mask = CAUSAL & SlidingWindow(slots)
+        (projected,), block_span = store.bring((projected,), mask, span=ends.span, kv_span=span)
+
+        # Slot s of a summary is the token s positions before the block's last one. Slots are looked
+        # up by address, because the tokens of a block may lie on several ranks.
+        offsets = torch.arange(slots, device=hidden.device)
+        slot_span = ends.span.map(lambda addresses: addresses.repeat_interleave(slots, 1))
+        slot_span = moved(slot_span, -offsets.repeat(ends.span.shape[1]))
+        index, exists = find(slot_span, block_span)
+        slot_values = take(projected, index).unflatten(1, (-1, slots))
+        values, gates = slot_values.split(2 * self.channels, -1)  # each [B, N, 2 M, 2 C]
+        biases = self.bias[(self.block - 1 - offsets) % self.block]
+
+        value = self._own_half(values, offsets)
+        gate = self._own_half(gates, offsets) + self._own_half(biases, offsets)
+        weight = _masked_softmax(gate, exists.unflatten(1, (-1, slots))[..., None])
+        summary = self.norm((weight.to(hidden.dtype) * value).sum(-2))
+
+        block_start = moved(ends.span, 1 - self.block)
+        summary = rotate_last(summary[:, :, None], block_start, self.position, self.rope_dim)
+        return summary[:, :, 0]
+
+    def _own_half(self, slots: Tensor, offsets: Tensor) -> Tensor:
+        """Selects the channels that serve a slot, [..., 2 M, 2 C] -> [..., 2 M, C].
+
+        The first half of a token's channels is for the block after its own, the second half for its
+        own block.
+        """
+        in_previous_block = offsets >= self.block
+        first_half = slots[..., : self.channels]
+        second_half = slots[..., self.channels :]
+        return torch.where(in_previous_block[:, None], first_half, second_half)
+
+
+def _masked_softmax(gate: Tensor, exists: Tensor) -> Tensor:
+    """Softmax over slots, dim -2, in at least float32; 0 at slots that do not exist."""
+    dtype = torch.promote_types(gate.dtype, torch.float32)
+    # The lowest finite number instead of minus infinity: padding has no slot at all, and a softmax
+    # over minus infinities alone would be NaN.
+    gate = gate.to(dtype).masked_fill(~exists, torch.finfo(dtype).min)
+    return gate.softmax(-2).masked_fill(~exists, 0)
 
 
 class ChosenScore(Score):
-    """Keys that are their own values; of summaries only those that a query has chosen are seen.
+    """Scores keys that are their own values; a query sees only the summaries it has chosen.
 
-    query (q [B, T, H, C], chosen [B, T, K]) with the numbers of blocks of the query's document,
-    EVERY for all, -1 for none; payload (kv [B, S, C], summary [B, S, 1]), the second 1 at summaries
-    and 0 at tokens; params (sink [H],). The last channel of the mean, C + 1 in all, is the share of
-    the weight that went to summaries.
+    query (q [B, T, H, C], chosen [B, T, K]): numbers of blocks of the query's document, EVERY for
+    all, -1 for none. payload (kv [B, S, C], is_summary [B, S, 1]): the second is 1 at summaries and
+    0 at tokens. params (sink [H],). The output has C + 1 channels; the last one is the share of the
+    weight that went to summaries.
     """
 
     query_heads = (2, None)
@@ -113,8 +133,10 @@ class ChosenScore(Score):
     def operands(
         self, query: Tensors, payload: Tensors, params: Tensors
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """See Score.operands; the value is the key and one more channel that marks summaries."""
         key = payload[0][:, :, None]
-        return query[0], key, torch.cat([key, payload[1][:, :, None]], -1)
+        is_summary = payload[1][:, :, None]
+        return query[0], key, torch.cat([key, is_summary], -1)
 
     def logits(
         self,
@@ -125,26 +147,31 @@ class ChosenScore(Score):
         kv_span: Span,
         heads: Tensor,
     ) -> Tensor:
-        """[B, H, T, S]."""
-        q, k, _ = self.operands(query, payload, params)
-        logits = grouped_dot_products(q, k) * self.scale(q)
-        summary = kv_span.role == SUMMARY
-        if not bool(summary.any()):
+        """[B, H, T, S]: scaled products, minus infinity at summaries that were not chosen."""
+        q, key, _ = self.operands(query, payload, params)
+        logits = grouped_dot_products(q, key) * self.scale(q)
+        is_summary = kv_span.role == SUMMARY
+        if not bool(is_summary.any()):
             return logits
-        seen = chosen_among(query[1].long(), kv_span.pos // self.block) | ~summary[:, None]
+        chosen = chosen_among(query[1].long(), kv_span.pos // self.block)
+        seen = chosen | ~is_summary[:, None]
         return torch.where(seen[:, None], logits, -torch.inf)
 
     def sink(self, params: Tensors) -> Tensor | None:
+        """See Score.sink."""
         return params[0]
 
 
 def chosen_among(chosen: Tensor, block: Tensor) -> Tensor:
-    """[B, T, S] bool: is the number of a key's block [B, S] among those chosen [B, T, K]?"""
+    """[B, T, S] bool: True where a key's block [B, S] is among those chosen, [B, T, K]."""
     low = int(block.min())
     high = int(block.max())
     width = high - low + 1
     inside = (chosen >= low) & (chosen <= high)
+    # A table over block numbers instead of a [B, T, S, K] comparison. Numbers outside go to one
+    # column more, which no key reads.
     table = torch.zeros(*chosen.shape[:2], width + 1, dtype=torch.bool, device=chosen.device)
     table.scatter_(-1, torch.where(inside, chosen - low, width), True)
     table |= (chosen == EVERY).any(-1, keepdim=True)
-    return table.gather(-1, (block - low)[:, None].expand(-1, chosen.shape[1], -1))
+    column = (block - low)[:, None].expand(-1, chosen.shape[1], -1)
+    return table.gather(-1, column)

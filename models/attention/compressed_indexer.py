@@ -1,8 +1,10 @@
-"""The indexer of compressed sparse attention: it guesses which summaries a query needs, and is
-taught by attention itself.
+"""The indexer of compressed sparse attention: predicts which summaries a query needs.
 
-Letters: B rows, T queries, N summaries, K chosen, H heads, I index heads, C channels.
+It learns from the attention weights themselves. Letters: B rows, T queries, N summaries, K chosen
+blocks, H heads, I index heads, C channels.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,25 +20,31 @@ from models.span import Span
 
 
 def index_scores(query: Tensors, keys: Tensors) -> Tensor:
-    """[B, T, N]: sum over index heads of weight [B, T, I] times the positive part of q [B, T, I, C]
-    k [B, N, C] / sqrt(C)."""
-    q, weight = query
-    (k,) = keys
-    return torch.einsum(
-        "btin,bti->btn", torch.einsum("btic,bnc->btin", q, k).relu() * k.shape[-1] ** -0.5, weight
-    )
+    """Scores summaries, [B, T, N]: sum over index heads of weight x relu(q k) / sqrt(C).
+
+    Args:
+        query: (q [B, T, I, C], weight [B, T, I]).
+        keys: (k [B, N, C],).
+    """
+    index_query, weight = query
+    (index_key,) = keys
+    products = torch.einsum("btic,bnc->btin", index_query, index_key)
+    products = products.relu() * index_key.shape[-1] ** -0.5
+    return torch.einsum("btin,bti->btn", products, weight)
 
 
 class Indexer(nn.Module):
-    """Chooses summaries for queries, by small keys of its own.
+    """Makes the small queries and keys by which summaries are chosen.
 
     Args:
-        width, squeezed: of the layer's input, and of its squeezed queries.
-        heads, channels: I, and C of its keys.
-        block, turned, position: as in Compressor.
+        width: channels of the layer's input.
+        q_latent: channels of the layer's squeezed queries.
+        heads: I, index heads.
+        channels: C, channels of an index key.
+        block, rope_dim, position: as in BlockCompressor.
 
-    What comes in is detached: the indexer learns from `lesson` alone, and attention learns nothing
-    from it.
+    Its inputs are detached: the indexer learns from `indexer_loss` alone, and attention learns
+    nothing from it.
 
     Source: DeepSeek-AI 2026, DeepSeek-V4, equations 13 to 17; the loss is that of DeepSeek-V3.2
     (arXiv:2512.02556).
@@ -45,31 +53,62 @@ class Indexer(nn.Module):
     def __init__(
         self,
         width: int,
-        squeezed: int,
+        q_latent: int,
         *,
         heads: int,
         channels: int,
         block: int,
-        turned: int,
+        rope_dim: int,
         position: Position,
     ):
         super().__init__()
         self.heads = heads
-        self.turned = turned
+        self.rope_dim = rope_dim
         self.position = position
-        self.compressor = BlockCompressor(width, channels, block, turned, position)
-        self.q = nn.Linear(squeezed, heads * channels, bias=False)
+        self.compressor = BlockCompressor(width, channels, block, rope_dim, position)
+        self.q = nn.Linear(q_latent, heads * channels, bias=False)
         self.weight = nn.Linear(width, heads, bias=False)
 
     def forward(
-        self, x: Tensor, squeezed: Tensor, span: Span, store: BlockTopK, ends: PickedBlocks
+        self, hidden: Tensor, latent: Tensor, span: Span, store: BlockTopK, ends: PickedBlocks
     ) -> tuple[Tensors, Tensor]:
-        """(queries and their weights ([B, T, I, C], [B, T, I]), keys [B, N, C])."""
-        x = x.detach()
-        squeezed = squeezed.detach()
-        q = self.q(squeezed).unflatten(-1, (self.heads, -1))
-        q = rotate_last(q, span, self.position, self.turned)
-        return (q, self.weight(x) * self.heads**-0.5), self.compressor(x, span, store, ends)
+        """Projects index queries and keys.
+
+        Args:
+            hidden: [B, T, width], the layer's input.
+            latent: [B, T, q_latent], its squeezed queries.
+
+        Returns:
+            ((queries [B, T, I, C], their weights [B, T, I]), keys [B, N, C]).
+        """
+        hidden = hidden.detach()
+        latent = latent.detach()
+        query = self.q(latent).unflatten(-1, (self.heads, -1))
+        query = rotate_last(query, span, self.position, self.rope_dim)
+        weight = self.weight(hidden) * self.heads**-0.5
+        return (query, weight), self.compressor(hidden, span, store, ends)
+
+
+class _LossInputs(NamedTuple):
+    """Tensors of the loss, those with a T axis cut to a chunk of queries where that is computed."""
+
+    index_query: Tensor  # [B, T, I, C]
+    index_weight: Tensor  # [B, T, I]
+    index_keys: Tensor  # [B, N, C]
+    query: Tensor  # [B, T, H, C]
+    summaries: Tensor  # [B, N, C]
+    summary_share: Tensor  # [B, T, H]
+
+    def chunk(self, part: slice) -> "_LossInputs":
+        """The same summaries, and only these queries."""
+        return _LossInputs(
+            self.index_query[:, part],
+            self.index_weight[:, part],
+            self.index_keys,
+            self.query[:, part],
+            self.summaries,
+            self.summary_share[:, part],
+        )
 
 
 def indexer_loss(
@@ -83,99 +122,143 @@ def indexer_loss(
     store: BlockTopK,
     block: int,
 ) -> Tensor:
-    """[B, T] nats: how far the softmax of index scores is from where attention went among
-    summaries, KL(attention || index).
+    """KL(attention || index) over the summaries of each query, [B, T] in nats.
 
     Args:
-        query, keys: as the indexer gives them; the only ones to get gradients.
-        main: (q [B, T, H, C] with its scale, summaries [B, N, C], share [B, T, H] of each head's
-            weight that went to them).
-        chosen: [B, T, K] numbers of the blocks to compare over, or None: all that the query sees. 0
-            where there are none.
+        query, keys: as the indexer gives them; only these get gradients.
+        main: (q [B, T, H, C] times its scale, summaries [B, N, C], share [B, T, H] of each head's
+            weight that went to summaries).
+        chosen: [B, T, K] numbers of the blocks to compare over, or None: all that the query sees.
+        ends: the last tokens of all complete blocks.
+        store: brings the summaries that a query may see to its rank.
+        block: tokens in a block.
 
-    Computed again in backward, a few queries at a time: neither scores nor brought summaries are
-    kept.
+    Returns:
+        0 where a query has no summary to compare over.
+
+    It is recomputed in backward, a few queries at a time, so neither the scores nor the summaries
+    of other ranks are saved.
     """
-    q, summaries, share = (t.detach() for t in main)
+    detached = (tensor.detach() for tensor in main)
 
-    def whole(*tensors: Tensor) -> Tensor:
-        index_q, index_weight, index_keys, q, summaries, share = tensors
-        (index_keys, summaries), inner_span = store.bring(
-            (index_keys, summaries), CAUSAL, span=span, kv_span=ends.span
+    def loss_of_all_queries(*tensors: Tensor) -> Tensor:
+        inputs = _LossInputs(*tensors)
+        (index_keys, summaries), summary_span = store.bring(
+            (inputs.index_keys, inputs.summaries), CAUSAL, span=span, kv_span=ends.span
         )
-        work = (
-            q.shape[0]
-            * q.shape[2]
-            * (inner_span.shape[1] if chosen is None else chosen.shape[-1] * summaries.shape[-1])
-        )
-        step = max(1, CHUNK_SCORES // max(1, work))
-        parts = []
-        for start in range(0, q.shape[1], step):
+        inputs = inputs._replace(index_keys=index_keys, summaries=summaries)
+        step = _queries_at_once(inputs, chosen)
+        losses = []
+        for start in range(0, inputs.query.shape[1], step):
             part = slice(start, start + step)
-            here = span.map(lambda t, p=part: t[:, p])
-            some = [t[:, part] for t in (index_q, index_weight, q, share)]
-            numbers = None if chosen is None else chosen[:, part]
-            again = (
-                some[0],
-                some[1],
-                index_keys,
-                some[2],
-                summaries,
-                some[3],
-                numbers,
-                here,
-                inner_span,
+            chunk_span = span.map(lambda addresses, part=part: addresses[:, part])
+            chunk_chosen = None if chosen is None else chosen[:, part]
+            loss = checkpoint(
+                _divergence,
+                *inputs.chunk(part),
+                chunk_chosen,
+                chunk_span,
+                summary_span,
                 block,
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
-            parts.append(
-                checkpoint(_divergence, *again, use_reentrant=False, preserve_rng_state=False)
-            )
-        return torch.cat(parts, 1)
+            losses.append(loss)
+        return torch.cat(losses, 1)
 
     return checkpoint(
-        whole, *query, keys, q, summaries, share, use_reentrant=False, preserve_rng_state=False
+        loss_of_all_queries,
+        *query,
+        keys,
+        *detached,
+        use_reentrant=False,
+        preserve_rng_state=False,
     )
+
+
+def _queries_at_once(inputs: _LossInputs, chosen: Tensor | None) -> int:
+    """How many queries keep the scores of a chunk below CHUNK_SCORES numbers."""
+    rows, _, heads, _ = inputs.query.shape
+    if chosen is None:
+        per_head = inputs.summaries.shape[1]
+    else:
+        # each query has a copy of its own entries, which is larger than their scores
+        per_head = chosen.shape[-1] * inputs.summaries.shape[-1]
+    work = rows * heads * per_head
+    return max(1, CHUNK_SCORES // max(1, work))
 
 
 def _divergence(
-    index_q,
-    index_weight,
-    index_keys,
-    q,
-    summaries,
-    share,
-    chosen,
-    here: Span,
+    index_query: Tensor,
+    index_weight: Tensor,
+    index_keys: Tensor,
+    query: Tensor,
+    summaries: Tensor,
+    summary_share: Tensor,
+    chosen: Tensor | None,
     span: Span,
+    summary_span: Span,
     block: int,
 ) -> Tensor:
-    """[B, T] for a few queries."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    tensors = (index_q, index_weight, index_keys, q, summaries, share)
-    index_q, index_weight, index_keys, q, summaries, share = (t.to(wide) for t in tensors)
-    if chosen is None:
-        seen = visible(CAUSAL, here, span)[:, 0]
-        guess = index_scores((index_q, index_weight), (index_keys,))
-        logits = torch.einsum("bthc,bnc->bthn", q, summaries)
-    else:  # each query has its own few entries: fold queries into rows
-        count = chosen.shape[-1]
-        ends = here.map(lambda t: t.repeat_interleave(count, 1))
-        number = chosen.flatten(1)
-        index, there = find(moved(ends, number * block + block - 1 - ends.pos), span)
-        seen = (there & (number >= 0)).unflatten(1, (-1, count))
-        own, kept = (
-            take(t, index).unflatten(1, (-1, count)).flatten(0, 1) for t in (index_keys, summaries)
-        )
-        folded = [t.flatten(0, 1)[:, None] for t in (index_q, index_weight, q)]
-        guess = index_scores(folded[:2], (own,)).view(seen.shape)
-        logits = torch.einsum("bthc,bnc->bthn", folded[2], kept).view(*q.shape[:3], count)
-    low = torch.finfo(wide).min
-    weight = (
-        logits.masked_fill(~seen[:, :, None], low).softmax(-1).masked_fill(~seen[:, :, None], 0)
+    """`indexer_loss` of a few queries, [B, T].
+
+    The tensors are separate arguments because `checkpoint` saves the tensors it is given, not those
+    inside a tuple.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    inputs = _LossInputs(
+        index_query.to(dtype),
+        index_weight.to(dtype),
+        index_keys.to(dtype),
+        query.to(dtype),
+        summaries.to(dtype),
+        summary_share.to(dtype),
     )
-    target = torch.einsum("bthn,bth->btn", weight, share)
-    target = (target / target.sum(-1, keepdim=True).clamp_min(torch.finfo(wide).tiny)).detach()
-    surprise = target.clamp_min(torch.finfo(wide).tiny).log() - guess.masked_fill(
-        ~seen, low
-    ).log_softmax(-1)
-    return torch.where(seen & (target > 0), target * surprise, 0).sum(-1)
+    if chosen is None:
+        seen = visible(CAUSAL, span, summary_span)[:, 0]
+        index_logits = index_scores((inputs.index_query, inputs.index_weight), (inputs.index_keys,))
+        logits = torch.einsum("bthc,bnc->bthn", inputs.query, inputs.summaries)
+    else:
+        seen, index_logits, logits = _chosen_logits(inputs, chosen, span, summary_span, block)
+
+    # finite, not minus infinity: a query without a summary would give NaN in the softmax
+    lowest = torch.finfo(dtype).min
+    smallest = torch.finfo(dtype).tiny
+    unseen = ~seen
+    weight = logits.masked_fill(unseen[:, :, None], lowest).softmax(-1)
+    weight = weight.masked_fill(unseen[:, :, None], 0)
+    target = torch.einsum("bthn,bth->btn", weight, inputs.summary_share)
+    target = (target / target.sum(-1, keepdim=True).clamp_min(smallest)).detach()
+    log_prediction = index_logits.masked_fill(unseen, lowest).log_softmax(-1)
+    log_ratio = target.clamp_min(smallest).log() - log_prediction
+    return torch.where(seen & (target > 0), target * log_ratio, 0).sum(-1)
+
+
+def _chosen_logits(
+    inputs: _LossInputs, chosen: Tensor, span: Span, summary_span: Span, block: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits over the blocks that each query has chosen.
+
+    Returns:
+        (seen [B, T, K] bool, index logits [B, T, K], attention logits [B, T, H, K]).
+    """
+    count = chosen.shape[-1]
+    numbers = chosen.flatten(1)
+    query_span = span.map(lambda addresses: addresses.repeat_interleave(count, 1))
+    # a summary has the address of the last token of its block
+    last_token = moved(query_span, numbers * block + block - 1 - query_span.pos)
+    index, exists = find(last_token, summary_span)
+    seen = (exists & (numbers >= 0)).unflatten(1, (-1, count))
+
+    # Every query has entries of its own: queries are folded into rows, so that the same einsum
+    # serves both forms.
+    own_keys = take(inputs.index_keys, index).unflatten(1, (-1, count)).flatten(0, 1)
+    own_summaries = take(inputs.summaries, index).unflatten(1, (-1, count)).flatten(0, 1)
+    folded_index_query = inputs.index_query.flatten(0, 1)[:, None]
+    folded_weight = inputs.index_weight.flatten(0, 1)[:, None]
+    folded_query = inputs.query.flatten(0, 1)[:, None]
+
+    index_logits = index_scores((folded_index_query, folded_weight), (own_keys,))
+    logits = torch.einsum("bthc,bnc->bthn", folded_query, own_summaries)
+    heads_shape = inputs.query.shape[:3]
+    return seen, index_logits.view(seen.shape), logits.view(*heads_shape, count)
