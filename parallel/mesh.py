@@ -1,11 +1,10 @@
-"""Which ranks share a sequence, which read other data, which share experts, and the meshes that
-parameters lie on.
+"""The mesh of ranks: named axes with this rank's coordinate, size and process group on each.
 
 Global ranks are numbered data-major: with `context` = 4, ranks 0-3 share the rows of data rank 0,
-ranks 4-7 those of data rank 1. Under USP a context group is itself a grid, heads innermost (so that
-the all-to-all stays inside a node): context rank = ring rank x heads + heads rank. Neighbours share
-experts (their all-to-all too should stay inside a node)
-whatever else they share: with `experts` = 2, ranks 0 and 1 hold all experts between them, and so do
+ranks 4-7 those of data rank 1. Under USP a context group is itself a grid with the ulysses axis
+innermost, so that the all-to-all stays inside a node: context rank = ring rank x ulysses size +
+ulysses rank. The ranks that hold all experts between them are neighbours too, for the same reason
+and independently of the other axes: with `experts` = 2, ranks 0 and 1 hold all experts, and so do
 ranks 2 and 3.
 """
 
@@ -18,219 +17,265 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
 @dataclass(frozen=True)
-class Mesh:
-    """This rank's place, and every group it belongs to; created once, handed on as an argument.
+class Axis:
+    """One axis of the mesh as this rank sees it.
 
-    Attributes: rank, size: among all ranks; data_rank, data_size: among groups that read different
-        rows; context_rank, context_size: among the ranks that share a row. context_group,
-        data_group, world_group: None only where torch.distributed was never started (`alone`).
-        device_mesh: all ranks of data x context, what FSDP2 shards over: one axis, or (replicas,
-        shards) where the
-            parameters are held several times (HSDP). None under `alone`.
-        heads_group, ring_group: the two sides of the context group's grid; None unless they were
-            asked for.
-        experts_rank, experts_size: among the ranks that hold all experts between them.
-        experts_group: those ranks; experts_data_group: the ranks that hold the same experts. None
-            unless experts are shared.
-        experts_mesh: axes (shards, experts), or (replicas, shards, experts): what stacks of experts
-            lie on. Ranks that differ in `experts` hold other experts, the others copies or shards
-            of the same. None as the groups.
-        device: where this rank computes.
+    Attributes:
+        rank: this rank's coordinate along the axis.
+        size: number of ranks along the axis.
+        group: the ranks along the axis; None where the axis was not asked for, or where
+            torch.distributed was never started.
     """
 
-    rank: int
-    size: int
-    context_rank: int
-    context_size: int
-    data_rank: int
-    data_size: int
-    context_group: ProcessGroup | None
-    data_group: ProcessGroup | None
-    world_group: ProcessGroup | None
-    device_mesh: DeviceMesh | None
+    rank: int = 0
+    size: int = 1
+    group: ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """All axes of a run, created once per rank and passed as an argument.
+
+    Attributes:
+        device: device of this rank's computation.
+        world: all ranks.
+        data: ranks that read different rows.
+        context: ranks that share each row.
+        ulysses, ring: inner and outer side of the context axis under USP; without a group unless
+            both were asked for.
+        experts: ranks that hold all experts between them; without a group unless experts are
+            sharded.
+        expert_data: ranks that hold the same experts; without a group unless experts are sharded.
+        device_mesh: DTensor mesh over data x context that FSDP2 shards parameters over: one axis
+            (world), or (replicas, shards) where the parameters are held several times (HSDP). None
+            where torch.distributed was never started.
+        experts_mesh: DTensor mesh of stacks of experts, with axes (shards, experts) or (replicas,
+            shards, experts): ranks that differ along `experts` hold other experts, all others
+            copies or shards of the same. None unless experts are sharded.
+    """
+
     device: torch.device
-    heads_rank: int = 0
-    heads_size: int = 1
-    heads_group: ProcessGroup | None = None
-    ring_rank: int = 0
-    ring_size: int = 1
-    ring_group: ProcessGroup | None = None
-    experts_rank: int = 0
-    experts_size: int = 1
-    experts_group: ProcessGroup | None = None
-    experts_data_group: ProcessGroup | None = None
+    world: Axis = Axis()
+    data: Axis = Axis()
+    context: Axis = Axis()
+    ulysses: Axis = Axis()
+    ring: Axis = Axis()
+    experts: Axis = Axis()
+    expert_data: Axis = Axis()
+    device_mesh: DeviceMesh | None = None
     experts_mesh: DeviceMesh | None = None
 
     @staticmethod
     def alone(device: torch.device | str = "cpu") -> "Mesh":
-        """A single process that needs no group: `plan`, `generate`, a notebook."""
-        return Mesh(0, 1, 0, 1, 0, 1, None, None, None, None, torch.device(device))
+        """Returns the mesh of a single process without groups, as for `plan` or a notebook."""
+        return Mesh(torch.device(device))
+
+    @property
+    def groups(self) -> list[ProcessGroup]:
+        """Process groups of all axes, each once."""
+        distinct: dict[int, ProcessGroup] = {}
+        for axis in vars(self).values():
+            if isinstance(axis, Axis) and axis.group is not None:
+                # Axes over the same ranks may share a group, and groups do not compare by value.
+                distinct[id(axis.group)] = axis.group
+        return list(distinct.values())
+
+    @property
+    def grid(self) -> tuple[ProcessGroup, ProcessGroup] | None:
+        """Groups (ulysses, ring) of the USP grid, or None without one."""
+        if self.ulysses.group is None or self.ring.group is None:
+            return None
+        return self.ulysses.group, self.ring.group
 
 
 def validate_shape(
     size: int,
     context: int,
     data: int,
-    heads: int | None = None,
+    ulysses: int | None = None,
     ring: int | None = None,
     *,
     experts: int = 1,
     replicas: int = 1,
 ) -> None:
-    """Refuse a mesh that the ranks cannot form; pure, so that the config check can ask before any
-    rank starts.
+    """Refuses a mesh that the ranks cannot form.
+
+    Pure, so that the config can be checked before any rank starts.
+
+    Args:
+        size: number of ranks. The other arguments are those of `build_mesh`.
 
     Raises:
-        ValueError: a size below 1, context x data other than the ranks, heads without ring or the
-            other way round, heads x ring other than context, and what `misfits` says.
+        ValueError: a size below 1, context x data other than the number of ranks, ulysses without
+            ring or the other way round, ulysses x ring other than context, or what `shape_errors`
+            reports.
     """
-    asked = {
+    sizes = {
         "parallel.context": context,
         "parallel.data": data,
-        "parallel.ulysses": heads,
+        "parallel.ulysses": ulysses,
         "parallel.ring": ring,
+        "parallel.experts": experts,
+        "engine.replicate": replicas,
     }
-    for name, count in {**asked, "parallel.experts": experts, "engine.replicate": replicas}.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name}={count} is no number of ranks; it must be at least 1")
-    if context * data != size:
+    for key, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{key}={value}: must be at least 1, a number of ranks")
+    required = context * data
+    if required != size:
         raise ValueError(
-            f"parallel.context={context} x parallel.data={data} asks for {context * data} ranks,"
-            f" but {size} were started; start {context * data} ranks or change one of the two"
+            f"parallel.context={context} x parallel.data={data}: needs {required} ranks, but"
+            f" {size} were started; start {required} ranks or change one of the two"
         )
-    if (heads is None) != (ring is None):
-        given, missing = ("heads", "ring") if ring is None else ("ring", "heads")
+    _validate_grid(context, ulysses, ring)
+    errors = shape_errors(size, experts, replicas)
+    if errors:
+        raise ValueError("\n".join(errors))
+
+
+def _validate_grid(context: int, ulysses: int | None, ring: int | None) -> None:
+    """Refuses a USP grid that does not cover the context axis."""
+    if ulysses is None and ring is None:
+        return
+    if ring is None:
         raise ValueError(
-            f"parallel.{given} is given without parallel.{missing}; usp needs both (or give"
-            " neither)"
+            f"parallel.ulysses={ulysses}: is set without parallel.ring; usp needs both, the other"
+            " methods neither"
         )
-    if heads is not None and ring is not None and heads * ring != context:
+    if ulysses is None:
         raise ValueError(
-            f"parallel.ulysses={heads} x parallel.ring={ring} is {heads * ring}, but"
+            f"parallel.ring={ring}: is set without parallel.ulysses; usp needs both, the other"
+            " methods neither"
+        )
+    if ulysses * ring != context:
+        raise ValueError(
+            f"parallel.ulysses={ulysses} x parallel.ring={ring}: is {ulysses * ring}, but"
             f" parallel.context={context}; their product must be the number of ranks that share a"
             " sequence"
         )
-    if reasons := shape_errors(size, experts, replicas):
-        raise ValueError("\n".join(reasons))
 
 
 def shape_errors(size: int, experts: int, replicas: int) -> list[str]:
-    """Why `size` ranks cannot share experts, or hold replicas, so many at a time: a sentence each;
-    empty where they can."""
-    found = [
-        f"{name}={wish} does not divide the number of ranks, {size} (parallel.context x"
-        f" parallel.data); use {name}={nearest_divisor(size, wish)}, or other ranks"
-        for name, wish in (("parallel.experts", experts), ("engine.replicate", replicas))
-        if size % wish
-    ]
+    """Lists the reasons why `size` ranks cannot hold that many expert shards or replicas.
+
+    Returns:
+        One sentence for each reason, empty where the numbers fit.
+    """
+    errors = []
+    for key, count in (("parallel.experts", experts), ("engine.replicate", replicas)):
+        if size % count:
+            errors.append(
+                f"{key}={count} does not divide the number of ranks, {size} (parallel.context x"
+                f" parallel.data); use {key}={nearest_divisor(size, count)}, or other ranks"
+            )
+    # The two may only be compared once each of them divides the ranks.
     shards = size // replicas
-    if not found and shards % experts and experts % shards:
-        found.append(
+    if not errors and shards % experts and experts % shards:
+        errors.append(
             f"parallel.experts={experts} and engine.replicate={replicas} do not fit: {shards} ranks"
             " hold a replica, and neither number of ranks divides the other; use"
             f" parallel.experts={nearest_divisor(shards, experts)}, or engine.replicate=1"
         )
-    return found
+    return errors
 
 
-def nearest_divisor(size: int, wish: int) -> int:
-    """The divisor of `size` next to `wish`."""
-    return min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: (abs(n - wish), n))
+def nearest_divisor(size: int, target: int) -> int:
+    """Returns the divisor of `size` nearest to `target`, the smaller of two equally near ones."""
+    divisors = [number for number in range(1, size + 1) if size % number == 0]
+    return min(divisors, key=lambda divisor: (abs(divisor - target), divisor))
 
 
 def build_mesh(
     context: int,
     data: int,
     *,
-    heads: int | None = None,
+    ulysses: int | None = None,
     ring: int | None = None,
     experts: int = 1,
     replicas: int = 1,
     device: torch.device | str = "cpu",
 ) -> Mesh:
-    """Create the groups of a run; every rank calls it once, after torch.distributed was
-    initialised.
+    """Creates the process groups of a run.
+
+    Collective: every rank calls it once, after torch.distributed was initialised.
 
     Args:
-        context: ranks that share one sequence. data: groups that read different rows.
-        heads, ring: the grid inside a context group (USP); both or neither.
-        experts: neighbours that hold all experts between them; 1 = every rank holds all.
-        replicas: how often the parameters are held; each replica is sharded over neighbours (HSDP).
+        context: ranks that share one sequence.
+        data: groups of ranks that read different rows.
+        ulysses, ring: sides of the grid inside a context group (USP); both or neither.
+        experts: neighbours that hold all experts between them; 1 means that every rank holds all.
+        replicas: copies of the parameters; each copy is sharded over neighbours (HSDP).
 
     Raises:
-        ValueError: as `check_shape`.
+        ValueError: as `validate_shape`.
     """
     size = dist.get_world_size()
-    validate_shape(size, context, data, heads, ring, experts=experts, replicas=replicas)
+    validate_shape(size, context, data, ulysses, ring, experts=experts, replicas=replicas)
     device = torch.device(device)
     world = init_device_mesh(device.type, (size,), mesh_dim_names=("world",))
     plane = init_device_mesh(device.type, (data, context), mesh_dim_names=("data", "context"))
-    flat = world
+    device_mesh = world
     if replicas > 1:
-        flat = init_device_mesh(
+        device_mesh = init_device_mesh(
             device.type, (replicas, size // replicas), mesh_dim_names=("replicas", "shards")
         )
     mesh = Mesh(
-        rank=dist.get_rank(),
-        size=size,
-        context_rank=plane.get_local_rank("context"),
-        context_size=context,
-        data_rank=plane.get_local_rank("data"),
-        data_size=data,
-        context_group=plane.get_group("context"),
-        data_group=plane.get_group("data"),
-        world_group=world.get_group(),
-        device_mesh=flat,
         device=device,
+        world=_axis(world, "world"),
+        data=_axis(plane, "data"),
+        context=_axis(plane, "context"),
+        device_mesh=device_mesh,
     )
-    if heads is not None and ring is not None:
-        mesh = _gridded(mesh, heads, ring)
-    return _expert(mesh, experts, replicas) if experts > 1 else mesh
+    if ulysses is not None and ring is not None:
+        mesh = _with_usp_grid(mesh, ulysses, ring)
+    if experts > 1:
+        mesh = _with_expert_axes(mesh, experts, replicas)
+    return mesh
 
 
-def _gridded(mesh: Mesh, heads: int, ring: int) -> Mesh:
-    """The same mesh with the two sides of its context group's grid."""
-    shape = (mesh.data_size, ring, heads)
-    names = ("data", "ring", "heads")
-    grid = init_device_mesh(mesh.device.type, shape, mesh_dim_names=names)
-    return replace(
-        mesh,
-        heads_rank=grid.get_local_rank("heads"),
-        heads_size=heads,
-        heads_group=grid.get_group("heads"),
-        ring_rank=grid.get_local_rank("ring"),
-        ring_size=ring,
-        ring_group=grid.get_group("ring"),
-    )
+def _axis(device_mesh: DeviceMesh, name: str) -> Axis:
+    """Returns one named dimension of a device mesh as an axis."""
+    group = device_mesh.get_group(name)
+    return Axis(device_mesh.get_local_rank(name), dist.get_world_size(group), group)
 
 
-def _expert(mesh: Mesh, experts: int, replicas: int) -> Mesh:
-    """The same mesh with the groups of expert parallelism."""
+def _with_usp_grid(mesh: Mesh, ulysses: int, ring: int) -> Mesh:
+    """Returns the mesh with the two sides of its context group's grid."""
     grid = init_device_mesh(
-        mesh.device.type, (mesh.size // experts, experts), mesh_dim_names=("shards", "experts")
+        mesh.device.type,
+        (mesh.data.size, ring, ulysses),
+        mesh_dim_names=("data", "ring", "ulysses"),
     )
-    across = grid
+    return replace(mesh, ulysses=_axis(grid, "ulysses"), ring=_axis(grid, "ring"))
+
+
+def _with_expert_axes(mesh: Mesh, experts: int, replicas: int) -> Mesh:
+    """Returns the mesh with the axes of expert parallelism."""
+    size = mesh.world.size
+    grid = init_device_mesh(
+        mesh.device.type, (size // experts, experts), mesh_dim_names=("shards", "experts")
+    )
+    experts_mesh = grid
     if replicas > 1:
-        names = ("replicas", "shards", "experts")
-        across = init_device_mesh(
-            mesh.device.type, expert_axes(mesh.size, experts, replicas), mesh_dim_names=names
+        experts_mesh = init_device_mesh(
+            mesh.device.type,
+            expert_axes(size, experts, replicas),
+            mesh_dim_names=("replicas", "shards", "experts"),
         )
     return replace(
         mesh,
-        experts_rank=grid.get_local_rank("experts"),
-        experts_size=experts,
-        experts_group=grid.get_group("experts"),
-        experts_data_group=grid.get_group("shards"),
-        experts_mesh=across,
+        experts=_axis(grid, "experts"),
+        expert_data=_axis(grid, "shards"),
+        experts_mesh=experts_mesh,
     )
 
 
 def expert_axes(size: int, experts: int, replicas: int) -> tuple[int, int, int]:
-    """Ranks along (replicas, shards, experts): of the ranks that hold the same experts, those of
-    one replica shard them.
+    """Returns the ranks along (replicas, shards, experts) of the mesh of stacks of experts.
 
-    A replica of fewer ranks than `experts` holds a part of them only; then an expert is not
-    sharded, only copied.
+    The ranks of one replica that hold the same experts shard them. A replica of fewer ranks than
+    `experts` holds only some of the experts; then an expert is copied but not sharded.
     """
     shards = max(1, size // replicas // experts)
-    return size // experts // shards, shards, experts
+    copies = size // experts // shards
+    return copies, shards, experts

@@ -44,17 +44,14 @@ def parallelize(
     """
     mesh = engine.mesh
     communicator = None
-    shares = mesh.context_size > 1
-    if shares or mesh.experts_group is not None:
-        grid = (
-            (mesh.heads_group, mesh.ring_group) if shares and mesh.heads_group is not None else None
-        )
+    shares_rows = mesh.context.size > 1
+    if shares_rows or mesh.experts.group is not None:
         communicator = apply_context_parallel(
             model,
-            mesh.context_group if shares else None,
+            mesh.context.group if shares_rows else None,
             method,
-            grid=grid,
-            experts=mesh.experts_group,
+            grid=mesh.grid if shares_rows else None,
+            experts=mesh.experts.group,
         )
     for block in blocks_of(model):
         if engine.checkpointing == "full":

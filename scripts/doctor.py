@@ -37,7 +37,7 @@ def examine(
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     wished = Config.model_validate(config)
-    mesh = build_mesh(ranks, 1, heads=wished.parallel.ulysses, ring=wished.parallel.ring)
+    mesh = build_mesh(ranks, 1, ulysses=wished.parallel.ulysses, ring=wished.parallel.ring)
     found = list(Examination(wished, mesh, sabotage).findings())
     if rank == 0:
         told.put(found)  # type: ignore[attr-defined]

@@ -46,9 +46,9 @@ def mark(batch: Batch, fingerprint: str = "") -> int:
 
 def differing_batch(mesh: Mesh, mine: int, what: str) -> UserError:
     """The fault of ranks whose marks are not all equal; collective."""
-    marks = torch.zeros(mesh.size, dtype=torch.float64, device=mesh.device)
-    marks[mesh.rank] = float(mine)
-    dist.all_reduce(marks, group=mesh.world_group)
+    marks = torch.zeros(mesh.world.size, dtype=torch.float64, device=mesh.device)
+    marks[mesh.world.rank] = float(mine)
+    dist.all_reduce(marks, group=mesh.world.group)
     sides: dict[float, list[int]] = {}
     for rank, number in enumerate(marks.tolist()):
         sides.setdefault(number, []).append(rank)
@@ -68,7 +68,7 @@ def agree(mesh: Mesh, facts: Mapping[str, Any], when: str) -> None:
         name: hashlib.blake2b(_json(fact).encode(), digest_size=16).hexdigest()
         for name, fact in facts.items()
     }
-    if difference := compare({"": texts}, mesh.world_group):
+    if difference := compare({"": texts}, mesh.world.group):
         raise Disagreement(
             f"{when}: {difference.name} of {_ranks(difference.others)} differ from those of"
             f" {_ranks(difference.most)}, though all must have the same; {REMEDY}",
@@ -79,7 +79,7 @@ def agree(mesh: Mesh, facts: Mapping[str, Any], when: str) -> None:
 def agree_on_weights(mesh: Mesh, engine: Engine, when: str) -> None:
     """Compares the weights that more than one rank holds. Collective; raises Fault on every rank
     where two differ."""
-    if difference := compare_tensors(held(engine), mesh.world_group):
+    if difference := compare_tensors(held(engine), mesh.world.group):
         raise Disagreement(
             f"{when}: {difference.name} of {_ranks(difference.others)} has other numbers than on"
             f" {_ranks(difference.most)}, though it is to be the same; {REMEDY}",

@@ -147,7 +147,7 @@ class Loop:
                 self.lanes.advance(number)
         self.heartbeat("gradient norm and optimiser", step)
         norm = self.engine.clip(self.config.optim.max_grad_norm)
-        every = sums.over(self.mesh.world_group)
+        every = sums.over(self.mesh.world.group)
         means = {
             name: value.item() for name, value in every.items() if "/" not in name
         }  # "layer/name": statistics
@@ -185,8 +185,8 @@ class Loop:
         memory = torch.tensor(
             float(peak_memory_bytes(self.mesh.device)), dtype=torch.float64, device=self.mesh.device
         )
-        if self.mesh.world_group is not None:
-            dist.all_reduce(memory, op=dist.ReduceOp.MAX, group=self.mesh.world_group)
+        if self.mesh.world.group is not None:
+            dist.all_reduce(memory, op=dist.ReduceOp.MAX, group=self.mesh.world.group)
         read = self.meter.read()
         return MetricsRow(
             step=progress.step,

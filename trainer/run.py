@@ -73,15 +73,15 @@ def run(config: Config, ranks: RankInfo, directory: Path) -> int:
     mesh = build_mesh(
         parallel.context,
         parallel.data,
-        heads=parallel.ulysses,
+        ulysses=parallel.ulysses,
         ring=parallel.ring,
         experts=parallel.experts,
         replicas=config.engine.replicate or 1,
         device=ranks.device,
     )
-    console = Console(config.steps, speaks=mesh.rank == 0)
+    console = Console(config.steps, speaks=mesh.world.rank == 0)
     notes = directory / directories.SCRATCH / f"watch_{restart_count()[0]}"
-    logs = RunLogger(directory, config, console, writes=mesh.rank == 0)
+    logs = RunLogger(directory, config, console, writes=mesh.world.rank == 0)
     with (
         logs.alerting(),
         StopSignal(mesh, SAVED).listening() as stop,
@@ -123,7 +123,7 @@ class Run:
         self.console = console
         self.stop = stop
         self.heartbeat = heartbeat
-        self.first = mesh.rank == 0
+        self.first = mesh.world.rank == 0
         self.logs = logs
         self.stream = open_rows(config, "train")
         self.held_out = open_rows(config, "held_out") if config.evaluation.every else None
@@ -142,7 +142,7 @@ class Run:
         self.checkpoints = CheckpointWriter(
             directory / "checkpoints",
             keep=config.checkpoint.keep,
-            group=mesh.world_group,
+            group=mesh.world.group,
             asynchronous=config.checkpoint.asynchronous,
             say=console.say,
         )
@@ -214,7 +214,7 @@ class Run:
         if not (source / "checkpoints").is_dir():
             return source
         archive = CheckpointReader(
-            source / "checkpoints", group=self.mesh.world_group, say=self.console.say
+            source / "checkpoints", group=self.mesh.world.group, say=self.console.say
         )
         try:
             place = archive.latest()
@@ -240,7 +240,7 @@ class Run:
         self.began = progress.step
         assessment = self._assessment()
         progress.wandb_id = self.logs.open(self.began, progress.wandb_id, **self._facts())
-        meter = Meter(self._peak, self.mesh.size)
+        meter = Meter(self._peak, self.mesh.world.size)
         self.console.say(meter.convention())
         assessment.resume(progress)
         loop = Loop(
@@ -305,7 +305,7 @@ class Run:
             "parameters": self.parameters.total,
             "active_parameters": self.parameters.active,
             "flops_per_token": self.flops.training(Span.line(1, length)) / length,
-            "ranks": self.mesh.size,
+            "ranks": self.mesh.world.size,
         }
 
     def _sent(self) -> int:
@@ -313,8 +313,8 @@ class Run:
         collective."""
         here = sum(self.communicator.bytes_sent.values()) if self.communicator is not None else 0
         sent = torch.tensor(float(here), dtype=torch.float64, device=self.mesh.device)
-        if self.mesh.world_group is not None:
-            dist.all_reduce(sent, op=dist.ReduceOp.MAX, group=self.mesh.world_group)
+        if self.mesh.world.group is not None:
+            dist.all_reduce(sent, op=dist.ReduceOp.MAX, group=self.mesh.world.group)
         return int(sent.item())
 
     def _log(self, row: MetricsRow) -> None:
@@ -348,8 +348,8 @@ class Run:
                 wandb=where,
                 more=self._next(),
             )
-        if self.mesh.world_group is not None:
-            dist.barrier(group=self.mesh.world_group)
+        if self.mesh.world.group is not None:
+            dist.barrier(group=self.mesh.world.group)
         if caught:
             return SAVED[caught]
         return BAD_RUN if progress.owed else DONE

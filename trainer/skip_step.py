@@ -125,14 +125,14 @@ class SkipStepGuard:
         """The rows of the step, over all ranks, of which some token has a loss that is not
         finite."""
         each = self.share.each
-        every = torch.zeros(self.mesh.data_size * each, dtype=torch.float64)
-        first = self.mesh.data_rank * each
+        every = torch.zeros(self.mesh.data.size * each, dtype=torch.float64)
+        first = self.mesh.data.rank * each
         every[first : first + each] = torch.cat(list(flags)).double().cpu()[:each]
         return self._most(every).nonzero().flatten().tolist()
 
     def _most(self, x: Tensor) -> Tensor:
         """[n] of each rank -> [n] the largest of all ranks."""
         x = x.to(self.mesh.device)
-        if self.mesh.world_group is not None:
-            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.mesh.world_group)
+        if self.mesh.world.group is not None:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.mesh.world.group)
         return x.cpu()

@@ -45,8 +45,8 @@ class StopSignal:
         word = torch.tensor(
             [self.caught, mine, -mine], dtype=torch.float64, device=self.mesh.device
         )
-        if self.mesh.world_group is not None:
-            dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.mesh.world_group)
+        if self.mesh.world.group is not None:
+            dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.mesh.world.group)
         caught, largest, smallest = word.tolist()
         if largest != -smallest:
             raise differing_batch(self.mesh, mine, what)

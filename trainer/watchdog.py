@@ -125,11 +125,11 @@ def watching(folder: Path, mesh: Mesh, timeout_s: float) -> Iterator[EnterPhase]
 
     folder: for the notes of this attempt alone.
     """
-    if mesh.world_group is None or mesh.size == 1:
+    if mesh.world.group is None or mesh.world.size == 1:
         yield lambda phase, step: None
         return
     _limit(mesh, timeout_s)
-    watch = Heartbeat(folder, mesh.rank)
+    watch = Heartbeat(folder, mesh.world.rank)
     try:
         yield watch.heartbeat
         watch.forget()
@@ -137,7 +137,7 @@ def watching(folder: Path, mesh: Mesh, timeout_s: float) -> Iterator[EnterPhase]
         if "timed out" not in str(error).lower():
             raise
         raise Hang(
-            describe_hang(read_heartbeats(folder, mesh.size), watch.where, timeout_s)
+            describe_hang(read_heartbeats(folder, mesh.world.size), watch.where, timeout_s)
         ) from error
     finally:
         watch.close()
@@ -147,8 +147,7 @@ def _limit(mesh: Mesh, timeout_s: float) -> None:
     """Every group of the mesh waits as long as the first, which was told; torch gives each new
     group half an hour."""
     grids = [grid for grid in (mesh.device_mesh, mesh.experts_mesh) if grid is not None]
-    groups = [group for group in vars(mesh).values() if isinstance(group, ProcessGroup)]
-    limit([*groups, *(group for grid in grids for group in grid.get_all_groups())], timeout_s)
+    limit([*mesh.groups, *(group for grid in grids for group in grid.get_all_groups())], timeout_s)
 
 
 def limit(groups: Iterable[ProcessGroup | None], timeout_s: float) -> None:

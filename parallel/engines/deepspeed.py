@@ -98,7 +98,7 @@ class Deepspeed(Engine):
             self.offload,
             precision=precision,
             accelerator=mesh.device.type != "cpu",
-            experts=mesh.experts_size,
+            experts=mesh.experts.size,
             compile=compile,
         )
         if reasons:
@@ -182,7 +182,7 @@ class Deepspeed(Engine):
         """See Engine.backward. From stage 2 on every micro-batch is summed over the ranks at
         once."""
         self.started.set_gradient_accumulation_boundary(last)
-        self.started.backward(loss * self.mesh.size, scale_wrt_gas=False)
+        self.started.backward(loss * self.mesh.world.size, scale_wrt_gas=False)
 
     def clip(self, max_norm: float | None = None) -> float:
         """See Engine.clip. DeepSpeed scales during its step, by the same factor."""
@@ -336,7 +336,7 @@ class Deepspeed(Engine):
         size = (
             parameter.ds_tensor.numel()
         )  # DeepSpeed's own cutting fails where the ranks do not divide the elements
-        start = min(size * self.mesh.rank, value.numel())
+        start = min(size * self.mesh.world.rank, value.numel())
         mine = value.flatten()[start : start + size]
         mine = torch.nn.functional.pad(mine, (0, size - mine.numel()))
         if key is None:

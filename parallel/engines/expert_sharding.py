@@ -67,7 +67,7 @@ def share_experts(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> list[nn.M
     """
     if mesh.experts_mesh is None:
         return []
-    if reasons := unshared(model, mesh.experts_size):
+    if reasons := unshared(model, mesh.experts.size):
         raise ValueError("\n".join(reasons))
     shared = experts_of(model)
     for module in shared:

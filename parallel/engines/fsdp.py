@@ -133,7 +133,7 @@ class Fsdp(Engine):
         loss.backward()
         if last:
             trained = [parameter for parameter in self.apart if parameter.requires_grad]
-            all_reduce_gradients(trained, self.mesh.world_group, self.mesh.experts_data_group)
+            all_reduce_gradients(trained, self.mesh.world.group, self.mesh.expert_data.group)
             self._drop_unused()
 
     def _drop_unused(self) -> None:
@@ -141,7 +141,7 @@ class Fsdp(Engine):
         zeros above."""
         names = [name for name in self.used.names if name in self.parameters]
         flags = [name in self.used.here for name in names]
-        somewhere = used_anywhere(flags, self.mesh.world_group, self.mesh.device)
+        somewhere = used_anywhere(flags, self.mesh.world.group, self.mesh.device)
         for name, used in zip(names, somewhere, strict=True):
             if not used:
                 self.parameters[name].grad = None

@@ -61,7 +61,7 @@ class Single(Engine):
                 copy.grad = None
         if last:
             trained = [p for p in self.parameters.values() if p.requires_grad]
-            all_reduce_gradients(trained, self.mesh.world_group, self.mesh.experts_data_group)
+            all_reduce_gradients(trained, self.mesh.world.group, self.mesh.expert_data.group)
 
     def step(self, learning_rate: float) -> None:
         """See Engine.step."""

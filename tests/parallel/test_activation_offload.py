@@ -143,7 +143,7 @@ def with_and_without(env, name, method, grid, settings):
         *(("ring", 3, {}, way) for way in WAYS),
         ("ulysses", 3, {}, "none"),
         ("allgather", 3, {}, "selective"),
-        ("usp", 2, {"heads": 1, "ring": 2}, "selective"),
+        ("usp", 2, {"ulysses": 1, "ring": 2}, "selective"),
     ],
 )
 def test_exchanges_and_engines_are_the_same_bits_and_gathered_parameters_stay(

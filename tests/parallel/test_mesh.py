@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.mesh import Mesh, build_mesh, expert_axes, validate_shape
+from parallel.mesh import Axis, Mesh, build_mesh, expert_axes, validate_shape
 from tests.support.pool import ranks
 
 SIZE = 4
@@ -17,57 +17,43 @@ def place(env, context, data, grid):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mesh = build_mesh(context, data, **grid)
-    numbers = {
-        name: getattr(mesh, name)
-        for name in (
-            "rank",
-            "size",
-            "context_rank",
-            "context_size",
-            "data_rank",
-            "data_size",
-            "heads_rank",
-            "ring_rank",
-        )
-    }
-    groups = {
-        name: dist.get_process_group_ranks(group)
-        for name in ("context_group", "data_group", "world_group", "heads_group", "ring_group")
-        if (group := getattr(mesh, name)) is not None
-    }
-    return numbers, groups, mesh.device_mesh.mesh.tolist()
+    axes = {}
+    for name in ("world", "data", "context", "ulysses", "ring"):
+        axis = getattr(mesh, name)
+        members = dist.get_process_group_ranks(axis.group) if axis.group is not None else None
+        axes[name] = (axis.rank, axis.size, members)
+    return axes, len(mesh.groups), mesh.device_mesh.mesh.tolist()
 
 
 def test_a_context_group_is_consecutive_ranks():
-    for rank, (numbers, groups, flat) in enumerate(ranks(SIZE, place, 2, 2, {})):
+    for rank, (axes, groups, device_mesh) in enumerate(ranks(SIZE, place, 2, 2, {})):
         context, data = rank % 2, rank // 2
-        assert numbers == {
-            "rank": rank, "size": 4, "context_rank": context, "context_size": 2, "data_rank": data, "data_size": 2,
-            "heads_rank": 0, "ring_rank": 0,
-        }  # fmt: skip
-        assert groups == {
-            "context_group": [2 * data, 2 * data + 1],
-            "data_group": [context, context + 2],
-            "world_group": [0, 1, 2, 3],
+        assert axes == {
+            "world": (rank, 4, [0, 1, 2, 3]),
+            "data": (data, 2, [context, context + 2]),
+            "context": (context, 2, [2 * data, 2 * data + 1]),
+            "ulysses": (0, 1, None),
+            "ring": (0, 1, None),
         }
-        assert flat == [0, 1, 2, 3]
+        assert groups == 3
+        assert device_mesh == [0, 1, 2, 3]
 
 
 def test_heads_are_the_inner_side_of_the_grid():
-    for rank, (numbers, groups, _) in enumerate(ranks(SIZE, place, 4, 1, {"heads": 2, "ring": 2})):
-        assert (numbers["ring_rank"], numbers["heads_rank"]) == divmod(rank, 2)
-        assert groups["heads_group"] == [rank // 2 * 2, rank // 2 * 2 + 1]
-        assert groups["ring_group"] == [rank % 2, rank % 2 + 2]
+    grid = {"ulysses": 2, "ring": 2}
+    for rank, (axes, _, _) in enumerate(ranks(SIZE, place, 4, 1, grid)):
+        assert axes["ring"] == (rank // 2, 2, [rank % 2, rank % 2 + 2])
+        assert axes["ulysses"] == (rank % 2, 2, [rank // 2 * 2, rank // 2 * 2 + 1])
 
 
 def lie(env, shape):
     mesh = build_mesh(**shape)
-    names = ("experts_group", "experts_data_group", "context_group")
-    groups = [dist.get_process_group_ranks(getattr(mesh, name)) for name in names]
+    named = (mesh.experts, mesh.expert_data, mesh.context)
+    groups = [dist.get_process_group_ranks(axis.group) for axis in named]
     axes = dict(zip(mesh.experts_mesh.mesh_dim_names, mesh.experts_mesh.shape))
     return (
-        mesh.experts_rank,
-        mesh.experts_size,
+        mesh.experts.rank,
+        mesh.experts.size,
         *groups,
         axes,
         dict(zip(mesh.device_mesh.mesh_dim_names, mesh.device_mesh.shape)),
@@ -120,17 +106,18 @@ def flat(env, shape):
 
 def test_one_process_needs_no_group():
     mesh = Mesh.alone()
-    assert (mesh.rank, mesh.size, mesh.context_size, mesh.world_group) == (0, 1, 1, None)
+    assert mesh.world == mesh.context == Axis(0, 1, None)
+    assert mesh.groups == [] and mesh.grid is None
     assert mesh.device == torch.device("cpu")
 
 
 @pytest.mark.parametrize(
     "shape, words",
     [
-        ((4, 3, 1), "asks for 3 ranks, but 4 were started"),
-        ((1, 0, 1), "parallel.context=0 is no number of ranks"),
-        ((4, 4, 1, 2), "parallel.ulysses is given without parallel.ring"),
-        ((4, 4, 1, None, 2), "parallel.ring is given without parallel.ulysses"),
+        ((4, 3, 1), "needs 3 ranks, but 4 were started"),
+        ((1, 0, 1), "parallel.context=0: must be at least 1"),
+        ((4, 4, 1, 2), "parallel.ulysses=2: is set without parallel.ring"),
+        ((4, 4, 1, None, 2), "parallel.ring=2: is set without parallel.ulysses"),
         ((4, 4, 1, 2, 3), "is 6, but parallel.context=4"),
     ],
 )
@@ -163,7 +150,7 @@ def test_a_shape_that_the_ranks_cannot_form_is_refused(shape, words):
                 " parallel.experts=3"
             ),
         ),
-        (4, 0, 1, "parallel.experts=0 is no number of ranks"),
+        (4, 0, 1, "parallel.experts=0: must be at least 1"),
     ],
 )
 def test_experts_and_replicas_that_the_ranks_cannot_hold_are_refused(

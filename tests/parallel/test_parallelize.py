@@ -102,7 +102,7 @@ def placed(env, name, method, grid, settings):
 @pytest.mark.parametrize("name", ["single", "fsdp"])
 @pytest.mark.parametrize(
     "method, size, grid",
-    [("ring", 3, {}), ("ulysses", 2, {}), ("auto", 3, {}), ("usp", 2, {"heads": 1, "ring": 2})],
+    [("ring", 3, {}), ("ulysses", 2, {}), ("auto", 3, {}), ("usp", 2, {"ulysses": 1, "ring": 2})],
 )
 def test_a_placed_decoder_trains_what_it_trains_alone(name, method, size, grid, checkpointing):
     expected, expected_norms = alone()
@@ -211,7 +211,7 @@ FORWARD = {"ring": {"ring"}, "allgather": {"allgather"}, "usp": {"ring"}}
 
 @pytest.mark.parametrize(
     "method, size, grid",
-    [("ring", 3, {}), ("allgather", 3, {}), ("usp", 4, {"heads": 2, "ring": 2})],
+    [("ring", 3, {}), ("allgather", 3, {}), ("usp", 4, {"ulysses": 2, "ring": 2})],
 )
 def test_selective_checkpointing_does_not_send_keys_again(method, size, grid):
     for none, full, selective in zip(

@@ -120,20 +120,20 @@ def compare(
     MESHES[env.size, context, experts] = mesh
     many = built(name, dtype)
     held = EXPERTS // experts
-    mine = slice(mesh.experts_rank * held, (mesh.experts_rank + 1) * held)
+    mine = slice(mesh.experts.rank * held, (mesh.experts.rank + 1) * held)
     for key, stack in list(many.experts.named_parameters()):
         setattr(many.experts, key, nn.Parameter(stack.detach()[mine].clone()))
-    group = mesh.context_group if context > 1 else None
+    group = mesh.context.group if context > 1 else None
     communicator = (
-        apply_context_parallel(many, group, "ring", experts=mesh.experts_group)
+        apply_context_parallel(many, group, "ring", experts=mesh.experts.group)
         if experts > 1 or group is not None
         else None
     )
 
-    rows = slice(mesh.data_rank * len(lengths) // data, (mesh.data_rank + 1) * len(lengths) // data)
+    rows = slice(mesh.data.rank * len(lengths) // data, (mesh.data.rank + 1) * len(lengths) // data)
     here, share = span.map(lambda t: t[rows]), lambda t: t[rows]
     if context > 1:
-        here = shard_span(here, layouts(policy, here, context), mesh.context_rank)
+        here = shard_span(here, layouts(policy, here, context), mesh.context.rank)
         share = lambda t: here.sharding.shard(t[rows], 0)  # noqa: E731
     part, valid = share(x).clone().requires_grad_(), here.valid()[..., None]
     got, losses, sums = passed(many, part, share(weight), here)

@@ -147,9 +147,9 @@ def engine_on(
     """An engine with the model placed on `mesh`, the exchange of experts included."""
     with torch.device("meta"):
         model = Model(hidden)
-    if mesh.experts_group is not None:
+    if mesh.experts.group is not None:
         for block in model.blocks:
-            block.mixture.communicator = Communicator(mesh.experts_group)
+            block.mixture.communicator = Communicator(mesh.experts.group)
     engine = ENGINES[name](mesh, OPTIM, precision=precision, seed=seed, **settings)
     parallelize(model, engine, method="ring", offload=offload)
     return engine
@@ -167,21 +167,21 @@ def train(engine, steps: range) -> tuple[list[float], list[float], dict[str, Ten
     for step in steps:
         tokens, targets, span = data(step)
         valid = (targets != IGNORE).sum()
-        mine = range(len(tokens))[mesh.data_rank :: mesh.data_size]
+        mine = range(len(tokens))[mesh.data.rank :: mesh.data.size]
         total = torch.zeros((), dtype=torch.float64)
         for row in mine:
             one = slice(row, row + 1)
             here, words, wanted = span.map(lambda x, one=one: x[one]), tokens[one], targets[one]
-            if mesh.context_size > 1:
+            if mesh.context.size > 1:
                 here = shard_span(
-                    here, [layout("zigzag", span.shape[1], mesh.context_size)], mesh.context_rank
+                    here, [layout("zigzag", span.shape[1], mesh.context.size)], mesh.context.rank
                 )
                 words, wanted = here.sharding.shard(words, 0), here.sharding.shard(wanted, IGNORE)
             loss = engine.model(words, here, wanted).sum() / valid
             engine.backward(loss, last=row == mine[-1])
             total += loss.detach()
-        if mesh.world_group is not None:
-            torch.distributed.all_reduce(total, group=mesh.world_group)
+        if mesh.world.group is not None:
+            torch.distributed.all_reduce(total, group=mesh.world.group)
         gradients = {name: whole(p.grad) for name, p in engine.parameters.items()}
         losses.append(total.item())
         norms.append(engine.clip(CLIP))

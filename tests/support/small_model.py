@@ -108,7 +108,7 @@ def train(engine, first: int, last: int, count: int, micro: int) -> list[float]:
     norms = []
     for step in range(first, last):
         batch = rows(step, count)
-        mine = batch[mesh.rank :: mesh.size]
+        mine = batch[mesh.world.rank :: mesh.world.size]
         parts = [mine[i::micro] for i in range(micro)]
         for part in parts:
             total = sum(

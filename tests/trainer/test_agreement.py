@@ -195,7 +195,7 @@ def spoilt(env, name, model, options, hit):
     if env.rank == 1:
         with torch.no_grad():
             local_tensor(target).view(-1)[-1] += 1e-3
-    return compare_tensors(held(engine), mesh.world_group), engine.drawn
+    return compare_tensors(held(engine), mesh.world.group), engine.drawn
 
 
 WEIGHT, MOMENT = "blocks.0.up.weight", "blocks.1.up.weight.exp_avg (of the optimiser)"
@@ -226,7 +226,7 @@ def drawn_otherwise(env):
         mesh, small_model.OPTIM, precision="float64", seed=3 + (env.rank == env.size - 1)
     )
     engine.wrap(small_model.on_meta())
-    assert compare_tensors(held(engine), mesh.world_group) is None
+    assert compare_tensors(held(engine), mesh.world.group) is None
     with pytest.raises(UserError) as caught:
         agree(mesh, {"the initial weights": engine.drawn}, "built")
     return str(caught.value)

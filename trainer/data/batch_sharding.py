@@ -61,15 +61,15 @@ class BatchSharder:
         self.mesh = mesh
         self.policy = policy
         self.prefix = prefix
-        self.each = -(-rows // mesh.data_size)
-        held = -(-context_length // mesh.context_size)
+        self.each = -(-rows // mesh.data.size)
+        held = -(-context_length // mesh.context.size)
         fits = max(1, AUTO_TOKENS.get(mesh.device.type, AUTO_TOKENS["cuda"]) // held)
         self.micro_batch = min(self.each, fits if micro_batch == "auto" else int(micro_batch))
         self.pieces = -(-self.each // self.micro_batch)
 
     def __call__(self, batch: Batch) -> Iterator[tuple[MicroBatch, bool]]:
         """This rank's micro-batches, and whether each is the last."""
-        first = self.mesh.data_rank * self.each
+        first = self.mesh.data.rank * self.each
         mine = batch.numbered().part(first, first + self.each)
         for number in range(self.pieces):
             start = number * self.micro_batch
@@ -93,12 +93,12 @@ class BatchSharder:
         tokens = batch.inputs().to(device)
         targets = self.targets(batch).to(device)
         span = span.map(lambda t: t.to(device))
-        if self.mesh.context_size == 1:
+        if self.mesh.context.size == 1:
             return MicroBatch(tokens, span, targets)
         rows = layouts(
-            self.policy, batch.span(), self.mesh.context_size, heads=self.mesh.heads_size
+            self.policy, batch.span(), self.mesh.context.size, heads=self.mesh.ulysses.size
         )
-        here = shard_span(span, rows, self.mesh.context_rank)
+        here = shard_span(span, rows, self.mesh.context.rank)
         return MicroBatch(
             here.sharding.shard(tokens, 0), here, here.sharding.shard(targets, IGNORE)
         )
@@ -106,8 +106,8 @@ class BatchSharder:
     def describe(self) -> str:
         """One line for the log."""
         return (
-            f"each of {self.mesh.data_size} data ranks computes {self.each} rows a step,"
-            f" {self.micro_batch} at once; each row is shared by {self.mesh.context_size} context"
+            f"each of {self.mesh.data.size} data ranks computes {self.each} rows a step,"
+            f" {self.micro_batch} at once; each row is shared by {self.mesh.context.size} context"
             f" ranks ({self.policy})"
         )
 

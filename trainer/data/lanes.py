@@ -38,7 +38,7 @@ class Lanes:
         self.mesh = mesh
         self.share = share
         self.rows = rows
-        communicator = Communicator(mesh.context_group) if mesh.context_size > 1 else None
+        communicator = Communicator(mesh.context.group) if mesh.context.size > 1 else None
         self.pasts = [
             CarriedState() if communicator is None else ShardedCarriedState(communicator)
             for _ in range(share.pieces)
@@ -108,7 +108,7 @@ class Lanes:
 
     def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over what `state` gave, whatever ranks gave it."""
-        first = self.mesh.data_rank * self.share.each
+        first = self.mesh.data.rank * self.share.each
         device = self.mesh.device
         for number, past in enumerate(self.pasts):
             start = first + number * self.share.micro_batch
@@ -128,9 +128,9 @@ class Lanes:
         """[rows of this rank's micro-batches, ...] of every data rank -> [R, ...]; rows that only
         fill up are dropped."""
         x = x[: self.share.each].contiguous()
-        if self.mesh.data_size > 1:
-            every = [torch.empty_like(x) for _ in range(self.mesh.data_size)]
-            dist.all_gather(every, x, group=self.mesh.data_group)
+        if self.mesh.data.size > 1:
+            every = [torch.empty_like(x) for _ in range(self.mesh.data.size)]
+            dist.all_gather(every, x, group=self.mesh.data.group)
             x = torch.cat(every)
         return x[: self.rows]
 

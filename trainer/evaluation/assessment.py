@@ -142,7 +142,7 @@ class Assessment:
         """(parts of which rank 0 has a result for this step, the held-out loss); the same on every
         rank."""
         answers = torch.zeros(len(PARTS) + 1, dtype=torch.float64, device=self.mesh.device)
-        if self.mesh.rank == 0:
+        if self.mesh.world.rank == 0:
             losses = [
                 row["value"] for row in read(self.directory / EVALUATION) if _is_loss(row, step)
             ]
@@ -150,8 +150,8 @@ class Assessment:
             marked = [float(facts.get(MARKS[part]) == step) for part in (SAMPLE, MAPS)]
             loss = losses[-1] if losses else 0.0
             answers[:] = torch.tensor([float(bool(losses)), *marked, loss], dtype=torch.float64)
-        if self.mesh.world_group is not None:
-            dist.all_reduce(answers, group=self.mesh.world_group)
+        if self.mesh.world.group is not None:
+            dist.all_reduce(answers, group=self.mesh.world.group)
         *flags, loss = answers.tolist()
         return {part for part, flag in zip(PARTS, flags) if flag}, loss
 
@@ -244,7 +244,7 @@ class Assessment:
         if text is None:
             return False
         self.console.say("sample:\n" + "\n".join(f"  | {line}" for line in text.split("\n")))
-        if self.mesh.rank == 0:
+        if self.mesh.world.rank == 0:
             path = self.directory / "sample.txt"
             replace_inside(path.parent, path.name, text.encode("utf-8", "backslashreplace"))
             self.logs.note(**{MARKS[SAMPLE]: progress.step})
@@ -264,7 +264,7 @@ class Assessment:
 def _meeting(mesh: Mesh, timeout_s: float) -> dist.ProcessGroup | None:
     """A group apart, on which ranks may say that an evaluation broke; the others' order of
     collectives stays theirs."""
-    if mesh.world_group is None or mesh.size == 1:
+    if mesh.world.group is None or mesh.world.size == 1:
         return None
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     assert isinstance(group, dist.ProcessGroup), "every rank belongs to it"
@@ -273,11 +273,8 @@ def _meeting(mesh: Mesh, timeout_s: float) -> dist.ProcessGroup | None:
 
 def _collectives_begun(mesh: Mesh) -> int:
     """How many collectives this rank has begun on the groups of the mesh."""
-    groups = {
-        id(group): group for group in vars(mesh).values() if isinstance(group, dist.ProcessGroup)
-    }
     count = 0
-    for group in groups.values():
+    for group in mesh.groups:
         count += group._get_sequence_number_for_group()  # pyright: ignore[reportAttributeAccessIssue]
     return count
 

@@ -52,7 +52,7 @@ def attention_maps(
         return [], 0
     piece = share.piece(beginning(stream, tokens))
     whole = (
-        together(Communicator(share.mesh.context_group)) if share.mesh.context_size > 1 else None
+        together(Communicator(share.mesh.context.group)) if share.mesh.context.size > 1 else None
     )
     found = collect(model, chosen, piece.tokens, piece.span, whole=whole, heads=HEADS)
     return found, len(watched) - len(chosen)

@@ -62,6 +62,6 @@ def _last_logits(model: nn.Module, share: BatchSharder, tokens: list[int]) -> Te
     logits = model(piece.tokens, piece.span).to(torch.float64)
     last = piece.span.valid() & (piece.span.pos == len(tokens) - 1)
     found = torch.where(last[..., None], logits, 0.0).sum((0, 1))
-    if share.mesh.context_group is not None:
-        dist.all_reduce(found, group=share.mesh.context_group)
+    if share.mesh.context.group is not None:
+        dist.all_reduce(found, group=share.mesh.context.group)
     return found.cpu()

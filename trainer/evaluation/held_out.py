@@ -82,8 +82,8 @@ def evaluate(
             where = position_bucket(piece.span.pos)[valid]
             sums[0].index_add_(0, where, losses[valid])
             sums[1].index_add_(0, where, torch.ones_like(losses[valid]))
-    if share.mesh.world_group is not None:
-        dist.all_reduce(sums, group=share.mesh.world_group)
+    if share.mesh.world.group is not None:
+        dist.all_reduce(sums, group=share.mesh.world.group)
     total, count = sums.cpu()
     found = [
         {
@@ -114,8 +114,8 @@ def _shares(grades: Grades, share: BatchSharder) -> dict[str, float]:
     counts = torch.tensor(
         [grades[name] for name in sorted(grades)], dtype=torch.float64, device=share.mesh.device
     )
-    if share.mesh.world_group is not None and len(counts):
-        dist.all_reduce(counts, group=share.mesh.world_group)
+    if share.mesh.world.group is not None and len(counts):
+        dist.all_reduce(counts, group=share.mesh.world.group)
     return {
         name: many / kv_span
         for name, (many, kv_span) in zip(sorted(grades), counts.tolist())

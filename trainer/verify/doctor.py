@@ -160,12 +160,13 @@ class Examination:
         self.span = rows()
         self.one = built(self.config)
         self.many = built(self.config)
-        grid = (mesh.heads_group, mesh.ring_group) if mesh.heads_group is not None else None
-        apply_context_parallel(self.many, mesh.context_group, config.parallel.method, grid=grid)
+        apply_context_parallel(
+            self.many, mesh.context.group, config.parallel.method, grid=mesh.grid
+        )
         if sabotage is not None:
             _sabotage(self.many, sabotage)
         self.layouts = layouts(
-            config.parallel.layout, self.span, mesh.context_size, heads=mesh.heads_size
+            config.parallel.layout, self.span, mesh.context.size, heads=mesh.ulysses.size
         )
         generator = torch.Generator().manual_seed(3)
         self.tokens = torch.randint(VOCABULARY, self.span.shape, generator=generator)
@@ -177,14 +178,14 @@ class Examination:
         yield from self._probe(before)
 
     def _cut(self, x: Tensor, fill: float) -> tuple[Tensor, Span]:
-        here = shard_span(self.span, self.layouts, self.mesh.context_rank)
+        here = shard_span(self.span, self.layouts, self.mesh.context.rank)
         return here.sharding.shard(x, fill), here
 
     def _parity(self) -> Iterator[Diagnosis]:
         """One row of each lane; with a memory two, the second of which goes on from the first."""
         carries = self.config.memory.carries
         pasts = (
-            (CarriedState(), ShardedCarriedState(Communicator(self.mesh.context_group)))
+            (CarriedState(), ShardedCarriedState(Communicator(self.mesh.context.group)))
             if carries
             else (None, None)
         )
@@ -199,9 +200,9 @@ class Examination:
         """How far the losses of a row differ; adds up gradients."""
         tokens, span, targets = self._learned(span)
         cut = layouts(
-            self.config.parallel.layout, span, self.mesh.context_size, heads=self.mesh.heads_size
+            self.config.parallel.layout, span, self.mesh.context.size, heads=self.mesh.ulysses.size
         )
-        here = shard_span(span, cut, self.mesh.context_rank)
+        here = shard_span(span, cut, self.mesh.context.rank)
         reset_auxiliary(self.one)
         reset_auxiliary(self.many)
         want = self.one(tokens, past.attach(span) if past else span, targets)
@@ -230,7 +231,7 @@ class Examination:
             self.one.named_parameters(), self.many.named_parameters(), strict=True
         ):
             grad = torch.zeros_like(b[1]) if b[1].grad is None else b[1].grad
-            dist.all_reduce(grad, group=self.mesh.context_group)
+            dist.all_reduce(grad, group=self.mesh.context.group)
             error = _relative(grad, torch.zeros_like(a) if a.grad is None else a.grad)
             worst, where = max((worst, where), (error, name))
         count = sum(1 for _ in self.one.parameters())
@@ -246,8 +247,8 @@ class Examination:
         """[B, T, V] on every rank: what the cut model says of the whole rows."""
         part, here = self._cut(tokens, 0)
         logits = self.many(part, here)
-        every = [torch.zeros_like(logits) for _ in range(self.mesh.context_size)]
-        dist.all_gather(every, logits.contiguous(), group=self.mesh.context_group)
+        every = [torch.zeros_like(logits) for _ in range(self.mesh.context.size)]
+        dist.all_gather(every, logits.contiguous(), group=self.mesh.context.group)
         return here.sharding.to_global_order(torch.cat(every, 1))[:, :TOKENS]
 
     def _probe(self, before: Tensor) -> Iterator[Diagnosis]:
@@ -301,7 +302,7 @@ class Examination:
 
     def _line(self, check: str, what: str, figure: float, note: str = "") -> Diagnosis:
         worst = torch.tensor(figure if figure == figure else float("inf"), dtype=torch.float64)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.mesh.context_group)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.mesh.context.group)
         return Diagnosis(check, what, worst.item(), BOUND, worst.item() < BOUND, note)
 
 

@@ -74,22 +74,22 @@ def sending(env, name, context, experts):
         packed(LENGTHS),
     )
     held = EXPERTS // experts
-    mine = slice(mesh.experts_rank * held, (mesh.experts_rank + 1) * held)
+    mine = slice(mesh.experts.rank * held, (mesh.experts.rank + 1) * held)
     for key, stack in list(layer.experts.named_parameters()):
         setattr(layer.experts, key, torch.nn.Parameter(stack.detach()[mine].clone()))
-    communicator = apply_context_parallel(layer, None, experts=mesh.experts_group)
-    rows = slice(mesh.data_rank, None, mesh.data_size)
+    communicator = apply_context_parallel(layer, None, experts=mesh.experts.group)
+    rows = slice(mesh.data.rank, None, mesh.data.size)
     x = x[rows].requires_grad_()
     _, _, sums = passed(layer, x, weight[rows], span.map(lambda t: t[rows]))
     every = [torch.zeros_like(sums["/load"]) for _ in range(env.size)]
     dist.all_gather(every, sums["/load"])
     here = (
-        torch.stack(every)[mesh.rank // experts * experts :][:experts]
+        torch.stack(every)[mesh.world.rank // experts * experts :][:experts]
         .view(experts, experts, held)
         .sum(-1)
         .long()
     )
-    mine, rank = here.tolist(), mesh.experts_rank
+    mine, rank = here.tolist(), mesh.experts.rank
     formula = sent_bytes(
         mine[rank],
         [row[rank] for row in mine],

@@ -58,13 +58,13 @@ def trained(env, name, shape, settings):
         tokens, targets, span = data(step)
         valid, total = int((targets != IGNORE).sum()), torch.zeros(2, dtype=torch.float64)
         on_step_begin(engine.model, step + 1)
-        mine = range(len(tokens))[mesh.data_rank :: mesh.data_size]
+        mine = range(len(tokens))[mesh.data.rank :: mesh.data.size]
         for row in mine:
             one = slice(row, row + 1)
             here, words, wanted = span.map(lambda x, one=one: x[one]), tokens[one], targets[one]
-            if mesh.context_size > 1:
+            if mesh.context.size > 1:
                 here = shard_span(
-                    here, [layout("zigzag", span.shape[1], mesh.context_size)], mesh.context_rank
+                    here, [layout("zigzag", span.shape[1], mesh.context.size)], mesh.context.rank
                 )
                 words, wanted = here.sharding.shard(words, 0), here.sharding.shard(wanted, IGNORE)
             reset_auxiliary(engine.model)
@@ -72,8 +72,8 @@ def trained(env, name, shape, settings):
             beside = sum(auxiliary_loss(engine.model, tokens=valid, rows=len(tokens)).values())
             engine.backward(loss + beside, last=row == mine[-1])
             total += torch.stack([loss.detach(), beside.detach()])
-        if mesh.world_group is not None:
-            torch.distributed.all_reduce(total, group=mesh.world_group)
+        if mesh.world.group is not None:
+            torch.distributed.all_reduce(total, group=mesh.world.group)
         losses.append(total.tolist())
         norms.append(engine.clip(CLIP))
         engine.step(0.01)

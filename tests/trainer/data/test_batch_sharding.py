@@ -8,7 +8,7 @@ import torch
 
 from models.counter_rng import address
 from models.loss import IGNORE
-from parallel.mesh import Mesh
+from parallel.mesh import Axis, Mesh
 from trainer.data.batch import Batch
 from trainer.data.batch_sharding import BatchSharder, single_row
 
@@ -24,14 +24,11 @@ def batch():
 
 
 def mesh(data, data_rank, context, context_rank):
-    alone = Mesh.alone()
     return dataclasses.replace(
-        alone,
-        data_size=data,
-        data_rank=data_rank,
-        context_size=context,
-        context_rank=context_rank,
-        size=data * context,
+        Mesh.alone(),
+        world=Axis(size=data * context),
+        data=Axis(data_rank, data),
+        context=Axis(context_rank, context),
     )
 
 

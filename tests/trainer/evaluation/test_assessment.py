@@ -66,11 +66,11 @@ def disagreeing(env):
     trouble = IndexError("8 places") if env.rank == 1 else None
     same = here._any_broke(trouble)
     if env.rank == 1:
-        dist.all_reduce(torch.zeros(1), group=here.mesh.world_group, async_op=True)
+        dist.all_reduce(torch.zeros(1), group=here.mesh.world.group, async_op=True)
     with pytest.raises(Exception) as raised:
         here._any_broke(trouble)
     if env.rank != 1:
-        dist.all_reduce(torch.zeros(1), group=here.mesh.world_group)
+        dist.all_reduce(torch.zeros(1), group=here.mesh.world.group)
     return same, type(raised.value).__name__
 
 

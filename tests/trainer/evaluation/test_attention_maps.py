@@ -102,12 +102,11 @@ def shared(env, name, folder, method, policy):
     mesh = build_mesh(
         env.size,
         1,
-        heads=env.size if method == "usp" else None,
+        ulysses=env.size if method == "usp" else None,
         ring=1 if method == "usp" else None,
     )
     model = decoder(name)
-    grid = (mesh.heads_group, mesh.ring_group) if method == "usp" else None
-    apply_context_parallel(model, mesh.context_group, method, grid=grid)
+    apply_context_parallel(model, mesh.context.group, method, grid=mesh.grid)
     return differences(maps(model, mesh, folder, policy), maps(decoder(name), Mesh.alone(), folder))
 
 
@@ -123,11 +122,9 @@ def test_maps_over_three_ranks_are_those_of_one_device(turn, name, folder):
 
 
 def grid(env, folder):
-    mesh = build_mesh(4, 1, heads=2, ring=2)
+    mesh = build_mesh(4, 1, ulysses=2, ring=2)
     model = decoder("full")
-    apply_context_parallel(
-        model, mesh.context_group, "usp", grid=(mesh.heads_group, mesh.ring_group)
-    )
+    apply_context_parallel(model, mesh.context.group, "usp", grid=mesh.grid)
     return differences(maps(model, mesh, folder), maps(decoder("full"), Mesh.alone(), folder))
 
 

@@ -56,7 +56,7 @@ def in_rank(env, folder, context):
     mesh = build_mesh(context, env.size // context)
     model = decoder()
     if context > 1:
-        apply_context_parallel(model, mesh.context_group, "ring")
+        apply_context_parallel(model, mesh.context.group, "ring")
     found = evaluate(model, share(mesh), stream(folder), 4, never)
     return found, generate(model, share(mesh), Bytes(), "the cat", 12, seed=3, step=7)
 

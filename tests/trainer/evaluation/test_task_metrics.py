@@ -42,7 +42,7 @@ def graded(model, mesh):
 def in_rank(env, kind, context):
     mesh, many = build_mesh(context, env.size // context), model(kind)
     if context > 1:
-        apply_context_parallel(many, mesh.context_group, "ring")
+        apply_context_parallel(many, mesh.context.group, "ring")
     return graded(many, mesh)
 
 

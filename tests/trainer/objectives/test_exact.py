@@ -90,7 +90,7 @@ def learned(name, mesh, policy, micro_batch, context):
     """(loss, count of targets, gradients, evaluation), summed over ranks."""
     one = model(name)
     if context > 1:
-        apply_context_parallel(one, mesh.context_group, "ring")
+        apply_context_parallel(one, mesh.context.group, "ring")
     share = BatchSharder(
         mesh, rows=4, context_length=LENGTH, micro_batch=micro_batch, policy=policy
     )
@@ -100,9 +100,9 @@ def learned(name, mesh, policy, micro_batch, context):
         loss.backward()
         total += loss.detach()
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in one.parameters()]
-    if mesh.world_group is not None:
+    if mesh.world.group is not None:
         for x in (total, *grads):
-            dist.all_reduce(x, group=mesh.world_group)
+            dist.all_reduce(x, group=mesh.world.group)
     return total, valid, grads, evaluate(one, share, Once(name), 1, lambda: False)
 
 

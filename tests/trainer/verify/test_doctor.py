@@ -22,7 +22,7 @@ MASKED = ("objective=masked", "evaluation.sample_tokens=0")
 
 def examine(env, words, sabotage):
     config = load_config((*QUICK, f"parallel.context={env.size}", *words))
-    mesh = build_mesh(env.size, 1, heads=config.parallel.ulysses, ring=config.parallel.ring)
+    mesh = build_mesh(env.size, 1, ulysses=config.parallel.ulysses, ring=config.parallel.ring)
     return list(Examination(config, mesh, sabotage).findings())
 
 
