@@ -1,9 +1,8 @@
-"""python -m scripts.doctor KEY=VALUE ...: prove on your own config, before step 1, that cutting the
-sequence changes nothing.
+"""python -m scripts.doctor KEY=VALUE ...: proves that sharing the sequence changes nothing.
 
-Takes the overrides of the run. Prints a table; exit status 1 when a line of it fails, 2 for a wish
-that cannot be honoured. doctor.break=mask|scale|leak|order sabotages one driver for the occasion:
-the doctor must then find a fault.
+Takes the overrides of a run and examines that very config before step 1. Prints a table; exit
+status 1 when a line of it fails, 2 for a config that is refused. doctor.break=mask|scale|leak|order
+sabotages one driver, so that a fault must be reported.
 """
 
 import multiprocessing
@@ -26,59 +25,76 @@ from trainer.run_dir import plain_config
 from trainer.verify.doctor import BREAKS, Diagnosis, Examination
 
 BREAK = "doctor.break="
-# where the config does not share its sequence; with fewer, left and right are the same neighbour
+# For a config that does not share its sequence. With two ranks, left and right are the same
+# neighbour, and a wrong direction would go unnoticed.
 RANKS = 3
+COLUMNS = ("check", "what", "figure", "bound", "", "note")
 
 
 def examine(
-    rank: int, config: dict, ranks: int, meeting: str, sabotage: str | None, told: object
+    rank: int, tree: dict, ranks: int, meeting: str, sabotage: str | None, results: object
 ) -> None:
-    """One rank of the examination."""
+    """Runs one rank of the examination; rank 0 puts the findings into `results`."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
-    wished = Config.model_validate(config)
-    mesh = build_mesh(ranks, 1, ulysses=wished.parallel.ulysses, ring=wished.parallel.ring)
-    found = list(Examination(wished, mesh, sabotage).findings())
+    config = Config.model_validate(tree)
+    mesh = build_mesh(ranks, 1, ulysses=config.parallel.ulysses, ring=config.parallel.ring)
+    findings = list(Examination(config, mesh, sabotage).findings())
     if rank == 0:
-        told.put(found)  # type: ignore[attr-defined]
+        results.put(findings)  # type: ignore[attr-defined]
     dist.destroy_process_group()
 
 
 def show(findings: Sequence[Diagnosis], title: str) -> None:
+    """Prints the table."""
     table = Table(title=title, title_justify="left")
-    for name in ("check", "what", "figure", "bound", "", "note"):
-        table.add_column(name, justify="right" if name in ("figure", "bound") else "left")
-    for f in findings:
-        sign = ">" if f.check == "reach" else "<"
+    for name in COLUMNS:
+        is_number = name in ("figure", "bound")
+        table.add_column(name, justify="right" if is_number else "left")
+    for finding in findings:
+        sign = ">" if finding.check == "reach" else "<"
         table.add_row(
-            f.check,
-            f.what,
-            f"{f.figure:.1e}",
-            f"{sign} {f.bound:.0e}",
-            "ok" if f.fine else "FAULT",
-            f.note,
+            finding.check,
+            finding.subject,
+            f"{finding.figure:.1e}",
+            f"{sign} {finding.bound:.0e}",
+            "ok" if finding.passed else "FAULT",
+            finding.note,
         )
-    Console(width=None if sys.stdout.isatty() else 132).print(table)
+    # Without a terminal rich assumes 80 columns, and would wrap every line.
+    width = None if sys.stdout.isatty() else 132
+    Console(width=width).print(table)
 
 
 def main(words: Sequence[str]) -> int:
-    sabotage = next((word.removeprefix(BREAK) for word in words if word.startswith(BREAK)), None)
+    sabotage = None
+    overrides = []
+    for word in words:
+        if not word.startswith(BREAK):
+            overrides.append(word)
+        elif sabotage is None:
+            sabotage = word.removeprefix(BREAK)
     try:
         if sabotage is not None and sabotage not in BREAKS:
-            raise UserError(f"{BREAK}{sabotage}: the doctor knows how to break {', '.join(BREAKS)}")
-        config = load_config([word for word in words if not word.startswith(BREAK)])
-    except UserError as fault:
-        print(fault, file=sys.stderr)
+            choices = ", ".join(BREAKS)
+            raise UserError(f"unknown {BREAK}{sabotage}; choose one of {choices}")
+        config = load_config(overrides)
+    except UserError as error:
+        print(error, file=sys.stderr)
         return BAD_CONFIG
-    ranks = config.parallel.context if config.parallel.context > 1 else RANKS
-    told = multiprocessing.get_context("spawn").SimpleQueue()
+    ranks = RANKS
+    if config.parallel.context > 1:
+        ranks = config.parallel.context
+    results = multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (plain_config(config), ranks, os.path.join(folder, "meeting"), sabotage, told)
+        meeting = os.path.join(folder, "meeting")
+        arguments = (plain_config(config), ranks, meeting, sabotage, results)
         spawn(examine, arguments, nprocs=ranks)
-    findings = told.get()
+    findings = results.get()
     method = f"{config.parallel.method}, {config.parallel.layout}"
     show(findings, f"{config.name}: one device against {ranks} ranks ({method}), float64")
-    return 0 if all(f.fine for f in findings) else 1
+    failed = [finding for finding in findings if not finding.passed]
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

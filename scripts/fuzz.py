@@ -1,11 +1,10 @@
-"""python -m scripts.fuzz [seed=0] [many=300] [mistakes=300]: try what nobody thought of.
+"""python -m scripts.fuzz [seed=0] [many=300] [mistakes=300]: tries random and mistyped settings.
 
 `many` random runs (mixer x position x memory x method x layout x ranks x engine x precision x
-lengths), three steps
-each, against one rank: equal to 1e-9 in float64 and as rounding allows below, or refused up front.
-`mistakes` mistyped
-settings: refused with a message, or a run that works. Prints every finding with its settings; exit
-status 1 where there is one.
+lengths) of three steps are compared with one rank: equal to 1e-9 in float64 and within rounding
+below, or refused before the first step. `mistakes` mistyped settings must be refused with a
+message, or give a run that works. Prints every finding with its settings; exit status 1 when there
+is one.
 """
 
 import os
@@ -15,27 +14,41 @@ from pathlib import Path
 
 from trainer.entry import run_command
 from trainer.errors import UserError
-from trainer.verify.fuzz import fuzz
+from trainer.verify.fuzz_lanes import fuzz
 
-WISHES = {"seed": 0, "many": 300, "mistakes": 300}
+DEFAULTS = {"seed": 0, "many": 300, "mistakes": 300}
 
 
-def wishes(words: Sequence[str]) -> dict[str, int]:
-    """What the command line asks for. Raises Fault for a word that this command does not know."""
-    asked = dict(WISHES)
+def parse_words(words: Sequence[str]) -> dict[str, int]:
+    """Reads the words of the command line.
+
+    Raises:
+        UserError: a word has an unknown key, or its value is not a number.
+    """
+    settings = dict(DEFAULTS)
     for word in words:
         key, _, value = word.partition("=")
-        if key not in WISHES or not (value.isascii() and value.isdecimal()):
-            raise UserError(f"{word}: write {', '.join(f'{name}=NUMBER' for name in WISHES)}")
-        asked[key] = int(value)
-    return asked
+        # isdecimal alone would accept digits of other scripts.
+        is_number = value.isascii() and value.isdecimal()
+        if key not in DEFAULTS or not is_number:
+            choices = ", ".join(f"{name}=NUMBER" for name in DEFAULTS)
+            raise UserError(f"{word}: write {choices}")
+        settings[key] = int(value)
+    return settings
 
 
 def main(words: Sequence[str]) -> int:
-    asked = wishes(words)
-    os.environ["HF_HUB_OFFLINE"] = "1"  # a mistyped name asks no network
+    settings = parse_words(words)
+    # A mistyped name of a data set must not be looked up in the network.
+    os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        findings = fuzz(Path(folder), **asked, say=lambda text: print(text, flush=True))
+        findings = fuzz(
+            Path(folder),
+            seed=settings["seed"],
+            runs=settings["many"],
+            mistakes=settings["mistakes"],
+            say=lambda text: print(text, flush=True),
+        )
     print(f"{len(findings)} findings")
     return int(bool(findings))
 

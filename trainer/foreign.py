@@ -26,7 +26,7 @@ from trainer.config.values import is_node
 from trainer.errors import UserError
 from trainer.objectives.contradictions import learns_next
 from trainer.run_dir import plain_config as as_tree
-from trainer.verify.doctor import VOCABULARY, built, rows, small_twin
+from trainer.verify.doctor import VOCABULARY, build_noisy_model, packed_rows, small_twin
 
 OURS = ("models", "parallel", "trainer")
 PAGE = "read docs/own_layers.md"
@@ -146,7 +146,7 @@ def _tried(config: Config) -> tuple[Moved, float]:
 
 
 def _probed(tiny: Config, dtype: torch.dtype) -> Moved:
-    span = rows()
+    span = packed_rows()
     tokens = torch.randint(VOCABULARY, span.shape, generator=torch.Generator().manual_seed(3))
     victim = torch.zeros_like(tokens, dtype=torch.bool)
     victim[0] = (span.doc[0] == 2) & (span.pos[0] == PLACE)
@@ -183,7 +183,7 @@ def _difference(
 ) -> Tensor:
     """[B, T] how far the logits of two token rows lie apart; what is not finite lies infinitely
     far."""
-    model = built(tiny).to(dtype)
+    model = build_noisy_model(tiny).to(dtype)
     if tape is not None:
         for module in model.modules():
             if isinstance(module, Primitive):

@@ -1,17 +1,19 @@
-"""Does this config keep the promise? Proved on the user's own model, made small in size but not in
-kind, before step 1.
+"""Proves on the user's own config, before step 1, that sharing a sequence changes nothing.
 
-    parity      losses and every gradient, cut over the ranks, against one device (float64)
-    causality   a later token changed: nothing before it moves
-    documents   a document changed: nothing in another one moves
-    padding     what stands in padding changed: nothing moves
-    reach       a token changed: something after it moves (else the three above prove nothing)
+The model keeps its kinds of layers, heads and method, but is made small.
 
-`scripts/doctor.py` prints the table. The doctor is itself tested: `doctor.break=` sabotages one
-driver and must be caught.
+    parity      losses and gradients on the ranks equal those of one device (float64)
+    causality   a changed token moves nothing before it
+    documents   a changed document moves nothing in another document
+    padding     changed padding moves nothing
+    reach       a changed token moves something after it (else the three above prove nothing)
+
+`scripts/doctor.py` prints the table. The checks are themselves tested: `doctor.break=` sabotages
+one driver, which must be noticed.
 """
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,6 +46,9 @@ TOKENS = 121
 VOCABULARY = 29
 HEAD_WIDTH = 8
 BOUND = 1e-11  # of a tensor's largest magnitude, in float64
+LEAST_MOVE = 1e-9  # of the largest logit, that a changed token must move a later one by
+CHANGED_POSITION = 20  # in its document, of the token that is changed
+# Settings that count tokens, and shrink with the row.
 COUNTS_TOKENS = (
     "window",
     "size",
@@ -53,65 +58,84 @@ COUNTS_TOKENS = (
     "every",
     "top",
     "segment",
-)  # settings that shrink with the row
+)
 BREAKS = ("mask", "scale", "leak", "order")
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One line of the table: `figure` must stay under `bound` (or, for `reach`, above it)."""
+    """One line of the table.
+
+    Attributes:
+        check: name of the check.
+        subject: what is compared or observed.
+        figure: relative error; must stay below `bound`, or above it for `reach`.
+        bound: of the figure.
+        passed: the figure is on the right side.
+        note: a remark, or an empty string.
+    """
 
     check: str
-    what: str
+    subject: str
     figure: float
     bound: float
-    fine: bool
+    passed: bool
     note: str = ""
 
 
 def small_twin(config: Config) -> Config:
-    """The same kinds of layers, heads and method, in a model that fits in a moment."""
-    ratio = TOKENS / config.context_length
+    """Returns a config with the same kinds of layers, heads and method, and small sizes."""
     tree = copy.deepcopy(plain_config(config))
     model = tree["model"]
-    pattern = len(model["pattern"]) if tree["mixer"] is None else 1
-    pattern = max(pattern, 1 if model["feedforward"] else len(model["feedforward_pattern"]))
-    model |= {
-        "width": HEAD_WIDTH * model["heads"],
-        "ffn": 2 * HEAD_WIDTH * model["heads"],
-        "vocabulary": None,
-    }
-    model["layers"] = min(model["layers"], max(2, pattern))
-    for node in [
-        *model["mixers"].values(),
-        *([tree["mixer"]] if tree["mixer"] else []),
-        tree["memory"],
-    ]:
-        for key in COUNTS_TOKENS:
-            if node.get(key) and ratio < 1:
-                node[key] = _fewer(node[key], ratio)
-    tree |= {"context_length": TOKENS, "batch_tokens": 2 * TOKENS, "precision": "float64"}
+    # Every kind of layer in the pattern must occur at least once.
+    pattern_length = 1
+    if tree["mixer"] is None:
+        pattern_length = len(model["pattern"])
+    if not model["feedforward"]:
+        pattern_length = max(pattern_length, len(model["feedforward_pattern"]))
+    model["width"] = HEAD_WIDTH * model["heads"]
+    model["ffn"] = 2 * HEAD_WIDTH * model["heads"]
+    model["vocabulary"] = None
+    model["layers"] = min(model["layers"], max(2, pattern_length))
+    nodes = list(model["mixers"].values())
+    if tree["mixer"]:
+        nodes.append(tree["mixer"])
+    nodes.append(tree["memory"])
+    ratio = TOKENS / config.context_length
+    if ratio < 1:
+        for node in nodes:
+            for key in COUNTS_TOKENS:
+                if node.get(key):
+                    node[key] = _scaled(node[key], ratio)
+    tree["context_length"] = TOKENS
+    tree["batch_tokens"] = 2 * TOKENS
+    tree["precision"] = "float64"
     return Config.model_validate(tree)
 
 
-def _fewer(value: Any, ratio: float) -> Any:
-    return (
-        [_fewer(v, ratio) for v in value]
-        if isinstance(value, list)
-        else max(2, round(value * ratio))
-    )
+def _scaled(value: Any, ratio: float) -> Any:
+    """Shrinks a count, or every count of a list."""
+    if isinstance(value, list):
+        return [_scaled(item, ratio) for item in value]
+    return max(2, round(value * ratio))
 
 
-ALONE = ([37, 1, 52, 23], [5, 90, 19])  # lengths of the documents of two rows; the rest is padding
-LANES = (
-    [37, 1, 52, 60, 1, 80],
-    [5, 90, 147],
-)  # of two lanes, for a memory: two rows each, cut inside a document
+# Document lengths of two rows; the rest of each row is padding.
+SEPARATE_ROWS = ([37, 1, 52, 23], [5, 90, 19])
+# Document lengths of two lanes, for a memory: two rows each, cut inside a document.
+LANES = ([37, 1, 52, 60, 1, 80], [5, 90, 147])
 
 
-def rows(lengths: Sequence[Sequence[int]] = ALONE, first: int = 0) -> Span:
-    """Packed rows of uneven documents, one of a single token, and some padding: tokens `first` and
-    on of each lane."""
+def packed_rows(lengths: Sequence[Sequence[int]] = SEPARATE_ROWS, first: int = 0) -> Span:
+    """Packs uneven documents, one of them a single token, with some padding.
+
+    Args:
+        lengths: of the documents of each lane.
+        first: token of each lane at which its row begins.
+
+    Returns:
+        Addresses [2, TOKENS].
+    """
     pos = torch.zeros(2, first + TOKENS, dtype=torch.long)
     doc = torch.full((2, first + TOKENS), -1)
     for row, lane in enumerate(lengths):
@@ -124,47 +148,50 @@ def rows(lengths: Sequence[Sequence[int]] = ALONE, first: int = 0) -> Span:
     return Span.of(pos[:, first:], doc[:, first:])
 
 
-def built(config: Config) -> nn.Module:
-    """The small model with weights large enough for every term to count (a layer that starts at 0
-    would hide its faults)."""
+def build_noisy_model(config: Config) -> nn.Module:
+    """Builds the model with weights large enough for every term to count.
+
+    A layer that starts at 0 would hide its faults, so noise is added to every parameter.
+    """
     vocabulary = trial_symbols(objective_of(config), VOCABULARY, TOKENS).vocabulary
     model = build_model(config, vocabulary).double()
-    known = init_rules(model)
+    rules = init_rules(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            noise = initial_tensor(model, name, 1).double() if name in known else parameter.clone()
-            spread_out = torch.randn(
-                parameter.shape,
-                generator=torch.Generator().manual_seed(len(name)),
-                dtype=torch.float64,
-            )
-            parameter.copy_(
-                noise + spread_out * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1)
-            )
+            if name in rules:
+                initial = initial_tensor(model, name, 1).double()
+            else:
+                initial = parameter.clone()
+            # A generator for each name, so that both copies of the model are equal.
+            generator = torch.Generator().manual_seed(len(name))
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            scale = 0.1
+            if parameter.dim() > 1:
+                scale = parameter.shape[-1] ** -0.5
+            parameter.copy_(initial + noise * scale)
     return model
 
 
 class Examination:
-    """One model on one device and the same model cut over the ranks of `mesh`; every rank does the
-    same.
+    """Compares a model on one device with the same model shared by the ranks of `mesh`.
 
     Args:
-        config: the user's own.
-        mesh: ranks that all share one sequence.
+        config: of the user's run.
+        mesh: ranks that all share one sequence; every rank makes the same calls.
         sabotage: one of BREAKS, or None.
     """
 
     def __init__(self, config: Config, mesh: Mesh, sabotage: str | None = None):
         self.config = small_twin(config)
         self.mesh = mesh
-        self.span = rows()
-        self.one = built(self.config)
-        self.many = built(self.config)
+        self.span = packed_rows()
+        self.reference = build_noisy_model(self.config)
+        self.shared = build_noisy_model(self.config)
         apply_context_parallel(
-            self.many, mesh.context.group, config.parallel.method, grid=mesh.grid
+            self.shared, mesh.context.group, config.parallel.method, grid=mesh.grid
         )
         if sabotage is not None:
-            _sabotage(self.many, sabotage)
+            _sabotage(self.shared, sabotage)
         self.layouts = layouts(
             config.parallel.layout, self.span, mesh.context.size, heads=mesh.ulysses.size
         )
@@ -172,203 +199,249 @@ class Examination:
         self.tokens = torch.randint(VOCABULARY, self.span.shape, generator=generator)
 
     def findings(self) -> Iterator[Diagnosis]:
-        """Every line of the table, the same on every rank."""
-        yield from self._parity()
+        """Yields every line of the table, the same on every rank."""
+        yield from self._check_parity()
         before = self._logits(self.tokens)
-        yield from self._probe(before)
+        yield from self._check_changes(before)
 
-    def _cut(self, x: Tensor, fill: float) -> tuple[Tensor, Span]:
-        here = shard_span(self.span, self.layouts, self.mesh.context.rank)
-        return here.sharding.shard(x, fill), here
+    def _check_parity(self) -> Iterator[Diagnosis]:
+        """Compares losses and gradients; with a memory, of two rows that follow each other."""
+        spans = [self.span]
+        states = (None, None)
+        if self.config.memory.carries:
+            spans = [packed_rows(LANES), packed_rows(LANES, TOKENS)]
+            communicator = Communicator(self.mesh.context.group)
+            states = (CarriedState(), ShardedCarriedState(communicator))
+        for number, span in enumerate(spans):
+            error = self._loss_error(span, *states)
+            subject = "losses of rows that go on" if number else "losses"
+            yield self._line("parity", subject, error)
+        yield self._compare_gradients()
 
-    def _parity(self) -> Iterator[Diagnosis]:
-        """One row of each lane; with a memory two, the second of which goes on from the first."""
-        carries = self.config.memory.carries
-        pasts = (
-            (CarriedState(), ShardedCarriedState(Communicator(self.mesh.context.group)))
-            if carries
-            else (None, None)
-        )
-        for number, span in enumerate(
-            [rows(LANES), rows(LANES, TOKENS)] if carries else [self.span]
-        ):
-            error = self._compared(span, *pasts)
-            yield self._line("parity", "losses of rows that go on" if number else "losses", error)
-        yield self._gradients()
-
-    def _compared(self, span: Span, past: CarriedState | None, dealt: CarriedState | None) -> float:
-        """How far the losses of a row differ; adds up gradients."""
-        tokens, span, targets = self._learned(span)
-        cut = layouts(
+    def _loss_error(
+        self, span: Span, state: CarriedState | None, sharded_state: CarriedState | None
+    ) -> float:
+        """Returns the relative error of a row's losses; accumulates gradients in both models."""
+        tokens, span, targets = self._training_row(span)
+        row_layouts = layouts(
             self.config.parallel.layout, span, self.mesh.context.size, heads=self.mesh.ulysses.size
         )
-        here = shard_span(span, cut, self.mesh.context.rank)
-        reset_auxiliary(self.one)
-        reset_auxiliary(self.many)
-        want = self.one(tokens, past.attach(span) if past else span, targets)
-        _summed(self.one, want).backward()
-        part = here.sharding.shard(tokens, 0)
-        aims = here.sharding.shard(targets, IGNORE)
-        got = self.many(part, dealt.attach(here) if dealt else here, aims)
-        _summed(self.many, got).backward()
-        for each in (past, dealt):
-            if each is not None:
-                each.advance()
-        return _relative(got.detach(), here.sharding.shard(want.detach(), 0))
+        local_span = shard_span(span, row_layouts, self.mesh.context.rank)
+        sharding = local_span.sharding
+        reset_auxiliary(self.reference)
+        reset_auxiliary(self.shared)
 
-    def _learned(self, span: Span) -> tuple[Tensor, Span, Tensor]:
-        """Tokens, addresses and targets [B, T] that the run's objective makes of the doctor's
-        rows."""
+        attached = state.attach(span) if state else span
+        expected = self.reference(tokens, attached, targets)
+        _total_loss(self.reference, expected).backward()
+
+        local_tokens = sharding.shard(tokens, 0)
+        local_targets = sharding.shard(targets, IGNORE)
+        attached = sharded_state.attach(local_span) if sharded_state else local_span
+        losses = self.shared(local_tokens, attached, local_targets)
+        _total_loss(self.shared, losses).backward()
+
+        for carried in (state, sharded_state):
+            if carried is not None:
+                carried.advance()
+        return _relative_error(losses.detach(), sharding.shard(expected.detach(), 0))
+
+    def _training_row(self, span: Span) -> tuple[Tensor, Span, Tensor]:
+        """Returns tokens, addresses and targets [B, T] as the run's objective makes them."""
         objective = objective_of(self.config)
         if not objective.rewrites:
-            return self.tokens, span, _targets(self.tokens, span)
+            return self.tokens, span, _next_tokens(self.tokens, span)
         return trial(objective, self.tokens, span, VOCABULARY, self.config.seed)
 
-    def _gradients(self) -> Diagnosis:
-        worst = 0.0
-        where = "no parameter"
-        for (name, a), b in zip(
-            self.one.named_parameters(), self.many.named_parameters(), strict=True
+    def _compare_gradients(self) -> Diagnosis:
+        """Compares the gradient of every parameter, summed over the ranks; names the worst."""
+        largest_error = 0.0
+        worst_name = "no parameter"
+        count = 0
+        shared_parameters = self.shared.parameters()
+        reference_parameters = self.reference.named_parameters()
+        for (name, expected), parameter in zip(
+            reference_parameters, shared_parameters, strict=True
         ):
-            grad = torch.zeros_like(b[1]) if b[1].grad is None else b[1].grad
-            dist.all_reduce(grad, group=self.mesh.context.group)
-            error = _relative(grad, torch.zeros_like(a) if a.grad is None else a.grad)
-            worst, where = max((worst, where), (error, name))
-        count = sum(1 for _ in self.one.parameters())
-        return self._line(
-            "parity",
-            f"gradients of {count} parameters",
-            worst,
-            note=f"worst: {where}" if worst else "",
-        )
+            count += 1
+            # Every rank takes part in every sum, also where its own gradient is missing.
+            gradient = parameter.grad
+            if gradient is None:
+                gradient = torch.zeros_like(parameter)
+            dist.all_reduce(gradient, group=self.mesh.context.group)
+            expected_gradient = expected.grad
+            if expected_gradient is None:
+                expected_gradient = torch.zeros_like(expected)
+            error = _relative_error(gradient, expected_gradient)
+            largest_error, worst_name = max((largest_error, worst_name), (error, name))
+        note = f"worst: {worst_name}" if largest_error else ""
+        return self._line("parity", f"gradients of {count} parameters", largest_error, note=note)
 
     @torch.no_grad()
     def _logits(self, tokens: Tensor) -> Tensor:
-        """[B, T, V] on every rank: what the cut model says of the whole rows."""
-        part, here = self._cut(tokens, 0)
-        logits = self.many(part, here)
-        every = [torch.zeros_like(logits) for _ in range(self.mesh.context.size)]
-        dist.all_gather(every, logits.contiguous(), group=self.mesh.context.group)
-        return here.sharding.to_global_order(torch.cat(every, 1))[:, :TOKENS]
+        """Returns the shared model's logits [B, T, V] of the whole rows, on every rank."""
+        local_span = shard_span(self.span, self.layouts, self.mesh.context.rank)
+        sharding = local_span.sharding
+        logits = self.shared(sharding.shard(tokens, 0), local_span)
+        parts = [torch.zeros_like(logits) for _ in range(self.mesh.context.size)]
+        dist.all_gather(parts, logits.contiguous(), group=self.mesh.context.group)
+        return sharding.to_global_order(torch.cat(parts, 1))[:, :TOKENS]
 
-    def _probe(self, before: Tensor) -> Iterator[Diagnosis]:
-        """Change something, and look at what moves."""
+    def _check_changes(self, before: Tensor) -> Iterator[Diagnosis]:
+        """Changes tokens and checks which logits move.
+
+        Args:
+            before: logits [B, T, V] of the unchanged tokens.
+        """
         doc = self.span.doc
         pos = self.span.pos
-        victim = (doc == 1) & (pos == 20) if (doc[1] == 1).sum() > 20 else doc == 1
-        victim[0] = (doc[0] == 2) & (pos[0] == 20)
-        moved = self._moved(victim, before)
-        same = torch.stack([doc[row] == doc[row][victim[row]][0] for row in range(len(doc))])
-        earlier = same & (pos < 20)
-        ahead = self._sees_ahead()
-        if ahead:
-            note = f"not asked: {ahead} looks ahead by design"
-            yield Diagnosis("causality", "tokens before a changed one", 0.0, BOUND, True, note)
+        valid = self.span.valid()
+        changed = doc == 1
+        if (doc[1] == 1).sum() > CHANGED_POSITION:
+            changed = changed & (pos == CHANGED_POSITION)
+        changed[0] = (doc[0] == 2) & (pos[0] == CHANGED_POSITION)
+        moved = self._movement(changed, before)
+        same_rows = []
+        for row in range(len(doc)):
+            same_rows.append(doc[row] == doc[row][changed[row]][0])
+        same = torch.stack(same_rows)
+
+        subject = "tokens before a changed one"
+        mixers = self._mixers_that_look_ahead()
+        if mixers:
+            note = f"not asked: {mixers} looks ahead by design"
+            yield Diagnosis("causality", subject, 0.0, BOUND, True, note)
         else:
-            yield self._line("causality", "tokens before a changed one", _largest(moved, earlier))
-        yield self._line(
-            "documents", "tokens of other documents", _largest(moved, ~same & self.span.valid())
-        )
-        after = _largest(moved, same & (pos > 20))
-        yield Diagnosis(
-            "reach", "tokens after a changed one", after, 1e-9, after > 1e-9, "must move"
-        )
-        whole = (doc == doc[:, :1]) & self.span.valid()
-        moved = self._moved(whole, before)
-        yield self._line(
-            "documents",
-            "after a whole document changed",
-            _largest(moved, ~whole & self.span.valid()),
-        )
-        moved = self._moved(~self.span.valid(), before)
-        yield self._line("padding", "every token", _largest(moved, self.span.valid()))
+            earlier = same & (pos < CHANGED_POSITION)
+            yield self._line("causality", subject, _largest(moved, earlier))
 
-    def _moved(self, victims: Tensor, before: Tensor) -> Tensor:
-        """[B, T] how far the logits move when the victims become other tokens; what is not finite
-        moved infinitely."""
-        after = self._logits(torch.where(victims, (self.tokens + 7) % VOCABULARY, self.tokens))
-        return (after - before).abs().amax(-1).nan_to_num(nan=torch.inf) / before.abs().max()
+        others = ~same & valid
+        yield self._line("documents", "tokens of other documents", _largest(moved, others))
 
-    def _sees_ahead(self) -> str:
-        """The mixers whose own mask shows a later token of the same document."""
+        subject = "tokens after a changed one"
+        figure = _largest(moved, same & (pos > CHANGED_POSITION))
+        yield Diagnosis("reach", subject, figure, LEAST_MOVE, figure > LEAST_MOVE, "must move")
+
+        document = (doc == doc[:, :1]) & valid
+        moved = self._movement(document, before)
+        figure = _largest(moved, ~document & valid)
+        yield self._line("documents", "after a whole document changed", figure)
+
+        moved = self._movement(~valid, before)
+        yield self._line("padding", "every token", _largest(moved, valid))
+
+    def _movement(self, changed: Tensor, before: Tensor) -> Tensor:
+        """Returns [B, T] how far logits move when the changed tokens [B, T] become others.
+
+        NaN counts as an infinite movement.
+        """
+        tokens = torch.where(changed, (self.tokens + 7) % VOCABULARY, self.tokens)
+        after = self._logits(tokens)
+        distance = (after - before).abs().amax(-1).nan_to_num(nan=torch.inf)
+        return distance / before.abs().max()
+
+    def _mixers_that_look_ahead(self) -> str:
+        """Names the mixers whose own mask shows a later token of the same document."""
         span = Span.line(1, 64)
-        found = []
-        for name, leaf in self.one.named_modules():
-            if isinstance(leaf, Softmax):
-                seen = visible(leaf.mask, span, span, torch.arange(self.config.model.heads))
-                if (seen & (span.pos[:, None, :, None] < span.pos[:, None, None, :])).any():
-                    found.append(type(self.one.get_submodule(name.rpartition(".")[0])).__name__)
-        return ", ".join(sorted(set(found)))
+        later = span.pos[:, None, :, None] < span.pos[:, None, None, :]
+        heads = torch.arange(self.config.model.heads)
+        names = set()
+        for path, module in self.reference.named_modules():
+            if not isinstance(module, Softmax):
+                continue
+            if (visible(module.mask, span, span, heads) & later).any():
+                mixer = self.reference.get_submodule(path.rpartition(".")[0])
+                names.add(type(mixer).__name__)
+        return ", ".join(sorted(names))
 
-    def _line(self, check: str, what: str, figure: float, note: str = "") -> Diagnosis:
-        worst = torch.tensor(figure if figure == figure else float("inf"), dtype=torch.float64)
+    def _line(self, check: str, subject: str, figure: float, note: str = "") -> Diagnosis:
+        """Makes a line of the largest figure of any rank; NaN counts as infinite."""
+        if math.isnan(figure):
+            figure = math.inf
+        worst = torch.tensor(figure, dtype=torch.float64)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.mesh.context.group)
-        return Diagnosis(check, what, worst.item(), BOUND, worst.item() < BOUND, note)
+        return Diagnosis(check, subject, worst.item(), BOUND, worst.item() < BOUND, note)
 
 
-def _summed(model: nn.Module, losses: Tensor) -> Tensor:
-    """[] what is trained on: the losses, and those that layers left of their own."""
+def _total_loss(model: nn.Module, losses: Tensor) -> Tensor:
+    """Returns the sum [] of the losses and of the auxiliary losses of layers."""
     return losses.sum() + sum(auxiliary_loss(model).values())
 
 
-def _relative(got: Tensor, want: Tensor) -> float:
-    if not got.numel():
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Returns the largest difference in units of the largest expected magnitude."""
+    # A rank may have no tokens at all.
+    if not actual.numel():
         return 0.0
-    return ((got - want).abs().max() / want.abs().max().clamp_min(1e-12)).item()
+    largest = expected.abs().max().clamp_min(1e-12)
+    return ((actual - expected).abs().max() / largest).item()
 
 
-def _targets(tokens: Tensor, span: Span) -> Tensor:
-    """[B, T]: the next token of the same document, IGNORE where there is none."""
+def _next_tokens(tokens: Tensor, span: Span) -> Tensor:
+    """Returns [B, T] the next token of the same document, IGNORE where there is none."""
     ends = torch.roll(span.doc, -1, 1) != span.doc
     ends[:, -1] = True
     return torch.where(ends | ~span.valid(), IGNORE, torch.roll(tokens, -1, 1))
 
 
-def _largest(moved: Tensor, where: Tensor) -> float:
-    return moved[where].max().item() if where.any() else 0.0
+def _largest(moved: Tensor, selected: Tensor) -> float:
+    """Returns the largest movement of the selected tokens; 0 when none is selected."""
+    if not selected.any():
+        return 0.0
+    return moved[selected].max().item()
 
 
 def _sabotage(model: nn.Module, kind: str) -> None:
-    """Break the first driver that there is, in one of four ways."""
-    drivers = [m for m in model.modules() if hasattr(m, "core") and isinstance(m.core, Primitive)]
-    if not drivers:
+    """Breaks the first driver of a model in one of the ways of BREAKS.
+
+    Raises:
+        ValueError: the model has no driver.
+    """
+    for module in model.modules():
+        if hasattr(module, "core") and isinstance(module.core, Primitive):
+            driver = module
+            break
+    else:
         raise ValueError(f"doctor.break={kind} needs a driver to break, and this model has none")
-    driver = drivers[0]
-    forward = drivers[0].forward
+    forward = driver.forward
 
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        args = tuple(_bent(a, kind) for a in args)
-        out = forward(*args, **{key: _bent(value, kind) for key, value in kwargs.items()})
-        return out * 1.001 if kind == "scale" else out
+    def broken_forward(*arguments: Any, **named: Any) -> Any:
+        falsified = [_falsified(value, kind) for value in arguments]
+        falsified_named = {key: _falsified(value, kind) for key, value in named.items()}
+        output = forward(*falsified, **falsified_named)
+        return output * 1.001 if kind == "scale" else output
 
-    driver.forward = broken
+    driver.forward = broken_forward
 
 
-def _bent(value: Any, kind: str) -> Any:
-    """A Span that lies: all positions equal (mask), all documents one (leak), or the ranks' parts
-    exchanged (order)."""
+def _falsified(value: Any, kind: str) -> Any:
+    """Falsifies the addresses of a Span; returns other values as they are.
+
+    mask: all positions are equal. leak: all tokens belong to one document. order: the parts of the
+    ranks are exchanged.
+    """
     if not isinstance(value, Span) or kind == "scale":
         return value
+    sharding = value.sharding
     if kind == "order":
-        cut = value.sharding
-        turned = replace(
-            cut,
-            layouts=tuple(replace(r, runs=(*r.runs[1:], r.runs[0])) for r in cut.layouts),
-            orders=[],
-        )
-        spans = (*cut.spans[1:], cut.spans[0])
-        return replace(value, sharding=replace(turned, spans=spans), plans={})
-    lie = _flat if kind == "mask" else _one_document
-    cut = replace(
-        value.sharding, spans=tuple(map(lie, value.sharding.spans)), whole=lie(value.sharding.whole)
-    )
-    return replace(lie(value), sharding=cut)
+        rotated = []
+        for layout in sharding.layouts:
+            rotated.append(replace(layout, runs=(*layout.runs[1:], layout.runs[0])))
+        spans = (*sharding.spans[1:], sharding.spans[0])
+        # Cached orders and plans belong to the true layout, and would hide the exchange.
+        sharding = replace(sharding, layouts=tuple(rotated), orders=[], spans=spans)
+        return replace(value, sharding=sharding, plans={})
+    falsify = _equal_positions if kind == "mask" else _one_document
+    spans = tuple(falsify(span) for span in sharding.spans)
+    sharding = replace(sharding, spans=spans, whole=falsify(sharding.whole))
+    return replace(falsify(value), sharding=sharding)
 
 
-def _flat(span: Span) -> Span:
+def _equal_positions(span: Span) -> Span:
     return Span(torch.zeros_like(span.pos), span.doc, span.role)
 
 
 def _one_document(span: Span) -> Span:
     pos = torch.arange(span.shape[1]).expand_as(span.pos)
-    return Span(torch.where(span.valid(), pos, 0), torch.where(span.valid(), 0, -1), span.role)
+    valid = span.valid()
+    return Span(torch.where(valid, pos, 0), torch.where(valid, 0, -1), span.role)

@@ -1,6 +1,6 @@
-"""Settings that somebody may have mistyped, or changed without thinking of the others."""
+"""Draws settings that a user may have mistyped, or changed without a look at the others."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from random import Random
 from typing import Any, Literal, get_args, get_origin
@@ -13,11 +13,9 @@ from trainer.verify.draw import options, settings_of
 
 OF_PARTS = ("mixer", "position", "memory", "optim", "schedule", "objective")
 GROUPS = (*OF_PARTS, "model", "data", "engine", "launch", "experiment")
-UNTOUCHED = ("run_dir", "name")  # or a case would write anywhere
-ONLY_STRANGE = (
-    "wandb.mode",
-    "engine.compile",
-)  # their own words ask a network, or compile for minutes
+UNTOUCHED = ("run_dir", "name")  # a changed directory would write outside the fuzzer's folder
+# Valid values of these ask a network, or compile for minutes: only strange ones are tried.
+ONLY_STRANGE = ("wandb.mode", "engine.compile")
 MISUSES = (
     "=",
     "a=b=c",
@@ -31,26 +29,29 @@ MISUSES = (
     "\n",
     "@x=1",
 )
+# The order is part of a case: inserting a value changes what every seed draws.
 STRANGE = (
-    "null", "true", "false", "0", "-1", "1", "2", "3.5", "-0.0", "1e30", "1e400", "nan", "inf", "-inf", "abc", "''",
-    "[]", "{}", "[1,2]", "[abc]", "{a:1}", "9223372036854775808", "99999999999999999999999999", "1e-30", "0.1", "none",
-    "auto", "x" * 300, "'a b'", "/nowhere/at/all", "../..", "50%", "ünï", "'$HOME'", "1_000", "0x10", "1e3",
-    "2024_11_27",
-)  # fmt: skip
+    *("null", "true", "false", "0", "-1", "1", "2", "3.5", "-0.0", "1e30", "1e400"),
+    *("nan", "inf", "-inf", "abc", "''", "[]", "{}", "[1,2]", "[abc]", "{a:1}"),
+    *("9223372036854775808", "99999999999999999999999999", "1e-30", "0.1", "none"),
+    *("auto", "x" * 300, "'a b'", "/nowhere/at/all", "../..", "50%", "ünï", "'$HOME'"),
+    *("1_000", "0x10", "1e3", "2024_11_27"),
+)
 
 
 def draw_mistakes(random: Random, base: Sequence[str]) -> list[str]:
-    """A run's settings with one or two of them changed: half of the cases to something that may be
-    meant."""
+    """Returns a run's settings with one or two changes, about half of them plausible."""
     words = list(base)
-    change = _plausible if random.random() < 0.55 else _mistake
+    change: Callable[[Random], list[str]] = _mistake
+    if random.random() < 0.55:
+        change = _plausible
     for _ in range(random.choice((1, 1, 2))):
         words += change(random)
     return words
 
 
 def _plausible(random: Random) -> list[str]:
-    """A real setting with a value of its kind; sometimes of a part that is chosen for it."""
+    """Draws a setting with a value of its kind, sometimes of a part that is chosen with it."""
     if random.random() < 0.45:
         group = random.choice(OF_PARTS)
         name = random.choice(options(group))
@@ -58,83 +59,108 @@ def _plausible(random: Random) -> list[str]:
         words = [f"{group}={name}"]
         if settings:
             key = random.choice(sorted(settings))
-            words.append(f"{group}.{key}={random.choice(_like(settings[key]))}")
+            value = random.choice(_similar_values(settings[key]))
+            words.append(f"{group}.{key}={value}")
         return words
-    key = random.choice([key for key in keys() if key not in ONLY_STRANGE])
-    return [f"{key}={random.choice(_of(*_field(key)))}"]
+    candidates = [key for key in keys() if key not in ONLY_STRANGE]
+    key = random.choice(candidates)
+    annotation, default = _field(key)
+    value = random.choice(_valid_values(annotation, default))
+    return [f"{key}={value}"]
 
 
-def _of(annotation: Any, default: Any) -> list[str]:
-    """Values that a setting of this type may have."""
-    found = []
-    for kind in (annotation, *get_args(annotation)):
-        if get_origin(kind) is Literal:
-            found += [str(word) for word in get_args(kind)]
-        elif kind is type(None):
-            found.append("null")
-    return found + (_like(default) if default is not None or not found else ["1", "2", "4"])
+def _valid_values(annotation: Any, default: Any) -> list[str]:
+    """Returns values that a setting of this type accepts."""
+    values = []
+    for member in (annotation, *get_args(annotation)):
+        if get_origin(member) is Literal:
+            values += [str(word) for word in get_args(member)]
+        elif member is type(None):
+            values.append("null")
+    if default is None and values:
+        # The type allows None and more, but not of which kind; whole numbers are the most common.
+        values += ["1", "2", "4"]
+    else:
+        values += _similar_values(default)
+    return values
 
 
-def _like(value: Any) -> list[str]:
-    """Values of the kind of one that works."""
+def _similar_values(value: Any) -> list[str]:
+    """Returns values of the same kind as one that works."""
+    # bool comes first, because it is a subclass of int.
     if isinstance(value, bool):
         return ["true", "false"]
     if isinstance(value, int):
-        return [str(n) for n in (value, value + 1, value * 2, value // 2, 1, 2, 3, 4)]
+        numbers = (value, value + 1, value * 2, value // 2, 1, 2, 3, 4)
+        return [str(number) for number in numbers]
     if isinstance(value, float):
-        return [f"{n:g}" for n in (value, value * 2, value / 2, value / 10, 0.5, 1.0)]
+        numbers = (value, value * 2, value / 2, value / 10, 0.5, 1.0)
+        return [f"{number:g}" for number in numbers]
     if isinstance(value, list | tuple):
         return ["[]", str(list(value)).replace(" ", "").replace("'", "")]
-    return ["null", "1", "2", "4"] if value is None else [value or "''"]
+    if value is None:
+        return ["null", "1", "2", "4"]
+    return [value or "''"]
 
 
 @cache
 def keys() -> list[str]:
-    """Every setting that may be changed."""
+    """Returns the settings that may be changed."""
     return sorted(key for key in known_keys() if key not in UNTOUCHED)
 
 
 def _field(key: str) -> tuple[Any, Any]:
-    """The type of a setting and the value that the usual config has."""
-    kind: Any = Config
-    info: Any = None
+    """Returns the type of a setting and its default; None for what the schema does not tell."""
+    section: Any = Config
+    field: Any = None
     for name in key.split("."):
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        if not _is_model(section):
             return None, None
-        info = next(
-            (each for own, each in kind.model_fields.items() if name in (own, each.alias)), None
-        )
-        if info is None:
+        field = _field_named(section, name)
+        if field is None:
             return None, None
-        kinds = (info.annotation, *get_args(info.annotation))
-        kind = next(
-            (each for each in kinds if isinstance(each, type) and issubclass(each, BaseModel)),
-            info.annotation,
-        )
-    default = (
-        info.default if isinstance(info.default, bool | int | float | str | list | tuple) else None
-    )
-    return info.annotation, default
+        section = field.annotation
+        # An optional section is a union; the model is one of its members.
+        for member in (field.annotation, *get_args(field.annotation)):
+            if _is_model(member):
+                section = member
+                break
+    default = None
+    if isinstance(field.default, bool | int | float | str | list | tuple):
+        default = field.default
+    return field.annotation, default
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _field_named(section: type[BaseModel], name: str) -> Any:
+    """Returns the field with a name or alias; None when there is none."""
+    for own_name, field in section.model_fields.items():
+        if name in (own_name, field.alias):
+            return field
+    return None
 
 
 def _mistake(random: Random) -> list[str]:
-    """What nobody may mean."""
+    """Draws a change that is certainly a mistake."""
     kind = random.random()
     key = random.choice(keys())
     if kind < 0.55:
         return [f"{key}={random.choice(STRANGE)}"]
-    if kind < 0.75:  # a setting of a node, of a part that is chosen for it
+    if kind < 0.75:
+        # A setting of a part exists only when that part is chosen, so both are given.
         group = random.choice(OF_PARTS)
-        part = random.choice([name for name in options(group) if name != "none"])
-        node = random.choice(sorted(settings_of(group, part)) or ["length"])
-        return [f"{group}={part}", f"{group}.{node}={random.choice(STRANGE)}"]
+        parts = [name for name in options(group) if name != "none"]
+        part = random.choice(parts)
+        setting = random.choice(sorted(settings_of(group, part)) or ["length"])
+        return [f"{group}={part}", f"{group}.{setting}={random.choice(STRANGE)}"]
     if kind < 0.85:
-        return [
-            random.choice(
-                (key[:-1], key + "x", key.replace(".", ""), f"+{key}", f"~{key}", key.upper())
-            )
-            + "=1"
-        ]
+        misspelled = random.choice(
+            (key[:-1], key + "x", key.replace(".", ""), f"+{key}", f"~{key}", key.upper())
+        )
+        return [f"{misspelled}=1"]
     if kind < 0.93:
         return [f"{random.choice(GROUPS)}={random.choice(STRANGE)}"]
     return [random.choice(MISUSES)]

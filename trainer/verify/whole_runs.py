@@ -1,8 +1,7 @@
-"""The promise, on whole runs: every step's loss is the same however the sequence, the rows and the
-parameters are spread.
+"""Compares whole runs: the loss of every step is the same on any number of ranks.
 
-A case is a set of overrides; the first is the truth. `scripts/agree.py` prints the table, a test
-holds it.
+A case is a set of overrides; the first case of a plan is the reference. `scripts/agree.py` prints
+the table, and a test requires it.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,9 +11,13 @@ from typing import NamedTuple
 from trainer.logs.jsonl import METRICS, read
 
 STEPS = 30
-LENGTH = 510  # tokens in a row: divides among 4 ranks in no layout
+LENGTH = 510  # tokens in a row: does not divide among 4 ranks in any layout
+DOCUMENTS = 60
 
 WORDS = "the cat sat on a mat and thought of nothing at all while rain fell over the town"
+
+Case = tuple[str, ...]
+StartRun = Callable[[Sequence[str], int, Path], None]
 
 COMMON = (
     f"context_length={LENGTH}",
@@ -30,83 +33,83 @@ COMMON = (
     "wandb.mode=disabled",
 )
 
+REFERENCE: Case = ("parallel.context=1", "engine=single")
 
-def _ring(context: int, layout: str, engine: str) -> tuple[str, ...]:
+
+def _method_cases() -> tuple[Case, ...]:
+    """Returns the reference and cases of both methods, both layouts and both engines."""
+    cases: list[Case] = [REFERENCE]
+    for context in (2, 3, 4):
+        for layout in ("zigzag", "contiguous"):
+            for engine in ("single", "fsdp"):
+                cases.append(_case("ring", context, layout, engine))
+    # Ulysses divides the heads, so that 3 ranks cannot share 4 of them.
+    for context in (2, 4):
+        for layout in ("zigzag", "contiguous"):
+            cases.append(_case("ulysses", context, layout, "fsdp"))
+    cases += [
+        ("parallel.context=2", "parallel.data=2", "engine=fsdp", "parallel.micro_batch=1"),
+        ("parallel.context=2", "parallel.data=2", "engine=single", "parallel.method=ulysses"),
+        ("parallel.context=1", "parallel.data=3", "engine=fsdp"),
+    ]
+    return tuple(cases)
+
+
+def _case(method: str, context: int, layout: str, engine: str) -> Case:
     return (
         f"parallel.context={context}",
-        "parallel.method=ring",
+        f"parallel.method={method}",
         f"parallel.layout={layout}",
         f"engine={engine}",
     )
 
 
-def _heads(context: int, layout: str) -> tuple[str, ...]:
-    return (
-        f"parallel.context={context}",
-        "parallel.method=ulysses",
-        f"parallel.layout={layout}",
-        "engine=fsdp",
-    )
+def _engine_cases() -> tuple[Case, ...]:
+    """Returns the reference and every engine x ranks x context x accumulation.
 
-
-TRUTH = ("parallel.context=1", "engine=single")
-
-CASES: tuple[tuple[str, ...], ...] = (
-    TRUTH,
-    *(
-        _ring(n, layout, engine)
-        for n in (2, 3, 4)
-        for layout in ("zigzag", "contiguous")
-        for engine in ("single", "fsdp")
-    ),
-    *(_heads(n, layout) for n in (2, 4) for layout in ("zigzag", "contiguous")),
-    ("parallel.context=2", "parallel.data=2", "engine=fsdp", "parallel.micro_batch=1"),
-    ("parallel.context=2", "parallel.data=2", "engine=single", "parallel.method=ulysses"),
-    ("parallel.context=1", "parallel.data=3", "engine=fsdp"),
-)
-
-
-def _engines() -> tuple[tuple[str, ...], ...]:
-    """Every engine x ranks x context x accumulation; accumulated, each forward pass takes a row and
-    a step has several."""
-    kinds = (
-        *(("engine=deepspeed", f"engine.zero_stage={stage}") for stage in range(4)),
-        ("engine=fsdp",),
-        ("engine=single",),
-    )
-    cases = []
+    With accumulation a forward pass takes one row, and a step has several.
+    """
+    engines: list[Case] = []
+    for stage in range(4):
+        engines.append(("engine=deepspeed", f"engine.zero_stage={stage}"))
+    engines.append(("engine=fsdp",))
+    engines.append(("engine=single",))
+    cases: list[Case] = [REFERENCE]
     for size in (2, 4):
         for context in (1, 2):
-            for rows in ("auto", "1"):
-                spread = (
+            for micro_batch in ("auto", "1"):
+                parallel = (
                     f"parallel.context={context}",
                     f"parallel.data={size // context}",
-                    f"parallel.micro_batch={rows}",
+                    f"parallel.micro_batch={micro_batch}",
                 )
-                cases += [(*kind, *spread) for kind in kinds]
+                for engine in engines:
+                    cases.append((*engine, *parallel))
+                # Replicas of shards need at least two ranks in each direction.
                 if size == 4:
-                    cases.append(("engine=fsdp", "engine.replicate=2", *spread))
-    return (TRUTH, *cases)
+                    cases.append(("engine=fsdp", "engine.replicate=2", *parallel))
+    return tuple(cases)
 
 
 class ComparisonPlan(NamedTuple):
     """A table of runs that must agree.
 
     Attributes:
-        settings: what all runs share. steps: how many they have.
-        cases: overrides of each; the first is the truth.
-        columns: of metrics.jsonl, what must agree.
+        settings: overrides that all runs share.
+        steps: length of a run.
+        cases: overrides of each run; the first is the reference.
+        columns: of metrics.jsonl, that must agree.
         tolerance: largest relative difference at any step.
     """
 
     settings: tuple[str, ...]
     steps: int
-    cases: tuple[tuple[str, ...], ...]
+    cases: tuple[Case, ...]
     columns: tuple[str, ...]
     tolerance: float
 
 
-# 4 ranks divide no row, and no data ranks the rows: some rows are of padding
+# 4 ranks do not divide a row, nor data ranks the rows: some rows are padding.
 ROW = 250
 ROWS = 5
 LONG = 50
@@ -116,7 +119,7 @@ QUICKSTART = (
     f"context_length={ROW}",
     f"batch_tokens={ROWS * ROW}",
     "model.layers=2",
-    # at 0.002 the last bits of float32 grow a thousandfold in 50 steps of this data
+    # At 0.002 the last bits of float32 grow a thousandfold in 50 steps of this data.
     "optim.learning_rate=0.0005",
     "parallel.method=auto",
     "checkpoint.every=0",
@@ -125,79 +128,98 @@ QUICKSTART = (
     "wandb.mode=disabled",
 )
 
+CASES = _method_cases()
 PLANS = {
     "float32": ComparisonPlan((*COMMON, "precision=float32"), STEPS, CASES, ("loss",), 1e-4),
     "float64": ComparisonPlan((*COMMON, "precision=float64"), STEPS, CASES, ("loss",), 1e-9),
-    "engines": ComparisonPlan(QUICKSTART, LONG, _engines(), ("loss", "grad_norm"), 1e-4),
+    "engines": ComparisonPlan(QUICKSTART, LONG, _engine_cases(), ("loss", "grad_norm"), 1e-4),
 }
 
 
 def ranks_of(case: Sequence[str]) -> int:
-    """How many ranks a case takes."""
-    sizes = dict(word.split("=") for word in case)
-    return int(sizes.get("parallel.context", 1)) * int(sizes.get("parallel.data", 1))
+    """Returns the number of ranks that a case takes."""
+    settings = dict(word.split("=") for word in case)
+    context = int(settings.get("parallel.context", 1))
+    data = int(settings.get("parallel.data", 1))
+    return context * data
 
 
 def figures(directory: Path, columns: Sequence[str]) -> list[list[float]]:
-    """The columns of every step of a run."""
-    return [[row[column] for column in columns] for row in read(directory / METRICS)]
+    """Returns the columns of every step of a run."""
+    steps = []
+    for row in read(directory / METRICS):
+        steps.append([row[column] for column in columns])
+    return steps
 
 
-def worst(truth: Sequence[Sequence[float]], other: Sequence[Sequence[float]], steps: int) -> float:
-    """Largest relative difference over steps and columns; infinite where a step is missing."""
-    if len(truth) != steps or len(other) != steps:
+def worst(
+    reference: Sequence[Sequence[float]], other: Sequence[Sequence[float]], steps: int
+) -> float:
+    """Returns the largest relative difference of any step and column.
+
+    Infinite when a step is missing in either run.
+    """
+    if len(reference) != steps or len(other) != steps:
         return float("inf")
-    return max(
-        abs(a - b) / abs(a) for one, two in zip(truth, other) for a, b in zip(one, two, strict=True)
-    )
+    differences = []
+    for expected_row, row in zip(reference, other):
+        for expected, value in zip(expected_row, row, strict=True):
+            differences.append(abs(expected - value) / abs(expected))
+    return max(differences)
 
 
 def write_documents(folder: Path) -> str:
-    """Text files of very uneven length, one of a single letter, that many rows hold several of; the
-    glob of them."""
+    """Writes text files of very uneven length, one of them a single letter; returns their glob.
+
+    A row of a small model holds several of them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     words = WORDS.split()
-    for number in range(60):
+    for number in range(DOCUMENTS):
         count = 1 + (number * number * 7) % 180
-        text = " ".join(
-            words[(number * 5 + i * (1 + number % 3)) % len(words)] for i in range(count)
-        )
-        (folder / f"{number:02d}.txt").write_text(text if number else "x")
+        # Strides differ from file to file, so that no two files are equal.
+        stride = 1 + number % 3
+        chosen = [words[(number * 5 + index * stride) % len(words)] for index in range(count)]
+        text = " ".join(chosen) if number else "x"
+        (folder / f"{number:02d}.txt").write_text(text)
     return str(folder / "*.txt")
 
 
 def compare(
-    run: Callable[[Sequence[str], int, Path], None],
+    run: StartRun,
     folder: Path,
     name: str,
     *,
     cases: Sequence[Sequence[str]] | None = None,
     steps: int | None = None,
 ) -> list[tuple[str, float]]:
-    """Run every case of a plan and set it against the truth's: (case, largest relative difference).
+    """Runs every case of a plan and compares it with the reference.
 
     Args:
         run: starts (overrides, ranks, run directory) and waits for its end.
-        folder: for the data and the runs.
-        name: of the plan. cases, steps: others than its own; the first case is the truth.
+        folder: receives the data and the runs.
+        name: of the plan.
+        cases: replaces those of the plan; the first is the reference.
+        steps: replaces that of the plan.
+
+    Returns:
+        Each case with its largest relative difference.
     """
-    length = steps or PLANS[name].steps
+    plan = PLANS[name]
+    length = steps or plan.steps
     data = (
         "data=files",
         f"data.path={write_documents(folder / 'text')}",
         f"data.cache={folder / 'cache'}",
     )
-    plan = PLANS[name]
-    found = []
-    truth: list[list[float]] = []
+    errors = []
+    reference: list[list[float]] = []
     for number, case in enumerate(cases or plan.cases):
         directory = folder / name / f"{number:02d}"
-        run(
-            (*plan.settings, *data, *case, f"steps={length}", f"run_dir={directory}"),
-            ranks_of(case),
-            directory,
-        )
-        got = figures(directory, plan.columns)
-        truth = truth or got
-        found.append((" ".join(case), worst(truth, got, length)))
-    return found
+        overrides = (*plan.settings, *data, *case, f"steps={length}", f"run_dir={directory}")
+        run(overrides, ranks_of(case), directory)
+        values = figures(directory, plan.columns)
+        if not reference:
+            reference = values
+        errors.append((" ".join(case), worst(reference, values, length)))
+    return errors

@@ -57,7 +57,7 @@ def examine(env, words, sabotage):
 )
 def test_a_sound_config_passes(words):
     findings = ranks(3, examine, words, None)[0]
-    assert [f for f in findings if not f.fine] == []
+    assert [f for f in findings if not f.passed] == []
     assert {f.check for f in findings} == {"parity", "causality", "documents", "padding", "reach"}
 
 
@@ -67,20 +67,20 @@ def test_a_sound_config_passes(words):
 )
 def test_a_broken_driver_is_caught(words, sabotage):
     findings = ranks(3, examine, (words,), sabotage)[0]
-    assert [f for f in findings if not f.fine], f"{sabotage} went unseen"
+    assert [f for f in findings if not f.passed], f"{sabotage} went unseen"
 
 
 def test_a_leak_is_named_a_leak_and_a_look_ahead_a_look_ahead():
     leak = ranks(3, examine, ("parallel.method=ring",), "leak")[0]
-    assert not all(f.fine for f in leak if f.check == "documents")
+    assert not all(f.passed for f in leak if f.check == "documents")
     ahead = ranks(3, examine, ("parallel.method=ring",), "mask")[0]
-    assert not all(f.fine for f in ahead if f.check == "causality")
+    assert not all(f.passed for f in ahead if f.check == "causality")
 
 
 def test_a_mixer_that_looks_ahead_by_design_is_not_blamed_for_it():
     findings = ranks(3, examine, ("mixer=bidirectional", *MASKED, "parallel.method=ring"), None)[0]
     causality = next(f for f in findings if f.check == "causality")
-    assert causality.fine and "Bidirectional looks ahead by design" in causality.note
+    assert causality.passed and "Bidirectional looks ahead by design" in causality.note
 
 
 def test_the_small_model_keeps_the_kind():

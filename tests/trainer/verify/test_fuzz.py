@@ -7,12 +7,13 @@ from random import Random
 import pytest
 
 from parallel.drivers.scan import StatePassing
-from scripts.fuzz import wishes
+from scripts.fuzz import parse_words
 from trainer.errors import BAD_CONFIG, BAD_RUN, UserError
 from trainer.verify import fuzz as fuzzing
-from trainer.verify.crew import Crews, beside
+from trainer.verify.crew import Crews, run_in_lanes
 from trainer.verify.draw import SMALL, Draw, draw_run, options
-from trainer.verify.fuzz import Fuzz, fuzz
+from trainer.verify.fuzz import Fuzz
+from trainer.verify.fuzz_lanes import fuzz
 from trainer.verify.mistype import draw_mistakes
 from trainer.verify.whole_runs import write_documents
 
@@ -54,7 +55,7 @@ def test_cases_are_functions_of_the_seed_and_the_number_and_cover_what_there_is(
 def test_some_runs_and_mistakes_are_as_promised(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     said: list[str] = []
-    assert fuzz(tmp_path, seed=0, many=MANY, mistakes=MISTAKES, say=said.append) == []
+    assert fuzz(tmp_path, seed=0, runs=MANY, mistakes=MISTAKES, say=said.append) == []
     counts = {
         name: int(count) for count, _, name in (each.partition(" ") for each in said[0].split(", "))
     }
@@ -92,14 +93,14 @@ def test_a_broken_driver_is_a_finding(session, monkeypatch):
         StatePassing, "forward", lambda self, *args, **named: right(self, *args, **named) + 1e-5
     )
     (found,) = session.runs([0])
-    assert "step 1: loss" in found.what and session.outcomes["differs"] == 1
+    assert "step 1: loss" in found.problem and session.outcomes["differs"] == 1
     session.close()  # ranks are forked anew, from what is whole
     monkeypatch.setattr(StatePassing, "forward", right)
     assert list(session.runs([1])) == [] and session.outcomes["equal in float64"] == 1
 
 
 def test_a_step_without_a_target_has_no_loss_to_compare(session):
-    config = session._judged(
+    config = session._checked(
         [*SMALL, "precision=float64", "data=files", f"data.path={session.documents}"]
     )
     row, none = {"loss": 5.0, "grad_norm": 1.0}, {"loss": None, "grad_norm": None}
@@ -124,7 +125,7 @@ def test_a_run_that_its_data_ends_has_to_end_so_on_one_rank(session, monkeypatch
         lambda rank, config, size, heartbeat: size > 1 and _live(rank, config, size, heartbeat),
     )
     (found,) = session.runs([1])
-    assert "no token to predict" in found.what and "on one rank with False" in found.what
+    assert "no token to predict" in found.problem and "on one rank with False" in found.problem
 
 
 _live = fuzzing.live
@@ -149,7 +150,7 @@ def test_a_trace_is_a_finding_in_the_check_in_a_run_and_in_what_follows_a_mistak
         with monkeypatch.context() as patch:
             patch.setattr(fuzzing, name, _raise)
             found = [*session.runs([0]), *session.mistakes([0])]
-        assert ["ZeroDivisionError: a bug" in each.what for each in found] == [True, True]
+        assert ["ZeroDivisionError: a bug" in each.problem for each in found] == [True, True]
         assert session.outcomes == outcomes
     session.close()
     assert [*session.runs([1]), *session.mistakes([1])] == [] and session.outcomes[
@@ -180,9 +181,9 @@ def _number_of(take, tell, session, cases):
 
 
 def test_lanes_take_every_case_once_and_one_that_breaks_is_heard():
-    assert sorted(beside(3, _number_of, 100, range(20))) == list(range(100, 120))
+    assert sorted(run_in_lanes(3, _number_of, 100, range(20))) == list(range(100, 120))
     with pytest.raises(RuntimeError, match="KeyError"):
-        list(beside(2, _number_of, 1, [1, None, 2]))
+        list(run_in_lanes(2, _number_of, 1, [1, None, 2]))
 
 
 def _fail(rank: int) -> int:
@@ -225,8 +226,8 @@ def test_a_refusal_without_words_or_with_a_trace_is_a_finding(session):
 
 
 def test_wishes_that_the_command_does_not_know_are_named():
-    assert wishes(["seed=3", "many=5"]) == {"seed": 3, "many": 5, "mistakes": 300}
+    assert parse_words(["seed=3", "many=5"]) == {"seed": 3, "many": 5, "mistakes": 300}
     for word in ("seeds=1", "many=-1", "many=x", "many"):
         with pytest.raises(UserError, match="seed=NUMBER") as told:
-            wishes([word])
+            parse_words([word])
         assert told.value.code == BAD_CONFIG

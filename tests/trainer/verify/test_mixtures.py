@@ -143,5 +143,5 @@ def test_the_doctor_finds_no_coupling_of_documents_unless_they_queue_up_together
         )[0]
         for over in ("document", "row")
     )
-    assert [f for f in sound if not f.fine] == []
-    assert {f.check for f in coupled if not f.fine} == {"documents"}
+    assert [f for f in sound if not f.passed] == []
+    assert {f.check for f in coupled if not f.passed} == {"documents"}

@@ -11,7 +11,7 @@ from trainer.launch.elastic import RankInfo
 from trainer.preflight.prepare import load_config
 from trainer.run import run
 from trainer.run_dir import make_run_dir
-from trainer.verify.whole_runs import PLANS, TRUTH, compare
+from trainer.verify.whole_runs import PLANS, REFERENCE, compare
 
 
 def in_rank(env, words, directory):
@@ -70,5 +70,5 @@ def test_deepspeed_gives_the_losses_and_norms_of_one_device_at_every_stage(tmp_p
         for zero, context, micro in ways
     ]
     assert set(cases) <= set(PLANS["engines"].cases)
-    found = compare(in_pool, tmp_path, "engines", cases=(TRUTH, *cases), steps=5)
+    found = compare(in_pool, tmp_path, "engines", cases=(REFERENCE, *cases), steps=5)
     assert all(error < PLANS["engines"].tolerance for _, error in found[1:]), found
