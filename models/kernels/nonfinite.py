@@ -80,9 +80,17 @@ def backward(
     bad_k = _bad(payload)
     clean = [_without(t, bad_q) for t in query], [_without(t, bad_k) for t in payload]
     grads = reference.backward(
-        score, mask, *clean, params, span, kv_span, heads,
-        d_out=_without(d_out, bad_q), lse=_without(lse, bad_q), delta=_without(delta, bad_q),
-    )  # fmt: skip
+        score,
+        mask,
+        *clean,
+        params,
+        span,
+        kv_span,
+        heads,
+        d_out=_without(d_out, bad_q),
+        lse=_without(lse, bad_q),
+        delta=_without(delta, bad_q),
+    )
     touched = visible(mask, span, kv_span, heads).any(1) & (bad_q[:, :, None] | bad_k[:, None, :])
     ruined = [touched.any(2)] * len(query) + [touched.any(1)] * len(payload)
     spoilt = [

@@ -102,9 +102,9 @@ def _gather_plan(mask: Mask, span: Span, kv_span: Span, heads: Tensor) -> Gather
     numbers = torch.cat([kv_span.sharding.index(r, len(w)) for r, w in enumerate(wanted)], 1)
     chosen = torch.cat(wanted, 1)
     # the place of each chosen key in what comes: rank by rank, then row by row
-    arrivals = torch.cat([
-        (w.flatten().cumsum(0) - 1 + sum(takes[:r])).view_as(w) for r, w in enumerate(wanted)
-    ], 1)  # fmt: skip
+    arrivals = torch.cat(
+        [(w.flatten().cumsum(0) - 1 + sum(takes[:r])).view_as(w) for r, w in enumerate(wanted)], 1
+    )
     beyond = torch.iinfo(torch.int64).max
     order = torch.where(chosen, numbers, beyond).argsort(1)[:, : int(chosen.sum(1).max())]
     there = chosen.gather(1, order)

@@ -120,9 +120,17 @@ class _Ring(torch.autograd.Function):
 
         def add(here: Tensors, source: int) -> None:
             blockwise.backward(
-                ctx.what, query, here, params, span, kv_span.sharding.spans[source],
-                d_out=d_out, total=total, delta=delta, into=into,
-            )  # fmt: skip
+                ctx.what,
+                query,
+                here,
+                params,
+                span,
+                kv_span.sharding.spans[source],
+                d_out=d_out,
+                total=total,
+                delta=delta,
+                into=into,
+            )
 
         returning = None
         coming = (

@@ -140,9 +140,12 @@ class AttentionBenchmark:
         formula = self.formula(method, here, mask, tensors)
         keys = here.sharding.shard(visible_keys(span, mask), 0)
         facts = {
-            "tokens": span.shape[1], "layout": policy, "sent_bytes": gathered(sent),
-            "formula_bytes": gathered(formula), "balance": imbalance(gathered(int(keys.sum()))),
-        }  # fmt: skip
+            "tokens": span.shape[1],
+            "layout": policy,
+            "sent_bytes": gathered(sent),
+            "formula_bytes": gathered(formula),
+            "balance": imbalance(gathered(int(keys.sum()))),
+        }
         return BenchmarkEntry(method, facts, step)
 
     def formula(self, method: str, here: Span, mask: Mask, tensors: list[torch.Tensor]) -> int:
@@ -320,10 +323,16 @@ def table(rows: list[dict]) -> str:
         sent = row.get("sent_bytes")
         formula = row.get("formula_bytes")
         cells = [
-            row["name"], row.get("layout", ""), row["tokens"], f"{1e3 * row['seconds']:.0f}",
-            f"{row['seconds'] / one:.3f}", f"{own / share:.3f}",
-            f"{max(sent) / 1e6:.2f}" if sent else "", "" if sent is None else "equal" if sent == formula else "DIFFERS",
-            f"{row['balance']:.3f}" if "balance" in row else "", f"{(row['peak_bytes'] or 0) / 1e6:.0f}",
-        ]  # fmt: skip
+            row["name"],
+            row.get("layout", ""),
+            row["tokens"],
+            f"{1e3 * row['seconds']:.0f}",
+            f"{row['seconds'] / one:.3f}",
+            f"{own / share:.3f}",
+            f"{max(sent) / 1e6:.2f}" if sent else "",
+            "" if sent is None else "equal" if sent == formula else "DIFFERS",
+            f"{row['balance']:.3f}" if "balance" in row else "",
+            f"{(row['peak_bytes'] or 0) / 1e6:.0f}",
+        ]
         lines.append("  ".join(f"{c:>11}" if i else f"{c:24}" for i, c in enumerate(cells)))
     return "\n".join(lines)

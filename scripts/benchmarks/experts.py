@@ -127,9 +127,11 @@ class ExpertBenchmark:
         )
         loads = [sum(column) for column in zip(*chosen)]
         facts = {
-            "tokens": self.sizes.tokens, "sent_bytes": gathered(sum(sent.values())),
-            "formula_bytes": gathered(sum(formula.values())), "balance": max(loads) * len(loads) / sum(loads),
-        }  # fmt: skip
+            "tokens": self.sizes.tokens,
+            "sent_bytes": gathered(sum(sent.values())),
+            "formula_bytes": gathered(sum(formula.values())),
+            "balance": max(loads) * len(loads) / sum(loads),
+        }
         return BenchmarkEntry("experts, both shared", facts, step)
 
     def _mine(self) -> Tensor:

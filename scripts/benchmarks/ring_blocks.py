@@ -122,6 +122,12 @@ def measure(
         seconds = _seconds(lambda cuts=cuts: _turns([q, k, v], d_out, cuts), repeats, device)
         one = one or seconds
         yield {
-            "device": str(device), "dtype": str(dtype), "tokens": tokens, "ranks": size, "seconds": seconds,
-            "against_one": seconds / one, "apart": apart, "exact": apart <= BOUND[dtype],
-        }  # fmt: skip
+            "device": str(device),
+            "dtype": str(dtype),
+            "tokens": tokens,
+            "ranks": size,
+            "seconds": seconds,
+            "against_one": seconds / one,
+            "apart": apart,
+            "exact": apart <= BOUND[dtype],
+        }

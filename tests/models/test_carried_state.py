@@ -23,9 +23,20 @@ from tests.support.knn_rows import build, lanes
 from tests.variants import WIDTH
 
 CARRYING = [
-    "linear", "performer", "retention", "gated_linear", "rwkv6", "rwkv7", "delta", "gated_delta", "mamba2", "short_conv",
-    "channel_mix", "gated_channel_mix", "hyena",
-]  # fmt: skip
+    "linear",
+    "performer",
+    "retention",
+    "gated_linear",
+    "rwkv6",
+    "rwkv7",
+    "delta",
+    "gated_delta",
+    "mamba2",
+    "short_conv",
+    "channel_mix",
+    "gated_channel_mix",
+    "hyena",
+]
 
 
 def carrying(name: str) -> nn.Module:

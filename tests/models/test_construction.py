@@ -196,7 +196,8 @@ def placed(env, kind, settings):
 
 
 @pytest.mark.parametrize(
-    "kind, settings", [(Single, {}), (Fsdp, {}), (Deepspeed, {"zero": 1}), (Deepspeed, {"zero": 3})]
+    "kind, settings",
+    [(Single, {}), (Fsdp, {}), (Deepspeed, {"zero_stage": 1}), (Deepspeed, {"zero_stage": 3})],
 )
 def test_every_engine_starts_from_the_same_values(kind, settings):
     engine = Single(Mesh.alone(), AdamW(), seed=3)

@@ -126,9 +126,13 @@ def compiled(env, name, method, grid, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, method, size, checkpointing", [
-    ("single", "ring", 3, "none"), ("fsdp", "ulysses", 2, "full"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, method, size, checkpointing",
+    [
+        ("single", "ring", 3, "none"),
+        ("fsdp", "ulysses", 2, "full"),
+    ],
+)
 def test_compiled_blocks_share_their_rows_over_ranks(name, method, size, checkpointing):
     expected, expected_norms = alone()
     for parameters, norms, sent in ranks(

@@ -72,16 +72,31 @@ def _unweave(width: int) -> Tensor:
 def test_latent_attention_is_deepseek_v3():
     heads, content, turned, value, latent = 4, 8, 6, 5, 12
     config = DeepseekV3Config(
-        hidden_size=WIDTH, num_attention_heads=heads, num_key_value_heads=heads, q_lora_rank=10, kv_lora_rank=latent,
-        qk_nope_head_dim=content, qk_rope_head_dim=turned, v_head_dim=value, max_position_embeddings=64,
-        rope_interleave=True, attention_bias=False, attn_implementation="eager",
-    )  # fmt: skip
+        hidden_size=WIDTH,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        q_lora_rank=10,
+        kv_lora_rank=latent,
+        qk_nope_head_dim=content,
+        qk_rope_head_dim=turned,
+        v_head_dim=value,
+        max_position_embeddings=64,
+        rope_interleave=True,
+        attention_bias=False,
+        attn_implementation="eager",
+    )
     theirs = _fill(DeepseekV3Attention(config, 0))
     position = DeepseekV3RotaryEmbedding(config)
     ours = LatentAttention(
-        WIDTH, heads, Rope(config.rope_parameters["rope_theta"]),
-        kv_latent=latent, q_latent=10, nope_dim=content, rope_dim=turned, value_dim=value,
-    )  # fmt: skip
+        WIDTH,
+        heads,
+        Rope(config.rope_parameters["rope_theta"]),
+        kv_latent=latent,
+        q_latent=10,
+        nope_dim=content,
+        rope_dim=turned,
+        value_dim=value,
+    )
     rows = torch.cat([torch.arange(content), content + _unweave(turned)])
     q_order = torch.cat([h * (content + turned) + rows for h in range(heads)])
     kv_order = torch.cat([torch.arange(latent), latent + _unweave(turned)])
@@ -99,7 +114,10 @@ def test_latent_attention_is_deepseek_v3():
         return theirs(x, position(x, span.pos), mask)[0]
 
     _same(
-        ours, call, span, torch.randn(ROWS, TOKENS, WIDTH),
+        ours,
+        call,
+        span,
+        torch.randn(ROWS, TOKENS, WIDTH),
         {
             "q.weight": lambda: theirs.q_b_proj.weight.grad[q_order],
             "squeeze.weight": lambda: theirs.kv_a_proj_with_mqa.weight.grad[kv_order],
@@ -107,7 +125,7 @@ def test_latent_attention_is_deepseek_v3():
             "up.weight": lambda: theirs.kv_b_proj.weight.grad,
             "out.weight": lambda: theirs.o_proj.weight.grad,
         },
-    )  # fmt: skip
+    )
 
 
 def _identity_out(ours: nn.Module) -> None:
@@ -118,9 +136,13 @@ def _identity_out(ours: nn.Module) -> None:
 def test_longformer_is_transformers_longformer():
     window = 6
     config = LongformerConfig(
-        hidden_size=WIDTH, num_attention_heads=4, attention_window=[window], num_hidden_layers=1,
-        attention_probs_dropout_prob=0.0, max_position_embeddings=TOKENS,
-    )  # fmt: skip
+        hidden_size=WIDTH,
+        num_attention_heads=4,
+        attention_window=[window],
+        num_hidden_layers=1,
+        attention_probs_dropout_prob=0.0,
+        max_position_embeddings=TOKENS,
+    )
     theirs = _fill(LongformerSelfAttention(config, 0)).eval()
     ours = Longformer(
         WIDTH, 4, 4, NoPosition(), 0, 1, window=window // 2 + 1, first=0, symmetric=True
@@ -170,9 +192,13 @@ class _Repeated(Score):
 def test_bigbird_is_transformers_bigbird():
     block, blocks, random = 4, 9, 2
     config = BigBirdConfig(
-        hidden_size=WIDTH, num_attention_heads=4, block_size=block, num_random_blocks=random, use_bias=False,
+        hidden_size=WIDTH,
+        num_attention_heads=4,
+        block_size=block,
+        num_random_blocks=random,
+        use_bias=False,
         max_position_embeddings=block * blocks,
-    )  # fmt: skip
+    )
     theirs = _fill(BigBirdBlockSparseAttention(config)).eval()
     ours = BigBird(
         WIDTH, 4, 4, NoPosition(), 0, 0, block=block, window=1, first=1, random=0, symmetric=True
@@ -204,17 +230,40 @@ def _compressed_pair(top: int) -> tuple[Compressed, nn.Module, nn.Module, dict[s
     heads, channels, turned, index_channels = 4, 12, 4, 8
     rope = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": turned / channels}
     config = DeepseekV4Config(
-        hidden_size=WIDTH, num_attention_heads=heads, head_dim=channels, q_lora_rank=10, num_hidden_layers=1,
-        layer_types=["compressed_sparse_attention"], mlp_layer_types=["moe"], sliding_window=5, o_groups=2, o_lora_rank=7,
-        compress_rates={"compressed_sparse_attention": 3, "heavily_compressed_attention": 8}, index_n_heads=3,
-        index_head_dim=index_channels, index_topk=top, rope_parameters={"main": dict(rope), "compress": dict(rope)},
-        partial_rotary_factor=turned / channels, attn_implementation="eager",
-    )  # fmt: skip
+        hidden_size=WIDTH,
+        num_attention_heads=heads,
+        head_dim=channels,
+        q_lora_rank=10,
+        num_hidden_layers=1,
+        layer_types=["compressed_sparse_attention"],
+        mlp_layer_types=["moe"],
+        sliding_window=5,
+        o_groups=2,
+        o_lora_rank=7,
+        compress_rates={"compressed_sparse_attention": 3, "heavily_compressed_attention": 8},
+        index_n_heads=3,
+        index_head_dim=index_channels,
+        index_topk=top,
+        rope_parameters={"main": dict(rope), "compress": dict(rope)},
+        partial_rotary_factor=turned / channels,
+        attn_implementation="eager",
+    )
     theirs = _fill(DeepseekV4Attention(config, 0))
     ours = Compressed(
-        WIDTH, heads, Rope(100.0), channels=channels, rope_dim=turned, q_latent=10, block=3, top=top, window=5,
-        index_heads=3, index_channels=index_channels, groups=2, group_width=7,
-    )  # fmt: skip
+        WIDTH,
+        heads,
+        Rope(100.0),
+        channels=channels,
+        rope_dim=turned,
+        q_latent=10,
+        block=3,
+        top=top,
+        window=5,
+        index_heads=3,
+        index_channels=index_channels,
+        groups=2,
+        group_width=7,
+    )
 
     def order(width: int, times: int) -> Tensor:
         one = torch.cat([torch.arange(width - turned), width - turned + _unweave(turned)])
@@ -268,7 +317,10 @@ def test_compressed_attention_is_deepseek_v4(top):
 
     press = theirs.compressor
     _same(
-        ours, call, span, torch.randn(ROWS, TOKENS, WIDTH, generator=torch.Generator().manual_seed(3)),
+        ours,
+        call,
+        span,
+        torch.randn(ROWS, TOKENS, WIDTH, generator=torch.Generator().manual_seed(3)),
         {
             "q.weight": lambda: theirs.q_b_proj.weight.grad[orders["q"]],
             "kv.weight": lambda: theirs.kv_proj.weight.grad[orders["kv"]],
@@ -278,4 +330,4 @@ def test_compressed_attention_is_deepseek_v4(top):
             "sink": lambda: theirs.sinks.grad,
             "out.weight": lambda: theirs.o_b_proj.weight.grad,
         },
-    )  # fmt: skip
+    )

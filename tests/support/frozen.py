@@ -24,10 +24,19 @@ from trainer.run_dir import make_run_dir
 from trainer.verify.whole_runs import write_documents
 
 COMMON = (
-    "steps=30", "context_length=48", "batch_tokens=192", "model.width=32", "model.layers=2", "model.heads=4",
-    "optim.learning_rate=0.003", "schedule.warmup_steps=5", "checkpoint.every=0", "evaluation.every=0",
-    "wandb.mode=disabled", "precision=float64",
-)  # fmt: skip
+    "steps=30",
+    "context_length=48",
+    "batch_tokens=192",
+    "model.width=32",
+    "model.layers=2",
+    "model.heads=4",
+    "optim.learning_rate=0.003",
+    "schedule.warmup_steps=5",
+    "checkpoint.every=0",
+    "evaluation.every=0",
+    "wandb.mode=disabled",
+    "precision=float64",
+)
 ONE = ("engine=single",)
 
 

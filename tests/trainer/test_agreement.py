@@ -76,9 +76,18 @@ def test_ranks_with_another_batch_are_named_on_every_rank(odd, said):
 WORDS = "the quick brown fox jumps over the lazy dog and runs into the wood"
 DOCUMENTS, HELD_OUT = 200, 0.2
 COMMON = (
-    "context_length=48", "batch_tokens=192", "model.width=16", "model.layers=1", "model.heads=2", "model.kv_heads=2",
-    "wandb.mode=disabled", "checkpoint.every=0", "evaluation.batches=2", "parallel.context=3", f"data.held_out={HELD_OUT}",
-)  # fmt: skip
+    "context_length=48",
+    "batch_tokens=192",
+    "model.width=16",
+    "model.layers=1",
+    "model.heads=2",
+    "model.kv_heads=2",
+    "wandb.mode=disabled",
+    "checkpoint.every=0",
+    "evaluation.batches=2",
+    "parallel.context=3",
+    f"data.held_out={HELD_OUT}",
+)
 
 
 class Listed:

@@ -13,10 +13,32 @@ from trainer.config.schema import Config
 from trainer.texts import kind_of, quoted, split, unquoted
 
 TYPED = (
-    "2024_11_27", "1e3", "0x10", "true", "???", "${name}", "${x", "/x/ünï", "/x/lr=0.1", "a, b: c", "[a", "{a:1}",
-    "it's", 'say "x"',
-    "def f(a, b):\n    return 'x'\\", "\\", "~/x", "choice(a,b)", " a ", "@", "*", "007", "1_0", "nan", "None",
-)  # fmt: skip
+    "2024_11_27",
+    "1e3",
+    "0x10",
+    "true",
+    "???",
+    "${name}",
+    "${x",
+    "/x/ünï",
+    "/x/lr=0.1",
+    "a, b: c",
+    "[a",
+    "{a:1}",
+    "it's",
+    'say "x"',
+    "def f(a, b):\n    return 'x'\\",
+    "\\",
+    "~/x",
+    "choice(a,b)",
+    " a ",
+    "@",
+    "*",
+    "007",
+    "1_0",
+    "nan",
+    "None",
+)
 
 
 def composed(*words: str) -> Config:

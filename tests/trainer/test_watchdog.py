@@ -127,7 +127,7 @@ def ranks_of(launcher):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_rank_that_was_stopped_is_named_all_ranks_end_and_nothing_is_lost(tmp_path):
     same = words(
         tmp_path,

@@ -80,9 +80,16 @@ def test_a_query_that_sees_no_key_has_mass_minus_infinity_and_no_gradient():
     )
     assert not grads[0][:, 2].any() and all(g.isfinite().all() for g in grads)
     kept = sdpa_cpu.backward(
-        q[:, [0, 1, 3]], k, v, SCALE, False, add[..., [0, 1, 3], :],
-        d_out=torch.ones_like(mean[:, :3]), mean=mean[:, [0, 1, 3]], lse=lse[:, [0, 1, 3]],
-    )  # fmt: skip
+        q[:, [0, 1, 3]],
+        k,
+        v,
+        SCALE,
+        False,
+        add[..., [0, 1, 3], :],
+        d_out=torch.ones_like(mean[:, :3]),
+        mean=mean[:, [0, 1, 3]],
+        lse=lse[:, [0, 1, 3]],
+    )
     for a, b in zip(grads[1:], kept[1:]):
         torch.testing.assert_close(a, b)
 

@@ -27,9 +27,26 @@ CUTS = {
     "at the ends of segments": [10, 15, 40],
 }
 RECALLING = [
-    "full", "multi_head", "multi_query", "relative", "alibi", "t5", "no_position", "sliding", "chunked", "sinks", "sink_logit",
-    "softcap", "qk_norm", "gated", "latent", "differential", "longformer", "bigbird", "yarn",
-]  # fmt: skip
+    "full",
+    "multi_head",
+    "multi_query",
+    "relative",
+    "alibi",
+    "t5",
+    "no_position",
+    "sliding",
+    "chunked",
+    "sinks",
+    "sink_logit",
+    "softcap",
+    "qk_norm",
+    "gated",
+    "latent",
+    "differential",
+    "longformer",
+    "bigbird",
+    "yarn",
+]
 
 
 def content(rows: int = 2, tokens: int = TOKENS) -> Tensor:

@@ -37,7 +37,7 @@ def test_scores_depend_on_the_distance_alone(scheme):
     q, k = draw(1), draw(1) + 1
     near, far = (
         (scheme.rotate(q, span(p + 7)) * scheme.rotate(k, span(p))).sum(-1) for p in (0, 1000)
-    )  # fmt: skip
+    )
     assert (near - far).abs().max() < 1e-11
     assert (
         (scheme.rotate(q, span(8)) * scheme.rotate(k, span(0))).sum(-1) - near

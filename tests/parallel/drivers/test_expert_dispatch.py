@@ -13,8 +13,16 @@ from tests.support.parity import packed
 from tests.support.pool import ranks
 
 SHAPES = [  # ranks, context, experts
-    (2, 1, 2), (2, 2, 2), (2, 2, 1), (3, 3, 3), (3, 3, 1), (4, 1, 4), (4, 2, 4), (4, 2, 2), (4, 4, 4),
-]  # fmt: skip
+    (2, 1, 2),
+    (2, 2, 2),
+    (2, 2, 1),
+    (3, 3, 3),
+    (3, 3, 1),
+    (4, 1, 4),
+    (4, 2, 4),
+    (4, 2, 2),
+    (4, 4, 4),
+]
 POLICIES = ("zigzag", "contiguous", "balanced")
 EXACT = {torch.float64: 1e-11, torch.float32: 2e-5}
 

@@ -219,9 +219,9 @@ def test_a_state_of_another_shape_is_refused():
     "settings, words",
     [
         ({"precision": "float64"}, "float64"),
-        ({"precision": "bfloat16", "zero": 0}, "engine.zero_stage=1"),
+        ({"precision": "bfloat16", "zero_stage": 0}, "engine.zero_stage=1"),
         ({"offload": "optimizer"}, "engine.offload=none"),
-        ({"zero": 3, "compile": True}, "engine.zero_stage=2"),
+        ({"zero_stage": 3, "compile": True}, "engine.zero_stage=2"),
     ],
 )
 def test_what_it_cannot_do_is_refused_with_a_way_out(settings, words):

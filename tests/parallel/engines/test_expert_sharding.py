@@ -22,8 +22,13 @@ from tests.support.small_mixture import (
 
 STEPS = range(5)
 SHAPES = [  # context, data, experts
-    (2, 1, 2), (1, 2, 2), (2, 2, 2), (1, 4, 2), (2, 2, 4), (1, 4, 4),
-]  # fmt: skip
+    (2, 1, 2),
+    (1, 2, 2),
+    (2, 2, 2),
+    (1, 4, 2),
+    (2, 2, 4),
+    (1, 4, 4),
+]
 
 
 @functools.cache

@@ -21,8 +21,14 @@ def test_every_way_is_measured_and_sends_what_it_should():
     for found in ranks(4, rows, sizes):
         names = [(row["section"].split()[-1], row["name"]) for row in found]
         assert {name for section, name in names if section == "document"} == {
-            "one device, SDPA", "one device, ours", "ring", "ulysses", "allgather", "usp", "ring_attention_pytorch",
-        }  # fmt: skip
+            "one device, SDPA",
+            "one device, ours",
+            "ring",
+            "ulysses",
+            "allgather",
+            "usp",
+            "ring_attention_pytorch",
+        }
         shared = [row for row in found if "sent_bytes" in row]
         assert len(shared) >= 12
         assert all(

@@ -45,9 +45,12 @@ def test_every_layer_is_measured():
         assert hyena["name"] == "hyena" and hyena["goal"] == pytest.approx(1.2 * bare)
         assert {row["goal"] for row in section["growth"][1:-1]} == {9.5}
         assert [(row["name"], row["tokens"]) for row in section["speed"]] == [
-            ("scan in chunks", 64), ("SDPA, causal", 64), ("scan step by step", 64),
-            ("scan in chunks", 128), ("SDPA, causal", 128),
-        ]  # fmt: skip
+            ("scan in chunks", 64),
+            ("SDPA, causal", 64),
+            ("scan step by step", 64),
+            ("scan in chunks", 128),
+            ("SDPA, causal", 128),
+        ]
         assert all(row["times"] == 1 for row in section["speed"] if row["name"] == "scan in chunks")
         held = {row["name"]: row["bytes"] for row in section["state"]}
         assert held.pop("hyena") == [None, None]

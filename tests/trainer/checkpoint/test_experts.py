@@ -71,9 +71,19 @@ def on(place, worker, path):
 
 
 WAYS = [
-    (FOUR, TWO_WHOLE), (FOUR, ALONE), (FOUR, TWO_CUT), (TWO_CUT, FOUR), (TWO_CUT, NONE), (TWO_WHOLE, FOUR_WHOLE),
-    (FOUR_WHOLE, TWO_CUT), (ALONE, FOUR), (ALONE, TWO_CUT), (NONE, TWICE), (TWICE, TWO_CUT), (TWICE, ALONE),
-]  # fmt: skip
+    (FOUR, TWO_WHOLE),
+    (FOUR, ALONE),
+    (FOUR, TWO_CUT),
+    (TWO_CUT, FOUR),
+    (TWO_CUT, NONE),
+    (TWO_WHOLE, FOUR_WHOLE),
+    (FOUR_WHOLE, TWO_CUT),
+    (ALONE, FOUR),
+    (ALONE, TWO_CUT),
+    (NONE, TWICE),
+    (TWICE, TWO_CUT),
+    (TWICE, ALONE),
+]
 
 
 @pytest.mark.parametrize("place, then", WAYS)

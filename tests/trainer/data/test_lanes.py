@@ -64,9 +64,16 @@ def same(a, b) -> bool:
     )
 
 
-@pytest.mark.parametrize(("size", "context", "micro_batch", "policy"), [
-    (2, 1, 1, "zigzag"), (2, 2, 2, "contiguous"), (3, 3, 5, "zigzag"), (4, 2, 2, "balanced"), (4, 4, 3, "balanced"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "context", "micro_batch", "policy"),
+    [
+        (2, 1, 1, "zigzag"),
+        (2, 2, 2, "contiguous"),
+        (3, 3, 5, "zigzag"),
+        (4, 2, 2, "balanced"),
+        (4, 4, 3, "balanced"),
+    ],
+)
 def test_lanes_carry_the_same_on_any_ranks_and_go_on_on_others(size, context, micro_batch, policy):
     first = walk(Mesh.alone(), 2, "zigzag")
     second = walk(Mesh.alone(), ROWS, "zigzag", first, 3)

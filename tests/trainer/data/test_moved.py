@@ -47,10 +47,16 @@ def test_local_files_are_the_same_however_their_glob_is_spelt_and_wherever_they_
     os.symlink(tmp_path / "x" / "texts", tmp_path / "linked")
     monkeypatch.chdir(tmp_path / "x")
     spellings = [
-        tmp_path / "x/texts/*.jsonl", tmp_path / "x/texts/[ab].jsonl", tmp_path / "x//./texts/../texts/*.jsonl",
-        tmp_path / "x/*/*.jsonl", tmp_path / "x/**/*.jsonl", tmp_path / "y/moved/*.jsonl", tmp_path / "linked/*.jsonl",
-        "texts/*.jsonl", "./texts/?.jsonl",
-    ]  # fmt: skip
+        tmp_path / "x/texts/*.jsonl",
+        tmp_path / "x/texts/[ab].jsonl",
+        tmp_path / "x//./texts/../texts/*.jsonl",
+        tmp_path / "x/*/*.jsonl",
+        tmp_path / "x/**/*.jsonl",
+        tmp_path / "y/moved/*.jsonl",
+        tmp_path / "linked/*.jsonl",
+        "texts/*.jsonl",
+        "./texts/?.jsonl",
+    ]
     assert (
         len({fingerprint({"_target_": FILES, "path": str(path)}, tmp_path) for path in spellings})
         == 1
@@ -86,9 +92,17 @@ def test_a_name_on_the_hub_goes_by_its_name(tmp_path, monkeypatch):
 
 
 COMMON = (
-    "context_length=16", "batch_tokens=32", "model.width=8", "model.layers=1", "model.heads=1", "evaluation.every=0",
-    "checkpoint.every=1", "wandb.mode=disabled", "engine=single", "data.held_out=0",
-)  # fmt: skip
+    "context_length=16",
+    "batch_tokens=32",
+    "model.width=8",
+    "model.layers=1",
+    "model.heads=1",
+    "evaluation.every=0",
+    "checkpoint.every=1",
+    "wandb.mode=disabled",
+    "engine=single",
+    "data.held_out=0",
+)
 
 
 @pytest.mark.parametrize("source", ["files", "hub"])
@@ -100,8 +114,16 @@ def test_a_run_goes_on_with_its_data_elsewhere_and_not_with_others(source, tmp_p
     def words(folder, steps, cache, tokenizer):
         place = f"data.path={folder}/*.jsonl" if source == "files" else f"data.name={folder}"
         more = (f"data.cache={tmp_path / cache}",) if source == "files" else ()
-        return (*COMMON, f"steps={steps}", "schedule.extend=stretch", f"data={source}", place, *more,
-                f"data.tokenizer={tokenizer}", f"run_dir={run_dir}")  # fmt: skip
+        return (
+            *COMMON,
+            f"steps={steps}",
+            "schedule.extend=stretch",
+            f"data={source}",
+            place,
+            *more,
+            f"data.tokenizer={tokenizer}",
+            f"run_dir={run_dir}",
+        )
 
     make_run_dir(run_dir)
     assert ranks(1, recorded, words(first, 1, "c1", tokenizer), str(run_dir)) == [0]
@@ -118,8 +140,15 @@ def test_a_run_goes_on_with_its_data_elsewhere_and_not_with_others(source, tmp_p
     ):
         (said,) = ranks(1, refused, strange, str(run_dir))
         assert "cannot resume from" in said and "belongs to other data" in said
-    refusals = other_run(load_config([*(word for word in moved if "held_out" not in word and "run_dir" not in word),
-                               "data.held_out=0.5"]), run_dir)  # fmt: skip
+    refusals = other_run(
+        load_config(
+            [
+                *(word for word in moved if "held_out" not in word and "run_dir" not in word),
+                "data.held_out=0.5",
+            ]
+        ),
+        run_dir,
+    )
     assert [refusal.partition("=")[0] for refusal in refusals] == ["data.held_out"]
 
 

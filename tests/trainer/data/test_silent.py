@@ -110,9 +110,23 @@ def test_an_evaluation_over_no_tokens_is_no_figure(tmp_path, tokenizer):
     (folder / "train.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in texts)
     )
-    words = ("steps=2", "context_length=8", "batch_tokens=16", "model.width=8", "model.layers=1", "model.heads=1", "data=hub",
-             f"data.name={folder}", f"data.tokenizer={tokenizer}", "data.held_out=1e-9", "evaluation.every=1",
-             "checkpoint.every=2", "wandb.mode=disabled", "engine=single", f"run_dir={run_dir}")  # fmt: skip
+    words = (
+        "steps=2",
+        "context_length=8",
+        "batch_tokens=16",
+        "model.width=8",
+        "model.layers=1",
+        "model.heads=1",
+        "data=hub",
+        f"data.name={folder}",
+        f"data.tokenizer={tokenizer}",
+        "data.held_out=1e-9",
+        "evaluation.every=1",
+        "checkpoint.every=2",
+        "wandb.mode=disabled",
+        "engine=single",
+        f"run_dir={run_dir}",
+    )
     make_run_dir(run_dir)
     assert ranks(1, in_rank, words, str(run_dir)) == [0]
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -25,10 +25,21 @@ from trainer.run_dir import make_run_dir
 from trainer.verify.whole_runs import write_documents
 
 COMMON = (
-    "steps=4", "context_length=48", "batch_tokens=96", "model.width=16", "model.layers=1", "model.heads=2",
-    "data=files", "wandb.mode=disabled", "checkpoint.every=2", "evaluation.every=2", "evaluation.batches=2",
-    "evaluation.sample_tokens=6", "precision=float64", "parallel.method=ring",
-)  # fmt: skip
+    "steps=4",
+    "context_length=48",
+    "batch_tokens=96",
+    "model.width=16",
+    "model.layers=1",
+    "model.heads=2",
+    "data=files",
+    "wandb.mode=disabled",
+    "checkpoint.every=2",
+    "evaluation.every=2",
+    "evaluation.batches=2",
+    "evaluation.sample_tokens=6",
+    "precision=float64",
+    "parallel.method=ring",
+)
 
 
 def signals_itself(*args, **kwargs):

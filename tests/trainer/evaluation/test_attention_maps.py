@@ -38,8 +38,17 @@ from trainer.verify.whole_runs import write_documents
 
 LENGTH, TOKENS = 61, 40
 MIXERS = (  # of the table: what is added to or done with the logits, what travels, what is a key
-    "full", "longformer", "relative", "softcap_alibi", "sink_logit", "differential_t5", "latent", "lsh", "compressed", "prefix",
-)  # fmt: skip
+    "full",
+    "longformer",
+    "relative",
+    "softcap_alibi",
+    "sink_logit",
+    "differential_t5",
+    "latent",
+    "lsh",
+    "compressed",
+    "prefix",
+)
 MEMORIES = {
     "segments": lambda: SegmentMemory(6, segment=4),
     "compressive": lambda: Compressive(segment=9),
@@ -197,10 +206,22 @@ def test_maps_that_cannot_be_drawn_are_refused(words, told):
 
 
 RUN = (
-    "steps=4", "context_length=48", "batch_tokens=192", "model.width=32", "model.layers=2", "model.heads=4", "data=recall",
-    "data.pairs=3", "data.length=16", "checkpoint.every=0", "evaluation.every=2", "evaluation.batches=1", "wandb.mode=disabled",
-    "precision=float64", "evaluation.attention_maps=20",
-)  # fmt: skip
+    "steps=4",
+    "context_length=48",
+    "batch_tokens=192",
+    "model.width=32",
+    "model.layers=2",
+    "model.heads=4",
+    "data=recall",
+    "data.pairs=3",
+    "data.length=16",
+    "checkpoint.every=0",
+    "evaluation.every=2",
+    "evaluation.batches=1",
+    "wandb.mode=disabled",
+    "precision=float64",
+    "evaluation.attention_maps=20",
+)
 
 
 def test_a_run_on_three_ranks_draws_what_one_device_draws_and_grades_every_evaluation(tmp_path):

@@ -33,7 +33,8 @@ WORDS = (
 )
 RECORD = 'printf "%s\\n" "$(basename "$0") $*" >> "$LOG"\n'
 TOOLS = {
-    "sbatch": RECORD + '[ -n "$FULL" ] && { echo "QOSMaxSubmitJobPerUserLimit" >&2; exit 1; }; echo "7007;cluster"',
+    "sbatch": RECORD
+    + '[ -n "$FULL" ] && { echo "QOSMaxSubmitJobPerUserLimit" >&2; exit 1; }; echo "7007;cluster"',
     "scontrol": RECORD + '[ "$1" = show ] && printf "node8\\nnode9\\n"',
     # a task on each machine; signals go to all of them, and the worst exit status is srun's
     "srun": RECORD
@@ -46,10 +47,11 @@ for task in $all; do
 done
 exit "${worst:-0}\"""",
     # in the place of the trainer: ends at once, with END, or sleeps until it has to save
-    "python": RECORD + """[ -n "$END" ] && exit "$END"
+    "python": RECORD
+    + """[ -n "$END" ] && exit "$END"
 trap 'exit 143' TERM
 while :; do sleep 0.05; done""",
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -104,10 +106,20 @@ def test_sbatch_is_told_of_machines_time_and_the_warning_before_its_end() -> Non
         WORDS,
     )
     assert directives(text) == [
-        "--job-name=mine", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=6", "--gpus-per-node=2", "--partition=gpu",
-        "--account=lab", "--time=2-12:00", '--output="/shared/a 100%%/run/slurm-%j.out"', "--open-mode=append", "--requeue",
-        "--signal=B:USR1@150", "--qos=low",
-    ]  # fmt: skip
+        "--job-name=mine",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=6",
+        "--gpus-per-node=2",
+        "--partition=gpu",
+        "--account=lab",
+        "--time=2-12:00",
+        '--output="/shared/a 100%%/run/slurm-%j.out"',
+        "--open-mode=append",
+        "--requeue",
+        "--signal=B:USR1@150",
+        "--qos=low",
+    ]
     assert text.startswith("#!/bin/bash\n#SBATCH"), (
         "sbatch stops reading its options at the first command"
     )

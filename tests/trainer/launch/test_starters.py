@@ -45,24 +45,55 @@ OMPI = {"OMPI_COMM_WORLD_LOCAL_RANK": 1, "OMPI_COMM_WORLD_LOCAL_SIZE": 2}
     ("given", "start"),
     [
         ({}, None),
-        ({"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1}, Start("a launcher that sets RANK and WORLD_SIZE", 5, 8, 1, None)),
+        (
+            {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1},
+            Start("a launcher that sets RANK and WORLD_SIZE", 5, 8, 1, None),
+        ),
         ({"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}, None),
         ({"RANK": 0}, None),
         ({"SLURM_PROCID": 3, "SLURM_NTASKS": 4, "SLURM_LOCALID": 1}, Start("srun", 3, 4, 1, None)),
         ({"SLURM_PROCID": 0, "SLURM_NTASKS": 4, "ENVIRONMENT": "BATCH"}, None),
         (
-            {"SLURM_PROCID": 1, "SLURM_NTASKS": 8, "SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_ID": 0, "ENVIRONMENT": "BATCH"},
+            {
+                "SLURM_PROCID": 1,
+                "SLURM_NTASKS": 8,
+                "SLURM_STEP_NUM_TASKS": 2,
+                "SLURM_STEP_ID": 0,
+                "ENVIRONMENT": "BATCH",
+            },
             Start("srun", 1, 2, None, None),
         ),
-        ({"SLURM_PROCID": 0, "SLURM_NTASKS": 8, "SLURM_STEP_NUM_TASKS": 1, "SLURM_STEP_ID": 0}, None),
-        ({"OMPI_COMM_WORLD_RANK": 3, "OMPI_COMM_WORLD_SIZE": 4, **OMPI}, Start("mpirun", 3, 4, 1, 2)),
-        ({"OMPI_COMM_WORLD_RANK": 3, "OMPI_COMM_WORLD_SIZE": 4, "SLURM_PROCID": 0, "SLURM_NTASKS": 9, **OMPI},
-         Start("mpirun", 3, 4, 1, 2)),
+        (
+            {"SLURM_PROCID": 0, "SLURM_NTASKS": 8, "SLURM_STEP_NUM_TASKS": 1, "SLURM_STEP_ID": 0},
+            None,
+        ),
+        (
+            {"OMPI_COMM_WORLD_RANK": 3, "OMPI_COMM_WORLD_SIZE": 4, **OMPI},
+            Start("mpirun", 3, 4, 1, 2),
+        ),
+        (
+            {
+                "OMPI_COMM_WORLD_RANK": 3,
+                "OMPI_COMM_WORLD_SIZE": 4,
+                "SLURM_PROCID": 0,
+                "SLURM_NTASKS": 9,
+                **OMPI,
+            },
+            Start("mpirun", 3, 4, 1, 2),
+        ),
         ({"PMI_RANK": 1, "PMI_SIZE": 2}, Start("mpirun", 1, 2, None, None)),
-        ({"TORCHELASTIC_RUN_ID": "x", "RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1},
-         Start("torchrun", 0, 1, 0, 1)),
+        (
+            {
+                "TORCHELASTIC_RUN_ID": "x",
+                "RANK": 0,
+                "WORLD_SIZE": 1,
+                "LOCAL_RANK": 0,
+                "LOCAL_WORLD_SIZE": 1,
+            },
+            Start("torchrun", 0, 1, 0, 1),
+        ),
     ],
-)  # fmt: skip
+)
 def test_each_starter_is_recognised_and_one_process_alone_is_none(variables, given, start):
     variables(**given)
     assert started() == start

@@ -118,8 +118,11 @@ def test_alerts_tell_of_spikes_skips_hangs_and_the_end_and_of_nothing_else():
     alerts.hung("rank 1 did not come; token=S3cr3t")
     alerts.ended("finished", "loss 1")
     assert [title for title, _ in sent] == [
-        "gradient spike: mine", "step skipped: mine", "ranks hang: mine", "finished: mine"
-    ]  # fmt: skip
+        "gradient spike: mine",
+        "step skipped: mine",
+        "ranks hang: mine",
+        "finished: mine",
+    ]
     assert "S3cr3t" not in str(sent) and "step 31: gradient norm 100" in sent[0][1]
     quiet = Alerts(["end"], "mine", 0.0, lambda *alert: sent.append(alert))
     quiet.hung("x")

@@ -14,11 +14,28 @@ SECRET = "S3cr3tV4lue"
 @pytest.mark.parametrize(
     "key",
     [
-        "token", "hf_token", "data.hf_token", "secret_key", "AWS_SECRET_ACCESS_KEY", "aws_access_key_id", "Authorization",
-        "WANDB_API_KEY", "apiKey", "api-key", "clientSecret", "password", "db_passwd", "private_key", "storage.account_key",
-        "AZURE_STORAGE_KEY", "X-Api-Key", "refresh_token", "credentials", "SSH_PRIVATE_KEY",
+        "token",
+        "hf_token",
+        "data.hf_token",
+        "secret_key",
+        "AWS_SECRET_ACCESS_KEY",
+        "aws_access_key_id",
+        "Authorization",
+        "WANDB_API_KEY",
+        "apiKey",
+        "api-key",
+        "clientSecret",
+        "password",
+        "db_passwd",
+        "private_key",
+        "storage.account_key",
+        "AZURE_STORAGE_KEY",
+        "X-Api-Key",
+        "refresh_token",
+        "credentials",
+        "SSH_PRIVATE_KEY",
     ],
-)  # fmt: skip
+)
 def test_a_key_that_names_a_secret_hides_its_value(key):
     assert without_secrets({"a": [{key: SECRET}]}) == {"a": [{key: "***"}]}
     assert word_without_secrets(f"++{key}={SECRET}") == f"++{key}=***"
@@ -28,9 +45,24 @@ def test_a_key_that_names_a_secret_hides_its_value(key):
 
 @pytest.mark.parametrize(
     "key",
-    ["batch_tokens", "tokenizer", "tokens", "eos_token", "key", "sort_key", "monkey", "kv_heads", "keys", "max_new_tokens",
-     "tokens_per_second", "path", "keyboard", "passes", "compass"],
-)  # fmt: skip
+    [
+        "batch_tokens",
+        "tokenizer",
+        "tokens",
+        "eos_token",
+        "key",
+        "sort_key",
+        "monkey",
+        "kv_heads",
+        "keys",
+        "max_new_tokens",
+        "tokens_per_second",
+        "path",
+        "keyboard",
+        "passes",
+        "compass",
+    ],
+)
 def test_what_is_no_secret_is_shown(key):
     assert not secret_key(key)
     assert (
@@ -77,11 +109,22 @@ def test_secrets_inside_of_values_are_hidden(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "module load cuda/12.4", "--constraint=a100", "--qos=low", "--mail-user me@example.org", "export OMP_NUM_THREADS=4",
-        "https://host/data.jsonl?size=3&page=4", "data.tokenizer=bytes", "/data/*.jsonl", "model=full seed=1", "d41d8cd98f00",
-        "batch_tokens=8192 context_length=2048", "optim.betas=[0.9,0.95]", "models.architectures.decoder.Decoder", "step 3: loss 2.5",
+        "module load cuda/12.4",
+        "--constraint=a100",
+        "--qos=low",
+        "--mail-user me@example.org",
+        "export OMP_NUM_THREADS=4",
+        "https://host/data.jsonl?size=3&page=4",
+        "data.tokenizer=bytes",
+        "/data/*.jsonl",
+        "model=full seed=1",
+        "d41d8cd98f00",
+        "batch_tokens=8192 context_length=2048",
+        "optim.betas=[0.9,0.95]",
+        "models.architectures.decoder.Decoder",
+        "step 3: loss 2.5",
     ],
-)  # fmt: skip
+)
 def test_ordinary_values_stay_as_they_are(text):
     assert redacted(text) == text and without_secrets({"x": text}) == {"x": text}
 

@@ -136,8 +136,10 @@ def test_the_state_made_beforehand_is_what_torch_makes():
             {"params": [p], "weight_decay": 0.2 if name in decays else 0.0}
             for name, p in theirs.named_parameters()
         ],
-        lr=settings.learning_rate, betas=settings.betas, eps=settings.eps,
-    )  # fmt: skip
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+    )
     for _ in range(2):
         for model, steps in ((ours, optimiser), (theirs, plain)):
             (sum((p * p).sum() for p in model.parameters())).backward()
@@ -175,9 +177,18 @@ def test_the_update_has_the_same_bits_however_a_parameter_is_cut(pieces):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"learning_rate": 0}, {"learning_rate": -1}, {"learning_rate": float("nan")}, {"eps": 0}, {"weight_decay": -0.1},
-     {"max_grad_norm": -1}, {"max_grad_norm": float("inf")}, {"betas": (0.9, 1.0)}, {"betas": (0.9,)}],
-)  # fmt: skip
+    [
+        {"learning_rate": 0},
+        {"learning_rate": -1},
+        {"learning_rate": float("nan")},
+        {"eps": 0},
+        {"weight_decay": -0.1},
+        {"max_grad_norm": -1},
+        {"max_grad_norm": float("inf")},
+        {"betas": (0.9, 1.0)},
+        {"betas": (0.9,)},
+    ],
+)
 def test_a_number_out_of_range_is_refused_by_name(wrong):
     with pytest.raises(ValueError, match=f"optim.{next(iter(wrong))}="):
         AdamW(**wrong)

@@ -21,10 +21,19 @@ from trainer.run_dir import make_run_dir, plain_config
 from trainer.verify.whole_runs import write_documents
 
 COMMON = (
-    "context_length=48", "batch_tokens=96", "model.width=16", "model.layers=1", "model.heads=2", "data=files",
-    "wandb.mode=disabled", "checkpoint.every=2", "evaluation.every=0", "schedule.warmup_steps=2", "optim.learning_rate=1",
+    "context_length=48",
+    "batch_tokens=96",
+    "model.width=16",
+    "model.layers=1",
+    "model.heads=2",
+    "data=files",
+    "wandb.mode=disabled",
+    "checkpoint.every=2",
+    "evaluation.every=0",
+    "schedule.warmup_steps=2",
+    "optim.learning_rate=1",
     "engine=single",
-)  # fmt: skip
+)
 
 
 def rates(schedule, stretches, steps):

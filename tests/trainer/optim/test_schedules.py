@@ -48,9 +48,13 @@ def test_one_step_is_a_run_too(kind):
 
 @pytest.mark.parametrize(
     "kind, wrong",
-    [(Constant, {"warmup_steps": -1}), (Cosine, {"final_ratio": 1.1}), (LinearSchedule, {"final_ratio": -0.1}),
-     (WarmupStableDecay, {"decay_steps": -1})],
-)  # fmt: skip
+    [
+        (Constant, {"warmup_steps": -1}),
+        (Cosine, {"final_ratio": 1.1}),
+        (LinearSchedule, {"final_ratio": -0.1}),
+        (WarmupStableDecay, {"decay_steps": -1}),
+    ],
+)
 def test_a_number_out_of_range_is_refused_by_name(kind, wrong):
     with pytest.raises(ValueError, match=f"schedule.{next(iter(wrong))}="):
         kind(**wrong)

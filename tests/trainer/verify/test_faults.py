@@ -30,9 +30,18 @@ from trainer.skip_step import LEAST, WINDOW, SkipStepGuard
 from trainer.verify.whole_runs import write_documents
 
 COMMON = (
-    "context_length=48", "batch_tokens=240", "model.width=16", "model.layers=2", "model.heads=2", "schedule.warmup_steps=1",
-    "data=files", "wandb.mode=disabled", "evaluation.every=0", "parallel.micro_batch=1", "log.every=100",
-)  # fmt: skip
+    "context_length=48",
+    "batch_tokens=240",
+    "model.width=16",
+    "model.layers=2",
+    "model.heads=2",
+    "schedule.warmup_steps=1",
+    "data=files",
+    "wandb.mode=disabled",
+    "evaluation.every=0",
+    "parallel.micro_batch=1",
+    "log.every=100",
+)
 WAYS = {  # what is done to what the blocks of a micro-batch read
     "loss": lambda x: x * math.nan,
     "gradient": lambda x: x.register_hook(lambda grad: grad * math.inf) and x,

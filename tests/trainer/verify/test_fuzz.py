@@ -20,7 +20,8 @@ from trainer.verify.whole_runs import write_documents
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning"
 )  # of forking a process that has threads
-MANY, MISTAKES = 12, 24
+MANY = 8
+MISTAKES = 12
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(folder, whole):
     assert a == b and [step for step, *_ in a] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_goes_on_with_other_ranks_and_another_engine(folder, whole):
     kill_after(
         words(folder, "moved", "parallel.context=3", "engine=fsdp"),
@@ -129,7 +129,7 @@ def test_a_run_goes_on_with_other_ranks_and_another_engine(folder, whole):
     assert max(abs(x["loss"] / y["loss"] - 1) for x, y in zip(a, b, strict=True)) < 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder, whole):
     first = words(folder, "damaged", "parallel.context=2", "engine=fsdp", "checkpoint.keep=3")
     kill_after(first, 9, 0.0, folder / "damaged" / METRICS)
@@ -165,7 +165,7 @@ def test_sigterm_saves_and_says_so(folder, whole):
     assert weights(folder / "asked") == weights(whole)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_after_a_rank_was_killed_all_ranks_are_back_from_the_last_checkpoint(folder, whole):
     process = start(
         words(folder, "restarted", "parallel.context=2", "engine=fsdp", "launch.max_restarts=2")

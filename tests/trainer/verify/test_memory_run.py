@@ -11,10 +11,19 @@ from trainer.logs.jsonl import METRICS
 from trainer.verify.whole_runs import write_documents
 
 COMMON = (
-    "steps=6", "context_length=48", "batch_tokens=192", "model.width=32", "model.layers=2", "model.heads=4",
-    "optim.learning_rate=0.003", "checkpoint.every=3", "evaluation.every=3", "evaluation.batches=2",
-    "wandb.mode=disabled", "precision=float64",
-)  # fmt: skip
+    "steps=6",
+    "context_length=48",
+    "batch_tokens=192",
+    "model.width=32",
+    "model.layers=2",
+    "model.heads=4",
+    "optim.learning_rate=0.003",
+    "checkpoint.every=3",
+    "evaluation.every=3",
+    "evaluation.batches=2",
+    "wandb.mode=disabled",
+    "precision=float64",
+)
 MEMORIES = {
     "segments": (
         "memory=segments",
@@ -41,7 +50,13 @@ def losses(directory, name, key):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize(
+    "memory",
+    [
+        pytest.param(name, marks=pytest.mark.full) if name in ("lookup", "compressive") else name
+        for name in MEMORIES
+    ],
+)
 def test_a_memory_gives_the_same_losses_on_any_ranks_and_after_a_resume_on_others(memory, tmp_path):
     os.environ["HF_HUB_OFFLINE"] = "1"
     data = (

@@ -16,11 +16,21 @@ from trainer.run_dir import make_run_dir
 from trainer.verify.whole_runs import write_documents
 
 COMMON = (
-    "steps=4", "context_length=126", "batch_tokens=504", "model.width=16", "model.layers=2", "model.heads=2", "data=files",
-    "checkpoint.every=0", "evaluation.every=0", "schedule.warmup_steps=1",
-    "wandb.mode=disabled", "precision=float64", "optim.learning_rate=0.02",
+    "steps=4",
+    "context_length=126",
+    "batch_tokens=504",
+    "model.width=16",
+    "model.layers=2",
+    "model.heads=2",
+    "data=files",
+    "checkpoint.every=0",
+    "evaluation.every=0",
+    "schedule.warmup_steps=1",
+    "wandb.mode=disabled",
+    "precision=float64",
+    "optim.learning_rate=0.02",
     "engine=single",
-)  # fmt: skip
+)
 SPREAD = (
     ("parallel.data=2", "parallel.experts=2", "parallel.micro_batch=1"),
     ("parallel.context=2", "parallel.data=2", "parallel.experts=4", "engine=fsdp"),

@@ -66,7 +66,7 @@ class Facts(SyntheticTask):
             int(first) + place
             for first, module in zip(firsts, self.modules)
             for place in range(len(module) - hops - 1)
-        ]  # fmt: skip
+        ]
         if len(self.starts) < max_facts * (hops + 2) ** 2:
             raise DataError(
                 f"data.max_facts={max_facts} stretches of {hops + 2} functions, each in a place of"
