@@ -1,5 +1,5 @@
-"""Reading checkpoints back, on any number of ranks and whatever wrote them: the newest whole one,
-or one by name."""
+"""Reads checkpoints on any number of ranks, whatever wrote them: the newest whole one, or one by
+name."""
 
 import errno
 import re
@@ -24,8 +24,13 @@ NAME = re.compile(r"step_(\d{8,})")
 
 
 class LoadedCheckpoint(NamedTuple):
-    """What `load` gives back: the state with the caller's tensors filled in, and the dict that was
-    saved beside it."""
+    """Result of `CheckpointReader.load`.
+
+    Attributes:
+        step: of the run when it was saved.
+        state: the caller's state with its tensors filled in.
+        extra: the dict that was saved with the tensors.
+    """
 
     step: int
     state: dict[str, Any]
@@ -33,11 +38,11 @@ class LoadedCheckpoint(NamedTuple):
 
 
 class CheckpointReader:
-    """Reads the checkpoints of a directory, without ever changing it.
+    """Reads the checkpoints of a directory without ever changing it.
 
     Args:
         directory: `<run_dir>/checkpoints`; it need not exist.
-        group: the ranks of the run, all of them; None = the same, or this process alone without
+        group: all ranks of the run. None means the same, or this process alone without
             torch.distributed.
         say: takes a line for the user; called on the group's first rank only.
     """
@@ -53,106 +58,128 @@ class CheckpointReader:
         self.say = say
         if group is None and dist.is_initialized():
             group = dist.group.WORLD
-        # gloo of our own: plans are small Python objects on the CPU, and must not meet the
-        # training's collectives.
-        self.members = dist.get_process_group_ranks(group) if group is not None else [0]
-        self.rank = dist.get_rank(group) if group is not None else 0
+        if group is None:
+            self.members = [0]
+            self.rank = 0
+        else:
+            self.members = dist.get_process_group_ranks(group)
+            self.rank = dist.get_rank(group)
         self.alone = group is None
-        # that there is one process is no news; the saving thread warns too, so no context would do
+        # torch warns that torch.distributed is off, which is the normal case for one process. The
+        # saving thread warns too, so a context manager around our calls would not reach it.
         if self.alone:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        self.control = self._group()
+        # A gloo group of our own: plans are small Python objects on the CPU, and must not
+        # interleave with the training's collectives.
+        self.control = self._new_group()
         self.checked: Path | None = None
 
-    def _group(self) -> dist.ProcessGroup | None:
+    def _new_group(self) -> dist.ProcessGroup | None:
         if self.alone:
             return None
         group = dist.new_group(self.members, backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
         return group
 
-    def _from_first(self, value: Any) -> Any:
-        """[object of rank 0] -> the same object on every rank."""
+    def _broadcast(self, value: Any) -> Any:
+        """Returns rank 0's object on every rank."""
         box = [value]
         if not self.alone:
             dist.broadcast_object_list(box, src=self.members[0], group=self.control)
         return box[0]
 
     def _gather(self, value: Any) -> list[Any]:
-        """An object of each rank -> the list of all on every rank."""
-        box = [value] * len(self.members)
+        """Returns the list of all ranks' objects on every rank."""
+        values = [value] * len(self.members)
         if not self.alone:
-            dist.all_gather_object(box, value, group=self.control)
-        return box
+            dist.all_gather_object(values, value, group=self.control)
+        return values
 
-    def _on_first(self, action: Callable[[], Any]) -> Any:
-        """Do something with the directory on rank 0 alone: its result, or a Fault, on every
-        rank."""
+    def _first_of_all(self, error: str | None) -> str | None:
+        """Returns the error of the lowest rank that has one, the same on every rank."""
+        for message in self._gather(error):
+            if message:
+                return message
+        return None
+
+    def _on_first_rank(self, action: Callable[[], Any]) -> Any:
+        """Runs `action` on rank 0 alone, and returns its result or raises its error on every rank.
+
+        Raises:
+            UserError: the directory could not be used.
+        """
         result = None
-        mistake = None
+        message = None
         if self.rank == 0:
             try:
                 result = action()
             except OSError as error:
-                mistake = (
+                message = (
                     f"cannot use the checkpoints in {self.directory}: {error}; mend that or choose"
                     " a run_dir"
                 )
-        result, mistake = self._from_first((result, mistake))
-        if mistake is not None:
-            raise UserError(mistake, BAD_RUN)
+        # Raising on rank 0 alone would leave the others in the next collective for ever.
+        result, message = self._broadcast((result, message))
+        if message is not None:
+            raise UserError(message, BAD_RUN)
         return result
 
-    def _tell(self, text: str) -> None:
+    def _say_once(self, text: str) -> None:
         if self.rank == 0:
             self.say(text)
 
     def _list(self) -> list[Path]:
-        found = {}
+        """Lists every step_N of the directory, the newest first, as this process sees them."""
         if self.directory.is_symlink():
             raise OSError(errno.ELOOP, LINKED, str(self.directory))
+        checkpoints: dict[int, Path] = {}
         if self.directory.is_dir():
-            found = {
-                int(match[1]): path
-                for path in self.directory.iterdir()
-                if (match := NAME.fullmatch(path.name))
-            }
-        return [found[step] for step in sorted(found, reverse=True)]
+            for path in self.directory.iterdir():
+                match = NAME.fullmatch(path.name)
+                if match:
+                    checkpoints[int(match[1])] = path
+        # By number and not by name: from step 10**8 on names have nine digits.
+        return [checkpoints[step] for step in sorted(checkpoints, reverse=True)]
 
-    def _found(self) -> list[Path]:
-        """Every step_N, the newest first, as rank 0 sees them."""
-        return self._on_first(self._list)
+    def _list_together(self) -> list[Path]:
+        """Lists every step_N, the newest first, as rank 0 sees them."""
+        return self._on_first_rank(self._list)
 
-    def _wrong(self, place: Path) -> str | None:
-        """Why the checkpoint is not whole, or None. The files are shared out among the ranks for
-        hashing."""
+    def _damage(self, checkpoint: Path) -> str | None:
+        """Describes why a checkpoint is not whole, or returns None; the same on every rank."""
+        damage = None
         try:
-            files = read_manifest(place)["files"]
-            mine = sorted(files)[self.rank :: len(self.members)]
-            mistake = next(
-                (text for name in mine if (text := broken(place, name, files[name]["sha256"]))),
-                None,
-            )
+            files = read_manifest(checkpoint)["files"]
+            # Hashing is the slow part, so each rank hashes its share of the files.
+            own_files = sorted(files)[self.rank :: len(self.members)]
+            for name in own_files:
+                damage = broken(checkpoint, name, files[name]["sha256"])
+                if damage:
+                    break
         except (ValueError, OSError) as error:
-            mistake = str(error)
-        return next((text for text in self._gather(mistake) if text), None)
+            damage = str(error)
+        return self._first_of_all(damage)
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, or None where there is none at all; says which ones it
-        passed over.
+        """Returns the newest whole checkpoint, or None where the directory holds none at all.
+
+        Reports every damaged one that is passed over.
 
         Raises:
-            Fault: there are checkpoints and none of them is whole.
+            UserError: there are checkpoints and none of them is whole.
         """
-        found = self._found()
-        for place in found:
-            mistake = self._wrong(place)
-            if mistake is None:
-                self.checked = place
-                return place
-            self._tell(f"checkpoint {place.name} is damaged ({mistake}); trying the one before")
-            self._set_aside(place)
-        if found:
+        checkpoints = self._list_together()
+        for checkpoint in checkpoints:
+            damage = self._damage(checkpoint)
+            if damage is None:
+                self.checked = checkpoint
+                return checkpoint
+            self._say_once(
+                f"checkpoint {checkpoint.name} is damaged ({damage}); trying the one before"
+            )
+            self._set_aside(checkpoint)
+        # To begin again here would in time delete what an expert may still repair.
+        if checkpoints:
             raise UserError(
                 f"no checkpoint in {self.directory} is whole; to begin again, choose another"
                 " run_dir or move it away",
@@ -160,37 +187,38 @@ class CheckpointReader:
             )
         return None
 
-    def _set_aside(self, place: Path) -> None:
-        """A reader leaves everything where it is."""
+    def _set_aside(self, checkpoint: Path) -> None:
+        """Does nothing: a reader leaves every file as it is."""
 
     def load(self, place: Path | str, state: dict[str, Any]) -> LoadedCheckpoint:
-        """Fill the tensors of `state` from a checkpoint, whatever ranks and shards it was written
-        from.
+        """Fills the tensors of `state` from a checkpoint, whatever ranks and shards wrote it.
 
         Args:
             place: a directory step_N.
             state: nested dicts whose leaves are tensors or DTensors of the shapes wanted; they are
-                written in place. Its top-level keys say what is read: {"model": ...} alone leaves
-                the optimizer on the disk.
+                written in place. Its top-level keys select what is read: {"model": ...} alone
+                leaves the optimizer on the disk.
 
         Returns:
-            Plain values of the state come from the checkpoint, bit for bit.
+            The state; its plain values come from the checkpoint, bit for bit.
 
         Raises:
-            Fault: the checkpoint is damaged, or its tensors are not those of `state`.
+            UserError: the checkpoint is damaged, or its tensors differ from those of `state`.
         """
         place = Path(place)
-        if place != self.checked and (mistake := self._wrong(place)) is not None:
-            raise UserError(
-                f"cannot resume from {place}: {mistake}; name another checkpoint, or resume=auto",
-                BAD_RUN,
-            )
+        if place != self.checked:
+            damage = self._damage(place)
+            if damage is not None:
+                raise UserError(
+                    f"cannot resume from {place}: {damage}; name another checkpoint, or"
+                    " resume=auto",
+                    BAD_RUN,
+                )
         self.checked = place
         manifest = read_manifest(place)
         tensors, _ = unravel(state)
-        misfit = next(
-            (text for text in self._gather(_misfit(manifest, tensors, state)) if text), None
-        )
+        # Compared before the load, because torch would name shapes and not what to do about them.
+        misfit = self._first_of_all(_misfit(manifest, tensors, state))
         if misfit is not None:
             raise UserError(f"cannot resume from {place}: {misfit}")
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -206,8 +234,11 @@ class CheckpointReader:
         return LoadedCheckpoint(manifest["step"], ravel(trees, tensors), manifest["extra"])
 
     def extra(self, place: Path | str) -> dict[str, Any]:
-        """The dict that was saved beside the tensors. Raises Fault where the checkpoint has no
-        whole manifest."""
+        """Returns the dict that was saved with the tensors.
+
+        Raises:
+            UserError: the checkpoint has no whole manifest.
+        """
         return self._manifest(place)["extra"]
 
     def _manifest(self, place: Path | str) -> dict[str, Any]:
@@ -220,11 +251,17 @@ class CheckpointReader:
             ) from error
 
     def blank(self, place: Path | str, part: str) -> dict[str, Any]:
-        """Empty tensors of the names and shapes that a part of the checkpoint has, for `load` to
-        fill; {} where it has none.
+        """Returns empty tensors with the names and shapes of a part of the checkpoint.
+
+        Args:
+            place: a directory step_N.
+            part: a top-level key of the state that was saved.
+
+        Returns:
+            Nested dicts for `load` to fill; {} where the checkpoint lacks that part.
 
         Raises:
-            Fault: the checkpoint has no manifest, or a damaged one.
+            UserError: the checkpoint has no manifest, or a damaged one.
         """
         manifest = self._manifest(place)
 
@@ -238,12 +275,12 @@ class CheckpointReader:
             if "$tensor" in tree:
                 entry = manifest["tensors"][tree["$tensor"]]
                 return torch.empty(entry["size"], dtype=DTYPES[entry["dtype"]])
-            return {key: empty(below) for key, below in tree.items()}
+            return {key: empty(subtree) for key, subtree in tree.items()}
 
         return empty(manifest["state"].get(part, {}))
 
     def close(self) -> None:
-        """Give the communication back; the object is of no further use."""
+        """Destroys the process group; the object cannot be used afterwards."""
         if self.control is not None:
             dist.destroy_process_group(self.control)
 
@@ -251,27 +288,30 @@ class CheckpointReader:
 def _misfit(
     manifest: dict[str, Any], tensors: dict[str, Tensor], state: dict[str, Any]
 ) -> str | None:
-    """What tells the checkpoint's tensors from the caller's, or None."""
-    if lacking := [key for key in state if key not in manifest["state"]]:
-        return f"it holds {', '.join(manifest['state'])} and no {', '.join(lacking)}"
-    stored = {
-        path: entry for path, entry in manifest["tensors"].items() if path.split("/", 1)[0] in state
-    }
+    """Describes how the checkpoint's tensors differ from the caller's, or returns None."""
+    missing = [key for key in state if key not in manifest["state"]]
+    if missing:
+        return f"it holds {', '.join(manifest['state'])} and no {', '.join(missing)}"
+    stored: dict[str, dict[str, Any]] = {}
+    for path, entry in manifest["tensors"].items():
+        # Only the parts that the caller asks for; the others may be of any shape.
+        if path.split("/", 1)[0] in state:
+            stored[path] = entry
     for path in sorted(tensors.keys() | stored.keys()):
         if path not in stored:
             return f"it has no {path}, which this model has; was it written by another model?"
         if path not in tensors:
             return f"it has {path}, which this model has not; was it written by another model?"
-        here = tensors[path]
-        there = stored[path]
-        if list(here.shape) != there["size"]:
+        size = list(tensors[path].shape)
+        stored_size = stored[path]["size"]
+        if size != stored_size:
             return (
-                f"{path} is {there['size']} there and {list(here.shape)} here; was it written by"
-                " another model?"
+                f"{path} is {stored_size} there and {size} here; was it written by another model?"
             )
-        if LABELS[here.dtype] != there["dtype"]:
+        label = LABELS[tensors[path].dtype]
+        stored_label = stored[path]["dtype"]
+        if label != stored_label:
             return (
-                f"{path} is {there['dtype']} there and {LABELS[here.dtype]} here; resume with the"
-                " same precision"
+                f"{path} is {stored_label} there and {label} here; resume with the same precision"
             )
     return None

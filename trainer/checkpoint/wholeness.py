@@ -1,8 +1,7 @@
-"""What makes a manifest whole: every field has a type and a range, and the chunks of a tensor tile
-it exactly.
+"""Checks that a manifest is whole: types and ranges of all fields, and chunks that tile tensors.
 
-All of it is checked before a byte of a shard is read, so that what a stranger or a broken disk
-wrote is never taken for a checkpoint with some tensors missing.
+Everything is checked before a byte of a shard is read, so that a file from a stranger or a broken
+disk is never taken for a checkpoint with some tensors missing.
 """
 
 import itertools
@@ -35,29 +34,29 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-STEPS = 2**53  # no run takes more steps; a float still holds the number exactly
-LARGEST = 2**62  # of a number of bytes or elements: the product of no two sizes may overflow
-MAX_DIMS = 12  # a corner of a chunk is one of 2 ** dims
+STEPS = 2**53  # more than any run takes; a float still holds the number exactly
+LARGEST = 2**62  # bytes or elements; torch's int64 products must not overflow
+MAX_DIMS = 12  # `tiles` visits the 2**dims corners of every chunk
 
 Natural = Annotated[int, Field(ge=0, le=LARGEST)]
 Box = Annotated[list[Natural], Field(max_length=MAX_DIMS)]
 
 
 class Sheet(BaseModel):
-    """A record of a manifest: no value is converted, and an unknown key is an error."""
+    """Base of the records of a manifest: values are not converted, unknown keys are errors."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
 class FileRecord(Sheet):
-    """A shard as it was written."""
+    """Size and SHA-256 of a shard."""
 
     bytes: Natural
     sha256: str
 
 
 class Chunk(Sheet):
-    """A box of a tensor, and where in which file its elements lie."""
+    """A box of a tensor, and the file and byte offset at which its elements lie."""
 
     offsets: Box
     sizes: Box
@@ -113,19 +112,22 @@ def check_manifest(place: Path, content: dict[str, Any], name: str) -> None:
 
 
 def _check_step(place: Path, step: int) -> None:
-    """The folder of a step holds that step: what is sorted, kept and deleted goes by the folder's
-    name."""
+    """Checks that the name of the folder is that of the step."""
+    # Sorting, keeping and deleting go by the folder's name, resuming by the manifest's step.
     match = FOLDER.fullmatch(place.name)
     if match and int(match[1]) != step:
         raise ValueError(f"it lies in {place.name} and says that it is of step {step}")
 
 
 def _check_files(place: Path, manifest: Manifest, name: str) -> None:
+    """Checks names, sums and sizes of the shards; their contents are hashed elsewhere."""
     for file, record in manifest.files.items():
+        # A name such as ../x would lead out of the checkpoint.
         if not SHARD.fullmatch(file):
             raise ValueError(f"its {name} names a file {file!r} that is no shard")
         if not DIGEST.fullmatch(record.sha256):
             raise ValueError(f"its {name} has no SHA-256 of {file}")
+        # lstat, because a link could lead to a file that changes after this check.
         try:
             status = (place / file).lstat()
         except FileNotFoundError:
@@ -137,8 +139,7 @@ def _check_files(place: Path, manifest: Manifest, name: str) -> None:
 
 
 def _check_tensor(path: str, tensor: TensorRecord, manifest: Manifest, name: str) -> None:
-    """The type is known, every chunk lies within its file and its tensor, and together they are the
-    tensor."""
+    """Checks the type of a tensor, and that its chunks lie in their files and make it up."""
     if tensor.dtype not in DTYPES:
         raise ValueError(
             f"its {name} lacks an entry or has one of a wrong kind ({path} is of type"
@@ -150,12 +151,17 @@ def _check_tensor(path: str, tensor: TensorRecord, manifest: Manifest, name: str
     for chunk in tensor.chunks:
         if not len(chunk.offsets) == len(chunk.sizes) == len(tensor.size):
             raise ValueError(f"its {name} has a chunk of {path} with another number of dimensions")
-        if any(o + s > size for o, s, size in zip(chunk.offsets, chunk.sizes, tensor.size)):
-            raise ValueError(f"its {name} has a chunk of {path} beyond its size {tensor.size}")
+        for offset, chunk_size, size in zip(chunk.offsets, chunk.sizes, tensor.size):
+            if offset + chunk_size > size:
+                raise ValueError(f"its {name} has a chunk of {path} beyond its size {tensor.size}")
         if chunk.file not in manifest.files:
             raise ValueError(f"its {name} places {path} outside of its files, in {chunk.file!r}")
-        fits = 0 <= chunk.start <= chunk.start + chunk.bytes <= manifest.files[chunk.file].bytes
-        if chunk.bytes != math.prod(chunk.sizes) * itemsize or chunk.start % itemsize or not fits:
+        file_bytes = manifest.files[chunk.file].bytes
+        fits = 0 <= chunk.start <= chunk.start + chunk.bytes <= file_bytes
+        right_size = chunk.bytes == math.prod(chunk.sizes) * itemsize
+        # The reader views the mapped bytes as the dtype, for which they must be aligned.
+        aligned = chunk.start % itemsize == 0
+        if not (right_size and aligned and fits):
             raise ValueError(
                 f"its {name} places {path} outside of {chunk.file}, or with another number of bytes"
             )
@@ -164,11 +170,15 @@ def _check_tensor(path: str, tensor: TensorRecord, manifest: Manifest, name: str
 
 
 def tiles(size: Sequence[int], boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
-    """Whether boxes (offsets, sizes) cover a tensor of `size` exactly once.
+    """Tells if boxes cover a tensor exactly once, in time linear in the number of boxes.
 
-    A box is known by its corners with signs: the sum of the boxes' indicator functions is that of
-    the whole exactly if the signed corners add up to those of the whole. That takes time linear in
-    the number of boxes; empty boxes cancel out.
+    A box is determined by its signed corners: the indicator functions of the boxes add up to that
+    of the whole tensor exactly if the signed corners add up to those of the whole. Empty boxes
+    cancel out.
+
+    Args:
+        size: of the tensor.
+        boxes: (offsets, sizes) of each.
     """
     corners: Counter[tuple[int, ...]] = Counter()
     for offsets, sizes in boxes:
@@ -180,38 +190,43 @@ def tiles(size: Sequence[int], boxes: Sequence[tuple[Sequence[int], Sequence[int
 
 
 def _corners(offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[tuple[int, ...], int]]:
-    """The 2 ** dims corners of a box, each with the sign of its share in the mixed difference."""
-    for choice in itertools.product((0, 1), repeat=len(sizes)):
-        yield tuple(o + s * far for o, s, far in zip(offsets, sizes, choice)), (-1) ** sum(choice)
+    """Yields the 2**dims corners of a box, each with its sign in the mixed difference."""
+    for far_ends in itertools.product((0, 1), repeat=len(sizes)):
+        corner: list[int] = []
+        for offset, size, far_end in zip(offsets, sizes, far_ends):
+            corner.append(offset + size * far_end)
+        yield tuple(corner), (-1) ** sum(far_ends)
 
 
 def _check_regions(manifest: Manifest, name: str) -> None:
-    """No byte of a file belongs to two chunks."""
+    """Checks that no byte of a file belongs to two chunks."""
     regions: dict[str, list[tuple[int, int, str]]] = {}
     for path, tensor in manifest.tensors.items():
         for chunk in tensor.chunks:
+            # An empty chunk has no bytes to share, wherever it starts.
             if chunk.bytes:
-                regions.setdefault(chunk.file, []).append(
-                    (chunk.start, chunk.start + chunk.bytes, path)
-                )
-    for file, taken in regions.items():
-        for (_, end, one), (start, _, other) in itertools.pairwise(sorted(taken)):
-            if start < end:
+                region = (chunk.start, chunk.start + chunk.bytes, path)
+                regions.setdefault(chunk.file, []).append(region)
+    for file, file_regions in regions.items():
+        # Sorted by start, so regions overlap exactly if two neighbours do.
+        for left, right in itertools.pairwise(sorted(file_regions)):
+            if right[0] < left[1]:
                 raise ValueError(
-                    f"its {name} gives the same bytes of {file} to {one} and to {other}"
+                    f"its {name} gives the same bytes of {file} to {left[2]} and to {right[2]}"
                 )
 
 
 def _check_tree(manifest: Manifest, name: str) -> None:
-    """Every tensor stands in the state exactly once, at the place that its path says."""
-    standing: set[str] = set()
+    """Checks that every tensor occurs in the state exactly once, where its path says."""
+    visited: set[str] = set()
+    # A stack of our own: a deeply nested manifest must not exhaust Python's.
     waiting: list[tuple[str, Any]] = list(manifest.state.items())
     while waiting:
         path, value = waiting.pop()
         if isinstance(value, dict) and "$tensor" in value:
-            if value != {"$tensor": path} or path not in manifest.tensors or path in standing:
+            if value != {"$tensor": path} or path not in manifest.tensors or path in visited:
                 raise ValueError(f"its {name} has no tensor, or another one, for {path}")
-            standing.add(path)
+            visited.add(path)
             continue
         if isinstance(value, dict) and "$tuple" in value:
             value = value["$tuple"] if list(value) == ["$tuple"] else None
@@ -220,10 +235,13 @@ def _check_tree(manifest: Manifest, name: str) -> None:
         if isinstance(value, dict):
             if any(key.startswith("$") for key in value):
                 raise ValueError(f"its {name} has an entry of a wrong kind at {path}")
-            waiting += [(f"{path}/{key}", below) for key, below in value.items()]
+            for key, item in value.items():
+                waiting.append((f"{path}/{key}", item))
         elif isinstance(value, list):
-            waiting += [(f"{path}/{index}", below) for index, below in enumerate(value)]
-    if homeless := manifest.tensors.keys() - standing:
+            for index, item in enumerate(value):
+                waiting.append((f"{path}/{index}", item))
+    unvisited = manifest.tensors.keys() - visited
+    if unvisited:
         raise ValueError(
-            f"its {name} has a tensor {min(homeless)} that stands nowhere in the state"
+            f"its {name} has a tensor {min(unvisited)} that stands nowhere in the state"
         )

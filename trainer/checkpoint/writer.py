@@ -1,13 +1,14 @@
-"""Checkpoints: written beside, renamed whole, kept to the last few, and read back on any number of
-ranks.
+"""Writes checkpoints under a temporary name, renames them when whole, and keeps the last few.
 
-    <run_dir>/checkpoints/step_00000100/          a whole checkpoint (what is inside: trainer/checkpoint/manifest.py)
-    <run_dir>/checkpoints/.step_00000100.tmp-x    one being written; removed when the next run begins
-    <run_dir>/checkpoints/broken_00000100-x       one whose files did not match their sums; nobody reads it again
+    <run_dir>/checkpoints/step_00000100/        a whole checkpoint; for its contents see
+                                                trainer/checkpoint/manifest.py
+    <run_dir>/checkpoints/.step_00000100.tmp-x  one being written; the next run removes it
+    <run_dir>/checkpoints/broken_00000100-x     one whose files did not match their sums; it is
+                                                never read again
 
 Every method is collective: all ranks call it, at the same step. A SIGKILL at any moment leaves the
-old or the new. `Archive` (trainer/checkpoint/reader.py) reads; `Checkpoints` also writes, and
-belongs to the run that holds the run directory.
+old checkpoint or the new one. `CheckpointReader` (trainer/checkpoint/reader.py) reads;
+`CheckpointWriter` also writes, and belongs to the run that owns the run directory.
 """
 
 import errno
@@ -41,7 +42,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class PendingSave(NamedTuple):
-    """A save on its way in the background."""
+    """A save that a background thread is writing."""
 
     step: int
     temporary: Path
@@ -49,19 +50,23 @@ class PendingSave(NamedTuple):
     pace: Throttle
 
 
-def _step(place: Path) -> int:
-    return int(place.name.removeprefix("step_"))
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 class CheckpointWriter(CheckpointReader):
     """Writes the checkpoints of a run and keeps the last few.
 
     Args:
-        keep: how many checkpoints stay, the newest included; None = all.
-        asynchronous: `save` returns once the state is copied to the CPU's memory; writing goes on
-            in a thread. The copy's memory, as large as the state on this rank, is kept from save to
-            save. Where the state lies in the CPU's memory anyway, training computes on the same
-            cores, and the thread takes SHARE of one until somebody waits for it.
+        keep: number of checkpoints that stay, the newest included; None = all.
+        asynchronous: `save` returns once the state is copied to CPU memory, and a thread writes
+            it. The copy, as large as the state on this rank, stays allocated from save to save.
+            Where the state lies in CPU memory anyway, training computes on the same cores, and the
+            thread takes throttle.SHARE of one core until something waits for it.
+        directory, group, say: see CheckpointReader.
+
+    Raises:
+        ValueError: `keep` is below 1.
     """
 
     def __init__(
@@ -81,99 +86,122 @@ class CheckpointWriter(CheckpointReader):
         super().__init__(directory, group=group, say=say)
         self.keep = keep
         self.asynchronous = asynchronous
-        self.writing = self._group()
-        self.token = self._from_first(secrets.token_hex(4))
+        # A second group, because the saving thread's collectives run at the same time as those of
+        # `poll` in the main thread.
+        self.writing = self._new_group()
+        # Random, so that a new run never writes into the temporary directory of a dying one.
+        self.token = self._broadcast(secrets.token_hex(4))
         self.pending: PendingSave | None = None
         self.stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
-        self._on_first(self._tidy)
+        self._on_first_rank(self._tidy)
 
     def _tidy(self) -> None:
-        """Remove what a killed run left half-written or half-deleted; put back what it had only
-        moved away."""
+        """Removes what a killed run left half written, and restores what it had only renamed."""
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         make_inside(self.directory.parent, self.directory.name)
         for path in list(self.directory.iterdir()):
             match = HIDDEN.fullmatch(path.name)
-            if match and match[2] == "old" and not (self.directory / match[1]).exists():
-                path.rename(self.directory / match[1])
-            elif match and path.is_symlink():
+            if match is None:
+                continue
+            final = self.directory / match[1]
+            # The run was killed between the two renames of `_publish`: the old one is whole.
+            if match[2] == "old" and not final.exists():
+                path.rename(final)
+            elif path.is_symlink():
                 path.unlink()
-            elif match:
+            else:
                 shutil.rmtree(path)
 
-    def _set_aside(self, place: Path) -> None:
-        aside = place.with_name(f"{place.name.replace('step', 'broken')}-{secrets.token_hex(4)}")
-        self._on_first(lambda: place.rename(aside))
+    def _set_aside(self, checkpoint: Path) -> None:
+        """Renames a damaged checkpoint, so that it is neither read nor counted nor deleted."""
+        name = f"{checkpoint.name.replace('step', 'broken')}-{secrets.token_hex(4)}"
+        self._on_first_rank(lambda: checkpoint.rename(checkpoint.with_name(name)))
 
     def forget_after(self, step: int) -> None:
-        """Delete checkpoints of later steps: a run resumed from `step` will write these steps
-        again, differently.
+        """Deletes the checkpoints of steps after `step`.
+
+        A run that resumes from `step` will write the later ones again, with other contents.
 
         Raises:
-            ValueError: a step that no run can be at; nothing is deleted.
+            ValueError: `step` is outside of what a run can take; nothing is deleted.
         """
+        # A negative step from a damaged file would delete every checkpoint.
         if not 0 <= step <= STEPS:
             raise ValueError(f"step={step} is no step of a run; nothing is deleted")
-        self._on_first(
-            lambda: [self._delete(place) for place in self._list() if _step(place) > step]
-        )
+
+        def delete_later() -> None:
+            for checkpoint in self._list():
+                if _step(checkpoint) > step:
+                    self._delete(checkpoint)
+
+        self._on_first_rank(delete_later)
 
     def save(self, step: int, state: dict[str, Any], extra: dict[str, Any]) -> None:
-        """Write `state` and `extra` as the checkpoint of `step`; waits for the save before it,
-        never two at once.
+        """Writes `state` and `extra` as the checkpoint of `step`.
+
+        Waits for the save before it, so that two never run at the same time.
 
         Args:
+            step: of the run.
             state: nested dicts of tensors, DTensors and plain values. A plain tensor is taken to be
-                equal on all ranks; plain values and `extra` (JSON) are rank 0's.
+                equal on all ranks; plain values are those of rank 0.
+            extra: JSON; rank 0's is written.
 
         Raises:
-            Fault: the disk is full or cannot be written; on every rank, with the last whole
-                checkpoint untouched.
+            UserError: the disk is full or cannot be written; raised on every rank, with the last
+                whole checkpoint untouched.
             ValueError: the state holds something else than tensors and plain values.
         """
         self.finish()
         tensors, tree = unravel(state)
+        # A round trip through JSON copies the values, which training changes while a thread writes.
         head = json.loads(json.dumps({"step": step, "state": tree, "extra": extra}))
         final = self.directory / f"step_{step:08d}"
         temporary = self.directory / f".{final.name}.tmp-{self.token}"
-        beside = self.asynchronous and all(
-            tensor.device.type == "cpu" for tensor in tensors.values()
-        )
-        pace = Throttle() if beside else Throttle(1)
+        on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.values())
+        # On a GPU run the CPU's cores are mostly idle, so only a CPU run is spared.
+        pace = Throttle() if self.asynchronous and on_cpu else Throttle(1)
         writer = ShardWriter(temporary, head, lambda: self._publish(temporary, final), pace)
-        wishes: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "storage_writer": writer,
             "planner": DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             "process_group": self.writing,
             "no_dist": self.alone,
         }
         if self.asynchronous:
-            answer = async_save(tensors, async_stager=self.stager, **wishes)
+            answer = async_save(tensors, async_stager=self.stager, **arguments)
+            # Its type differs between versions of torch.
             future = answer.upload_completion if isinstance(answer, AsyncSaveResponse) else answer
             self.pending = PendingSave(step, temporary, future, pace)
             return
         try:
-            save(tensors, **wishes)
+            save(tensors, **arguments)
         except CheckpointException as failure:
-            self._failed(step, temporary, failure)
+            self._fail(step, temporary, failure)
 
     def poll(self) -> int | None:
-        """Look after the save in the background: the step that has just become whole, or None. Call
-        it every step.
+        """Returns the step whose background save has just become whole, or None.
 
-        Costs nothing when none is under way, else one all_reduce of one number, so that all ranks
-        see the same.
+        Call it at every step. It costs nothing while no save is pending, else one all_reduce of
+        one number, so that all ranks agree.
         """
         if self.pending is None:
             return None
         done = torch.tensor(int(self.pending.future.done()))
         if not self.alone:
             dist.all_reduce(done, op=dist.ReduceOp.MIN, group=self.control)
-        return self.finish() if done.item() else None
+        if not done.item():
+            return None
+        return self.finish()
 
     def finish(self) -> int | None:
-        """Wait for the save in the background, if any, and return its step. Call it before the run
-        ends."""
+        """Waits for the background save, if any, and returns its step.
+
+        Call it before the run ends.
+
+        Raises:
+            UserError: the save failed because of the disk.
+        """
         if self.pending is None:
             return None
         step, temporary, future, pace = self.pending
@@ -182,15 +210,17 @@ class CheckpointWriter(CheckpointReader):
         try:
             future.result()
         except CheckpointException as failure:
-            self._failed(step, temporary, failure)
+            self._fail(step, temporary, failure)
         return step
 
     def settle(self, seconds: float) -> None:
-        """Let the save in the background come to its end, for so long at most: the run ends, for
-        another reason.
+        """Gives the background save of a run that ends by an error a last chance to complete.
 
-        A save that fails, or is not whole by then, is said and not raised, so that the reason stays
-        the run's own.
+        A save that fails, or is not whole in time, is reported and not raised, so that the error
+        of the run stays the one that the user sees.
+
+        Args:
+            seconds: to wait at most.
         """
         if self.pending is None:
             return
@@ -199,14 +229,14 @@ class CheckpointWriter(CheckpointReader):
         wait([future], seconds)
         trouble = future.exception() if future.done() else f"not whole after {seconds:g} s"
         if trouble is not None:
-            brief = str(trouble).strip().splitlines() or [type(trouble).__name__]
+            lines = str(trouble).strip().splitlines() or [type(trouble).__name__]
             self.say(
-                f"the checkpoint of step {step} was not saved either ({brief[0]}); the one before"
+                f"the checkpoint of step {step} was not saved either ({lines[0]}); the one before"
                 " is the last"
             )
 
     def close(self) -> None:
-        """Finish, and give the communication back."""
+        """Finishes the pending save and destroys the process groups."""
         self.finish()
         self.stager.close()
         super().close()
@@ -214,56 +244,68 @@ class CheckpointWriter(CheckpointReader):
             dist.destroy_process_group(self.writing)
 
     def _publish(self, temporary: Path, final: Path) -> None:
-        """On rank 0, when every file is on the disk: one rename makes the checkpoint exist."""
+        """Makes the checkpoint exist by one rename; rank 0 calls it when all files are on disk."""
         if final.exists():
+            # A directory cannot be renamed over one that has files; `_tidy` mends a kill between.
             old = final.with_name(f".{final.name}.old-{secrets.token_hex(4)}")
             final.rename(old)
             temporary.rename(final)
-            shutil.rmtree(
-                old, ignore_errors=True
-            )  # what is left of it goes when the next run begins
+            # The next run's `_tidy` removes what an error leaves.
+            shutil.rmtree(old, ignore_errors=True)
         else:
             temporary.rename(final)
         sync(self.directory)
-        if self.keep is not None:
-            upto = [place for place in self._list() if _step(place) <= _step(final)]
-            for place in upto[self.keep :]:
-                self._delete(place)
+        if self.keep is None:
+            return
+        # Later steps are not counted: they belong to a run that this one will overwrite.
+        up_to_this = [path for path in self._list() if _step(path) <= _step(final)]
+        for checkpoint in up_to_this[self.keep :]:
+            self._delete(checkpoint)
 
-    def _delete(self, place: Path) -> None:
-        """Rename first: a checkpoint that is half gone must not look like one."""
-        gone = place.with_name(f".{place.name}.gone-{secrets.token_hex(4)}")
+    def _delete(self, checkpoint: Path) -> None:
+        """Deletes a checkpoint; an error is reported and not raised."""
+        # Renamed first: a kill in the middle must not leave half a checkpoint under a whole name.
+        gone = checkpoint.with_name(f".{checkpoint.name}.gone-{secrets.token_hex(4)}")
         try:
-            place.rename(gone)
+            checkpoint.rename(gone)
             shutil.rmtree(gone)
         except OSError as error:
-            self.say(f"could not delete the old checkpoint {place.name}: {error}")
+            self.say(f"could not delete the old checkpoint {checkpoint.name}: {error}")
 
-    def _failed(self, step: int, temporary: Path, failure: CheckpointException) -> None:
-        """Every rank comes here with the same failures, after all of them have stopped writing."""
+    def _fail(self, step: int, temporary: Path, failure: CheckpointException) -> None:
+        """Raises the error of a failed save on every rank.
+
+        Every rank arrives here with the same failures, after all of them have stopped writing.
+
+        Raises:
+            UserError: all failures are the disk's.
+            RuntimeError: one of them is a programming error.
+        """
         if self.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
+        # A barrier: the free space named below must be that after the removal.
         self._gather(None)
-        causes = {
-            rank: error
-            for rank, (error, _) in failure.failures.items()
-            if isinstance(error, OSError)
-        }
+        causes: dict[int, OSError] = {}
+        for rank, (error, _) in failure.failures.items():
+            if isinstance(error, OSError):
+                causes[rank] = error
         if len(causes) < len(failure.failures):
             raise RuntimeError(f"the checkpoint of step {step} failed:\n{failure}") from failure
         rank, cause = min(causes.items())
-        whole = self._found()
-        left = f"the last whole one is {whole[0].name}" if whole else "there is none before it"
-        what = f"rank {rank}: {os.strerror(cause.errno) if cause.errno else cause}"
+        whole = self._list_together()
+        last = f"the last whole one is {whole[0].name}" if whole else "there is none before it"
+        detail = f"rank {rank}: {os.strerror(cause.errno) if cause.errno else cause}"
         if cause.errno in FULL:
             free = shutil.disk_usage(self.directory).free
-            text = f"the disk under {self.directory} is full ({what}; {free / 1e9:.2f} GB are free)"
-            way = "free some space or lower checkpoint.keep"
+            fact = (
+                f"the disk under {self.directory} is full ({detail}; {free / 1e9:.2f} GB are free)"
+            )
+            remedy = "free some space or lower checkpoint.keep"
         else:
-            text = f"{self.directory} could not be written ({what})"
-            way = "mend that"
+            fact = f"{self.directory} could not be written ({detail})"
+            remedy = "mend that"
         raise UserError(
-            f"the checkpoint of step {step} was not saved: {text}; {left}; {way}, then give the"
+            f"the checkpoint of step {step} was not saved: {fact}; {last}; {remedy}, then give the"
             " same command again to go on from there",
             BAD_RUN,
         ) from failure

@@ -1,10 +1,8 @@
-"""The optimiser: AdamW, with weight decay only where a parameter is a matrix that multiplies
-activations.
+"""AdamW, with weight decay only on matrices that multiply activations.
 
-A module may say of its parameters, or of whole modules in it, that weight decay acts on them
-although no linear layer of torch has them (`decayed`, names), that it leaves them alone
-(`undecayed`, names), and that they learn at another pace (`rates`, {name: factor of the learning
-rate}).
+A module may declare exceptions for its parameters, or for whole submodules: `decayed` (names that
+weight decay acts on although they belong to no linear layer of torch), `undecayed` (names that it
+leaves alone) and `rates` ({name: factor of the learning rate}).
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,16 +20,17 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 @dataclass(frozen=True)
 class AdamW:
-    """Decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101); conf/optim names it and
-    its settings.
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101).
+
+    The group conf/optim names the class and its settings.
 
     Args:
         learning_rate: at the peak of the schedule.
-        betas: how slowly the two moments forget.
-        weight_decay: per step, times the learning rate; see `decayed` for what it acts on.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: per step, times the learning rate; `decayed_parameters` says what it acts on.
         max_grad_norm: largest global norm of the gradient; 0 = no clipping.
-        auxiliary_weight: of the losses that layers have beside the language loss
-            (models/auxiliary.py).
+        auxiliary_weight: of the losses that layers add to the language loss (models/auxiliary.py).
 
     Raises:
         ValueError: a number out of its range.
@@ -46,13 +45,13 @@ class AdamW:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"optim.{name}={getattr(self, name)} must be a positive number")
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ValueError(f"optim.{name}={value} must be a positive number")
         for name in ("weight_decay", "max_grad_norm", "auxiliary_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(
-                    f"optim.{name}={getattr(self, name)} must be 0 (off) or a positive number"
-                )
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"optim.{name}={value} must be 0 (off) or a positive number")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(
                 f"optim.betas={list(self.betas)} must be two numbers from 0 up to, not with, 1"
@@ -61,91 +60,122 @@ class AdamW:
     def __call__(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter]
     ) -> torch.optim.AdamW:
-        """The torch optimiser over `parameters`, whose names are those of `model`; its state exists
-        from the start.
+        """Builds the torch optimizer, with its state allocated from the start.
 
-        A group's "rate" is what its learning rate is to be in units of the model's; who sets "lr"
-        multiplies by it.
+        Args:
+            model: declares weight decay and factors of the learning rate.
+            parameters: {name in `model`: parameter}; frozen ones are left out.
 
-        Fused on GPUs. On CPUs one parameter at a time: the fused kernel's last bits depend on where
-        a tensor was cut (6 of 10007 elements after 5 steps, in 770 pieces against one), and foreach
-        is slower than the plain loop there.
+        Returns:
+            An optimizer whose groups carry "rate", the factor by which the training loop multiplies
+            the learning rate of the schedule to set the group's "lr".
         """
-        trained = {
-            name: parameter for name, parameter in parameters.items() if parameter.requires_grad
-        }
-        decays = decayed_parameters(model)
-        rate = lr_scales(model)
-        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-        for name, parameter in trained.items():
-            groups.setdefault((rate.get(name, 1.0), name in decays), []).append(parameter)
+        trained: dict[str, nn.Parameter] = {}
+        for name, parameter in parameters.items():
+            if parameter.requires_grad:
+                trained[name] = parameter
+        # Fused on GPUs only. The last bits of the CPU's fused kernel depend on where a tensor was
+        # cut (6 of 10007 elements after 5 steps, in 770 pieces against one), and foreach is slower
+        # than the plain loop there.
         fused = all(parameter.device.type == "cuda" for parameter in trained.values())
-        optimiser = torch.optim.AdamW(
-            [
-                {
-                    "params": params,
-                    "rate": factor,
-                    "weight_decay": self.weight_decay if decay else 0.0,
-                }
-                for (factor, decay), params in sorted(
-                    groups.items(), key=lambda group: (group[0][0] != 1, not group[0][1])
-                )
-            ],
+        optimizer = torch.optim.AdamW(
+            self._groups(model, trained),
             lr=self.learning_rate,
             betas=self.betas,
             eps=self.eps,
             fused=fused,
             foreach=False,
         )
+        # A checkpoint is read into the state in place, also before the first step.
         for parameter in trained.values():
-            optimiser.state[parameter] = _no_moments(parameter, fused)
-        return optimiser
+            optimizer.state[parameter] = _initial_state(parameter, fused)
+        return optimizer
+
+    def _groups(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter]
+    ) -> list[dict[str, object]]:
+        """Builds the parameter groups of equal learning rate and weight decay, in a fixed order."""
+        groups = grouped(model, parameters)
+        # Not in the order of the parameters: group 0 is the main one whatever comes first in the
+        # model.
+        keys = sorted(groups, key=lambda key: (key[0] != 1, not key[1]))
+        return [self.group(groups[key], key) for key in keys]
+
+    def group(self, parameters: list[nn.Parameter], key: tuple[float, bool]) -> dict[str, object]:
+        """Builds one parameter group of torch from a key of `grouped`."""
+        rate, decays = key
+        weight_decay = self.weight_decay if decays else 0.0
+        return {"params": parameters, "rate": rate, "weight_decay": weight_decay}
+
+
+def grouped(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> dict[tuple[float, bool], list[nn.Parameter]]:
+    """Sorts parameters by (factor of the learning rate, weight decay acts on them)."""
+    decayed = decayed_parameters(model)
+    scales = lr_scales(model)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        key = (scales.get(name, 1.0), name in decayed)
+        groups.setdefault(key, []).append(parameter)
+    return groups
 
 
 def decayed_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters that weight decay acts on.
+    """Returns the names of the parameters that weight decay acts on.
 
-    The weights of linear layers, convolutions and recurrent cells of torch, and what a module lists
-    in its `decayed` (stacks of experts), except what a module lists in its `undecayed` (networks
-    that write filters). Other parameters stay as they are, however many dims they have: norms,
-    biases by head or by place, tables of positions, mixing coefficients, memory tokens. Embeddings
-    are left out as in OLMo 2 (arXiv:2501.00656): decay shrinks them, and with them grow the
-    gradients of the first layers. A tied embedding counts as an embedding.
+    These are the weights of linear layers, convolutions and recurrent cells of torch, and what a
+    module lists in its `decayed` (stacks of experts), except what a module lists in its `undecayed`
+    (networks that write filters). Other parameters are left alone, however many dims they have:
+    norms, biases by head or by position, tables of positions, mixing coefficients, memory tokens.
+    Embeddings are left out as in OLMo 2 (arXiv:2501.00656): decay shrinks them, which makes the
+    gradients of the first layers grow. A tied embedding counts as an embedding.
     """
-    chosen: set[int] = set()
-    left_out: set[int] = set()
+    # By identity and not by name: a tied parameter has two names.
+    decayed: set[int] = set()
+    excluded: set[int] = set()
     for module in model.modules():
         if isinstance(module, LINEAR):
-            own = module.named_parameters(recurse=False)
-            chosen |= {id(p) for name, p in own if "weight" in name and p.ndim >= 2}
+            for name, parameter in module.named_parameters(recurse=False):
+                # Recurrent cells have weight_ih, weight_hh and biases of one dim.
+                if "weight" in name and parameter.ndim >= 2:
+                    decayed.add(id(parameter))
         elif isinstance(module, EMBEDDINGS):
-            left_out.add(id(module.weight))
-        chosen |= _listed(module, "decayed")
-        left_out |= _listed(module, "undecayed")
-    return {name for name, p in model.named_parameters() if id(p) in chosen - left_out}
+            excluded.add(id(module.weight))
+        decayed |= _listed(module, "decayed")
+        excluded |= _listed(module, "undecayed")
+    chosen = decayed - excluded
+    return {name for name, parameter in model.named_parameters() if id(parameter) in chosen}
 
 
 def lr_scales(model: nn.Module) -> dict[str, float]:
-    """By name, the factor of the learning rate of the parameters for which a module has one in its
-    `rates`."""
-    found: dict[int, float] = {}
+    """Returns {name: factor of the learning rate} from the modules' `rates`; others have 1."""
+    factors: dict[int, float] = {}
     for module in model.modules():
         for name, factor in declared(module, "rates", Mapping, {}).items():
-            found |= {id(p): float(factor) for p in _within(module, name)}
-    return {name: found[id(p)] for name, p in model.named_parameters() if id(p) in found}
+            for parameter in _parameters_of(module, name):
+                factors[id(parameter)] = float(factor)
+    scales: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in factors:
+            scales[name] = factors[id(parameter)]
+    return scales
 
 
 def _listed(module: nn.Module, attribute: str) -> set[int]:
-    """Ids of the parameters that the module names in a tuple, list or set of that name, or in one
-    word."""
+    """Returns the ids of the parameters that a module names in an attribute."""
     names = declared(module, attribute, (tuple, list, set, frozenset, str), ())
-    names = (names,) if isinstance(names, str) else names
-    return {id(parameter) for name in names for parameter in _within(module, name)}
+    # ("weight") without a comma is a text; its letters are no names.
+    if isinstance(names, str):
+        names = (names,)
+    ids: set[int] = set()
+    for name in names:
+        ids |= {id(parameter) for parameter in _parameters_of(module, name)}
+    return ids
 
 
-def _within(module: nn.Module, name: str) -> Iterator[nn.Parameter]:
-    """The parameter of that name, or all those of the module of that name; none where it is
-    None."""
+def _parameters_of(module: nn.Module, name: str) -> Iterator[nn.Parameter]:
+    """Yields the parameter of that name, or all those of the submodule; none where it is None."""
     part = getattr(module, name)
     if isinstance(part, nn.Module):
         yield from part.parameters()
@@ -153,12 +183,17 @@ def _within(module: nn.Module, name: str) -> Iterator[nn.Parameter]:
         yield part
 
 
-def _no_moments(parameter: nn.Parameter, fused: bool) -> dict[str, Tensor]:
-    """AdamW's state before the first step, as torch would make it during that step."""
-    count = torch.zeros((), device=parameter.device if fused else "cpu", dtype=torch.float32)
-    return {"step": count, "exp_avg": nothing_yet(parameter), "exp_avg_sq": nothing_yet(parameter)}
+def _initial_state(parameter: nn.Parameter, fused: bool) -> dict[str, Tensor]:
+    """Builds AdamW's state before the first step, as torch would make it during that step."""
+    # Only the fused kernel reads the count on the device.
+    device = parameter.device if fused else "cpu"
+    return {
+        "step": torch.zeros((), device=device, dtype=torch.float32),
+        "exp_avg": empty_moment(parameter),
+        "exp_avg_sq": empty_moment(parameter),
+    }
 
 
-def nothing_yet(parameter: nn.Parameter) -> Tensor:
-    """Zeros like a parameter, sharded as it is."""
+def empty_moment(parameter: nn.Parameter) -> Tensor:
+    """Returns zeros like a parameter, sharded as it is."""
     return torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()

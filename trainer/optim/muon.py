@@ -1,4 +1,4 @@
-"""Muon: matrices step by their orthogonalised momentum, and AdamW takes the rest."""
+"""Muon: matrices step by their orthogonalized momentum, and AdamW updates all other parameters."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,34 +8,30 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from trainer.optim.adamw import AdamW, decayed_parameters, lr_scales, nothing_yet
+from trainer.optim.adamw import AdamW, decayed_parameters, empty_moment, grouped
 
-COEFFICIENTS = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # Jordan's: they bring every singular value near 1 in 5 iterations
+# Jordan's: they bring every singular value near 1 in 5 iterations.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 TINY = 1e-7
 
 
 @dataclass(frozen=True)
 class Muon(AdamW):
-    """Jordan et al. 2024 (kellerjordan.github.io/posts/muon), scaled as in Moonlight (Liu et al.
-    2025, arXiv:2502.16982).
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) on matrices, AdamW on the rest.
 
-    Which parameters: `matrices`. Their update has the size of AdamW's, 0.2 x sqrt(larger side) x a
-    matrix of singular values near 1, so that learning rate and weight decay are the same for all.
+    Updates are scaled as in Moonlight (Liu et al. 2025, arXiv:2502.16982): 0.2 x sqrt(larger side)
+    x a matrix of singular values near 1, the size of AdamW's updates, so that learning rate and
+    weight decay are the same for all parameters. `matrices` says which parameters Muon takes.
+
+    Unlike torch.optim.Muon, which iterates in bfloat16, ours iterates in the parameter's own dtype,
+    and over the whole matrix wherever it is sharded: the update then depends neither on the
+    sharding nor on the last bits of a gradient. The price: each matrix is gathered once a step, and
+    every rank iterates on all of them.
 
     Args:
-        momentum: how slowly the gradient's mean forgets; Nesterov's look ahead is always taken.
+        momentum: decay rate of the gradient's mean; Nesterov's look-ahead is always taken.
         iterations: of Newton and Schulz.
-        others: as AdamW; betas and eps are of what AdamW takes.
-
-    Unlike torch.optim.Muon, which iterates in bfloat16, ours does in the parameter's own type, and
-    over the whole matrix
-    wherever it is sharded: the update then depends neither on the cut nor on the last bits of a
-    gradient. The price: each matrix is gathered once a step, and every rank iterates on all of
-    them.
+        others: as for AdamW; betas and eps apply to the parameters that AdamW takes.
 
     Raises:
         ValueError: a number out of its range.
@@ -59,35 +55,37 @@ class Muon(AdamW):
     def __call__(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter]
     ) -> torch.optim.Optimizer:
-        """As AdamW's; the state of a matrix is its `momentum_buffer`."""
-        chosen = matrices(model)
-        decays = decayed_parameters(model)
-        rate = lr_scales(model)
-        rest = super().__call__(
-            model, {name: p for name, p in parameters.items() if name not in chosen}
-        )
-        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        """Builds the optimizer as AdamW does; the state of a matrix is its `momentum_buffer`."""
+        matrix_names = matrices(model)
+        matrix_parameters: dict[str, nn.Parameter] = {}
+        other_parameters: dict[str, nn.Parameter] = {}
         for name, parameter in parameters.items():
-            if name in chosen and parameter.requires_grad:
-                groups.setdefault((rate.get(name, 1.0), name in decays), []).append(parameter)
-        if not groups:
-            return rest
+            if name not in matrix_names:
+                other_parameters[name] = parameter
+            elif parameter.requires_grad:
+                matrix_parameters[name] = parameter
+        adamw = super().__call__(model, other_parameters)
+        # torch refuses an optimizer without parameters.
+        if not matrix_parameters:
+            return adamw
+        groups = grouped(model, matrix_parameters)
         return _MuonAndAdamW(
-            [
-                {
-                    "params": params,
-                    "rate": factor,
-                    "weight_decay": self.weight_decay if decay else 0.0,
-                }
-                for (factor, decay), params in groups.items()
-            ],
-            rest,
+            [self.group(group_parameters, key) for key, group_parameters in groups.items()],
+            adamw,
             {"lr": self.learning_rate, "momentum": self.momentum, "iterations": self.iterations},
         )
 
 
 class _MuonAndAdamW(torch.optim.Optimizer):
-    """Muon's groups, then those of the AdamW that it carries; one state."""
+    """Muon's groups followed by those of an AdamW, with one state for both.
+
+    Engines, checkpoints and schedules see one optimizer.
+
+    Args:
+        groups: Muon's.
+        rest: the AdamW of all other parameters.
+        settings: defaults of Muon's groups.
+    """
 
     def __init__(
         self, groups: list[dict[str, Any]], rest: torch.optim.AdamW, settings: dict[str, Any]
@@ -95,61 +93,80 @@ class _MuonAndAdamW(torch.optim.Optimizer):
         super().__init__(groups, settings)
         self.rest = rest
         self.own = list(self.param_groups)
+        # The same dicts, not copies: a learning rate that is set here reaches the AdamW.
         self.param_groups += rest.param_groups
         for group in self.own:
             for parameter in group["params"]:
-                self.state[parameter] = {"momentum_buffer": nothing_yet(parameter)}
+                self.state[parameter] = {"momentum_buffer": empty_moment(parameter)}
         self.state.update(rest.state)
         rest.state = self.state
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Updates every parameter that has a gradient."""
         self.rest.step()
         for group in self.own:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._update(parameter, parameter.grad, group)
 
-    def _update(self, parameter: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:
-        mean = self.state[parameter]["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
-        ahead = grad.lerp(mean, group["momentum"])
-        whole = ahead.full_tensor() if isinstance(ahead, DTensor) else ahead
-        size = 0.2 * max(whole.shape) ** 0.5
-        update = orthogonalize(whole, group["iterations"])
-        if isinstance(ahead, DTensor):
+    def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        buffer = self.state[parameter]["momentum_buffer"]
+        momentum = buffer.lerp_(gradient, 1 - group["momentum"])
+        look_ahead = gradient.lerp(momentum, group["momentum"])
+        # Singular values belong to the whole matrix, so a sharded one is gathered first.
+        matrix = look_ahead.full_tensor() if isinstance(look_ahead, DTensor) else look_ahead
+        update = orthogonalize(matrix, group["iterations"])
+        if isinstance(look_ahead, DTensor):
+            # src_data_rank=None: every rank has computed the same update, nothing is sent.
             update = distribute_tensor(
-                update, ahead.device_mesh, ahead.placements, src_data_rank=None
+                update, look_ahead.device_mesh, look_ahead.placements, src_data_rank=None
             )
-        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(
-            update, alpha=-group["lr"] * size
-        )
+        size = 0.2 * max(matrix.shape) ** 0.5
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update, alpha=-group["lr"] * size)
 
 
 def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
-    """[N, M] -> [N, M] with the same singular vectors and singular values between about 0.7 and
-    1.2.
+    """Brings the singular values of a matrix to between about 0.7 and 1.2, keeping its vectors.
 
-    Newton and Schulz's iteration x <- a x + b (x x') x + c (x x')^2 x on the matrix divided by its
+    Iterates x <- a x + b (x x') x + c (x x')^2 x (Newton and Schulz) from the matrix divided by its
     Frobenius norm. A matrix of zeros stays one.
+
+    Args:
+        matrix: [N, M].
+        iterations: number of steps.
+
+    Returns:
+        [N, M].
     """
     a, b, c = COEFFICIENTS
-    x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+    # x x' has the side of x's rows: the transpose makes that the shorter one.
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.mT if tall else matrix
     x = x / x.norm().clamp(min=TINY)
     for _ in range(iterations):
         square = x @ x.mT
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.mT if matrix.shape[0] > matrix.shape[1] else x
+        polynomial = torch.addmm(square, square, square, beta=b, alpha=c)
+        x = torch.addmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
 
 
 def matrices(model: nn.Module) -> set[str]:
-    """Names of the parameters that Muon takes: weights of linear layers that decay, but for the
-    output head (`model.head`).
+    """Returns the names of the parameters that Muon takes.
 
-    The rest is AdamW's: embeddings and what is tied to them, the head, vectors, filters, and stacks
-    of experts.
+    These are the weights of linear layers that decay, without the output head (`model.head`). AdamW
+    takes the rest: embeddings and what is tied to them, the head, vectors, filters, and stacks of
+    experts.
     """
     head = getattr(model, "head", None)
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
-    return {
-        name for name, p in model.named_parameters() if id(p) in linear and p.ndim == 2
-    } & decayed_parameters(model)
+    linear: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            linear.add(id(module.weight))
+    names: set[str] = set()
+    for name, parameter in model.named_parameters():
+        if id(parameter) in linear and parameter.ndim == 2:
+            names.add(name)
+    # What is tied to an embedding, or declared `undecayed`, leaves here.
+    return names & decayed_parameters(model)
