@@ -1,5 +1,4 @@
-"""Mixers made of queries and of what tokens hold out to be seen; the two may belong to different
-tokens.
+"""Base class of mixers in which queries and the tokens they see may be different tokens.
 
 Letters: B rows, T queries, S tokens that are seen.
 """
@@ -13,53 +12,59 @@ from models.span import Span
 
 
 class SplitAttention(nn.Module):
-    """The parent of mixers that split so: `attend` makes queries of some tokens and lets them look
-    at a payload of others.
+    """Base of mixers that split into a payload of the tokens seen and queries that attend to it.
 
-    Attributes: recall: (x [B, T, width], span) -> (tokens that may be seen, pieces that add up to
-        [B, S, width], x itself the last
-            of them; addresses of all), as a memory has it; None: a row sees itself alone.
+    Attributes:
+        recall: a memory of earlier tokens, or None: a row sees itself alone. It maps (hidden
+            [B, T, width], span) to (pieces that concatenate to [B, S, width], the last one `hidden`
+            itself; the addresses of all S tokens).
     """
 
     recall: nn.Module | None
 
     def __init__(self) -> None:
         super().__init__()
+        # registered as a module so that a memory set later joins the state dict
         self.register_module("recall", None)
 
-    def payload(self, x: Tensor, span: Span) -> tuple[Tensor, ...]:
-        """What tokens [B, S, width] hold out to be seen: tensors [B, S, ...], each token's for
-        itself."""
+    def payload(self, hidden: Tensor, span: Span) -> tuple[Tensor, ...]:
+        """Computes what tokens [B, S, width] offer to queries: tensors [B, S, ...], per token."""
         raise NotImplementedError
 
-    def attend(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span) -> Tensor:
-        """[B, T, width] -> [B, T, width], given what the tokens `of` hold out."""
+    def attend(
+        self, hidden: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span
+    ) -> Tensor:
+        """[B, T, width] -> [B, T, width], given the payload of the tokens of `kv_span`."""
         raise NotImplementedError
 
     def forward(
-        self, x: Tensor, span: Span, norm: Callable[[Tensor], Tensor] | None = None
+        self, hidden: Tensor, span: Span, norm: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
         """[B, T, width] -> [B, T, width].
 
         Args:
-            norm: applied to x, and to what is recalled, first: what is kept has not been through
-                it, so that its weights are today's and learn from what is recalled too.
+            norm: applied first, to `hidden` and to recalled tokens. A memory stores tokens before
+                the norm, so that they pass today's norm weights, which learn from them too.
         """
-        pieces, kv_span = ([x], span) if self.recall is None else self.recall(x, span)
-        pieces = pieces if norm is None else [norm(piece) for piece in pieces]
+        pieces = [hidden]
+        kv_span = span
+        if self.recall is not None:
+            pieces, kv_span = self.recall(hidden, span)
+        if norm is not None:
+            pieces = [norm(piece) for piece in pieces]
         return self.attend(pieces[-1], span, self._payload(pieces, kv_span), kv_span)
 
     def _payload(self, pieces: list[Tensor], kv_span: Span) -> tuple[Tensor, ...]:
-        """As payload of all pieces in a row. Each is projected by itself: into what is only
-        recalled no gradient flows."""
+        """The payload of all pieces, concatenated along the tokens."""
         if len(pieces) == 1:
             return self.payload(pieces[0], kv_span)
-        found = []
+        # Each piece is projected by itself: no gradient flows into recalled tokens, and one
+        # projection of all of them would compute it.
+        payloads = []
         start = 0
         for piece in pieces:
-            stop = start + piece.shape[1]
-            found.append(
-                self.payload(piece, kv_span.map(lambda a, start=start, stop=stop: a[:, start:stop]))
-            )
-            start = stop
-        return tuple(torch.cat(parts, 1) for parts in zip(*found, strict=True))
+            part = slice(start, start + piece.shape[1])
+            piece_span = kv_span.map(lambda addresses, part=part: addresses[:, part])
+            payloads.append(self.payload(piece, piece_span))
+            start = part.stop
+        return tuple(torch.cat(tensors, 1) for tensors in zip(*payloads, strict=True))

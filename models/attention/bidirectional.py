@@ -6,10 +6,10 @@ from models.positions.base import Position
 
 
 class Bidirectional(Attention):
-    """See the whole of one's document, what comes later too (Devlin et al. 2018, arXiv:1810.04805).
+    """Shows a token its whole document, later tokens too (Devlin et al. 2018, arXiv:1810.04805).
 
-    For encoders. Under a next-token loss every target stands in plain sight: such a loss falls to
-    zero and says nothing.
+    For encoders. Under a next-token loss every token sees its own target: such a loss falls to zero
+    and measures nothing.
     """
 
     def __init__(self, width: int, heads: int, kv_heads: int, position: Position):

@@ -1,4 +1,4 @@
-"""BigBird: blocks near by, the first blocks of a document, and a few blocks drawn at random."""
+"""BigBird: neighbouring blocks, the first blocks of a document, and a few random blocks."""
 
 from models.attention.full import CAUSAL, Attention
 from models.masks.algebra import Mask
@@ -14,22 +14,20 @@ class BigBird(Attention):
 
     Args:
         width, heads, kv_heads, position: as in Attention.
-        layer, seed: what the random blocks are drawn from, with the number of the block and of the
-            head.
+        layer, seed: determine the random blocks, with the numbers of the block and of the head.
         block: tokens in a block, counted from the start of the document.
         window: blocks to each side of its own that a query sees.
-        first: blocks at the start of a document that all see, and that see all; so do tokens with
-            the role GLOBAL.
+        first: blocks at the start of a document that see and are seen by all tokens; tokens with
+            the role GLOBAL are too.
         random: further blocks that each block sees.
         per_head: every head draws random blocks of its own.
-        symmetric: look to both sides. A decoder trained so sees its targets: it is meant for
-            encoders.
+        symmetric: look to both sides, for encoders. A decoder trained this way sees its targets.
 
     Source: Zaheer et al. 2020 (arXiv:2007.14062), the internal form (ITC). Ours differs: the random
-    blocks are the same in training and evaluation, never repeat a block that is seen anyway, and
-    depend on nothing that comes later; a document's last block is global only if its tokens have
-    that role, since an address does not say how long its document is; if symmetric, a random link
-    is seen from both its ends.
+    blocks are the same in training and evaluation, never repeat a block that is visible anyway, and
+    depend on no later token; a document's last block is global only if its tokens have that role,
+    since an address does not say how long its document is; if symmetric, a random link is seen from
+    both its ends.
     """
 
     def __init__(
@@ -49,19 +47,14 @@ class BigBird(Attention):
         symmetric: bool = False,
     ):
         if first < 0 or random < 0:
-            raise ValueError(f"first={first} and random={random} are numbers of blocks, 0 or more")
-        near = NeighborBlocks(block, window)
-        start = first * block
-        sparse: Mask = near | GlobalKey(start) | GlobalQuery(start)
+            raise ValueError(f"first={first}, random={random}: numbers of blocks must be 0 or more")
+        neighbors = NeighborBlocks(block, window)
+        global_tokens = first * block
+        sparse: Mask = neighbors | GlobalKey(global_tokens) | GlobalQuery(global_tokens)
         if random:
             patterns = heads if per_head else 1
             sparse = sparse | RandomBlocks(
                 block, window, first, random, seed, layer, patterns, symmetric
             )
-        super().__init__(
-            width,
-            heads,
-            kv_heads,
-            position,
-            mask=(SameDocument() if symmetric else CAUSAL) & sparse,
-        )
+        whole = SameDocument() if symmetric else CAUSAL
+        super().__init__(width, heads, kv_heads, position, mask=whole & sparse)

@@ -1,4 +1,7 @@
-"""Cross-attention: queries from one sequence, keys and values from another of any length."""
+"""Cross-attention: queries from one sequence, keys and values from another of any length.
+
+Letters: B rows, T queries, S source tokens, G key heads, D head width.
+"""
 
 from torch import Tensor, nn
 
@@ -11,19 +14,18 @@ SOURCE = SameDocument()
 
 
 class CrossAttention(nn.Module):
-    """Every token sees the whole of its document's source: the source's tokens of the same row and
-    document number.
+    """Attends to the whole source of a token's document: equal row and equal document number.
 
     Args:
-        width: of what comes in and goes out.
+        width: channels of input and output.
         heads: query heads; they divide width.
         kv_heads: key and value heads; they divide heads.
-        source_width: of the source's tokens; `width` by default.
+        source_width: channels of the source's tokens; `width` by default.
         mask: between a token's address and a source token's.
 
-    There are no positions: two sequences share no axis, and a source carries its own in its
-    content. A document without a source gets zeros. Over ranks, the sequence and its source are cut
-    each by its own layout, over the same ranks. Source: Vaswani et al. 2017 (arXiv:1706.03762),
+    There are no positions: two sequences share no axis, and a source has its own in its content. A
+    document without a source gets zeros. With context parallelism, the sequence and its source are
+    sharded by separate layouts over the same ranks. Source: Vaswani et al. 2017 (arXiv:1706.03762),
     section 3.2.3.
     """
 
@@ -48,27 +50,27 @@ class CrossAttention(nn.Module):
                 f" of {heads}"
             )
         self.head_width = width // heads
-        of_source = source_width or width
+        source_width = source_width or width
         self.q = nn.Linear(width, width, bias=False)
-        self.k = nn.Linear(of_source, kv_heads * self.head_width, bias=False)
-        self.v = nn.Linear(of_source, kv_heads * self.head_width, bias=False)
+        self.k = nn.Linear(source_width, kv_heads * self.head_width, bias=False)
+        self.v = nn.Linear(source_width, kv_heads * self.head_width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.mix = Softmax(mask)
 
-    def forward(self, x: Tensor, span: Span, source: Tensor, source_span: Span) -> Tensor:
-        """x [B, T, width], source [B, S, source_width] -> [B, T, width]."""
-        return self.attend(x, span, self.remember(source), source_span)
+    def forward(self, hidden: Tensor, span: Span, source: Tensor, source_span: Span) -> Tensor:
+        """hidden [B, T, width], source [B, S, source_width] -> [B, T, width]."""
+        return self.attend(hidden, span, self.remember(source), source_span)
 
     def remember(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, S, G, D] of a source: computed once, they serve a whole decode."""
-        k, v = (
-            project(source).unflatten(-1, (-1, self.head_width)) for project in (self.k, self.v)
-        )
-        return k, v
+        """Keys and values [B, S, G, D] of a source; computed once, they serve a whole decode."""
+        key = self.k(source).unflatten(-1, (-1, self.head_width))
+        value = self.v(source).unflatten(-1, (-1, self.head_width))
+        return key, value
 
     def attend(
-        self, x: Tensor, span: Span, memory: tuple[Tensor, Tensor], source_span: Span
+        self, hidden: Tensor, span: Span, memory: tuple[Tensor, Tensor], source_span: Span
     ) -> Tensor:
-        """[B, T, width] -> [B, T, width], given what `remember` made of the source."""
-        q = self.q(x).unflatten(-1, (-1, self.head_width))
-        return self.out(self.mix((q,), memory, span=span, kv_span=source_span).flatten(-2))
+        """[B, T, width] -> [B, T, width], given the keys and values that `remember` returned."""
+        query = self.q(hidden).unflatten(-1, (-1, self.head_width))
+        output = self.mix((query,), memory, span=span, kv_span=source_span)
+        return self.out(output.flatten(-2))

@@ -1,4 +1,7 @@
-"""Grouped-query attention: several query heads share a head of keys and values."""
+"""Grouped-query attention: several query heads share a head of keys and values.
+
+Letters: B rows, T queries, S keys, H query heads, G key heads, D head width.
+"""
 
 from torch import Tensor, nn
 
@@ -13,19 +16,19 @@ CAUSAL = Causal() & SameDocument()
 
 
 class Attention(SplitAttention):
-    """Project, place, mix, project back; causal within a document.
+    """Projects, rotates, attends and projects back; causal within a document by default.
 
     Args:
-        width: of what comes in and goes out.
+        width: channels of input and output.
         heads: query heads; they divide width.
         kv_heads: key and value heads; they divide heads. heads: multi-head, 1: multi-query
             attention.
-        position: how queries and keys learn where they stand.
+        position: how queries and keys learn their positions.
         mask: which keys a query sees.
 
-    Attributes: beside: a memory (q [B, T, H, D], k and v [B, T, G, D], all without positions, means
-        [B, T, H, D], span) -> means
-            with what it remembers in them; or None.
+    Attributes:
+        beside: a memory that adds what it remembers to the output: (q [B, T, H, D], k and v
+            [B, T, G, D], all without positions, output [B, T, H, D], span) -> output; or None.
 
     Source: Ainslie et al. 2023 (arXiv:2305.13245); multi-query Shazeer 2019 (arXiv:1911.02150). No
     biases.
@@ -55,41 +58,48 @@ class Attention(SplitAttention):
         self.out = nn.Linear(heads * self.head_width, width, bias=False)
         score, self.tables = position.score(heads, self.head_width)
         self.mix = Softmax(mask, score)
+        # registered as a module so that a memory set later joins the state dict
         self.register_module("beside", None)
 
-    def project_query(self, x: Tensor) -> Tensor:
-        """[B, T, width] -> [B, T, H, D], not told where they stand."""
-        return self.q(x).unflatten(-1, (-1, self.head_width))
+    def project_query(self, hidden: Tensor) -> Tensor:
+        """[B, T, width] -> [B, T, H, D], before the position rotates it."""
+        return self.q(hidden).unflatten(-1, (-1, self.head_width))
 
-    def project_payload(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, S, G, D], not told where they stand."""
-        k, v = (project(x).unflatten(-1, (-1, self.head_width)) for project in (self.k, self.v))
-        return k, v
+    def project_payload(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, S, G, D], before the position rotates the keys."""
+        key = self.k(hidden).unflatten(-1, (-1, self.head_width))
+        value = self.v(hidden).unflatten(-1, (-1, self.head_width))
+        return key, value
 
-    def payload(self, x: Tensor, span: Span) -> tuple[Tensor, ...]:
-        """Keys and values [B, S, G, D]; with something `beside`, also the keys as that takes
-        them."""
-        k, v = self.project_payload(x)
-        placed = self.position.rotate(k, span), v
-        return placed if self.beside is None else (*placed, k)
+    def payload(self, hidden: Tensor, span: Span) -> tuple[Tensor, ...]:
+        """Keys and values [B, S, G, D]; if there is a memory, also the keys without positions."""
+        key, value = self.project_payload(hidden)
+        rotated_key = self.position.rotate(key, span)
+        if self.beside is None:
+            return rotated_key, value
+        return rotated_key, value, key
 
     def attend_heads(
-        self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span
+        self, hidden: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span
     ) -> Tensor:
-        """[B, T, H D]: the mean of what each head of each token sees."""
+        """[B, T, H D]: the weighted mean of values of each head of each token."""
         params = self.tables() if self.tables is not None else ()
-        q = self.project_query(x)
-        means = self.mix(
-            (self.position.rotate(q, span),), payload[:2], params, span=span, kv_span=kv_span
-        )
+        query = self.project_query(hidden)
+        rotated_query = self.position.rotate(query, span)
+        output = self.mix((rotated_query,), payload[:2], params, span=span, kv_span=kv_span)
         if self.beside is not None:
-            v, k = (each[:, each.shape[1] - x.shape[1] :] for each in payload[1:])
-            means = self.beside(q, k, v, means, span)
-        return means.flatten(-2)
+            # the payload may begin with tokens of earlier rows, which the memory has already seen
+            tokens = hidden.shape[1]
+            value = payload[1][:, payload[1].shape[1] - tokens :]
+            key = payload[2][:, payload[2].shape[1] - tokens :]
+            output = self.beside(query, key, value, output, span)
+        return output.flatten(-2)
 
-    def attend(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span) -> Tensor:
-        """[B, T, width] -> [B, T, width], given the keys and values of the tokens `of`."""
-        return self.out(self.attend_heads(x, span, payload, kv_span))
+    def attend(
+        self, hidden: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span
+    ) -> Tensor:
+        """[B, T, width] -> [B, T, width], given keys and values of the tokens of `kv_span`."""
+        return self.out(self.attend_heads(hidden, span, payload, kv_span))
 
 
 class MultiHead(Attention):

@@ -1,13 +1,14 @@
-"""Softmax attention spelled out: every intermediate value by its name, in plain functions. What all
-else is tested against.
+"""Softmax attention in plain functions, every intermediate value by its name.
 
-    scores = attention_scores(q, k)           products of queries and keys
-    scores = scaled(scores, q.shape[-1])      of variance 1 where q and k have it
-    scores = masked(scores, seen, bias)       minus infinity where a key is not seen
-    weights = attention_weights(scores)       each query's weights sum to 1, or are all 0 where it sees nothing
-    context = context_vector(weights, v)      weighted means of values
+All other forms are tested against these:
 
-[T, S] matrices are built whole: for tests, small models and pictures. Source: Vaswani et al. 2017
+    scores = attention_scores(q, k)               products of queries and keys
+    scores = scaled_scores(scores, q.shape[-1])   variance 1 where q and k have it
+    scores = masked_scores(scores, seen, bias)    minus infinity where a key is not seen
+    weights = attention_weights(scores)           weights of a query sum to 1, or are all 0
+    context = context_vector(weights, v)          weighted means of values
+
+[T, S] matrices are built whole: for tests, small models and plots. Source: Vaswani et al. 2017
 (arXiv:1706.03762).
 
 Letters: B rows, T queries, S keys, H query heads, G key heads (they divide H), D key width, E value
@@ -20,31 +21,35 @@ from torch import Tensor
 from models.kernels.reference import accumulation_dtype
 
 
-def _shared(x: Tensor, heads: int) -> Tensor:
+def _repeat_heads(grouped: Tensor, heads: int) -> Tensor:
     """[B, S, G, ...] -> [B, S, H, ...]: query head h reads key head h // (H / G)."""
-    if heads % x.shape[2]:
+    key_heads = grouped.shape[2]
+    if heads % key_heads:
         raise ValueError(
-            f"{x.shape[2]} key heads do not divide {heads} query heads; choose a divisor of {heads}"
+            f"{key_heads} key heads do not divide {heads} query heads; choose a divisor of {heads}"
         )
-    return x.repeat_interleave(heads // x.shape[2], 2)
+    return grouped.repeat_interleave(heads // key_heads, 2)
 
 
 def attention_scores(q: Tensor, k: Tensor) -> Tensor:
-    """How well every query matches every key: q [B, T, H, D], k [B, S, G, D] -> [B, H, T, S].
+    """Multiplies every query with every key: q [B, T, H, D], k [B, S, G, D] -> [B, H, T, S].
 
     The variance of a score is D where the entries of q and k are independent and of variance 1.
     """
-    return torch.einsum("bthd,bshd->bhts", q, _shared(k, q.shape[2]))
+    return torch.einsum("bthd,bshd->bhts", q, _repeat_heads(k, q.shape[2]))
 
 
 def scaled_scores(scores: Tensor, width: int) -> Tensor:
-    """Scores over sqrt(width), so that the softmax does not saturate as heads grow wider; width is
-    D."""
+    """Divides scores by sqrt(width), so that the softmax does not saturate in wide heads.
+
+    Args:
+        width: D.
+    """
     return scores * width**-0.5
 
 
 def masked_scores(scores: Tensor, seen: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """Scores with `bias` added and minus infinity at keys that a query may not see.
+    """Adds `bias` to scores and sets those of invisible keys to minus infinity.
 
     Args:
         scores: [B, H, T, S].
@@ -55,30 +60,43 @@ def masked_scores(scores: Tensor, seen: Tensor | None = None, bias: Tensor | Non
     The mask comes before the softmax: zeroing weights afterwards would leave each query's weights
     not summing to 1.
     """
-    scores = scores if bias is None else scores + bias
-    return scores if seen is None else scores.masked_fill(~seen, -torch.inf)
+    if bias is not None:
+        scores = scores + bias
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    return scores
 
 
 def attention_weights(scores: Tensor) -> Tensor:
-    """Softmax over keys, [B, H, T, S] -> [B, H, T, S], in float32 at least; a query that sees
-    nothing gets zeros, not NaN."""
+    """Softmax over keys, [B, H, T, S] -> [B, H, T, S], in at least float32.
+
+    A query that sees nothing gets zeros, not NaN.
+    """
     scores = scores.to(accumulation_dtype(scores.dtype))
     blind = (scores == -torch.inf).all(-1, keepdim=True)
+    # filled before the softmax too: zeroing a NaN afterwards would leave NaN gradients
     return scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
 
 
 def attention_lse(scores: Tensor) -> Tensor:
-    """[B, H, T, S] -> [B, H, T]: log of the sum of exp(scores), in nats; minus infinity for a query
-    that sees nothing.
+    """Log of the sum of exp(scores), in nats: [B, H, T, S] -> [B, H, T].
 
-    Two attentions over disjoint keys merge by it (models.kernels.blockwise.merge_partials).
+    Minus infinity for a query that sees nothing. Two attentions over disjoint keys are merged with
+    it (models.kernels.blockwise.merge_partials).
     """
     return scores.to(accumulation_dtype(scores.dtype)).logsumexp(-1)
 
 
 def context_vector(weights: Tensor, v: Tensor) -> Tensor:
-    """Weighted means of values: weights [B, H, T, S], v [B, S, G, E] -> [B, T, H, E], in the dtype
-    of v."""
-    return torch.einsum(
-        "bhts,bshe->bthe", weights, _shared(v, weights.shape[1]).to(weights.dtype)
-    ).to(v.dtype)
+    """Weighted means of values, in the dtype of v.
+
+    Args:
+        weights: [B, H, T, S].
+        v: [B, S, G, E].
+
+    Returns:
+        [B, T, H, E].
+    """
+    values = _repeat_heads(v, weights.shape[1]).to(weights.dtype)
+    means = torch.einsum("bhts,bshe->bthe", weights, values)
+    return means.to(v.dtype)

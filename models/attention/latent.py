@@ -1,4 +1,4 @@
-"""Multi-head latent attention: keys and values are kept, and sent, as one small latent a token."""
+"""Multi-head latent attention: keys and values are stored and sent as one latent per token."""
 
 import torch
 from torch import Tensor, nn
@@ -14,52 +14,53 @@ from models.span import Span
 class LatentScore(Score):
     """Expands latents into keys and values where they are used, so that only latents travel.
 
-    query (q [B, T, H, N + R],), payload (latent [B, S, L], turned [B, S, R]), params (up [H, N + E,
-    L],), where N is the width without and R the width with a position, and E the width of the
-    values. All heads share the turned part.
+    query (q [B, T, H, N + R],), payload (latent [B, S, L], rotated key [B, S, R]), params
+    (up [H, N + E, L],): N channels have no position, R are rotated and shared by all heads, E is
+    the width of the values.
 
     Args:
-        content: N.
+        nope_dim: N.
     """
 
     payload_heads = (None, None)
     param_heads = (0,)
 
-    def __init__(self, content: int):
+    def __init__(self, nope_dim: int):
         super().__init__()
-        self.content = content
+        self.nope_dim = nope_dim
 
     def operands(
         self, query: Tensors, payload: Tensors, params: Tensors
     ) -> tuple[Tensor, Tensor, Tensor]:
-        latent, turned = payload
+        """See Score.operands."""
+        latent, rotated_key = payload
         expanded = torch.einsum("bsl,hel->bshe", latent, params[0])
-        key = expanded[..., : self.content]
-        value = expanded[..., self.content :]
-        return query[0], torch.cat([key, turned[:, :, None].expand(*key.shape[:3], -1)], -1), value
+        content_key = expanded[..., : self.nope_dim]
+        value = expanded[..., self.nope_dim :]
+        shared_key = rotated_key[:, :, None].expand(*content_key.shape[:3], -1)
+        return query[0], torch.cat([content_key, shared_key], -1), value
 
 
 class LatentAttention(SplitAttention):
-    """Causal attention within a document over keys and values that are expanded from a shared
-    latent.
+    """Causal attention within a document; keys and values are expanded from a shared latent.
 
     Args:
-        width: of what comes in and goes out.
+        width: channels of input and output.
         heads: query heads; each has keys and values of its own, expanded from the latent.
-        position: must turn queries and keys, or do nothing (rope, yarn, none, ...): only `turned`
-            channels are given to it.
-        kv_latent: width of what is kept of a token for keys and values; null = two head widths.
-        q_latent: width that queries are squeezed through; null = not squeezed.
-        nope_dim: channels of a head's query and key that know no position; null = width / heads.
-        rope_dim: channels of a head's query, and of the one key part that all heads share, that the
-            position turns; null = half of width / heads, made even.
+        position: must rotate queries and keys, or do nothing (rope, yarn, none, ...); it sees
+            `rope_dim` channels only.
+        kv_latent: channels stored per token for keys and values; null = two head widths.
+        q_latent: channels that queries are squeezed through; null = not squeezed.
+        nope_dim: channels of a head's query and key without position; null = width / heads.
+        rope_dim: rotated channels of a head's query, and of the one key part that all heads share;
+            null = half of width / heads, made even.
         value_dim: channels of a head's value; null = width / heads.
 
-    A token costs latent + turned numbers, in a cache or on the wire, instead of 2 x heads x head
-    width.
+    A token costs kv_latent + rope_dim numbers, in a cache or on the wire, instead of 2 x heads x
+    head width.
 
     Source: DeepSeek-AI 2024 (arXiv:2405.04434, section 2.1). As there, a norm stands between
-    squeezing and expanding and the scale counts content and turned channels. Ours pairs channels
+    squeezing and expanding, and the scale counts all channels of a key. Ours pairs channels
     (i, i + R/2), theirs (2i, 2i + 1): a fixed permutation.
     """
 
@@ -76,46 +77,67 @@ class LatentAttention(SplitAttention):
         value_dim: int | None = None,
     ):
         super().__init__()
-        each = max(1, width // heads)
+        head_width = max(1, width // heads)
+        if kv_latent is None:
+            kv_latent = 2 * head_width
+        if nope_dim is None:
+            nope_dim = head_width
+        if rope_dim is None:
+            rope_dim = max(2, head_width // 4 * 2)
+        if value_dim is None:
+            value_dim = head_width
         sizes = {
-            "kv_latent": 2 * each if kv_latent is None else kv_latent,
-            "nope_dim": each if nope_dim is None else nope_dim,
-            "rope_dim": max(2, each // 4 * 2) if rope_dim is None else rope_dim,
-            "value_dim": each if value_dim is None else value_dim,
+            "kv_latent": kv_latent,
+            "nope_dim": nope_dim,
+            "rope_dim": rope_dim,
+            "value_dim": value_dim,
         }
-        for name, size in {**sizes, "q_latent": 1 if q_latent is None else q_latent}.items():
+        if q_latent is not None:
+            sizes["q_latent"] = q_latent
+        for name, size in sizes.items():
             if size < 1:
                 raise ValueError(
                     f"{name} is a number of channels and must be 1 or more; got {size}"
                 )
-        self.position = require_rotary(position, "latent", heads, sizes["rope_dim"])
+
+        self.position = require_rotary(position, "latent", heads, rope_dim)
         self.heads = heads
-        self.sizes = sizes
-        query = heads * (sizes["nope_dim"] + sizes["rope_dim"])
-        self.squeeze_q = None if q_latent is None else nn.Linear(width, q_latent, bias=False)
-        self.norm_q = None if q_latent is None else nn.RMSNorm(q_latent, eps=1e-6)
-        self.q = nn.Linear(width if q_latent is None else q_latent, query, bias=False)
-        self.squeeze = nn.Linear(width, sizes["kv_latent"] + sizes["rope_dim"], bias=False)
-        self.norm = nn.RMSNorm(sizes["kv_latent"], eps=1e-6)
-        self.up = nn.Linear(
-            sizes["kv_latent"], heads * (sizes["nope_dim"] + sizes["value_dim"]), bias=False
-        )
-        self.out = nn.Linear(heads * sizes["value_dim"], width, bias=False)
-        self.mix = Softmax(CAUSAL, LatentScore(sizes["nope_dim"]))
+        self.kv_latent = kv_latent
+        self.nope_dim = nope_dim
+        self.rope_dim = rope_dim
+        if q_latent is None:
+            self.squeeze_q = None
+            self.norm_q = None
+            query_input = width
+        else:
+            self.squeeze_q = nn.Linear(width, q_latent, bias=False)
+            self.norm_q = nn.RMSNorm(q_latent, eps=1e-6)
+            query_input = q_latent
+        self.q = nn.Linear(query_input, heads * (nope_dim + rope_dim), bias=False)
+        self.squeeze = nn.Linear(width, kv_latent + rope_dim, bias=False)
+        self.norm = nn.RMSNorm(kv_latent, eps=1e-6)
+        self.up = nn.Linear(kv_latent, heads * (nope_dim + value_dim), bias=False)
+        self.out = nn.Linear(heads * value_dim, width, bias=False)
+        self.mix = Softmax(CAUSAL, LatentScore(nope_dim))
 
-    def payload(self, x: Tensor, span: Span) -> tuple[Tensor, ...]:
-        """Latents [B, S, L] and the key part [B, S, R] that the position turns."""
-        latent, key = self.squeeze(x).split([self.sizes["kv_latent"], self.sizes["rope_dim"]], -1)
-        return self.norm(latent), self.position.rotate(key[:, :, None], span)[:, :, 0]
+    def payload(self, hidden: Tensor, span: Span) -> tuple[Tensor, ...]:
+        """Latents [B, S, L] and the rotated part of the keys [B, S, R]."""
+        latent, key = self.squeeze(hidden).split([self.kv_latent, self.rope_dim], -1)
+        rotated_key = self.position.rotate(key[:, :, None], span)[:, :, 0]
+        return self.norm(latent), rotated_key
 
-    def attend(self, x: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span) -> Tensor:
-        """[B, T, width] -> [B, T, width], given the latents of the tokens `of`."""
-        content = self.sizes["nope_dim"]
-        turned = self.sizes["rope_dim"]
-        squeezed = (
-            x if self.squeeze_q is None or self.norm_q is None else self.norm_q(self.squeeze_q(x))
-        )
-        q = self.q(squeezed).unflatten(-1, (self.heads, content + turned))
-        q = torch.cat([q[..., :content], self.position.rotate(q[..., content:], span)], -1)
-        up = self.up.weight.unflatten(0, (self.heads, content + self.sizes["value_dim"]))
-        return self.out(self.mix((q,), payload, (up,), span=span, kv_span=kv_span).flatten(-2))
+    def attend(
+        self, hidden: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span
+    ) -> Tensor:
+        """[B, T, width] -> [B, T, width], given the latents of the tokens of `kv_span`."""
+        query_input = hidden
+        if self.squeeze_q is not None and self.norm_q is not None:
+            query_input = self.norm_q(self.squeeze_q(hidden))
+        query = self.q(query_input).unflatten(-1, (self.heads, -1))
+        rotated = self.position.rotate(query[..., self.nope_dim :], span)
+        query = torch.cat([query[..., : self.nope_dim], rotated], -1)
+        # The weight is a param of the score, not a layer that is called: expansion happens on the
+        # rank that uses a latent, and the gradients of all ranks are summed.
+        up = self.up.weight.unflatten(0, (self.heads, -1))
+        output = self.mix((query,), payload, (up,), span=span, kv_span=kv_span)
+        return self.out(output.flatten(-2))

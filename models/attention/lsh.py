@@ -1,4 +1,7 @@
-"""LSH attention (Reformer): a query sees the earlier keys that fall into its own hash bucket."""
+"""LSH attention (Reformer): a query sees the earlier keys that fall into its own hash bucket.
+
+Letters: B rows, T queries, S keys, H heads, D head width, E value width.
+"""
 
 import hashlib
 from functools import lru_cache
@@ -14,19 +17,18 @@ from models.ranges import Few, Many
 from models.scores import Score, Tensors, grouped_dot_products
 from models.span import Span
 
-ALONE = -1e4  # added to the logit of a token for itself: it counts only where nothing else is seen
+ALONE = -1e4  # added to the logit of a token for itself: it counts only where it sees nothing else
 
 
 class BucketScore(Score):
-    """Shows a query those keys that share its bucket in a round and lie in its own chunk of it or
-    in the one before.
+    """Shows a query the keys that share its bucket, in its own chunk or the chunk before.
 
     query (q [B, T, H, D], buckets, chunks), payload (k [B, S, H, D], v [B, S, H, E], buckets,
-    chunks), where buckets and chunks are whole numbers [B, T or S, H, rounds], kept as
-    floating-point numbers because everything that travels is.
+    chunks), where buckets and chunks are whole numbers [B, T or S, H, hashes], stored as
+    floating-point numbers because everything that travels to other ranks is.
 
-    The union over rounds is one softmax: what rounds merged by their mass give once a key that
-    several rounds share is counted once, as the paper's equation for z(i, P) asks.
+    The union over hashes is one softmax. Merging one softmax per hash by its lse would count a key
+    several times that several hashes share; the paper's equation for z(i, P) counts it once.
     """
 
     query_heads = (2, 2, 2)
@@ -42,42 +44,52 @@ class BucketScore(Score):
         kv_span: Span,
         heads: Tensor,
     ) -> Tensor:
-        """[B, H, T, S]; keys are unit vectors and the dot product is not scaled further."""
-        q, q_bucket, q_chunk = query
-        k, _, k_bucket, k_chunk = payload
+        """[B, H, T, S]; keys are unit vectors, so the dot product is not scaled further."""
+        q, query_buckets, query_chunks = query
+        k, _, key_buckets, key_chunks = payload
         logits = grouped_dot_products(q, k)
         seen = torch.zeros_like(logits, dtype=torch.bool)
-        for one in range(q_bucket.shape[-1]):
-            here = [x[..., one].transpose(1, 2) for x in (q_bucket, k_bucket, q_chunk, k_chunk)]
-            back = here[2][..., :, None] - here[3][..., None, :]
-            seen |= (here[0][..., :, None] == here[1][..., None, :]) & ((back == 0) | (back == 1))
-        itself = (span.pos[:, :, None] == kv_span.pos[:, None, :]) & (
-            span.doc[:, :, None] == kv_span.doc[:, None, :]
-        )
-        return torch.where(seen, logits + ALONE * itself[:, None], -torch.inf)
+        # a loop, not one more axis: [B, H, T, S, hashes] would be the largest tensor of the layer
+        for index in range(query_buckets.shape[-1]):
+            same_bucket = _query_column(query_buckets, index) == _key_row(key_buckets, index)
+            chunks_back = _query_column(query_chunks, index) - _key_row(key_chunks, index)
+            seen |= same_bucket & ((chunks_back == 0) | (chunks_back == 1))
+        same_position = span.pos[:, :, None] == kv_span.pos[:, None, :]
+        same_document = span.doc[:, :, None] == kv_span.doc[:, None, :]
+        itself = (same_position & same_document)[:, None]
+        return torch.where(seen, logits + ALONE * itself, -torch.inf)
+
+
+def _query_column(numbers: Tensor, index: int) -> Tensor:
+    """The numbers of one hash as a column for queries, [B, T, H, hashes] -> [B, H, T, 1]."""
+    return numbers[..., index].transpose(1, 2)[..., :, None]
+
+
+def _key_row(numbers: Tensor, index: int) -> Tensor:
+    """The numbers of one hash as a row for keys, [B, S, H, hashes] -> [B, H, 1, S]."""
+    return numbers[..., index].transpose(1, 2)[..., None, :]
 
 
 class LSHAttention(nn.Module):
-    """Causal attention within a document, queries and keys shared, restricted to equal hashes.
+    """Causal attention within a document, with shared queries and keys, among equal hashes.
 
     Args:
         width, heads: as in Attention; every head has keys and values of its own.
-        position: must turn queries and keys, or do nothing; hashes are taken before it turns.
-        layer, seed: what the random rotations of the hashes are drawn from.
-        context_length: tokens in a row, from which `buckets` is worked out.
+        position: must rotate queries and keys, or do nothing; hashes are taken before it rotates.
+        layer, seed: determine the random rotations of the hashes.
+        context_length: tokens in a row; the default of `buckets` depends on it.
         chunk_size: tokens in a chunk of a bucket; a query sees its own chunk of its bucket and the
             one before.
-        hashes: independent hashes; a key is seen if any round shows it.
-        buckets: even number of them; null = 2 x context_length / size.
+        hashes: independent hashes; a key is seen if any of them shows it.
+        buckets: an even number; null = 2 x context_length / chunk_size.
 
-    Costs: what is visible is about rounds x 2 x size keys a query, but it is found by a masked tile
-    over all earlier tokens of the document, so time still grows as in full attention.
+    About hashes x 2 x chunk_size keys are visible to a query, but they are selected by a mask over
+    all earlier tokens of the document, so time still grows as in full attention.
 
-    Source: Kitaev et al. 2020 (arXiv:2001.04451). Ours differs where theirs depends on what comes
-    later: they sort a whole sequence by bucket and cut the sorted sequence into chunks, so that a
-    later token can push an earlier key out of sight. Ours numbers the tokens of a bucket as they
-    come and cuts that into chunks: causal, and no chunk spans two buckets or documents. Reversible
-    residuals are no matter of a mixer.
+    Source: Kitaev et al. 2020 (arXiv:2001.04451). They sort a whole sequence by bucket and cut the
+    sorted sequence into chunks, so that a later token can push an earlier key out of sight. Ours
+    numbers the tokens of a bucket as they come and cuts those numbers into chunks: causal, and no
+    chunk spans two buckets or documents. Reversible residuals are not part of this mixer.
     """
 
     def __init__(
@@ -101,74 +113,86 @@ class LSHAttention(nn.Module):
             )
         if chunk_size < 1 or hashes < 1:
             raise ValueError(
-                f"chunk_size={chunk_size} is a number of tokens and hashes={hashes} of hashes; both"
+                f"chunk_size={chunk_size}, hashes={hashes}: numbers of tokens and of hashes; both"
                 " must be 1 or more"
             )
         self.head_width = width // heads
         self.position = require_rotary(position, "lsh", heads, self.head_width)
-        self.buckets = max(2, context_length // chunk_size * 2) if buckets is None else buckets
-        if self.buckets < 2 or self.buckets % 2:
+        if buckets is None:
+            buckets = max(2, context_length // chunk_size * 2)
+        if buckets < 2 or buckets % 2:
             raise ValueError(
-                f"buckets={buckets}: a hash tells directions from their opposites; choose an even"
-                " number, 2 or more"
+                f"buckets={buckets}: every random direction and its opposite is a bucket; choose"
+                " an even number, 2 or more"
             )
+        self.buckets = buckets
         self.chunk_size = chunk_size
-        self.drawn = (seed, layer, hashes, heads, self.head_width, self.buckets // 2)
+        self.rotation_key = (seed, layer, hashes, heads, self.head_width, buckets // 2)
         self.qk = nn.Linear(width, width, bias=False)
         self.v = nn.Linear(width, width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.ids = BlockTopK()
         self.mix = Softmax(CAUSAL, BucketScore())
 
-    def forward(self, x: Tensor, span: Span) -> Tensor:
+    def forward(self, hidden: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]."""
-        q, v = (project(x).unflatten(-1, (-1, self.head_width)) for project in (self.qk, self.v))
-        bucket = self.hashed(q)
-        chunk = self.places(bucket, span) // self.chunk_size
-        exact = torch.promote_types(x.dtype, torch.float32)  # whole numbers up to 2^24
-        places = bucket.to(exact), chunk.to(exact)
-        k = self.position.rotate(nn.functional.normalize(q, dim=-1, eps=1e-12), span)
-        return self.out(
-            self.mix((self.position.rotate(q, span), *places), (k, v, *places), span=span).flatten(
-                -2
-            )
+        query = self.qk(hidden).unflatten(-1, (-1, self.head_width))
+        value = self.v(hidden).unflatten(-1, (-1, self.head_width))
+        buckets = self.hashed(query)
+        chunks = self.places(buckets, span) // self.chunk_size
+        # float32 holds whole numbers up to 2^24 exactly; bfloat16 would merge buckets
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        buckets = buckets.to(exact)
+        chunks = chunks.to(exact)
+        unit_key = nn.functional.normalize(query, dim=-1, eps=1e-12)
+        key = self.position.rotate(unit_key, span)
+        query = self.position.rotate(query, span)
+        output = self.mix(
+            (query, buckets, chunks),
+            (key, value, buckets, chunks),
+            span=span,
         )
+        return self.out(output.flatten(-2))
 
-    def hashed(self, q: Tensor) -> Tensor:
-        """[B, T, H, rounds] int64: the direction, among random ones and their opposites, that a
-        query points to most."""
+    def hashed(self, query: Tensor) -> Tensor:
+        """Hashes queries, [B, T, H, D] -> [B, T, H, hashes] int64.
+
+        A hash is the number of the random direction, or its opposite, nearest to the query.
+        """
         with torch.no_grad():
-            along = torch.einsum(
-                "bthd,rhdn->bthrn", q.double(), rotations(*self.drawn).to(q.device)
-            )
-            return torch.cat([along, -along], -1).argmax(-1)
+            directions = rotations(*self.rotation_key).to(query.device)
+            # float64: a hash must not depend on the dtype or on how many ranks compute it
+            products = torch.einsum("bthd,rhdn->bthrn", query.double(), directions)
+            return torch.cat([products, -products], -1).argmax(-1)
 
-    def places(self, bucket: Tensor, span: Span) -> Tensor:
-        """[B, T, H, rounds] int64: how many earlier tokens of its document are in a token's
-        bucket."""
-        (every,), among = self.ids.bring((bucket.int(),), CAUSAL, span=span, kv_span=span)
-        order = torch.where(
-            among.valid()[..., None, None], every + among.doc[..., None, None] * self.buckets, -1
-        )
-        group, index = order.sort(dim=1, stable=True)
-        number = (
-            torch.arange(group.shape[1], device=group.device).view(1, -1, 1, 1).expand_as(group)
-        )
-        opens = torch.ones_like(group, dtype=torch.bool)
-        opens[:, 1:] = group[:, 1:] != group[:, :-1]
-        start = torch.where(opens, number, 0).cummax(1).values
-        place = torch.empty_like(group).scatter_(1, index, number - start)
-        return take(place, find(span, among)[0])
+    def places(self, buckets: Tensor, span: Span) -> Tensor:
+        """Counts earlier tokens of the document in a token's bucket, [B, T, H, hashes] int64."""
+        (all_buckets,), all_span = self.ids.bring((buckets.int(),), CAUSAL, span=span, kv_span=span)
+        # one number for each pair of document and bucket, and one for padding
+        document_buckets = all_buckets + all_span.doc[..., None, None] * self.buckets
+        document_buckets = torch.where(all_span.valid()[..., None, None], document_buckets, -1)
+        # A stable sort lays the tokens of a group side by side in their order: a token's place is
+        # its index less that of the group's first token.
+        groups, token_index = document_buckets.sort(dim=1, stable=True)
+        sorted_index = torch.arange(groups.shape[1], device=groups.device)
+        sorted_index = sorted_index.view(1, -1, 1, 1).expand_as(groups)
+        opens_group = torch.ones_like(groups, dtype=torch.bool)
+        opens_group[:, 1:] = groups[:, 1:] != groups[:, :-1]
+        group_start = torch.where(opens_group, sorted_index, 0).cummax(1).values
+        places = torch.empty_like(groups).scatter_(1, token_index, sorted_index - group_start)
+        own_index, _ = find(span, all_span)
+        return take(places, own_index)
 
 
 @lru_cache(maxsize=256)
 def rotations(
-    seed: int, layer: int, rounds: int, heads: int, width: int, directions: int
+    seed: int, layer: int, hashes: int, heads: int, width: int, directions: int
 ) -> Tensor:
-    """[rounds, heads, width, directions] float64, normal: a pure function of what is given."""
+    """[hashes, heads, width, directions] float64, normal; a pure function of its arguments."""
     digest = hashlib.blake2b(f"{seed}/hash rotations/{layer}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    # a model may be built under the meta device, where nothing can be drawn
     with torch.device("cpu"):
         return torch.randn(
-            rounds, heads, width, directions, generator=generator, dtype=torch.float64
+            hashes, heads, width, directions, generator=generator, dtype=torch.float64
         )

@@ -1,4 +1,4 @@
-"""Prefix-LM attention: both ways inside a prefix, causal after it."""
+"""Prefix-LM attention: bidirectional inside a prefix, causal after it."""
 
 from models.attention.full import Attention
 from models.masks.basic import Causal, FirstTokens, SameDocument
@@ -7,10 +7,10 @@ from models.positions.base import Position
 
 
 class PrefixAttention(Attention):
-    """Everybody in a document sees its whole prefix; the rest is causal.
+    """Shows every token of a document the whole prefix; the rest is causal.
 
-    A token belongs to its document's prefix where its role is PREFIX (questions, instructions: the
-    data says so), or where it is among the document's first `length` tokens, so that plain text
+    A token belongs to its document's prefix where its role is PREFIX (set by the data: questions,
+    instructions), or where it is among the document's first `length` tokens, so that plain text
     trains too.
 
     Inside the prefix a token sees its own target: the losses of all tokens but the prefix's last
@@ -18,8 +18,8 @@ class PrefixAttention(Attention):
     the first one after it, and counts.
 
     Args:
-        length: tokens at the beginning of every document that form its prefix; 0: the roles alone
-            tell.
+        length: tokens at the beginning of every document that form its prefix; 0: only tokens with
+            the role PREFIX.
 
     Source: Liu et al. 2018 (arXiv:1801.10198), Raffel et al. 2019 (arXiv:1910.10683, section 3.2).
     """
@@ -27,7 +27,7 @@ class PrefixAttention(Attention):
     def __init__(self, width: int, heads: int, kv_heads: int, position: Position, *, length: int):
         if length < 0:
             raise ValueError(
-                f"prefix length={length} is a number of tokens; use 0 (roles alone tell) or more"
+                f"length={length}: a number of tokens must be 0 or more; use 0 for roles alone"
             )
         self.length = length
         mask = SameDocument() & (Causal() | PrefixTokens() | FirstTokens(length))

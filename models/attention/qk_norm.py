@@ -1,4 +1,7 @@
-"""Attention with normed queries and keys, so that logits do not grow with the weights."""
+"""Attention with normed queries and keys, so that logits do not grow with the weights.
+
+Letters: B rows, T queries, S keys, H query heads, G key heads, D head width.
+"""
 
 from torch import Tensor, nn
 
@@ -8,13 +11,12 @@ from models.ranges import Positive
 
 
 class QKNorm(Attention):
-    """Each head's queries and keys are normed (RMS, one learned gain for each channel) before they
-    are turned.
+    """Norms each head's queries and keys (RMS, one learned gain per channel) before rotation.
 
     Args:
         eps: added to the mean square.
 
-    Source: Henry et al. 2020 (arXiv:2010.04245), as in Qwen 3 (arXiv:2505.09388). Theirs of 2020
+    Source: Henry et al. 2020 (arXiv:2010.04245), as in Qwen 3 (arXiv:2505.09388). The form of 2020
     has unit length and a learned scale; this one keeps 1 / sqrt(D).
     """
 
@@ -24,16 +26,17 @@ class QKNorm(Attention):
         super().__init__(width, heads, kv_heads, position)
         if eps <= 0:
             raise ValueError(
-                f"qk_norm eps={eps} would divide by zero where a query is zero; use a positive"
-                " number such as 1e-6"
+                f"eps={eps} would divide by zero where a query is zero; use a positive number such"
+                " as 1e-6"
             )
-        self.q_norm, self.k_norm = (nn.RMSNorm(self.head_width, eps=eps) for _ in range(2))
+        self.q_norm = nn.RMSNorm(self.head_width, eps=eps)
+        self.k_norm = nn.RMSNorm(self.head_width, eps=eps)
 
-    def project_query(self, x: Tensor) -> Tensor:
+    def project_query(self, hidden: Tensor) -> Tensor:
         """[B, T, width] -> [B, T, H, D], normed."""
-        return self.q_norm(super().project_query(x))
+        return self.q_norm(super().project_query(hidden))
 
-    def project_payload(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def project_payload(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Keys, normed, and values [B, S, G, D]."""
-        k, v = super().project_payload(x)
-        return self.k_norm(k), v
+        key, value = super().project_payload(hidden)
+        return self.k_norm(key), value

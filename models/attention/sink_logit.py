@@ -1,4 +1,4 @@
-"""A learned sink: every head may give part of its attention to nothing."""
+"""A learned sink: every head may give part of its attention to no token."""
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ from models.primitives.softmax import Softmax
 from models.scores import SinkScore
 
 
-class _WithSink(nn.Module):
-    """A position's tables, if it has any, and after them the sink logits."""
+class _TablesWithSink(nn.Module):
+    """Gives the params of the score: a position's tables, if it has any, then the sink logits."""
 
     def __init__(self, tables: nn.Module | None, heads: int):
         super().__init__()
@@ -20,21 +20,23 @@ class _WithSink(nn.Module):
         self.logit = nn.Parameter(torch.zeros(heads))
 
     def initial(self) -> dict[str, Rule]:
+        """The sink starts as a key of logit 0."""
         return {"logit": constant(0.0)}
 
     def forward(self) -> tuple[Tensor, ...]:
-        return (*(self.inner() if self.inner is not None else ()), self.logit)
+        """(*tables, sink logits [H])."""
+        tables = self.inner() if self.inner is not None else ()
+        return *tables, self.logit
 
 
 class SinkLogit(Attention):
-    """A key without a value stands beside every query's keys; its logit is learned, one for each
-    head.
+    """Adds a key without a value to every query's keys; its logit is learned, one per head.
 
-    The same as multiplying the output by sigmoid(mass - logit). Logits start at 0: softmax "off by
+    The same as multiplying the output by sigmoid(lse - logit). Logits start at 0: softmax "off by
     one".
 
     Args:
-        window: see only the last `reach` tokens; null: all that came before.
+        window: see only the last `window` tokens; null: all earlier tokens.
 
     Source: OpenAI 2025, gpt-oss (arXiv:2508.10925); Miller 2023, "Attention is off by one".
     """
@@ -51,4 +53,4 @@ class SinkLogit(Attention):
         mask = CAUSAL if window is None else CAUSAL & SlidingWindow(window)
         super().__init__(width, heads, kv_heads, position, mask=mask)
         self.mix = Softmax(mask, SinkScore(self.mix.score))
-        self.tables = _WithSink(self.tables, heads)
+        self.tables = _TablesWithSink(self.tables, heads)

@@ -1,4 +1,4 @@
-"""Attention sinks: a sliding window, and the first tokens of the document beside it."""
+"""Attention sinks: a sliding window and the first tokens of the document."""
 
 from models.attention.full import CAUSAL, Attention
 from models.masks.basic import FirstTokens, SlidingWindow
@@ -6,16 +6,15 @@ from models.positions.base import Position
 
 
 class Sinks(Attention):
-    """See the last `reach` tokens, oneself among them, and the document's first `first` tokens,
-    however far.
+    """Shows a token the last `window` tokens and the first `sink_tokens` of its document.
 
     Args:
-        window: tokens of the window.
-        sink_tokens: tokens that stay visible; 4 are enough for a model that was trained without
-            sinks.
+        window: tokens of the window; it counts the query itself.
+        sink_tokens: tokens that stay visible at any distance; 4 are enough for a model that was
+            trained without sinks.
 
     Source: Xiao et al. 2023, StreamingLLM (arXiv:2309.17453). Positions are those in the text;
-    theirs, made for decoding past the trained length, are those inside the cache.
+    theirs are those inside the cache, for decoding past the trained length.
     """
 
     def __init__(
@@ -30,13 +29,8 @@ class Sinks(Attention):
     ):
         if sink_tokens < 1:
             raise ValueError(
-                f"sinks sink_tokens={sink_tokens} leaves no token to park on; use 1 or more, or"
+                f"sink_tokens={sink_tokens} leaves no token as a sink; use 1 or more, or"
                 " mixer=sliding"
             )
-        super().__init__(
-            width,
-            heads,
-            kv_heads,
-            position,
-            mask=CAUSAL & (SlidingWindow(window) | FirstTokens(sink_tokens)),
-        )
+        mask = CAUSAL & (SlidingWindow(window) | FirstTokens(sink_tokens))
+        super().__init__(width, heads, kv_heads, position, mask=mask)

@@ -1,4 +1,4 @@
-"""Attention whose logits cannot run away: a soft cap."""
+"""Attention with a soft cap on its logits."""
 
 from models.attention.full import Attention
 from models.positions.base import Position
@@ -7,13 +7,13 @@ from models.scores import SoftcapScore
 
 
 class Softcap(Attention):
-    """Logits go through cap tanh(. / cap) before the mask, and so stay inside (-cap, cap).
+    """Bends logits into (-cap, cap) by cap tanh(logits / cap), before the mask.
 
     Args:
-        cap: in nats; far below it logits are left as they are.
+        cap: in nats; logits far below it hardly change.
 
-    Source: Gemma 2 (arXiv:2408.00118). Computed by the general tile: no fast kernel here knows the
-    cap.
+    Source: Gemma 2 (arXiv:2408.00118). Computed by the reference kernel: the fast kernels do not
+    support a cap.
     """
 
     def __init__(
@@ -21,7 +21,7 @@ class Softcap(Attention):
     ):
         if cap <= 0:
             raise ValueError(
-                f"softcap cap={cap} would flatten all logits; use a positive number such as 50, or"
+                f"cap={cap} would flatten all logits; use a positive number such as 50, or"
                 " mixer=full"
             )
         super().__init__(width, heads, kv_heads, position)

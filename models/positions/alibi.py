@@ -1,5 +1,7 @@
-"""ALiBi: no positions but a penalty on distance, so that models read further than they were
-trained."""
+"""ALiBi: a penalty on distance instead of positions, so that models read beyond their training.
+
+Letters: B rows, T queries, S keys, H heads.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -10,22 +12,22 @@ from models.span import Span
 
 
 def slopes(heads: int) -> list[float]:
-    """Nats per token of distance, one for each head: 2^(-8/n), 2^(-16/n), ... where heads are a
-    power of two n.
+    """Penalty of each head in nats per token of distance.
 
-    Other numbers of heads take those of the next lower power n, then every other one of 2n.
+    2^(-8/n), 2^(-16/n), ... where heads are a power of two n. Other numbers of heads take those of
+    the next lower power n, then every other one of 2n.
     """
     power = 1 << (heads.bit_length() - 1)
-    steep = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
-    return steep + [2.0 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]
+    of_power = [2.0 ** (-8 * (index + 1) / power) for index in range(power)]
+    further = [2.0 ** (-4 * (2 * index + 1) / power) for index in range(heads - power)]
+    return of_power + further
 
 
 class Alibi(Position):
-    """Logits lose slope x distance; distance is counted both ways, so that attention without a
-    causal mask has it too.
+    """Subtracts slope x distance from logits; distance is absolute, so later keys lose too.
 
     Source: Press et al. 2021 (arXiv:2108.12409). Bloom's form adds slope x key position, which
-    under a causal mask differs by a constant for each query, and so not at all.
+    under a causal mask differs by a constant per query and therefore gives equal weights.
     """
 
     def score(self, heads: int, head_width: int) -> tuple[Score, nn.Module | None]:
@@ -34,8 +36,11 @@ class Alibi(Position):
 
 
 class AlibiScore(Score):
-    """Scaled dot product less slope x distance, by global head number; `heads` says how many there
-    are in all."""
+    """Scaled dot product minus slope x distance, by global head number.
+
+    Args:
+        heads: number of heads over all ranks.
+    """
 
     biased = True
 
@@ -45,6 +50,6 @@ class AlibiScore(Score):
 
     def bias(self, span: Span, kv_span: Span, heads: Tensor, dtype: torch.dtype) -> Tensor | None:
         """[B, H, T, S], at most 0."""
-        apart = (span.pos[:, :, None] - kv_span.pos[:, None, :]).abs().to(dtype)
+        distance = (span.pos[:, :, None] - kv_span.pos[:, None, :]).abs().to(dtype)
         slope = torch.tensor(self.slopes, dtype=dtype, device=heads.device)[heads]
-        return -slope[:, None, None] * apart[:, None]
+        return -slope[:, None, None] * distance[:, None]

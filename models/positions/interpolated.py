@@ -1,4 +1,4 @@
-"""Rotary positions pressed together, to reach further than they were trained."""
+"""Rotary positions interpolated, to reach further than they were trained."""
 
 import torch
 from torch import Tensor
@@ -7,11 +7,11 @@ from models.positions.rope import Rope
 
 
 class Interpolated(Rope):
-    """Every pair turns `factor` times slower: position p turns as far as p / factor did.
+    """Rotates every pair `factor` times slower: position p turns as far as p / factor did.
 
     Args:
         factor: how many times longer documents may be.
-        theta: of the rotary positions that were trained.
+        theta: as in the rotary positions that were trained.
 
     Source: Chen et al. 2023 (arXiv:2306.15595).
     """
@@ -26,7 +26,11 @@ class Interpolated(Rope):
 
 
 def stretch(factor: float) -> float:
-    """The factor, if positions can be stretched by it."""
+    """Returns the factor if positions can be stretched by it.
+
+    Raises:
+        ValueError: the factor is below 1.
+    """
     if factor < 1:
         raise ValueError(
             f"position.factor={factor} would shorten the context; use 1 or more, or position=rope"

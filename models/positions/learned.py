@@ -1,4 +1,4 @@
-"""Learned positions: a vector for each, added to the token embeddings."""
+"""Learned positions: one vector per position, added to the token embeddings."""
 
 from torch import Tensor, nn
 
@@ -7,25 +7,25 @@ from models.span import Span
 
 
 class Learned(Position):
-    """A table of vectors; a document may not be longer than the table, which the config check holds
-    against the context.
+    """Looks positions up in a table of vectors; no document may be longer than the table.
 
     Args:
-        context_length: tokens in a row, and so in a document.
+        context_length: tokens in a row, and therefore the longest document.
         max_length: rows of the table; null: context_length.
 
-    Source: Gehring et al. 2017 (arXiv:1705.03122), Radford et al. 2019 (GPT-2). Positions never
-    trained say nothing: reading further needs another scheme.
+    Source: Gehring et al. 2017 (arXiv:1705.03122), Radford et al. 2019 (GPT-2). Rows of the table
+    that were never trained are noise: reading further needs another scheme.
     """
 
     def __init__(self, context_length: int, max_length: int | None = None):
-        length = context_length if max_length is None else max_length
-        if length < context_length:
+        if max_length is None:
+            max_length = context_length
+        if max_length < context_length:
             raise ValueError(
-                f"position.max_length={length} is shorter than context_length={context_length}; "
-                f"use position.max_length={context_length}, or null"
+                f"position.max_length={max_length} is shorter than context_length={context_length};"
+                f" use position.max_length={context_length}, or null"
             )
-        self.max_length = length
+        self.max_length = max_length
 
     def embedding(self, width: int) -> nn.Module | None:
         """A module (span) -> [B, T, width] with one parameter."""
@@ -41,4 +41,5 @@ class PositionTable(nn.Module):
         self.table = nn.Embedding(max_length, width)
 
     def forward(self, span: Span) -> Tensor:
+        """[B, T, width]."""
         return self.table(span.pos)

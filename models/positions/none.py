@@ -1,7 +1,7 @@
-"""No positions: the causal mask alone tells order."""
+"""No positions: the causal mask alone gives the order."""
 
 from models.positions.base import Position
 
 
 class NoPosition(Position):
-    """Source: Kazemnejad et al. 2023 (arXiv:2305.19466)."""
+    """Adds no positions (Kazemnejad et al. 2023, arXiv:2305.19466)."""

@@ -1,5 +1,7 @@
-"""Rotary positions with a longer base, to reach further than they were trained: fast pairs stay,
-slow ones slow down."""
+"""Rotary positions with a larger base: fast pairs keep their speed, slow ones slow down.
+
+They reach further than they were trained.
+"""
 
 import torch
 from torch import Tensor
@@ -9,21 +11,20 @@ from models.positions.rope import Rope
 
 
 class Ntk(Rope):
-    """The base grows to base * s^(D / (D - 2)), so that the slowest pair turns s times slower and
-    the fastest as before.
+    """Rotary positions of base theta * s^(D / (D - 2)): the slowest pair turns s times slower.
 
     Args:
         factor: s; or, where original_length is set, the factor f of the "dynamic" form, s = f L /
             L0 - (f - 1).
-        theta: of the rotary positions that were trained.
+        theta: as in the rotary positions that were trained.
         original_length: L0, tokens that the positions were trained for; null: s is the factor
             itself.
-        context_length: L, tokens of a row of this run. It stands for every document of the run, so
-            that all ranks agree.
+        context_length: L, tokens of a row of this run; used for every document of the run, so that
+            all ranks agree.
 
-    Source: bloc97 2023, "NTK-aware scaled RoPE", written down in Peng et al. 2023
-    (arXiv:2309.00071, section 3.1). Theirs of the dynamic form follows the length decoded so far;
-    ours is one base for the whole run.
+    Source: bloc97 2023, "NTK-aware scaled RoPE", described in Peng et al. 2023
+    (arXiv:2309.00071, section 3.1). Their dynamic form follows the length decoded so far; ours is
+    one base for the whole run.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Ntk(Rope):
         context_length: int | None = None,
     ):
         super().__init__(theta)
-        self.longer = stretch(factor)
+        self.base_factor = stretch(factor)
         if original_length is not None:
             if original_length < 1:
                 raise ValueError(
@@ -44,10 +45,11 @@ class Ntk(Rope):
                 )
             if context_length is None:
                 raise ValueError(
-                    "position.original_length stretches to context_length, which is not known here;"
-                    " leave it out"
+                    f"position.original_length={original_length} needs context_length, which was"
+                    " not given; use null"
                 )
-            self.longer = factor * max(1.0, context_length / original_length) - (factor - 1)
+            length_ratio = max(1.0, context_length / original_length)
+            self.base_factor = factor * length_ratio - (factor - 1)
 
     def inv_freq(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[width / 2] radians per token, fastest first."""
@@ -56,4 +58,6 @@ class Ntk(Rope):
                 f"position=ntk needs heads of at least 4 channels, got {width}; use fewer heads"
             )
         pair = torch.arange(width // 2, device=device, dtype=dtype) / (width // 2)
-        return super().inv_freq(width, device, dtype) * self.longer ** -(pair * width / (width - 2))
+        # s^(D / (D - 2)) to the power of each pair's exponent; the last pair has 1 - 2 / D
+        slowdown = self.base_factor ** -(pair * width / (width - 2))
+        return super().inv_freq(width, device, dtype) * slowdown

@@ -1,5 +1,4 @@
-"""Transformer-XL's relative positions: scores depend on what keys hold and, apart from it, on how
-far away they are.
+"""Transformer-XL's relative positions: scores depend on keys and, separately, on distances.
 
 Letters: B rows, T queries, S keys, H heads, D head width, W = H D, N different distances in a
 block.
@@ -14,23 +13,22 @@ from models.positions.sinusoidal import sinusoid
 from models.scores import Score, Tensors, grouped_dot_products
 from models.span import Span
 
-# queries that are scored against their distances at once: T queries and S keys have T + S - 1 of
-# them
+# Queries scored against their distances at once. T queries and S keys have T + S - 1 distances, so
+# a block of all queries would be about twice as large as its logits.
 STRIP = 128
 
 
 class Relative(Position):
-    """Logit (q + u) k + (q + v) W_R R(distance), over sqrt(D); R holds sines, then cosines, of the
-    distance.
+    """Logit (q + u) k + (q + v) W_R R(distance), over sqrt(D); R holds sines, then cosines.
 
     Args:
-        clamp: distances beyond it count as it; null: none do.
-        theta: wavelengths run from 2 pi to 2 pi base tokens.
+        clamp: larger distances count as this one; null: no limit.
+        theta: wavelengths run from 2 pi to 2 pi theta tokens.
 
     u, v and W_R belong to each layer ("untied"). Source: Dai et al. 2019 (arXiv:1901.02860). Theirs
-    shifts a matrix of all distances by one a row. Ours does so within blocks of two unbroken runs,
-    and looks each pair's distance up by address in all others, so any cut and any packing of
-    documents will do.
+    shifts a matrix of all distances by one per row. Ours does so within blocks of two unbroken
+    runs and looks up the distance of each pair by address elsewhere, so any sharding and any
+    packing of documents gives the same result.
     """
 
     def __init__(self, clamp: int | None = None, theta: float = 10_000.0):
@@ -55,13 +53,16 @@ class RelativeTables(nn.Module):
 
     def __init__(self, heads: int, head_width: int):
         super().__init__()
-        self.u, self.v = (nn.Parameter(torch.zeros(heads, head_width)) for _ in range(2))
+        self.u = nn.Parameter(torch.zeros(heads, head_width))
+        self.v = nn.Parameter(torch.zeros(heads, head_width))
         self.distance = nn.Parameter(torch.zeros(heads, head_width, heads * head_width))
 
     def initial(self) -> dict[str, Rule]:
+        """All three start like projections."""
         return dict.fromkeys(("u", "v", "distance"), ScaledNormal())
 
     def forward(self) -> tuple[Tensor, ...]:
+        """(u, v, W_R)."""
         return self.u, self.v, self.distance
 
 
@@ -87,86 +88,102 @@ class RelativeScore(Score):
     ) -> Tensor:
         """[B, H, T, S]."""
         q, k, _ = self.operands(query, payload, params)
-        u, v, table = params
-        apart = evenly(span, kv_span)
-        if apart is None:
-            distance, where = distances(span, kv_span)
-            told = _meet(q + v, self._keys(distance, table)).gather(
-                3, where[:, None].expand(-1, q.shape[2], -1, -1)
-            )
+        content_bias, distance_bias, projection = params
+        distance_query = q + distance_bias
+        first_distance = evenly(span, kv_span)
+        if first_distance is None:
+            distance, index = distances(span, kv_span)
+            all_scores = _distance_scores(distance_query, self._keys(distance, projection))
+            index = index[:, None].expand(-1, q.shape[2], -1, -1)
+            distance_scores = all_scores.gather(3, index)
         else:
-            told = self._in_strips(q + v, table, apart, kv_span.shape[1])
-        return (grouped_dot_products(q + u, k) + told) * self.scale(q)
+            distance_scores = self._in_strips(
+                distance_query, projection, first_distance, kv_span.shape[1]
+            )
+        content_scores = grouped_dot_products(q + content_bias, k)
+        return (content_scores + distance_scores) * self.scale(q)
 
-    def _in_strips(self, query: Tensor, table: Tensor, apart: int, count: int) -> Tensor:
-        """[B, H, T, S]: how each query [B, T, H, D] scores its distances to S keys, where `evenly`
-        gave `apart`."""
+    def _in_strips(
+        self, query: Tensor, projection: Tensor, first_distance: int, key_count: int
+    ) -> Tensor:
+        """Scores the distances of two unbroken runs, [B, H, T, S], without a table of pairs.
+
+        Args:
+            query: [B, T, H, D].
+            first_distance: as `evenly` gives it.
+            key_count: S.
+        """
         tokens = query.shape[1]
-        keys = self._keys(
-            apart + tokens - 1 - torch.arange(tokens + count - 1, device=query.device), table
-        )
+        index = torch.arange(tokens + key_count - 1, device=query.device)
+        # the largest distance, of the last query to the first key, comes first
+        keys = self._keys(first_distance + tokens - 1 - index, projection)
         strips = []
         for start in range(0, tokens, STRIP):
             stop = min(start + STRIP, tokens)
-            strips.append(
-                skewed(
-                    _meet(
-                        query[:, start:stop], keys[..., tokens - stop : tokens - start + count - 1]
-                    ),
-                    count,
-                )
-            )
+            strip_keys = keys[..., tokens - stop : tokens - start + key_count - 1]
+            strip_scores = _distance_scores(query[:, start:stop], strip_keys)
+            strips.append(skewed(strip_scores, key_count))
         return torch.cat(strips, 2)
 
-    def _keys(self, distance: Tensor, table: Tensor) -> Tensor:
-        """[H, D, N]: what a query is multiplied with for each distance [N]."""
+    def _keys(self, distance: Tensor, projection: Tensor) -> Tensor:
+        """Projects the waves of distances [N] to keys [H, D, N]."""
         if self.clamp is not None:
             distance = distance.clamp(-self.clamp, self.clamp)
-        waves = torch.cat(sinusoid(distance.to(table.dtype), table.shape[2], self.theta), -1)[
-            :, : table.shape[2]
-        ]
-        return torch.einsum("nw,hdw->hdn", waves, table)  # narrow first: D is a share of W
+        width = projection.shape[2]
+        waves = torch.cat(sinusoid(distance.to(projection.dtype), width, self.theta), -1)
+        # projected before the product with queries, because D is a small share of W
+        return torch.einsum("nw,hdw->hdn", waves[:, :width], projection)
 
 
-def _meet(query: Tensor, keys: Tensor) -> Tensor:
-    """[B, H, T, N]: how each query [B, T, H, D] scores each distance [H, D, N]."""
+def _distance_scores(query: Tensor, keys: Tensor) -> Tensor:
+    """Multiplies each query [B, T, H, D] with each distance [H, D, N], [B, H, T, N]."""
     return torch.einsum("bthd,hdn->bhtn", query, keys)
 
 
 def evenly(span: Span, kv_span: Span) -> int | None:
-    """pos of the first query less that of the first key, where on both axes positions rise by one;
-    None where they do not."""
-    rows, tokens = span.shape
+    """Distance of the first query to the first key, if positions rise by one on both axes.
+
+    Returns:
+        None where positions do not rise by one, or where rows differ in that distance.
+    """
+    rows, queries = span.shape
     keys = kv_span.shape[1]
-    if not rows * tokens * keys:
+    if not rows * queries * keys:
         return None
-    line = torch.arange(max(tokens, keys), device=span.pos.device)
-    apart = span.pos - line[:tokens]
-    start = kv_span.pos - line[:keys]
-    even = (apart == apart[:, :1]).all() & (start == start[:, :1]).all()
-    first = apart[:, 0] - start[:, 0]
-    return int(first[0]) if even & (first == first[0]).all() else None
+    index = torch.arange(max(queries, keys), device=span.pos.device)
+    query_start = span.pos - index[:queries]
+    key_start = kv_span.pos - index[:keys]
+    unbroken = (query_start == query_start[:, :1]).all() & (key_start == key_start[:, :1]).all()
+    first_distance = query_start[:, 0] - key_start[:, 0]
+    # one synchronisation with the device for both conditions
+    if unbroken & (first_distance == first_distance[0]).all():
+        return int(first_distance[0])
+    return None
 
 
-def skewed(x: Tensor, keys: int) -> Tensor:
-    """[..., T, N = T + S - 1] -> [..., T, S]: row i from its element T - 1 - i on. Views alone, by
-    which backward is cheap."""
-    tokens, size = x.shape[-2:]
+def skewed(scores: Tensor, keys: int) -> Tensor:
+    """Shifts each row by one more, [..., T, N = T + S - 1] -> [..., T, S].
+
+    Row i begins at its element T - 1 - i. Made of views alone, so that backward is cheap.
+    """
+    tokens, size = scores.shape[-2:]
     if tokens == 1:
-        return x
-    return (
-        x.flatten(-2)
-        .narrow(-1, tokens - 1, tokens * (size - 1))
-        .unflatten(-1, (tokens, size - 1))[..., :keys]
-    )
+        return scores
+    # Reading the flattened matrix in rows of N - 1 elements moves each row by one.
+    shifted = scores.flatten(-2).narrow(-1, tokens - 1, tokens * (size - 1))
+    return shifted.unflatten(-1, (tokens, size - 1))[..., :keys]
 
 
 def distances(span: Span, kv_span: Span) -> tuple[Tensor, Tensor]:
-    """The different values [N] int64 of pos_q - pos_k, rising, and which of them each pair [B, T,
-    S] has."""
-    apart = span.pos[:, :, None] - kv_span.pos[:, None, :]
-    low = apart.min()
-    found = torch.zeros(int(apart.max() - low) + 1, dtype=torch.bool, device=apart.device)
-    found[(apart - low).flatten()] = True
-    number = found.cumsum(0) - 1
-    return found.nonzero()[:, 0] + low, number[apart - low]
+    """Lists the different values of pos_q - pos_k.
+
+    Returns:
+        (values [N] int64, rising; index [B, T, S] of each pair's value).
+    """
+    pairs = span.pos[:, :, None] - kv_span.pos[:, None, :]
+    low = pairs.min()
+    # a table over the range instead of `unique`, which would sort all pairs
+    occurs = torch.zeros(int(pairs.max() - low) + 1, dtype=torch.bool, device=pairs.device)
+    occurs[(pairs - low).flatten()] = True
+    number = occurs.cumsum(0) - 1
+    return occurs.nonzero()[:, 0] + low, number[pairs - low]

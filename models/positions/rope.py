@@ -1,5 +1,7 @@
-"""Rotary positions: queries and keys are turned by their own position, scores then depend on the
-distance alone."""
+"""Rotary positions: each position rotates queries and keys, so scores depend on distances alone.
+
+Letters: B rows, T tokens, H heads, D head width.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +12,12 @@ from models.span import Span
 
 
 class Rope(Position):
-    """Source: Su et al. 2021 (arXiv:2104.09864). Pairs are (i, i + D/2), as in NeoX and Llama, not
-    (2i, 2i + 1).
+    """Rotates pairs of channels (i, i + D/2), as in NeoX and Llama, not (2i, 2i + 1).
 
     Args:
-        theta: the slowest pair takes about 2 pi base tokens to come round.
+        theta: the slowest pair takes about 2 pi theta tokens for one turn.
+
+    Source: Su et al. 2021 (arXiv:2104.09864).
     """
 
     def __init__(self, theta: float = 10_000.0):
@@ -30,20 +33,27 @@ class Rope(Position):
             raise ValueError(
                 f"rotary positions turn pairs of channels: the head width must be even, got {width}"
             )
-        return self.theta ** -(torch.arange(width // 2, device=device, dtype=dtype) / (width // 2))
+        pair = torch.arange(width // 2, device=device, dtype=dtype) / (width // 2)
+        return self.theta**-pair
 
     def score(self, heads: int, head_width: int) -> tuple[Score, nn.Module | None]:
-        """See Position.score; raises ValueError for heads that cannot be turned, when the layer is
-        built."""
+        """See Position.score.
+
+        Raises:
+            ValueError: heads of this width cannot be rotated.
+        """
+        # called for its checks: a width that does not fit is refused when the layer is built
         self.inv_freq(head_width, torch.device("meta"), torch.float32)
         return super().score(heads, head_width)
 
-    def rotate(self, x: Tensor, span: Span) -> Tensor:
-        """[B, T, H, D] turned; angles in float32, or float64 where x is, whatever x is computed
-        in."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        angle = span.pos[..., None, None].to(wide) * self.inv_freq(x.shape[-1], x.device, wide)
-        a, b = x.chunk(2, -1)
+    def rotate(self, hidden: Tensor, span: Span) -> Tensor:
+        """Rotates [B, T, H, D] by each token's position, in at least float32."""
+        # an angle of 1e5 radians in bfloat16 would be off by whole turns
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        inv_freq = self.inv_freq(hidden.shape[-1], hidden.device, dtype)
+        angle = span.pos[..., None, None].to(dtype) * inv_freq
+        first, second = hidden.chunk(2, -1)
         cos = angle.cos()
         sin = angle.sin()
-        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+        rotated = torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
+        return rotated.to(hidden.dtype)

@@ -13,12 +13,12 @@ from models.span import Span
 
 
 class Sinusoidal(Position):
-    """Channel 2i holds sin(p / base^(2i / width)), channel 2i + 1 the cosine.
+    """Adds sin(p / theta^(2i / width)) to channel 2i and the cosine to channel 2i + 1.
 
     Args:
-        theta: wavelengths run from 2 pi to 2 pi base tokens.
-        amplitude: of the waves. The paper has 1 and multiplies embeddings of deviation 1 /
-            sqrt(width) by sqrt(width); here embeddings are left as they are and start with a
+        theta: wavelengths run from 2 pi to 2 pi theta tokens.
+        amplitude: factor of the waves. The paper has 1 and multiplies embeddings of deviation 1 /
+            sqrt(width) by sqrt(width); here embeddings are not multiplied and start with a
             deviation of 0.02, so waves of 0.02 keep the proportion.
 
     Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.5.
@@ -43,10 +43,7 @@ class Sinusoidal(Position):
 
 
 class SinusoidTable(nn.Module):
-    """(span) -> [B, T, width]: the waves at every token's position.
-
-    float32; where a model is asked to be float64 (`.double()`), so are the waves.
-    """
+    """(span) -> [B, T, width]: the waves at every token's position, in the dtype of the model."""
 
     precision: Tensor
 
@@ -55,23 +52,24 @@ class SinusoidTable(nn.Module):
         self.width = width
         self.theta = theta
         self.amplitude = amplitude
+        # it holds no value: it follows the model's dtype and device, as a parameter would
         self.register_buffer("precision", torch.zeros(()), persistent=False)
 
     def reset_buffers(self) -> None:
-        """Nothing but its dtype counts; for a model that was built on the meta device."""
+        """Gives the buffer memory after a model was built on the meta device."""
         self.precision = torch.zeros_like(self.precision)
 
     def forward(self, span: Span) -> Tensor:
         """[B, T, width], in the dtype that the model was given."""
-        wide = torch.promote_types(self.precision.dtype, torch.float32)
-        waves = sinusoid(span.pos.to(wide), self.width, self.theta)
-        return (torch.stack(waves, -1).flatten(-2)[..., : self.width] * self.amplitude).to(
-            self.precision.dtype
-        )
+        # bfloat16 has 8 bits: positions above 256 would share their waves
+        dtype = torch.promote_types(self.precision.dtype, torch.float32)
+        waves = sinusoid(span.pos.to(dtype), self.width, self.theta)
+        interleaved = torch.stack(waves, -1).flatten(-2)[..., : self.width]
+        return (interleaved * self.amplitude).to(self.precision.dtype)
 
 
 def sinusoid(distance: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:
-    """[...] -> sines and cosines, each [..., width / 2 rounded up], fastest wave first."""
+    """Sines and cosines of distances [...], each [..., width / 2 rounded up], fastest first."""
     pair = torch.arange(-(-width // 2), device=distance.device, dtype=distance.dtype)
     angle = distance[..., None] * base ** -(2 * pair / width)
     return angle.sin(), angle.cos()

@@ -17,16 +17,15 @@ from models.span import Span
 
 
 class T5(Position):
-    """Logits gain table[bucket(distance)]; near distances have buckets of their own, far ones share
-    wider and wider ones.
+    """Adds table[bucket(distance)] to logits; far distances share wider and wider buckets.
 
     Args:
-        buckets: in all; half are for single distances.
+        buckets: number of buckets; half of them are for single distances.
         max_distance: all distances from here on share the last bucket.
-        bidirectional: half of the buckets are for keys that come later (attention without a causal
-            mask); else those count as 0.
-        scale: what dot products are multiplied by; null: 1 / sqrt(D). T5 itself has 1.0, with
-            smaller initial weights.
+        bidirectional: half of the buckets are for later keys (attention without a causal mask);
+            otherwise later keys count as distance 0.
+        scale: factor of the dot products; null: 1 / sqrt(D). T5 itself has 1.0, with smaller
+            initial weights.
 
     Every layer has a table of its own; T5 shares the first layer's. Source: Raffel et al. 2019
     (arXiv:1910.10683).
@@ -40,36 +39,40 @@ class T5(Position):
         bidirectional: bool = False,
         scale: Positive | None = None,
     ):
-        each = buckets // 2 if bidirectional else buckets
-        if each < 2 or buckets % (2 if bidirectional else 1):
-            kind = "an even number from 4 (both ways)" if bidirectional else "2 or more"
-            raise ValueError(f"position.buckets={buckets} cannot be shared out; use {kind}")
-        if max_distance <= each // 2:
+        directions = 2 if bidirectional else 1
+        per_direction = buckets // directions
+        if per_direction < 2 or buckets % directions:
+            remedy = "an even number from 4 (both directions)" if bidirectional else "2 or more"
+            raise ValueError(f"position.buckets={buckets} cannot be divided; use {remedy}")
+        single = per_direction // 2
+        if max_distance <= single:
             raise ValueError(
-                f"position.max_distance={max_distance}, but {each // 2} buckets hold single"
-                " distances; use more than that"
+                f"position.max_distance={max_distance}, but {single} buckets hold single distances;"
+                " use more than that"
             )
         self.buckets = buckets
         self.bidirectional = bidirectional
         self.scale = scale
-        self.starts = edges(each, max_distance)
+        self.starts = edges(per_direction, max_distance)
 
     def score(self, heads: int, head_width: int) -> tuple[Score, nn.Module | None]:
         """The score, and a module that gives its one param [N, H]."""
         return T5Score(self.starts, self.bidirectional, self.scale), T5Table(self.buckets, heads)
 
 
-def edges(buckets: int, reach: int) -> tuple[int, ...]:
-    """The distance at which each bucket but the first begins: 1, 2, ... and then growing by a
-    constant factor up to reach.
+def edges(buckets: int, max_distance: int) -> tuple[int, ...]:
+    """The distance at which each bucket but the first begins.
 
-    Whole numbers, so that no device's logarithm decides on which side of an edge a distance falls.
+    1, 2, ... and then growing by a constant factor up to `max_distance`. Whole numbers, because the
+    logarithms of two devices may put a distance on different sides of an edge.
     """
     single = buckets // 2
-    grown = (
-        single * (reach / single) ** (i / (buckets - single)) for i in range(1, buckets - single)
-    )
-    return (*range(1, single + 1), *(ceil(edge - 1e-9) for edge in grown))
+    starts = list(range(1, single + 1))
+    for index in range(1, buckets - single):
+        edge = single * (max_distance / single) ** (index / (buckets - single))
+        # an edge that is whole but for rounding must not move up by one
+        starts.append(ceil(edge - 1e-9))
+    return tuple(starts)
 
 
 class T5Table(nn.Module):
@@ -80,9 +83,11 @@ class T5Table(nn.Module):
         self.table = nn.Parameter(torch.zeros(buckets, heads))
 
     def initial(self) -> dict[str, Rule]:
+        """Biases start like projections."""
         return {"table": ScaledNormal()}
 
     def forward(self) -> tuple[Tensor, ...]:
+        """(biases,)."""
         return (self.table,)
 
 
@@ -100,14 +105,14 @@ class T5Score(Score):
         self.one_sided = not bidirectional
 
     def bucket(self, span: Span, kv_span: Span) -> Tensor:
-        """[B, T, S] int64."""
-        apart = span.pos[:, :, None] - kv_span.pos[:, None, :]
-        starts = torch.tensor(self.starts, device=apart.device)
+        """[B, T, S] int64: the bucket of each pair's distance."""
+        distance = span.pos[:, :, None] - kv_span.pos[:, None, :]
+        starts = torch.tensor(self.starts, device=distance.device)
         if not self.bidirectional:
-            return torch.bucketize(apart.clamp_min(0), starts, right=True)
-        return torch.bucketize(apart.abs(), starts, right=True) + (apart < 0) * (
-            len(self.starts) + 1
-        )
+            return torch.bucketize(distance.clamp_min(0), starts, right=True)
+        bucket = torch.bucketize(distance.abs(), starts, right=True)
+        # later keys have the second half of the buckets
+        return bucket + (distance < 0) * (len(self.starts) + 1)
 
     def logits(
         self,

@@ -1,5 +1,7 @@
-"""Rotary positions stretched by YaRN: fast pairs stay, slow ones are interpolated, and logits grow
-a little."""
+"""Rotary positions stretched by YaRN: fast pairs keep their speed, slow ones are interpolated.
+
+Logits grow slightly with the factor.
+"""
 
 from math import ceil, floor, log, pi
 
@@ -13,16 +15,15 @@ from models.span import Span
 
 
 class Yarn(Rope):
-    """Pairs that turn often within the trained length keep their speed, pairs that turn rarely are
-    slowed by `factor`.
+    """Slows pairs that turn rarely within the trained length by `factor`, and no other pairs.
 
     Args:
         factor: s, how many times longer documents may be.
         original_length: L0, tokens that the positions were trained for.
-        theta: of the rotary positions that were trained.
-        beta_fast, slow: turns within L0 above which a pair keeps its speed, and below which it is
-            slowed in full.
-        attention_factor: m, by which turned queries and keys are multiplied (logits by m^2); null:
+        theta: as in the rotary positions that were trained.
+        beta_fast: turns within L0 above which a pair keeps its speed.
+        beta_slow: turns within L0 below which a pair is slowed in full.
+        attention_factor: m, by which rotated queries and keys are multiplied (logits by m^2); null:
             0.1 ln(s) + 1.
 
     Source: Peng et al. 2023 (arXiv:2309.00071). The ramp between the two runs over whole channels,
@@ -58,30 +59,32 @@ class Yarn(Rope):
         self.factor = stretch(factor)
         self.original_length = original_length
         self.turns = (beta_fast, beta_slow)
-        self.attention_factor = (
-            0.1 * log(factor) + 1 if attention_factor is None else attention_factor
-        )
+        if attention_factor is None:
+            attention_factor = 0.1 * log(factor) + 1
+        self.attention_factor = attention_factor
 
     def ramp(self, width: int) -> tuple[float, float]:
         """The pair up to which speeds are kept, and the one from which they are slowed in full."""
-        fast, slow = (
-            width * log(self.original_length / (2 * pi * turns)) / (2 * log(self.theta))
-            for turns in self.turns
-        )
-        low = max(floor(fast), 0)
-        high = min(ceil(slow), width - 1)
+        beta_fast, beta_slow = self.turns
+        low = max(floor(self._pair_with_turns(beta_fast, width)), 0)
+        high = min(ceil(self._pair_with_turns(beta_slow, width)), width - 1)
+        # a ramp of no length would divide by zero
         return low, max(high, low + 1e-3)
+
+    def _pair_with_turns(self, turns: float, width: int) -> float:
+        """The number of the pair, as a real number, that turns this often in the trained length."""
+        return width * log(self.original_length / (2 * pi * turns)) / (2 * log(self.theta))
 
     def inv_freq(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[width / 2] radians per token, fastest first."""
-        speed = super().inv_freq(width, device, dtype)
+        inv_freq = super().inv_freq(width, device, dtype)
         low, high = self.ramp(width)
-        slowed = (
-            (torch.arange(width // 2, device=device, dtype=dtype) - low) / (high - low)
-        ).clamp(0, 1)
-        return speed * (1 - slowed) + speed / self.factor * slowed
+        pair = torch.arange(width // 2, device=device, dtype=dtype)
+        slowed_share = ((pair - low) / (high - low)).clamp(0, 1)
+        return inv_freq * (1 - slowed_share) + inv_freq / self.factor * slowed_share
 
-    def rotate(self, x: Tensor, span: Span) -> Tensor:
-        """[B, T, H, D] turned and magnified, computed in at least float32."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (super().rotate(wide, span) * self.attention_factor).to(x.dtype)
+    def rotate(self, hidden: Tensor, span: Span) -> Tensor:
+        """Rotates [B, T, H, D] and multiplies by the attention factor, in at least float32."""
+        # widened here, because the result must be rounded once, after the multiplication
+        widened = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        return (super().rotate(widened, span) * self.attention_factor).to(hidden.dtype)
