@@ -1,12 +1,12 @@
-"""python -m trainer KEY=VALUE ...: compose and check once, then start the ranks; or be one of them.
+"""The command `python -m trainer KEY=VALUE ...`: composes and checks once, then starts the ranks.
 
-the command        compose -> check -> run directory -> ranks (trainer/launch/elastic.py) -> exit status
-launch=slurm       the command is handed to a batch job, which gives it on each of its machines (trainer/launch/slurm.py)
-with -m            every combination of settings is such a command of its own (trainer/sweep/sweep.py)
+the command        compose -> check -> run directory -> ranks (trainer/launch/elastic.py) -> status
+launch=slurm       a batch job gives the command on each of its machines (trainer/launch/slurm.py)
+with -m            every combination of settings is a command of its own (trainer/sweep/sweep.py)
 each rank          read the directory's config.yaml -> join the others -> trainer/run.py
 under torchrun, srun, mpirun or deepspeed (trainer/launch/starters.py)
-                   every process is a rank already: rank 0 checks and makes the directory, the
-                       others are told
+                   every process is a rank already: rank 0 checks and makes the directory, and
+                   tells the others
 """
 
 import importlib
@@ -38,51 +38,55 @@ from trainer.sweep.batch import JOB_OF
 from trainer.sweep.sweep import run_sweep
 
 RANK_OF = "--rank-of"  # hidden: RUN_DIR, then the launcher's process number
-ONE_A_MACHINE = (
-    "launch=multinode",
-    "launch.name=multinode",
-)  # srun may start one launcher on each machine
-# under torchrun: keys of the store that the ranks meet at
-WISH = "wish"
-HEARD = "heard"
-RUN = "trainer.run"  # imported in the ranks alone, so that a wish is refused quickly
+# srun may start one launcher on each machine, which is no rank itself.
+MULTINODE_WORDS = ("launch=multinode", "launch.name=multinode")
+# Keys of the store at which ranks meet that another launcher started.
+DECISION_KEY = "wish"
+HEARD_KEY = "heard"
+# Imported by name in the ranks alone: its imports take seconds, and a refusal should be quick.
+RUN_MODULE = "trainer.run"
 
 
 def main(words: Sequence[str]) -> int:
-    """Do what the command line says; returns the exit status."""
+    """Does what the command line says; returns the exit status."""
     try:
-        if words[:1] == [RANK_OF]:
-            return as_rank(Path(words[1]), int(words[2]))
-        if asks_for_help(words):
-            print(text())
-            return DONE
-        if words[:1] == [slurm.IN_JOB]:
-            number = int(words[1])
-            endpoint = words[2]
-            return command(words[3:], lambda config: slurm.here(config, number, endpoint))
-        if words[:1] == [JOB_OF]:
-            die_with_parent(int(words[1]))
-            return command(
-                words[2:], dropped=lambda found: None
-            )  # the sweep has said which settings reach nothing in this job
-        start = None if any(word in ONE_A_MACHINE for word in words) else _started()
-        if any(word in MULTIRUN_WORDS for word in words):
-            return many(words, start)
-        return (
-            command(words)
-            if start is None
-            else within(starters.without_local_rank(list(words)), start)
-        )
-    except UserError as fault:
-        if str(fault):
-            print(plain(str(fault)), file=sys.stderr)
-        return fault.code
+        return _dispatch(words)
+    except UserError as error:
+        # Ranks other than 0 end with an empty message, so that it is shown once.
+        if str(error):
+            print(plain(str(error)), file=sys.stderr)
+        return error.code
     except KeyboardInterrupt:
         return exit_report.SAVED[signal.SIGINT]
 
 
+def _dispatch(words: Sequence[str]) -> int:
+    first_word = words[0] if words else ""
+    if first_word == RANK_OF:
+        return as_rank(Path(words[1]), int(words[2]))
+    if asks_for_help(words):
+        print(text())
+        return DONE
+    if first_word == slurm.IN_JOB:
+        node = int(words[1])
+        endpoint = words[2]
+        return command(words[3:], lambda config: slurm.here(config, node, endpoint))
+    if first_word == JOB_OF:
+        die_with_parent(int(words[1]))
+        # The sweep has reported the settings that reach no part of this job's model.
+        return command(words[2:], dropped=lambda settings: None)
+    start = None
+    if not any(word in MULTINODE_WORDS for word in words):
+        start = _started()
+    if any(word in MULTIRUN_WORDS for word in words):
+        return many(words, start)
+    if start is None:
+        return command(words)
+    return within(starters.without_local_rank(list(words)), start)
+
+
 def _started() -> starters.Start | None:
-    """How this process was started together with others; None = alone."""
+    """Returns the place of this process among those that another launcher started, if one did."""
     try:
         return starters.started()
     except starters.Incomplete as error:
@@ -90,13 +94,10 @@ def _started() -> starters.Start | None:
 
 
 def many(words: Sequence[str], start: starters.Start | None) -> int:
-    """Run a sweep; it starts its own ranks, a launch for each job."""
+    """Runs a sweep, which starts the ranks of each of its jobs itself."""
     if start is not None:
-        raise UserError(
-            f"-m starts the ranks of every job itself; leave {start.starter} out"
-            if start.rank == 0
-            else ""
-        )
+        message = f"-m starts the ranks of every job itself; leave {start.starter} out"
+        raise UserError(message if start.rank == 0 else "")
     return run_sweep(words)
 
 
@@ -105,7 +106,13 @@ def command(
     here: Callable[[Config], Config] | None = None,
     dropped: Callable[[dict[str, str]], None] | None = None,
 ) -> int:
-    """Check, then start the ranks and wait for them; `here` and `dropped`: see prepare.wish."""
+    """Checks the settings, starts the ranks and waits for them; returns the exit status.
+
+    Args:
+        words: KEY=VALUE settings.
+        here: see prepare.load_config.
+        dropped: see prepare.load_config.
+    """
     config = prepare.load_config(words, here=here, dropped=dropped)
     if config.launch.name == "slurm":
         return job(config, words)
@@ -114,35 +121,32 @@ def command(
         print(prepare.dry_run(config, [*arguments, "RUN_DIR", "LAUNCHER"]))
         return DONE
     config, path = prepare.create_run_dir(config)
-    wish = config.launch
+    launch = config.launch
     nodes = prepare.rendezvous_of(config, path)
-    with ExitStack() as held:
-        if (
-            not wish.node_rank
-        ):  # of several machines the first does it for all; the others' ranks start after its own
-            held.enter_context(run_dir.lock(path))
+    with ExitStack() as stack:
+        # The first of several machines does this for all; their ranks start after its own.
+        if not launch.node_rank:
+            stack.enter_context(run_dir.lock(path))
             prepare.write_record(config, path)
-        end = elastic.start_ranks(
+        report = elastic.start_ranks(
             [*arguments, str(path), str(os.getpid())],
-            ranks=config.parallel.ranks // wish.nodes,
-            scratch=path / f"{run_dir.SCRATCH}{wish.node_rank or ''}",
-            max_restarts=wish.max_restarts,
-            grace_s=wish.grace_s,
+            ranks=config.parallel.ranks // launch.nodes,
+            scratch=path / f"{run_dir.SCRATCH}{launch.node_rank or ''}",
+            max_restarts=launch.max_restarts,
+            grace_s=launch.grace_s,
             nodes=nodes,
         )
-    if end.message:
-        print(plain(end.message), file=sys.stderr)
-    return end.code
+    if report.message:
+        print(plain(report.message), file=sys.stderr)
+    return report.code
 
 
 def job(config: Config, words: Sequence[str]) -> int:
-    """Hand the run to Slurm, and do not wait for it."""
+    """Hands the run to Slurm, and does not wait for it."""
     if config.launch.dry_run:
         path = Path(config.run_dir) if config.run_dir else run_dir.fresh_path(config.name)
-        print(
-            f"{slurm.script(config, path.resolve(), words)}\n# nothing was submitted"
-            " (launch.dry_run=true)"
-        )
+        script = slurm.script(config, path.resolve(), words)
+        print(f"{script}\n# nothing was submitted (launch.dry_run=true)")
     else:
         config, path = prepare.create_run_dir(config)
         print(slurm.submit(config, path, words))
@@ -150,44 +154,53 @@ def job(config: Config, words: Sequence[str]) -> int:
 
 
 def as_rank(path: Path, launcher: int) -> int:
-    """Be a rank of the run in `path`; whatever ends it is told to the launcher, which shows it
-    once."""
+    """Runs one rank of the run in `path`; an error is reported to the launcher, which shows it."""
     die_with_parent(launcher)
     if elastic.already_finished():
-        return DONE  # an earlier attempt ended in order, and the launcher knows how
+        return DONE  # an earlier attempt came to an orderly end, which the launcher knows
     try:
         config = run_dir.read_config(path)
         with run_dir.presence(path):
             ranks = elastic.init_process_group(config.launch.timeout_s)
             return elastic.report_exit(run(config, ranks, path))
-    except UserError as fault:
-        return confess(fault, fault.code, fault.again)
+    except UserError as error:
+        return confess(error, error.code, error.again)
     except NoMeeting as error:
         return confess(error, BAD_RUN)
-    except BaseException as error:  # a bug, told with its traceback
+    except BaseException as error:  # a bug, reported with its traceback
         return confess(error, None)
 
 
 def run(config: Config, ranks: elastic.RankInfo, path: Path) -> int:
-    """The run itself. The group is taken down only at an orderly end, or living ranks would wait
-    for dead ones."""
-    code = importlib.import_module(RUN).run(config, ranks, path)
+    """Trains, and leaves the process group.
+
+    The group is left only at an orderly end: after an error living ranks would wait for dead ones.
+    """
+    code = importlib.import_module(RUN_MODULE).run(config, ranks, path)
     dist.destroy_process_group()
     return code
 
 
 def confess(error: BaseException, code: int | None, again: bool = False) -> int:
-    """End a rank that failed, at once: whatever hangs in the background hangs on a peer that will
-    not answer."""
+    """Reports the error that ends this rank, and ends it at once.
+
+    Args:
+        error: what ended the rank.
+        code: the exit status; None for a bug.
+        again: whether starting the ranks again may mend it.
+    """
     elastic.report_failure(error, code, again=again)
     sys.stdout.flush()
     sys.stderr.flush()
+    # Not sys.exit: a thread in the background may wait for a rank that will never answer.
     os._exit(BUG if code is None else code)
 
 
 def within(words: Sequence[str], start: starters.Start) -> int:
-    """Be a rank that somebody else started. Rank 0 settles the wish before the group exists, for
-    the wish sets its timeout."""
+    """Runs as a rank that another launcher started.
+
+    Rank 0 checks the settings before the process group exists, because they set its timeout.
+    """
     die_with_parent(os.getppid())
     try:
         starters.adopt(start)
@@ -196,39 +209,44 @@ def within(words: Sequence[str], start: starters.Start) -> int:
         raise UserError(str(error) if start.rank == 0 else "") from error
     except NoMeeting as error:
         raise UserError(str(error), BAD_RUN) from error
-    with ExitStack() as held:
+    with ExitStack() as stack:
         if start.rank == 0:
-            store.set(WISH, json.dumps(_settled(words, start, held)))
-        told = json.loads(store.get(WISH))
-        if "fault" in told:
-            store.add(HEARD, 1)
-            while (
-                start.rank == 0 and store.add(HEARD, 0) < start.size
-            ):  # the store may live in this process
+            store.set(DECISION_KEY, json.dumps(_decide(words, start, stack)))
+        decision = json.loads(store.get(DECISION_KEY))
+        if "fault" in decision:
+            store.add(HEARD_KEY, 1)
+            # The store may live in the process of rank 0, which must outlive the others' reading.
+            while start.rank == 0 and store.add(HEARD_KEY, 0) < start.size:
                 time.sleep(0.05)
-            raise UserError(told["fault"] if start.rank == 0 else "", told["code"])
-        config = Config.model_validate(told["config"])
-        path = Path(told["path"])
-        held.enter_context(run_dir.presence(path))
+            raise UserError(decision["fault"] if start.rank == 0 else "", decision["code"])
+        config = Config.model_validate(decision["config"])
+        path = Path(decision["path"])
+        stack.enter_context(run_dir.presence(path))
         os.environ[elastic.SECRET] = shared_secret(path)
         try:
-            return run(config, elastic.init_process_group(config.launch.timeout_s, store), path)
+            ranks = elastic.init_process_group(config.launch.timeout_s, store)
+            return run(config, ranks, path)
         except BaseException as error:
-            elastic.report_failure(error, error.code if isinstance(error, UserError) else None)
+            code = error.code if isinstance(error, UserError) else None
+            elastic.report_failure(error, code)
             raise
 
 
-def _settled(words: Sequence[str], start: starters.Start, held: ExitStack) -> dict[str, Any]:
-    """What rank 0 tells the others: the config and its directory, which is locked while `held`
-    lasts; or a fault."""
+def _decide(words: Sequence[str], start: starters.Start, stack: ExitStack) -> dict[str, Any]:
+    """Returns what rank 0 tells the other ranks: the config and its directory, or a fault.
+
+    Args:
+        words: KEY=VALUE settings.
+        start: the place of this process among all ranks.
+        stack: holds the lock of the directory.
+    """
     try:
-        config, path = prepare.create_run_dir(
-            prepare.load_config(words, started=start.size, starter=start.starter)
-        )
-        held.enter_context(run_dir.lock(path))
+        config = prepare.load_config(words, started=start.size, starter=start.starter)
+        config, path = prepare.create_run_dir(config)
+        stack.enter_context(run_dir.lock(path))
         prepare.write_record(config, path)
-    except UserError as fault:
-        return {"fault": str(fault), "code": fault.code}
+    except UserError as error:
+        return {"fault": str(error), "code": error.code}
     return {"config": run_dir.plain_config(config), "path": str(path)}
 
 

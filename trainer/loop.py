@@ -1,7 +1,6 @@
-"""The loop: read a batch, add up the gradient of its micro-batches, step; log, evaluate, save; stop
-when asked to.
+"""The training loop: reads a batch, accumulates gradients over micro-batches, steps, logs, saves.
 
-Every rank walks through the same steps and takes every decision together with the others.
+Every rank takes the same steps and every decision together with the others.
 """
 
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from models.auxiliary import auxiliary_loss, on_step_begin, on_step_end, reset_auxiliary, statistics
 from models.span import Span
@@ -18,7 +18,7 @@ from trainer.agreement import mark
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.schema import Config
 from trainer.data.batch import Batch
-from trainer.data.batch_sharding import BatchSharder
+from trainer.data.batch_sharding import BatchSharder, MicroBatch
 from trainer.data.lanes import Held, Lanes
 from trainer.data.streams.base import Cursor, Stream
 from trainer.logs.jsonl import MetricsRow
@@ -32,11 +32,26 @@ from trainer.stop_signal import StopSignal
 
 @dataclass
 class Loop:
-    """What a run is made of. `train` walks; the callables say what happens beside a step; `at` is
-    told where a rank is.
+    """Trains a model that is built already.
 
-    `due` names the parts of the evaluation of a step, and `evaluate` strikes from `progress.owed`
-    those that it did.
+    Attributes:
+        config: the settings of the run.
+        mesh: the ranks.
+        engine: holds the model, its gradients and the optimiser.
+        stream: the training data.
+        share: cuts a batch into the micro-batches of this rank.
+        checkpoints: writes checkpoints.
+        schedule: factor of the learning rate, by step.
+        flops: training FLOPs of the rows of a span.
+        meter: measures speed, without the time spent on anything but training.
+        stop: tells when a signal asked the run to stop.
+        log: receives a row of metrics.jsonl.
+        evaluate: does what `progress.owed` names, and strikes from it what is done.
+        due: names the parts of the evaluation that a step is followed by.
+        say: receives lines for the console.
+        heartbeat: receives (phase, step) when this rank enters a phase.
+        lanes: the carried state; None where rows carry nothing.
+        saved: step of the last checkpoint; -1 where there is none.
     """
 
     config: Config
@@ -61,38 +76,41 @@ class Loop:
         self.guard = SkipStepGuard(self.mesh, self.share, self.config.optim)
 
     def train(self, progress: Progress) -> Progress:
-        """Steps until the last, or until a signal; `progress` is where the run stands
-        afterwards."""
+        """Trains to the last step or to a signal; `progress` is updated and returned."""
         self._set_length(progress)
         with self.meter.pause():
-            self._assess(progress)  # what the checkpoint that the run goes on from owed
+            # A resumed run first does the evaluation that its checkpoint still owed.
+            self._evaluate_owed(progress)
         while progress.step < self.config.steps:
             self.heartbeat("reading the batch", progress.step + 1)
             batch, cursor = self.stream.read(progress.cursor)
-            if self.stop.asked(mark(batch, self.stream.fingerprint), f"step {progress.step + 1}"):
+            # One all-reduce for both: the signal, and whether all ranks read the same batch.
+            batch_mark = mark(batch, self.stream.fingerprint)
+            if self.stop.asked(batch_mark, f"step {progress.step + 1}"):
                 break
             self._step(progress, batch, cursor)
-            last = progress.step == self.config.steps
             with self.meter.pause():
-                progress.owed = self.due(progress.step)
-                # saved first: an evaluation, and what it prints, must not cost the steps before it
-                if _due(self.config.checkpoint.every, progress.step, last):
-                    self.save(progress)
-                self._assess(progress)
-                self.heartbeat("looking after the checkpoint and for signals", progress.step)
-                self.checkpoints.poll()
+                self._after_step(progress)
         with self.meter.pause():
-            if (
-                self.stop.caught
-                and self.config.checkpoint.every
-                and progress.step > max(self.saved, 0)
-            ):
+            unsaved = progress.step > max(self.saved, 0)
+            if self.stop.caught and self.config.checkpoint.every and unsaved:
                 self.save(progress)
             self.checkpoints.finish()
         return progress
 
+    def _after_step(self, progress: Progress) -> None:
+        """Saves and evaluates where this step is due for it."""
+        progress.owed = self.due(progress.step)
+        last = progress.step == self.config.steps
+        # Saved first: an evaluation that fails must not cost the steps before it.
+        if _is_due(self.config.checkpoint.every, progress.step, last):
+            self.save(progress)
+        self._evaluate_owed(progress)
+        self.heartbeat("looking after the checkpoint and for signals", progress.step)
+        self.checkpoints.poll()
+
     def _set_length(self, progress: Progress) -> None:
-        """Note how long the run is to be, which may not be what it was to be before."""
+        """Notes the number of steps, which may differ from that of an earlier start."""
         extend = self.config.schedule.extend
         progress.lengths, change = go_on(
             self.schedule, progress.lengths, progress.step, self.config.steps, extend
@@ -100,108 +118,136 @@ class Loop:
         if change:
             self.say(change)
 
-    def _assess(self, progress: Progress) -> None:
-        """Do what is owed of this step's evaluation."""
+    def _evaluate_owed(self, progress: Progress) -> None:
         if progress.owed:
             self.heartbeat("evaluation", progress.step)
             self.evaluate(progress)
 
     def save(self, progress: Progress) -> None:
-        """A checkpoint of where the run stands."""
+        """Writes a checkpoint of the engine, the carried state and the progress."""
         self.heartbeat("saving", progress.step)
-        carried = {} if self.lanes is None else {"past": self.lanes.state()}
-        self.checkpoints.save(progress.step, self.engine.state() | carried, progress.extra())
+        state = self.engine.state()
+        if self.lanes is not None:
+            state = state | {"past": self.lanes.state()}
+        self.checkpoints.save(progress.step, state, progress.extra())
         self.saved = progress.step
 
     def _step(self, progress: Progress, batch: Batch, cursor: Cursor) -> None:
-        """One optimiser step."""
+        """Takes one optimiser step, or leaves it out where the guard says so."""
         step = progress.step + 1
-        rate = self.config.optim.learning_rate * factor(self.schedule, progress.lengths, step)
-        valid = self.share.valid(batch)
-        rows = int(batch.span().valid().any(1).sum())
-        sums = StepSums()
-        held = None if self.lanes is None else self.lanes.held()
-        on_step_begin(self.engine.model, step)
-        for number, (piece, last) in enumerate(self.share(batch)):
-            span = piece.span if self.lanes is None else self.lanes.attach(number, piece.span)
-            reset_auxiliary(self.engine.model)
-            self.heartbeat(f"forward of micro-batch {number + 1}", step)
-            with self.engine.forward_precision():
-                losses = self.engine.model(piece.tokens, span, piece.targets)
-            self.guard.look(losses)
-            loss = losses.sum()
-            beside = auxiliary_loss(self.engine.model, tokens=valid, rows=rows)
-            sums.add(
-                {
-                    "loss": loss.detach().double() / max(valid, 1),
-                    **beside,
-                    **statistics(self.engine.model),
-                }
-            )
-            weighed = self.config.optim.auxiliary_weight * sum(
-                beside.values(), torch.zeros_like(loss)
-            )
-            self.heartbeat(f"backward of micro-batch {number + 1}", step)
-            self.engine.backward(loss / max(valid, 1) + weighed, last=last)
-            if self.lanes is not None:
-                self.lanes.advance(number)
+        optim = self.config.optim
+        learning_rate = optim.learning_rate * factor(self.schedule, progress.lengths, step)
+        valid_tokens = self.share.valid(batch)
+        # What rows left behind before this step, in case the step has to be undone.
+        carried_before = None if self.lanes is None else self.lanes.held()
+        sums = self._accumulate_gradients(batch, step, valid_tokens)
         self.heartbeat("gradient norm and optimiser", step)
-        norm = self.engine.clip(self.config.optim.max_grad_norm)
-        every = sums.over(self.mesh.world.group)
-        means = {
-            name: value.item() for name, value in every.items() if "/" not in name
-        }  # "layer/name": statistics
-        loss = means.pop("loss")
-        skip = self.guard.verdict(progress, loss, norm, predicts=valid > 0 or self.stream.pauses)
-        figures = {}
+        norm = self.engine.clip(optim.max_grad_norm)
+        totals = sums.over(self.mesh.world.group)
+        # "layer/name" are statistics of a layer; the other names are losses.
+        losses = {name: total.item() for name, total in totals.items() if "/" not in name}
+        loss = losses.pop("loss")
+        predicts = valid_tokens > 0 or self.stream.pauses
+        skip = self.guard.verdict(progress, loss, norm, predicts=predicts)
+        layer_figures = {}
         if skip is None:
-            self.engine.step(rate)
-            figures = on_step_end(self.engine.model, every)
-            progress.tokens += valid
+            self.engine.step(learning_rate)
+            layer_figures = on_step_end(self.engine.model, totals)
+            progress.tokens += valid_tokens
         else:
-            self._leave_out(step, skip, held)
+            self._leave_out(step, skip, carried_before)
         progress.step = step
         progress.cursor = cursor
-        self.meter.add(valid, self.flops(batch.span()))
-        if skip is not None or _due(self.config.log.every, step, step in (1, self.config.steps)):
-            beside = {
-                "auxiliary": means or None,
-                "statistics": figures or None,
-                "skipped": skip and skip.row(),
-            }
-            self.log(self._row(progress, loss if valid else None, norm, rate)._replace(**beside))
+        self.meter.add(valid_tokens, self.flops(batch.span()))
+        first_or_last = step in (1, self.config.steps)
+        if skip is not None or _is_due(self.config.log.every, step, first_or_last):
+            # A batch without a token to predict has no loss, and 0 would look like one.
+            shown_loss = loss if valid_tokens else None
+            row = self._row(progress, shown_loss, norm, learning_rate)
+            self.log(
+                row._replace(
+                    auxiliary=losses or None,
+                    statistics=layer_figures or None,
+                    skipped=skip and skip.row(),
+                )
+            )
         if skip is not None:
+            # After the row is written, because too many skipped steps end the run here.
             self.guard.bear(progress, skip)
 
-    def _leave_out(self, step: int, skip: SkippedStep, held: list[Held] | None) -> None:
-        """Do not take a step. What its rows leave to the next is kept only where it is finite."""
+    def _accumulate_gradients(self, batch: Batch, step: int, valid_tokens: int) -> StepSums:
+        """Runs forward and backward of every micro-batch.
+
+        Args:
+            batch: the whole batch, the same on every rank.
+            step: number of the step.
+            valid_tokens: tokens of the batch that are predicted, over all ranks; every loss is
+                divided by this number, so that micro-batches and ranks only add up.
+
+        Returns:
+            this rank's sums: "loss", the auxiliary losses, and statistics under "layer/name".
+        """
+        model = self.engine.model
+        divisor = max(valid_tokens, 1)
+        rows = int(batch.span().valid().any(1).sum())
+        sums = StepSums()
+        on_step_begin(model, step)
+        for number, (micro_batch, last) in enumerate(self.share(batch)):
+            reset_auxiliary(model)
+            self.heartbeat(f"forward of micro-batch {number + 1}", step)
+            loss = self._forward(number, micro_batch)
+            auxiliary = auxiliary_loss(model, tokens=valid_tokens, rows=rows)
+            sums.add({"loss": loss.detach().double() / divisor})
+            sums.add(auxiliary)
+            sums.add(statistics(model))
+            auxiliary_sum = sum(auxiliary.values(), torch.zeros_like(loss))
+            weighted_auxiliary = self.config.optim.auxiliary_weight * auxiliary_sum
+            self.heartbeat(f"backward of micro-batch {number + 1}", step)
+            self.engine.backward(loss / divisor + weighted_auxiliary, last=last)
+            if self.lanes is not None:
+                self.lanes.advance(number)
+        return sums
+
+    def _forward(self, number: int, micro_batch: MicroBatch) -> Tensor:
+        """Returns the sum of the losses of a micro-batch."""
+        span = micro_batch.span
+        if self.lanes is not None:
+            span = self.lanes.attach(number, span)
+        with self.engine.forward_precision():
+            losses = self.engine.model(micro_batch.tokens, span, micro_batch.targets)
+        self.guard.look(losses)
+        return losses.sum()
+
+    def _leave_out(self, step: int, skip: SkippedStep, carried_before: list[Held] | None) -> None:
+        """Drops the gradients of a step; parameters and optimiser state stay as they are."""
         self.engine.skip()
-        if self.lanes is not None and held is not None and not skip.finite:
-            self.lanes.put_back(held)
+        # A state that is not finite would spoil every later step of its row.
+        if self.lanes is not None and carried_before is not None and not skip.finite:
+            self.lanes.put_back(carried_before)
         self.say(skip.line(step))
 
-    def _row(self, progress: Progress, loss: float | None, norm: float, rate: float) -> MetricsRow:
-        """What metrics.jsonl says of a step; memory is that of the fullest rank."""
-        memory = torch.tensor(
-            float(peak_memory_bytes(self.mesh.device)), dtype=torch.float64, device=self.mesh.device
-        )
+    def _row(
+        self, progress: Progress, loss: float | None, norm: float, learning_rate: float
+    ) -> MetricsRow:
+        """Returns the row of metrics.jsonl; its peak memory is that of the fullest rank."""
+        device = self.mesh.device
+        memory = torch.tensor(float(peak_memory_bytes(device)), dtype=torch.float64, device=device)
         if self.mesh.world.group is not None:
             dist.all_reduce(memory, op=dist.ReduceOp.MAX, group=self.mesh.world.group)
-        read = self.meter.read()
+        reading = self.meter.read()
         return MetricsRow(
             step=progress.step,
             loss=loss,
             tokens=progress.tokens,
-            tokens_per_second=read.tokens_per_second,
-            step_seconds=read.step_seconds,
+            tokens_per_second=reading.tokens_per_second,
+            step_seconds=reading.step_seconds,
             grad_norm=norm,
-            learning_rate=rate,
+            learning_rate=learning_rate,
             peak_memory_bytes=int(memory.item()),
-            mfu=read.mfu,
+            mfu=reading.mfu,
         )
 
 
-def _due(every: int, step: int, last: bool) -> bool:
-    """Whether something that happens every so many steps happens now; 0 is never, not at the end
-    either."""
+def _is_due(every: int, step: int, last: bool) -> bool:
+    """Tells whether something that happens every `every` steps happens now; 0 means never."""
     return every > 0 and (step % every == 0 or last)

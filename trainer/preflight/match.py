@@ -1,9 +1,8 @@
-"""match=parameters|flops: a model as large, or as dear, as full attention of the width that the
-config names.
+"""Fits the sizes of a model to those of full attention: match=parameters or match=flops.
 
-The reference is `model=full` under the same settings, without memory. The width is what is fitted,
-to a multiple that kernels like, and the feed-forward width takes up the rest, unless it was set by
-hand; layers, heads and all else stay.
+The reference is `model=full` under the same settings, without memory. The width is fitted first, to
+a multiple that kernels like; the feed-forward width takes up the rest, unless it was set by hand.
+Layers, heads and everything else stay as they are.
 """
 
 import math
@@ -20,152 +19,173 @@ from trainer.config.schema import Config
 from trainer.errors import UserError
 from trainer.objectives.stream import vocabulary_of
 
-# features a head: what kernels like, and what rotations need
-EIGHTS = 8
-PAIRS = 2
-WIDE = 64  # from this head width on, eights are fine enough
-FAR = 0.1  # further from the reference than this is refused
-OF_LAYERS = (
+# Features of a head: a multiple of 8 is what kernels like, a multiple of 2 what rotations need.
+WIDE_MULTIPLE = 8
+NARROW_MULTIPLE = 2
+WIDE_HEAD = 64  # from this head width on, steps of 8 features a head are fine enough
+TOLERANCE = 0.1  # further from the reference than this is refused
+WIDTH_STEPS = 8  # of the search; cost grows as the square of the width, so it ends sooner
+LAYER_KEYS = (
     "mixer",
     "memory",
     "model.pattern",
     "model.mixers",
     "model.feedforward",
     "model.feedforwards",
+    "model.feedforward_pattern",
     "model._target_",
 )
-OF_LAYERS += ("model.feedforward_pattern",)
+LAYER_FIELDS = (
+    "target",
+    "pattern",
+    "mixers",
+    "feedforward",
+    "feedforward_pattern",
+    "feedforwards",
+)
 UNITS = {"parameters": "parameters", "flops": "FLOPs a token"}
 Cost = Callable[[Config], float]
 
 
 def match_sizes(config: Config, words: Sequence[str]) -> tuple[Config, str]:
-    """The config with its widths fitted to the reference, and a line that says what was set and how
-    close it came.
+    """Returns the config with its widths fitted to the reference, and a line about the result.
 
     Args:
-        config: with match=parameters or match=flops; with match=none it comes back as it is.
+        config: a config with match=parameters or match=flops; with match=none it is returned
+            unchanged, with an empty line.
         words: the settings that it was composed of; the reference is composed of the same.
 
     Raises:
-        Fault: a model cannot be built, or none of these widths comes within 10 % of the reference.
+        UserError: a model cannot be built, or no width comes within 10 % of the reference.
     """
     if config.match == "none":
         return config, ""
-    tokens = vocabulary_of(config)
-    cost = _cost(config.match, tokens)
-    wish = reference(config, words)
-    goal = cost(wish)
-    step = _step(wish)
-    found = _width(config, goal, cost, step)
-    if not any(word.lstrip("+").startswith("model.ffn=") for word in words):
-        found = _ffn(found, goal, cost)
-    off = cost(found) / goal - 1
+    cost = _cost_function(config.match, vocabulary_of(config))
+    full = reference(config, words)
+    target_cost = cost(full)
+    fitted = _fit_width(config, target_cost, cost, _width_step(full))
+    if not _sets_ffn(words):
+        fitted = _fit_ffn(fitted, target_cost, cost)
+    fitted_cost = cost(fitted)
+    deviation = fitted_cost / target_cost - 1
     unit = UNITS[config.match]
-    if abs(off) > FAR:
+    if abs(deviation) > TOLERANCE:
         raise UserError(
-            f"match={config.match}: no width comes near the {goal:,.0f} {unit} of model=full at"
-            f" model.width={wish.model.width}; model.width={found.model.width} is {off:+.1%} off;"
-            " use another model.width or model.layers, or match=none"
+            f"match={config.match}: no width comes near the {target_cost:,.0f} {unit} of model=full"
+            f" at model.width={full.model.width}; model.width={fitted.model.width} is"
+            f" {deviation:+.1%} off; use another model.width or model.layers, or match=none"
         )
-    sizes = f"model.width={found.model.width}"
-    if found.model.ffn != config.model.ffn:
-        sizes += f", model.ffn={found.model.ffn}"
-    return (
-        found,
-        (
-            f"match={config.match}: set {sizes}; {cost(found):,.0f} {unit}, {off:+.2%} of the"
-            f" {goal:,.0f} of model=full at model.width={wish.model.width}"
-        ),
+    sizes = f"model.width={fitted.model.width}"
+    if fitted.model.ffn != config.model.ffn:
+        sizes += f", model.ffn={fitted.model.ffn}"
+    report = (
+        f"match={config.match}: set {sizes}; {fitted_cost:,.0f} {unit}, {deviation:+.2%} of the"
+        f" {target_cost:,.0f} of model=full at model.width={full.model.width}"
     )
+    return fitted, report
 
 
 def reference(config: Config, words: Sequence[str]) -> Config:
-    """Full attention in every layer, in the sizes that the settings name, without memory.
+    """Returns full attention in every layer, in the sizes that the settings name, without memory.
 
-    A recipe may set layers beside the settings, so the layers themselves are those of `model=full`
-    alone.
+    Raises:
+        UserError: the settings do not compose with model=full.
     """
-    plain = [word for word in words if not _of_layers(word)]
-    wish = compose([*plain, "model=full", "memory=none"])
-    bare = compose(["model=full"])
-    if wish.config is None or bare.config is None:
-        raise UserError(
-            "\n".join([f"match={config.match}: model=full cannot be composed", *wish.faults])
-        )
-    names = ("target", "pattern", "mixers", "feedforward", "feedforward_pattern", "feedforwards")
-    layers = {name: getattr(bare.config.model, name) for name in names}
-    return wish.config.model_copy(
-        update={"model": wish.config.model.model_copy(update=layers), "mixer": None}
-    )
+    sizes_only = [word for word in words if not _sets_layers(word)]
+    composed = compose([*sizes_only, "model=full", "memory=none"])
+    full = compose(["model=full"])
+    if composed.config is None or full.config is None:
+        headline = f"match={config.match}: model=full cannot be composed"
+        raise UserError("\n".join([headline, *composed.faults]))
+    # A recipe among the settings may set layers as well, so these come from model=full alone.
+    layers = {name: getattr(full.config.model, name) for name in LAYER_FIELDS}
+    model = composed.config.model.model_copy(update=layers)
+    return composed.config.model_copy(update={"model": model, "mixer": None})
 
 
-def _of_layers(word: str) -> bool:
+def _sets_layers(word: str) -> bool:
     key = word.lstrip("+~").partition("=")[0]
-    return key == "model" or any(key == each or key.startswith(f"{each}.") for each in OF_LAYERS)
+    if key == "model" or key in LAYER_KEYS:
+        return True
+    return any(key.startswith(f"{layer_key}.") for layer_key in LAYER_KEYS)
 
 
-def _cost(match: str, tokens: int) -> Cost:
-    """What is to be equal: all parameters, or training FLOPs of one document as long as a row, a
-    token."""
+def _sets_ffn(words: Sequence[str]) -> bool:
+    return any(word.lstrip("+").startswith("model.ffn=") for word in words)
 
-    def measured(config: Config) -> float:
+
+def _cost_function(match: str, vocabulary: int) -> Cost:
+    """Returns the function whose values are to be equal.
+
+    It counts all parameters, or the training FLOPs per token of one document as long as a row.
+    """
+
+    def cost(config: Config) -> float:
         with torch.device("meta"):
-            model = build_model.build_model(config, tokens)
+            model = build_model.build_model(config, vocabulary)
         if match == "parameters":
             return count_parameters(model).total
-        return (
-            count_flops(model).training(Span.line(1, config.context_length)) / config.context_length
-        )
+        length = config.context_length
+        return count_flops(model).training(Span.line(1, length)) / length
 
-    return measured
-
-
-def _sized(config: Config, **sizes: int) -> Config:
-    return config.model_copy(update={"model": config.model.model_copy(update=sizes)})
+    return cost
 
 
-def _step(config: Config) -> int:
-    """Widths to choose from are multiples of this."""
+def _resized(config: Config, **sizes: int) -> Config:
+    model = config.model.model_copy(update=sizes)
+    return config.model_copy(update={"model": model})
+
+
+def _width_step(config: Config) -> int:
+    """Returns the number that the widths to choose from are multiples of."""
     heads = config.model.heads
-    return heads * (EIGHTS if config.model.width // heads >= WIDE else PAIRS)
+    if config.model.width // heads >= WIDE_HEAD:
+        return heads * WIDE_MULTIPLE
+    return heads * NARROW_MULTIPLE
 
 
-def _width(config: Config, goal: float, cost: Cost, step: int) -> Config:
-    """The config at the multiple of `step` whose cost is nearest. Cost grows with the width, about
-    as its square."""
-    seen: dict[int, float] = {}
+def _fit_width(config: Config, target_cost: float, cost: Cost, step: int) -> Config:
+    """Returns the config at the multiple of `step` whose cost is nearest to the target."""
+    costs: dict[int, float] = {}
 
-    def at(width: int) -> float:
-        if width not in seen:
-            seen[width] = cost(_sized(config, width=width))
-        return seen[width]
+    def cost_at(width: int) -> float:
+        # Each cost builds a model, so none is computed twice.
+        if width not in costs:
+            costs[width] = cost(_resized(config, width=width))
+        return costs[width]
 
     width = max(step, round(config.model.width / step) * step)
-    for _ in range(8):
-        near = max(step, round(width * math.sqrt(goal / at(width)) / step) * step)
-        if near in seen:
+    for _ in range(WIDTH_STEPS):
+        scale = math.sqrt(target_cost / cost_at(width))
+        next_width = max(step, round(width * scale / step) * step)
+        if next_width in costs:
             break
-        width = near
-    best = min(seen, key=lambda each: abs(seen[each] - goal))
-    for beside in (best - step, best + step):
-        if beside > 0:
-            at(beside)
-    return _sized(
-        config,
-        width=min(seen, key=lambda each: (abs(seen[each] - goal), each != config.model.width)),
-    )
+        width = next_width
+    nearest = min(costs, key=lambda tried: abs(costs[tried] - target_cost))
+    for neighbour in (nearest - step, nearest + step):
+        if neighbour > 0:
+            cost_at(neighbour)
+
+    def distance(tried: int) -> tuple[float, bool]:
+        # Of two equally near widths the one that the user set.
+        return abs(costs[tried] - target_cost), tried != config.model.width
+
+    return _resized(config, width=min(costs, key=distance))
 
 
-def _ffn(config: Config, goal: float, cost: Cost) -> Config:
-    """The same width with the feed-forward width, in eights, that takes up what is left; cost is
-    linear in it."""
-    now = cost(config)
+def _fit_ffn(config: Config, target_cost: float, cost: Cost) -> Config:
+    """Returns the config with the feed-forward width, in eights, that takes up the difference.
+
+    The cost is linear in that width, so one division finds it.
+    """
+    present_cost = cost(config)
+    if present_cost == target_cost:
+        return config
     ffn = build_model.ffn_width(config)
-    if now == goal:
+    slope = (cost(_resized(config, ffn=ffn + 8)) - present_cost) / 8
+    if slope <= 0:  # no layer takes it
         return config
-    slope = (cost(_sized(config, ffn=ffn + 8)) - now) / 8
-    if slope <= 0:  # nothing here takes it
-        return config
-    wanted = max(8, round((ffn + (goal - now) / slope) / 8) * 8)
-    return min(config, _sized(config, ffn=wanted), key=lambda each: abs(cost(each) - goal))
+    wanted_ffn = ffn + (target_cost - present_cost) / slope
+    resized = _resized(config, ffn=max(8, round(wanted_ffn / 8) * 8))
+    # The rounded width may be further off than the one that the config has.
+    return min(config, resized, key=lambda candidate: abs(cost(candidate) - target_cost))

@@ -1,4 +1,4 @@
-"""What happens before the ranks start: the wish is composed and judged, and its directory found."""
+"""Prepares a run before its ranks start: composes and checks its config, makes its directory."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -23,41 +23,51 @@ def load_config(
     starter: str = "torchrun",
     dropped: Callable[[dict[str, str]], None] | None = None,
 ) -> Config:
-    """The checked config of a command line, its widths fitted where `match=` asks for that.
+    """Returns the checked config of a command line, with its widths fitted where `match=` is set.
 
-    started: ranks that somebody else has started already; None when they are ours to start.
-    starter: who that was.
-    say: is told what was fitted.
-    dropped: is told which settings reach no part, with the sentence that refuses each, where that
-    is no fault (a job of a sweep, whose other jobs take them).
-    here: changes what was asked for into what this machine has to do of it.
+    Args:
+        words: KEY=VALUE settings.
+        started: number of ranks that another launcher has started; None when this command starts
+            them.
+        say: receives a line about the widths that were fitted.
+        here: turns the config of the user into that of this machine.
+        starter: name of the other launcher.
+        dropped: receives the settings that reach no part of the model, each with the sentence
+            that would refuse it. Given for a job of a sweep, where other jobs take them; without
+            it such a setting is a fault.
 
     Raises:
-        Fault: everything that is wrong with the wish, a line each.
+        UserError: a line for each fault of the config.
     """
-    asked = compose(words)
-    if asked.config is None:
-        raise UserError("\n".join(asked.faults))
-    config = here(asked.config) if here else asked.config
-    said = ""
-    unfit = []
-    if not asked.faults:
+    composed = compose(words)
+    if composed.config is None:
+        raise UserError("\n".join(composed.faults))
+    config = composed.config
+    if here is not None:
+        config = here(config)
+    match_report = ""
+    match_errors = []
+    # Widths cannot be fitted to settings that were put back to their defaults.
+    if not composed.faults:
         try:
-            config, said = match_sizes(config, words)
+            config, match_report = match_sizes(config, words)
         except (UserError, ValueError) as error:
-            unfit = [str(error)]
-    given = frozenset() if dropped else asked.given
-    if faults := check_config(config, given, asked.mended, asked.faults, started, starter) or unfit:
-        raise UserError("\n".join(faults))
-    if dropped:
-        dropped(unreached(config, asked.given))
-    if said:
-        say(said)
+            match_errors = [str(error)]
+    given = frozenset() if dropped else composed.given
+    errors = check_config(config, given, composed.mended, composed.faults, started, starter)
+    # What keeps the model from being built keeps it from being matched: that is said once.
+    errors = errors or match_errors
+    if errors:
+        raise UserError("\n".join(errors))
+    if dropped is not None:
+        dropped(unreached(config, composed.given))
+    if match_report:
+        say(match_report)
     return config
 
 
 def create_run_dir(config: Config) -> tuple[Config, Path]:
-    """The config with its run directory filled in, and that directory, made."""
+    """Makes the run directory; returns the config with its name, and its absolute path."""
     if config.run_dir:
         path = Path(config.run_dir)
         run_dir.make_run_dir(path)
@@ -67,43 +77,54 @@ def create_run_dir(config: Config) -> tuple[Config, Path]:
 
 
 def write_record(config: Config, path: Path) -> None:
-    """Write the run's record, once the directory is locked; Fault when another run got there
-    first."""
-    if faults := run_dir.check_run_dir(config):
-        raise UserError("\n".join(faults))
+    """Writes the record of a run into its directory, which must be locked.
+
+    Raises:
+        UserError: another run was recorded there after the config was checked.
+    """
+    errors = run_dir.check_run_dir(config)
+    if errors:
+        raise UserError("\n".join(errors))
     run_dir.record(path, config)
 
 
 def rendezvous_of(config: Config, path: Path) -> Nodes | None:
-    """The machines that share the run in `path`; None where it has one. The folder's name is what
-    they meet under."""
-    wish = config.launch
-    if wish.name != "multinode":
+    """Returns the machines that share the run in `path`; None where the run has one machine.
+
+    The name of the folder is the name of their meeting, so that two runs never join.
+    """
+    launch = config.launch
+    if launch.name != "multinode":
         return None
-    assert wish.rdzv_endpoint is not None and wish.node_rank is not None, "the check asks for both"
-    name = f"longspan-{path.name}"
-    secret = shared_secret(path)
+    assert launch.rdzv_endpoint is not None, "check_rendezvous requires it"
+    assert launch.node_rank is not None, "check_rendezvous requires it"
     return Nodes(
-        wish.nodes, wish.node_rank, wish.rdzv_endpoint, wish.address, name, wish.timeout_s, secret
+        many=launch.nodes,
+        rank=launch.node_rank,
+        endpoint=launch.rdzv_endpoint,
+        address=launch.address,
+        name=f"longspan-{path.name}",
+        timeout_s=launch.timeout_s,
+        secret=shared_secret(path),
     )
 
 
 def dry_run(config: Config, command: Sequence[str]) -> str:
-    """What launch.dry_run says instead of starting."""
-    spread = f"parallel.context={config.parallel.context} x parallel.data={config.parallel.data}"
+    """Returns the report of launch.dry_run=true: what would be started."""
+    parallel = config.parallel
+    ranks = (
+        f"{parallel.ranks} = parallel.context={parallel.context} x parallel.data={parallel.data},"
+        f" engine={config.engine.name}"
+    )
+    if config.launch.nodes > 1:
+        ranks += f", {config.launch.nodes} machines that meet at {config.launch.rdzv_endpoint}"
     path = config.run_dir or f"{run_dir.fresh_path(config.name)} (a fresh one)"
-    machines = (
-        f", {config.launch.nodes} machines that meet at {config.launch.rdzv_endpoint}"
-        if config.launch.nodes > 1
-        else ""
-    )
     rows = f"{config.rows} rows of {config.context_length}"
-    return "\n".join(
-        [
-            f"ranks    {config.parallel.ranks} = {spread}, engine={config.engine.name}{machines}",
-            f"command  {' '.join([sys.executable, *command])}",
-            f"run_dir  {path}",
-            f"steps    {config.steps}, each of {config.batch_tokens} tokens in {rows}",
-            "nothing was started (launch.dry_run=true)",
-        ]
-    )
+    lines = [
+        f"ranks    {ranks}",
+        f"command  {' '.join([sys.executable, *command])}",
+        f"run_dir  {path}",
+        f"steps    {config.steps}, each of {config.batch_tokens} tokens in {rows}",
+        "nothing was started (launch.dry_run=true)",
+    ]
+    return "\n".join(lines)
