@@ -1,4 +1,4 @@
-"""What the directories of runs tell: every run of a folder as one record, however far it got."""
+"""Reads the directories of runs: each run of a folder as one record, however far it got."""
 
 import math
 import shlex
@@ -21,26 +21,44 @@ from trainer.sweep.sweep import RECORD
 HELD_OUT = "held_out_loss"
 SIGNS = (CONFIG, METRICS, OUTCOME, OUTPUT)  # any of them makes a folder that of a run
 UNKNOWN = math.nan
-OF_SWEEP = (
-    "wandb.group=",
-    "wandb.name=",
-    "wandb.tags=",
-)  # what a sweep may add to the settings of a job
+OF_SWEEP = ("wandb.group=", "wandb.name=", "wandb.tags=")  # a sweep may add them to a job
+# Field of a record by the key of summary.json.
+SUMMARY_FIELDS = {
+    "parameters": "parameters",
+    "flops_per_token": "flops_per_token",
+    "ranks": "ranks",
+    "sent_bytes_per_step": "sent_bytes",
+}
+# Errors of a file that is damaged, or that another version wrote.
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OSError, OverflowError)
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run.
+    """One run; a figure that is not known is NaN, or empty.
 
-    Attributes: name: of its folder. label: the settings in which it differs from the others.
-        settings: all that were given. finished: whether it got to its last step in order. state:
-        how it ended, or how far it got, in words. command: what starts the same run. parameters;
-        flops_per_token: of training; loss, held_out: the last ones, nats per token; tokens: trained
-        on. tokens_per_second: of the middle step. seconds: of training, without evaluation and
-        saving. ranks. peak_bytes: most on one rank. sent_bytes: by the rank that sends most, each
-        step. curve: [(tokens, loss)]. checks: [(tokens, held-out loss)]. by_position: the last
-        evaluation's, by (begin, end). graded: the last value of every other evaluation. grades: its
-        [(tokens, value)]. What is not known is NaN, or empty.
+    Attributes:
+        name: of its folder.
+        label: the settings in which it differs from the other runs.
+        settings: all that were given.
+        finished: it reached its last step in order.
+        state: how it ended, or how far it got, in words.
+        command: starts the same run.
+        parameters: number of parameters.
+        flops_per_token: of training.
+        loss: the last training loss, nats per token.
+        held_out: the last held-out loss, nats per token.
+        tokens: trained on.
+        tokens_per_second: of the median step.
+        seconds: of training, without evaluation and saving.
+        ranks: number of ranks.
+        peak_bytes: of the rank that uses most memory.
+        sent_bytes: per step, by the rank that sends most.
+        curve: training loss, as (tokens, loss).
+        checks: held-out loss, as (tokens, loss).
+        by_position: loss of the last evaluation by (begin, end).
+        graded: the last value of every other evaluation.
+        grades: all values of every other evaluation, as (tokens, value).
     """
 
     name: str
@@ -67,169 +85,202 @@ class RunRecord:
 
 
 def collect(directory: Path) -> list[RunRecord]:
-    """The run in a directory, or every run below it.
+    """Reads the run in a directory, or every run below it.
 
     Raises:
-        Fault: there is no such directory, or no run in it.
+        UserError: the directory is missing, or holds no run.
     """
     if not directory.is_dir():
         raise UserError(
             f"{directory}: there is no such directory; name that of a run, or of a sweep"
         )
-    places = sorted(_places(directory), key=_in_order)
-    if not places:
+    run_folders = sorted(_run_folders(directory), key=_numeric_order)
+    if not run_folders:
         raise UserError(
             f"{directory} holds no run and no sweep: no {CONFIG} or {METRICS} in it or below it;"
             " name another"
         )
-    own = directory.resolve().name  # of a single run
-    runs = [
-        _told(place, own if place == directory else str(place.relative_to(directory)))
-        for place in places
-    ]
-    jobs = [Job(number, run.settings, directory) for number, run in enumerate(runs) if run.settings]
-    names = varied(jobs) if len(jobs) > 1 else {}
-    return [
-        replace(run, label=names.get(number) or run.label or run.name)
-        for number, run in enumerate(runs)
-    ]
+    runs = []
+    for folder in run_folders:
+        if folder == directory:
+            # resolve, because the directory may be given as "."
+            name = directory.resolve().name
+        else:
+            name = str(folder.relative_to(directory))
+        runs.append(_read_run(folder, name))
+    jobs = []
+    for number, run in enumerate(runs):
+        if run.settings:
+            jobs.append(Job(number, run.settings, directory))
+    labels = varied(jobs) if len(jobs) > 1 else {}
+    labelled = []
+    for number, run in enumerate(runs):
+        label = labels.get(number) or run.label or run.name
+        labelled.append(replace(run, label=label))
+    return labelled
 
 
-def _places(directory: Path) -> Iterator[Path]:
-    """Folders of runs, not looked into further; of a sweep also those whose job did not begin."""
+def _run_folders(directory: Path) -> Iterator[Path]:
+    """Yields the folders of runs; of a sweep also those of jobs that did not begin."""
     if any((directory / sign).is_file() for sign in SIGNS):
         yield directory
         return
-    within = [
-        path
-        for path in directory.iterdir()
-        if path.is_dir() and path.name != "report" and path.name[0] != "."
-    ]
-    for path in within:
-        empty = not any(path.iterdir()) and (directory / RECORD).is_file()
-        yield from [path] if empty else _places(path)
+    is_sweep = (directory / RECORD).is_file()
+    for path in list(directory.iterdir()):
+        if not path.is_dir() or path.name == "report" or path.name.startswith("."):
+            continue
+        is_empty = not any(path.iterdir())
+        if is_sweep and is_empty:
+            yield path
+        else:
+            yield from _run_folders(path)
 
 
-def _in_order(path: Path) -> list[tuple[bool, int, str]]:
-    """Folders by their numbers where they are numbers, so that 10 comes after 9."""
-    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.parts]
+def _numeric_order(path: Path) -> list[tuple[bool, int, str]]:
+    """Sorts numbered folders by number, so that 10 comes after 9."""
+    keys = []
+    for part in path.parts:
+        number = int(part) if part.isdigit() else 0
+        keys.append((not part.isdigit(), number, part))
+    return keys
 
 
-def _told(directory: Path, name: str) -> RunRecord:
-    """Everything that can be read of one run; what cannot be read is said in its state."""
+def _read_run(directory: Path, name: str) -> RunRecord:
+    """Reads all that is readable of a run; its state names what is not."""
     run = RunRecord(name)
-    troubles = []
-    for reader in (_began, _summed, _trained, _evaluated, _ended):
+    problems = []
+    for reader in (_read_settings, _read_summary, _read_metrics, _read_evaluations, _read_end):
         try:
             run = replace(run, **reader(directory, run))
-        except (ValueError, TypeError, KeyError, AttributeError, OSError, OverflowError) as error:
-            troubles.append(" ".join(str(error).split()) or type(error).__name__)
-    return replace(
-        run, state=f"{run.state} ({'; '.join(dict.fromkeys(troubles))})" if troubles else run.state
-    )
+        except UNREADABLE as error:
+            problems.append(" ".join(str(error).split()) or type(error).__name__)
+    if not problems:
+        return run
+    # Several readers may stumble over the same file.
+    unique_problems = dict.fromkeys(problems)
+    return replace(run, state=f"{run.state} ({'; '.join(unique_problems)})")
 
 
-def _began(directory: Path, run: RunRecord) -> dict[str, Any]:
-    """What was asked for: of a job as its sweep noted it, else of the command."""
+def _read_settings(directory: Path, run: RunRecord) -> dict[str, Any]:
+    """Reads the settings of a job from its sweep's note, else from the recorded command."""
     settings = ()
     label = run.name
+    has_environment = (directory / ENVIRONMENT).is_file()
     if (directory / OUTCOME).is_file():
         settings = tuple(json_object(directory / OUTCOME, follow=False)["settings"])
-    if (directory / ENVIRONMENT).is_file() and not settings:
+    if has_environment and not settings:
         words = json_object(directory / ENVIRONMENT, follow=False).get("command") or []
-        ours = ("run_dir=", *(OF_SWEEP if JOB_OF in words else ()))
-        settings = tuple(word for word in words[1:] if "=" in word and not word.startswith(ours))
+        added = ("run_dir=",)
+        if JOB_OF in words:
+            added += OF_SWEEP
+        settings = tuple(word for word in words[1:] if "=" in word and not word.startswith(added))
     if (directory / CONFIG).is_file():
         label = yaml_file(directory / CONFIG, follow=False)["name"]
-    plain = [word_without_secrets(word.lstrip("+")) for word in settings]
-    asked = bool(settings) or (directory / ENVIRONMENT).is_file()
-    command = shlex.join(["python", "-m", "trainer", *plain]) if asked else ""
+    public_settings = [word_without_secrets(word.lstrip("+")) for word in settings]
+    command = ""
+    if settings or has_environment:
+        command = shlex.join(["python", "-m", "trainer", *public_settings])
     return {
-        "settings": tuple(essence(plain)),
+        "settings": tuple(essence(public_settings)),
         "label": label,
         "command": command,
         "state": "started",
     }
 
 
-def _summed(directory: Path, run: RunRecord) -> dict[str, Any]:
+def _read_summary(directory: Path, run: RunRecord) -> dict[str, Any]:
     facts = summary.read(directory)
-    names = {"parameters": "parameters", "flops_per_token": "flops_per_token", "ranks": "ranks"}
-    names |= {"sent_bytes": "sent_bytes_per_step"}
-    return {name: float(facts[key]) for name, key in names.items() if facts.get(key) is not None}
+    fields = {}
+    for key, name in SUMMARY_FIELDS.items():
+        if facts.get(key) is not None:
+            fields[name] = float(facts[key])
+    return fields
 
 
-def _trained(directory: Path, run: RunRecord) -> dict[str, Any]:
+def _read_metrics(directory: Path, run: RunRecord) -> dict[str, Any]:
     rows = list(read(directory / METRICS))
     if not rows:
         return {}
-    speeds = [
-        _number(row.get("tokens_per_second")) for row in rows[1:] or rows
-    ]  # the first step also warms up
-    steps = [0, *(row["step"] for row in rows)]
-    seconds = [
-        (b - a) * _number(row.get("step_seconds")) for a, b, row in zip(steps, steps[1:], rows)
-    ]
+    # The first step also warms up, and is left out where there are others.
+    timed_rows = rows[1:] or rows
+    speeds = [_number(row.get("tokens_per_second")) for row in timed_rows]
+    peaks = [_number(row.get("peak_memory_bytes")) for row in rows]
+    seconds = []
+    curve = []
+    previous_step = 0
+    for row in rows:
+        # A row stands for the steps since the row before (log.every).
+        steps = row["step"] - previous_step
+        previous_step = row["step"]
+        seconds.append(steps * _number(row.get("step_seconds")))
+        if row.get("loss") is not None:
+            curve.append((row["tokens"], row["loss"]))
     return {
         "loss": _number(rows[-1].get("loss")),
         "tokens": _number(rows[-1].get("tokens")),
         "tokens_per_second": median(speeds),
         "seconds": sum(seconds),
-        "peak_bytes": max(_number(row.get("peak_memory_bytes")) for row in rows),
-        "curve": [(row["tokens"], row["loss"]) for row in rows if row.get("loss") is not None],
+        "peak_bytes": max(peaks),
+        "curve": curve,
         "state": f"step {rows[-1]['step']}",
     }
 
 
-def _evaluated(directory: Path, run: RunRecord) -> dict[str, Any]:
-    rows = [row for row in read(directory / EVALUATION) if row.get("value") is not None]
-    tokens = {row["step"]: row["tokens"] for row in read(directory / METRICS)}
-    held_out = [row for row in rows if row.get("name") == HELD_OUT]
-    found: dict[str, Any] = {
-        "graded": {row["name"]: float(row["value"]) for row in rows if row["name"] != HELD_OUT}
-    }
-    found["grades"] = {}
-    for row in rows:
-        if row["name"] != HELD_OUT and row["step"] in tokens:
-            found["grades"].setdefault(row["name"], []).append(
-                (tokens[row["step"]], float(row["value"]))
-            )
+def _read_evaluations(directory: Path, run: RunRecord) -> dict[str, Any]:
+    tokens_at_step = {row["step"]: row["tokens"] for row in read(directory / METRICS)}
+    held_out = []
+    graded: dict[str, float] = {}
+    grades: dict[str, list[tuple[float, float]]] = {}
+    for row in read(directory / EVALUATION):
+        if row.get("value") is None:
+            continue
+        if row["name"] == HELD_OUT:
+            held_out.append(row)
+            continue
+        value = float(row["value"])
+        graded[row["name"]] = value
+        if row["step"] in tokens_at_step:
+            point = (tokens_at_step[row["step"]], value)
+            grades.setdefault(row["name"], []).append(point)
+    fields: dict[str, Any] = {"graded": graded, "grades": grades}
     if held_out:
-        found["held_out"] = float(held_out[-1]["value"])
-        found["checks"] = [
-            (tokens[row["step"]], row["value"]) for row in held_out if row["step"] in tokens
-        ]
-        bars = held_out[-1].get("by_position") or []
-        found["by_position"] = {
-            (bar["begin"], bar["end"]): bar["loss"] for bar in bars if bar["loss"] is not None
-        }
-    return found
+        last = held_out[-1]
+        checks = []
+        for row in held_out:
+            if row["step"] in tokens_at_step:
+                checks.append((tokens_at_step[row["step"]], row["value"]))
+        by_position = {}
+        for bar in last.get("by_position") or []:
+            if bar["loss"] is not None:
+                by_position[bar["begin"], bar["end"]] = bar["loss"]
+        fields["held_out"] = float(last["value"])
+        fields["checks"] = checks
+        fields["by_position"] = by_position
+    return fields
 
 
-def _ended(directory: Path, run: RunRecord) -> dict[str, Any]:
-    """How the sweep saw it end; a run of its own, or one that has not ended, by its last step."""
-    reached = run.state.startswith("step ")
+def _read_end(directory: Path, run: RunRecord) -> dict[str, Any]:
+    """Reads how the sweep saw a job end; of other runs compares the last step with the config."""
+    has_steps = run.state.startswith("step ")
+    has_config = (directory / CONFIG).is_file()
     if (directory / OUTCOME).is_file():
-        told = json_object(directory / OUTCOME, follow=False)
-        if told["outcome"] == FAILED:
-            return {"state": f"failed with exit status {told['code']}: {redacted(told['message'])}"}
-        if told["outcome"] == DONE:
+        record = json_object(directory / OUTCOME, follow=False)
+        outcome = record["outcome"]
+        if outcome == FAILED:
+            message = redacted(record["message"])
+            return {"state": f"failed with exit status {record['code']}: {message}"}
+        if outcome == DONE:
             return {"state": DONE, "finished": True}
-        return {"state": f"{told['outcome']}, {run.state}" if reached else told["outcome"]}
-    if not reached:
-        return {"state": "no step yet" if (directory / CONFIG).is_file() else "not started"}
-    wanted = (
-        yaml_file(directory / CONFIG, follow=False)["steps"]
-        if (directory / CONFIG).is_file()
-        else None
-    )
-    finished = run.state == f"step {wanted}"
-    return {
-        "state": (
-            DONE if finished else f"unfinished, {run.state} of {wanted or 'an unknown number'}"
-        ),
-        "finished": finished,
-    }
+        return {"state": f"{outcome}, {run.state}" if has_steps else outcome}
+    if not has_steps:
+        return {"state": "no step yet" if has_config else "not started"}
+    steps = None
+    if has_config:
+        steps = yaml_file(directory / CONFIG, follow=False)["steps"]
+    if run.state == f"step {steps}":
+        return {"state": DONE, "finished": True}
+    state = f"unfinished, {run.state} of {steps or 'an unknown number'}"
+    return {"state": state, "finished": False}
 
 
 def _number(value: Any) -> float:

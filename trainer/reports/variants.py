@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone, taken together: means, and the spread over seeds."""
+"""Groups runs that differ in their seed alone: means, and the spread over seeds."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -12,8 +12,7 @@ SEED = "seed="
 
 
 class Spread(NamedTuple):
-    """A mean over runs, and their standard deviation (n - 1); NaN where it is not known, or of one
-    run."""
+    """A mean over runs and its standard deviation (n - 1); NaN when unknown, or of a single run."""
 
     mean: float
     deviation: float
@@ -21,10 +20,11 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Variant:
-    """Runs of the same settings, whatever their seed.
+    """Runs of the same settings with any seed.
 
-    Attributes: name: the settings that set it apart, without the seed. runs: all of them. counted:
-        those that figures are taken over: the finished ones, or, where none is, what there is.
+    Attributes:
+        name: the settings that distinguish it, without the seed.
+        runs: all of them.
     """
 
     name: str
@@ -32,56 +32,80 @@ class Variant:
 
     @property
     def counted(self) -> tuple[RunRecord, ...]:
-        return tuple(run for run in self.runs if run.finished) or self.runs
+        """The finished runs, over which figures are taken; all runs when none is finished."""
+        finished = tuple(run for run in self.runs if run.finished)
+        return finished or self.runs
 
     @property
     def state(self) -> str:
-        """How many runs the figures are of, and what became of the others."""
-        done = sum(run.finished for run in self.runs)
-        if done == len(self.runs):
-            return "1 run" if done == 1 else f"{done} runs"
-        others = [f"{run.name}: {run.state}" for run in self.runs if not run.finished]
-        return f"{done} of {len(self.runs)} runs; {'; '.join(others)}"
+        """Number of finished runs, and how the others ended."""
+        unfinished = [f"{run.name}: {run.state}" for run in self.runs if not run.finished]
+        finished = len(self.runs) - len(unfinished)
+        if unfinished:
+            return f"{finished} of {len(self.runs)} runs; {'; '.join(unfinished)}"
+        return "1 run" if finished == 1 else f"{finished} runs"
 
     def spread(self, figure: Callable[[RunRecord], float]) -> Spread:
-        """Of one figure, over the runs that know it."""
+        """Returns mean and deviation of one figure over the counted runs that have it."""
         return spread(figure(run) for run in self.counted)
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Of the values that are known."""
-    known = [value for value in values if not math.isnan(value)]
-    return Spread(fmean(known) if known else math.nan, stdev(known) if len(known) > 1 else math.nan)
+    """Returns mean and deviation of the values that are not NaN."""
+    numbers = [value for value in values if not math.isnan(value)]
+    mean = math.nan
+    deviation = math.nan
+    if numbers:
+        mean = fmean(numbers)
+    if len(numbers) > 1:
+        deviation = stdev(numbers)
+    return Spread(mean, deviation)
 
 
 def variants(runs: Sequence[RunRecord]) -> list[Variant]:
-    """Best first: by held-out loss, where there is none by training loss, and those without any
-    last."""
-    found: dict[str, list[RunRecord]] = {}
+    """Groups runs by their settings, best variant first.
+
+    Ordered by held-out loss, or training loss where there is none; variants without a loss come
+    last.
+    """
+    groups: dict[str, list[RunRecord]] = {}
     for run in runs:
-        plain = " ".join(word for word in run.label.split(" ") if not word.startswith(SEED))
-        found.setdefault(plain or "all seeds", []).append(run)
-    return sorted((Variant(name, tuple(of)) for name, of in found.items()), key=_goodness)
+        words = [word for word in run.label.split(" ") if not word.startswith(SEED)]
+        name = " ".join(words) or "all seeds"
+        groups.setdefault(name, []).append(run)
+    unsorted = [Variant(name, tuple(group)) for name, group in groups.items()]
+    return sorted(unsorted, key=_rank)
 
 
-def _goodness(variant: Variant) -> tuple[bool, float, str]:
+def _rank(variant: Variant) -> tuple[bool, float, str]:
     value = quality(variant).mean
-    return math.isnan(value), 0.0 if math.isnan(value) else value, variant.name
+    # NaN compares as neither less nor greater, and would leave the order undefined.
+    if math.isnan(value):
+        return True, 0.0, variant.name
+    return False, value, variant.name
 
 
 def quality(variant: Variant) -> Spread:
-    """What a variant is judged by: its held-out loss, or its training loss where nothing was held
-    out."""
+    """Returns the held-out loss of a variant, or its training loss when nothing was held out."""
     held_out = variant.spread(lambda run: run.held_out)
-    return variant.spread(lambda run: run.loss) if math.isnan(held_out.mean) else held_out
+    if math.isnan(held_out.mean):
+        return variant.spread(lambda run: run.loss)
+    return held_out
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which (cost, loss) are beaten by no other, cheapest first (Pareto); equal ones all stay."""
+    """Returns the indices of the Pareto frontier of (cost, loss), cheapest first.
 
-    def beaten(one: tuple[float, float]) -> bool:
-        return any(other != one and other[0] <= one[0] and other[1] <= one[1] for other in points)
+    Equal points all stay.
+    """
+    indices = [index for index, point in enumerate(points) if not _is_beaten(point, points)]
+    return sorted(indices, key=lambda index: points[index])
 
-    return sorted(
-        (at for at, one in enumerate(points) if not beaten(one)), key=lambda at: points[at]
+
+def _is_beaten(point: tuple[float, float], points: Sequence[tuple[float, float]]) -> bool:
+    """Reports that another point costs no more and has no higher loss."""
+    cost, loss = point
+    return any(
+        other_cost <= cost and other_loss <= loss and (other_cost, other_loss) != point
+        for other_cost, other_loss in points
     )
