@@ -1,7 +1,7 @@
-"""Attention over a plan: block after block, forward into one (mean, mass), backward into gradients.
+"""Blockwise attention: runs the blocks of a plan, forward and backward.
 
-A ring calls these once for every rank whose keys arrive, into the same accumulators; one device
-calls them once.
+Forward merges every block into one (mean, lse), backward adds to the gradients. A ring calls these
+once for every rank whose keys arrive, with the same accumulators; one device calls them once.
 
 Letters: B rows, T queries, S keys, H heads, E value width.
 """
@@ -31,8 +31,11 @@ from models.span import Span
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What is computed: a score under a mask, for these (global) heads; `general` insists on the
-    general tile."""
+    """A score under a mask, for these (global) heads.
+
+    Attributes:
+        general: whether the reference kernel is required.
+    """
 
     score: Score
     mask: Mask
@@ -41,98 +44,116 @@ class AttentionSpec:
 
 
 def merge_partials(a: reference.Partial, b: reference.Partial) -> reference.Partial:
-    """Join two partial attentions over disjoint keys into one over their union.
+    """Joins two partial attentions over disjoint keys into one over their union.
 
     Args:
-        a, b: mean [B, T, H, E] and mass [B, T, H] in nats; minus infinity where no key was seen.
+        a, b: mean [B, T, H, E] and lse [B, T, H] in nats; minus infinity where no key was seen.
 
     Returns:
-        The same pair for the union; associative and commutative up to rounding. Nothing and nothing
-        is nothing, never NaN.
+        The same pair for the union; associative and commutative up to rounding. Two empty partials
+        give an empty one, never NaN.
 
     Source: Milakov & Gimelshein 2018 (arXiv:1805.02867). Ours keeps the log of the sum, theirs the
     maximum and the sum.
     """
-    lse = torch.logaddexp(a[1], b[1])
-    share = (b[1] - reference.finite_lse(lse)).exp()
-    return torch.lerp(a[0], b[0], share[..., None]), lse
+    mean_a, lse_a = a
+    mean_b, lse_b = b
+    lse = torch.logaddexp(lse_a, lse_b)
+    share_b = (lse_b - reference.finite_lse(lse)).exp()
+    return torch.lerp(mean_a, mean_b, share_b[..., None]), lse
 
 
 def empty_partial(query: Tensors, heads: int, width: int) -> reference.Partial:
-    """The attention over no keys: mean 0 [B, T, H, E], mass minus infinity [B, T, H]."""
+    """Returns the attention over no keys: mean 0 [B, T, H, E], lse minus infinity [B, T, H]."""
     shape = (*query[0].shape[:2], heads)
     dtype = reference.accumulation_dtype(query[0].dtype)
     mean = query[0].new_zeros(*shape, width, dtype=dtype)
     return mean, query[0].new_full(shape, -torch.inf, dtype=dtype)
 
 
-def _rows(block: Tile) -> tuple[slice, slice]:
+def _query_slices(block: Tile) -> tuple[slice, slice]:
     return slice(block.r0, block.r1), slice(block.q0, block.q1)
 
 
-def _keys(block: Tile) -> tuple[slice, slice]:
+def _key_slices(block: Tile) -> tuple[slice, slice]:
     return slice(block.r0, block.r1), slice(block.k0, block.k1)
 
 
-def _add(
-    what: AttentionSpec, block: Tile, span: Span, kv_span: Span, dtype: torch.dtype
+def _visibility(
+    spec: AttentionSpec, block: Tile, span: Span, kv_span: Span, dtype: torch.dtype
 ) -> tuple[bool, Tensor | None]:
-    """How a kernel is told what the block's queries see: its own causal flag, or a matrix to add to
-    the scores.
+    """Returns (the kernel's own causal flag, a matrix to add to the scores or None).
 
     The matrix is wide where it carries numbers; where it only hides keys it has the dtype of the
     queries, which is exact.
     """
-    here = span.map(lambda t: t[_rows(block)])
-    there = kv_span.map(lambda t: t[_keys(block)])
-    bias = what.score.bias(here, there, what.heads, reference.accumulation_dtype(dtype))
+    queries = _query_slices(block)
+    keys = _key_slices(block)
+    q_span = span.map(lambda addresses: addresses[queries])
+    k_span = kv_span.map(lambda addresses: addresses[keys])
+    bias = spec.score.bias(q_span, k_span, spec.heads, reference.accumulation_dtype(dtype))
     if block.kind != PARTIAL_TILE and bias is None:
         return block.kind == CAUSAL_TILE, None
-    seen = visible(what.mask, here, there, what.heads)
-    bias = torch.zeros((), dtype=dtype, device=seen.device) if bias is None else bias
+    seen = visible(spec.mask, q_span, k_span, spec.heads)
+    if bias is None:
+        bias = torch.zeros((), dtype=dtype, device=seen.device)
     return False, torch.where(seen, bias, -torch.inf)
 
 
-def _mask(what: AttentionSpec, block: Tile) -> Mask | None:
-    """What the general tile has to look at: nothing where every query of a block sees every key."""
-    return None if block.kind == FULL_TILE else what.mask
+def _block_mask(spec: AttentionSpec, block: Tile) -> Mask | None:
+    """Returns the mask for the reference kernel: None where every query sees every key."""
+    return None if block.kind == FULL_TILE else spec.mask
 
 
-def _side(what: AttentionSpec) -> int | None:
-    """Blocks that only need the kernel's own flags may be of any size."""
-    return LEAF if what.score.biased else None
+def _tile_side(spec: AttentionSpec) -> int | None:
+    """Returns the largest side of a block; None where blocks need only the kernel's own flags."""
+    return LEAF if spec.score.biased else None
 
 
-def _take(total: reference.Partial, rows: tuple[slice, slice], part: reference.Partial) -> None:
-    """`merge` of these rows of `total` with a part, in place."""
+def _merge_into(
+    total: reference.Partial, rows: tuple[slice, slice], part: reference.Partial
+) -> None:
+    """`merge_partials` of these rows of `total` with a part, in place."""
     mean = total[0][rows]
     lse = total[1][rows]
-    joint = torch.logaddexp(lse, part[1])
-    mean.lerp_(part[0], (part[1] - reference.finite_lse(joint)).exp_()[..., None])
-    lse.copy_(joint)
+    part_mean, part_lse = part
+    merged_lse = torch.logaddexp(lse, part_lse)
+    mean.lerp_(part_mean, (part_lse - reference.finite_lse(merged_lse)).exp_()[..., None])
+    lse.copy_(merged_lse)
 
 
-def _parts(
-    what: AttentionSpec, span: Span, kv_span: Span, kernel: Any, tensors: Sequence[Tensor]
+def _kernel_blocks(
+    spec: AttentionSpec, span: Span, kv_span: Span, kernel: Any, tensors: Sequence[Tensor]
 ) -> Iterator[tuple[Any, Tile]]:
-    """(who computes it, block) for all blocks; blocks that hide something go to `careful` where not
-    all is finite."""
-    blocks = plan_rows(what.mask, span, kv_span)
-    doubtful = any(block.kind != FULL_TILE for block in blocks) and not nonfinite.all_finite(
-        tensors
-    )
-    side = reference.TILE_SIDE if kernel is None else _side(what)
+    """Yields (the module that computes it, block) for all blocks of the plan.
+
+    Blocks that hide keys go to `nonfinite` if any number is not finite: a kernel hides a key by
+    weight 0, and 0 x NaN is NaN.
+    """
+    blocks = plan_rows(spec.mask, span, kv_span)
+    hides_keys = any(block.kind != FULL_TILE for block in blocks)
+    doubtful = hides_keys and not nonfinite.all_finite(tensors)
+    side = reference.TILE_SIDE if kernel is None else _tile_side(spec)
     for block in blocks:
         if doubtful and block.kind != FULL_TILE:
-            yield from ((nonfinite, part) for part in split_tile(block, reference.TILE_SIDE))
+            for part in split_tile(block, reference.TILE_SIDE):
+                yield nonfinite, part
         elif side is None:
             yield kernel, block
         else:
-            yield from ((kernel or reference, part) for part in split_tile(block, side))
+            for part in split_tile(block, side):
+                yield kernel or reference, part
+
+
+def _select(spec: AttentionSpec, query: Tensors) -> Any:
+    """Returns the fast kernel for this attention, or None for the reference kernel."""
+    if spec.general:
+        return None
+    return select_kernel(query[0].device, query[0].dtype, spec.score)
 
 
 def forward(
-    what: AttentionSpec,
+    spec: AttentionSpec,
     query: Tensors,
     payload: Tensors,
     params: Tensors,
@@ -140,23 +161,30 @@ def forward(
     kv_span: Span,
     total: reference.Partial,
 ) -> None:
-    """Attend to these keys too: `total` is changed in place."""
-    kernel = None if what.general else select_kernel(query[0].device, query[0].dtype, what.score)
-    operands = what.score.operands(query, payload, params) if kernel else None
-    for who, block in _parts(what, span, kv_span, kernel, (*query, *payload)):
-        rows = _rows(block)
-        keys = _keys(block)
-        if kernel and operands and who is kernel:
+    """Attends to these keys too: `total` is changed in place."""
+    kernel = _select(spec, query)
+    operands = spec.score.operands(query, payload, params) if kernel else None
+    for module, block in _kernel_blocks(spec, span, kv_span, kernel, (*query, *payload)):
+        rows = _query_slices(block)
+        keys = _key_slices(block)
+        if kernel and operands and module is kernel:
             q = operands[0][rows]
             k = operands[1][keys]
             v = operands[2][keys]
-            flag, add = _add(what, block, span, kv_span, q.dtype)
-            part = kernel.forward(q, k, v, what.score.scale(q), flag, add)
+            causal, bias = _visibility(spec, block, span, kv_span, q.dtype)
+            part = kernel.forward(q, k, v, spec.score.scale(q), causal, bias)
         else:
-            spans = span.map(lambda t, r=rows: t[r]), kv_span.map(lambda t, r=keys: t[r])
-            some = [t[rows] for t in query], [t[keys] for t in payload]
-            part = who.forward(what.score, _mask(what, block), *some, params, *spans, what.heads)
-        _take(total, rows, part)
+            part = module.forward(
+                spec.score,
+                _block_mask(spec, block),
+                [tensor[rows] for tensor in query],
+                [tensor[keys] for tensor in payload],
+                params,
+                span.map(lambda addresses, rows=rows: addresses[rows]),
+                kv_span.map(lambda addresses, keys=keys: addresses[keys]),
+                spec.heads,
+            )
+        _merge_into(total, rows, part)
 
 
 @dataclass
@@ -169,21 +197,21 @@ class Gradients:
 
     @staticmethod
     def zeros(query: Tensors, payload: Tensors, params: Tensors) -> "Gradients":
-        def blanks(some: Tensors) -> list[Tensor]:
-            return [
-                torch.zeros_like(
-                    t,
-                    dtype=reference.accumulation_dtype(t.dtype),
-                    memory_format=torch.contiguous_format,
-                )
-                for t in some
-            ]
+        """Returns sums of 0 for these tensors."""
+        return Gradients(_wide_zeros(query), _wide_zeros(payload), _wide_zeros(params))
 
-        return Gradients(blanks(query), blanks(payload), blanks(params))
+
+def _wide_zeros(tensors: Tensors) -> list[Tensor]:
+    zeros = []
+    for tensor in tensors:
+        dtype = reference.accumulation_dtype(tensor.dtype)
+        # Without the memory format, zeros would copy the strides of a transposed tensor.
+        zeros.append(torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format))
+    return zeros
 
 
 def backward(
-    what: AttentionSpec,
+    spec: AttentionSpec,
     query: Tensors,
     payload: Tensors,
     params: Tensors,
@@ -195,98 +223,121 @@ def backward(
     delta: Tensor,
     into: Gradients,
 ) -> None:
-    """Add what these keys contribute to every gradient; `total` is (mean, mass) over ALL keys."""
-    kernel = None if what.general else select_kernel(query[0].device, query[0].dtype, what.score)
-    operands = _Operands(what, query, payload, params, into) if kernel else None
-    for who, block in _parts(what, span, kv_span, kernel, (*query, *payload, d_out, delta)):
-        rows = _rows(block)
-        keys = _keys(block)
-        if kernel and operands and who is kernel:
+    """Adds the contribution of these keys to every gradient.
+
+    Args:
+        d_out: gradient of the mean.
+        total: (mean, lse) over ALL keys.
+        delta: see reference.backward.
+        into: the sums to add to.
+    """
+    mean, lse = total
+    kernel = _select(spec, query)
+    operands = _Operands(spec, query, payload, params, into) if kernel else None
+    finite = (*query, *payload, d_out, delta)
+    for module, block in _kernel_blocks(spec, span, kv_span, kernel, finite):
+        rows = _query_slices(block)
+        keys = _key_slices(block)
+        if kernel and operands and module is kernel:
             (q, k, v), sums = operands.of(rows, keys)
-            flag, add = _add(what, block, span, kv_span, q.dtype)
-            grads = kernel.backward(
+            causal, bias = _visibility(spec, block, span, kv_span, q.dtype)
+            gradients = kernel.backward(
                 q,
                 k,
                 v,
-                what.score.scale(q),
-                flag,
-                add,
+                spec.score.scale(q),
+                causal,
+                bias,
                 d_out=d_out[rows],
-                mean=total[0][rows],
-                lse=total[1][rows],
+                mean=mean[rows],
+                lse=lse[rows],
             )
         else:
-            spans = span.map(lambda t, r=rows: t[r]), kv_span.map(lambda t, r=keys: t[r])
-            some = [t[rows] for t in query], [t[keys] for t in payload], params
-            grads = who.backward(
-                what.score,
-                _mask(what, block),
-                *some,
-                *spans,
-                what.heads,
+            gradients = module.backward(
+                spec.score,
+                _block_mask(spec, block),
+                [tensor[rows] for tensor in query],
+                [tensor[keys] for tensor in payload],
+                params,
+                span.map(lambda addresses, rows=rows: addresses[rows]),
+                kv_span.map(lambda addresses, keys=keys: addresses[keys]),
+                spec.heads,
                 d_out=d_out[rows],
-                lse=total[1][rows],
+                lse=lse[rows],
                 delta=delta[rows],
             )
-            sums = (
-                [t[rows] for t in into.query] + [t[keys] for t in into.payload] + list(into.params)
-            )
-        for add_to, grad in zip(sums, grads, strict=True):
-            if grad is not None:
-                add_to += grad
+            sums = [tensor[rows] for tensor in into.query]
+            sums += [tensor[keys] for tensor in into.payload]
+            sums += into.params
+        _add_gradients(sums, gradients)
     if operands:
         operands.close()
 
 
+def _add_gradients(sums: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    for accumulator, gradient in zip(sums, gradients, strict=True):
+        if gradient is not None:
+            accumulator += gradient
+
+
 class _Operands:
-    """q, k and v of a kernel's backward pass, the sums of their gradients, and the way from those
-    to what they were made of."""
+    """q, k and v of a kernel's backward pass, and the sums of their gradients.
+
+    A score makes q, k and v out of the tensors of the layer; `close` carries the sums back through
+    that once, in place of once for every block.
+    """
 
     def __init__(
         self,
-        what: AttentionSpec,
+        spec: AttentionSpec,
         query: Tensors,
         payload: Tensors,
         params: Tensors,
         into: Gradients,
     ):
-        self.leaves = [t.detach().requires_grad_() for t in (*query, *payload, *params)]
+        self.leaves = [tensor.detach().requires_grad_() for tensor in (*query, *payload, *params)]
         queries = len(query)
         payloads = len(query) + len(payload)
         with torch.enable_grad():
-            made = what.score.operands(
+            made = spec.score.operands(
                 self.leaves[:queries], self.leaves[queries:payloads], self.leaves[payloads:]
             )
         self.made = made
-        self.every = [*into.query, *into.payload, *into.params]
-        self.same = all(any(x is y for y in self.leaves) for x in made)
-        self.operands = tuple(x.detach() for x in made)
-        if self.same:  # the operands are the tensors themselves: add straight into their sums
-            self.sums = [
-                self.every[next(i for i, y in enumerate(self.leaves) if x is y)] for x in made
-            ]
+        self.all_sums = [*into.query, *into.payload, *into.params]
+        sources = [self._leaf_index(operand) for operand in made]
+        self.same = all(source is not None for source in sources)
+        self.operands = tuple(operand.detach() for operand in made)
+        if self.same:
+            # The operands are the layer's tensors themselves: add straight into their sums.
+            self.sums = [self.all_sums[source] for source in sources if source is not None]
         else:
             dtype = reference.accumulation_dtype(made[0].dtype)
-            self.sums = [
-                torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-                for x in self.operands
-            ]
+            self.sums = []
+            for operand in self.operands:
+                self.sums.append(
+                    torch.zeros_like(operand, dtype=dtype, memory_format=torch.contiguous_format)
+                )
+
+    def _leaf_index(self, operand: Tensor) -> int | None:
+        """Returns the number of the leaf that an operand is, None if it was computed."""
+        for index, leaf in enumerate(self.leaves):
+            if leaf is operand:
+                return index
+        return None
 
     def of(
         self, rows: tuple[slice, slice], keys: tuple[slice, slice]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """(q, k, v) of a block, and where their gradients are summed."""
-        where = rows, keys, keys
-        return [x[w] for x, w in zip(self.operands, where)], [
-            x[w] for x, w in zip(self.sums, where)
-        ]
+        """Returns (q, k, v) of a block, and the sums of their gradients."""
+        slices = rows, keys, keys
+        operands = [operand[where] for operand, where in zip(self.operands, slices)]
+        sums = [total[where] for total, where in zip(self.sums, slices)]
+        return operands, sums
 
     def close(self) -> None:
-        """Carry the sums on to what the operands were made of."""
+        """Carries the sums back to the tensors that the operands were made of."""
         if self.same:
             return
-        wanted = [g.to(x.dtype) for g, x in zip(self.sums, self.made)]
-        grads = torch.autograd.grad(self.made, self.leaves, wanted, allow_unused=True)
-        for add_to, grad in zip(self.every, grads, strict=True):
-            if grad is not None:
-                add_to += grad
+        d_made = [total.to(operand.dtype) for total, operand in zip(self.sums, self.made)]
+        gradients = torch.autograd.grad(self.made, self.leaves, d_made, allow_unused=True)
+        _add_gradients(self.all_sums, gradients)

@@ -1,10 +1,9 @@
-"""Blocks that hold numbers which are not finite: what a query does not see must not reach it, not
-even as NaN.
+"""Blocks with numbers that are not finite: hidden tokens must not reach a query, not even as NaN.
 
 A kernel hides a key by giving it weight 0, and 0 x NaN is NaN: one overflow in a document, or
-rubbish in padding, would spoil the documents beside it. Here such tokens are taken out before the
-block is computed, and whatever really sees one of them is set to NaN afterwards. By the general
-tile, because speed is of no concern when training has broken down.
+rubbish in padding, would spoil other documents. Here such tokens are taken out before the block is
+computed, and every query that really sees one of them is set to NaN afterwards. The reference
+kernel computes them: speed does not matter once training has broken down.
 
 Letters: b rows, t queries, s keys, H heads.
 """
@@ -21,22 +20,28 @@ from models.span import Span
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every number is finite; a sum is the quickest look, and is only doubted where it is
-    not."""
-    return all(bool(x.sum().isfinite()) or bool(x.isfinite().all()) for x in tensors if x.numel())
+    """Returns whether every number of every tensor is finite."""
+    for tensor in tensors:
+        # A sum is the quickest look. It may overflow although all numbers are finite, so a bad sum
+        # only raises a doubt.
+        doubtful = tensor.numel() > 0 and not bool(tensor.sum().isfinite())
+        if doubtful and not bool(tensor.isfinite().all()):
+            return False
+    return True
 
 
-def _bad(tensors: Tensors) -> Tensor:
-    """[b, t] bool: tokens with at least one number that is not finite."""
-    return torch.stack([~x.isfinite().flatten(2).all(-1) for x in tensors]).any(0)
+def _bad_tokens(tensors: Tensors) -> Tensor:
+    """Returns the tokens with at least one number that is not finite, [b, t] bool."""
+    bad = [~tensor.isfinite().flatten(2).all(-1) for tensor in tensors]
+    return torch.stack(bad).any(0)
 
 
 def _without(x: Tensor, bad: Tensor) -> Tensor:
-    """x [b, t, ...] with zeros at bad tokens."""
-    return x.masked_fill(_like(bad, x), 0)
+    """Replaces bad tokens of x [b, t, ...] by zeros."""
+    return x.masked_fill(_per_feature(bad, x), 0)
 
 
-def _like(bad: Tensor, x: Tensor) -> Tensor:
+def _per_feature(bad: Tensor, x: Tensor) -> Tensor:
     return bad.view(*bad.shape, *[1] * (x.dim() - 2))
 
 
@@ -50,13 +55,17 @@ def forward(
     kv_span: Span,
     heads: Tensor,
 ) -> reference.Partial:
-    """As tile.forward; the mean and the mass of a query that sees, or is, a bad token are NaN."""
-    bad_q = _bad(query)
-    bad_k = _bad(payload)
-    clean = [_without(t, bad_q) for t in query], [_without(t, bad_k) for t in payload]
-    mean, lse = reference.forward(score, mask, *clean, params, span, kv_span, heads)
+    """As reference.forward; mean and lse of a query that sees, or is, a bad token are NaN."""
+    bad_queries = _bad_tokens(query)
+    bad_keys = _bad_tokens(payload)
+    clean_query = [_without(tensor, bad_queries) for tensor in query]
+    clean_payload = [_without(tensor, bad_keys) for tensor in payload]
+    mean, lse = reference.forward(
+        score, mask, clean_query, clean_payload, params, span, kv_span, heads
+    )
     seen = visible(mask, span, kv_span, heads)
-    ruined = (seen & (bad_q[:, None, :, None] | bad_k[:, None, None, :])).any(-1).transpose(1, 2)
+    bad_pair = bad_queries[:, None, :, None] | bad_keys[:, None, None, :]
+    ruined = (seen & bad_pair).any(-1).transpose(1, 2)
     return mean.masked_fill(ruined[..., None], torch.nan), lse.masked_fill(ruined, torch.nan)
 
 
@@ -74,29 +83,38 @@ def backward(
     lse: Tensor,
     delta: Tensor,
 ) -> list[Tensor | None]:
-    """As tile.backward; gradients of tokens that saw, or were seen by, a bad one are NaN, and those
-    of the parameters."""
-    bad_q = _bad([*query, d_out, delta, reference.finite_lse(lse)])
-    bad_k = _bad(payload)
-    clean = [_without(t, bad_q) for t in query], [_without(t, bad_k) for t in payload]
-    grads = reference.backward(
+    """As reference.backward; gradients of tokens that saw, or were seen by, a bad one are NaN.
+
+    So are those of the parameters.
+    """
+    bad_queries = _bad_tokens([*query, d_out, delta, reference.finite_lse(lse)])
+    bad_keys = _bad_tokens(payload)
+    gradients = reference.backward(
         score,
         mask,
-        *clean,
+        [_without(tensor, bad_queries) for tensor in query],
+        [_without(tensor, bad_keys) for tensor in payload],
         params,
         span,
         kv_span,
         heads,
-        d_out=_without(d_out, bad_q),
-        lse=_without(lse, bad_q),
-        delta=_without(delta, bad_q),
+        d_out=_without(d_out, bad_queries),
+        lse=_without(lse, bad_queries),
+        delta=_without(delta, bad_queries),
     )
-    touched = visible(mask, span, kv_span, heads).any(1) & (bad_q[:, :, None] | bad_k[:, None, :])
-    ruined = [touched.any(2)] * len(query) + [touched.any(1)] * len(payload)
-    spoilt = [
-        None if g is None else g.masked_fill(_like(r, g), torch.nan) for g, r in zip(grads, ruined)
-    ]
-    rest = [
-        None if g is None else g.masked_fill(touched.any(), torch.nan) for g in grads[len(ruined) :]
-    ]
-    return spoilt + rest
+    seen_by_a_head = visible(mask, span, kv_span, heads).any(1)
+    touched = seen_by_a_head & (bad_queries[:, :, None] | bad_keys[:, None, :])
+    ruined_queries = touched.any(2)
+    ruined_keys = touched.any(1)
+    ruined_tokens = [ruined_queries] * len(query) + [ruined_keys] * len(payload)
+    results: list[Tensor | None] = []
+    for number, gradient in enumerate(gradients):
+        if gradient is None:
+            results.append(None)
+            continue
+        if number < len(ruined_tokens):
+            ruined = _per_feature(ruined_tokens[number], gradient)
+        else:
+            ruined = touched.any()  # a parameter: every query uses it
+        results.append(gradient.masked_fill(ruined, torch.nan))
+    return results

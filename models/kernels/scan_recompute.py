@@ -1,10 +1,9 @@
-"""The chunks of a scan, worked out a stripe at a time, and once more in the backward pass: time for
-memory.
+"""Computes the chunks of a scan in groups, and recomputes them in backward to save memory.
 
-What a chunk does to a state depends on that chunk alone, so a row is gone through in stripes of
-chunks that fit a cache. Nothing of the inside of a stripe is kept for the backward pass: at 8 heads
-of 64 that is a third to a fifth of the memory for a quarter more processor time, and no temporary
-is as long as the row.
+The effect of a chunk on a state depends on that chunk alone, so a row is processed in groups of
+chunks that fit a cache. Nothing inside a group is kept for the backward pass: with 8 heads of 64
+that is a third to a fifth of the memory for a quarter more processor time, and no temporary is as
+long as the row.
 
 Letters: B rows, N chunks, C slots, D key width, E value width.
 """
@@ -17,80 +16,86 @@ from torch.autograd.function import once_differentiable
 
 from models.kernels.scan_chunkwise import AffineChunks, affine_chunks
 
+# Elements of the largest tensor of a group, by device.
 ROOM = {
     "cpu": 1 << 18,
     "meta": 1 << 18,
     "cuda": 1 << 24,
-}  # elements of the largest tensor of a stripe
+}
 
 
 def recomputed_chunks(
     query: Tensor, payload: tuple[Tensor, ...], *, before: bool, room: int | None = None
 ) -> AffineChunks:
-    """As `affine`, exactly.
+    """As `affine_chunks`, exactly.
 
     Args:
-        room: elements that the largest tensor of a stripe may have; by default what suits the
-            device.
+        room: elements that the largest tensor of a group may have; by default the value in ROOM for
+            the device.
     """
     if room is None:
         room = ROOM.get(query.device.type, ROOM["cuda"])
-    keys = query.shape
-    values = payload[1].shape
-    heads = max(x.shape[2] for x in (query, *payload))
-    of_chunk = values[0] * heads * values[3] * max(values[3], values[4], keys[4])
-    return AffineChunks(*_InStripes.apply(before, max(1, room // of_chunk), query, *payload))
+    key_width = query.shape[4]
+    rows, _, _, slots, value_width = payload[1].shape
+    heads = max(tensor.shape[2] for tensor in (query, *payload))
+    chunk_elements = rows * heads * slots * max(slots, value_width, key_width)
+    group = max(1, room // chunk_elements)
+    return AffineChunks(*_InGroups.apply(before, group, query, *payload))
 
 
-class _InStripes(torch.autograd.Function):
+class _InGroups(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, before: bool, stripe: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, before: bool, group: int, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.before = before
-        ctx.stripe = stripe
+        ctx.group = group
         ctx.save_for_backward(*inputs)
         count = inputs[2].shape[1]
-        found: list[Tensor] = []
-        for start in range(0, count, stripe):
-            query, *payload = _stripe(inputs, start, stripe)
+        results: list[Tensor] = []
+        for start in range(0, count, group):
+            query, *payload = _chunks(inputs, start, group)
             parts = affine_chunks(query, tuple(payload), before=before)
-            found = found or [
-                part.new_empty(part.shape[0], count, *part.shape[2:]) for part in parts
-            ]
-            for whole, part in zip(found, parts, strict=True):
-                whole[:, start : start + stripe] = part
-        if not any(
-            ctx.needs_input_grad[3:]
-        ):  # what becomes of a state depends on the payload alone: no gradient to send home
-            summary = AffineChunks(*found)
+            if not results:
+                for part in parts:
+                    results.append(part.new_empty(part.shape[0], count, *part.shape[2:]))
+            for whole, part in zip(results, parts, strict=True):
+                whole[:, start : start + group] = part
+        if not any(ctx.needs_input_grad[3:]):
+            # keep and gain depend on the payload alone: without its gradient they have none.
+            summary = AffineChunks(*results)
             ctx.mark_non_differentiable(summary.keep, summary.gain)
-        return tuple(found)
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor):
         inputs: tuple[Tensor, ...] = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[2:]
-        found = [
-            torch.empty_like(x) if want else None for x, want in zip(inputs, wanted, strict=True)
-        ]
-        for start in range(0, inputs[2].shape[1], ctx.stripe):
-            part = _stripe(inputs, start, ctx.stripe)
-            leaves = [x.detach().requires_grad_(want) for x, want in zip(part, wanted, strict=True)]
+        needed = ctx.needs_input_grad[2:]
+        d_inputs: list[Tensor | None] = []
+        for tensor, is_needed in zip(inputs, needed, strict=True):
+            d_inputs.append(torch.empty_like(tensor) if is_needed else None)
+        for start in range(0, inputs[2].shape[1], ctx.group):
+            leaves = []
+            for tensor, is_needed in zip(_chunks(inputs, start, ctx.group), needed, strict=True):
+                leaves.append(tensor.detach().requires_grad_(is_needed))
             with torch.enable_grad():
-                outs = affine_chunks(leaves[0], tuple(leaves[1:]), before=ctx.before)
-            told = [
-                pair
-                for pair in zip(outs, _stripe(grads, start, ctx.stripe), strict=True)
-                if pair[0].requires_grad
-            ]
-            asked = [x for x in leaves if x.requires_grad]
-            answers = torch.autograd.grad(
-                [x for x, _ in told], asked, [x for _, x in told], allow_unused=True
+                outputs = affine_chunks(leaves[0], tuple(leaves[1:]), before=ctx.before)
+            # An output without inputs that need gradients is no part of the graph.
+            connected = []
+            d_connected = []
+            d_outputs = _chunks(grads, start, ctx.group)
+            for output, d_output in zip(outputs, d_outputs, strict=True):
+                if output.requires_grad:
+                    connected.append(output)
+                    d_connected.append(d_output)
+            differentiated = [leaf for leaf in leaves if leaf.requires_grad]
+            gradients = torch.autograd.grad(
+                connected, differentiated, d_connected, allow_unused=True
             )
-            for whole, answer in zip((x for x in found if x is not None), answers, strict=True):
-                whole[:, start : start + ctx.stripe] = 0 if answer is None else answer
-        return None, None, *found
+            wholes = [whole for whole in d_inputs if whole is not None]
+            for whole, gradient in zip(wholes, gradients, strict=True):
+                whole[:, start : start + ctx.group] = 0 if gradient is None else gradient
+        return None, None, *d_inputs
 
 
-def _stripe(tensors: tuple[Tensor, ...], start: int, size: int) -> list[Tensor]:
-    return [x[:, start : start + size] for x in tensors]
+def _chunks(tensors: tuple[Tensor, ...], start: int, size: int) -> list[Tensor]:
+    return [tensor[:, start : start + size] for tensor in tensors]

@@ -1,13 +1,12 @@
-"""What attention gave in the forward pass, kept for the pass in which its block is computed again.
+"""Keeps attention results of the forward pass for the pass in which their block is recomputed.
 
 Activation checkpointing drops what a block computed and computes it a second time in backward.
-Under `Tape` everything is
-computed twice but attention: its mean and mass, small beside the rest, are kept. So no exchange of
-keys is repeated.
+Under an `AttentionTape` everything is computed twice except attention: its mean and lse, small
+beside the rest, are kept. So no exchange of keys is repeated.
 
-Source: Korthikanti et al. 2022 (arXiv:2205.05198) choose by hand what is computed again. Theirs is
-attention, which kept its matrix of scores; ours never has one, so attention is the dearest to
-compute and the cheapest to keep.
+Source: Korthikanti et al. 2022 (arXiv:2205.05198) choose by hand what is recomputed. They recompute
+attention, whose matrix of scores they would have to keep; ours never has one, so attention is the
+most expensive part to compute and the cheapest to keep.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,11 +17,11 @@ TapeEntries = tuple[Tensor, ...]
 
 
 class AttentionReplay:
-    """The memory of one leaf. Without a tape nothing is kept.
+    """The recorder of one primitive. Without a tape it records nothing.
 
     Attributes:
         tape: results of the calls of one forward pass, in order.
-        place: which of them comes next, while they are played back; None while they are recorded.
+        place: number of the next result while the tape is played back; None while it is recorded.
     """
 
     def __init__(self):
@@ -30,24 +29,27 @@ class AttentionReplay:
         self.place: int | None = None
 
     def replay_or_compute(self, compute: Callable[[], TapeEntries]) -> TapeEntries:
-        """What `compute` gives, or gave at this place of the forward pass. To be called where no
-        gradient is recorded."""
+        """Returns the result of `compute`, or the one recorded at this point of the forward pass.
+
+        To be called where no gradient is recorded.
+        """
         if self.tape is None:
             return compute()
         if self.place is None:
-            found = compute()
-            self.tape.append(tuple(tensor.detach() for tensor in found))
-            return found
+            result = compute()
+            self.tape.append(_detached(result))
+            return result
         self.place += 1
-        return tuple(tensor.detach() for tensor in self.tape[self.place - 1])
+        return _detached(self.tape[self.place - 1])
 
 
 class AttentionTape:
-    """While it is entered, the leaves record or play back; may be entered again.
+    """A context in which primitives record or play back; it may be entered again.
 
     Args:
-        leaves: the memories of a block's leaves. tapes: one for each of them.
-        plays: played back, not recorded.
+        leaves: the recorders of the primitives of a block.
+        tapes: one list of results for each recorder.
+        plays: whether results are played back instead of recorded.
     """
 
     def __init__(
@@ -63,11 +65,20 @@ class AttentionTape:
             leaf.place = 0 if self.plays else None
 
     def __exit__(self, *error: object) -> None:
+        # Also after an error: a recorder that kept its tape would grow with every later step.
         for leaf in self.leaves:
-            leaf.tape = leaf.place = None
+            leaf.tape = None
+            leaf.place = None
 
 
 def tapes(leaves: Sequence[AttentionReplay]) -> tuple[AttentionTape, AttentionTape]:
-    """(what to enter around a forward pass, what to enter around computing it again)."""
-    found: list[list[TapeEntries]] = [[] for _ in leaves]
-    return AttentionTape(leaves, found, plays=False), AttentionTape(leaves, found, plays=True)
+    """Returns (the context of a forward pass, the context of its recomputation)."""
+    results: list[list[TapeEntries]] = [[] for _ in leaves]
+    recording = AttentionTape(leaves, results, plays=False)
+    playback = AttentionTape(leaves, results, plays=True)
+    return recording, playback
+
+
+def _detached(tensors: TapeEntries) -> TapeEntries:
+    # Autograd marks a returned tensor as its output; the tape must not hold that graph alive.
+    return tuple(tensor.detach() for tensor in tensors)

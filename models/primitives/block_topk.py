@@ -1,9 +1,10 @@
-"""Lookup: a store that some of a row's tokens make up; its entries are picked, brought to the
-queries, and searched.
+"""Block top-k: a store made of some tokens of a row, which every query searches exactly.
 
-A leaf without parameters. Entries are in order of their address: a row numbers its documents in
-order and pads its end.
-Letters: B rows, T queries, S entries of the store, K found.
+Three steps, each of which a driver may do its own way: `pick` chooses the entries, `bring` takes
+them to the queries, and `best` searches them. The primitive has no parameters. Entries are in order
+of their address: a row numbers its documents in order and pads its end.
+
+Letters: B rows, T queries, S entries of the store, K results for each query.
 """
 
 from collections.abc import Callable
@@ -18,19 +19,19 @@ from models.primitive import Primitive
 from models.scores import Tensors
 from models.span import PADDING, Span
 
-# the role of an entry that stands for several tokens; its position is that of the last of them
+# Role of an entry that stands for several tokens; its position is that of the last of them.
 SUMMARY = 16
 
-CHUNK_SCORES = 1 << 22  # scores held at once while searching
+CHUNK_SCORES = 1 << 22  # scores in memory at once while searching
 
 
 class PickedBlocks(NamedTuple):
-    """Some of the tokens at hand.
+    """The tokens of a row that make up a store.
 
     Attributes:
-        index: [B, S] int64, where they lie among the tokens at hand; 0 where there is none.
-        span: [B, S] their addresses with the role SUMMARY; padding where there is none.
-        joint: [B, T + S] the addresses of all tokens at hand, then theirs.
+        index: [B, S] int64, their index in the row; 0 for an empty entry.
+        span: [B, S] their addresses with the role SUMMARY; padding for an empty entry.
+        joint: [B, T + S] the addresses of the whole row, then theirs.
     """
 
     index: Tensor
@@ -40,8 +41,10 @@ class PickedBlocks(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockEnds:
-    """Chooses the last token of each block of `block` positions of a document: where a block is
-    complete."""
+    """Chooses the last token of each block of `block` positions of a document.
+
+    There a block is complete, so a summary may be read from then on without looking ahead.
+    """
 
     block: int
 
@@ -50,36 +53,38 @@ class BlockEnds:
         return span.valid() & (span.pos % self.block == self.block - 1)
 
     def most(self, tokens: int) -> int:
-        """How many there can be among so many tokens: all one document."""
+        """Returns the largest possible number of block ends in a row of `tokens` tokens."""
         return max(1, tokens // self.block)
 
 
 class BlockTopK(Primitive):
-    """Searches a store on one device, where every entry is at hand."""
+    """Searches a store on one device, which holds every entry."""
 
     counts_flops = False  # a search chooses entries; what reads them is a Softmax, which counts
 
     def pick(self, span: Span, choose: BlockEnds) -> PickedBlocks:
-        """The tokens that `choose` is true of, as a store."""
+        """Returns the tokens for which `choose` is true, as a store."""
         if ("pick", choose) not in span.plans:
-            size = (
-                choose.most(span.shape[1]) if span.pos.is_meta else None
-            )  # sizes are counted without addresses
+            size = None
+            if span.pos.is_meta:
+                # Without numbers the block ends cannot be counted; cost estimates take the maximum.
+                size = choose.most(span.shape[1])
             span.plans["pick", choose] = picked_blocks(span, choose(span), size)
         return span.plans["pick", choose]
 
     def bring(
         self, payload: Tensors, mask: Mask, *, span: Span, kv_span: Span
     ) -> tuple[Tensors, Span]:
-        """Every entry `of` that a query `at` may see under `mask` (of all heads alike), in order of
-        address.
+        """Returns every entry that a query may see, in order of address; differentiable.
 
         Args:
             payload: tensors [B, S, ...] of the entries.
+            mask: alike for all heads.
+            span: addresses of the queries.
+            kv_span: addresses of the entries.
 
         Returns:
-            (tensors [B, S', ...], addresses [B, S']); differentiable. More may come than can be
-            seen.
+            (tensors [B, S', ...], addresses [B, S']). More entries may come than can be seen.
         """
         return payload, kv_span
 
@@ -94,8 +99,9 @@ class BlockTopK(Primitive):
         kv_span: Span,
         count: int,
     ) -> tuple[Tensor, Tensor]:
-        """The `count` entries of highest score for each query, among those it sees; of equals the
-        first.
+        """Returns the `count` visible entries of highest score for each query.
+
+        Of equal scores the earliest entry wins, so that one device and many ranks choose alike.
 
         Args:
             score: (query tensors [B, T, ...], entry tensors [B, S, ...]) -> [B, T, S]; computed and
@@ -107,80 +113,98 @@ class BlockTopK(Primitive):
             gradients: a choice has none.
         """
         with torch.no_grad():
-            entries, inner_span = self.bring(payload, mask, span=span, kv_span=kv_span)
-            entries = [e.double() for e in entries]
-            rows, size = inner_span.shape
+            entries, entry_span = self.bring(payload, mask, span=span, kv_span=kv_span)
+            entries = [entry.double() for entry in entries]
+            rows, size = entry_span.shape
             scores = query[0].new_full((*span.shape, count), -torch.inf, dtype=torch.float64)
-            found = torch.full_like(scores, -1, dtype=torch.long)
+            positions = torch.full_like(scores, -1, dtype=torch.long)
             step = max(1, CHUNK_SCORES // max(1, rows * size))
             for start in range(0, span.shape[1], step):
                 part = slice(start, start + step)
-                values = score([q[:, part].double() for q in query], entries)
-                seen = visible(mask, span.map(lambda t, p=part: t[:, p]), inner_span)[:, 0]
-                values = values.masked_fill(~seen, -torch.inf)
-                value, index = (
-                    x[..., :count] for x in values.sort(dim=-1, descending=True, stable=True)
-                )
-                where = inner_span.pos[:, None].expand(-1, index.shape[1], -1).gather(-1, index)
+                part_query = [tensor[:, part].double() for tensor in query]
+                part_span = span.map(lambda addresses, part=part: addresses[:, part])
+                part_scores = score(part_query, entries)
+                seen = visible(mask, part_span, entry_span)[:, 0]
+                part_scores = part_scores.masked_fill(~seen, -torch.inf)
+                # A stable sort, not topk: topk leaves the order of equals open.
+                ranked = part_scores.sort(dim=-1, descending=True, stable=True)
+                value = ranked.values[..., :count]
+                index = ranked.indices[..., :count]
+                entry_pos = entry_span.pos[:, None].expand(-1, index.shape[1], -1)
+                position = entry_pos.gather(-1, index).masked_fill(value == -torch.inf, -1)
                 scores[:, part, : value.shape[-1]] = value
-                found[:, part, : value.shape[-1]] = where.masked_fill(value == -torch.inf, -1)
-        return scores, found
+                positions[:, part, : value.shape[-1]] = position
+        return scores, positions
 
 
 def picked_blocks(span: Span, chosen: Tensor, size: int | None = None) -> PickedBlocks:
-    """The tokens where `chosen` [B, T] is true, filled up to `size` (by default as many as the
-    fullest row has)."""
+    """Returns the tokens where `chosen` [B, T] is true, padded to `size` entries.
+
+    Args:
+        size: S; by default the number of chosen tokens of the fullest row.
+    """
     counts = chosen.sum(1, keepdim=True)
-    size = max(1, int(counts.max())) if size is None else size
+    if size is None:
+        size = max(1, int(counts.max()))
+    # Sorting by "not chosen" puts the chosen tokens first and keeps their order.
     index = (~chosen).long().argsort(dim=1, stable=True)[:, :size]
     if index.shape[1] < size:
         index = torch.cat([index, index.new_zeros(len(index), size - index.shape[1])], 1)
-    there = torch.arange(size, device=index.device) < counts
-    index = index.masked_fill(~there, 0)
-    inner_span = Span(
-        span.pos.gather(1, index).masked_fill(~there, 0),
-        span.doc.gather(1, index).masked_fill(~there, PADDING),
+    filled = torch.arange(size, device=index.device) < counts
+    index = index.masked_fill(~filled, 0)
+    entry_span = Span(
+        span.pos.gather(1, index).masked_fill(~filled, 0),
+        span.doc.gather(1, index).masked_fill(~filled, PADDING),
         torch.full_like(index, SUMMARY),
     )
-    return PickedBlocks(index, inner_span, joint(span, inner_span))
+    return PickedBlocks(index, entry_span, joint(span, entry_span))
 
 
 def joint(a: Span, b: Span) -> Span:
-    """The addresses of `a`, then those of `b`; forgets the cut."""
+    """Concatenates the addresses of `a` and `b`; the result has no sharding."""
     return Span(
-        torch.cat([a.pos, b.pos], 1), torch.cat([a.doc, b.doc], 1), torch.cat([a.role, b.role], 1)
+        torch.cat([a.pos, b.pos], 1),
+        torch.cat([a.doc, b.doc], 1),
+        torch.cat([a.role, b.role], 1),
     )
 
 
 def keys(span: Span) -> Tensor:
-    """[B, T] int64 that grow with the address; padding comes last."""
-    return torch.where(span.valid(), (span.doc << 40) + span.pos, torch.iinfo(torch.int64).max)
+    """Returns sort keys that grow with the address, [B, T] int64; padding comes last."""
+    last = torch.iinfo(torch.int64).max
+    return torch.where(span.valid(), (span.doc << 40) + span.pos, last)
 
 
 def find(what: Span, among: Span) -> tuple[Tensor, Tensor]:
-    """Where tokens lie: (index [B, T] into `among`, there [B, T] bool); the index is of no use
-    where there is False."""
-    if not among.shape[1]:  # of rows of padding alone nothing is brought
+    """Finds tokens by address.
+
+    Returns:
+        (index [B, T] into `among`, present [B, T] bool); the index is arbitrary where `present` is
+        False.
+    """
+    if not among.shape[1]:  # rows of padding alone bring no entries
         nowhere = torch.zeros_like(what.pos)
         return nowhere, nowhere.bool()
-    order = keys(among).argsort(1)
-    sorted_keys = keys(among).gather(1, order)
+    among_keys = keys(among)
+    order = among_keys.argsort(1)
+    sorted_keys = among_keys.gather(1, order)
     wanted = keys(what)
-    place = torch.searchsorted(sorted_keys.contiguous(), wanted.contiguous()).clamp_max(
-        order.shape[1] - 1
-    )
-    return order.gather(1, place), (sorted_keys.gather(1, place) == wanted) & what.valid()
+    rank = torch.searchsorted(sorted_keys.contiguous(), wanted.contiguous())
+    rank = rank.clamp_max(order.shape[1] - 1)
+    present = (sorted_keys.gather(1, rank) == wanted) & what.valid()
+    return order.gather(1, rank), present
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """[B, S, ...] at [B, N] -> [B, N, ...]; zeros where S is 0."""
-    if not x.shape[1]:  # a sum, so that every rank builds the same graph
+    """Gathers tokens: [B, S, ...] at [B, N] -> [B, N, ...]; zeros where S is 0."""
+    if not x.shape[1]:
+        # A sum over nothing, so that every rank builds the same graph.
         return x.sum(1, keepdim=True, dtype=x.dtype).expand(-1, index.shape[1], *x.shape[2:])
-    return x.gather(
-        1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:])
-    )
+    per_feature = [1] * (x.dim() - 2)
+    index = index.view(*index.shape, *per_feature).expand(*index.shape, *x.shape[2:])
+    return x.gather(1, index)
 
 
 def moved(span: Span, by: Tensor | int) -> Span:
-    """The addresses `by` positions later in the same documents."""
+    """Returns the addresses `by` positions later in the same documents."""
     return replace(span, pos=span.pos + by, sharding=None, plans={})

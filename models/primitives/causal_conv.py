@@ -1,6 +1,7 @@
-"""Window: the few tokens just before. A driver needs only to lend the tokens that lie before a run.
+"""Short causal convolution: a filter over the few tokens just before each token.
 
-A leaf without parameters. Letters: B rows, T tokens, C channels, J taps.
+A driver only has to lend the tokens that lie before a run. The primitive has no parameters.
+Letters: B rows, T tokens, C channels, J taps.
 """
 
 import torch
@@ -14,68 +15,75 @@ from models.span import PADDING, Span
 
 
 class CausalConv(Primitive, StatefulModule):
-    """A causal filter per channel, y_t = sum_j taps_j x_{t-j}, that reads no other document and no
-    padding.
+    """A causal filter per channel, y_t = sum_j taps_j x_{t-j}, within documents.
 
-    A token shift is the window with taps (0, 1). What is masked is replaced, not multiplied by 0.
-    Where rows go on from those before (Span.past), it reads their last tokens, and nothing is
-    learned through those.
+    A token shift is the filter with taps (0, 1). Masked tokens are replaced by 0, not multiplied by
+    0. Where rows continue earlier ones (Span.past), it reads their last tokens, and no gradient
+    flows through those.
     """
 
     def forward(self, payload: Tensors, params: Tensors, *, span: Span) -> Tensor:
-        """[B, T, C].
+        """Returns the filtered tokens, [B, T, C].
 
         Args:
             payload: (x [B, T, C],).
-            params: (taps [J, C],), the j-th for the token j places back.
-            at: addresses of x; a token is read only if it lies just where its address says.
+            params: (taps [J, C],), the j-th for the token j positions back.
+            span: addresses of x; an earlier token is read only if it lies at the distance that its
+                address says.
         """
         (taps,) = params
         x, span, skip = with_tail(self.place, payload[0], len(taps) - 1, span)
-        out = taps[0] * torch.where(span.valid()[..., None], x, 0)
-        for j in range(1, min(len(taps), x.shape[1])):
-            out = out + taps[j] * delayed(x, span, j)
-        return out[:, skip:]
+        output = taps[0] * torch.where(span.valid()[..., None], x, 0)
+        for distance in range(1, min(len(taps), x.shape[1])):
+            output = output + taps[distance] * delayed(x, span, distance)
+        return output[:, skip:]
 
     def recur(
         self, payload: Tensors, params: Tensors, *, span: Span, tail: Tensor, tail_at: Span
     ) -> tuple[Tensor, Tensor]:
-        """As forward with the tokens `tail` [B, J - 1, C] just before; also gives the tail that
-        comes next."""
+        """Filters tokens that follow `tail` [B, J - 1, C]; returns (output, the next tail)."""
         whole = torch.cat([tail, payload[0]], 1)
-        pos, doc, role = (
-            torch.cat(ends, 1) for ends in zip(*((s.pos, s.doc, s.role) for s in (tail_at, span)))
+        whole_span = Span(
+            torch.cat([tail_at.pos, span.pos], 1),
+            torch.cat([tail_at.doc, span.doc], 1),
+            torch.cat([tail_at.role, span.role], 1),
         )
-        both = Span(pos, doc, role)
         skip = tail.shape[1]
-        return self((whole,), params, span=both)[:, skip:], whole[:, whole.shape[1] - skip :]
+        output = self((whole,), params, span=whole_span)[:, skip:]
+        return output, whole[:, whole.shape[1] - skip :]
 
 
 def with_tail(place: str, x: Tensor, reach: int, span: Span) -> tuple[Tensor, Span, int]:
-    """x with the tokens kept of the rows before in front, the addresses of both, how many they are;
-    keeps the last `reach`.
+    """Prepends the tokens carried over from earlier rows, and carries the last `reach` onward.
 
     Args:
-        place: name of the module that keeps them.
+        place: name of the module that carries them.
+
+    Returns:
+        (x [B, M + T, C], its addresses, M); unchanged and 0 where nothing is carried.
     """
     if span.past is None or not reach:
         return x, span, 0
-    kept, kv_span = span.past.tokens(place, x, reach)
-    key = "widened", id(kv_span)
+    tail, tail_span = span.past.tokens(place, x, reach)
+    key = "widened", id(tail_span)
     if key not in span.plans:
-        span.plans[key] = kv_span, kv_span.join(span)  # `of` is kept, so that its id stays its own
-    return torch.cat([kept.to(x.dtype), x], 1), span.plans[key][1], kept.shape[1]
+        # Holding `tail_span` keeps its id from being given to another object.
+        span.plans[key] = tail_span, tail_span.join(span)
+    _, whole_span = span.plans[key]
+    return torch.cat([tail.to(x.dtype), x], 1), whole_span, tail.shape[1]
 
 
 def delayed(x: Tensor, span: Span, distance: int) -> Tensor:
-    """[B, T, C]: x as it was `distance` tokens before, 0 where that is another document or
-    nothing."""
+    """Returns x as it was `distance` tokens earlier, [B, T, C].
 
-    def late(y: Tensor) -> Tensor:
-        return y[:, : y.shape[1] - distance]
-
-    same = (span.doc[:, distance:] == late(span.doc)) & (
-        span.pos[:, distance:] - late(span.pos) == distance
-    )
-    same = same & (span.doc[:, distance:] != PADDING)
-    return F.pad(torch.where(same[..., None], late(x), 0), (0, 0, distance, 0))
+    0 where that token belongs to another document, is padding, or does not exist.
+    """
+    earlier = span.shape[1] - distance
+    later_doc = span.doc[:, distance:]
+    later_pos = span.pos[:, distance:]
+    same_document = later_doc == span.doc[:, :earlier]
+    # A memory may leave gaps between neighbours of one document: the address decides.
+    adjacent = later_pos - span.pos[:, :earlier] == distance
+    same = same_document & adjacent & (later_doc != PADDING)
+    shifted = torch.where(same[..., None], x[:, :earlier], 0)
+    return F.pad(shifted, (0, 0, distance, 0))

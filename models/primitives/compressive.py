@@ -1,15 +1,16 @@
-"""Compress: a memory of fixed size that is written segment by segment, and read as it was before
-the segment at hand.
+"""Compressive scan: a memory of fixed size, written segment by segment.
+
+Within a segment, the memory is read as it was before that segment:
 
     closed += pending, pending = 0               at the first token of a segment
     o_t = q_t closed
     pending += k_t (v_t - w_t (k_t closed))      w_t is 0 under the linear rule
 
 All of it is affine in (closed, pending), so a run of tokens has a summary of fixed size, wherever
-segments lie in it. A document that opens starts from nothing; padding leaves the memory alone.
+segments lie in it. A document that opens starts from an empty memory; padding leaves it alone.
 
-A leaf without parameters. Letters: B rows, T tokens, H query heads, G key heads, D key width, E
-value width, R runs, N chunks, C slots, P pieces.
+The primitive has no parameters. Letters: B rows, T tokens, H query heads, G key heads, D key width,
+E value width, R runs, N chunks, C slots, P pieces.
 """
 
 import torch
@@ -26,11 +27,11 @@ from models.span import Span
 
 
 class CompressiveScan(Primitive, StatefulModule):
-    """One device: all tokens are at hand.
+    """A segmented memory on one device, which holds all tokens.
 
     Args:
-        segment: tokens of a document to a segment, counted from its first token; None: a row is one
-            segment, and reads what the rows before it left.
+        segment: tokens in a segment, counted from the first token of the document; None: a row is
+            one segment, and reads the memory that earlier rows left.
 
     Every call takes query (q [B, T, H, D],) and payload (k [B, T, G, D], v [B, T, G, E]) or (k, v,
     w [B, T, G]); query head h reads memory h // (H / G). The memory is float32, or float64 where
@@ -38,7 +39,7 @@ class CompressiveScan(Primitive, StatefulModule):
     it.
 
     Source: the algebra of Infini-attention (Munkhdalai et al. 2024, arXiv:2404.07143). Theirs goes
-    through segments one by one; ours sums all of them up at once and then passes memories along.
+    through segments one by one; ours sums up all of them at once and then passes memories along.
     """
 
     counts_flops = False  # the count has always left segment memories out; so their MFU is a floor
@@ -50,35 +51,37 @@ class CompressiveScan(Primitive, StatefulModule):
     def forward(
         self, query: Tensors, payload: Tensors, params: Tensors = (), *, span: Span
     ) -> Tensor:
-        """[B, T, H, E]: what the memory answers; 0 at padding."""
+        """Returns the answers of the memory, [B, T, H, E]; 0 at padding."""
         work = self.open(query, payload, span=span)
         states = work.blank()
         if span.past is not None:
-            found = span.past.state(self.place)
-            states = states if found is None else found.to(states.dtype).view_as(states)
-        out = work.read(states)
+            carried = span.past.state(self.place)
+            if carried is not None:
+                states = carried.to(states.dtype).view_as(states)
+        output = work.read(states)
         if span.past is not None:
-            span.past.store(
-                self.place, self.carried(work.final_states(states)).flatten(0, 2), SHARDED
-            )
-        return out
+            next_row = self.carried(work.final_states(states))
+            span.past.store(self.place, next_row.flatten(0, 2), SHARDED)
+        return output
 
     def open(
         self, query: Tensors, payload: Tensors, *, span: Span, runs: Runs | None = None
     ) -> "CompressiveWork":
-        """What can be done before the states are known that come into the runs; see Work.
+        """Computes everything that does not depend on the states that come into the runs.
 
         Args:
-            runs: tokens of each run of each row, in the order in which they lie; one run by
-                default.
+            runs: tokens of each run of each row, in their order in the row; one run by default.
         """
         plan = segment_chunks(span, self.segment, runs)
         wide = torch.promote_types(query[0].dtype, torch.float32)
-        q, *rest = (plan.deal(x).to(wide) for x in (*query, *payload))
+        q, *rest = [plan.deal(tensor).to(wide) for tensor in (*query, *payload)]
         return CompressiveWork(q, rest, plan, span.shape[0], query[0].dtype)
 
     def carried(self, state: Tensor) -> Tensor:
-        """A state as the next row takes it: where a row is a segment, it closes with the row."""
+        """Returns the state that the next row starts from.
+
+        Where a row is a segment, the segment closes with the row.
+        """
         if self.segment is not None:
             return state
         closed, pending = state.chunk(2, -2)
@@ -86,10 +89,11 @@ class CompressiveScan(Primitive, StatefulModule):
 
 
 class CompressiveWork:
-    """The part that does not depend on the states that come into runs.
+    """The part of a compressive scan that does not depend on the incoming states.
 
-    Attributes: gain: [P, G, D, E] and take: [P, G, D, D] or None: a piece adds gain - take closed
-        to what is pending.
+    Attributes:
+        gain: [P, G, D, E]; a piece adds gain - take @ closed to the pending memory.
+        take: [P, G, D, D], or None under the linear rule.
     """
 
     def __init__(
@@ -101,81 +105,91 @@ class CompressiveWork:
         self.rows = rows
         self.dtype = dtype
         self.gain = plan.sums(k.mT @ v)
-        self.take = plan.sums((k * weight[0][..., None]).mT @ k) if weight else None
+        self.take = None
+        if weight:
+            self.take = plan.sums((k * weight[0][..., None]).mT @ k)
 
     @property
     def _shape(self) -> tuple[int, ...]:
         """(B, R, G, rows and columns of a state)."""
         _, heads, width, values = self.gain.shape
-        matrix = (2, width * values) if self.take is None else (2 * width, values)
+        if self.take is None:
+            # The linear rule treats all entries of a memory alike: a keep is [2, 2].
+            matrix = (2, width * values)
+        else:
+            matrix = (2 * width, values)
         return (*self.plan.last.shape, heads, *matrix)
 
     def blank(self) -> Tensor:
-        """[B, R, G, ...]: nothing comes into any run."""
+        """Returns empty incoming states, [B, R, G, ...]."""
         return self.gain.new_zeros(self._shape)
 
     def summarise(self) -> RunSummary:
-        """What every run does to a state: keep [B, R, 1 or G, 2 (D), 2 (D)] times it, and gain."""
+        """Returns the effect of every run on a state: keep [B, R, 1 or G, 2 (D), 2 (D)], gain."""
         opened = self.plan.opened
-        tie = self.gain[:0].sum()  # 0: a rank without tokens builds the same graph as the others
+        zero = self.gain[:0].sum()  # a rank without tokens builds the same graph as the others
         if self.take is None:
-            stays, closes = (
-                torch.tensor(x, dtype=self.gain.dtype, device=opened.device)
-                for x in (STAYS, CLOSES)
-            )
+            stays = torch.tensor(STAYS, dtype=self.gain.dtype, device=opened.device)
+            closes = torch.tensor(CLOSES, dtype=self.gain.dtype, device=opened.device)
             keep = torch.where(self.plan.began[..., None, None], closes, stays)
             keep = keep.masked_fill(opened[..., None, None], 0)[:, :, None]
-            return RunSummary(keep, self.final_states(self.blank()) + tie, opened)
+            return RunSummary(keep, self.final_states(self.blank()) + zero, opened)
+        # The keep of a run is carried along as further columns that start from the identity.
         _, heads, width, values = self.gain.shape
-        one = torch.eye(2 * width, dtype=self.gain.dtype, device=opened.device)
-        states = F.pad(one, (values, 0)).expand(*opened.shape, heads, 2 * width, values + 2 * width)
-        gain, keep = self._pass(states, F.pad(self.gain, (0, 2 * width)))[1].split(
-            [values, 2 * width], -1
-        )
-        return RunSummary(keep, gain + tie, opened)
+        identity = torch.eye(2 * width, dtype=self.gain.dtype, device=opened.device)
+        states = F.pad(identity, (values, 0))
+        states = states.expand(*opened.shape, heads, 2 * width, values + 2 * width)
+        _, final = self._pass(states, F.pad(self.gain, (0, 2 * width)))
+        gain, keep = final.split([values, 2 * width], -1)
+        return RunSummary(keep, gain + zero, opened)
 
     def read(self, states: Tensor) -> Tensor:
-        """[B, T, H, E], given the state just before each run; 0 at padding."""
-        closed = self._pass(states, self.gain)[0][self.plan.piece]  # [N, G, D, E]
+        """Returns the answers [B, T, H, E], 0 at padding, given the states before each run."""
+        closed, _ = self._pass(states, self.gain)
+        closed = closed[self.plan.piece]  # [N, G, D, E]
         q = self.q.unflatten(1, (closed.shape[1], -1))
-        out = (q.flatten(2, 3) @ closed).view(*q.shape[:-1], closed.shape[-1]).flatten(1, 2)
-        return self.plan.collect(out, self.rows).to(self.dtype)
+        answers = (q.flatten(2, 3) @ closed).view(*q.shape[:-1], closed.shape[-1])
+        return self.plan.collect(answers.flatten(1, 2), self.rows).to(self.dtype)
 
     def final_states(self, states: Tensor) -> Tensor:
-        """The state just after each run, given the one just before each."""
-        return self._pass(states, self.gain)[1]
+        """Returns the states just after each run, given those just before."""
+        _, final = self._pass(states, self.gain)
+        return final
 
     def _pass(self, states: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-        """(closed [P, G, D, E] as every piece reads it, the states after each run)."""
+        """Returns (closed [P, G, D, E] as every piece reads it, the states after each run)."""
         plan = self.plan
         shape = states.shape
         flat = states.reshape(-1, shape[2], 2, gain.shape[2], gain.shape[3])
-        closed, pending = F.pad(flat, [0, 0] * 4 + [0, 1])[plan.source].unbind(2)
+        # A chain that starts from nothing names the appended state of zeros as its source.
+        sources = F.pad(flat, [0, 0] * 4 + [0, 1])[plan.source]
+        closed, pending = sources.unbind(2)
         begins = plan.begins[:, None, None, None]
         read = []
         ended = []
         for first, stop in plan.steps():
-            closed, pending = _until(closed, pending, stop - first, ended)
-            shut = begins[first:stop]
-            closed = torch.where(shut, closed + pending, closed)
-            pending = torch.where(shut, 0, pending)
+            closed, pending = _continuing(closed, pending, stop - first, ended)
+            segment_begins = begins[first:stop]
+            closed = torch.where(segment_begins, closed + pending, closed)
+            pending = torch.where(segment_begins, 0, pending)
             read.append(closed)
             pending = pending + gain[first:stop]
             if self.take is not None:
                 pending = pending - self.take[first:stop] @ closed
-        _until(closed, pending, 0, ended)
+        _continuing(closed, pending, 0, ended)
+        # Chains end from the shortest, which come last, to the longest.
         after = torch.cat(ended[::-1])[plan.last]  # [B, R, G, 2, D, E]
         return torch.cat([*read, closed[:0]]), after.flatten(-3).view(shape)
 
 
-# what a run in which no segment begins, or some, keeps
+# keep of a run in which no segment begins, and of one in which at least one does
 STAYS = ((1.0, 0.0), (0.0, 1.0))
 CLOSES = ((1.0, 1.0), (0.0, 0.0))
 
 
-def _until(
+def _continuing(
     closed: Tensor, pending: Tensor, count: int, ended: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The first `count` chains; the others have ended, and are put aside."""
+    """Returns the states of the first `count` chains; appends those of the others to `ended`."""
     ended.append(torch.stack([closed[count:], pending[count:]], 2))
     return closed[:count], pending[:count]

@@ -1,7 +1,6 @@
-"""Dispatch: tokens visit the experts that were chosen for them. A driver needs only to bring them
-there and back.
+"""Expert dispatch: brings tokens to the experts that were chosen for them, and back.
 
-A leaf without parameters. Letters: N visits, W width, E experts.
+The primitive has no parameters. Letters: N visits, W width, E experts.
 """
 
 from collections.abc import Callable
@@ -10,13 +9,12 @@ from torch import Tensor
 
 from models.primitive import Primitive
 
-Visit = Callable[
-    [Tensor, Tensor, Tensor | None], Tensor
-]  # (tokens [N, W], counts [E], keys [N] or None) -> [N, W]
+# (tokens [N, W], counts [E], keys [N] or None) -> [N, W]
+Visit = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class ExpertDispatch(Primitive):
-    """Passes tokens to their experts on one device, where every expert is at hand."""
+    """Passes tokens to their experts on one device, which holds every expert."""
 
     needs_driver = False  # of a sharded row only; experts over ranks have one of their own
     counts_flops = False  # the experts' weights are counted by their active share
@@ -24,13 +22,13 @@ class ExpertDispatch(Primitive):
     def exchange(
         self, sent: Tensor, counts: Tensor, visit: Visit, keys: Tensor | None = None
     ) -> Tensor:
-        """[N, W]: what the experts make of each token.
+        """Returns the output of the experts for each token, [N, W].
 
         Args:
-            sent: [N, W] tokens, those for the first expert first. Past the sum of `counts` they
-                visit nobody, and what comes back there is 0.
+            sent: [N, W] tokens, those for the first expert first. Rows past the sum of `counts`
+                visit no expert, and their output is 0.
             counts: [E] int64, tokens for each expert.
-            visit: what the experts at hand make of tokens that lie expert by expert.
+            visit: computes the experts of this device on tokens sorted by expert.
             keys: [N] int64 that travel with the tokens.
         """
         return visit(sent, counts, keys)

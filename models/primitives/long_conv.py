@@ -1,9 +1,10 @@
-"""Convolution: a causal filter per channel, as long as the sequence. Contributions of disjoint
-tokens add up.
+"""Long convolution: a causal filter per channel, as long as the sequence, by FFT.
 
-Documents are convolved each for itself, so none can touch another: pieces of equal padded length go
-through one FFT. A leaf without parameters. Letters: B rows, T tokens, S source tokens, C channels,
-L taps.
+Contributions of disjoint tokens add up, so a driver may convolve any two stretches. Every document
+is convolved by itself, so none can touch another: stretches of equal padded length share one FFT.
+
+The primitive has no parameters. Letters: B rows, T tokens, S source tokens, C channels, L taps, G
+pairs of stretches.
 """
 
 from collections.abc import Iterator
@@ -25,8 +26,10 @@ from models.span import PADDING, Span
 
 
 class Fragment(NamedTuple):
-    """A stretch of one document: tokens [start, start + length) of a row, the first of which has
-    position pos."""
+    """A stretch of one document: tokens [start, start + length) of a row.
+
+    `pos` is the position of the first of them.
+    """
 
     row: int
     start: int
@@ -36,26 +39,28 @@ class Fragment(NamedTuple):
 
 
 class FragmentPair(NamedTuple):
-    """Tokens `into` that hear tokens `of`; `shift` = how far the first of `into` lies after the
-    first of `of`."""
+    """Output tokens `into` and the source tokens `kv_span` that contribute to them."""
 
-    length: int  # to which both are padded
-    shift: int
+    length: int  # padded length of both
+    shift: int  # positions from the first source token to the first output token
     into: Fragment
     kv_span: Fragment
 
 
 class LongConv(Primitive, StatefulModule):
-    """y_t = sum_{j <= t} filter_j x_{t-j} within a document, by FFT; float32, or float64 where x
-    is.
+    """y_t = sum_{j <= t} filter_j x_{t-j} within a document; float32, or float64 where x is.
 
-    Source: Poli et al. 2023 (arXiv:2302.10866). Ours knows documents, and convolves any two
-    stretches of one document. Where rows go on from those before (Span.past), it hears all of their
-    tokens that the filter reaches, and nothing is learned through those.
+    Source: Poli et al. 2023 (arXiv:2302.10866). Ours respects documents, and convolves any two
+    stretches of one document. Where rows continue earlier ones (Span.past), their tokens within
+    reach of the filter contribute too, and no gradient flows through those.
     """
 
     def forward(self, payload: Tensors, params: Tensors, *, span: Span) -> Tensor:
-        """[B, T, C]; payload (x [B, T, C],), params (filter [L, C],).
+        """Returns the filtered tokens [B, T, C].
+
+        Args:
+            payload: (x [B, T, C],).
+            params: (filter [L, C],).
 
         Raises:
             ValueError: a document has more tokens than the filter has taps.
@@ -64,76 +69,79 @@ class LongConv(Primitive, StatefulModule):
         return self.partial((x,), params, span=span, kv_span=span)[:, skip:]
 
     def widened(self, payload: Tensors, params: Tensors, *, span: Span) -> tuple[Tensor, Span, int]:
-        """x [B, S, C] with what was kept in front, the addresses of both, and how many tokens are
-        in front."""
+        """Prepends the tokens carried from earlier rows; see `with_tail`."""
         return with_tail(self.place, payload[0], len(params[0]) - 1, span)
 
     def partial(self, payload: Tensors, params: Tensors, *, span: Span, kv_span: Span) -> Tensor:
-        """[B, T, C]: what the tokens of payload [B, S, C], addressed by `of`, give to those
-        addressed by `at`."""
+        """Returns what tokens addressed by `kv_span` contribute to those addressed by `span`.
+
+        Args:
+            payload: (x [B, S, C],).
+
+        Returns:
+            [B, T, C].
+        """
         (x,) = payload
         (taps,) = params
         wide = torch.promote_types(x.dtype, torch.float32)
         key = ("convolution", id(kv_span))
         if key not in span.plans:
-            span.plans[key] = (
-                kv_span,
-                _pairs(span, kv_span),
-            )  # `of` is kept, so that its id stays its own
+            # Holding `kv_span` keeps its id from being given to another object.
+            span.plans[key] = kv_span, _pairs(span, kv_span)
+        _, pairs = span.plans[key]
         x_flat = x.flatten(0, 1).to(wide)
         taps = taps.to(wide)
-        size = span.shape[0] * span.shape[1]
-        wheres = []
-        parts = []
-        for length, shift, group in _groups(span.plans[key][1]):
+        targets = []
+        contributions = []
+        for length, shift, group in _groups(pairs):
             if shift + max(pair.into.length for pair in group) > len(taps):
                 raise ValueError(
                     f"the filter has {len(taps)} taps and a document more tokens; raise"
                     " context_length to the longest row, or, where rows go on, the mixer's own"
                     " context_length to the longest document"
                 )
-            here = _places(
-                (
-                    (p.kv_span.row * kv_span.shape[1] + p.kv_span.start, p.kv_span.length)
-                    for p in group
-                ),
-                length,
-            ).to(x.device)
-            into = _places(
-                ((p.into.row * span.shape[1] + p.into.start, p.into.length) for p in group), length
-            ).flatten()
-            source = x_flat[here.clamp_min(0)].masked_fill((here < 0)[..., None], 0)
-            told = (into >= 0).nonzero()[:, 0]
-            wheres.append(into[told].to(x.device))
-            parts.append(
-                convolve(source, taps, shift).flatten(0, 1).index_select(0, told.to(x.device))
-            )
-        out = x_flat.new_zeros(size, x.shape[2])
-        if parts:
-            out = out.index_add(0, torch.cat(wheres), torch.cat(parts))
-        else:  # padding alone
-            out = tied(out, x_flat, taps)
-        return out.view(*span.shape, x.shape[2]).to(x.dtype)
+            sources = [pair.kv_span for pair in group]
+            source_index = _flat_index(sources, kv_span.shape[1], length).to(x.device)
+            outputs = [pair.into for pair in group]
+            output_index = _flat_index(outputs, span.shape[1], length).flatten()
+            source = x_flat[source_index.clamp_min(0)]
+            source = source.masked_fill((source_index < 0)[..., None], 0)
+            used = (output_index >= 0).nonzero()[:, 0]
+            targets.append(output_index[used].to(x.device))
+            convolved = convolve(source, taps, shift).flatten(0, 1)
+            contributions.append(convolved.index_select(0, used.to(x.device)))
+        output = x_flat.new_zeros(span.shape[0] * span.shape[1], x.shape[2])
+        if contributions:
+            output = output.index_add(0, torch.cat(targets), torch.cat(contributions))
+        else:
+            # Padding alone: the graph must still reach the inputs, as it does on other ranks.
+            output = tied(output, x_flat, taps)
+        return output.view(*span.shape, x.shape[2]).to(x.dtype)
 
 
-def _pieces(span: Span) -> list[Fragment]:
+def _fragments(span: Span) -> list[Fragment]:
+    """Returns every unbroken stretch of a document in these rows."""
     pos, doc = on_host(span)
-    found = []
-    for row, (p, d) in enumerate(zip(pos, doc)):
-        edges = [0, *(1 + np.flatnonzero((np.diff(p) != 1) | (np.diff(d) != 0))).tolist(), len(p)]
-        for a, b in zip(edges[:-1], edges[1:]):
-            if b > a and d[a] != PADDING:
-                found.append(Fragment(row, a, b - a, int(d[a]), int(p[a])))
-    return found
+    fragments = []
+    for row, (row_pos, row_doc) in enumerate(zip(pos, doc)):
+        breaks = (np.diff(row_pos) != 1) | (np.diff(row_doc) != 0)
+        edges = [0, *(1 + np.flatnonzero(breaks)).tolist(), len(row_pos)]
+        for start, stop in zip(edges[:-1], edges[1:]):
+            if stop > start and row_doc[start] != PADDING:
+                document = int(row_doc[start])
+                position = int(row_pos[start])
+                fragments.append(Fragment(row, start, stop - start, document, position))
+    return fragments
 
 
 def _pairs(span: Span, kv_span: Span) -> list[FragmentPair]:
-    """Every two pieces of one document of which the first is not wholly before the second."""
+    """Returns all pairs of stretches of one document whose output does not wholly precede the
+    source."""
     sources: dict[tuple[int, int], list[Fragment]] = {}
-    for piece in _pieces(kv_span):
-        sources.setdefault((piece.row, piece.doc), []).append(piece)
+    for fragment in _fragments(kv_span):
+        sources.setdefault((fragment.row, fragment.doc), []).append(fragment)
     pairs = []
-    for into in _pieces(span):
+    for into in _fragments(span):
         for source in sources.get((into.row, into.doc), ()):
             shift = into.pos - source.pos
             if shift + into.length > 0:
@@ -141,28 +149,39 @@ def _pairs(span: Span, kv_span: Span) -> list[FragmentPair]:
     return sorted(pairs, key=lambda pair: pair[:2])
 
 
-def _pair(into: Fragment, kv_span: Fragment, shift: int) -> FragmentPair:
-    if shift < 0:  # the earliest of `into` hear nothing
+def _pair(into: Fragment, source: Fragment, shift: int) -> FragmentPair:
+    if shift < 0:
+        # The first output tokens lie before the source: nothing contributes to them.
         into = into._replace(
             start=into.start - shift, length=into.length + shift, pos=into.pos - shift
         )
-    return FragmentPair(_padded(max(into.length, kv_span.length)), max(0, shift), into, kv_span)
+    length = _padded(max(into.length, source.length))
+    return FragmentPair(length, max(0, shift), into, source)
 
 
 def _padded(length: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, ...: lengths that are quick to transform."""
+    """Rounds up to one of 1, 2, 3, 4, 6, 8, 12, 16, ...: lengths with a fast transform."""
     power = 1 << max(0, length - 1).bit_length()
-    return power * 3 // 4 if power >= 4 and length <= power * 3 // 4 else power
+    three_quarters = power * 3 // 4
+    if power >= 4 and length <= three_quarters:
+        return three_quarters
+    return power
 
 
 def _groups(pairs: list[FragmentPair]) -> Iterator[tuple[int, int, list[FragmentPair]]]:
+    """Yields (length, shift, pairs) for pairs that one call can convolve; they come sorted."""
     for (length, shift), group in groupby(pairs, key=lambda pair: pair[:2]):
         yield length, shift, list(group)
 
 
-def _places(stretches: Iterator[tuple[int, int]], length: int) -> Tensor:
-    """[G, length] int64 on the CPU: start, start + 1, ... for as long as each stretch is, then
-    -1."""
-    starts, lengths = (torch.tensor(x, device="cpu")[:, None] for x in zip(*stretches))
+def _flat_index(fragments: list[Fragment], row_length: int, length: int) -> Tensor:
+    """Returns the index of each token among all rows end to end, [G, length] int64 on the CPU.
+
+    -1 after the end of a fragment.
+    """
+    starts = [fragment.row * row_length + fragment.start for fragment in fragments]
+    lengths = [fragment.length for fragment in fragments]
+    start = torch.tensor(starts, device="cpu")[:, None]
     steps = torch.arange(length, device="cpu")
-    return torch.where(steps < lengths, starts + steps, -1)
+    inside = steps < torch.tensor(lengths, device="cpu")[:, None]
+    return torch.where(inside, start + steps, -1)

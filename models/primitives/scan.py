@@ -1,16 +1,15 @@
-"""Scan: a state carried left to right, affine in the state. What a run of tokens does to it has a
-summary of fixed size.
+"""Scan: a state carried from left to right, affine in the state.
 
     S_t = diag(w_t) S_{t-1} + b_t (a_t S_{t-1}) + k_t v_t        o_t = q_t S_t   (or q_t S_{t-1})
 
-Three forms that are one thing: `forward` (in chunks, for training), `recur` (token by token, for
-decoding: the state is all that is kept of the past), and `open`, whose work gives summaries and
-runs from any state (what parallel/ drives). A document that opens starts from nothing; padding
-leaves the state alone, wherever it lies. Where rows go on from those before (Span.past), the state
-does too, and nothing is learned through it.
+The effect of a run of tokens on the state has a summary of fixed size. Three forms compute the
+same: `forward` (in chunks, for training), `recur` (token by token, for decoding: only the state is
+kept), and `open`, which gives the summaries of runs and the output from any state (for drivers). A
+document that opens starts from an empty state; padding leaves the state alone, wherever it lies.
+Where rows continue earlier ones (Span.past), so does the state, and no gradient flows through it.
 
-A leaf without parameters. Letters: B rows, T tokens, H heads, D key width, E value width, R runs;
-"h" is H or 1.
+The primitive has no parameters. Letters: B rows, T tokens, H heads, D key width, E value width, R
+runs; "h" is H or 1.
 """
 
 from typing import NamedTuple
@@ -31,7 +30,7 @@ CHUNK = 64  # tokens to a chunk, a power of two; shorter where every document is
 
 
 class RunSummary(NamedTuple):
-    """What each run does to a state: S becomes keep S + gain, or gain alone where a document opens.
+    """The effect of each run on a state: S becomes keep S + gain.
 
     Attributes:
         keep: [B, R, h, 1 or D] (diagonal) or [B, R, H, D, D].
@@ -45,11 +44,11 @@ class RunSummary(NamedTuple):
 
 
 class Scan(Primitive, StatefulModule):
-    """A linear recurrence over the tokens at hand.
+    """A linear recurrence over the tokens of one device.
 
     Args:
-        before: read the state as it was before the token's own update (RWKV-6), not after.
-        chunk: most tokens to a chunk, a power of two.
+        before: whether a token reads the state before its own update (RWKV-6), not after.
+        chunk: largest number of tokens in a chunk, a power of two.
 
     Every call takes query (q,) and payload (k, v, decay) or (k, v, decay, a, b): q, k, a, b [B, T,
     h, D], v [B, T, H, E], decay in nats per token, at most 0 (minus infinity forgets all): [B, T,
@@ -64,8 +63,8 @@ class Scan(Primitive, StatefulModule):
         super().__init__()
         if chunk < 1 or chunk & (chunk - 1):
             raise ValueError(
-                f"chunk={chunk} is no power of two; a chunk is halved again and again, choose 16,"
-                " 32 or 64"
+                f"chunk={chunk}: must be a power of two, because a chunk is halved again and again;"
+                " choose 16, 32 or 64"
             )
         self.before = before
         self.chunk = chunk
@@ -73,13 +72,16 @@ class Scan(Primitive, StatefulModule):
     def forward(
         self, query: Tensors, payload: Tensors, params: Tensors = (), *, span: Span
     ) -> Tensor:
-        """[B, T, H, E]: the recurrence from an empty state, or from what the rows before left; 0 at
-        padding."""
+        """Returns the outputs [B, T, H, E], 0 at padding.
+
+        The state begins empty, or as the rows before left it.
+        """
         work = self.open(query, payload, span=span)
         states = work.blank()
         if span.past is not None:
-            found = span.past.state(self.place)
-            states = states if found is None else found.view_as(states).to(states.dtype)
+            carried = span.past.state(self.place)
+            if carried is not None:
+                states = carried.view_as(states).to(states.dtype)
             with torch.no_grad():
                 span.past.store(self.place, work.final_states(states).flatten(0, 2), SHARDED)
         return work.read(states)
@@ -87,53 +89,61 @@ class Scan(Primitive, StatefulModule):
     def open(
         self, query: Tensors, payload: Tensors, *, span: Span, runs: Runs | None = None
     ) -> "ScanWork | scan_fla.FlaScan":
-        """What can be done before the states are known that come into the runs; see Work.
+        """Computes everything that does not depend on the states that come into the runs.
 
         Args:
-            runs: tokens of each run of each row, in the order in which they lie; one run by
-                default.
+            runs: tokens of each run of each row, in their order in the row; one run by default.
         """
-        found = scan_fla.select_kernel(query, payload, before=self.before)
-        if found is not None:
-            return scan_fla.FlaScan(*found, query[0], payload, varlen_layout(span, runs))
+        kernel = scan_fla.select_kernel(query, payload, before=self.before)
+        if kernel is not None:
+            return scan_fla.FlaScan(*kernel, query[0], payload, varlen_layout(span, runs))
         plan = chunk_layout(span, _size(self.chunk, span.shape[1]), runs)
         wide = torch.promote_types(query[0].dtype, torch.float32)
-        q, *rest = (plan.deal(x).to(wide) for x in (*query, *payload))
-        return ScanWork(recomputed_chunks(q, tuple(rest), before=self.before), plan, query[0].dtype)
+        q, *rest = [plan.deal(tensor).to(wide) for tensor in (*query, *payload)]
+        affine = recomputed_chunks(q, tuple(rest), before=self.before)
+        return ScanWork(affine, plan, query[0].dtype)
 
     def recur(
         self, query: Tensors, payload: Tensors, *, span: Span, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Token by token from a state: ([B, T, H, E], the state [B, H, D, E] after the last
-        token)."""
+        """Computes the recurrence token by token.
+
+        Returns:
+            (outputs [B, T, H, E], the state [B, H, D, E] after the last token).
+        """
         wide = torch.promote_types(query[0].dtype, torch.float32)
-        q, k, v, decay, *low = (x.to(wide) for x in (*query, *payload))
-        log = decay if decay.dim() == 4 else decay[..., None]
+        q, k, v, decay, *low_rank = [tensor.to(wide) for tensor in (*query, *payload)]
+        log_decay = decay if decay.dim() == 4 else decay[..., None]
         if state is None:
             state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
-        opens, valid = (x[..., None, None, None].unbind(1) for x in (span.opens(), span.valid()))
-        out = []
-        for t, (q_t, k_t, v_t, log_t, *low_t) in enumerate(
-            zip(*(x.unbind(1) for x in (q, k, v, log, *low)))
-        ):
-            held = torch.where(opens[t], 0, state)
-            then = log_t[..., None].exp() * held + k_t[..., None] * v_t[:, :, None]
-            if low_t:
-                then = then + low_t[1][..., None] * (low_t[0][:, :, None] @ held)
-            seen = held if self.before else then
-            out.append(torch.where(valid[t][..., 0], (q_t[:, :, None] @ seen)[:, :, 0], 0))
-            state = torch.where(valid[t], then, state)
-        return torch.stack(out, 1).to(query[0].dtype), state
+        opens = span.opens()[..., None, None, None].unbind(1)
+        valid = span.valid()[..., None, None, None].unbind(1)
+        outputs = []
+        for t in range(span.shape[1]):
+            previous = torch.where(opens[t], 0, state)
+            update = k[:, t, :, :, None] * v[:, t, :, None]
+            current = log_decay[:, t, ..., None].exp() * previous + update
+            if low_rank:
+                a, b = low_rank
+                current = current + b[:, t, ..., None] * (a[:, t, :, None] @ previous)
+            readable = previous if self.before else current
+            output = (q[:, t, :, None] @ readable)[:, :, 0]
+            outputs.append(torch.where(valid[t][..., 0], output, 0))
+            state = torch.where(valid[t], current, state)
+        return torch.stack(outputs, 1).to(query[0].dtype), state
 
 
 def _size(chunk: int, tokens: int) -> int:
-    """A chunk no longer than need be: the next power of two from `tokens`, at most `chunk`."""
-    return min(chunk, 1 << max(0, tokens - 1).bit_length())
+    """Returns the chunk size for rows of `tokens` tokens: a power of two, at most `chunk`."""
+    next_power = 1 << max(0, tokens - 1).bit_length()
+    return min(chunk, next_power)
 
 
 class ScanWork:
-    """The part of a scan that does not depend on the states that come in: done once, read twice by
-    a driver."""
+    """The part of a scan that does not depend on the incoming states.
+
+    It is computed once; a driver reads it twice, for the summary and for the output.
+    """
 
     def __init__(self, affine: scan_chunkwise.AffineChunks, plan: ChunkLayout, dtype: torch.dtype):
         self.affine = affine
@@ -141,59 +151,66 @@ class ScanWork:
         self.dtype = dtype
 
     def blank(self) -> Tensor:
-        """[B, R, H, D, E]: nothing comes into any run."""
+        """Returns empty incoming states, [B, R, H, D, E]."""
         gain = self.affine.gain
         return gain.new_zeros(gain.shape[0], self.plan.ends.shape[1], *gain.shape[2:])
 
     def summarise(self) -> RunSummary:
-        """What every run does to a state that passes through it."""
+        """Returns the effect of every run on a state that passes through it."""
         keep = self.affine.keep
         gain = self.affine.gain
         opened = self.plan.opened
         blank = self.blank()
-        if keep.dim() == gain.dim():  # carried along as further columns, starting from the identity
+        if keep.dim() == gain.dim():
+            # A dense keep of a run is the product of those of its chunks. It is carried along as
+            # further columns of the state, which start from the identity and gain nothing.
             width = keep.shape[-1]
-            one = torch.eye(width, dtype=keep.dtype, device=keep.device).expand(
-                *blank.shape[:-1], width
-            )
-            wide = torch.cat([gain, torch.zeros_like(keep)], -1)
-            added, kept = self._leave(torch.cat([blank, one], -1), wide).split(
-                [gain.shape[-1], width], -1
-            )
+            identity = torch.eye(width, dtype=keep.dtype, device=keep.device)
+            identity = identity.expand(*blank.shape[:-1], width)
+            wide_gain = torch.cat([gain, torch.zeros_like(keep)], -1)
+            final = self._final(torch.cat([blank, identity], -1), wide_gain)
+            run_gain, run_keep = final.split([gain.shape[-1], width], -1)
         else:
-            added = self._leave(blank, gain)
-            kept = self._kept(keep)
-        shut = opened.view(*opened.shape, *[1] * (kept.dim() - 2))
-        return RunSummary(torch.where(shut, 0, kept), added, opened)
+            run_gain = self._final(blank, gain)
+            run_keep = self._diagonal_keep(keep)
+        reset = opened.view(*opened.shape, *[1] * (run_keep.dim() - 2))
+        return RunSummary(torch.where(reset, 0, run_keep), run_gain, opened)
 
     def read(self, states: Tensor) -> Tensor:
-        """[B, T, H, E], given the state [B, R, H, D, E] just before each run; 0 at padding."""
-        before = self._states(states, self.affine.gain)
-        out = self.affine.own + self.affine.reader @ before
-        return self.plan.collect(out).to(self.dtype)
+        """Returns the outputs [B, T, H, E], 0 at padding.
+
+        Args:
+            states: [B, R, H, D, E] just before each run.
+        """
+        before = self._chunk_states(states, self.affine.gain)
+        output = self.affine.own + self.affine.reader @ before
+        return self.plan.collect(output).to(self.dtype)
 
     def final_states(self, states: Tensor) -> Tensor:
-        """[B, R, H, D, E]: the state just after each run, given the one just before each."""
-        return self._leave(states, self.affine.gain)
+        """Returns the states just after each run, given those before, [B, R, H, D, E]."""
+        return self._final(states, self.affine.gain)
 
-    def _states(self, states: Tensor, gain: Tensor) -> Tensor:
-        starts = torch.cat([torch.zeros_like(states[:, :1]), states], 1)
+    def _chunk_states(self, states: Tensor, gain: Tensor) -> Tensor:
+        """Returns the state before every chunk, [B, N, H, D, E]."""
+        empty = torch.zeros_like(states[:, :1])  # number 0 among the starts: BLANK
+        starts = torch.cat([empty, states], 1)
         return scan_chunkwise.carry_states(self.affine.keep, gain, starts, self.plan.origins)
 
-    def _leave(self, states: Tensor, gain: Tensor) -> Tensor:
+    def _final(self, states: Tensor, gain: Tensor) -> Tensor:
         rows = torch.arange(len(gain), device=gain.device)[:, None]
         ends = self.plan.ends
-        before = self._states(states, gain)[rows, ends]
+        before = self._chunk_states(states, gain)[rows, ends]
         return scan_chunkwise.apply_keep(self.affine.keep[rows, ends], before) + gain[rows, ends]
 
-    def _kept(self, keep: Tensor) -> Tensor:
-        """[B, R, h, 1 or D]: the product of the diagonal keeps over each run in which no document
-        opens, else 1."""
+    def _diagonal_keep(self, keep: Tensor) -> Tensor:
+        """Returns the product of the diagonal keeps over each run, [B, R, h, 1 or D].
+
+        1 for a run in which a document opens.
+        """
         ends = self.plan.ends
         begins = torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1] + 1], 1)
         number = torch.arange(self.plan.count, device=ends.device)
         inside = (number >= begins[..., None]) & (number <= ends[..., None])
-        inside &= ~self.plan.opened[
-            ..., None
-        ]  # masked before the product, whose gradient would bring documents together
+        # Masked before the product: its gradient would connect documents.
+        inside &= ~self.plan.opened[..., None]
         return torch.where(inside[..., None, None], keep[:, None], 1).prod(2)

@@ -1,7 +1,6 @@
-"""Tally: sums over the tokens of a row or of a document, and what has been summed before a token.
-Padding counts nothing.
+"""Segment sums: totals over a row or a document, and the running sum before each token.
 
-A leaf without parameters. Letters: B rows, T tokens, F features.
+Padding counts as 0. The primitive has no parameters. Letters: B rows, T tokens, F features.
 """
 
 import torch
@@ -14,84 +13,95 @@ SCOPES = ("row", "document")
 
 
 class SegmentSum(Primitive):
-    """One device: whole rows are at hand.
+    """Sums on one device, which holds whole rows.
 
-    x is [B, T] or [B, T, F], whole numbers or real. Order is that of the tokens in the row.
+    The summed tensor is [B, T] or [B, T, F], of integers or reals. The order is that of the tokens
+    in the row.
     """
 
     counts_flops = False  # additions only; the convention counts products of matrices
 
     def total(self, x: Tensor, span: Span, over: str = "row") -> Tensor:
-        """What the row, or the token's document, adds up to: [B, 1, ...], or [B, T, ...] over
-        documents. Differentiable."""
-        validate_scope(over)
-        x = _held(x, span)
-        return x.sum(1, keepdim=True) if over == "row" else within(x, starts(span, over))
+        """Returns the sum over the row [B, 1, ...] or over each token's document [B, T, ...].
 
-    def before(self, x: Tensor, span: Span, over: str = "row") -> Tensor:
-        """[B, T, ...]: the sum over the tokens before this one in its row or document. Exact for
-        whole numbers.
-
-        Real numbers are summed in float64 over the whole row, so that what a document gets is exact
-        to 1e-16 of the row's sum.
+        Differentiable.
         """
         validate_scope(over)
-        return exclusive_cumsum(_held(x, span), starts(span, over))
+        x = _without_padding(x, span)
+        if over == "row":
+            return x.sum(1, keepdim=True)
+        return within(x, starts(span, over))
+
+    def before(self, x: Tensor, span: Span, over: str = "row") -> Tensor:
+        """Returns the sum over the earlier tokens of the same row or document, [B, T, ...].
+
+        Exact for integers. Reals are summed in float64 over the whole row, so that the sum of a
+        document is exact to 1e-16 of the row's sum.
+        """
+        validate_scope(over)
+        return exclusive_cumsum(_without_padding(x, span), starts(span, over))
 
 
 def validate_scope(over: str) -> None:
-    """Raises ValueError where sums over such a thing are not kept."""
+    """Raises ValueError where `over` is not one of SCOPES."""
     if over not in SCOPES:
-        raise ValueError(f"sums over a {over} are not kept; choose one of {', '.join(SCOPES)}")
+        raise ValueError(f"unknown over={over}; choose one of {', '.join(SCOPES)}")
 
 
-def _held(x: Tensor, span: Span) -> Tensor:
-    """x, nothing at padding."""
+def _without_padding(x: Tensor, span: Span) -> Tensor:
+    """Replaces padding by 0; a product with 0 would let NaN through."""
     valid = span.valid()
-    return torch.where(valid.view(*valid.shape, *[1] * (x.dim() - 2)), x, 0)
+    per_feature = [1] * (x.dim() - 2)
+    return torch.where(valid.view(*valid.shape, *per_feature), x, 0)
 
 
 def documents(span: Span, over: str) -> Tensor:
-    """[B, T] int64: the document that each place belongs to; padding inside or before one belongs
-    to it. 0 over rows."""
+    """Returns the document of each position, [B, T] int64; 0 everywhere if `over` is the row.
+
+    Padding inside or after a document belongs to it, and padding at the beginning to the first
+    document: so a document is one unbroken stretch.
+    """
     if over == "row":
         return torch.zeros_like(span.doc)
     valid = span.valid()
-    place = torch.arange(span.shape[1], device=span.doc.device).expand_as(span.doc)
-    last = torch.where(valid, place, -1).cummax(1).values
-    coming = torch.where(valid, place, span.shape[1] - 1).flip(1).cummin(1).values.flip(1)
-    return span.doc.gather(1, torch.where(last >= 0, last, coming))
+    index = torch.arange(span.shape[1], device=span.doc.device).expand_as(span.doc)
+    last_valid = torch.where(valid, index, -1).cummax(1).values
+    last_index = span.shape[1] - 1
+    next_valid = torch.where(valid, index, last_index).flip(1).cummin(1).values.flip(1)
+    return span.doc.gather(1, torch.where(last_valid >= 0, last_valid, next_valid))
 
 
 def starts(span: Span, over: str, breaks: Tensor | None = None) -> Tensor:
-    """[B, T] int64: for each token the place where its unbroken stretch of one document (or of the
-    row) begins.
+    """Returns the index at which each token's stretch of its document or row begins, [B, T] int64.
 
     Args:
-        breaks: [B, T] bool, further places where a stretch begins.
+        breaks: [B, T] bool, further positions where a stretch begins.
     """
-    doc, place = (
-        documents(span, over),
-        torch.arange(span.shape[1], device=span.doc.device).expand_as(span.doc),
-    )
-    opens = torch.cat([torch.ones_like(doc[:, :1], dtype=torch.bool), doc[:, 1:] != doc[:, :-1]], 1)
-    opens = opens if breaks is None else opens | breaks
-    return torch.where(opens, place, 0).cummax(1).values
+    doc = documents(span, over)
+    index = torch.arange(span.shape[1], device=span.doc.device).expand_as(span.doc)
+    first = torch.ones_like(doc[:, :1], dtype=torch.bool)
+    opens = torch.cat([first, doc[:, 1:] != doc[:, :-1]], 1)
+    if breaks is not None:
+        opens = opens | breaks
+    return torch.where(opens, index, 0).cummax(1).values
 
 
 def within(x: Tensor, start: Tensor) -> Tensor:
-    """[B, T, ...]: the sum over each token's stretch; x is 0 at padding."""
-    index = _like(start, x)
+    """Returns the sum over each token's stretch, [B, T, ...]; x is 0 at padding."""
+    index = _expanded(start, x)
     return torch.zeros_like(x).scatter_add(1, index, x).gather(1, index)
 
 
 def exclusive_cumsum(x: Tensor, start: Tensor) -> Tensor:
-    """[B, T, ...]: the sum over those tokens of each token's stretch that come before it; x is 0 at
+    """Returns the sum over the earlier tokens of each token's stretch, [B, T, ...]; x is 0 at
     padding."""
+    # The running sum of a whole row is subtracted from itself: float32 would lose short documents.
     wide = x.double() if x.is_floating_point() else x
-    line = wide.cumsum(1) - wide
-    return (line - line.gather(1, _like(start, x))).to(x.dtype)
+    running = wide.cumsum(1) - wide
+    return (running - running.gather(1, _expanded(start, x))).to(x.dtype)
 
 
-def _like(index: Tensor, x: Tensor) -> Tensor:
-    return index.view(*index.shape, *[1] * (x.dim() - 2)).expand_as(x)
+def _expanded(index: Tensor, x: Tensor) -> Tensor:
+    """[B, T] -> the shape of x."""
+    per_feature = [1] * (x.dim() - 2)
+    return index.view(*index.shape, *per_feature).expand_as(x)

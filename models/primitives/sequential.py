@@ -1,14 +1,15 @@
-"""Relay: a state that only the tokens before can give; a row is read piece after piece, and each
-hands its state on.
+"""Sequential scan: a state that only the preceding tokens can give.
 
-What a piece does is a step, a function that the owning layer passes in:
+A row is read segment by segment, and each segment passes its state on. The owning layer passes in a
+step, a function that computes one segment:
 
-    step(xs: tensors [B, w, ...], at: Span [B, w], state: tensors [B, ...]) -> (y [B, w, ...], the
-    state after them)
+    step(xs: tensors [B, w, ...], span: Span [B, w], state: tensors [B, ...])
+        -> (y [B, w, ...], the state after them)
 
-A step treats every row by itself, deals with documents that open among its tokens, and leaves the
-state alone at padding. A leaf without parameters. Letters: B rows, T tokens, N pieces of a row, S
-slots of a piece, w slots in use, L = N S.
+A step treats every row by itself, handles documents that open among its tokens, and leaves the
+state alone at padding. The primitive has no parameters.
+
+Letters: B rows, T tokens, N segments of a row, S slots of a segment, w slots in use, L = N S.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,17 +27,17 @@ from models.span import PADDING, Span
 StepFunction = Callable[
     [tuple[Tensor, ...], Span, tuple[Tensor, ...]], tuple[Tensor, tuple[Tensor, ...]]
 ]
-SegmentCutter = Callable[
-    [Span, int | None, int], Tensor
-]  # (addresses of whole rows, size, parts) -> index [B, N, S]
+# (addresses of whole rows, size, parts) -> index [B, N, S]
+SegmentCutter = Callable[[Span, int | None, int], Tensor]
 
 
 class Segments(NamedTuple):
-    """Rows cut into pieces.
+    """Rows cut into segments.
 
-    Attributes: index: [B, N, S] int64 on the CPU, the token of the row in each slot, -1 where there
-        is none. span: [B, L] addresses; padding where there is no token. filled: [B, N] on the
-        host, slots up to the last that holds a token which is no padding.
+    Attributes:
+        index: [B, N, S] int64 on the CPU, the token of the row in each slot, -1 for an empty slot.
+        span: [B, L] addresses; padding for an empty slot.
+        filled: [B, N] on the host, slots up to the last that holds a token that is not padding.
     """
 
     index: Tensor
@@ -45,20 +46,25 @@ class Segments(NamedTuple):
 
 
 def segments_by_row(span: Span, size: int | None, parts: int) -> Tensor:
-    """Pieces of `size` tokens counted from the start of the row; None: as many pieces as there are
-    parts."""
+    """Cuts rows into segments of `size` tokens, counted from the start of the row.
+
+    None: as many segments as there are parts.
+    """
     tokens = span.shape[1]
-    size = max(1, -(-tokens // parts) if size is None else size)
-    line = torch.arange(-(-tokens // size) * size)
+    if size is None:
+        size = -(-tokens // parts)
+    size = max(1, size)
+    padded_length = -(-tokens // size) * size
+    line = torch.arange(padded_length)
     return torch.where(line < tokens, line, -1).view(1, -1, size).expand(span.shape[0], -1, -1)
 
 
 def segments_by_document(span: Span, size: int | None, parts: int) -> Tensor:
-    """A piece begins with the row, with a document, and every `size` tokens from there: it holds
-    tokens of one document.
+    """Cuts rows into segments that hold tokens of one document each.
 
-    None: a piece is all of a document that lies in the row. Rows have as many pieces as they need,
-    the last ones are empty.
+    A segment begins with the row, with a document, and every `size` tokens from there. None: a
+    segment is all of a document that lies in the row. Rows have different numbers of segments; the
+    last ones of a shorter row are empty.
     """
     doc = span.doc.cpu()
     place = torch.arange(span.shape[1]).expand(span.shape)
@@ -69,29 +75,31 @@ def segments_by_document(span: Span, size: int | None, parts: int) -> Tensor:
     slot = since if size is None else since % size
     valid = doc != PADDING
     number = ((slot == 0) & valid).cumsum(1) - 1
-    most = int(number.max()) + 1 if valid.any() else 1
-    width = int(slot[valid].max()) + 1 if valid.any() else 1
-    index = torch.full((span.shape[0], most, width), -1)
+    count = 1
+    width = 1
+    if valid.any():
+        count = int(number.max()) + 1
+        width = int(slot[valid].max()) + 1
+    index = torch.full((span.shape[0], count, width), -1)
     row = torch.arange(span.shape[0])[:, None].expand(span.shape)
     index[row[valid], number[valid], slot[valid]] = place[valid]
     return index
 
 
 class SequentialScan(Primitive):
-    """A strictly sequential state over the tokens at hand.
+    """A strictly sequential state over the tokens of one device.
 
     Args:
-        cut: how rows are cut into pieces.
-        rows: how many rows a step should get at a time, where rows are worked on in turn (over
-            ranks: see HandOn). One for a step of large matrices; more where a step is many small
-            ones.
+        cut: the function that cuts rows into segments.
+        rows: rows that a step should get at a time, where a driver works on rows in turn. One for a
+            step of large matrices; more where a step is many small ones.
     """
 
     def __init__(self, cut: SegmentCutter = segments_by_row, *, rows: int = 1):
         super().__init__()
         if rows < 1:
             raise ValueError(f"rows={rows} is how many rows a step gets at a time; use 1 or more")
-        self.sharding = cut
+        self.cutter = cut
         self.rows = rows
 
     def forward(
@@ -104,60 +112,62 @@ class SequentialScan(Primitive):
         size: int | None = None,
         depth: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(y [B, T, ...], 0 at padding; the state after the last token).
+        """Returns (y [B, T, ...], 0 at padding; the state after the last token).
 
         Args:
-            step: see above; gradients flow through what it closes over too.
+            step: see the top of this file; gradients flow through its closure too.
             xs: tensors [B, T, ...].
-            state: tensors [B, ...]; a step gives back the same shapes and dtypes.
-            size: tokens of a piece. None promises that pieces may be cut anywhere without making a
-                difference.
-            depth: the state that comes into every depth-th piece of a row carries no gradient, so
-                that none reaches back over more than `depth` pieces; 1: not even into the piece
+            state: tensors [B, ...]; a step returns the same shapes and dtypes.
+            size: tokens of a segment. None promises that rows may be cut anywhere without changing
+                the result.
+            depth: the state that comes into every depth-th segment of a row carries no gradient, so
+                that none reaches back over more than `depth` segments; 1: not even into the segment
                 before. None: never cut.
 
         Source of the truncation: Williams & Peng 1990, in its plain form, by disjoint stretches of
-            `depth` pieces.
+            `depth` segments.
         """
-        found = self.pieces(span, size)
-        taken = tuple(gather_segments(x, found.index) for x in xs)
-        y, last = run_segments(step, taken, tuple(state), found, depth=depth)
-        return scatter_segments(y, found.index, span.shape[1]), last
+        segments = self.pieces(span, size)
+        gathered = tuple(gather_segments(x, segments.index) for x in xs)
+        y, last = run_segments(step, gathered, tuple(state), segments, depth=depth)
+        return scatter_segments(y, segments.index, span.shape[1]), last
 
     def pieces(self, span: Span, size: int | None, parts: int = 1) -> Segments:
-        """These rows cut into pieces, a multiple of `parts` of them; kept on `at` for the next
-        call."""
+        """Cuts these rows into segments, a multiple of `parts`; cached on `span`."""
         if size is not None and size < 1:
             raise ValueError(f"a piece of {size} tokens is none; use 1 or more, or null")
-        key = ("relay", self.sharding, size, parts)
+        key = ("relay", self.cutter, size, parts)
         if key not in span.plans:
-            span.plans[key] = _pieces(span, self.sharding(span, size, parts), parts)
+            span.plans[key] = _segments(span, self.cutter(span, size, parts), parts)
         return span.plans[key]
 
 
-def _pieces(span: Span, index: Tensor, parts: int) -> Segments:
+def _segments(span: Span, index: Tensor, parts: int) -> Segments:
     index = F.pad(index, (0, 0, 0, -index.shape[1] % parts), value=-1)
-    there = index.flatten(1).to(span.pos.device)
-    pos, doc, role = (x.gather(1, there.clamp_min(0)) for x in (span.pos, span.doc, span.role))
-    inner_span = Span(pos, doc.masked_fill(there < 0, PADDING), role)
+    flat = index.flatten(1).to(span.pos.device)
+    source = flat.clamp_min(0)
+    segment_span = Span(
+        span.pos.gather(1, source),
+        span.doc.gather(1, source).masked_fill(flat < 0, PADDING),
+        span.role.gather(1, source),
+    )
     slots = torch.arange(1, index.shape[2] + 1)
-    filled = torch.where(inner_span.valid().cpu().view(index.shape), slots, 0).amax(2)
-    return Segments(index, inner_span, filled.numpy())
+    filled = torch.where(segment_span.valid().cpu().view(index.shape), slots, 0).amax(2)
+    return Segments(index, segment_span, filled.numpy())
 
 
 def gather_segments(x: Tensor, index: Tensor) -> Tensor:
-    """[B, T, ...] -> [B, L, ...]: the tokens in their slots, 0 where there is none."""
-    there = _wide(index.flatten(1).to(x.device), x)
-    return torch.where(there >= 0, x.gather(1, there.clamp_min(0)), 0)
+    """Moves tokens into their slots, [B, T, ...] -> [B, L, ...]; empty slots are 0."""
+    slots = _expanded(index.flatten(1).to(x.device), x)
+    return torch.where(slots >= 0, x.gather(1, slots.clamp_min(0)), 0)
 
 
 def scatter_segments(y: Tensor, index: Tensor, tokens: int) -> Tensor:
-    """[B, L, ...] -> [B, T, ...]: the way back, 0 where a token has no slot."""
-    there = _wide(index.flatten(1).to(y.device), y)
-    blank = y.new_zeros(
-        y.shape[0], tokens + 1, *y.shape[2:]
-    )  # the last takes what comes from empty slots
-    return blank.scatter(1, torch.where(there >= 0, there, tokens), y)[:, :tokens]
+    """Moves slots back to their tokens, [B, L, ...] -> [B, T, ...]; 0 where there is no slot."""
+    slots = _expanded(index.flatten(1).to(y.device), y)
+    # One position more than there are tokens: it takes the output of all empty slots.
+    blank = y.new_zeros(y.shape[0], tokens + 1, *y.shape[2:])
+    return blank.scatter(1, torch.where(slots >= 0, slots, tokens), y)[:, :tokens]
 
 
 def run_segments(
@@ -169,76 +179,89 @@ def run_segments(
     depth: int | None,
     first: int = 0,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(y [B, L, ...], 0 at padding; the state after the last piece).
+    """Runs a step over consecutive segments.
+
+    A row whose segment is empty keeps its state. Segments that are empty in all rows are skipped,
+    except the first: every rank must build the same graph.
 
     Args:
-        xs: tensors [B, L, ...]. pieces: of these rows, or some neighbours among them; `first` is
-            the number of their first.
+        xs: tensors [B, L, ...].
+        pieces: the segments of these rows, or consecutive ones among them.
+        first: the number of their first in the row.
 
-    A row whose piece is empty keeps its state. Pieces that are empty in all rows are passed over,
-    but for the first: every rank must have built the same graph.
+    Returns:
+        (y [B, L, ...], 0 at padding; the state after the last segment).
     """
     size = pieces.index.shape[2]
-    found = []
-    for n, widest in enumerate(pieces.filled.max(0).tolist()):
-        if n and not widest:
-            found.append(torch.zeros_like(found[0]))
+    outputs = []
+    for number, widest in enumerate(pieces.filled.max(0).tolist()):
+        if number and not widest:
+            outputs.append(torch.zeros_like(outputs[0]))
             continue
-        here = slice(n * size, n * size + max(1, widest))
-        span = pieces.span.map(lambda t, here=here: t[:, here])
-        alive = torch.from_numpy(pieces.filled[:, n] > 0).to(xs[0].device)
-        if depth is not None and n + first and (n + first) % depth == 0:
-            state = _chosen(alive, [s.detach() for s in state], state)
-        y, after = step(tuple(x[:, here] for x in xs), span, state)
+        part = slice(number * size, number * size + max(1, widest))
+        span = pieces.span.map(lambda addresses, part=part: addresses[:, part])
+        alive = torch.from_numpy(pieces.filled[:, number] > 0).to(xs[0].device)
+        in_row = number + first
+        if depth is not None and in_row and in_row % depth == 0:
+            detached = [tensor.detach() for tensor in state]
+            state = _select_rows(alive, detached, state)
+        y, after = step(tuple(x[:, part] for x in xs), span, state)
         assert [(s.shape, s.dtype) for s in after] == [(s.shape, s.dtype) for s in state], (
             "a step keeps its state's shapes"
         )
-        state = _chosen(alive, after, state)
-        y = torch.where(span.valid().view(*span.shape, *[1] * (y.dim() - 2)), y, 0)
-        found.append(F.pad(y, (*[0, 0] * (y.dim() - 2), 0, size - y.shape[1])))
-    return torch.cat(found, 1), state
+        state = _select_rows(alive, after, state)
+        per_feature = y.dim() - 2
+        y = torch.where(span.valid().view(*span.shape, *[1] * per_feature), y, 0)
+        outputs.append(F.pad(y, (*[0, 0] * per_feature, 0, size - y.shape[1])))
+    return torch.cat(outputs, 1), state
 
 
-def _chosen(alive: Tensor, a: Tensors, b: Tensors) -> tuple[Tensor, ...]:
-    """Of a where the row's piece holds something, else of b; tensors [B, ...]."""
-    return tuple(
-        torch.where(alive.view(-1, *[1] * (x.dim() - 1)), x, y) for x, y in zip(a, b, strict=True)
-    )
+def _select_rows(alive: Tensor, a: Tensors, b: Tensors) -> tuple[Tensor, ...]:
+    """Takes the rows of `a` where `alive` [B] is true, else those of `b`; tensors [B, ...]."""
+    selected = []
+    for x, y in zip(a, b, strict=True):
+        selected.append(torch.where(alive.view(-1, *[1] * (x.dim() - 1)), x, y))
+    return tuple(selected)
 
 
 def sequential_modules(model: nn.Module) -> set[nn.Module]:
-    """All modules that run inside a Relay's steps: between its tokens no collective may stand, so
-    they are never spread.
+    """Returns all modules that run inside the steps of a SequentialScan.
 
-    The owner of a Relay names them by a method `stepped(parent)` -> modules, `parent` being the
-    module that it stands in (itself, for the outermost).
+    They are never spread over ranks: ranks call them unequal numbers of times, so a collective
+    inside would never meet its counterpart.
+
+    The owner of a SequentialScan names them by a method `stepped(parent)` -> modules; `parent` is
+    the module that contains it (itself, for the outermost).
     """
-    found: set[nn.Module] = set()
+    inside: set[nn.Module] = set()
     for path, module in model.named_modules():
-        named = getattr(module, "stepped", None)
-        if callable(named):
-            parent = model.get_submodule(path.rpartition(".")[0])
-            found.update(
-                inner
-                for part in cast(Iterable[nn.Module], named(parent))
-                for inner in part.modules()
-            )
-    return found
+        stepped = getattr(module, "stepped", None)
+        if not callable(stepped):
+            continue
+        parent = model.get_submodule(path.rpartition(".")[0])
+        for part in cast(Iterable[nn.Module], stepped(parent)):
+            inside.update(part.modules())
+    return inside
 
 
 def misfits(model: nn.Module) -> list[str]:
-    """Why layers cannot run inside a Relay's steps: one sentence for each that leaves a loss at
-    every pass."""
+    """Returns one sentence for each layer that cannot run inside the steps of a SequentialScan.
+
+    Those are layers with an auxiliary loss: each pass overwrites that of the pass before.
+    """
     inside = sequential_modules(model)
-    return [
-        f"{name} ({type(module).__name__}) leaves a loss of its own at each pass, and here is"
-        " passed through piece by piece: all losses but the last would be lost; choose another"
-        " layer, or another memory"
-        for name, module in model.named_modules()
-        if module in inside and hasattr(module, "auxiliary")
-    ]
+    sentences = []
+    for name, module in model.named_modules():
+        if module in inside and hasattr(module, "auxiliary"):
+            sentences.append(
+                f"{name} ({type(module).__name__}) leaves a loss of its own at each pass, and here"
+                " is passed through piece by piece: all losses but the last would be lost; choose"
+                " another layer, or another memory"
+            )
+    return sentences
 
 
-def _wide(index: Tensor, x: Tensor) -> Tensor:
-    """[B, L] -> [B, L, ...], as wide as x."""
-    return index.view(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+def _expanded(index: Tensor, x: Tensor) -> Tensor:
+    """[B, L] -> [B, L, ...], with the trailing shape of x."""
+    per_feature = [1] * (x.dim() - 2)
+    return index.view(*index.shape, *per_feature).expand(-1, -1, *x.shape[2:])

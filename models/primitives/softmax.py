@@ -1,7 +1,8 @@
-"""Softmax: a weighted mean over visible keys. Partial means over disjoint keys merge, which is all
-a driver needs.
+"""Softmax attention: a weighted mean over visible keys, the primitive of all attention layers.
 
-A leaf without parameters: the layer that calls it owns them and passes them in.
+Partial means over disjoint keys merge exactly, so a driver needs no other property to spread a row
+over ranks. The primitive has no parameters: the layer that calls it owns them and passes them in.
+
 Letters: B rows, T queries, S keys, H heads, E value width.
 """
 
@@ -18,13 +19,16 @@ from models.primitives.attention_tape import AttentionReplay
 from models.scores import Score, Tensors
 from models.span import Span
 
+# Arguments of `_LocalAttention.forward` before its tensors; they get no gradient.
+UNDIFFERENTIATED = 6
+
 
 class Softmax(Primitive):
-    """Attention under a mask and a score, over the tokens at hand.
+    """Attention under a mask and a score, over the tokens of one device.
 
     Args:
-        mask: which keys a query may see.
-        score: what becomes of queries and keys before the softmax.
+        mask: the keys that a query may see.
+        score: the computation on queries and keys before the softmax.
     """
 
     def __init__(self, mask: Mask, score: Score | None = None):
@@ -43,19 +47,22 @@ class Softmax(Primitive):
         kv_span: Span | None = None,
         heads: Tensor | None = None,
     ) -> Tensor:
-        """[B, T, H, E]: the mean over every visible key.
+        """Returns the mean over every visible key, [B, T, H, E].
 
         Args:
-            query: tensors [B, T, ...] addressed by `at`; what they are, the score says (by default
+            query: tensors [B, T, ...] addressed by `span`; the score defines them (by default
                 q [B, T, H, D]).
-            payload: tensors [B, S, ...] addressed by `of` (by default k and v [B, S, G, D or E]).
-            params: what the layer owns and the score uses.
-            of: addresses of the keys; the queries' own by default.
-            heads: [H] global numbers of the heads at hand; all of them by default.
+            payload: tensors [B, S, ...] addressed by `kv_span` (by default k and v
+                [B, S, G, D or E]).
+            params: tensors that the layer owns and the score uses.
+            span: addresses of the queries.
+            kv_span: addresses of the keys; those of the queries by default.
+            heads: [H] global numbers of the heads in these tensors; all of them by default.
         """
-        return self.partial(
+        mean, _ = self.partial(
             query, payload, params, span=span, kv_span=kv_span, heads=heads, lse=False
-        )[0]
+        )
+        return mean
 
     def partial(
         self,
@@ -68,74 +75,82 @@ class Softmax(Primitive):
         heads: Tensor | None = None,
         lse: bool = True,
     ) -> Partial:
-        """(mean [B, T, H, E], mass [B, T, H] in nats): as forward, in a form that `walk.merge` can
-        join.
+        """Returns (mean [B, T, H, E], lse [B, T, H] in nats), which `merge_partials` can join.
 
-        `mass=False` promises that the gradient of the mass is not used, which lets fast kernels
-        serve.
         A sink belongs to the whole row of keys: with one, partial means must not be merged.
+
+        Args:
+            lse: whether the gradient of the lse is used. False lets fast kernels serve.
         """
-        what = attention_spec(self.mask, self.score, query, heads, general=lse)
+        spec = attention_spec(self.mask, self.score, query, heads, general=lse)
         kv_span = span if kv_span is None else kv_span
-        return _Local.apply(
-            what, self.kept, span, kv_span, len(query), len(payload), *query, *payload, *params
+        return _LocalAttention.apply(
+            spec, self.kept, span, kv_span, len(query), len(payload), *query, *payload, *params
         )
 
 
 def attention_spec(
     mask: Mask, score: Score, query: Tensors, heads: Tensor | None, general: bool = False
 ) -> blockwise.AttentionSpec:
-    """What is to be computed, with the heads' global numbers filled in."""
+    """Describes an attention, with the global numbers of its heads filled in."""
     if heads is None:
-        dim = score.query_heads[0]
-        heads = torch.arange(query[0].shape[dim] if dim is not None else 1, device=query[0].device)
+        head_dim = score.query_heads[0]
+        head_count = 1
+        if head_dim is not None:
+            head_count = query[0].shape[head_dim]
+        heads = torch.arange(head_count, device=query[0].device)
     return blockwise.AttentionSpec(score, mask, heads, general)
 
 
 def value_width(score: Score, payload: Tensors, params: Tensors, query: Tensors) -> int:
-    """Width E of the values, without computing any."""
-    none = [t[:, :0] for t in payload]
-    return score.operands([t[:, :0] for t in query], none, params)[2].shape[-1]
+    """Width E of the values that a score makes, without computing any."""
+    # A score may build values out of several tensors; of no tokens it builds them for free.
+    no_queries = [tensor[:, :0] for tensor in query]
+    no_keys = [tensor[:, :0] for tensor in payload]
+    _, _, value = score.operands(no_queries, no_keys, params)
+    return value.shape[-1]
 
 
 def add_sink(score: Score, params: Tensors, total: Partial) -> None:
-    """Let every query see a key without a value: it takes weight and gives nothing. In place."""
+    """Lets every query see one more key, which takes weight and has no value. In place."""
     sink = score.sink(params)
     if sink is None:
         return
-    lse = torch.logaddexp(total[1], sink.to(total[1].dtype).expand_as(total[1]))
-    total[0].mul_((total[1] - lse).exp()[..., None])
-    total[1].copy_(lse)
+    mean, lse = total
+    with_sink = torch.logaddexp(lse, sink.to(lse.dtype).expand_as(lse))
+    mean.mul_((lse - with_sink).exp()[..., None])
+    lse.copy_(with_sink)
 
 
 def sink_gradient(
     score: Score, params: Tensors, total: Partial, delta: Tensor, into: blockwise.Gradients
 ) -> None:
-    """Add the gradient of the sink logit: each query gives -delta times the weight that its sink
-    took."""
-    leaves = [p.detach().requires_grad_() for p in params]
+    """Adds the gradient of the sink logit to `into`.
+
+    Each query contributes -delta times the weight that its sink took.
+    """
+    leaves = [parameter.detach().requires_grad_() for parameter in params]
     with torch.enable_grad():
         sink = score.sink(leaves)
     if sink is None:
         return
-    weight = (sink.detach().to(delta.dtype) - total[1]).exp()
-    grads = torch.autograd.grad(
-        sink, leaves, -(weight * delta).sum((0, 1)).to(sink.dtype), allow_unused=True
-    )
-    for add_to, grad in zip(into.params, grads):
-        if grad is not None:
-            add_to += grad
+    _, lse = total
+    weight = (sink.detach().to(delta.dtype) - lse).exp()
+    d_sink = -(weight * delta).sum((0, 1)).to(sink.dtype)
+    gradients = torch.autograd.grad(sink, leaves, d_sink, allow_unused=True)
+    for accumulator, gradient in zip(into.params, gradients):
+        if gradient is not None:
+            accumulator += gradient
 
 
-class _Local(torch.autograd.Function):
-    """One device: all keys are at hand. Saves its inputs, the mean and the mass; never a matrix of
-    scores."""
+class _LocalAttention(torch.autograd.Function):
+    """Attention on one device. Saves inputs, mean and lse; never a matrix of scores."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        what: blockwise.AttentionSpec,
-        kept: AttentionReplay,
+        spec: blockwise.AttentionSpec,
+        replay: AttentionReplay,
         span: Span,
         kv_span: Span,
         queries: int,
@@ -145,18 +160,18 @@ class _Local(torch.autograd.Function):
         query, payload, params = split_tensors(tensors, queries, payloads)
 
         def compute() -> Partial:
-            total = blockwise.empty_partial(
-                query, len(what.heads), value_width(what.score, payload, params, query)
-            )
-            blockwise.forward(what, query, payload, params, span, kv_span, total)
-            add_sink(what.score, params, total)
+            width = value_width(spec.score, payload, params, query)
+            total = blockwise.empty_partial(query, len(spec.heads), width)
+            blockwise.forward(spec, query, payload, params, span, kv_span, total)
+            add_sink(spec.score, params, total)
             return total[0].to(query[0].dtype), total[1]
 
-        mean, lse = kept.replay_or_compute(compute)
-        ctx.what = what
+        mean, lse = replay.replay_or_compute(compute)
+        ctx.spec = spec
         ctx.spans = (span, kv_span)
         ctx.counts = (queries, payloads)
         ctx.save_for_backward(mean, lse, *tensors)
+        # Most callers drop the lse: zeros as its gradient would cost a tensor and a subtraction.
         ctx.set_materialize_grads(False)
         return mean, lse
 
@@ -167,7 +182,7 @@ class _Local(torch.autograd.Function):
         d_out, delta, total = incoming_gradients(grads[0], grads[1], mean, lse)
         into = blockwise.Gradients.zeros(query, payload, params)
         blockwise.backward(
-            ctx.what,
+            ctx.spec,
             query,
             payload,
             params,
@@ -177,23 +192,38 @@ class _Local(torch.autograd.Function):
             delta=delta,
             into=into,
         )
-        sink_gradient(ctx.what.score, params, total, delta, into)
+        sink_gradient(ctx.spec.score, params, total, delta, into)
         sums = (*into.query, *into.payload, *into.params)
-        return *[None] * 6, *(g.to(t.dtype) for g, t in zip(sums, tensors, strict=True))
+        gradients = []
+        for gradient, tensor in zip(sums, tensors, strict=True):
+            gradients.append(gradient.to(tensor.dtype))
+        return *[None] * UNDIFFERENTIATED, *gradients
 
 
 def split_tensors(
     tensors: Tensors, queries: int, payloads: int
 ) -> tuple[Tensors, Tensors, Tensors]:
-    """(query, payload, params) out of one flat tuple."""
-    return tensors[:queries], tensors[queries : queries + payloads], tensors[queries + payloads :]
+    """Splits one flat tuple into (query, payload, params)."""
+    query = tensors[:queries]
+    payload = tensors[queries : queries + payloads]
+    params = tensors[queries + payloads :]
+    return query, payload, params
 
 
 def incoming_gradients(
     d_out: Tensor | None, d_lse: Tensor | None, mean: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Partial]:
-    """What every block's backward needs: (d_mean, delta, (mean, mass)), all wide and contiguous."""
+    """Returns (d_out, delta, (mean, lse)) for the backward pass of every block, all wide.
+
+    `delta` [B, T, H] is the sum over E of d_out * mean, less the gradient of the lse.
+    """
     total = mean.to(lse.dtype), lse
-    d_out = torch.zeros_like(total[0]) if d_out is None else d_out.to(lse.dtype).contiguous()
+    if d_out is None:
+        d_out = torch.zeros_like(total[0])
+    else:
+        # The gradient of a sum is an expanded scalar; kernels want contiguous memory.
+        d_out = d_out.to(lse.dtype).contiguous()
     delta = (d_out * total[0]).sum(-1)
-    return d_out, delta if d_lse is None else delta - d_lse, total
+    if d_lse is not None:
+        delta = delta - d_lse
+    return d_out, delta, total

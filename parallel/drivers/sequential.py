@@ -79,7 +79,7 @@ class Wavefront(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """As Relay.forward; `state` comes in, and the last one goes out, whole on every rank.
         at.cut says who holds what."""
-        key = ("hand on", self.core.sharding, size)
+        key = ("hand on", self.core.cutter, size)
         if key not in span.plans:
             span.plans[key] = _wavefront_plan(
                 span.sharding,
