@@ -105,7 +105,10 @@ class Narrow(nn.Module):
     def __init__(self):
         super().__init__()
         self.down, self.up = nn.Linear(WIDTH, 2, bias=False), nn.Linear(2, WIDTH, bias=False)
-        self.taps, self.mix = nn.Parameter(torch.empty(60, 2)), LongConv()
+        # a layer's own parameters start as its constructor fills them
+        drawn = torch.Generator().manual_seed(1)
+        self.taps = nn.Parameter(torch.randn(60, 2, generator=drawn) * 0.1)
+        self.mix = LongConv()
 
     def forward(self, x, span):
         return self.up(self.mix((self.down(x),), (self.taps,), span=span))

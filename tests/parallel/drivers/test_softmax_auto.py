@@ -42,7 +42,7 @@ def choices(env, policy, heads):
 def test_the_choice_and_its_reason_are_said_and_are_the_same_on_all_ranks():
     for found, worst in ranks(2, choices, "contiguous", 4):
         assert found["wide"].startswith("ulysses: 4 heads divide among 2 ranks")
-        assert found["near"].startswith("fetch: its mask needs")
+        assert found["near"].startswith("allgather: its mask needs")
         assert worst < 1e-12
     for found, worst in ranks(3, choices, "zigzag", 4):
         assert found["wide"].startswith("ring: ") and "do not divide among 3 ranks" in found["wide"]
