@@ -1,8 +1,7 @@
-"""What it costs to share attention over ranks, beside one device, other layouts, and another
-project's ring.
+"""Measures attention shared over ranks against one device, other layouts and another project.
 
-Everything is measured in one run, in turn: ratios between rows mean something, seconds on a busy
-machine do not.
+All entries are measured in turn in one run: ratios between rows are meaningful, seconds on a busy
+machine are not.
 """
 
 import importlib
@@ -44,7 +43,7 @@ FAR = 4
 
 @dataclass(frozen=True)
 class AttentionSizes:
-    """What is asked of the bench; every field is a word `key=value` of the command."""
+    """Settings of the benchmark; every field is a word `key=value` of the command."""
 
     tokens: int = 8192
     heads: int = 8
@@ -182,7 +181,7 @@ class AttentionBenchmark:
 
 
 def sections(bench: AttentionBenchmark) -> Iterator[tuple[str, list[BenchmarkEntry]]]:
-    """What is measured side by side, and over which row."""
+    """Yields the title and the entries of each section."""
     tokens = bench.sizes.tokens
     usp = bench.ranks > 2 and bench.ranks % 2 == 0
     traded = [

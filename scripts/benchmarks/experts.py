@@ -1,9 +1,8 @@
-"""What a mixture of experts costs beside a dense layer of the same FLOPs a token, on one device and
-over ranks.
+"""Measures a mixture of experts against a dense layer with the same FLOPs per token.
 
-Everything is measured in one run, in turn: ratios between rows mean something, seconds on a busy
-machine do not. Tokens choose their experts by random weights, nobody is dropped; forward and
-backward.
+On one device and over ranks, forward and backward. All entries are measured in turn in one run:
+ratios between rows are meaningful, seconds on a busy machine are not. Tokens choose their experts
+by random weights, and none is dropped.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,8 +39,10 @@ BOTH = 2  # experts a token of the second section
 
 @dataclass(frozen=True)
 class ExpertSizes:
-    """What is asked of the bench; every field is a word `key=value` of the command. ffn is the
-    dense layer's."""
+    """Settings of the benchmark; every field is a word `key=value` of the command.
+
+    ffn is the width of the dense layer.
+    """
 
     tokens: int = 8192
     width: int = 256
@@ -155,7 +156,7 @@ def _step(layer: nn.Module, x: Tensor) -> StepCall:
 
 
 def sections(bench: ExpertBenchmark) -> Iterator[tuple[str, list[BenchmarkEntry]]]:
-    """What is measured side by side; the first row is what the others are set against."""
+    """Yields each section; its first row is what the others are compared with."""
     layers: dict[str, Callable[[], MixtureOfExperts]] = {
         "one expert": bench.switch,
         "two experts": bench.both,

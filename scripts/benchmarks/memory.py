@@ -1,10 +1,9 @@
-"""What Transformer-XL's memory costs: a step with four times as much against the same step and the
-attention that it adds.
+"""Measures Transformer-XL's memory: a step with four times as much against the same step.
 
-A layer reads row after row of one long document, forward and backward, with as many tokens recalled
-as a row has and with four times as many. Beside them stands the attention of the difference alone:
-keys and values projected, queries that see all of them, and back. Measured in turn in one process,
-medians; by cpu is the same by processor time.
+A layer reads row after row of one long document, forward and backward, with as many recalled tokens
+as a row has and with four times as many. Beside them the attention of the difference is measured
+alone: keys and values projected, queries that see all of them, and back. Measured in turn in one
+process, medians; by cpu is the same by processor time.
 
 Letters: T tokens of a row.
 """
@@ -41,7 +40,7 @@ POSITIONS: dict[str, type[Position]] = {"rope": Rope, "relative": Relative}
 
 @dataclass(frozen=True)
 class MemorySizes:
-    """What is asked of the bench; every field is a word `key=value` of the command."""
+    """Settings of the benchmark; every field is a word `key=value` of the command."""
 
     tokens: int = 1024
     heads: int = 8
@@ -169,7 +168,7 @@ def measure(sizes: MemorySizes, group: Any) -> Iterator[dict]:
 
 
 def _ratio(row: dict, what: str) -> float:
-    """What the larger memory adds to a step, in units of the attention that it adds."""
+    """Returns the added time of a step in units of the attention that it adds."""
     return (row[f"more_{what}"] - row[f"few_{what}"]) / row[f"added_{what}"]
 
 

@@ -1,11 +1,10 @@
-"""What the linear-time family costs: growth with the row, speed beside softmax, state while
-decoding, bytes between ranks.
+"""Measures the linear-time family: growth, speed, state while decoding, bytes between ranks.
 
 Layers are measured forward and backward in one process of `threads` threads, in turn with what they
-are compared to. Eight rows of T tokens and one row of 8 T are the same number of tokens, so growth
-is 8 for what is linear. Medians. The heap is kept (scripts/benchmarks/malloc.py), which a run by
-itself does not do: without, page faults come on top. "by cpu" is the same ratio by processor time,
-which a busy machine disturbs less.
+are compared to. Eight rows of T tokens and one row of 8 T have equally many tokens, so growth is 8
+for a linear layer. Medians. The heap is kept (scripts/benchmarks/malloc.py), which a run does not
+do: there, page faults come on top. "by cpu" is the same ratio by processor time, which a busy
+machine disturbs less.
 """
 
 from collections.abc import Callable, Iterator
@@ -74,7 +73,7 @@ WAYS = ("", ""), ("processor_", "_by_cpu")
 
 @dataclass(frozen=True)
 class MixerSizes:
-    """What is asked of the bench; every field is a word `key=value` of the command."""
+    """Settings of the benchmark; every field is a word `key=value` of the command."""
 
     tokens: int = 8192
     heads: int = 8
@@ -173,7 +172,7 @@ class MixerBenchmark:
         return self.entry(name, tokens, build)
 
     def taken(self, entries: list[BenchmarkEntry]) -> list[dict]:
-        """What each took, after one run that does not count."""
+        """Returns the durations of each entry, after one run that does not count."""
         for entry in entries:
             if self.rank == 0:
                 entry.step()
@@ -262,22 +261,36 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def passing_bytes(pairs: int, keep: int, state: int, rank: int, ranks: int, runs: int = 2) -> int:
-    """What Passing sends, forward and backward: `pairs` of (row, head), bytes of what a run keeps
-    and of a state."""
+    """Returns the bytes that state passing sends on a rank, forward and backward.
+
+    Args:
+        pairs: of a row and a head.
+        keep: bytes of the decay of a run.
+        state: bytes of a state.
+        rank: that sends.
+        ranks: that share the sequence.
+        runs: of each rank.
+    """
     first, last = unit_ranges(pairs, ranks)[rank]
-    mine = last - first
-    # summaries go to who folds them, states come back
-    there = (pairs - mine) * runs
-    back = mine * (ranks - 1) * runs
-    return (there + back) * (keep + state) + (back + there) * state
+    own_pairs = last - first
+    # Summaries go to the rank that folds a pair, states come back to the owners of the runs.
+    summaries = (pairs - own_pairs) * runs
+    states = own_pairs * (ranks - 1) * runs
+    return (summaries + states) * (keep + state) + (states + summaries) * state
 
 
 def halo_bytes(token: int, reach: int, rank: int, ranks: int) -> int:
-    """What Halo sends in a zigzag: at each border of two ranks `reach` tokens forward, and their
-    gradients back."""
+    """Returns the bytes that the halo of a causal convolution sends on a rank, in a zigzag.
+
+    At each border of two ranks `reach` tokens go forward, and their gradients come back.
+    """
     owners = [*range(ranks), *reversed(range(ranks))]
-    borders = [pair for pair in zip(owners[:-1], owners[1:]) if pair[0] != pair[1]]
-    return token * reach * sum((a == rank) + (b == rank) for a, b in borders)
+    own_borders = 0
+    for left, right in zip(owners[:-1], owners[1:]):
+        # The two middle chunks belong to the same rank: nothing is sent between them.
+        if left != right:
+            own_borders += (left == rank) + (right == rank)
+    return token * reach * own_borders
 
 
 def measure(sizes: MixerSizes, group: Any) -> Iterator[dict]:

@@ -1,11 +1,9 @@
-"""What it costs and saves to let activations wait on the host: the same step with and without, on
-one device.
+"""Measures activation offloading: the same step with and without it, on one device.
 
 A decoder of attention and SwiGLU, forward and backward of one row, without and with each kind of
-activation checkpointing.
-Peaks are of activations alone: gradients have their place before. A loss must be the same bits
-either way; gradients may differ as they do between two runs of a kernel that adds up in no fixed
-order.
+activation checkpointing. Peaks are of activations alone: gradients are allocated before. The loss
+must have the same bits either way; gradients may differ as they do between two runs of a kernel
+that adds in no fixed order.
 """
 
 import time
@@ -36,7 +34,7 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}  # of a gradient's largest magni
 
 @dataclass(frozen=True)
 class OffloadSizes:
-    """Of the model and its row; every field is a word `key=value` of the command."""
+    """Sizes of the model and its row; every field is a word `key=value` of the command."""
 
     tokens: int = 16384
     width: int = 1024
@@ -44,7 +42,15 @@ class OffloadSizes:
 
 
 class MeasuredStep(NamedTuple):
-    """What one way of doing it took and gave."""
+    """Figures of one measured step.
+
+    Attributes:
+        peak_bytes: of activations; None where the system does not say.
+        seconds: of forward and backward.
+        loss: of the step.
+        gradients: of every parameter.
+        sent: bytes sent to the host.
+    """
 
     peak_bytes: int | None
     seconds: float

@@ -1,9 +1,7 @@
-"""What cutting attention into the blocks of a ring costs on one device, where nothing is sent: P
-ranks taken in turn.
+"""Measures the blocks of a ring on one device, the P ranks taken in turn, where nothing is sent.
 
-It is the kernels' and the merging's share of a ring, and the proof on this device that partial
-results join exactly.
-Letters: P ranks.
+It is the share of kernels and merging in a ring, and the proof that partial results join exactly on
+this device. Letters: P ranks.
 """
 
 import time

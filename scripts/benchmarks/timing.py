@@ -1,5 +1,4 @@
-"""How long a step takes on all ranks together, how much memory it needs at its peak, and what it
-sends."""
+"""Measures the time, peak memory and traffic of a step on all ranks together."""
 
 import ctypes
 import gc
@@ -28,9 +27,13 @@ class Duration(NamedTuple):
 
 
 class BenchmarkEntry(NamedTuple):
-    """Something to measure: what it is called, what is known of it, and this rank's part of a step.
+    """One entry of a benchmark.
 
-    alone: rank 0 does it with the threads of all ranks, while the others wait.
+    Attributes:
+        name: of the row.
+        facts: columns that are known beforehand.
+        step: this rank's part of a step.
+        alone: rank 0 runs it with the threads of all ranks, while the others wait.
     """
 
     name: str
@@ -40,7 +43,7 @@ class BenchmarkEntry(NamedTuple):
 
 
 def timed(entry: BenchmarkEntry, threads: int) -> Duration:
-    """Run a step on all ranks at once; the clock stops when the last one is done."""
+    """Runs a step on all ranks at once; the clock stops when the last one is done."""
     size = dist.get_world_size()
     rank = dist.get_rank()
     torch.set_num_threads(threads * size if entry.alone and rank == 0 else threads)
@@ -87,7 +90,7 @@ def _status(key: str) -> int:
 
 
 def alternate(entries: list[BenchmarkEntry], repeats: int, threads: int) -> list[list[Duration]]:
-    """Every entry `repeats` times, in turn, so that a busy minute of the machine is everybody's."""
+    """Runs every entry `repeats` times in turn, so that a busy minute slows all of them."""
     taken: list[list[Duration]] = [[] for _ in entries]
     for _ in range(repeats):
         for runs, entry in zip(taken, entries):
@@ -96,12 +99,12 @@ def alternate(entries: list[BenchmarkEntry], repeats: int, threads: int) -> list
 
 
 def middle(runs: list[Duration]) -> Duration:
-    """The median of each figure."""
+    """Returns the median of each figure."""
     return Duration(*(median(some) for some in zip(*runs)))
 
 
 def gathered(value: object) -> list:
-    """Every rank's value, in rank order."""
+    """Returns the value of every rank, in rank order."""
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

@@ -36,7 +36,11 @@ RECIPES = {  # name -> (module and function, its parts, what it shows)
 
 
 def effort(words: list[str], parts: tuple[str, ...] = ()) -> Budget:
-    """What KEY=VALUE words ask of a recipe of these parts; a ValueError where one means nothing."""
+    """Reads the words of the command line.
+
+    Raises:
+        ValueError: a word is unknown or has a wrong value.
+    """
     asked: dict[str, Any] = {}
     for word in words:
         key, _, value = word.partition("=")

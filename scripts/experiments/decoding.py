@@ -1,5 +1,4 @@
-"""What a model has to keep of the tokens it has read, in order to read the next: bytes, as more and
-more were read."""
+"""Measures the bytes that a model keeps of the tokens it has read while decoding."""
 
 from collections.abc import Sequence
 from typing import Any

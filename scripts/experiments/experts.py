@@ -42,7 +42,8 @@ VOCABULARY = 257  # of bytes, for a count of FLOPs
 
 LOAD = """\
 ### Load of the experts over training
-Choices of the fullest expert in units of the mean (1 is even), mean over the layers and over a part of the steps."""
+Choices of the fullest expert in units of the mean (1 is even), mean over the layers\
+ and over a part of the steps."""
 DROPPED = """\
 ### Choices dropped over training
 Share of choices that came over an expert's capacity (1.25 of an even share of the document)."""

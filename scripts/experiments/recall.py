@@ -78,8 +78,10 @@ TRACKING = {  # name in the table -> settings
 }
 INTRODUCTION = """\
 ### Multi-query associative recall
-Held-out accuracy; 8 pairs in 32 tokens; chance 1/32, or 1/8 for who knows which values were shown. Two layers of width 64, two
-of the kind by itself, or one behind one short convolution (3 taps). Parameters differ; all else is the same."""
+Held-out accuracy; 8 pairs in 32 tokens; chance 1/32, or 1/8 for who knows which values were\
+ shown. Two layers of width 64, two
+of the kind by itself, or one behind one short convolution (3 taps).\
+ Parameters differ; all else is the same."""
 TRACKED = """\
 ### State tracking: products of swaps of three elements (S3)
 Held-out accuracy at every token, one layer, trained on 32 tokens; chance 1/6."""

@@ -1,5 +1,4 @@
-"""Many lessons, some at once, each in a process of one thread; one that fails is reported and the
-others go on."""
+"""Runs many trials side by side; one that fails is reported and the others go on."""
 
 import multiprocessing
 import os
@@ -20,10 +19,14 @@ from trainer.launch.parent_death import die_with_parent
 
 
 class Budget(NamedTuple):
-    """How much a recipe takes: seeds of every lesson, processes at once, and steps in place of the
-    lessons' own.
+    """Size of an experiment.
 
-    The seeds are `first` and those after it. only: one part of the recipe; None = all.
+    Attributes:
+        seeds: number of seeds of every trial.
+        jobs: processes at once.
+        steps: replaces the steps of every trial; None keeps them.
+        first: the first seed.
+        only: one part of the experiment; None = all.
     """
 
     seeds: int = 3
@@ -33,7 +36,7 @@ class Budget(NamedTuple):
     only: str | None = None
 
     def numbers(self) -> range:
-        """The seeds."""
+        """Returns the seeds."""
         return range(self.first, self.first + self.seeds)
 
 
@@ -44,11 +47,11 @@ Queue = SimpleQueue[tuple[TrialJob, "Future[TrialResult]"]]
 def run_trials(
     jobs: Iterable[TrialJob], effort: Budget, say: Callable[[str], None] = print
 ) -> list[TrialResult]:
-    """Every lesson, in the order in which they were given; a line for each as it ends.
+    """Runs trials; returns their results in the given order and says a line as each ends.
 
     Args:
-        jobs: lessons, each with one seed.
-        effort: how many at once; its steps, if set, replace those of every lesson.
+        jobs: trials, each with one seed.
+        effort: how many at once; its steps, if set, replace those of every trial.
         say: takes the lines.
     """
     queue: Queue = SimpleQueue()
@@ -71,7 +74,7 @@ def run_trials(
 
 
 def result_line(learned: TrialResult) -> str:
-    """How a lesson ended, in a line."""
+    """Returns one line about how a trial ended."""
     who = f"{learned.name}, seed {learned.seed}"
     if learned.fault is not None:
         return f"{who}: FAILED: {learned.fault.strip()}"
@@ -85,8 +88,7 @@ def _figures(exam: HeldOutResult) -> str:
 
 
 def _serve(queue: Queue) -> None:
-    """Take jobs until there are none left; a process that dies takes its own job with it and no
-    other."""
+    """Runs jobs until none is left; a process that dies loses its own job only."""
     pool = _pool()
     while True:
         try:
@@ -122,7 +124,7 @@ def _begin(parent: int) -> None:
 
 
 def _taught(lesson: Trial, seed: int) -> TrialResult:
-    """In the process: whatever goes wrong is what came of the lesson."""
+    """Runs a trial in a worker; any error becomes its result."""
     try:
         return run_trial(lesson, seed)
     except Exception as error:

@@ -1,5 +1,4 @@
-"""Lessons of several seeds as a markdown table: the mean of each figure, and between which values
-the seeds lay."""
+"""Tables of trials over seeds: the mean of each figure and its range."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +16,13 @@ def table(
     head: str = "model",
     digits: int = 3,
 ) -> str:
-    """A row for each name, in the order in which the names come.
+    """Returns a markdown table with a row for each name, in the order of the results.
 
     Args:
-        learned: any names and seeds; what failed counts in no mean, and is told in the last column.
-        columns: title -> figure (or words) of one lesson; NaN where there is none.
+        learned: results of any names and seeds; failed ones are counted in the last column.
+        columns: title -> figure (or words) of one result; NaN where there is none.
         head: title of the first column.
-        digits: behind the point.
+        digits: behind the decimal point.
 
     A cell is `mean (least to most)`, or the figure alone of a single seed.
     """

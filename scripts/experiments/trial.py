@@ -1,11 +1,11 @@
-"""A lesson: a small model is trained with the real config, model, stream and loop, and then
-examined on held-out data.
+"""Trains a small model with the real config, model, stream and loop, and evaluates it.
 
-    lesson = Lesson("linear", ("model=linear", "data=recall", "context_length=64", "steps=300"), {"long": ("data.length=128",)})
-    learned = teach(lesson, seed=0)          # here and now; many at once: scripts/experiments/runner.py
-    learned.accuracy, learned.exams["long"].loss, learned.rows[-1].loss, learned.seconds
+    trial = Trial("linear", ("model=linear", "data=recall", "context_length=64", "steps=300"),
+                  {"long": ("data.length=128",)})
+    result = run_trial(trial, seed=0)        # many at once: scripts/experiments/runner.py
+    result.accuracy, result.exams["long"].loss, result.rows[-1].loss, result.seconds
 
-What a run has beside its loop (a directory, checkpoints, logs) is left out; figures stay in memory.
+A run directory, checkpoints and logs are left out; figures stay in memory.
 """
 
 import math
@@ -50,12 +50,13 @@ HELD_OUT = "held out"  # the exam that every lesson ends with, on the settings o
 
 @dataclass(frozen=True)
 class Trial:
-    """What is taught and how it is examined.
+    """A model to train and the data to evaluate it on.
 
-    Attributes: name: what a table calls it; lessons of different seeds share it. overrides:
-        KEY=VALUE, as on the command line of a run; the seed is not among them. exams: further ones
-        by name, each with overrides added to those of the lesson: longer rows, no memory, a longer
-            task. The weights must fit the model that they compose.
+    Attributes:
+        name: in tables; trials of different seeds share it.
+        overrides: KEY=VALUE, as on the command line of a run, without the seed.
+        exams: further evaluations by name, each with overrides added to those of the trial: longer
+            rows, no memory, a longer task. The weights must fit the model that they compose.
     """
 
     name: str
@@ -65,15 +66,17 @@ class Trial:
 
 @dataclass
 class TrialResult:
-    """What came of a lesson.
+    """Result of a trial.
 
-    Attributes: exams: by name, the loss and how the task grades it over `evaluation.batches`;
-        HELD_OUT is on data like the training
-            data.
+    Attributes:
+        name: of the trial.
+        seed: of the trial.
+        exams: loss and task metrics over `evaluation.batches` by name; HELD_OUT is on data like
+            the training data.
         rows: the log, a row a step: loss, statistics of layers, seconds.
-        seconds: of the whole lesson.
-        parameters: of the model.
-        fault: why there is nothing of all that; None where it went well.
+        seconds: of the whole trial.
+        parameters: number of parameters.
+        fault: why it failed; None when it did not.
     """
 
     name: str
@@ -86,25 +89,25 @@ class TrialResult:
 
     @property
     def accuracy(self) -> float:
-        """Of a task, on held-out examples like the training examples."""
+        """Accuracy of a task on held-out examples like the training examples."""
         return self.exams[HELD_OUT].graded["accuracy"]
 
     @property
     def loss(self) -> float:
-        """Nats per predicted token, on held-out data like the training data."""
+        """Loss in nats per predicted token, on held-out data like the training data."""
         return self.loss_of(HELD_OUT)
 
     def loss_of(self, exam: str) -> float:
-        """Nats per predicted token in an exam; NaN where it had nothing to predict."""
+        """Returns the loss of an evaluation; NaN when it had nothing to predict."""
         loss = self.exams[exam].loss
         return math.nan if loss is None else loss
 
 
 def run_trial(lesson: Trial, seed: int) -> TrialResult:
-    """Train and examine, in this process.
+    """Trains and evaluates, in this process.
 
     Raises:
-        Fault: settings that cannot be honoured, or a loss that is no number.
+        UserError: settings that are refused, or a loss that is not finite.
     """
     began = time.perf_counter()
     every = {HELD_OUT: (), **lesson.exams}
@@ -144,8 +147,7 @@ def run_trial(lesson: Trial, seed: int) -> TrialResult:
 
 
 def run_exams(config: Config, weights: Mapping[str, Tensor]) -> HeldOutResult:
-    """Put trained weights into the model of this config, and that before the held-out data of this
-    config."""
+    """Evaluates trained weights in the model and on the held-out data of a config."""
     stream = _stream(config, "held_out")
     with torch.device("meta"):
         model = build_model(config, stream.vocabulary)

@@ -1,4 +1,4 @@
-"""Alerts: what W&B sends a mail or a message about, chosen by `wandb.alerts`."""
+"""Decides which events W&B sends a message about, by `wandb.alerts`."""
 
 import math
 from collections import deque
@@ -17,12 +17,12 @@ Send = Callable[[str, str], None]  # (title, text)
 
 
 class Alerts:
-    """Decides what is worth an alert.
+    """Sends an alert for each event of a wanted kind.
 
     Args:
         wanted: kinds; True = all.
         name: of the run.
-        spike: optim.skip_above; 0 = none, then USUAL counts.
+        spike: optim.skip_above; with 0, USUAL is the limit.
         send: takes a title and a text.
     """
 
@@ -34,7 +34,7 @@ class Alerts:
         self.norms: deque[float] = deque(maxlen=WINDOW)
 
     def step(self, row: MetricsRow) -> None:
-        """Look at a logged step: was it skipped, or does its gradient leap?"""
+        """Checks a logged step: was it skipped, or is its gradient norm a spike?"""
         norm = row.grad_norm
         finite = norm is not None and math.isfinite(norm)
         usual = median(self.norms) if len(self.norms) >= LEAST else math.inf
@@ -53,15 +53,15 @@ class Alerts:
             )
 
     def ended(self, head: str, text: str) -> None:
-        """The run came to its end, in order or not."""
+        """Sends that the run ended, in order or not."""
         self._tell("end", head, text)
 
     def hung(self, text: str) -> None:
-        """Ranks waited too long for one another."""
+        """Sends that ranks waited too long for one another."""
         self._tell("hang", "ranks hang", text)
 
     def wants(self, kind: str) -> bool:
-        """Whether alerts of a kind are sent."""
+        """Reports that alerts of a kind are sent."""
         return kind in self.wanted
 
     def _tell(self, kind: str, head: str, text: str) -> None:

@@ -1,5 +1,7 @@
-"""What a user sees while a run goes on: a progress bar on a terminal, a plain line every few
-seconds elsewhere."""
+"""Output for the user while a run goes on.
+
+A progress bar on a terminal, a plain line every few seconds elsewhere.
+"""
 
 import io
 import shlex
@@ -27,7 +29,7 @@ INTERVAL_S = 5.0
 
 
 def count(number: float) -> str:
-    """A number for people: 950, 12.3k, 4.56M."""
+    """Formats a number for people: 950, 12.3k, 4.56M."""
     for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= unit:
             return f"{number / unit:.3g}{name}"
@@ -35,7 +37,7 @@ def count(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 0:05, 1:02:03."""
+    """Formats seconds for people: 0:05, 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -83,8 +85,10 @@ class Console:
             self.task = self.bar.add_task("", total=steps, completed=first, told="")
 
     def say(self, text: str) -> None:
-        """One line (or several) for the user, above the bar. A screen that fails is left alone; the
-        run goes on."""
+        """Prints one or more lines above the bar.
+
+        An output that fails is not used again, and the run goes on.
+        """
         if not self.speaks:
             return
         text = plain(text)
@@ -102,15 +106,17 @@ class Console:
             print(text, file=self.file, flush=True)
 
     def go_on_from(self, step: int) -> None:
-        """The run was resumed: `step` steps were done before, and time counts from now."""
+        """Continues the count after `step` earlier steps; time counts from now."""
         self.first = step
         self.begin = self.clock()
         if self.bar is not None:
             self.bar.reset(self.task, total=self.steps, completed=step, told="")
 
     def step(self, row: MetricsRow) -> None:
-        """A step is done. The first and the last always print; in between a line every few
-        seconds."""
+        """Shows a finished step.
+
+        Without a terminal the first and the last step always print, others every few seconds.
+        """
         if not self.speaks:
             return
         loss = "nothing to predict" if row.loss is None else f"loss {row.loss:.4f}"
@@ -130,14 +136,14 @@ class Console:
             self.say(f"step {row.step:{width}d}/{self.steps}  {told}  {duration(left)} left")
 
     def close(self) -> None:
-        """Leave the terminal as it was; safe to call twice."""
+        """Restores the terminal; may be called twice."""
         if self.bar is not None:
             with self._unharmed():
                 self.bar.stop()
 
     @contextmanager
     def _unharmed(self) -> Iterator[None]:
-        """Whatever the terminal does to the bar, the run goes on without it."""
+        """Stops all output when the terminal fails, so that the run goes on."""
         try:
             yield
         except (OSError, ValueError):
@@ -153,14 +159,14 @@ class Console:
         wandb: str | None = None,
         more: Sequence[str] = (),
     ) -> None:
-        """The last screen: where everything lies, and what to try next.
+        """Prints the last screen: files of the run, and commands to try next.
 
         Args:
-            directory: of the run; only what is there, and not empty, is listed.
+            directory: of the run; only files that exist and are not empty are listed.
             stopped: why the run ended before its last step, or None.
-            owed: what was due and is not done, which the same command does.
-            broken: what was tried and failed.
-            wandb: where the W&B run is: an address, or the directory of an offline run.
+            owed: work that was due and is not done, which the same command does.
+            broken: work that was tried and failed.
+            wandb: address of the W&B run, or the directory of an offline run.
             more: commands to try, before ours.
         """
         self.close()
@@ -204,7 +210,7 @@ class Console:
 
 
 def _holds_something(path: Path) -> bool:
-    """Whether there is a folder, or a file with anything in it."""
+    """Reports that a path is a folder, or a file that is not empty."""
     return path.is_dir() or (path.is_file() and path.stat().st_size > 0)
 
 

@@ -1,4 +1,4 @@
-"""Reads the figures of a finished run from its directory."""
+"""Reads the final figures of a run from its directory."""
 
 import math
 from pathlib import Path
@@ -9,8 +9,14 @@ from trainer.logs.jsonl import EVALUATION, METRICS, read
 
 
 class Figures(NamedTuple):
-    """What a run came to: the last loss and held-out loss, tokens a second of its middle step, most
-    bytes on one rank."""
+    """Final figures of a run; NaN for what is not known.
+
+    Attributes:
+        loss: the last training loss, nats per token.
+        held_out_loss: the last held-out loss, nats per token.
+        tokens_per_second: of the median step.
+        peak_bytes: of the rank that uses most memory.
+    """
 
     loss: float = math.nan
     held_out_loss: float = math.nan
@@ -19,24 +25,20 @@ class Figures(NamedTuple):
 
 
 def read_figures(directory: Path) -> Figures:
-    """As far as the run has got."""
+    """Reads the figures of a run, however far it got."""
     rows = list(read(directory / METRICS))
-    held_out = [
-        row.get("value")
-        for row in read(directory / EVALUATION)
-        if row.get("name") == "held_out_loss"
-    ]
     if not rows:
         return Figures()
-    speeds = [
-        row.get("tokens_per_second") for row in rows[1:] or rows
-    ]  # the first step also warms up
-    return Figures(
-        _number(rows[-1].get("loss")),
-        _number(held_out[-1]) if held_out else math.nan,
-        median(map(_number, speeds)),
-        max(_number(row.get("peak_memory_bytes")) for row in rows),
-    )
+    held_out_loss = math.nan
+    for row in read(directory / EVALUATION):
+        if row.get("name") == "held_out_loss":
+            held_out_loss = _number(row.get("value"))
+    # The first step also warms up, and is left out where there are others.
+    timed_rows = rows[1:] or rows
+    speeds = [_number(row.get("tokens_per_second")) for row in timed_rows]
+    peaks = [_number(row.get("peak_memory_bytes")) for row in rows]
+    loss = _number(rows[-1].get("loss"))
+    return Figures(loss, held_out_loss, median(speeds), max(peaks))
 
 
 def _number(value: float | None) -> float:

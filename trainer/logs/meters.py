@@ -1,6 +1,6 @@
-"""How fast and how full: tokens per second, step seconds, peak memory and model FLOPs utilisation.
+"""Meters of tokens per second, step seconds, peak memory and model FLOPs utilisation.
 
-Seconds are those of training alone: what runs under `pause` (evaluation, checkpoints, plots) is not
+Seconds are those of training alone: work under `pause` (evaluation, checkpoints, plots) is not
 counted. MFU = FLOPs of the step / (step seconds x peak FLOP/s of all devices), after Chowdhery et
 al. 2022 (arXiv:2204.02311). Theirs counts every pair of tokens of a row in attention; ours takes
 the FLOPs that the caller counted, which are those of visible pairs (causal, within a document:
@@ -53,7 +53,7 @@ class Peak(NamedTuple):
 
 
 class MeterReading(NamedTuple):
-    """What the meter says about the steps since it was read last."""
+    """Figures of the steps since the last reading."""
 
     tokens_per_second: float
     step_seconds: float

@@ -102,7 +102,7 @@ BLOCK = re.compile(
 
 
 def secret_key(key: str) -> bool:
-    """Whether the name of a key, or of a variable, says that its value is a secret."""
+    """Reports that the name of a key or variable marks its value as secret."""
     words = _words(key)
     if any(word in ALWAYS for word in words):
         return True

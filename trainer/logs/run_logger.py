@@ -109,8 +109,10 @@ class RunLogger:
             )  # else what was said would go with this process
 
     def _code(self) -> dict[str, Any]:
-        """Which code ran, on what, by which command; the difference to the commit itself stays on
-        this machine."""
+        """Returns the code, machine and command that the run recorded.
+
+        The diff to the commit is left out and stays on this machine.
+        """
         path = self.directory / directories.ENVIRONMENT
         if not path.is_file():
             return {}

@@ -55,14 +55,14 @@ class SteadyFile(io.FileIO):
         """Does nothing: this file holds nothing back."""
 
     def isatty(self) -> bool:
-        """Whether it is a terminal that is still there."""
+        """Reports that the stream is a terminal that still exists."""
         try:
             return not self.gone and super().isatty()
         except (OSError, ValueError):
             return False
 
     def _has_room(self) -> bool:
-        """Whether a piece can be written now, after waiting as long as patience allows."""
+        """Waits until a piece can be written, at most as long as patience allows."""
         poll = select.poll()
         poll.register(self.fileno(), select.POLLOUT)
         end = time.monotonic() + (0.0 if self.paused else self.patience_s)

@@ -20,10 +20,10 @@ SUMMARY = "summary.json"
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """What is known of the run in a directory; nothing where there is no such file.
+    """Reads the summary of a run; an empty dictionary when there is no file.
 
     Raises:
-        ValueError: the file is no JSON object.
+        ValueError: the file is not a JSON object.
     """
     path = directory / SUMMARY
     if not os.path.lexists(path):
@@ -35,7 +35,7 @@ def read(directory: Path) -> dict[str, Any]:
 
 
 def note(directory: Path, **facts: Any) -> None:
-    """Add facts to those that are there, as a run that goes on does; the file is replaced whole."""
+    """Adds facts to those of earlier starts of the run; the file is replaced whole."""
     try:
         known = read(directory)
     except ValueError:

@@ -37,7 +37,7 @@ IDENTITY = "run_id"
 
 
 def identity_of(directory: Path | str) -> str | None:
-    """The id that a run directory's W&B run has, if it ever had one."""
+    """Reads the id of the W&B run of a run directory; None when it never had one."""
     try:
         return read_inside(Path(directory), f"wandb/{IDENTITY}").decode("ascii").strip() or None
     except FileNotFoundError:
@@ -87,10 +87,8 @@ class WandbLogger:
             make_inside(self.directory, "wandb")
             self._keep_identity()
             mode = self._mode(mode, min(PROBE_S, init_timeout_s))
-            if (
-                mode == "offline"
-                # for W&B's own telemetry too, which would wait for the network when the process ends
-            ):
+            if mode == "offline":
+                # Its telemetry too, which would wait for the network when the process ends.
                 wandb.setup(wandb.Settings(silent=True, mode="offline"))
             with _command_without_secrets():
                 self._open(
@@ -100,7 +98,7 @@ class WandbLogger:
             self._lost(error)
 
     def _mode(self, mode: str, wait_s: float) -> str:
-        """What is possible of what is wished; a difference is said."""
+        """Returns the mode that is possible; says when it is not the requested one."""
         known = wandb.setup(
             wandb.Settings(silent=True)
         ).settings  # reads WANDB_* and W&B's own settings files
@@ -180,7 +178,7 @@ class WandbLogger:
             self._lost(error)
 
     def step(self, row: MetricsRow) -> None:
-        """Send the row of a step."""
+        """Sends the row of a step."""
         self.tokens = row.tokens
         parts = row._asdict()
         beside = {part: parts.pop(part) or {} for part in BESIDE}
@@ -220,8 +218,7 @@ class WandbLogger:
 
     @property
     def place(self) -> str | None:
-        """Where to look: the run's address, or the directory that `wandb sync` takes; None when
-        switched off."""
+        """The run's address, or the directory that `wandb sync` takes; None when switched off."""
         if self.run is None:
             return None
         return str(Path(self.run.dir).parent) if self.run.offline else self.run.url
@@ -322,7 +319,7 @@ def _brief(error: Exception) -> str:
 
 
 def _in_netrc(address: str) -> bool:
-    """Whether the user's netrc file has a key for this server, or for W&B's own."""
+    """Reports that the user's netrc file has a key for this server, or for W&B's own."""
     for path in (Path(os.path.expanduser(name)) for name in ("~/.netrc", "~/_netrc")):
         try:
             hosts = netrc.netrc(path).hosts
@@ -334,8 +331,10 @@ def _in_netrc(address: str) -> bool:
 
 
 def unreachable(address: str, wait_s: float) -> str | None:
-    """Why no server answers at an address, or None when one does; takes at most `wait_s`
-    seconds."""
+    """Returns why no server answers at an address, or None when one does.
+
+    Takes at most `wait_s` seconds.
+    """
     found: list[str | None] = []
 
     def ask() -> None:

@@ -1,5 +1,7 @@
-"""A batch of jobs: judged together before any starts, then run side by side, each in a directory of
-its own."""
+"""A batch of jobs: checked together before any starts, then run side by side.
+
+Each job has a directory of its own.
+"""
 
 import json
 import os
@@ -21,7 +23,10 @@ from trainer.sweep.jobs import DONE, FAILED, OUTCOME, OUTPUT, STOPPED, Job, JobO
 from trainer.sweep.process_pool import FinishedProcess, ProcessPool, ProcessTask, Slots
 from trainer.texts import quoted
 
-JOB_OF = "--job-of"  # hidden: the sweep's process number, then a run's settings
+# Hidden option: the process number of the sweep, then the settings of a run.
+JOB_OF = "--job-of"
+LONGEST_NAME = 128  # characters that W&B accepts
+LONGEST_TAG = 64
 TWICE = "{} is the folder of several jobs; hydra.sweep.subdir must tell them apart"
 BATCH = (
     "launch=slurm hands over a run at a time, and -m waits for its jobs; submit a script with the"
@@ -37,126 +42,149 @@ BLIND = (
 def check_jobs(
     jobs: Sequence[Job], known: Sequence[Job], plan: SweepPlan, effective: dict[int, str]
 ) -> dict[int, Config]:
-    """The config of each job, by number; `effective` is filled with what each comes to, see
-    essential.
+    """Checks every job and returns its config by number.
+
+    Args:
+        jobs: to check.
+        known: jobs of earlier batches, whose directories are taken.
+        plan: of the sweep.
+        effective: receives by job the text that identifies its run, see `essential`.
 
     Raises:
-        Fault: everything that is wrong with any of them, and of which jobs that is true.
+        UserError: all errors of all jobs, each with the jobs that have it.
     """
     configs: dict[int, Config] = {}
-    said: dict[str, None] = {}  # what was fitted, once for all seeds
-    idle: dict[int, dict[str, str]] = {}  # settings that reach no part of a job's model
-    faults: dict[str, list[Job]] = {}
-    places = [job.directory for job in (*known, *jobs)]
+    # A dictionary without values: a remark on many seeds is printed once, in order.
+    remarks: dict[str, None] = {}
+    unused_settings: dict[int, dict[str, str]] = {}
+    errors: dict[str, list[Job]] = {}
+    directories = [job.directory for job in (*known, *jobs)]
     for job in jobs:
-        if places.count(job.directory) > 1:
-            faults.setdefault(TWICE.format(job.directory), []).append(job)
+        if directories.count(job.directory) > 1:
+            errors.setdefault(TWICE.format(job.directory), []).append(job)
         try:
-            configs[job.number] = prepare.load_config(
+            config = prepare.load_config(
                 arguments(job),
-                say=lambda each: said.setdefault(each),
-                dropped=lambda keys, job=job: idle.update({job.number: keys}),
+                say=lambda remark: remarks.setdefault(remark),
+                dropped=lambda keys, job=job: unused_settings.update({job.number: keys}),
             )
-        except UserError as fault:
-            for splitline in str(fault).splitlines():
-                faults.setdefault(splitline, []).append(job)
+        except UserError as error:
+            for line in str(error).splitlines():
+                errors.setdefault(line, []).append(job)
             continue
-        if configs[job.number].launch.name == "slurm":
-            faults.setdefault(BATCH, []).append(job)
-        wandb = configs[job.number].wandb
-        if len(places) > 1 and wandb.mode != "disabled" and (wandb.id or variable("id")):
-            faults.setdefault(ONE_ID, []).append(job)
-        if plan.searches and not configs[job.number].evaluation.every:
-            faults.setdefault(BLIND, []).append(job)
-    for key in (
-        set.intersection(*(set(keys) for keys in idle.values()))
-        if idle and len(idle) == len(jobs)
-        else ()
-    ):
-        faults.setdefault(idle[jobs[0].number][key], []).extend(jobs)
-    if faults:
-        names = varied(jobs)
-        told = {
-            fault: "; ".join(f"job {job.number}: {names[job.number]}" for job in of)
-            for fault, of in faults.items()
-        }
-        raise UserError(
-            "\n".join(
-                f"{fault} ({told[fault]})" if len(of) < len(jobs) else fault
-                for fault, of in faults.items()
-            )
-        )
-    for each in said:
-        print(each)
+        configs[job.number] = config
+        if config.launch.name == "slurm":
+            errors.setdefault(BATCH, []).append(job)
+        wandb = config.wandb
+        one_id = wandb.mode != "disabled" and (wandb.id or variable("id"))
+        if one_id and len(directories) > 1:
+            errors.setdefault(ONE_ID, []).append(job)
+        if plan.searches and not config.evaluation.every:
+            errors.setdefault(BLIND, []).append(job)
+    # A setting that reaches a part of some job's model is right for the sweep; of none, a mistake.
+    if unused_settings and len(unused_settings) == len(jobs):
+        key_sets = [set(keys) for keys in unused_settings.values()]
+        for key in set.intersection(*key_sets):
+            sentence = unused_settings[jobs[0].number][key]
+            errors.setdefault(sentence, []).extend(jobs)
+    if errors:
+        raise UserError(_error_text(errors, jobs))
+    for remark in remarks:
+        print(remark)
     for job in jobs:
-        for sentence in idle[job.number].values():
+        for sentence in unused_settings[job.number].values():
             print(f"job {job.number}: {sentence}")
-    effective.update({job.number: essential(configs[job.number], idle[job.number]) for job in jobs})
+    for job in jobs:
+        effective[job.number] = essential(configs[job.number], unused_settings[job.number])
     return configs
 
 
-def essential(config: Config, idle: Collection[str]) -> str:
-    """The config as text without what makes no other run: names, folders, the console, and settings
-    that reach no part."""
-    tree = {key: value for key, value in plain_config(config).items() if key not in APART}
-    for key in idle:
-        *road, last = key.split(".")
-        place = tree
-        for part in road:
-            place = place[part]
-        place[last] = None
+def _error_text(errors: dict[str, list[Job]], jobs: Sequence[Job]) -> str:
+    """Returns a line for each error, with its jobs unless all of them have it."""
+    names = varied(jobs)
+    lines = []
+    for error, affected in errors.items():
+        if len(affected) < len(jobs):
+            listed = "; ".join(f"job {job.number}: {names[job.number]}" for job in affected)
+            lines.append(f"{error} ({listed})")
+        else:
+            lines.append(error)
+    return "\n".join(lines)
+
+
+def essential(config: Config, unused: Collection[str]) -> str:
+    """Returns the config as text without all that does not change what is computed.
+
+    Left out are names, folders, the console, and settings that reach no part of the model.
+    """
+    tree = plain_config(config)
+    for key in APART:
+        tree.pop(key, None)
+    for key in unused:
+        *sections, last = key.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[last] = None
     return json.dumps(tree, sort_keys=True)
 
 
 def twins(jobs: Sequence[Job], effective: dict[int, str]) -> dict[int, int]:
-    """By job that need not run the job that is the same run."""
-    first: dict[str, int] = {}
-    found = {}
+    """Returns by job the earlier job that computes the same, so that it need not run."""
+    first_job: dict[str, int] = {}
+    repeated = {}
     for job in jobs:
         if job.number in effective:
-            other = first.setdefault(effective[job.number], job.number)
+            other = first_job.setdefault(effective[job.number], job.number)
             if other != job.number:
-                found[job.number] = other
-    return found
+                repeated[job.number] = other
+    return repeated
 
 
 def arguments(job: Job) -> list[str]:
-    """What the command of a job is given; the directory may hold signs that Hydra reads as its
-    own."""
-    return [
-        *(setting.lstrip("+") for setting in job.settings),
-        f"run_dir={quoted(str(job.directory))}",
-    ]
+    """Returns the words of a job's command."""
+    words = [setting.lstrip("+") for setting in job.settings]
+    # Quoted, because a directory may contain characters of Hydra's grammar.
+    words.append(f"run_dir={quoted(str(job.directory))}")
+    return words
 
 
 def labels(config: Config, own: Sequence[str], group: str) -> list[str]:
-    """Under what W&B shows a job, where the user names nothing: the sweep's folder as group, what
-    varies as name and tags.
+    """Returns W&B settings of a job for all that the user did not name.
 
-    Signs that Hydra would read as its own are left out, and what is longer than W&B takes is cut.
+    The group is the sweep's folder; name and tags are the settings that vary. Characters of Hydra's
+    grammar are left out, and text longer than W&B accepts is cut.
     """
-    wish = config.wandb
-    if wish.mode == "disabled":
+    wandb = config.wandb
+    if wandb.mode == "disabled":
         return []
-    group, name, *tags = [re.sub(r"""[\\'"$]""", "", each) for each in (group, " ".join(own), *own)]
-    found = []
-    if (wish.group or variable("group")) is None and group:
-        found.append(f"wandb.group='{group[:128]}'")
-    if (wish.name or variable("name")) is None:
-        found.append(f"wandb.name='{name[:128]}'")
-    if not (wish.tags or variable("tags")):
-        found.append(f"wandb.tags=[{','.join(quoted(tag[:64]) for tag in tags)}]")
-    return found
+    group = _without_grammar(group)
+    name = _without_grammar(" ".join(own))
+    words = []
+    if (wandb.group or variable("group")) is None and group:
+        words.append(f"wandb.group='{group[:LONGEST_NAME]}'")
+    if (wandb.name or variable("name")) is None:
+        words.append(f"wandb.name='{name[:LONGEST_NAME]}'")
+    if not (wandb.tags or variable("tags")):
+        tags = [quoted(_without_grammar(setting)[:LONGEST_TAG]) for setting in own]
+        words.append(f"wandb.tags=[{','.join(tags)}]")
+    return words
+
+
+def _without_grammar(text: str) -> str:
+    return re.sub(r"""[\\'"$]""", "", text)
 
 
 class JobBatch:
-    """Jobs that run side by side; says of each when it starts and how it ended, and writes that
-    into its directory.
+    """Runs jobs side by side, prints their start and end, and records how they ended.
 
     Args:
-        jobs: those to run, and their configs. before: how each ended the last time. owns: the
-            settings that set each apart.
-        command: what starts one run. group: the name of the sweep.
+        jobs: to run.
+        configs: of each job.
+        before: how each ended the last time.
+        owns: the settings that distinguish each.
+        command: starts one run.
+        group: name of the sweep.
     """
 
     def __init__(
@@ -174,10 +202,11 @@ class JobBatch:
         self.owns = owns
         self.group = group
         self.command = [*command, JOB_OF, str(os.getpid())]
-        self.read: dict[int, int] = {}  # how much of its output was there before
+        # Bytes of output that earlier starts of a job left behind.
+        self.read: dict[int, int] = {}
 
     def run(self, slots: Slots) -> Any:
-        """Run them all; returns the signal that stopped them, if one did."""
+        """Runs all jobs; returns the signal that stopped them, or None."""
         tasks = {}
         for number, job in self.jobs.items():
             job.directory.mkdir(parents=True, exist_ok=True)
@@ -194,34 +223,45 @@ class JobBatch:
 
     def _ended(self, number: int, end: FinishedProcess) -> None:
         job = self.jobs[number]
-        was = self.before[number]
-        kind = DONE if end.code == WELL else STOPPED if end.stopped else FAILED
-        last = self._last(number) if kind == FAILED else ""
-        seconds = end.seconds + (was.seconds if was else 0)
+        previous = self.before[number]
+        seconds = end.seconds
+        if previous:
+            seconds += previous.seconds
+        last = ""
+        if end.code == WELL:
+            kind = DONE
+        elif end.stopped:
+            kind = STOPPED
+        else:
+            kind = FAILED
+            last = self._last(number)
         JobOutcome(list(job.settings), kind, end.code, seconds, last).write(job.directory)
-        found = read_figures(job.directory)
+        figures = read_figures(job.directory)
         if kind == FAILED:
-            told = (
+            result = (
                 f"FAILED with exit status {end.code}: {last}; all it said is in"
                 f" {job.directory / OUTPUT}"
             )
         else:
-            told = f"{kind}: loss {found.loss:.4f}, held-out loss {found.held_out_loss:.4f}"
-        print(f"job {number} {told}, {end.seconds:.0f} s", flush=True)
+            result = f"{kind}: loss {figures.loss:.4f}, held-out loss {figures.held_out_loss:.4f}"
+        print(f"job {number} {result}, {end.seconds:.0f} s", flush=True)
 
     def _last(self, number: int) -> str:
-        """The last line that a job said."""
+        """Returns the last line that a job printed since its latest start."""
         with open(self.jobs[number].directory / OUTPUT, "rb") as file:
             file.seek(self.read[number])
-            said = file.read().decode(errors="replace").splitlines()
-        return next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
+            lines = file.read().decode(errors="replace").splitlines()
+        for line in reversed(lines):
+            if line.strip():
+                return line.strip()
+        return "it said nothing"
 
 
 def told_again(job: Job, other: Job, was: JobOutcome) -> None:
-    """Give a job's folder the figures of the job that was run for both."""
+    """Copies the figures of the job that ran for both into the folder of its twin."""
     job.directory.mkdir(parents=True, exist_ok=True)
     for name in (METRICS, EVALUATION):
         if (other.directory / name).is_file():
             shutil.copyfile(other.directory / name, job.directory / name)
-    said = f"the same run as job {other.number}"
-    JobOutcome(list(job.settings), was.outcome, was.code, was.seconds, said).write(job.directory)
+    message = f"the same run as job {other.number}"
+    JobOutcome(list(job.settings), was.outcome, was.code, was.seconds, message).write(job.directory)

@@ -1,5 +1,4 @@
-"""hydra/launcher=torchrun: what Hydra's sweepers hand their jobs to; every job is a torchrun
-launch."""
+"""Launcher plugin hydra/launcher=torchrun: takes jobs from Hydra's sweepers."""
 
 import importlib
 import sys
@@ -24,10 +23,13 @@ NUMBERED = "${hydra.job.num}"  # Hydra's own name for the folder of a job
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What Hydra's part of the config says of a sweep.
+    """Hydra's part of the config of a sweep.
 
-    ranks: of all jobs that run at once; None = as many as the machine has. searches: the values
-    that jobs return decide over what comes next.
+    Attributes:
+        directory: of the sweep.
+        settings: with several values each.
+        ranks: of all jobs that run at once; None = as many as the machine has.
+        searches: the values that jobs return decide which jobs come next.
     """
 
     directory: Path
@@ -37,7 +39,7 @@ class SweepPlan:
 
 
 class SweepHandler(Protocol):
-    """Who runs the jobs: told once what is planned, then given one batch after the other."""
+    """Runs the jobs: receives the plan once, then one batch after the other."""
 
     def begin(self, plan: SweepPlan) -> None: ...
 

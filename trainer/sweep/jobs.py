@@ -1,5 +1,4 @@
-"""The jobs of a sweep as their directories show them: settings, how each ended, its figures, and
-one table of all."""
+"""Jobs of a sweep as their directories describe them, and the table of all."""
 
 import json
 import math
@@ -19,13 +18,14 @@ OUTPUT = "output.txt"
 DONE = "done"
 FAILED = "failed"
 STOPPED = "stopped"
-SILENT = ("launch.", "log.", "wandb.")  # settings that make no other run
+# Settings with these prefixes do not change what is computed.
+SILENT = ("launch.", "log.", "wandb.")
 HEAD = ("job", "settings", "loss", "held-out loss", "tokens/s", "peak memory", "seconds", "outcome")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep: KEY=VALUE settings, and the directory that is its own."""
+    """One run of a sweep: its KEY=VALUE settings and its directory."""
 
     number: int
     settings: tuple[str, ...]
@@ -34,11 +34,14 @@ class Job:
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """How a job ended, as its directory tells; there is none before it did, however often it
-    started.
+    """Record of how a job ended; missing until it has, however often it started.
 
-    outcome: done, failed or stopped. seconds: of all its starts together. message: the last line of
-    a job that failed.
+    Attributes:
+        settings: of the job.
+        outcome: done, failed or stopped.
+        code: exit status.
+        seconds: of all its starts together.
+        message: the last line that a failed job printed.
     """
 
     settings: list[str]
@@ -48,100 +51,110 @@ class JobOutcome:
     message: str = ""
 
     def write(self, directory: Path) -> None:
-        """Replace what the directory told."""
+        """Replaces the record in a job's directory."""
         replace_inside(directory, OUTCOME, json.dumps(asdict(self), indent=2) + "\n")
 
 
 def outcome(job: Job) -> JobOutcome | None:
-    """How the job ended the last time; None when it never did.
+    """Reads how a job ended the last time; None when it never did.
 
     Raises:
-        Fault: the directory is another job's.
+        UserError: the record is damaged, or belongs to another job.
     """
     path = job.directory / OUTCOME
     if not path.is_file():
         return None
     try:
-        told = JobOutcome(**json_object(path, follow=False))
+        record = JobOutcome(**json_object(path, follow=False))
     except (ValueError, TypeError, OSError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); remove it, and job {job.number} runs again"
         ) from error
-    if essence(told.settings) != essence(job.settings):
+    # Numbers are not enough: other settings give the same number to another job.
+    recorded = " ".join(essence(record.settings))
+    expected = " ".join(essence(job.settings))
+    if essence(record.settings) != essence(job.settings):
         raise UserError(
-            f"job {job.number} would be {' '.join(essence(job.settings))}, but {job.directory}"
-            f" holds {' '.join(essence(told.settings))}; give another hydra.sweep.dir (a search"
+            f"job {job.number} would be {expected}, but {job.directory}"
+            f" holds {recorded}; give another hydra.sweep.dir (a search"
             " repeats itself only with hydra.sweeper.sampler.seed=NUMBER)"
         )
-    return told
+    return record
 
 
 def essence(settings: Sequence[str]) -> list[str]:
-    """The settings that make the run what it is, as a user writes them."""
+    """Returns the settings that decide what is computed, without Hydra's leading plus."""
     plain = [setting.lstrip("+") for setting in settings]
-    return [each for each in plain if not each.startswith(SILENT)]
+    return [setting for setting in plain if not setting.startswith(SILENT)]
 
 
 def own(jobs: Sequence[Job]) -> dict[int, list[str]]:
-    """By job: the settings in which the jobs differ, fit to be shown; those of one job alone are
-    all its own."""
-    counts = Counter(each for job in jobs for each in essence(job.settings))
-    differ = {
-        job.number: [each for each in essence(job.settings) if counts[each] < len(jobs)]
-        for job in jobs
-    }
-    named = {job.number: differ[job.number] or essence(job.settings) for job in jobs}
-    return {
-        number: [word_without_secrets(setting) for setting in settings]
-        for number, settings in named.items()
-    }
+    """Returns by job the settings in which the jobs differ, without secrets.
+
+    A job that differs in none, as a single job does, keeps all of its settings.
+    """
+    counts: Counter[str] = Counter()
+    for job in jobs:
+        counts.update(essence(job.settings))
+    own_settings = {}
+    for job in jobs:
+        settings = essence(job.settings)
+        differing = [setting for setting in settings if counts[setting] < len(jobs)]
+        public = [word_without_secrets(setting) for setting in differing or settings]
+        own_settings[job.number] = public
+    return own_settings
 
 
 def varied(jobs: Sequence[Job]) -> dict[int, str]:
-    """The same in one line a job."""
+    """Returns the same settings as one line a job."""
     return {number: " ".join(settings) for number, settings in own(jobs).items()}
 
 
 def table(jobs: Sequence[Job]) -> str:
-    """A row for each job, in columns that stand as they are and in markdown alike."""
+    """Returns a row for each job, aligned as plain text and valid as markdown."""
     names = varied(jobs)
     rows: list[tuple[str, ...]] = [HEAD]
     for job in sorted(jobs, key=lambda job: job.number):
-        told = outcome(job)
-        found = read_figures(job.directory)
-        ended = (
-            "not started"
-            if told is None
-            else told.outcome
-            if told.outcome != FAILED
-            else f"failed ({told.code})"
-        )
-        rows.append(
-            (
-                str(job.number),
-                names[job.number],
-                _shown(found.loss, ".4f"),
-                _shown(found.held_out_loss, ".4f"),
-                _shown(found.tokens_per_second, ",.0f"),
-                _shown(found.peak_bytes / 2**20, ",.0f", " MiB"),
-                _shown(told.seconds if told else math.nan, ".0f"),
-                ended,
-            )
-        )
+        rows.append(_row(job, names[job.number]))
     widths = [max(map(len, column)) for column in zip(*rows)]
-    left = [column in (0, 1, len(HEAD) - 1) for column in range(len(HEAD))]
-    rows.insert(
-        1, tuple("-" * width if at else "-" * (width - 1) + ":" for width, at in zip(widths, left))
+    # Text is aligned left: the number of the job, its settings and its outcome.
+    text_columns = (0, 1, len(HEAD) - 1)
+    rule = []
+    for index, width in enumerate(widths):
+        rule.append("-" * width if index in text_columns else "-" * (width - 1) + ":")
+    rows.insert(1, tuple(rule))
+    lines = []
+    for row in rows:
+        cells = []
+        for index, (cell, width) in enumerate(zip(row, widths)):
+            cells.append(cell.ljust(width) if index in text_columns else cell.rjust(width))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _row(job: Job, name: str) -> tuple[str, ...]:
+    """Returns the cells of a job, in the order of HEAD."""
+    record = outcome(job)
+    figures = read_figures(job.directory)
+    seconds = math.nan
+    state = "not started"
+    if record is not None:
+        seconds = record.seconds
+        state = record.outcome
+        if state == FAILED:
+            state = f"failed ({record.code})"
+    return (
+        str(job.number),
+        name,
+        _shown(figures.loss, ".4f"),
+        _shown(figures.held_out_loss, ".4f"),
+        _shown(figures.tokens_per_second, ",.0f"),
+        _shown(figures.peak_bytes / 2**20, ",.0f", " MiB"),
+        _shown(seconds, ".0f"),
+        state,
     )
-    cells = [
-        [
-            cell.ljust(width) if at else cell.rjust(width)
-            for cell, width, at in zip(row, widths, left)
-        ]
-        for row in rows
-    ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def _shown(value: float, form: str, unit: str = "") -> str:
+    """Formats a figure; a dash for NaN."""
     return "-" if math.isnan(value) else f"{value:{form}}{unit}"

@@ -1,5 +1,7 @@
-"""Commands run side by side, as many as a machine's ranks allow; a signal stops them all, and they
-may save."""
+"""Runs commands side by side, as many as the machine has ranks for.
+
+A signal stops them all; each of them may save first.
+"""
 
 import contextlib
 import os
@@ -22,10 +24,12 @@ from trainer.safe_files import open_inside
 
 @dataclass(frozen=True)
 class ProcessTask:
-    """A command.
+    """A command to run.
 
-    Attributes: command: program and arguments. ranks: how many it starts. output: a file that its
-        output is appended to.
+    Attributes:
+        command: program and arguments.
+        ranks: that it starts.
+        output: file that its output is appended to.
     """
 
     command: Sequence[str]
@@ -35,7 +39,13 @@ class ProcessTask:
 
 @dataclass(frozen=True)
 class FinishedProcess:
-    """How a command ended: exit status, seconds, and the signal that stopped it on our word."""
+    """Result of a command.
+
+    Attributes:
+        code: exit status.
+        seconds: that it ran.
+        stopped: the pool stopped it after a signal.
+    """
 
     code: int
     seconds: float
@@ -43,13 +53,13 @@ class FinishedProcess:
 
 
 class Slots:
-    """Places for ranks: one a GPU, or one a core.
+    """Counts the free slots for ranks.
 
     Args:
-        ranks: how many places; None takes one a GPU, or one a core where there is no GPU.
+        ranks: number of slots; None takes one for each GPU, or each core without a GPU.
 
     Raises:
-        Fault: more ranks at once than GPUs.
+        UserError: more ranks at once than GPUs.
     """
 
     def __init__(self, ranks: int | None):
@@ -70,11 +80,14 @@ class Slots:
         self.taken = 0
 
     def fit(self, ranks: int) -> bool:
-        """Whether so many ranks can start now; more than there are places run alone."""
+        """Reports that `ranks` more can start now.
+
+        A task with more ranks than slots runs alone.
+        """
         return not self.taken or self.taken + ranks <= self.many
 
     def take(self, ranks: int) -> tuple[dict[str, str], list[str]]:
-        """The environment of a command of so many ranks, and the GPUs that are its own."""
+        """Takes slots; returns the environment of the command and its GPUs."""
         self.taken += ranks
         more = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.threads))}
         if self.free is None:
@@ -84,20 +97,19 @@ class Slots:
         return {**os.environ, **more, "CUDA_VISIBLE_DEVICES": ",".join(own)}, own
 
     def give(self, ranks: int, own: list[str]) -> None:
-        """Those places are free again."""
+        """Returns slots and GPUs that `take` gave."""
         self.taken -= ranks
         if self.free is not None:
             self.free += own
 
 
 class ProcessPool:
-    """Runs tasks side by side, first come, first served; a smaller one may pass a larger that has
-    no room yet.
+    """Runs tasks side by side in order; a smaller task may pass a larger one that has no room yet.
 
     Args:
-        slots: places for their ranks.
-        began: told the number of a task that starts.
-        ended: told its number and how it ended.
+        slots: for the ranks of all tasks.
+        began: receives the number of a task that starts.
+        ended: receives its number and result.
     """
 
     def __init__(
@@ -115,10 +127,10 @@ class ProcessPool:
         self.running: dict[int, tuple[subprocess.Popen[bytes], float, int, list[str]]] = {}
 
     def run(self, tasks: dict[int, ProcessTask]) -> signal.Signals | None:
-        """Run all tasks, by number; returns the signal that stopped them early, if one did.
+        """Runs all tasks, by number; returns the signal that stopped them early, or None.
 
-        SIGTERM, SIGINT, SIGHUP or SIGQUIT sends SIGTERM to every task that runs, starts no other,
-        and waits for those to end; a second SIGINT ends them at once.
+        SIGTERM, SIGINT, SIGHUP and SIGQUIT send SIGTERM to every running task and start no other;
+        a second SIGINT kills the tasks.
         """
         waiting = dict(tasks)
         heard = []
@@ -137,7 +149,10 @@ class ProcessPool:
         return heard[0] if heard else None
 
     def _start(self, number: int, task: ProcessTask) -> None:
-        """From the main thread, for the kernel ties a task's life to the thread that started it."""
+        """Starts a task; called on the main thread only.
+
+        The kernel ties the life of a task to the thread that started it.
+        """
         environment, own = self.slots.take(task.ranks)
         self.began(number)
         with open(
@@ -181,7 +196,7 @@ class ProcessPool:
 
     @contextmanager
     def _none_left(self) -> Iterator[None]:
-        """Whatever goes wrong here, no task outlives us."""
+        """Kills running tasks on the way out, so that none outlives the sweep."""
         try:
             yield
         finally:
