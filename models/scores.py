@@ -1,9 +1,9 @@
-"""Scores: the scale of the logits, and everything added to or done with them before the softmax.
+"""Scores: the scale of the logits, and everything applied to them before the softmax.
 
-A score owns no parameter: tables, sinks and slopes that are learned belong to the layer, which
-passes them as `params`. It says of each tensor which dim counts heads (None: the tensor is the same
-for all heads), so that a driver may hand a rank some of the heads; `heads` are then their global
-numbers. Wrapped scores let a soft cap, a sink or shared values go with every position scheme.
+A score owns no parameter: learned tables and sinks belong to the layer, which passes them as
+`params`. A score states for each tensor which dim counts heads (None: the tensor is the same for
+all heads), so that a driver may give a rank a part of the heads; `heads` are then their global
+numbers. Wrapped scores combine a soft cap, a sink or shared values with every position scheme.
 
 Letters: B rows, T queries, S keys, H query heads, G key heads, D key width, E value width.
 """
@@ -21,12 +21,14 @@ Tensors = Sequence[Tensor]
 class Score:
     """Scaled dot product (Vaswani et al. 2017, arXiv:1706.03762); query (q,), payload (k, v).
 
-    Attributes: query_heads, payload_heads, param_heads: for each tensor of the tuple, the dim that
-        counts heads, or None. biased: `bias` gives something, which a kernel must then hold for a
-        whole block at once. plain: the logits are exactly `scale * q k` plus `bias`, so that a
-        kernel that knows only those may compute them. two_sided: some of the params serve only keys
-        that come later than their query; useless under a causal mask. one_sided: keys that come
-        later are all treated as one at distance 0; their order is lost without a causal mask.
+    Attributes:
+        query_heads, payload_heads, param_heads: for each tensor of the tuple, the dim that counts
+            heads, or None.
+        plain: the logits are exactly `scale * q k` plus `bias`, so a kernel that supports only
+            these may compute them.
+        biased: `bias` returns a tensor, which a kernel must then store for a whole block.
+        two_sided: some params serve only keys later than their query; useless under a causal mask.
+        one_sided: later keys all count as distance 0; their order is lost without a causal mask.
     """
 
     query_heads: tuple[int | None, ...] = (2,)
@@ -41,20 +43,23 @@ class Score:
         self._scale = scale
 
     def scale(self, q: Tensor) -> float:
-        """What the dot products are multiplied by; 1 / sqrt(D) unless the score was given
-        another."""
-        return q.shape[-1] ** -0.5 if self._scale is None else self._scale
+        """The factor of the dot products; 1 / sqrt(D) unless another was given."""
+        if self._scale is not None:
+            return self._scale
+        return q.shape[-1] ** -0.5
 
     def operands(
         self, query: Tensors, payload: Tensors, params: Tensors
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, T, H, D], k [B, S, G, D], v [B, S, G, E] with G dividing H; per token and
-        differentiable."""
+        """Computes what a fast kernel takes, token by token and differentiable.
+
+        Returns:
+            q [B, T, H, D], k [B, S, G, D], v [B, S, G, E], with G dividing H.
+        """
         return query[0], payload[0], payload[1]
 
     def bias(self, span: Span, kv_span: Span, heads: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """[B or 1, H or 1, T, S] without parameters, added to the scaled logits; None where there
-        is none."""
+        """[B or 1, H or 1, T, S], added to the scaled logits and free of parameters, or None."""
         return None
 
     def logits(
@@ -70,27 +75,35 @@ class Score:
         q, k, _ = self.operands(query, payload, params)
         logits = grouped_dot_products(q, k) * self.scale(q)
         bias = self.bias(span, kv_span, heads, logits.dtype)
-        return logits if bias is None else logits + bias
+        if bias is None:
+            return logits
+        return logits + bias
 
     def sink(self, params: Tensors) -> Tensor | None:
-        """[H] logit of a key that every query sees and that carries no value, or None."""
+        """[H] logits of a key without a value that every query sees, or None."""
         return None
 
 
 def grouped_dot_products(q: Tensor, k: Tensor) -> Tensor:
-    """[B, H, T, S]: products of q [B, T, H, D] with k [B, S, G, D]; query head h reads key head h
-    // (H / G)."""
-    share = q.shape[2] // k.shape[2]
-    logits = torch.einsum("btgrd,bsgd->bgrts", q.unflatten(2, (k.shape[2], share)), k)
+    """Products of q [B, T, H, D] with k [B, S, G, D], [B, H, T, S].
+
+    Query head h reads key head h // (H / G).
+    """
+    key_heads = k.shape[2]
+    queries_per_key = q.shape[2] // key_heads
+    # queries are grouped, not keys repeated: no copy of the keys for every query head
+    grouped_query = q.unflatten(2, (key_heads, queries_per_key))
+    logits = torch.einsum("btgrd,bsgd->bgrts", grouped_query, k)
     return logits.flatten(1, 2)
 
 
 class WrappedScore(Score):
-    """Another score, unchanged; the parent of those that change one thing about it."""
+    """Passes everything to an inner score; base of scores that change one thing about it."""
 
     def __init__(self, inner: Score):
         super().__init__()
         self.inner = inner
+        # copied, because kernels and drivers read these from the outermost score
         self.plain = inner.plain
         self.biased = inner.biased
         self.query_heads = inner.query_heads
@@ -100,14 +113,17 @@ class WrappedScore(Score):
         self.one_sided = inner.one_sided
 
     def scale(self, q: Tensor) -> float:
+        """See Score.scale."""
         return self.inner.scale(q)
 
     def operands(
         self, query: Tensors, payload: Tensors, params: Tensors
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """See Score.operands."""
         return self.inner.operands(query, payload, params)
 
     def bias(self, span: Span, kv_span: Span, heads: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """See Score.bias."""
         return self.inner.bias(span, kv_span, heads, dtype)
 
     def logits(
@@ -119,17 +135,20 @@ class WrappedScore(Score):
         kv_span: Span,
         heads: Tensor,
     ) -> Tensor:
+        """See Score.logits."""
         return self.inner.logits(query, payload, params, span, kv_span, heads)
 
     def sink(self, params: Tensors) -> Tensor | None:
+        """See Score.sink."""
         return self.inner.sink(params)
 
 
 class SoftcapScore(WrappedScore):
-    """Logits bent smoothly into (-cap, cap): cap tanh(logits / cap).
+    """Bends logits smoothly into (-cap, cap): cap tanh(logits / cap).
 
-    What is capped is everything that the inner score gives, a position's bias included; the mask
-    comes after.
+    The cap applies to everything the inner score gives, a position's bias included, and comes
+    before the mask.
+
     Source: Gemma 2 (arXiv:2408.00118), Bello et al. 2016 (arXiv:1611.09940).
     """
 
@@ -147,14 +166,13 @@ class SoftcapScore(WrappedScore):
         kv_span: Span,
         heads: Tensor,
     ) -> Tensor:
-        return (
-            self.inner.logits(query, payload, params, span, kv_span, heads) / self.cap
-        ).tanh() * self.cap
+        """See Score.logits."""
+        logits = self.inner.logits(query, payload, params, span, kv_span, heads)
+        return (logits / self.cap).tanh() * self.cap
 
 
 class SinkScore(WrappedScore):
-    """With one more param, the last: [H] the logit of a key without a value, which every query
-    sees."""
+    """Adds a key without a value that every query sees; its logits [H] are the last param."""
 
     def __init__(self, inner: Score):
         super().__init__(inner)
@@ -163,6 +181,7 @@ class SinkScore(WrappedScore):
     def operands(
         self, query: Tensors, payload: Tensors, params: Tensors
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """See Score.operands."""
         return self.inner.operands(query, payload, params[:-1])
 
     def logits(
@@ -174,18 +193,24 @@ class SinkScore(WrappedScore):
         kv_span: Span,
         heads: Tensor,
     ) -> Tensor:
+        """See Score.logits."""
         return self.inner.logits(query, payload, params[:-1], span, kv_span, heads)
 
     def sink(self, params: Tensors) -> Tensor | None:
+        """See Score.sink."""
         return params[-1]
 
 
 class SharedValueScore(WrappedScore):
-    """Values may have fewer heads than keys: v [B, S, G', E] with G' dividing G; they travel so and
-    are repeated when used."""
+    """Lets values have fewer heads than keys: v [B, S, G', E], with G' dividing G.
+
+    They travel with G' heads and are repeated where they are used.
+    """
 
     def operands(
         self, query: Tensors, payload: Tensors, params: Tensors
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """See Score.operands."""
         q, k, v = self.inner.operands(query, payload, params)
-        return q, k, v.repeat_interleave(k.shape[2] // v.shape[2], 2)
+        repeats = k.shape[2] // v.shape[2]
+        return q, k, v.repeat_interleave(repeats, 2)

@@ -1,18 +1,16 @@
-"""Which key a query may see, as an algebra over addresses: `Causal() & SameDocument() & Reach(4096)
-| First(4)`.
+"""Visibility masks, an algebra over addresses: `Causal() & SameDocument() & SlidingWindow(4096)`.
 
-A mask is evaluated three ways, which a test holds equal:
+A mask is evaluated three ways, which a test compares:
 
-    dense    [B, H or 1, T, S] bool for any two Spans: the truth
-    outlook  NONE, SOME or ALL for two boxes of tokens: lets whole blocks be skipped, or computed without a mask
-    band     the visible range of pos_q - pos_k between two unbroken runs: what causal and window kernels take
+    dense      [B, H or 1, T, S] bool for any two Spans: the definition
+    coverage   EMPTY, PARTIAL or FULL for two boxes of tokens: skips or unmasks whole blocks
+    band       the visible range of pos_q - pos_k between two unbroken runs, for window kernels
 
-A fourth property, `causal_from`, bounds what may be seen ahead of a query; a loss of the next token
+A fourth property, `causal_from`, bounds the keys visible ahead of a query; next-token training
 needs 0 of every layer.
 
-Padding is no mask's business: nothing sees it and it sees nothing (`dense` of the whole is cut by
-validity in `visible`).
-Masks are frozen dataclasses: hashable, without parameters, compared by value.
+Masks do not handle padding, which sees nothing and is never seen: `visible` removes it from the
+whole. Masks are frozen dataclasses: hashable, without parameters, compared by value.
 
 Letters: B rows, H heads, T queries, S keys.
 """
@@ -25,17 +23,21 @@ from torch import Tensor
 
 from models.span import Span
 
-# outlooks: no key is visible to any query, it depends, every key to every query
+# Coverage of a block: no query sees any key, some do, every query sees every key. The order
+# matters: And takes the minimum of two coverages, Or the maximum, Not the difference to FULL.
 EMPTY = 0
 PARTIAL = 1
 FULL = 2
-FAR = 1 << 62  # further than any two tokens are apart
-PROBE = 512  # tokens on which a mask that does not state `causal_from` is tried out
+FAR = 1 << 62  # larger than any distance between two tokens
+PROBE = 512  # tokens on which a mask without its own `causal_from` is evaluated
 
 
 class Bounds(NamedTuple):
-    """Bounds of a set of tokens of one row; all inclusive. `run`: one document, positions rising by
-    one."""
+    """Inclusive bounds of a set of tokens of one row.
+
+    Attributes:
+        run: the tokens are one document, with positions rising by one.
+    """
 
     pos_low: int
     pos_high: int
@@ -46,65 +48,82 @@ class Bounds(NamedTuple):
     run: bool
 
 
-Band = tuple[
-    int, int
-]  # lowest and highest visible pos_q - pos_k; empty where the first exceeds the second
+# lowest and highest visible pos_q - pos_k; an empty band where the first exceeds the second
+Band = tuple[int, int]
 FULL_BAND: Band = (-FAR, FAR)
 EMPTY_BAND: Band = (1, 0)
 
 
-def _distance(q: Span, k: Span) -> Tensor:
+def distance(query: Span, key: Span) -> Tensor:
     """[B, 1, T, S] int64: pos_q - pos_k."""
-    return (q.pos[:, :, None] - k.pos[:, None, :])[:, None]
+    return (query.pos[:, :, None] - key.pos[:, None, :])[:, None]
 
 
-def _coverage(no: bool, yes: bool) -> int:
-    return EMPTY if no else FULL if yes else PARTIAL
+def coverage_of(empty: bool, full: bool) -> int:
+    """EMPTY, FULL, or PARTIAL where neither is certain."""
+    if empty:
+        return EMPTY
+    return FULL if full else PARTIAL
+
+
+def band_of(coverage: int) -> Band | None:
+    """The band of a mask that shows whole blocks or none; None where coverage is PARTIAL."""
+    if coverage == PARTIAL:
+        return None
+    return FULL_BAND if coverage == FULL else EMPTY_BAND
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Everything sees everything; the parent of all masks."""
+    """Base of all masks; by itself everything sees everything."""
 
     def __init_subclass__(cls, **settings: object) -> None:
-        """A mask that shows other keys than its parent inherits no claim about them: it is tried
-        out."""
+        """Resets `causal_from` in subclasses that override `dense` alone.
+
+        A claim inherited from a parent that shows other keys would be wrong, and a wrong claim
+        lets a model see its targets.
+        """
         super().__init_subclass__(**settings)
         if "dense" in vars(cls) and "causal_from" not in vars(cls):
             cls.causal_from = Mask.causal_from  # type: ignore[method-assign]
 
-    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
-        """[B, H or 1, T, S] bool: may this query see this key? `heads` [H] int64 are global head
-        numbers."""
-        return torch.ones(
-            q.shape[0], 1, q.shape[1], k.shape[1], dtype=torch.bool, device=q.pos.device
-        )
+    def dense(self, query: Span, key: Span, heads: Tensor | None = None) -> Tensor:
+        """[B, H or 1, T, S] bool: True where a query may see a key.
 
-    def coverage(self, q: Bounds, k: Bounds) -> int:
-        """NONE, SOME or ALL; SOME is always safe."""
+        Args:
+            heads: [H] int64, global head numbers; needed by masks that differ between heads.
+        """
+        rows, queries = query.shape
+        shape = (rows, 1, queries, key.shape[1])
+        return torch.ones(shape, dtype=torch.bool, device=query.pos.device)
+
+    def coverage(self, query: Bounds, key: Bounds) -> int:
+        """EMPTY, PARTIAL or FULL; PARTIAL is always correct."""
         return FULL
 
-    def band(self, q: Bounds, k: Bounds) -> Band | None:
-        """Visible range of pos_q - pos_k between two runs, or None where that is no band."""
+    def band(self, query: Bounds, key: Bounds) -> Band | None:
+        """Visible range of pos_q - pos_k between two runs; None if it is not one range."""
         return FULL_BAND
 
     def causal_from(self) -> int:
-        """A position such that no key at it or behind it is seen by an earlier query; 0 = causal,
-        FAR = none is known.
+        """A position from which on no key is seen by an earlier query; 0 = causal, FAR = unknown.
 
-        Speaks of text that sees text of its own document. Tokens with other roles are left out:
-        what a memory adds lies before those that read it, and tokens of the role PREFIX are targets
-        of no loss.
+        It is about text that sees text of its own document. Tokens with other roles are left out:
+        memory tokens lie before the tokens that read them, and PREFIX tokens are never targets.
 
-        This default, for masks that state nothing themselves, looks at the dense mask of PROBE
+        This default, for masks without a claim of their own, evaluates the dense mask of PROBE
         tokens.
         """
         line = Span.line(1, PROBE, "cpu")
-        seen = self.dense(line, line, torch.zeros(1, dtype=torch.long, device="cpu"))[0].any(0)
-        ahead = (seen & (line.pos[0][None, :] > line.pos[0][:, None])).any(0).nonzero()
-        if not len(ahead):
+        head = torch.zeros(1, dtype=torch.long, device="cpu")
+        seen = self.dense(line, line, head)[0].any(0)
+        positions = line.pos[0]
+        later = positions[None, :] > positions[:, None]
+        keys_seen_early = (seen & later).any(0).nonzero()
+        if not len(keys_seen_early):
             return 0
-        last = int(ahead[-1])
+        last = int(keys_seen_early[-1])
+        # in the second half of the probe: it may well go on beyond it
         return FAR if last >= PROBE // 2 else last + 1
 
     def __and__(self, other: "Mask") -> "Mask":
@@ -119,23 +138,24 @@ class Mask:
 
 @dataclass(frozen=True)
 class And(Mask):
-    """Seen by both of two masks."""
+    """A key is visible if both masks show it."""
 
     a: Mask
     b: Mask
 
-    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
-        return self.a.dense(q, k, heads) & self.b.dense(q, k, heads)
+    def dense(self, query: Span, key: Span, heads: Tensor | None = None) -> Tensor:
+        return self.a.dense(query, key, heads) & self.b.dense(query, key, heads)
 
-    def coverage(self, q: Bounds, k: Bounds) -> int:
-        return min(self.a.coverage(q, k), self.b.coverage(q, k))
+    def coverage(self, query: Bounds, key: Bounds) -> int:
+        return min(self.a.coverage(query, key), self.b.coverage(query, key))
 
-    def band(self, q: Bounds, k: Bounds) -> Band | None:
-        a = self.a.band(q, k)
-        b = self.b.band(q, k)
-        if a is None or b is None:
-            return EMPTY_BAND if EMPTY_BAND in (a, b) else None
-        return max(a[0], b[0]), min(a[1], b[1])
+    def band(self, query: Bounds, key: Bounds) -> Band | None:
+        first = self.a.band(query, key)
+        second = self.b.band(query, key)
+        if first is None or second is None:
+            # one empty side decides, whatever the other is
+            return EMPTY_BAND if EMPTY_BAND in (first, second) else None
+        return max(first[0], second[0]), min(first[1], second[1])
 
     def causal_from(self) -> int:
         return min(self.a.causal_from(), self.b.causal_from())
@@ -143,26 +163,31 @@ class And(Mask):
 
 @dataclass(frozen=True)
 class Or(Mask):
-    """Seen by at least one of two masks."""
+    """A key is visible if at least one mask shows it."""
 
     a: Mask
     b: Mask
 
-    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
-        return self.a.dense(q, k, heads) | self.b.dense(q, k, heads)
+    def dense(self, query: Span, key: Span, heads: Tensor | None = None) -> Tensor:
+        return self.a.dense(query, key, heads) | self.b.dense(query, key, heads)
 
-    def coverage(self, q: Bounds, k: Bounds) -> int:
-        return max(self.a.coverage(q, k), self.b.coverage(q, k))
+    def coverage(self, query: Bounds, key: Bounds) -> int:
+        return max(self.a.coverage(query, key), self.b.coverage(query, key))
 
-    def band(self, q: Bounds, k: Bounds) -> Band | None:
-        a = self.a.band(q, k)
-        b = self.b.band(q, k)
-        if a is None or b is None:
-            return FULL_BAND if FULL_BAND in (a, b) else None
-        if a[0] > a[1] or b[0] > b[1]:
-            return b if a[0] > a[1] else a
-        touch = max(a[0], b[0]) <= min(a[1], b[1]) + 1  # their union is one band
-        return (min(a[0], b[0]), max(a[1], b[1])) if touch else None
+    def band(self, query: Bounds, key: Bounds) -> Band | None:
+        first = self.a.band(query, key)
+        second = self.b.band(query, key)
+        if first is None or second is None:
+            # one full side decides, whatever the other is
+            return FULL_BAND if FULL_BAND in (first, second) else None
+        if first[0] > first[1]:
+            return second
+        if second[0] > second[1]:
+            return first
+        # two ranges with a gap between them are not a band
+        if max(first[0], second[0]) > min(first[1], second[1]) + 1:
+            return None
+        return min(first[0], second[0]), max(first[1], second[1])
 
     def causal_from(self) -> int:
         return max(self.a.causal_from(), self.b.causal_from())
@@ -170,27 +195,26 @@ class Or(Mask):
 
 @dataclass(frozen=True)
 class Not(Mask):
-    """Seen where another mask does not see."""
+    """A key is visible if the mask hides it."""
 
     a: Mask
 
-    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
-        return ~self.a.dense(q, k, heads)
+    def dense(self, query: Span, key: Span, heads: Tensor | None = None) -> Tensor:
+        return ~self.a.dense(query, key, heads)
 
-    def coverage(self, q: Bounds, k: Bounds) -> int:
-        return FULL - self.a.coverage(q, k)
+    def coverage(self, query: Bounds, key: Bounds) -> int:
+        return FULL - self.a.coverage(query, key)
 
-    def band(self, q: Bounds, k: Bounds) -> Band | None:
-        band = self.a.band(q, k)
-        return (
-            EMPTY_BAND
-            if band == FULL_BAND
-            else FULL_BAND
-            if band is not None and band[0] > band[1]
-            else None
-        )
+    def band(self, query: Bounds, key: Bounds) -> Band | None:
+        band = self.a.band(query, key)
+        if band == FULL_BAND:
+            return EMPTY_BAND
+        if band is not None and band[0] > band[1]:
+            return FULL_BAND
+        return None
 
 
-def visible(mask: Mask, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
-    """[B, H or 1, T, S] bool: what `mask` allows among tokens that are no padding."""
-    return mask.dense(q, k, heads) & q.valid()[:, None, :, None] & k.valid()[:, None, None, :]
+def visible(mask: Mask, query: Span, key: Span, heads: Tensor | None = None) -> Tensor:
+    """[B, H or 1, T, S] bool: where `mask` shows a key to a query and neither is padding."""
+    seen = mask.dense(query, key, heads)
+    return seen & query.valid()[:, None, :, None] & key.valid()[:, None, None, :]

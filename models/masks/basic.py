@@ -1,36 +1,34 @@
-"""Masks every model uses: causality, documents, windows, first tokens and chunks."""
+"""The basic masks: causality, documents, windows, first tokens and chunks."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from models.masks.algebra import (
-    EMPTY,
     EMPTY_BAND,
     FAR,
-    FULL,
     FULL_BAND,
-    PARTIAL,
     Band,
     Bounds,
     Mask,
-    _coverage,
-    _distance,
+    band_of,
+    coverage_of,
+    distance,
 )
 from models.span import Span
 
 
 @dataclass(frozen=True)
 class Causal(Mask):
-    """Itself and what stands before it; a later token of the same document is unseen."""
+    """Shows a query itself and earlier positions."""
 
-    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
-        return _distance(q, k) >= 0
+    def dense(self, query: Span, key: Span, heads: Tensor | None = None) -> Tensor:
+        return distance(query, key) >= 0
 
-    def coverage(self, q: Bounds, k: Bounds) -> int:
-        return _coverage(q.pos_high < k.pos_low, q.pos_low >= k.pos_high)
+    def coverage(self, query: Bounds, key: Bounds) -> int:
+        return coverage_of(query.pos_high < key.pos_low, query.pos_low >= key.pos_high)
 
-    def band(self, q: Bounds, k: Bounds) -> Band | None:
+    def band(self, query: Bounds, key: Bounds) -> Band | None:
         return 0, FAR
 
     def causal_from(self) -> int:
@@ -39,17 +37,19 @@ class Causal(Mask):
 
 @dataclass(frozen=True)
 class SameDocument(Mask):
-    """Only tokens of the query's own document."""
+    """Shows tokens of the query's own document."""
 
-    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
-        return (q.doc[:, :, None] == k.doc[:, None, :])[:, None]
+    def dense(self, query: Span, key: Span, heads: Tensor | None = None) -> Tensor:
+        return (query.doc[:, :, None] == key.doc[:, None, :])[:, None]
 
-    def coverage(self, q: Bounds, k: Bounds) -> int:
-        apart = q.doc_high < k.doc_low or k.doc_high < q.doc_low
-        return _coverage(apart, q.doc_low == q.doc_high == k.doc_low == k.doc_high)
+    def coverage(self, query: Bounds, key: Bounds) -> int:
+        disjoint = query.doc_high < key.doc_low or key.doc_high < query.doc_low
+        same = query.doc_low == query.doc_high == key.doc_low == key.doc_high
+        return coverage_of(disjoint, same)
 
-    def band(self, q: Bounds, k: Bounds) -> Band | None:
-        return FULL_BAND if q.doc_low == k.doc_low else EMPTY_BAND
+    def band(self, query: Bounds, key: Bounds) -> Band | None:
+        # a run is one document, so its lowest number is its only one
+        return FULL_BAND if query.doc_low == key.doc_low else EMPTY_BAND
 
     def causal_from(self) -> int:
         return FAR
@@ -57,7 +57,7 @@ class SameDocument(Mask):
 
 @dataclass(frozen=True)
 class SlidingWindow(Mask):
-    """The last `reach` tokens, the query itself among them, and everything later."""
+    """Shows the last `window` tokens, the query itself among them, and all later tokens."""
 
     window: int
 
@@ -68,15 +68,15 @@ class SlidingWindow(Mask):
                 " 1 or more"
             )
 
-    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
-        return _distance(q, k) < self.window
+    def dense(self, query: Span, key: Span, heads: Tensor | None = None) -> Tensor:
+        return distance(query, key) < self.window
 
-    def coverage(self, q: Bounds, k: Bounds) -> int:
-        return _coverage(
-            q.pos_low - k.pos_high >= self.window, q.pos_high - k.pos_low < self.window
-        )
+    def coverage(self, query: Bounds, key: Bounds) -> int:
+        nearest = query.pos_low - key.pos_high
+        furthest = query.pos_high - key.pos_low
+        return coverage_of(nearest >= self.window, furthest < self.window)
 
-    def band(self, q: Bounds, k: Bounds) -> Band | None:
+    def band(self, query: Bounds, key: Bounds) -> Band | None:
         return -FAR, self.window - 1
 
     def causal_from(self) -> int:
@@ -85,30 +85,31 @@ class SlidingWindow(Mask):
 
 @dataclass(frozen=True)
 class FirstTokens(Mask):
-    """The first `count` tokens of a document, seen from anywhere in it; nothing else."""
+    """Shows the first `count` tokens of a document, at any distance, and nothing else."""
 
     count: int
 
     def __post_init__(self) -> None:
         if self.count < 0:
-            raise ValueError(f"a document cannot begin with {self.count} tokens; want 0 or more")
+            raise ValueError(f"count={self.count}: a number of tokens; want 0 or more")
 
-    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
-        return (k.pos < self.count)[:, None, None].expand(-1, 1, q.shape[1], -1)
+    def dense(self, query: Span, key: Span, heads: Tensor | None = None) -> Tensor:
+        return (key.pos < self.count)[:, None, None].expand(-1, 1, query.shape[1], -1)
 
-    def coverage(self, q: Bounds, k: Bounds) -> int:
-        return _coverage(k.pos_low >= self.count, k.pos_high < self.count)
+    def coverage(self, query: Bounds, key: Bounds) -> int:
+        return coverage_of(key.pos_low >= self.count, key.pos_high < self.count)
 
-    def band(self, q: Bounds, k: Bounds) -> Band | None:
-        return {EMPTY: EMPTY_BAND, PARTIAL: None, FULL: FULL_BAND}[self.coverage(q, k)]
+    def band(self, query: Bounds, key: Bounds) -> Band | None:
+        return band_of(self.coverage(query, key))
 
     def causal_from(self) -> int:
-        return self.count if self.count > 1 else 0  # the very first token is ahead of none
+        # the very first token is never later than its query
+        return self.count if self.count > 1 else 0
 
 
 @dataclass(frozen=True)
 class SameChunk(Mask):
-    """Tokens of the query's own chunk: documents are counted off into chunks of `size` tokens."""
+    """Shows tokens of the query's own chunk of `size` tokens, counted from the document's start."""
 
     size: int
 
@@ -116,17 +117,21 @@ class SameChunk(Mask):
         if self.size < 1:
             raise ValueError(f"a chunk is a number of tokens; got {self.size}, want 1 or more")
 
-    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
-        return (q.pos[:, :, None] // self.size == k.pos[:, None, :] // self.size)[:, None]
+    def dense(self, query: Span, key: Span, heads: Tensor | None = None) -> Tensor:
+        query_chunk = query.pos // self.size
+        key_chunk = key.pos // self.size
+        return (query_chunk[:, :, None] == key_chunk[:, None, :])[:, None]
 
-    def coverage(self, q: Bounds, k: Bounds) -> int:
-        q_low, q_high, k_low, k_high = (
-            pos // self.size for pos in (q.pos_low, q.pos_high, k.pos_low, k.pos_high)
-        )
-        return _coverage(q_high < k_low or k_high < q_low, q_low == q_high == k_low == k_high)
+    def coverage(self, query: Bounds, key: Bounds) -> int:
+        query_low = query.pos_low // self.size
+        query_high = query.pos_high // self.size
+        key_low = key.pos_low // self.size
+        key_high = key.pos_high // self.size
+        disjoint = query_high < key_low or key_high < query_low
+        return coverage_of(disjoint, query_low == query_high == key_low == key_high)
 
-    def band(self, q: Bounds, k: Bounds) -> Band | None:
-        return {EMPTY: EMPTY_BAND, PARTIAL: None, FULL: FULL_BAND}[self.coverage(q, k)]
+    def band(self, query: Bounds, key: Bounds) -> Band | None:
+        return band_of(self.coverage(query, key))
 
     def causal_from(self) -> int:
         return FAR if self.size > 1 else 0

@@ -5,47 +5,42 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from models.masks.algebra import (
-    EMPTY,
-    EMPTY_BAND,
     FAR,
-    FULL,
-    FULL_BAND,
-    PARTIAL,
     Band,
     Bounds,
     Mask,
-    _coverage,
+    band_of,
+    coverage_of,
 )
 from models.span import GLOBAL, PREFIX, TEXT, Span
 
 
 @dataclass(frozen=True)
 class PrefixTokens(Mask):
-    """Tokens whose role is PREFIX, seen from anywhere in their document; nothing else."""
+    """Shows tokens of the role PREFIX, at any distance, and nothing else."""
 
-    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
-        return (k.role == PREFIX)[:, None, None].expand(-1, 1, q.shape[1], -1)
+    def dense(self, query: Span, key: Span, heads: Tensor | None = None) -> Tensor:
+        return (key.role == PREFIX)[:, None, None].expand(-1, 1, query.shape[1], -1)
 
-    def coverage(self, q: Bounds, k: Bounds) -> int:
-        return _coverage(
-            not k.role_low <= PREFIX <= k.role_high, k.role_low == k.role_high == PREFIX
-        )
+    def coverage(self, query: Bounds, key: Bounds) -> int:
+        possible = key.role_low <= PREFIX <= key.role_high
+        return coverage_of(not possible, key.role_low == key.role_high)
 
-    def band(self, q: Bounds, k: Bounds) -> Band | None:
-        return {EMPTY: EMPTY_BAND, PARTIAL: None, FULL: FULL_BAND}[self.coverage(q, k)]
+    def band(self, query: Bounds, key: Bounds) -> Band | None:
+        return band_of(self.coverage(query, key))
 
     def causal_from(self) -> int:
-        return 0  # text is no prefix
+        # the claim is about text, which this mask never shows
+        return 0
 
 
 @dataclass(frozen=True)
 class GlobalTokens(Mask):
-    """The parent of two masks that name global tokens: role GLOBAL, the first of a document, or
-    every so many.
+    """Base of two masks of global tokens: by role, by the start of a document, or by period.
 
     Args:
         first: tokens at the start of each document that are global.
-        every: each position that this divides is global; 0 = none.
+        every: each position divisible by this is global; 0 = none.
     """
 
     first: int = 0
@@ -54,39 +49,39 @@ class GlobalTokens(Mask):
     def __post_init__(self) -> None:
         if self.first < 0 or self.every < 0:
             raise ValueError(
-                f"global tokens: first={self.first} and every={self.every} are numbers of tokens, 0"
-                " or more"
+                f"first={self.first}, every={self.every}: numbers of tokens must be 0 or more"
             )
 
     def among(self, span: Span) -> Tensor:
-        """[B, T] bool: which tokens are global."""
-        found = (span.role == GLOBAL) | (span.pos < self.first)
-        return found | (span.pos % self.every == 0) if self.every else found
+        """[B, T] bool: True at global tokens."""
+        is_global = (span.role == GLOBAL) | (span.pos < self.first)
+        if self.every:
+            is_global = is_global | (span.pos % self.every == 0)
+        return is_global
 
     def certainty(self, box: Bounds) -> int:
-        """NONE, SOME or ALL of the tokens of a box are global."""
-        if box.role_low == box.role_high == GLOBAL or box.pos_high < self.first or self.every == 1:
-            return FULL
-        multiple = bool(self.every) and box.pos_high // self.every * self.every >= box.pos_low
-        return (
-            PARTIAL
-            if multiple or box.pos_low < self.first or box.role_low <= GLOBAL <= box.role_high
-            else EMPTY
-        )
+        """EMPTY, PARTIAL or FULL: none, some or all tokens of a box are global."""
+        by_role = box.role_low == box.role_high == GLOBAL
+        full = by_role or box.pos_high < self.first or self.every == 1
+        has_first = box.pos_low < self.first
+        has_multiple = bool(self.every) and box.pos_high // self.every * self.every >= box.pos_low
+        has_role = box.role_low <= GLOBAL <= box.role_high
+        empty = not (full or has_first or has_multiple or has_role)
+        return coverage_of(empty, full)
 
 
 @dataclass(frozen=True)
 class GlobalKey(GlobalTokens):
-    """The key is a global token."""
+    """Shows global keys to every query."""
 
-    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
-        return self.among(k)[:, None, None, :].expand(-1, 1, q.shape[1], -1)
+    def dense(self, query: Span, key: Span, heads: Tensor | None = None) -> Tensor:
+        return self.among(key)[:, None, None, :].expand(-1, 1, query.shape[1], -1)
 
-    def coverage(self, q: Bounds, k: Bounds) -> int:
-        return self.certainty(k)
+    def coverage(self, query: Bounds, key: Bounds) -> int:
+        return self.certainty(key)
 
-    def band(self, q: Bounds, k: Bounds) -> Band | None:
-        return (EMPTY_BAND, None, FULL_BAND)[self.certainty(k)]
+    def band(self, query: Bounds, key: Bounds) -> Band | None:
+        return band_of(self.certainty(key))
 
     def causal_from(self) -> int:
         if self.every:
@@ -96,16 +91,16 @@ class GlobalKey(GlobalTokens):
 
 @dataclass(frozen=True)
 class GlobalQuery(GlobalTokens):
-    """The query is a global token."""
+    """Shows every key to global queries."""
 
-    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
-        return self.among(q)[:, None, :, None].expand(-1, 1, -1, k.shape[1])
+    def dense(self, query: Span, key: Span, heads: Tensor | None = None) -> Tensor:
+        return self.among(query)[:, None, :, None].expand(-1, 1, -1, key.shape[1])
 
-    def coverage(self, q: Bounds, k: Bounds) -> int:
-        return self.certainty(q)
+    def coverage(self, query: Bounds, key: Bounds) -> int:
+        return self.certainty(query)
 
-    def band(self, q: Bounds, k: Bounds) -> Band | None:
-        return (EMPTY_BAND, None, FULL_BAND)[self.certainty(q)]
+    def band(self, query: Bounds, key: Bounds) -> Band | None:
+        return band_of(self.certainty(query))
 
     def causal_from(self) -> int:
         return FAR if self.first or self.every else 0
@@ -113,20 +108,19 @@ class GlobalQuery(GlobalTokens):
 
 @dataclass(frozen=True)
 class RoleKey(Mask):
-    """The key has this role."""
+    """Shows keys of one role to every query."""
 
     role: int
 
-    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
-        return (k.role == self.role)[:, None, None, :].expand(-1, 1, q.shape[1], -1)
+    def dense(self, query: Span, key: Span, heads: Tensor | None = None) -> Tensor:
+        return (key.role == self.role)[:, None, None, :].expand(-1, 1, query.shape[1], -1)
 
-    def coverage(self, q: Bounds, k: Bounds) -> int:
-        if k.role_low == k.role_high:
-            return FULL if k.role_low == self.role else EMPTY
-        return PARTIAL if k.role_low <= self.role <= k.role_high else EMPTY
+    def coverage(self, query: Bounds, key: Bounds) -> int:
+        possible = key.role_low <= self.role <= key.role_high
+        return coverage_of(not possible, key.role_low == key.role_high)
 
-    def band(self, q: Bounds, k: Bounds) -> Band | None:
-        return (EMPTY_BAND, None, FULL_BAND)[self.coverage(q, k)]
+    def band(self, query: Bounds, key: Bounds) -> Band | None:
+        return band_of(self.coverage(query, key))
 
     def causal_from(self) -> int:
         return FAR if self.role == TEXT else 0
@@ -134,20 +128,19 @@ class RoleKey(Mask):
 
 @dataclass(frozen=True)
 class RoleQuery(Mask):
-    """The query has this role."""
+    """Shows every key to queries of one role."""
 
     role: int
 
-    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
-        return (q.role == self.role)[:, None, :, None].expand(-1, 1, -1, k.shape[1])
+    def dense(self, query: Span, key: Span, heads: Tensor | None = None) -> Tensor:
+        return (query.role == self.role)[:, None, :, None].expand(-1, 1, -1, key.shape[1])
 
-    def coverage(self, q: Bounds, k: Bounds) -> int:
-        if q.role_low == q.role_high:
-            return FULL if q.role_low == self.role else EMPTY
-        return PARTIAL if q.role_low <= self.role <= q.role_high else EMPTY
+    def coverage(self, query: Bounds, key: Bounds) -> int:
+        possible = query.role_low <= self.role <= query.role_high
+        return coverage_of(not possible, query.role_low == query.role_high)
 
-    def band(self, q: Bounds, k: Bounds) -> Band | None:
-        return (EMPTY_BAND, None, FULL_BAND)[self.coverage(q, k)]
+    def band(self, query: Bounds, key: Bounds) -> Band | None:
+        return band_of(self.coverage(query, key))
 
     def causal_from(self) -> int:
         return FAR if self.role == TEXT else 0

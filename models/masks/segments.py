@@ -1,8 +1,8 @@
-"""Masks of segment recurrence: how far a query sees over the edge of its segment, whichever row a
-key lies in.
+"""Masks of segment recurrence: how far a query sees before the start of its segment.
 
-Segments are counted by address: the tokens of a document with equal pos // size, wherever rows are
-cut.
+Segments are counted by address, the tokens of a document with equal pos // size, independent of the
+rows in which queries and keys lie.
+
 Letters: B rows, T queries, S keys.
 """
 
@@ -13,77 +13,81 @@ from torch import Tensor
 
 from models.masks.algebra import (
     EMPTY,
-    EMPTY_BAND,
     FAR,
     FULL,
-    FULL_BAND,
     PARTIAL,
     Band,
     Bounds,
     Mask,
+    band_of,
+    coverage_of,
 )
 from models.masks.basic import SameChunk
 from models.span import READ, Span
 
-# the role of a token of the row at hand as later segments see it: its input carries no gradient
+# the role of a token of the current row as later segments see it: its input carries no gradient
 STALE = 17
 
 
 @dataclass(frozen=True)
 class SegmentRecurrence(Mask):
-    """Of live keys those of the query's own segment, of others also the `length` tokens before
-    that.
+    """Shows live keys of the query's own segment, and other keys up to `length` tokens before it.
 
-    A key of the row at hand is there twice: live, for its own segment, and STALE, for later ones.
-    Keys of earlier rows (role READ) may belong to either. Says nothing of keys that come later than
-    the query: other masks do.
+    A key of the current row appears twice: live, for its own segment, and STALE, for later ones.
+    Keys of earlier rows (role READ) may belong to either. Keys later than the query are not
+    restricted; combine with Causal.
 
     Args:
         size: tokens in a segment.
-        length: M, tokens before a segment that all of it sees.
+        length: tokens before a segment that all of its queries see.
     """
 
     size: int
     length: int
 
-    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
-        start = (q.pos // self.size * self.size)[:, :, None]
-        pos = k.pos[:, None, :]
-        role = k.role[:, None, :]
-        near = pos >= start - self.length
-        live = (pos >= start) & (pos < start + self.size)
-        return torch.where(
-            role == READ, near, torch.where(role == STALE, near & (pos < start), live)
-        )[:, None]
+    def dense(self, query: Span, key: Span, heads: Tensor | None = None) -> Tensor:
+        segment_start = (query.pos // self.size * self.size)[:, :, None]
+        positions = key.pos[:, None, :]
+        roles = key.role[:, None, :]
+        within_reach = positions >= segment_start - self.length
+        stale = within_reach & (positions < segment_start)
+        live = (positions >= segment_start) & (positions < segment_start + self.size)
+        seen = torch.where(roles == STALE, stale, live)
+        seen = torch.where(roles == READ, within_reach, seen)
+        return seen[:, None]
 
-    def coverage(self, q: Bounds, k: Bounds) -> int:
-        looks = {
-            look(q, k)
-            for role, look in ((READ, self._read), (STALE, self._stale))
-            if k.role_low <= role <= k.role_high
-        }
-        if k.role_low != k.role_high or k.role_low not in (READ, STALE):
-            looks.add(SameChunk(self.size).coverage(q, k))
-        return looks.pop() if len(looks) == 1 else PARTIAL
+    def coverage(self, query: Bounds, key: Bounds) -> int:
+        coverages = set()
+        if key.role_low <= READ <= key.role_high:
+            coverages.add(self._coverage_read(query, key))
+        if key.role_low <= STALE <= key.role_high:
+            coverages.add(self._coverage_stale(query, key))
+        # bounds of several roles may include any role between them, live ones too
+        if key.role_low != key.role_high or key.role_low not in (READ, STALE):
+            coverages.add(SameChunk(self.size).coverage(query, key))
+        if len(coverages) > 1:
+            return PARTIAL
+        return coverages.pop()
 
-    def _read(self, q: Bounds, k: Bounds) -> int:
-        first, last = (
-            pos // self.size * self.size - self.length for pos in (q.pos_low, q.pos_high)
-        )
-        return EMPTY if k.pos_high < first else FULL if k.pos_low >= last else PARTIAL
+    def _coverage_read(self, query: Bounds, key: Bounds) -> int:
+        """Coverage of keys of earlier rows."""
+        first = query.pos_low // self.size * self.size - self.length
+        last = query.pos_high // self.size * self.size - self.length
+        return coverage_of(key.pos_high < first, key.pos_low >= last)
 
-    def _stale(self, q: Bounds, k: Bounds) -> int:
-        first, last = (pos // self.size * self.size for pos in (q.pos_low, q.pos_high))
-        if k.pos_low >= last:
+    def _coverage_stale(self, query: Bounds, key: Bounds) -> int:
+        """Coverage of STALE keys, which lie before the query's segment."""
+        first_start = query.pos_low // self.size * self.size
+        last_start = query.pos_high // self.size * self.size
+        if key.pos_low >= last_start:
             return EMPTY
-        return (
-            FULL
-            if self._read(q, k) == FULL and k.pos_high < first
-            else min(PARTIAL, self._read(q, k))
-        )
+        within_reach = self._coverage_read(query, key)
+        if within_reach == FULL and key.pos_high < first_start:
+            return FULL
+        return min(PARTIAL, within_reach)
 
-    def band(self, q: Bounds, k: Bounds) -> Band | None:
-        return {EMPTY: EMPTY_BAND, PARTIAL: None, FULL: FULL_BAND}[self.coverage(q, k)]
+    def band(self, query: Bounds, key: Bounds) -> Band | None:
+        return band_of(self.coverage(query, key))
 
     def causal_from(self) -> int:
         return FAR if self.size > 1 else 0
@@ -91,30 +95,31 @@ class SegmentRecurrence(Mask):
 
 @dataclass(frozen=True)
 class PreviousTokens(Mask):
-    """The `length` tokens before the query's segment, whichever row they lie in, and nothing of the
-    segment itself.
+    """Shows the `length` tokens before the query's segment, and nothing of the segment itself.
 
     Args:
         size: tokens in a segment.
-        length: tokens before a segment that all of it sees.
+        length: tokens before a segment that all of its queries see.
     """
 
     size: int
     length: int
 
-    def dense(self, q: Span, k: Span, heads: Tensor | None = None) -> Tensor:
-        start = (q.pos // self.size * self.size)[:, :, None]
-        pos = k.pos[:, None, :]
-        return ((pos < start) & (pos >= start - self.length))[:, None]
+    def dense(self, query: Span, key: Span, heads: Tensor | None = None) -> Tensor:
+        segment_start = (query.pos // self.size * self.size)[:, :, None]
+        positions = key.pos[:, None, :]
+        seen = (positions < segment_start) & (positions >= segment_start - self.length)
+        return seen[:, None]
 
-    def coverage(self, q: Bounds, k: Bounds) -> int:
-        first, last = (pos // self.size * self.size for pos in (q.pos_low, q.pos_high))
-        if k.pos_low >= last or k.pos_high < first - self.length:
-            return EMPTY
-        return FULL if k.pos_high < first and k.pos_low >= last - self.length else PARTIAL
+    def coverage(self, query: Bounds, key: Bounds) -> int:
+        first_start = query.pos_low // self.size * self.size
+        last_start = query.pos_high // self.size * self.size
+        empty = key.pos_low >= last_start or key.pos_high < first_start - self.length
+        full = key.pos_high < first_start and key.pos_low >= last_start - self.length
+        return coverage_of(empty, full)
 
-    def band(self, q: Bounds, k: Bounds) -> Band | None:
-        return {EMPTY: EMPTY_BAND, PARTIAL: None, FULL: FULL_BAND}[self.coverage(q, k)]
+    def band(self, query: Bounds, key: Bounds) -> Band | None:
+        return band_of(self.coverage(query, key))
 
     def causal_from(self) -> int:
         return 0

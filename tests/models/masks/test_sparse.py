@@ -116,7 +116,7 @@ PINNED = 2459150361376443823
     ("make", "message"),
     [
         (lambda: DilatedWindow(0), "window is a number of tokens"),
-        (lambda: DilatedWindow(2, (1, 0)), "gaps are distances"),
+        (lambda: DilatedWindow(2, (1, 0)), "distances in tokens"),
         (lambda: GlobalKey(-1), "0 or more"),
         (lambda: NeighborBlocks(0, 1), "block=0"),
     ],
