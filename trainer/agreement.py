@@ -1,10 +1,8 @@
-"""Whether all ranks mean the same run: settings, data, batches and weights are derived by every
-rank for itself.
+"""Checks that all ranks derived the same settings, data, batches and weights.
 
-Ranks that share a row must hold the same row, and no later number would show that they do not. So
-each compares what it
-derived with the others, by hash: a batch in the reduction that asks for signals before every step,
-what a run begins with once, by a gather of some bytes.
+Ranks that share a row must hold the same row, and no later figure would show that they do not. So
+the ranks compare hashes: of a batch in the all-reduce that asks for signals before every step, of
+everything that a run begins with once, by a gather of a few bytes.
 """
 
 import hashlib
@@ -31,12 +29,11 @@ REMEDY = (
 
 
 class Disagreement(UserError):
-    """Ranks that derived different things: nothing that they compute together from now on means
-    anything."""
+    """Ranks derived different things, so nothing that they compute together has a meaning."""
 
 
 def mark(batch: Batch, fingerprint: str = "") -> int:
-    """A number that stands for a batch and the data it came from; equal where both are. Never 0."""
+    """Returns a hash of a batch and of the data that it came from; never 0."""
     seen = hashlib.blake2b(fingerprint.encode(), digest_size=MARK_BYTES)
     for tensor in batch:
         if tensor is not None:
@@ -45,7 +42,10 @@ def mark(batch: Batch, fingerprint: str = "") -> int:
 
 
 def differing_batch(mesh: Mesh, mine: int, what: str) -> UserError:
-    """The fault of ranks whose marks are not all equal; collective."""
+    """Returns the error about ranks whose marks differ, with the ranks in the minority named.
+
+    Collective.
+    """
     marks = torch.zeros(mesh.world.size, dtype=torch.float64, device=mesh.device)
     marks[mesh.world.rank] = float(mine)
     dist.all_reduce(marks, group=mesh.world.group)
@@ -62,8 +62,11 @@ def differing_batch(mesh: Mesh, mine: int, what: str) -> UserError:
 
 
 def agree(mesh: Mesh, facts: Mapping[str, Any], when: str) -> None:
-    """Compares what every rank derived for itself, by name. Collective; raises Fault on every rank
-    where one differs."""
+    """Compares facts that every rank derived for itself. Collective.
+
+    Raises:
+        Disagreement: on every rank, where a fact differs.
+    """
     texts = {
         name: hashlib.blake2b(_json(fact).encode(), digest_size=16).hexdigest()
         for name, fact in facts.items()
@@ -77,8 +80,11 @@ def agree(mesh: Mesh, facts: Mapping[str, Any], when: str) -> None:
 
 
 def agree_on_weights(mesh: Mesh, engine: Engine, when: str) -> None:
-    """Compares the weights that more than one rank holds. Collective; raises Fault on every rank
-    where two differ."""
+    """Compares the weights that more than one rank holds. Collective.
+
+    Raises:
+        Disagreement: on every rank, where two copies differ.
+    """
     if difference := compare_tensors(held(engine), mesh.world.group):
         raise Disagreement(
             f"{when}: {difference.name} of {_ranks(difference.others)} has other numbers than on"
@@ -90,7 +96,7 @@ def agree_on_weights(mesh: Mesh, engine: Engine, when: str) -> None:
 def agree_on_run(
     mesh: Mesh, engine: Engine, settings: Mapping[str, Any], stream: Stream, held_out: Stream | None
 ) -> None:
-    """Ends a run, on every rank, that its ranks have built differently. Collective."""
+    """Ends a run on every rank where the ranks have built it differently. Collective."""
     when = "after the run was built"
     facts = {"the settings": settings, "the training data": stream.fingerprint}
     if held_out is not None:
@@ -100,7 +106,7 @@ def agree_on_run(
 
 
 def agree_on_resumed(mesh: Mesh, engine: Engine, progress: Mapping[str, Any], place: Path) -> None:
-    """Ends a run, on every rank, of which ranks have read a checkpoint differently. Collective."""
+    """Ends a run on every rank where ranks have read a checkpoint differently. Collective."""
     when = f"after resuming from {place}"
     agree(mesh, {"the place to go on from": progress}, when)
     agree_on_weights(mesh, engine, when)
@@ -111,7 +117,7 @@ def _json(fact: Any) -> str:
 
 
 def _ranks(numbers: list[int]) -> str:
-    """'rank 3', or 'ranks 0, 1 and 2'; of many the first few."""
+    """Returns 'rank 3', or 'ranks 0, 1 and 2'; of more than eight the first ones."""
     if len(numbers) == 1:
         return f"rank {numbers[0]}"
     shown = [str(number) for number in numbers[:8]]

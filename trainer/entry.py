@@ -1,4 +1,4 @@
-"""Where every command begins: streams that cannot fail, and help for whoever asks."""
+"""Entry point of every command: safe output streams, --help, and the exit status."""
 
 import signal
 import sys
@@ -14,7 +14,7 @@ HELP = ("-h", "--help")
 
 
 def run_command(main: Callable[[list[str]], int], help_text: str | None = None) -> NoReturn:
-    """Run a command with the words of the command line, and exit with its status.
+    """Runs a command with the words of the command line, and exits with its status.
 
     Args:
         main: takes the words, returns the exit status.
@@ -29,7 +29,7 @@ def run_command(main: Callable[[list[str]], int], help_text: str | None = None) 
     try:
         furnish()
         status = main(words)
-    except UserError as fault:  # of the system that the command runs on, or of a wish
+    except UserError as fault:
         print(fault, file=sys.stderr)
         status = fault.code
     except KeyboardInterrupt:
@@ -38,5 +38,5 @@ def run_command(main: Callable[[list[str]], int], help_text: str | None = None) 
 
 
 def asks_for_help(words: Sequence[str]) -> bool:
-    """Whether one of the words asks what the command does."""
+    """Tells whether one of the words is -h or --help."""
     return any(word in HELP for word in words)

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and the exit statuses of the command."""
+"""The error that a user can mend, and the exit statuses of the command."""
 
 # Exit statuses. 129, 130, 131 and 143 (trainer.launch.exit_report.SAVED): stopped by SIGHUP,
 # SIGINT, SIGQUIT or SIGTERM after saving.
@@ -9,11 +9,12 @@ BAD_RUN = 3
 
 
 class UserError(Exception):
-    """What the user can mend, in the user's words: shown without a traceback.
+    """An error that the user can mend; its message is shown without a traceback.
 
-    code: the exit status; 2 = the wish cannot be honoured (found before the ranks start), 3 = data,
-    disk or network failed while running.
-    again: whether starting the ranks again may mend it.
+    Attributes:
+        code: the exit status: BAD_CONFIG for settings that cannot be honoured, found before the
+            ranks start; BAD_RUN for data, disk or network that failed while running.
+        again: whether starting the ranks again may mend it.
     """
 
     again = False

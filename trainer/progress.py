@@ -1,4 +1,4 @@
-"""Where a run stands: what a checkpoint holds beside tensors, and how a run goes on from one."""
+"""Progress of a run: the part of a checkpoint that is no tensor, and resuming from it."""
 
 import json
 import math
@@ -23,8 +23,10 @@ Part = Literal["held_out", "sample", "maps"]  # of an evaluation
 
 
 class Stretch(TypedDict):
-    """From the step after `after` the run was to have `steps`; `extend`: what became of the
-    learning rate there."""
+    """A number of steps that the run was planned for, from the step behind `after` on.
+
+    `extend` names how the learning rate was carried over to it.
+    """
 
     after: Annotated[int, Field(ge=0, le=STEPS)]
     steps: Annotated[int, Field(ge=1, le=STEPS)]
@@ -33,8 +35,7 @@ class Stretch(TypedDict):
 
 @dataclass
 class Progress:
-    """How far a run has come. The annotations are the types and ranges that a checkpoint's are
-    checked against.
+    """Progress of a run; a checkpoint is checked against the types and ranges given here.
 
     Attributes: step: optimiser steps taken. tokens: trained on since the beginning. cursor: of the
         training data, for the next step. wandb_id: of the W&B run, so that a resumed run goes on in
@@ -58,14 +59,22 @@ class Progress:
     lengths: list[Stretch] = field(default_factory=list)
 
     def extra(self) -> dict[str, Any]:
-        """As a checkpoint holds it; a best value that is no number is none."""
+        """Returns the dict that a checkpoint holds, without best values that are not finite."""
         best = {name: value for name, value in self.best.items() if math.isfinite(value)}
         return {**asdict(self), "best": best}
 
 
 def progress_of(extra: dict[str, Any], step: int, place: Path) -> Progress:
-    """The progress that a checkpoint of `step` holds; Fault where a field is of no such kind or out
-    of its range."""
+    """Returns the progress that a checkpoint holds.
+
+    Args:
+        extra: the dict that was saved beside the tensors.
+        step: the step that the checkpoint is named after.
+        place: its folder, for messages.
+
+    Raises:
+        UserError: a field has another type or is out of its range.
+    """
     try:
         progress = TypeAdapter(Progress).validate_json(json.dumps(extra))
     except (ValidationError, RecursionError) as error:
@@ -97,12 +106,11 @@ def restore_progress(
     stream: Stream,
     lanes: Lanes | None = None,
 ) -> Progress:
-    """Put the engine and the lanes into the state of a checkpoint, whatever ranks wrote it, and say
-    how far it had come.
+    """Loads a checkpoint, written by any number of ranks, and returns its progress.
 
     Raises:
-        Fault: anything in the checkpoint that is not of this run; found before the engine takes
-            over any of it.
+        UserError: the checkpoint is of another run; raised before the engine takes over any of
+            it.
     """
     cursor = archive.extra(place).get("cursor")
     if isinstance(cursor, dict) and (
@@ -129,7 +137,7 @@ def restore_progress(
 
 
 def _of_other_data(cursor: dict[str, Any], stream: Stream) -> str | None:
-    """Why a cursor belongs to other data than the stream's, or None."""
+    """Returns why a cursor belongs to other data than the stream's; None where it fits."""
     try:
         stream.admit(cursor)
     except ValueError as error:
@@ -138,7 +146,7 @@ def _of_other_data(cursor: dict[str, Any], stream: Stream) -> str | None:
 
 
 def _astray(progress: Progress, stream: Stream) -> str | None:
-    """Why the training data cannot be read on from where a checkpoint says it was, or None."""
+    """Returns why the training data cannot be read on from a checkpoint; None where it can."""
     if reason := _of_other_data(progress.cursor, stream):
         return reason
     beginning = stream.start()

@@ -1,5 +1,4 @@
-"""Settings that were written on the command line and reach no part of the model: each is refused by
-name, never dropped."""
+"""Finds settings of the command line that reach no part of the model, so that none is dropped."""
 
 from collections.abc import Collection, Iterator, Sequence
 
@@ -24,10 +23,10 @@ SIZES = (
 
 
 def unreached(config: Config, given: Collection[str], vocabulary: int = 1) -> dict[str, str]:
-    """By setting the sentence that refuses it.
+    """Returns the settings that reach no part, each with the sentence that refuses it.
 
     Args:
-        config: whose nodes can be built.
+        config: a config whose nodes can be built.
         given: keys and groups that were set by hand.
     """
     taken = build_model.sizes_taken(config, vocabulary)
@@ -53,7 +52,7 @@ def unreached(config: Config, given: Collection[str], vocabulary: int = 1) -> di
 
 
 def fitting(words: Sequence[str]) -> list[str]:
-    """The settings of a command line without the sizes that no part of its model takes.
+    """Returns the settings of a command line without the sizes that its model does not take.
 
     For commands that give the same sizes to many models; a user's own words are refused instead,
     see unreached.
@@ -71,7 +70,7 @@ def fitting(words: Sequence[str]) -> list[str]:
 
 
 def _idle(config: Config, taken: dict[str, dict[str, object]]) -> Iterator[str]:
-    """The sizes that no part takes."""
+    """Yields the sizes that no part takes."""
     names = {name for sizes in taken.values() for name in sizes}
     for key in SIZES:
         used = key in names
@@ -86,8 +85,10 @@ def _idle(config: Config, taken: dict[str, dict[str, object]]) -> Iterator[str]:
 
 
 def _placed(config: Config, taken: dict[str, dict[str, object]], vocabulary: int) -> bool:
-    """Whether a position does something: in a layer that takes it, or added to the embeddings. None
-    is what none asks for."""
+    """Tells whether the position is used: in a layer, or added to the embeddings.
+
+    position=none counts as used, because it asks for nothing.
+    """
     try:
         place = instantiate.instantiate(
             config.position, build_model.offered_sizes(config, vocabulary), "position"
@@ -104,7 +105,7 @@ def _placed(config: Config, taken: dict[str, dict[str, object]], vocabulary: int
 
 
 def _replaced(config: Config, given: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Layers that were given and that another setting puts out of the model."""
+    """Yields settings of layers that another setting replaces, each with its message."""
     wish = config.model
     for pattern, group, chosen, whole in (
         ("pattern", "mixers", config.mixer, "mixer"),
@@ -142,8 +143,7 @@ def _replaced(config: Config, given: Collection[str]) -> Iterator[tuple[str, str
 
 
 def _takers(key: str) -> str:
-    """The mixers of conf/ whose constructors take a size; of what is the model's own business, the
-    models."""
+    """Returns the list of mixers or models of conf/ that take a size, for a message."""
     for group in ("model",) if key in ("width", "layers", "ffn") else ("mixer",):
         takers = []
         for path in sorted((CONF / group).glob("*.yaml")):

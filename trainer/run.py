@@ -1,5 +1,4 @@
-"""A run, as every rank lives it: build the parts, go on from where the run stood, train, and say
-where everything lies."""
+"""A run on one rank: builds the parts, resumes from a checkpoint, trains, and closes the logs."""
 
 import errno
 import shlex
@@ -46,7 +45,7 @@ from trainer.stop_signal import StopSignal
 from trainer.watchdog import EnterPhase, limit, watching
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-QUICKSTART_NEXT = (  # what the last screen offers whoever runs Longspan for the first time
+QUICKSTART_NEXT = (  # commands that the last screen of a first run proposes
     "python -m trainer experiment=quickstart mixer=sliding mixer.window=256   another architecture",
     (
         "python -m trainer experiment=quickstart parallel.context=4              the same losses"
@@ -54,7 +53,7 @@ QUICKSTART_NEXT = (  # what the last screen offers whoever runs Longspan for the
     ),
     "python -m trainer --help                                                every setting",
 )
-SETTLE_S = 30.0  # a run that ends by a fault waits so long for a save on its way
+SETTLE_S = 30.0  # how long a failing run waits for a pending checkpoint
 APART = (
     "name",
     "replicate",
@@ -68,7 +67,7 @@ OWNED = {
 
 
 def run(config: Config, ranks: RankInfo, directory: Path) -> int:
-    """Train as the config says; returns the exit status."""
+    """Trains as the config says; returns the exit status."""
     parallel = config.parallel
     mesh = build_mesh(
         parallel.context,
@@ -105,7 +104,7 @@ def run(config: Config, ranks: RankInfo, directory: Path) -> int:
 
 
 class Run:
-    """The parts of a run, made in the order in which they need each other."""
+    """Builds the parts of a run, in the order in which they need each other, and trains."""
 
     def __init__(
         self,
@@ -152,7 +151,7 @@ class Run:
         )
 
     def _engine(self) -> Engine:
-        """The model, placed and with its initial weights, in the engine that trains it."""
+        """Builds the model and the engine that trains it, parallelized and initialised."""
         config = self.config
         with torch.device("meta"):
             model = build_model(config, self.stream.vocabulary)
@@ -187,14 +186,17 @@ class Run:
         return engine
 
     def _lanes(self) -> Lanes | None:
-        """Empty ones, where `memory=` carries something."""
+        """Builds empty lanes where `memory=` carries a state; None elsewhere."""
         return (
             Lanes(self.mesh, self.share, self.config.rows) if self.config.memory.carries else None
         )
 
     def _resume(self) -> Progress:
-        """Where the run goes on: the directory's newest whole checkpoint, the one that resume=
-        names, or the beginning."""
+        """Returns the progress to go on from.
+
+        That is the newest whole checkpoint of the directory, the one that resume= names, or the
+        beginning.
+        """
         place = self.checkpoints.latest()
         if place is None and self.config.resume not in ("auto", "never"):
             place = self._named(Path(self.config.resume))
@@ -209,8 +211,7 @@ class Run:
         return progress
 
     def _named(self, source: Path) -> Path:
-        """The checkpoint that resume=PATH means: itself, or the newest whole one of a run
-        directory."""
+        """Returns the checkpoint that resume=PATH names, of a run directory the newest one."""
         if not (source / "checkpoints").is_dir():
             return source
         archive = CheckpointReader(
@@ -228,7 +229,7 @@ class Run:
         return place
 
     def whole(self) -> int:
-        """From the first step that is left to the last screen."""
+        """Trains from the first step that is left, and closes; returns the exit status."""
         config = self.config
         progress = self._resume()
         self.console.go_on_from(progress.step)
@@ -264,14 +265,15 @@ class Run:
         )
         try:
             loop.train(progress)
-        except UserError:  # of all ranks, or told to all: what was begun to be saved must not be lost with the rest
+        except UserError:
+            # The error is common to all ranks: a checkpoint on its way must not be lost with it.
             self.checkpoints.settle(SETTLE_S)
             raise
         self.checkpoints.close()
         return self._close(progress, assessment)
 
     def _assessment(self) -> Assessment:
-        """What evaluates the run."""
+        """Builds the evaluation of the run."""
         return Assessment(
             self.config,
             self.mesh,
@@ -287,7 +289,7 @@ class Run:
 
     @cached_property
     def _peak(self) -> Peak:
-        """Measured on rank 0 alone, which is the only one that tells."""
+        """Peak FLOPs per second; measured on rank 0 alone, which reports the MFU."""
         return (
             peak(self.mesh.device, DTYPES[self.config.precision])
             if self.first
@@ -295,8 +297,10 @@ class Run:
         )
 
     def _facts(self) -> dict[str, float | None]:
-        """Of the model and the machine, for summary.json. What is sent is known after a step, on
-        other ranks anew."""
+        """Returns the figures of the model and the machine for summary.json.
+
+        The bytes sent are known after a step, and anew after a resume on other ranks.
+        """
         if not self.first:
             return {}
         length = self.config.context_length
@@ -309,8 +313,7 @@ class Run:
         }
 
     def _sent(self) -> int:
-        """Bytes that the busiest rank has sent so far to share sequences and experts;
-        collective."""
+        """Returns the bytes that the busiest rank has sent for sharing. Collective."""
         here = sum(self.communicator.bytes_sent.values()) if self.communicator is not None else 0
         sent = torch.tensor(float(here), dtype=torch.float64, device=self.mesh.device)
         if self.mesh.world.group is not None:
@@ -318,7 +321,7 @@ class Run:
         return int(sent.item())
 
     def _log(self, row: MetricsRow) -> None:
-        """A step is done; after the first, what parallel.method=auto chose is known."""
+        """Logs a step; after the first, the choices of parallel.method=auto are known too."""
         if self.communicator is not None and self.communicator.choices:
             for choice, many in Counter(self.communicator.choices.values()).items():
                 self.console.say(
@@ -335,7 +338,7 @@ class Run:
         self.logs.step(row)
 
     def _close(self, progress: Progress, assessment: Assessment) -> int:
-        """Close the logs, draw the plots, and print the last screen; the exit status."""
+        """Closes the logs, draws the plots, prints the last screen; returns the exit status."""
         unfinished = progress.step < self.config.steps or bool(progress.owed)
         caught = signal.Signals(self.stop.caught) if self.stop.caught and unfinished else None
         where = self.logs.close(progress.step, progress.tokens, progress.best)
@@ -355,8 +358,7 @@ class Run:
         return BAD_RUN if progress.owed else DONE
 
     def _next(self) -> tuple[str, ...]:
-        """What to try next: other architectures after the quickstart, a page of the run after any
-        other."""
+        """Returns the commands that the last screen proposes."""
         if self.config.name == "quickstart":
             return QUICKSTART_NEXT
         return (

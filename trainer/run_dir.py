@@ -1,5 +1,4 @@
-"""The directory of a run: one writer at a time, and a record of what was asked for and where it
-ran."""
+"""Run directory: one writer at a time, and a record of the config and the environment."""
 
 import fcntl
 import itertools
@@ -63,13 +62,17 @@ DYING_S = 6.0  # ranks whose launcher was killed are gone within this time
 
 
 def plain_config(config: Config) -> dict[str, Any]:
-    """The config as it is written: plain data under the names that the command line uses."""
+    """Returns the config as plain data under the names that the command line uses."""
     return config.model_dump(mode="json", by_alias=True)
 
 
 def read_config(directory: Path) -> Config:
-    """The config that a run directory records. Raises ValueError where it holds none, OSError where
-    it cannot be read."""
+    """Returns the config that a run directory records.
+
+    Raises:
+        ValueError: the directory holds no config of a run.
+        OSError: it cannot be read.
+    """
     value = yaml_file(directory / CONFIG, follow=False)
     try:
         return Config.model_validate(value)
@@ -86,14 +89,15 @@ def holds_run(directory: Path) -> bool:
 
 
 def fresh_path(name: str, root: Path = Path("runs")) -> Path:
-    """A directory name that nobody has taken by now, to be shown; whoever wants to have it calls
-    `take`."""
+    """Returns a directory name that is free now, to be shown; `take` makes one."""
     return next(path for path in _names(name, root) if not os.path.lexists(path))
 
 
 def _names(name: str, root: Path) -> Iterator[Path]:
-    """Names for a directory, the best first: runs/NAME-DATE-TIME, then numbered for runs that start
-    in the same second."""
+    """Yields names for a directory: runs/NAME-DATE-TIME, then numbered ones.
+
+    Runs that start in the same second need the numbers.
+    """
     first = root / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     yield first
     for number in itertools.count(2):
@@ -101,8 +105,7 @@ def _names(name: str, root: Path) -> Iterator[Path]:
 
 
 def take(name: str, root: Path = Path("runs")) -> Path:
-    """Make a directory that nobody has made before; of several that want one name, mkdir lets one
-    have it."""
+    """Makes a fresh directory; of several processes that want one name, mkdir lets one have it."""
     for path in _names(name, root):
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -122,7 +125,7 @@ def take(name: str, root: Path = Path("runs")) -> Path:
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, old value, new value) for every leaf in which two plain configs differ."""
+    """Yields (key, old value, new value) for every leaf in which two plain configs differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):
             yield from differences(old.get(key), new.get(key), f"{prefix}{key}.")
@@ -131,8 +134,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def check_run_dir(config: Config) -> list[str]:
-    """What keeps a config from using its run directory: another run in it, or none where one is
-    asked for."""
+    """Returns why a config cannot use its run directory, or the run that it resumes."""
     faults = []
     if config.run_dir is not None:
         if any(
@@ -162,8 +164,7 @@ def check_run_dir(config: Config) -> list[str]:
 
 
 def linked(directory: Path) -> list[str]:
-    """One message for the symbolic links in a run directory, if there are any: a run writes into
-    its own directory alone."""
+    """Returns a message about symbolic links in a run directory, which a run never follows."""
     try:
         links = links_inside(directory) if directory.is_dir() else []
     except OSError as error:
@@ -174,7 +175,7 @@ def linked(directory: Path) -> list[str]:
 
 
 def _judge_source(config: Config) -> list[str]:
-    """The faults of resume=PATH, a run directory or one of its checkpoints."""
+    """Returns the faults of resume=PATH, a run directory or one of its checkpoints."""
     source = Path(config.resume)
     if not source.is_dir():
         return [
@@ -191,7 +192,7 @@ def _judge_source(config: Config) -> list[str]:
 
 
 def other_run(config: Config, directory: Path) -> list[str]:
-    """One message for each setting in which the run in `directory` is another run than `config`."""
+    """Returns a message for each setting in which the run in `directory` is another run."""
     try:
         old = plain_config(read_config(directory))
     except (ValueError, OSError) as error:
@@ -209,8 +210,7 @@ def other_run(config: Config, directory: Path) -> list[str]:
 
 
 def _decided_by_content(old: dict[str, Any], config: Config) -> list[str]:
-    """Settings of the data that may be spelt otherwise: whether it is the same data shows when it
-    is opened."""
+    """Returns the settings of the data that may differ, because its content is compared later."""
     if old["data"].get("_target_") != config.data.target:
         return []
     try:
@@ -228,10 +228,10 @@ def _word(value: Any) -> str:
 
 @contextmanager
 def lock(directory: Path) -> Iterator[None]:
-    """Be the one launcher of this directory for as long as the context lasts.
+    """Makes this process the one launcher of the directory for as long as the context lasts.
 
     Raises:
-        Fault: another process runs here, or ranks of a killed launcher do not end.
+        UserError: another process runs here, or ranks of a killed launcher do not end.
     """
     with _opened(directory / LOCK) as launcher, _opened(directory / RANKS_LOCK) as ranks:
         taken = _take(launcher, fcntl.LOCK_EX, 0.0)
@@ -257,8 +257,7 @@ def lock(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def presence(directory: Path) -> Iterator[None]:
-    """In a rank: while this lasts no other launcher may start in the directory, even if ours is
-    gone."""
+    """Keeps other launchers out of the directory while this rank lives, even without its own."""
     with _opened(directory / RANKS_LOCK) as file:
         _take(file, fcntl.LOCK_SH, DYING_S)
         yield
@@ -280,7 +279,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _take(file: int, kind: int, patience_s: float) -> bool | None:
-    """Take a lock: whether that worked in time; None where the file system has no locks."""
+    """Takes a lock; returns whether that worked in time, None where there are no locks."""
     end = time.monotonic() + patience_s
     while (taken := flocked(file, kind)) is False and time.monotonic() < end:
         time.sleep(0.1)
@@ -289,8 +288,11 @@ def _take(file: int, kind: int, patience_s: float) -> bool | None:
 
 @contextmanager
 def _locked_by_folder(directory: Path) -> Iterator[None]:
-    """The same where the file system has no locks; ranks are not counted then. Raises Fault where a
-    launcher runs here."""
+    """Locks the directory where the file system has no locks; ranks are not counted then.
+
+    Raises:
+        UserError: another launcher runs here.
+    """
     say_lacking(str(directory))
     with ExitStack() as stack:
         try:
@@ -308,7 +310,11 @@ def _locked_by_folder(directory: Path) -> Iterator[None]:
 
 
 def make_run_dir(directory: Path) -> None:
-    """Make the directory; Fault when the disk will not have it."""
+    """Makes the directory.
+
+    Raises:
+        UserError: it cannot be made.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -318,8 +324,11 @@ def make_run_dir(directory: Path) -> None:
 
 
 def record(directory: Path, config: Config) -> None:
-    """Write config.yaml (resolved) and environment.json; each is replaced whole. Fault when the
-    disk will not have them."""
+    """Writes config.yaml (resolved) and environment.json; each is replaced whole.
+
+    Raises:
+        UserError: they cannot be written.
+    """
     try:
         replace_inside(
             directory,
@@ -336,8 +345,10 @@ def record(directory: Path, config: Config) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """What a run depends on beside its config. No environment variable is recorded: some hold
-    secrets."""
+    """Returns what a run depends on besides its config.
+
+    Environment variables are left out, because some hold secrets.
+    """
     installed = {}
     for name in PACKAGES:
         try:
@@ -361,7 +372,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git(*words: str) -> str | None:
-    """What git says of the code that runs, or None outside a checkout."""
+    """Returns the output of git about the code that runs; None outside a checkout."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None

@@ -1,5 +1,4 @@
-"""The secret of a run's directory, by which processes on several machines know one another; made
-once, for its owner alone."""
+"""The secret of a run directory, by which processes on several machines know one another."""
 
 import os
 import secrets
@@ -13,11 +12,12 @@ NAME = ".secret"
 
 
 def shared_secret(directory: Path) -> str:
-    """The secret; whoever comes first makes it, whole by one link, so that nobody reads a part of
-    it.
+    """Returns the secret of a run directory; the first process that asks makes it.
+
+    It appears whole, by one link, so that no process reads a part of it.
 
     Raises:
-        Fault: it is another user's, or cannot be made.
+        UserError: it is another user's, or cannot be made.
     """
     try:
         if not (directory / NAME).exists():

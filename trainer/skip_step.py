@@ -1,8 +1,7 @@
-"""Whether a step is taken: never where the loss or the gradient is no finite number; on wish not
-where the gradient leaps.
+"""Skips a step whose loss or gradient is not finite and, if asked, one whose gradient spikes.
 
-A step that is not taken is left out: nothing is multiplied by 0, because 0 x NaN is NaN.
-Parameters, the optimiser's state and what layers learn of a step stay bit for bit as they were.
+A skipped step is left out altogether: nothing is multiplied by 0, because 0 x NaN is NaN.
+Parameters, the state of the optimiser and the statistics of layers stay bit for bit the same.
 """
 
 import math
@@ -20,11 +19,11 @@ from trainer.data.batch_sharding import BatchSharder
 from trainer.errors import BAD_RUN, UserError
 from trainer.progress import WINDOW, Progress
 
-LEAST = 16  # fewer tell nothing of what is usual
+LEAST = 16  # fewer norms have no meaningful median
 
 
 class SkippedStep(NamedTuple):
-    """Why a step was not taken, and where its batch lies."""
+    """Reason why a step was not taken, and the place of its batch in the data."""
 
     why: str
     finite: bool
@@ -33,22 +32,24 @@ class SkippedStep(NamedTuple):
     way: str
 
     def row(self) -> dict[str, Any]:
-        """As metrics.jsonl holds it."""
+        """Returns the entry of metrics.jsonl."""
         return {"why": self.why, "cursor": self.cursor, "rows": self.rows}
 
     def line(self, step: int) -> str:
-        """As the console shows it."""
+        """Returns the line for the console."""
         rows = f" (not finite in rows {', '.join(map(str, self.rows))})" if self.rows else ""
         return f"step {step} skipped: {self.why}; its batch is at {self.cursor}{rows}"
 
 
 class SkipStepGuard:
-    """Judges steps; what it remembers is part of Progress, so that a resumed run judges as the run
-    never stopped.
+    """Decides whether a step is taken.
+
+    The norms that it compares with are part of Progress, so that a resumed run decides as an
+    uninterrupted one.
 
     Args:
-        optim: `spike`: a gradient norm above this many times the median of the last WINDOW finite
-            ones is skipped, once there are LEAST of them; 0 = never. `max_skipped`: steps skipped
+        optim: `skip_above`: a gradient norm above this many times the median of the last WINDOW
+            finite ones is skipped, once there are LEAST of them; 0 = never. `max_skipped`: steps skipped
             in a row that end the run.
 
     A norm that was skipped for its size enters the window too: where gradients have grown for good,
@@ -63,17 +64,22 @@ class SkipStepGuard:
         self.flags: list[Tensor] = []
 
     def look(self, losses: Tensor) -> None:
-        """Note which rows of a micro-batch have a loss that is not finite. losses: [m, c]."""
+        """Notes the rows of a micro-batch whose loss is not finite; losses: [rows, tokens]."""
         self.flags.append(~losses.detach().isfinite().all(1))
 
     def verdict(
         self, progress: Progress, loss: float, norm: float, *, predicts: bool = True
     ) -> SkippedStep | None:
-        """None where the step is to be taken; the same on every rank, whatever the last bits of
-        their norms. Collective.
+        """Returns why the step must be skipped, or None where it is to be taken. Collective.
 
-        predicts: False = the batch had no token to predict, and should have had one: its loss is no
-            figure.
+        The answer is the same on every rank, whatever the last bits of their norms.
+
+        Args:
+            progress: its norms and its count of skipped steps are updated.
+            loss: of the step, over all ranks.
+            norm: of the gradient.
+            predicts: False where the batch should have had a token to predict and has none, so
+                that its loss means nothing.
         """
         flags = self.flags
         self.flags = []
@@ -105,8 +111,11 @@ class SkipStepGuard:
         return SkippedStep(why, finite, progress.cursor, self._rows(flags), way)
 
     def bear(self, progress: Progress, skip: SkippedStep) -> None:
-        """After the step was told of. Raises Fault where too many were skipped one after
-        another."""
+        """Ends the run where too many steps were skipped one after another.
+
+        Raises:
+            UserError: optim.max_skipped steps were skipped in a row.
+        """
         if progress.skipped < self.optim.max_skipped:
             return
         many = (
@@ -122,8 +131,7 @@ class SkipStepGuard:
         )
 
     def _rows(self, flags: Sequence[Tensor]) -> list[int]:
-        """The rows of the step, over all ranks, of which some token has a loss that is not
-        finite."""
+        """Returns the rows of the step, over all ranks, whose loss is not finite somewhere."""
         each = self.share.each
         every = torch.zeros(self.mesh.data.size * each, dtype=torch.float64)
         first = self.mesh.data.rank * each
@@ -131,7 +139,7 @@ class SkipStepGuard:
         return self._most(every).nonzero().flatten().tolist()
 
     def _most(self, x: Tensor) -> Tensor:
-        """[n] of each rank -> [n] the largest of all ranks."""
+        """Returns the elementwise maximum of a vector over all ranks, on the CPU."""
         x = x.to(self.mesh.device)
         if self.mesh.world.group is not None:
             dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.mesh.world.group)

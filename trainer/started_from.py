@@ -1,15 +1,16 @@
-"""What the weights of each layer start from, in one line a layer for the log."""
+"""Describes the initial weights of a model for the log, one line for each layer."""
 
 import re
 from collections.abc import Iterator, Mapping
 
 
 def weight_lines(how: Mapping[str, str]) -> Iterator[str]:
-    """Lines such as "weights: blocks.0-3: normal(0.02) mixer.q, mixer.k; 1 mixer_norm"; equal
-    neighbours share one.
+    """Yields lines such as "weights: blocks.0-3: normal(0.02) mixer.q, mixer.k; 1 mixer_norm".
+
+    Neighbouring layers that start alike share a line.
 
     Args:
-        how: by full name of a parameter or buffer, what it starts from.
+        how: the description of the start of each parameter and buffer, by its full name.
     """
     layers: dict[str, dict[str, list[str]]] = {}
     for name, text in how.items():
@@ -25,8 +26,7 @@ def weight_lines(how: Mapping[str, str]) -> Iterator[str]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """(layer, name in it): blocks.3.mixer.q.weight is mixer.q of blocks.3, embed.weight all of
-    embed."""
+    """Splits a full name: blocks.3.mixer.q.weight is mixer.q of the layer blocks.3."""
     inside = re.match(r"(.*?\.\d+)\.(.+)", name)
     layer, rest = (
         (inside[1], inside[2])
@@ -37,7 +37,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _runs(texts: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """First and last of neighbours in a list of layers that say the same."""
+    """Yields the first and the last layer of every run of neighbours with the same text."""
     begun: list[str] = []
     for layer, text in texts.items():
         same_list = bool(begun) and layer.rpartition(".")[0] == begun[0].rpartition(".")[0] != ""

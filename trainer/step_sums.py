@@ -9,20 +9,23 @@ from torch import Tensor
 
 
 class StepSums:
-    """Float64 sums by name; every rank adds the same names, in tensors of the same sizes."""
+    """Sums tensors by name in float64; every rank adds the same names in the same sizes."""
 
     def __init__(self) -> None:
         self.held: dict[str, Tensor] = {}
 
     def add(self, found: Mapping[str, Tensor]) -> None:
-        """Add a micro-batch's; what has a gradient is added without it."""
+        """Adds the values of a micro-batch, detached from their graph."""
         for name, value in found.items():
             value = value.detach().double()
             self.held[name] = self.held[name] + value if name in self.held else value
 
     def over(self, group: Any) -> dict[str, Tensor]:
-        """The sums over the ranks of `group` (None: this rank's own), by one all-reduce; on the
-        CPU."""
+        """Returns the sums over the ranks of `group` on the CPU, by one all-reduce.
+
+        Args:
+            group: the ranks; None for the sums of this rank alone.
+        """
         names = sorted(self.held)
         flat = torch.cat([self.held[name].flatten() for name in names])
         if group is not None:

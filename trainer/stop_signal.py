@@ -14,8 +14,10 @@ from trainer.launch.exit_report import handling
 
 
 class StopSignal:
-    """Whether a signal asked the run to save and leave; asked together, so that all ranks leave at
-    the same place."""
+    """Tells whether a signal asked the run to save and stop.
+
+    All ranks ask together, so that they stop after the same step.
+    """
 
     def __init__(self, mesh: Mesh, signals: Any):
         self.mesh = mesh
@@ -24,15 +26,16 @@ class StopSignal:
 
     @contextmanager
     def listening(self) -> Iterator["StopSignal"]:
-        """Take note of signals instead of dying of them."""
+        """Takes note of signals for as long as the context lasts, instead of dying of them."""
         with handling(self.signals, self._note):
             yield self
 
     def _note(self, number: int, frame: Any) -> None:
-        self.caught = self.caught or asked_by(number)  # a second signal does not change the reason
+        # A second signal does not change the reason that the first one gave.
+        self.caught = self.caught or asked_by(number)
 
     def asked(self, mine: int = 0, what: str = "the batch") -> bool:
-        """True on every rank when any of them caught a signal; collective.
+        """Returns True on every rank when any of them caught a signal. Collective.
 
         Args:
             mine: the mark of what this rank is about to compute from (trainer/agreement.py); 0 =
@@ -40,7 +43,7 @@ class StopSignal:
             what: what a message calls that.
 
         Raises:
-            Fault: the ranks' marks are not all the same; on every rank.
+            UserError: the ranks' marks are not all the same; on every rank.
         """
         word = torch.tensor(
             [self.caught, mine, -mine], dtype=torch.float64, device=self.mesh.device

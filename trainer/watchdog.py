@@ -1,5 +1,4 @@
-"""Who is behind: each rank notes where it is, so that the one that hangs is named when the others
-have waited too long.
+"""Watchdog: names the rank that hangs when the others have waited too long.
 
 A rank's note is one page of a file under the run directory, mapped into memory: to write it costs
 no call of the system, and it stays when its rank is stopped or killed. A thread of each rank renews
@@ -27,7 +26,7 @@ from trainer.errors import BAD_RUN, UserError
 from trainer.limited_reader import json_value
 
 BEAT_S = 1.0
-STILL_S = 5.0  # a rank without a beat for as long stands still
+STILL_S = 5.0  # a rank without a beat for this long stands still
 PAGE = 4096
 ROOT = str(Path(__file__).resolve().parent.parent)
 OURS = tuple(os.path.join(ROOT, home, "") for home in ("models", "parallel", "trainer"))
@@ -49,8 +48,16 @@ class Hang(UserError):
 
 
 class HeartbeatNote(NamedTuple):
-    """Where a rank is: `passed` counts the phases it has entered; `waits`: for other ranks; `beat`:
-    seconds, time.time."""
+    """Position of a rank in the run.
+
+    Attributes:
+        passed: number of phases that it has entered.
+        step: number of the step.
+        phase: name of the phase.
+        doing: the line of ours that its main thread is in.
+        waits: whether it waits for other ranks.
+        beat: time of the note in seconds, as time.time has it.
+    """
 
     passed: int
     step: int
@@ -65,7 +72,7 @@ class HeartbeatNote(NamedTuple):
 
 
 class Heartbeat:
-    """This rank's note.
+    """Writes the note of this rank, and renews it from a thread.
 
     Args:
         folder: made when missing; the same for all ranks.
@@ -88,20 +95,20 @@ class Heartbeat:
         self.thread.start()
 
     def heartbeat(self, phase: str, step: int) -> None:
-        """See At."""
+        """Notes that this rank enters a phase; see EnterPhase."""
         self.passed = self.passed + 1
         self.where = (step, phase)
         self._write("", False)
 
     def forget(self) -> None:
-        """All went well: nobody needs the note."""
+        """Removes the note, after an orderly end."""
         self.path.unlink(missing_ok=True)
         with suppress(OSError):  # only the last rank finds the folders empty
             self.path.parent.rmdir()
             self.path.parent.parent.rmdir()
 
     def close(self) -> None:
-        """No more beats."""
+        """Ends the thread that renews the note."""
         self.ended.set()
         self.thread.join()
 
@@ -120,10 +127,12 @@ class Heartbeat:
 
 @contextmanager
 def watching(folder: Path, mesh: Mesh, timeout_s: float) -> Iterator[EnterPhase]:
-    """Note where this rank is, and turn the end of its patience into a Hang that names who did not
-    come.
+    """Notes the position of this rank; a timeout becomes a Hang that names the rank behind it.
 
-    folder: for the notes of this attempt alone.
+    Args:
+        folder: for the notes of this attempt alone.
+        mesh: the ranks.
+        timeout_s: the longest wait of a collective.
     """
     if mesh.world.group is None or mesh.world.size == 1:
         yield lambda phase, step: None
@@ -144,21 +153,19 @@ def watching(folder: Path, mesh: Mesh, timeout_s: float) -> Iterator[EnterPhase]
 
 
 def _limit(mesh: Mesh, timeout_s: float) -> None:
-    """Every group of the mesh waits as long as the first, which was told; torch gives each new
-    group half an hour."""
+    """Gives every group of the mesh the timeout; torch gives each new group half an hour."""
     grids = [grid for grid in (mesh.device_mesh, mesh.experts_mesh) if grid is not None]
     limit([*mesh.groups, *(group for grid in grids for group in grid.get_all_groups())], timeout_s)
 
 
 def limit(groups: Iterable[ProcessGroup | None], timeout_s: float) -> None:
-    """Let no collective of these groups wait longer."""
+    """Sets the longest wait of the collectives of these groups."""
     for group in {id(group): group for group in groups if group is not None}.values():
         group.set_timeout(timedelta(seconds=timeout_s))
 
 
 def current_call(frame: FrameType) -> tuple[str, bool]:
-    """(the innermost line of ours that a thread is in, and what it calls there; whether it waits
-    for other ranks)."""
+    """Returns the innermost line of ours that a thread is in, and whether it waits for ranks."""
     inner = frame
     call = ""
     waits = any(part in frame.f_code.co_filename for part in WAITING)
@@ -176,7 +183,7 @@ def _path(folder: Path, rank: int) -> Path:
 
 
 def read_heartbeats(folder: Path, size: int) -> list[HeartbeatNote | None]:
-    """The note of every rank; None where there is none, or none that can be read."""
+    """Returns the note of every rank; None where it is missing or cannot be read."""
     found: list[HeartbeatNote | None] = []
     for rank in range(size):
         try:
@@ -200,7 +207,7 @@ def describe_hang(
     timeout_s: float,
     now: float | None = None,
 ) -> str:
-    """The message that names who is behind, and how that shows.
+    """Returns the message that names the ranks behind a timeout, and how that shows.
 
     Args:
         every: notes, by rank. here: (step, phase) of the rank that waited.

@@ -20,14 +20,18 @@ from trainer.errors import UserError
 
 
 def model_takes(config: Config, part: str) -> bool:
-    """Whether the model's constructor has a parameter of that name; one without mixers has no
-    layers to build here."""
+    """Tells whether the model's constructor has a parameter of that name.
+
+    A model that takes no mixers has no layers to be built here.
+    """
     return part in parameters(find_class(config.model.target, "model"))
 
 
 def mixer_labels(config: Config) -> list[str]:
-    """The label of every layer's mixer; 'mixer' where `mixer=` replaces the pattern; none where the
-    model takes none."""
+    """Returns the label of every layer's mixer; none where the model takes no mixers.
+
+    Where `mixer=` replaces the pattern every label is 'mixer'.
+    """
     if not model_takes(config, "mixers"):
         return []
     if config.mixer is not None:
@@ -38,8 +42,10 @@ def mixer_labels(config: Config) -> list[str]:
 
 
 def feedforward_labels(config: Config) -> list[str]:
-    """The label of every layer's feed-forward; 'feedforward' where `model.feedforward` replaces the
-    pattern; likewise."""
+    """Returns the label of every layer's feed-forward; none where the model takes none.
+
+    Where `model.feedforward` replaces the pattern every label is 'feedforward'.
+    """
     if not model_takes(config, "feedforwards"):
         return []
     if config.model.feedforward is not None:
@@ -52,7 +58,7 @@ def feedforward_labels(config: Config) -> list[str]:
 
 
 def _repeated_pattern(config: Config, pattern: str, group: str, way: str) -> list[str]:
-    """A pattern of labels, repeated or cut to the layers."""
+    """Returns a pattern of labels, repeated or cut to the number of layers."""
     asked = getattr(config.model, pattern)
     known = getattr(config.model, group)
     if not asked:
@@ -66,21 +72,21 @@ def _repeated_pattern(config: Config, pattern: str, group: str, way: str) -> lis
 
 
 def mixer_node(config: Config, label: str) -> tuple[str, ComponentConfig]:
-    """Where the node of a mixer's label stands in the config, and the node."""
+    """Returns the place in the config and the node of a mixer's label."""
     if config.mixer is not None:
         return "mixer", config.mixer
     return f"model.mixers.{label}", config.model.mixers[label]
 
 
 def feedforward_node(config: Config, label: str) -> tuple[str, ComponentConfig]:
-    """Where the node of a feed-forward's label stands in the config, and the node."""
+    """Returns the place in the config and the node of a feed-forward's label."""
     if config.model.feedforward is not None:
         return "model.feedforward", config.model.feedforward
     return f"model.feedforwards.{label}", config.model.feedforwards[label]
 
 
 def offered_sizes(config: Config, vocabulary: int) -> dict[str, Any]:
-    """The sizes that every constructor of the model may take, by name."""
+    """Returns the sizes that every constructor of the model may take, by name."""
     model = config.model
     return {
         "width": model.width,
@@ -96,8 +102,7 @@ def offered_sizes(config: Config, vocabulary: int) -> dict[str, Any]:
 
 
 def ffn_width(config: Config) -> int:
-    """The width of the feed-forward layers: model.ffn itself, or that multiple of the width,
-    rounded up to eights."""
+    """Returns the feed-forward width: model.ffn, or that multiple of the width in eights."""
     asked = config.model.ffn
     width = config.model.width
     if asked is None:
@@ -108,7 +113,7 @@ def ffn_width(config: Config) -> int:
 
 
 def model_node(config: Config) -> dict[str, Any]:
-    """The model's node without what is offered to it: its sizes, mixers and feed-forward layers."""
+    """Returns the model's node without the sizes and layers that are offered to it."""
     return {
         key: value
         for key, value in as_node(config.model).items()
@@ -117,12 +122,12 @@ def model_node(config: Config) -> dict[str, Any]:
 
 
 def build_model(config: Config, vocabulary: int) -> nn.Module:
-    """The model of a run, for one device; under `torch.device("meta")` it takes no memory.
+    """Builds the model of a run for one device; under `torch.device("meta")` without memory.
 
     Every layer gets a position object of its own, so that no module is shared between layers.
 
     Raises:
-        Fault: any setting that no constructor takes, or that a constructor refuses.
+        UserError: any setting that no constructor takes, or that a constructor refuses.
     """
     model = _assembled_model(config, vocabulary)
     others = (model_node(config), as_node(config.position), memory_node(config))
@@ -136,8 +141,7 @@ def build_model(config: Config, vocabulary: int) -> nn.Module:
 
 
 def _assembled_model(config: Config, vocabulary: int, layers_on: str | None = None) -> nn.Module:
-    """The model; its mixers and feed-forward layers are on the device in force, or on
-    `layers_on`."""
+    """Builds the model, with its layers on the device in force or on `layers_on`."""
     offers = offered_sizes(config, vocabulary)
     memory = build_memory(config, offers)
     with torch.device(layers_on) if layers_on else nullcontext():
@@ -168,7 +172,7 @@ def _assembled_model(config: Config, vocabulary: int, layers_on: str | None = No
 
 
 def _layers(config: Config, vocabulary: int) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The mixers, before a memory is put around them, and the feed-forward layers."""
+    """Builds the mixers, without a memory around them, and the feed-forward layers."""
     pairs = list(zip(mixer_labels(config), feedforward_labels(config)))
     offers = offered_sizes(config, vocabulary)
     mixers = [
@@ -185,21 +189,21 @@ def _layers(config: Config, vocabulary: int) -> tuple[list[nn.Module], list[nn.M
 def _layer(
     config: Config, offers: Mapping[str, Any], layer: int, placed: tuple[str, ComponentConfig]
 ) -> nn.Module:
-    """A mixer or a feed-forward layer, from (where its node stands, the node)."""
+    """Builds a mixer or a feed-forward layer from the place of its node and the node."""
     where, node = placed
     place = instantiate(config.position, offers, "position")
     return instantiate(node, {**offers, "position": place, "layer": layer}, where)
 
 
 def _mixer(config: Config, vocabulary: int, layer: int) -> nn.Module:
-    """The mixer of a layer with its memory, alone."""
+    """Builds the mixer of one layer with its memory."""
     offers = offered_sizes(config, vocabulary)
     mixer = _layer(config, offers, layer, mixer_node(config, mixer_labels(config)[layer]))
     return _with_memory(build_memory(config, offers), mixer, {**offers, "layer": layer})
 
 
 def _feedforward(config: Config, vocabulary: int, layer: int) -> nn.Module:
-    """The feed-forward layer of a layer, alone."""
+    """Builds the feed-forward of one layer."""
     return _layer(
         config,
         offered_sizes(config, vocabulary),
@@ -209,7 +213,7 @@ def _feedforward(config: Config, vocabulary: int, layer: int) -> nn.Module:
 
 
 def _is_foreign(nodes: Any) -> bool:
-    """Whether a node among these, or inside them, names a class that is not ours."""
+    """Tells whether a node among these, or inside them, names a class that is not ours."""
     if isinstance(nodes, ComponentConfig):
         nodes = as_node(nodes)
     if isinstance(nodes, Mapping):
@@ -219,12 +223,12 @@ def _is_foreign(nodes: Any) -> bool:
 
 
 def memory_node(config: Config) -> dict[str, Any]:
-    """The node of the memory, without its name."""
+    """Returns the node of the memory, without its name."""
     return {key: value for key, value in as_node(config.memory).items() if key != "name"}
 
 
 def build_memory(config: Config, offers: Mapping[str, Any]) -> Memory:
-    """What `memory=` names; one for the whole model."""
+    """Builds the memory that `memory=` names, one for the whole model."""
     return instantiate(memory_node(config), offers, "memory")
 
 
@@ -236,7 +240,7 @@ def _with_memory(memory: Memory, mixer: nn.Module, sizes: Mapping[str, Any]) -> 
 
 
 def sizes_taken(config: Config, vocabulary: int) -> dict[str, dict[str, Any]]:
-    """For the log: by place in the config, the sizes on offer that the class there takes."""
+    """Returns for the log the sizes on offer that each class takes, by place in the config."""
     offers = offered_sizes(config, vocabulary)
     inside = {**offers, "position": config.position.target.rpartition(".")[2]}
     places = dict(mixer_node(config, label) for label in mixer_labels(config))
@@ -251,7 +255,7 @@ def sizes_taken(config: Config, vocabulary: int) -> dict[str, dict[str, Any]]:
 
 
 def build_engine(config: Config, mesh: Any, optimiser: Any) -> Any:
-    """The engine of a run, with those of its settings that are set."""
+    """Builds the engine of a run, with those of its settings that are not null."""
     apart = ("name", "offload_activations")  # what place() is told
     settings = {
         key: value

@@ -1,4 +1,4 @@
-"""What `python -m trainer --help` prints: usage, groups, every key with its default and meaning."""
+"""Text of `python -m trainer --help`: usage, groups, every key with its default and meaning."""
 
 from pydantic import BaseModel
 
@@ -12,22 +12,23 @@ USAGE = """Train a sequence model on contexts longer than one device holds.
 
 Examples
     python -m trainer experiment=quickstart
-    python -m trainer experiment=quickstart parallel.context=4         # 4 ranks share each sequence
+    python -m trainer experiment=quickstart parallel.context=4      # 4 ranks share each sequence
     python -m trainer mixer=sliding mixer.window=512 context_length=4096 batch_tokens=16384
-    python -m trainer experiment=quickstart run_dir=runs/mine          # the same command again resumes it
-    python -m trainer parallel.context=2 launch.dry_run=true           # check everything, start nothing
-    python -m trainer -m model=full,sliding seed=1,2,3 match=parameters   # a sweep: every combination, and one table
+    python -m trainer experiment=quickstart run_dir=runs/mine       # resumes when given again
+    python -m trainer parallel.context=2 launch.dry_run=true        # check, start nothing
+    python -m trainer -m model=full,sliding seed=1,2,3 match=parameters       # a sweep
     torchrun --nnodes 2 --nproc-per-node 8 -m trainer parallel.context=16 run_dir=/shared/run
 
 Exit status
-    0 done   1 failed   2 the wish cannot be honoured   3 data, disk or network failed   143, 130, 129, 131 stopped by
-    SIGTERM, SIGINT, SIGHUP, SIGQUIT after saving; 3 also: an evaluation is owed, which the same command does
+    0 done   1 failed   2 the settings cannot be honoured   3 data, disk or network failed
+    143, 130, 129, 131 stopped by SIGTERM, SIGINT, SIGHUP, SIGQUIT after saving
+    3 also: an evaluation is owed, which the same command does
 """
 WIDTH = 34
 
 
 def text() -> str:
-    """The whole help text."""
+    """Returns the whole help text."""
     config = compose([]).config
     assert config is not None, "conf/train.yaml does not compose"
     chosen = [f"    {group + '=':16}{', '.join(choices(group))}" for group in groups()]

@@ -1,5 +1,4 @@
-"""From a node of the config to an object: find the class, bind the settings to its signature, build
-it.
+"""Builds the object that a node of the config describes.
 
 A size on offer (width, heads, position, ...) is given to every constructor whose signature has it,
 unless the node sets it itself. So a mixer asks for what it needs by naming it, and a new mixer
@@ -20,7 +19,7 @@ from trainer.errors import UserError
 def taken_offers(
     node: ComponentConfig | Mapping[str, Any], offers: Mapping[str, Any], where: str = "node"
 ) -> dict[str, Any]:
-    """The sizes on offer that the node's constructor takes and the node does not set itself."""
+    """Returns the sizes on offer that the constructor takes and the node does not set itself."""
     asked = as_node(node)
     known = parameters(find_class(asked[TARGET], where))
     return {key: value for key, value in offers.items() if key in known and key not in asked}
@@ -29,7 +28,7 @@ def taken_offers(
 def instantiate(
     node: ComponentConfig | Mapping[str, Any], offers: Mapping[str, Any], where: str = "node"
 ) -> Any:
-    """Build what a node says.
+    """Builds the object that a node describes.
 
     Args:
         node: `_target_` and settings; a setting that is itself a node, or a list with nodes, is
@@ -38,7 +37,8 @@ def instantiate(
         where: the node's place in the config, for messages.
 
     Raises:
-        Fault: unknown class or setting, or the constructor's own ValueError, with `where` in front.
+        UserError: unknown class or setting, or an error of the constructor, with `where` in
+            front.
     """
     if faults := node_errors(node, offers, where):
         raise UserError("\n".join(faults))
@@ -52,8 +52,7 @@ def instantiate(
 
 
 def _said(error: Exception) -> str:
-    """What a constructor complains of; of an error that is no judgement of its settings also the
-    kind and the place."""
+    """Returns the message of a constructor's error; with its place if it is no ValueError."""
     if isinstance(error, ValueError):
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)

@@ -1,5 +1,4 @@
-"""Whether a node of the config can be built: its class, and each of its settings against that
-class's constructor."""
+"""Checks that a node of the config can be built: its class, and each of its settings."""
 
 import difflib
 import importlib
@@ -25,7 +24,11 @@ ALIKE = 0.65  # how alike two words must be for one to be taken for the other, m
 
 
 def find_class(target: str, where: str) -> type:
-    """The class that a dotted name stands for; Fault when there is none."""
+    """Returns the class that a dotted name stands for.
+
+    Raises:
+        UserError: there is no such class.
+    """
     if not isinstance(target, str):
         raise UserError(
             f"{where}.{TARGET}={quoted_value(target)}: a text is needed; name a class as"
@@ -52,7 +55,7 @@ def find_class(target: str, where: str) -> type:
 
 
 def nearest(word: str, known: Any) -> str:
-    """'; did you mean X?' or '; known: A, B' for a message about an unknown word."""
+    """Returns '; did you mean X?' or '; known: A, B' for a message about an unknown word."""
     known = sorted({str(each) for each in known})
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:
@@ -61,7 +64,7 @@ def nearest(word: str, known: Any) -> str:
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:
-    """The same about an unknown setting; an old name gets the new one.
+    """Returns the same hint about an unknown setting; a former name gets the present one.
 
     The last words are compared: a common beginning says nothing.
     """
@@ -76,7 +79,7 @@ def nearest_key(key: str, known: Iterable[str]) -> str:
 
 
 def parameters(kind: type) -> dict[str, inspect.Parameter]:
-    """The named parameters of a constructor; what it swallows by ** does not count as known."""
+    """Returns the named parameters of a constructor, without *args and **kwargs."""
     swallowed = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     return {
         key: each
@@ -86,7 +89,7 @@ def parameters(kind: type) -> dict[str, inspect.Parameter]:
 
 
 def as_node(node: ComponentConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """A node as {"_target_": ..., settings}."""
+    """Returns a node as a plain dict of "_target_" and settings."""
     return (
         {TARGET: node.target, **node.settings()}
         if isinstance(node, ComponentConfig)
@@ -97,8 +100,13 @@ def as_node(node: ComponentConfig | Mapping[str, Any]) -> dict[str, Any]:
 def node_errors(
     node: ComponentConfig | Mapping[str, Any], offers: Mapping[str, Any], where: str
 ) -> list[str]:
-    """What keeps a node from being built: unknown class, unknown settings, settings that are
-    missing."""
+    """Returns why a node cannot be built: unknown class, unknown, unfit or missing settings.
+
+    Args:
+        node: the node, or a plain dict of it.
+        offers: sizes that the constructor may take without the node setting them.
+        where: the place of the node in the config.
+    """
     asked = as_node(node)
     try:
         kind = find_class(asked.pop(TARGET), where)
@@ -137,7 +145,7 @@ def node_errors(
 
 
 def _other_kind(node: Mapping[str, Any], wanted: Any, where: str) -> list[str]:
-    """A node of a class that the constructor does not want in that place."""
+    """Returns the message about a node whose class the constructor does not take."""
     kinds = classes(wanted)
     if not kinds or issubclass(find_class(node[TARGET], where), kinds):
         return []
@@ -146,14 +154,14 @@ def _other_kind(node: Mapping[str, Any], wanted: Any, where: str) -> list[str]:
 
 
 def _example(key: str, parameter: inspect.Parameter) -> str:
-    """A way out: the value that the constructor gives by itself."""
+    """Returns the remedy that names the default value of the constructor."""
     if parameter.default is inspect.Parameter.empty or not isinstance(parameter.default, PLAIN):
         return ""
     return f"; for example {key}={quoted_value(parameter.default)}"
 
 
 def _inner(value: Any, where: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """The nodes that a setting holds, itself or in a list."""
+    """Returns the nodes in a setting, each with its place."""
     if is_node(value):
         return [(where, value)]
     if isinstance(value, list | tuple):
@@ -162,8 +170,7 @@ def _inner(value: Any, where: str) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def normalise_node(node: Any) -> None:
-    """Give settings of a node the type that its class wants, where that loses nothing: 1e3 of a
-    whole number."""
+    """Converts settings of a node in place to the types of its class, as 1e3 to 1000."""
     inner = (
         list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
     )

@@ -1,5 +1,4 @@
-"""Names that settings had before the field's words were taken: an old one is refused with the new
-one."""
+"""Former names of settings; each is refused with its present name."""
 
 from collections.abc import Iterable
 
@@ -48,7 +47,7 @@ VALUES = {"parallel.method": {"heads": "ulysses", "fetch": "allgather"}}
 
 
 def new_key(key: str, known: Iterable[str]) -> str | None:
-    """The key that replaced `key`, if it is an old one.
+    """Returns the key that replaced `key`; None where it is not a former one.
 
     Args:
         key: as it was written, such as "mixer.reach".
@@ -63,5 +62,5 @@ def new_key(key: str, known: Iterable[str]) -> str | None:
 
 
 def new_value(key: str, value: object) -> str | None:
-    """The value that replaced an old one of this key."""
+    """Returns the value that replaced a former value of this key; None where none did."""
     return VALUES.get(key, {}).get(str(value))

@@ -1,5 +1,4 @@
-"""The types of the config's knobs: numbers that are no truth values, in ranges that some machine
-has."""
+"""Types of the settings: numbers in sensible ranges, for which true and false do not pass."""
 
 from typing import Annotated, Any
 

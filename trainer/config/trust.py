@@ -1,7 +1,6 @@
-"""Which classes a config that comes from a file may name: Longspan's own, each of the kind that its
-place asks for.
+"""Limits a config that comes from a file to Longspan's own classes, each in its place.
 
-A command line is the user's own wish and may name any class. A file may be a stranger's: to build
+A command line is the user's own and may name any class. A file may be a stranger's: to build
 what it names is to run code of the stranger's choice. A user's own parts are built with
 `trust=true` alone.
 """
@@ -49,8 +48,11 @@ KINDS: dict[
 
 
 def demand_own(config: Config, file: str) -> None:
-    """Raise a Fault with every class that the config in `file` names and may not; nothing of
-    another package is imported."""
+    """Refuses every class that the config in `file` must not name; nothing foreign is imported.
+
+    Raises:
+        UserError: a line for each such class.
+    """
     faults = [
         fault
         for place, target in targets(plain_config(config))
@@ -69,7 +71,7 @@ def demand_own(config: Config, file: str) -> None:
 
 
 def targets(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """(place, name) of every class that a plain config names, however deep."""
+    """Yields the place and the name of every class that a plain config names, however deep."""
     if isinstance(value, Mapping):
         if TARGET in value:
             yield where, value[TARGET]
@@ -81,7 +83,7 @@ def targets(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def stranger(place: str, target: Any) -> str | None:
-    """Why a class may not be named at a place, or None."""
+    """Returns why a class may not be named at a place; None where it may."""
     shown = f"{place}.{TARGET}={target}"
     home, _, name = str(target).rpartition(".")
     if home.partition(".")[0] not in PACKAGES or not all(

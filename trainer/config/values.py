@@ -1,4 +1,4 @@
-"""The values that a node's settings may have: those of the annotations of its class's constructor.
+"""Checks the settings of a node against the annotations of its class's constructor.
 
 A constructor's annotations are all that is known of a class before it is built, ours or a user's.
 What has no annotation, or one that says nothing of values (a callable, a type variable), is left to
@@ -22,8 +22,7 @@ LISTS = (list, tuple, set, frozenset, Sequence, Set)
 
 
 def annotations(kind: type) -> dict[str, Any]:
-    """What the constructor says of each setting; nothing where its annotations name what cannot be
-    looked up."""
+    """Returns the annotations of a constructor; none where one of them cannot be resolved."""
     try:
         return get_type_hints(kind.__init__, include_extras=True)
     except (NameError, TypeError, AttributeError):
@@ -31,12 +30,12 @@ def annotations(kind: type) -> dict[str, Any]:
 
 
 def is_node(value: Any) -> bool:
-    """Whether a setting names a class of its own."""
+    """Tells whether a value is a node, which names a class of its own."""
     return isinstance(value, Mapping) and TARGET in value
 
 
 def breach(value: Any, wanted: Any, key: str = "") -> str | None:
-    """The fact that keeps a value out, or None.
+    """Returns why a value does not fit an annotation; None where it fits.
 
     Args:
         value: plain data, or a node.
@@ -68,8 +67,7 @@ def breach(value: Any, wanted: Any, key: str = "") -> str | None:
 
 
 def magnitude(value: float) -> str | None:
-    """The fact that keeps a real number out: it is none, or float32 would make infinity or 0 of
-    it."""
+    """Returns why a real number is refused: not finite, or beyond what float32 can hold."""
     if not math.isfinite(value):
         return "a finite number is needed"
     if abs(value) > HIGHEST:
@@ -89,7 +87,7 @@ def _annotated(value: Any, wanted: Any, key: str) -> str | None:
 
 
 def _confused(value: Any, wanted: Any) -> bool:
-    """Whether a choice is equal to a value of another type, as 1 and true."""
+    """Tells whether a value equals a choice of another type only, as 1 and true."""
     return not any(type(choice) is type(value) and choice == value for choice in get_args(wanted))
 
 
@@ -112,7 +110,7 @@ def _listed(value: Any, wanted: Any, key: str) -> str | None:
 
 
 def _whole(value: Any, largest: int) -> str | None:
-    """A whole float, as 1e3, is a whole number; true is none."""
+    """Returns why a value is no whole number; a whole float, as 1e3, is one, and true is not."""
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
@@ -125,7 +123,7 @@ def _whole(value: Any, largest: int) -> str | None:
 
 
 def _plain(value: Any, wanted: Any) -> str | None:
-    """Of the types that YAML has."""
+    """Returns why a value is not of one of the types that YAML has."""
     if wanted is bool:
         return None if isinstance(value, bool) else "true or false is needed"
     if wanted is float:
@@ -145,8 +143,7 @@ def _plain(value: Any, wanted: Any) -> str | None:
 
 
 def settled(value: Any, wanted: Any) -> Any:
-    """The value as the constructor's annotation has it: a whole float where a whole number is
-    wanted becomes one."""
+    """Converts a value to the type of its annotation where that loses nothing, as 1e3 to 1000."""
     if isinstance(value, list | tuple):
         inner = [part for part in _members(wanted) if part is not Ellipsis]
         return [settled(part, inner[0] if inner else Any) for part in value]
@@ -160,7 +157,7 @@ def settled(value: Any, wanted: Any) -> Any:
 
 
 def _members(wanted: Any) -> tuple[Any, ...]:
-    """What a list in this place holds."""
+    """Returns the annotations of the members of a list; none where it is no list."""
     for kind in _kinds(wanted):
         if get_origin(kind) in LISTS:
             return get_args(kind)
@@ -168,7 +165,7 @@ def _members(wanted: Any) -> tuple[Any, ...]:
 
 
 def _kinds(wanted: Any) -> tuple[Any, ...]:
-    """The branches of an annotation."""
+    """Returns the branches of a union; the annotation itself where it is none."""
     origin = get_origin(wanted)
     if origin is Annotated:
         return _kinds(get_args(wanted)[0])
@@ -178,7 +175,7 @@ def _kinds(wanted: Any) -> tuple[Any, ...]:
 
 
 def classes(wanted: Any) -> tuple[type, ...]:
-    """The classes among the branches of an annotation, of lists those of their members."""
+    """Returns the classes that an annotation asks for, of lists those of their members."""
     kinds = [inner for kind in (*_kinds(wanted), *_members(wanted)) for inner in _kinds(kind)]
     real = [kind for kind in kinds if isinstance(kind, type) and get_origin(kind) is None]
     return tuple(
@@ -187,7 +184,7 @@ def classes(wanted: Any) -> tuple[type, ...]:
 
 
 def quoted_value(value: Any) -> str:
-    """A value as it is written on the command line, cut where it is long."""
+    """Returns a value as the command line writes it, cut after 80 characters."""
     text = _written(value)
     return text if len(text) <= 80 else text[:77] + "..."
 

@@ -1,5 +1,4 @@
-"""What torch's elastic agent is told differently by its versions. The only place that asks which of
-them this is."""
+"""Grace period of torch's elastic agent, which its versions are given in different ways."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +13,9 @@ GRACE = "shutdown_timeout"  # the agent's own setting, from torch 2.12 on
 
 @contextmanager
 def agent_config(grace_s: int, **settings: Any) -> Iterator[LaunchConfig]:
-    """The config of an agent whose ranks have `grace_s` seconds between SIGTERM and SIGKILL; hold
-    it while the agent runs.
+    """Yields the config of an agent that waits `grace_s` seconds between SIGTERM and SIGKILL.
+
+    The context must last as long as the agent runs.
 
     Torch 2.11 has no such setting: its agent closes its ranks with a default of 30 s, which cuts
     off a save that takes longer. There the default of the method that it calls is another one for

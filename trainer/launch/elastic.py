@@ -1,9 +1,10 @@
-"""Start the ranks of a run on this machine, and tell each rank who it is. With
-trainer/launch/starters.py the only reader of the environment.
+"""Starts the ranks of a run on this machine, and gives each rank its place among them.
+
+Only this module and trainer/launch/starters.py read environment variables of launchers.
 
 The ranks are started by torchrun's own elastic agent, from the process that checked the config.
-What a rank has to say at its end (a fault, a bug, or that a signal stopped it after saving) comes
-back as one `trainer.launch.exit_report.ExitReport`.
+The end of a rank (an error, a bug, or a signal after which it saved) comes back as one
+`trainer.launch.exit_report.ExitReport`.
 """
 
 import json
@@ -63,7 +64,7 @@ HEARD = (  # beside the outcome: the number of the signal that the launcher was 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Who this process is among all ranks; backend is what carries tensors of `device`."""
+    """Place of this process among all ranks; the backend carries tensors of `device`."""
 
     rank: int
     size: int
@@ -74,19 +75,19 @@ class RankInfo:
 
 
 def rank_and_size() -> tuple[int, int]:
-    """(rank, size) as torchrun says, before any process group exists; (0, 1) without torchrun."""
+    """Returns (rank, size) as torchrun sets them, before any process group; (0, 1) without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def restart_count() -> tuple[int, int]:
-    """(how often the ranks were started again already, how often they may be)."""
+    """Returns how often the ranks were started again, and how often they may be."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), int(
         os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)
     )
 
 
 def machine_limits() -> tuple[int, int]:
-    """(cores this process may use, GPUs it sees)."""
+    """Returns the number of cores that this process may use, and of the GPUs that it sees."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -103,7 +104,7 @@ def start_ranks(
     nodes: Nodes | None = None,
     say: Callable[[str], None] = print,
 ) -> ExitReport:
-    """Run `python command` in `ranks` processes and wait for their end.
+    """Runs `python command` in `ranks` processes and waits for their end.
 
     Args:
         command: arguments of the interpreter, the same for all ranks.
@@ -162,8 +163,7 @@ def start_ranks(
 
 @contextmanager
 def _listening(heard: list[signal.Signals], note: Path) -> Iterator[None]:
-    """Turn the signals that mean 'stop' into the agent's own exception; the ranks get SIGTERM for
-    each of them.
+    """Turns the signals that mean 'stop' into the agent's exception; ranks then get SIGTERM.
 
     The agent's handlers would end it at a second signal, while the ranks save. Here only a second
     SIGINT does.
@@ -193,8 +193,10 @@ def _listening(heard: list[signal.Signals], note: Path) -> Iterator[None]:
 
 
 def _prepare(ranks: int, told: Path, nodes: Nodes) -> None:
-    """Set what the ranks inherit; what the user set stays, but for sockets open to others that
-    nobody else needs."""
+    """Sets the environment that the ranks inherit; variables that the user set stay.
+
+    Sockets that other machines could reach are the exception, where the run has one machine.
+    """
     bind_transport(nodes.own_address(), only=nodes.address is not None)
     usual = {
         **(
@@ -214,11 +216,13 @@ def _prepare(ranks: int, told: Path, nodes: Nodes) -> None:
 
 
 def report_failure(error: BaseException, fault: int | None, *, again: bool = False) -> None:
-    """In a rank: leave word of what ended it, for the launcher to show.
+    """Records in a rank the error that ends it, for the launcher to show.
 
-    fault: the exit status when `error` is a message to the user; None when it is a bug and needs
-    its traceback.
-    again: whether starting again may mend the fault.
+    Args:
+        error: the error.
+        fault: the exit status when `error` is a message to the user; None when it is a bug and
+            needs its traceback.
+        again: whether starting again may mend the fault.
     """
     text = str(error) if fault is not None else "".join(traceback.format_exception(error))
     extra: dict[str, Any] = {"timestamp": str(int(time.time())), "py_callstack": text, "text": text}
@@ -234,8 +238,7 @@ def report_failure(error: BaseException, fault: int | None, *, again: bool = Fal
 
 
 def report_exit(code: int, message: str = "") -> int:
-    """In a rank that ends in order: tell the launcher the exit status of the run; returns what this
-    rank exits with.
+    """Records the exit status of the run at an orderly end; returns the status of this rank.
 
     Under our own launcher a rank that was stopped by a signal exits with 0, or the agent would take
     it for dead and start it again; under somebody else's torchrun it exits with `code`.
@@ -253,8 +256,10 @@ def _tell(code: int, message: str) -> None:
 
 
 def asked_by(number: int) -> int:
-    """In a rank that got a signal: the one that its launcher was asked to stop by; `number` where
-    that left no word."""
+    """Returns the signal that the launcher got, for a rank that got signal `number` from it.
+
+    It is `number` itself where the launcher left no note.
+    """
     if OUTCOME not in os.environ:  # somebody else's launcher
         return number
     try:
@@ -264,14 +269,13 @@ def asked_by(number: int) -> int:
 
 
 def already_finished() -> bool:
-    """In a rank: whether an earlier attempt of this run came to an end that starting again would
-    not mend."""
+    """Tells in a rank whether an earlier attempt ended in a way that a restart would not mend."""
     path = os.environ.get(OUTCOME)
     return path is not None and Path(path).is_file()
 
 
 def bind_transport(address: str, only: bool = False) -> None:
-    """Keep what carries tensors to the network of an address.
+    """Limits the transport of tensors to the network of an address.
 
     On one machine that is the loopback interface, whatever the user's environment says for runs
     over several; there the environment of the user counts first.
@@ -301,7 +305,7 @@ def bind_transport(address: str, only: bool = False) -> None:
 
 
 def init_process_group(timeout_s: float = 600, store: Any = None) -> RankInfo:
-    """Choose the device, join the process group of all ranks, and say who we are.
+    """Chooses the device, joins the process group, and returns the place of this rank.
 
     Where there are GPUs each rank takes the one of its local number: NCCL carries its tensors and
     gloo those on the CPU.
@@ -325,8 +329,10 @@ def init_process_group(timeout_s: float = 600, store: Any = None) -> RankInfo:
 
 
 def _local_place(store: Any) -> tuple[int, int]:
-    """(rank, size) among the ranks of this machine, by the names of the machines where no starter
-    told them."""
+    """Returns (rank, size) among the ranks of this machine.
+
+    Where no launcher gave them they follow from the names of the machines.
+    """
     rank, size = rank_and_size()
     if size == 1:
         return int(os.environ.get("LOCAL_RANK", 0)), 1
@@ -339,7 +345,7 @@ def _local_place(store: Any) -> tuple[int, int]:
 
 
 def rendezvous_store() -> Any:
-    """The store that the ranks meet at.
+    """Returns the store that the ranks meet at.
 
     Our launcher lends its own, and the keys of every start of the ranks are kept apart there, as
     gloo cannot start again on old ones; torchrun does the same. Under any other starter the store
@@ -360,8 +366,7 @@ def rendezvous_store() -> Any:
 
 
 def _own_store(host: str, port: int) -> Any:
-    """The store of rank 0, which listens at the address that the other ranks were told and at no
-    other.
+    """Opens the store of rank 0, which listens only at the address that the others were given.
 
     Raises:
         NoMeeting: rank 0 is not on that machine, or other machines could not reach it.

@@ -1,4 +1,4 @@
-"""How a launch ended, in one message: the first cause, not its echoes in the other ranks."""
+"""Report on the end of a launch: the first cause, not its echoes in the other ranks."""
 
 import json
 import signal
@@ -13,8 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 FAILED = 1
 LONGEST = 1 << 20  # bytes of what rank 0 leaves
-# Exit statuses as trainer/config/schema.py has them: a wish that cannot be honoured, and what the
-# network did.
+# Exit statuses as trainer/errors.py has them: settings that cannot be honoured, and the network.
 REFUSED = 2
 NOT_MET = 3
 SAVED = {  # exit status: stopped by it, state saved
@@ -33,7 +32,7 @@ NO_TIME = {
 
 @dataclass(frozen=True)
 class ExitReport:
-    """The exit status of a run, and what to tell the user (nothing when all went well)."""
+    """The exit status of a run, and a message, which is empty when all went well."""
 
     code: int
     message: str = ""
@@ -43,8 +42,7 @@ class ExitReport:
 def handling(
     numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], object]
 ) -> Iterator[None]:
-    """Give signals to a handler for a while; those that this process inherited as ignored stay
-    ignored.
+    """Gives signals to a handler for a while; signals inherited as ignored stay ignored.
 
     `nohup` ignores SIGHUP for what it starts, and a shell ignores SIGINT and SIGQUIT for what it
     starts in the background.
@@ -61,7 +59,7 @@ def handling(
 
 
 def read_report(path: Path) -> ExitReport | None:
-    """What rank 0 left at an orderly end; None when no rank came to one."""
+    """Returns the report that rank 0 left at an orderly end; None where it left none."""
     if not path.is_file():
         return None
     try:
@@ -82,13 +80,17 @@ def read_report(path: Path) -> ExitReport | None:
 
 
 def report_success(path: Path) -> ExitReport:
-    """All ranks ended with 0."""
+    """Returns the report of a launch whose ranks all ended with 0."""
     return read_report(path) or ExitReport(0)
 
 
 def report_signal(path: Path, number: signal.Signals) -> ExitReport:
-    """The launcher was asked to stop by a signal, and stopped the ranks by one of its own
-    choice."""
+    """Returns the report of a launch that a signal stopped.
+
+    Args:
+        path: the file that rank 0 leaves.
+        number: the signal that the launcher got; the ranks may have got another.
+    """
     left = read_report(path)
     if left is None:
         return ExitReport(
@@ -98,13 +100,16 @@ def report_signal(path: Path, number: signal.Signals) -> ExitReport:
 
 
 def of_no_meeting(error: Exception) -> ExitReport:
-    """The machines did not meet, or were parted."""
+    """Returns the report of machines that did not meet, or were parted."""
     return ExitReport(NOT_MET, str(error))
 
 
 def report_crash(failures: dict[int, ProcessFailure], ranks: int) -> ExitReport:
-    """A fault if there is one, else a death by signal, else the first traceback that is no echo of
-    a lost connection."""
+    """Returns the report of a launch in which ranks failed.
+
+    The cause is a UserError if there is one, else a death by signal, else the first traceback that
+    is no echo of a lost connection.
+    """
     found = sorted(failures.items(), key=lambda item: item[1].timestamp)
     words = {rank: _word(failure) for rank, failure in found}
     for rank, _ in found:
@@ -125,7 +130,7 @@ def report_crash(failures: dict[int, ProcessFailure], ranks: int) -> ExitReport:
 
 
 def _word(failure: ProcessFailure) -> dict[str, Any]:
-    """What a rank wrote with `trainer.launch.elastic.report_failure`."""
+    """Returns the record that a rank wrote with `trainer.launch.elastic.report_failure`."""
     message = (
         failure.error_file_data.get("message")
         if isinstance(failure.error_file_data, dict)

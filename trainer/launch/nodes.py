@@ -11,8 +11,7 @@ LOOPBACK = "127.0.0.1"
 
 
 class NoMeeting(Exception):
-    """The machines of a run cannot meet, or one of them was lost for good; the message is for the
-    user."""
+    """The machines of a run cannot meet, or one was lost; the message is for the user."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Nodes:
 
     @property
     def near(self) -> bool:
-        """Whether all of them are this machine (loopback addresses)."""
+        """Tells whether all of them are this machine (loopback addresses)."""
         return (
             self.many == 1
             or self.host == "localhost"
@@ -55,7 +54,7 @@ class Nodes:
         )
 
     def listening_address(self) -> str:
-        """The one address of machine 0 at which the meeting is held.
+        """Returns the one address of machine 0 at which the meeting is held.
 
         Raises:
             NoMeeting: the host of the endpoint has no address here that other machines could reach.
@@ -75,7 +74,7 @@ class Nodes:
         return outward
 
     def own_address(self) -> str:
-        """The address of this machine from which the others are reached.
+        """Returns the address of this machine from which the others are reached.
 
         Raises:
             NoMeeting: the endpoint, or launch.address, is the name of nothing.
@@ -88,15 +87,15 @@ class Nodes:
 
 
 def single_machine(name: str) -> Nodes:
-    """One machine that meets itself."""
+    """Returns one machine that meets itself."""
     return Nodes(1, 0, f"{LOOPBACK}:0", LOOPBACK, name, 600)
 
 
 def resolved(host: str) -> str:
-    """The numeric address of a host, an IPv4 address where it has one.
+    """Returns the numeric address of a host, an IPv4 address where it has one.
 
     Raises:
-        NoMeeting: nobody knows the name.
+        NoMeeting: the name is unknown.
     """
     try:
         answers = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
@@ -109,13 +108,15 @@ def resolved(host: str) -> str:
 
 
 def loopback(address: str) -> bool:
-    """Whether an address reaches this machine alone."""
+    """Tells whether an address reaches this machine alone."""
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def outward_address(peer: str) -> str:
-    """The address of this machine on the way to another; connecting a datagram socket sends
-    nothing."""
+    """Returns the address of this machine on the way to another.
+
+    Connecting a datagram socket sends nothing.
+    """
     family = socket.AF_INET6 if ":" in peer else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
@@ -129,7 +130,7 @@ def outward_address(peer: str) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """The name of the network interface that has an address; None when none has it.
+    """Returns the name of the network interface that has an address; None where none has it.
 
     All of 127.0.0.0/8 is the loopback interface's, which lists one address only.
     """
@@ -141,6 +142,6 @@ def interface_of(address: str) -> str | None:
 
 
 def listener(address: str, port: int) -> socket.socket:
-    """A socket that listens at one address alone; port 0 = a free one."""
+    """Opens a socket that listens at one address alone; port 0 takes a free one."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     return socket.create_server((address, port), family=family, backlog=2048)

@@ -1,4 +1,4 @@
-"""A rank dies with the process that started it, however that process ends."""
+"""Ends a rank with the process that started it, however that process ends."""
 
 import ctypes
 import os
@@ -12,9 +12,10 @@ SET_PDEATHSIG = 1  # prctl's option, linux/prctl.h
 
 
 def die_with_parent(launcher: int) -> None:
-    """In a rank: be killed when the launcher's process ends.
+    """Lets this rank be killed when the launcher's process ends.
 
-    launcher: process number of the launcher, or of any ancestor that must be alive.
+    Args:
+        launcher: process number of the launcher, or of any ancestor that must be alive.
 
     Two ways, because each has a hole: the kernel's parent-death signal is lost if the launcher is
     gone before we ask for it, and is Linux only; a thread that looks at the parent's number sleeps
@@ -34,7 +35,7 @@ def die_with_parent(launcher: int) -> None:
 
 
 def is_alive(process: int) -> bool:
-    """Whether there is a process of that number."""
+    """Tells whether there is a process of that number."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

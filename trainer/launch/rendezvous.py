@@ -1,5 +1,4 @@
-"""The meeting of the launchers of a run: every machine under its own number, in rounds, and nothing
-is ever unpickled.
+"""Rendezvous of the launchers of a run: machines keep their numbers, and nothing is unpickled.
 
 torch's own handler numbers machines as they come, keeps its state as a pickle in a store that
 anybody who reaches a port may write to, and opens that port on every network. Here machine 0 holds
@@ -79,7 +78,7 @@ class Rendezvous(RendezvousHandler):
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Meet the other machines; returns when all are there.
+        """Meets the other machines; returns when all have come.
 
         Raises:
             NoMeeting: they did not come in time, do not agree, or machine 0 is gone.
@@ -106,8 +105,9 @@ class Rendezvous(RendezvousHandler):
         )
 
     def num_nodes_waiting(self) -> int:
-        """Machines that wait in the next round; the agent asks all the time, so it is a sign of
-        life as well.
+        """Returns the number of machines that wait in the next round.
+
+        The agent asks all the time, so each call is a sign of life as well.
 
         Raises:
             NoMeeting: machine 0 is gone.
@@ -121,7 +121,7 @@ class Rendezvous(RendezvousHandler):
             raise self._lost() from error
 
     def _open(self) -> None:
-        """Hold the store of the meeting, or reach the one that machine 0 holds."""
+        """Opens the store of the meeting on machine 0, or connects to it."""
         limit = timedelta(seconds=self.nodes.timeout_s)
         if self.nodes.rank == 0:
             address = self.nodes.listening_address()
@@ -145,7 +145,7 @@ class Rendezvous(RendezvousHandler):
         )
 
     def _reach(self) -> None:
-        """Wait until machine 0 listens. A store waits as well, but hears no signal meanwhile."""
+        """Waits until machine 0 listens; a store would wait as well, but deaf to signals."""
         end = time.monotonic() + self.nodes.timeout_s
         while True:
             try:
@@ -161,14 +161,14 @@ class Rendezvous(RendezvousHandler):
             time.sleep(0.5)
 
     def _next_round(self) -> int:
-        """The first round after the last that this machine was in which is not complete."""
+        """Returns the first incomplete round after the last that this machine was in."""
         number = self.round + 1
         while self.store.check([f"{number}/complete"]):
             number += 1
         return number
 
     def _refuse_double(self, number: int) -> None:
-        """Two machines of the same number would take turns in throwing each other out.
+        """Refuses a second machine of the same number: the two would throw each other out.
 
         Raises:
             NoMeeting: the launcher that has this machine's number is alive.
@@ -184,7 +184,7 @@ class Rendezvous(RendezvousHandler):
                 raise self._double(holder)
 
     def _holder(self, number: int) -> dict[str, Any] | None:
-        """The launcher that registered under this machine's number in a round."""
+        """Returns the launcher that registered under this machine's number in a round."""
         key = f"{number}/node/{self.nodes.rank}"
         return json.loads(self.store.get(key)) if number >= 0 and self.store.check([key]) else None
 
@@ -198,7 +198,7 @@ class Rendezvous(RendezvousHandler):
         )
 
     def _join(self, number: int) -> list[dict[str, Any]]:
-        """Register, and wait until all machines have; who they are, in order."""
+        """Registers, waits until all machines have, and returns them in order."""
         mine = {"token": self.token, "host": platform.node(), "machines": self.nodes.many}
         self.store.set(f"{number}/node/{self.nodes.rank}", json.dumps(mine))
         self.store.add(f"{number}/waiting", 1)
@@ -225,7 +225,7 @@ class Rendezvous(RendezvousHandler):
         return members
 
     def _beat(self) -> None:
-        """A sign of life, a second after the last."""
+        """Gives a sign of life, at most one a second."""
         if time.monotonic() - self.last_beat > BEAT_S:
             self.last_beat = time.monotonic()
             self.store.add(f"beats/{self.token}", 1)
@@ -246,7 +246,7 @@ class Rendezvous(RendezvousHandler):
         )
 
     def _introduce(self, members: list[dict[str, Any]]) -> None:
-        """Say what this machine is; the console of machine 0 tells of the run."""
+        """Reports the number of this machine; the run itself is shown by machine 0."""
         rank = self.nodes.rank
         where = (
             "this console tells of the run"
@@ -261,8 +261,7 @@ class Rendezvous(RendezvousHandler):
 
 
 def store_of(server: socket.socket, limit: timedelta) -> Any:
-    """A store that listens on a socket which is bound already, and not on all networks as it would
-    by itself."""
+    """Returns a store that listens on a bound socket, not on all networks as it would by itself."""
     address, port = server.getsockname()[:2]
     return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
         address,

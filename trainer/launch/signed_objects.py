@@ -1,5 +1,4 @@
-"""Objects that ranks send one another are signed with the run's secret, and opened only when the
-signature is right.
+"""Signs the objects that ranks send one another with the run's secret, and checks them.
 
 torch's collectives of objects (checkpoints are planned with them) send pickles, and opening a
 pickle may run whatever it names. Sockets between ranks ask nobody for a password. So that a
@@ -21,7 +20,7 @@ DIGEST = hashlib.sha256
 
 
 class Signer:
-    """Writes objects as torch's pickler does, each behind a signature."""
+    """Writes objects as torch's pickler does, each with a signature in front."""
 
     secret = b""
 
@@ -29,7 +28,7 @@ class Signer:
         self.stream = stream
 
     def dump(self, value: Any) -> None:
-        """Write one object."""
+        """Writes one object."""
         content = io.BytesIO()
         pickle.Pickler(content).dump(value)
         body = content.getvalue()
@@ -37,7 +36,7 @@ class Signer:
 
 
 class Checker:
-    """Reads what a Signer wrote."""
+    """Reads objects that a Signer wrote."""
 
     secret = b""
 
@@ -45,7 +44,7 @@ class Checker:
         self.stream = stream
 
     def load(self) -> Any:
-        """The object.
+        """Returns the next object.
 
         Raises:
             NoMeeting: no rank of this run wrote it; nothing of it was opened.
@@ -63,8 +62,9 @@ class Checker:
 
 
 def sign_objects(secret: str) -> None:
-    """From now on objects to and from other ranks are signed; every rank calls it before the
-    process group exists.
+    """Signs objects to and from other ranks from now on.
+
+    Every rank calls this before the process group exists.
 
     Raises:
         NoMeeting: this torch has no place to do that.

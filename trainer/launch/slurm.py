@@ -1,9 +1,9 @@
-"""launch=slurm: a batch script that starts the same command on every machine of a job, and puts the
-job back when it may go on.
+"""launch=slurm: a batch script that starts the same command on every machine of a job.
 
     the command         check -> run directory -> slurm.sh in it -> sbatch
-    the job             one task on each machine: python -m trainer --in-job NUMBER HOST:PORT SETTINGS
-    each task           check again, where the ranks will be -> as launch=local, or launch=multinode where there are several
+    the job             one task a machine: python -m trainer --in-job NUMBER HOST:PORT SETTINGS
+    each task           check again, where the ranks will be -> as launch=local, or as
+                        launch=multinode where the job has several machines
 
 Who stops a job decides whether it comes back. Before its time is up Slurm warns the batch script
 with SIGUSR1: the ranks save and the script puts the job back. A job that Slurm preempts gets
@@ -89,7 +89,7 @@ def ranks_per_node_finding(config: Config) -> Finding:
 
 
 def here(config: Config, number: int, endpoint: str) -> Config:
-    """The config of a task within the job: on this machine, or on this one of several."""
+    """Returns the config of a task within the job, which is started locally or as multinode."""
     wish = config.launch
     several = wish.nodes > 1
     usual = {key: getattr(LaunchConfig(), key) for key in KEYS}
@@ -99,10 +99,10 @@ def here(config: Config, number: int, endpoint: str) -> Config:
 
 
 def submit(config: Config, path: Path, words: Sequence[str]) -> str:
-    """Write the script into the run directory and hand it to sbatch; returns what to tell the user.
+    """Writes the script into the run directory and hands it to sbatch; returns a report.
 
     Raises:
-        Fault: the script cannot be written, or sbatch does not take it.
+        UserError: the script cannot be written, or sbatch does not take it.
     """
     file = path / SCRIPT
     try:
@@ -125,9 +125,12 @@ def submit(config: Config, path: Path, words: Sequence[str]) -> str:
 
 
 def script(config: Config, path: Path, words: Sequence[str]) -> str:
-    """The batch script.
+    """Returns the batch script.
 
-    path: the run directory, absolute. words: the settings as the user gave them.
+    Args:
+        config: the checked config.
+        path: the run directory, absolute.
+        words: the settings as the user gave them.
     """
     return "\n".join(
         ["#!/bin/bash", *_options(config, path), "", *_commands(config, path, words), ""]

@@ -1,5 +1,4 @@
-"""Recognises that this process is one of several which somebody else started, and tells which of
-them it is.
+"""Recognises that another launcher started this process as one of several, and which it is.
 
 torchrun, deepspeed and accelerate say so in RANK and WORLD_SIZE; srun, mpirun and others have
 variables of their own. They are brought to torchrun's names, so that everything else reads one set.
@@ -16,14 +15,12 @@ LOCAL_RANK_WORD = re.compile(
 
 
 class Incomplete(Exception):
-    """Somebody started several processes, and they cannot find each other; the message is for the
-    user."""
+    """Several processes were started and cannot find each other; the message is for the user."""
 
 
 @dataclass(frozen=True)
 class Names:
-    """The variables in which a starter tells a process its place; `size` may stand in one of
-    several."""
+    """The variables in which a launcher tells a process its place; `size` may be in any of them."""
 
     starter: str
     rank: str
@@ -34,8 +31,7 @@ class Names:
 
 @dataclass(frozen=True)
 class Start:
-    """The place of this process among those that were started together; None = its starter does not
-    say."""
+    """The place of this process among those that were started together; None where unknown."""
 
     starter: str
     rank: int
@@ -84,7 +80,7 @@ OTHERS = (
 
 
 def started() -> Start | None:
-    """How this process was started together with others; None when it stands alone.
+    """Returns the place of this process among those started together; None when it is alone.
 
     Raises:
         Incomplete: a variable holds no number, or a place that cannot be.
@@ -101,7 +97,7 @@ def started() -> Start | None:
 
 
 def _within_srun() -> bool:
-    """Whether this is a task of srun. A batch script has SLURM_PROCID too, and stands alone."""
+    """Tells whether this is a task of srun; a batch script has SLURM_PROCID too, and is alone."""
     return "SLURM_STEP_ID" in os.environ or os.environ.get("ENVIRONMENT") != "BATCH"
 
 
@@ -131,7 +127,7 @@ def _number(name: str) -> int | None:
 
 
 def adopt(start: Start) -> None:
-    """Bring the place of this process to torchrun's variables.
+    """Writes the place of this process into torchrun's variables.
 
     Raises:
         Incomplete: nothing says where the processes can meet.
@@ -152,5 +148,5 @@ def adopt(start: Start) -> None:
 
 
 def without_local_rank(words: list[str]) -> list[str]:
-    """The words of a command line without the one that deepspeed's launcher adds."""
+    """Returns the words of a command line without the one that deepspeed's launcher adds."""
     return [word for word in words if not LOCAL_RANK_WORD.fullmatch(word)]
