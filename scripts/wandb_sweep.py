@@ -25,7 +25,11 @@ METHODS = ("grid", "random", "bayes")
 
 
 def plan(words: Sequence[str]) -> dict[str, Any]:
-    """The sweep as W&B's agents read it; Fault where it is none."""
+    """Returns the sweep as W&B's agents read it.
+
+    Raises:
+        UserError: the words describe no sweep.
+    """
     methods = [word.removeprefix("method=") for word in words if word.startswith("method=")]
     faults: list[str] = []
     settings = sweep_words([word for word in words if not word.startswith("method=")], faults)

@@ -1,9 +1,8 @@
-"""python -m trainer -m KEY=VALUE,VALUE ...: every combination a run of its own, and one table at
-the end.
+"""Sweeps, `python -m trainer -m KEY=VALUE,VALUE ...`: a run for every combination, and one table.
 
-Hydra's sweepers say which jobs there are; here they are judged before any starts, run side by side,
-each as the command that a user would give, and what ended well is not run again when the sweep goes
-on.
+Hydra's sweepers list the jobs. Here all jobs are checked before any starts, and run side by side,
+each by the command that a user would give. Jobs that ended well are not run again when the sweep
+goes on.
 """
 
 import contextlib
@@ -45,7 +44,11 @@ COMMAND = (sys.executable, "-u", "-m", "trainer")
 
 
 def _recorded(record: Path) -> list[str]:
-    """The settings of the sweep that a directory holds. Raises Fault where the record is spoilt."""
+    """Reads the settings of the sweep that a directory holds.
+
+    Raises:
+        UserError: the record is damaged.
+    """
     try:
         return [str(word) for word in json_object(record, follow=False)["settings"]]
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -55,27 +58,27 @@ def _recorded(record: Path) -> list[str]:
 
 
 class SweepFailed(Exception):
-    """A job ended badly, and the sweeper went no further."""
+    """Raised when a job failed and the sweeper cannot go on without its value."""
 
 
 class SweepStopped(Exception):
-    """A signal stopped the sweep; carries it."""
+    """Raised when a signal stopped the sweep; carries the signal."""
 
 
 class DryRunShown(Exception):
-    """launch.dry_run: the jobs were said, and none is started."""
+    """Raised when launch.dry_run has printed the jobs, none of them started."""
 
 
 def run_sweep(words: Sequence[str], command: Sequence[str] = COMMAND) -> int:
-    """Run every job of a sweep that has not ended well already; returns the exit status.
+    """Runs every job of a sweep that has not ended well before; returns the exit status.
 
     Args:
         words: settings, some with several values, and `-m`.
-        command: what starts one run.
+        command: starts one run.
 
     Raises:
-        Fault: a setting of any job cannot be honoured, no setting has several values, or the
-            directory is another's.
+        UserError: a job has a wrong setting, no setting has several values, or the directory
+            belongs to another sweep.
     """
     faults: list[str] = []
     settings = sweep_words([word for word in words if word not in MULTIRUN_WORDS], faults)
@@ -103,7 +106,7 @@ def run_sweep(words: Sequence[str], command: Sequence[str] = COMMAND) -> int:
 
 
 def _plainly(error: Exception, words: Sequence[str]) -> str:
-    """Hydra's words in one line, and a way out."""
+    """Returns an error of Hydra in one line, with a remedy."""
     said = " ".join(str(error).split())
     if "hydra/sweeper" in said:
         return f"{said}; pip install 'longspan[sweep]' brings hydra/sweeper=optuna"
@@ -116,11 +119,10 @@ def _plainly(error: Exception, words: Sequence[str]) -> str:
 
 
 class Sweep:
-    """The jobs of a sweep, in the place of Hydra's task function: the launcher hands them over in
-    batches.
+    """Task function of Hydra that receives the jobs of a sweep in batches from the launcher.
 
     Args:
-        command: what starts one run.
+        command: starts one run.
         held: keeps the lock of the sweep's directory.
     """
 
@@ -132,7 +134,11 @@ class Sweep:
         self.fresh = True
 
     def begin(self, plan: SweepPlan) -> None:
-        """Refuse a sweep that is none, and take its directory."""
+        """Checks the plan of a sweep against the record in its directory.
+
+        Raises:
+            UserError: no setting has several values, or the directory holds something else.
+        """
         parser = OverridesParser.create()
         if not any(each.is_sweep_override() for each in parser.parse_overrides(plan.settings)):
             raise UserError(
@@ -158,7 +164,7 @@ class Sweep:
             )
 
     def _take(self, plan: SweepPlan) -> None:
-        """Be the only sweep in the directory, and record which it is."""
+        """Locks the directory and records the sweep in it."""
         plan.directory.mkdir(parents=True, exist_ok=True)
         try:
             self.held.enter_context(run_dir.lock(plan.directory))
@@ -171,8 +177,10 @@ class Sweep:
         )
 
     def batch(self, jobs: Sequence[Job]) -> list[float | Exception]:
-        """The held-out loss of each job, or why there is none; a grid does not care and goes on
-        with NaN."""
+        """Runs a batch of jobs; returns the held-out loss of each, or the error of a failed search.
+
+        A grid ignores the losses, and goes on with NaN.
+        """
         assert self.plan is not None
         if not jobs:
             raise UserError("no job comes of these settings; one of them has no value")
@@ -214,7 +222,7 @@ class Sweep:
         return read_figures(job.directory).held_out_loss
 
     def _shown(self, jobs: Sequence[Job], configs: dict[int, Config]) -> DryRunShown:
-        """Say what would be started."""
+        """Prints the jobs that would be started."""
         for job in jobs:
             ranks = f"{configs[job.number].parallel.ranks} rank(s)"
             print(
@@ -225,15 +233,17 @@ class Sweep:
         return DryRunShown()
 
     def tidy(self) -> None:
-        """Leave nothing of a sweep that did not begin; Hydra's sweeper makes the folder before it
-        makes the jobs."""
+        """Removes the files of a sweep that did not begin.
+
+        Hydra's sweeper makes the folder before it makes the jobs.
+        """
         if self.plan is not None and self.fresh and not self.jobs:
             (self.plan.directory / COMPOSED).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 self.plan.directory.rmdir()
 
     def close(self, code: int, words: Sequence[str]) -> int:
-        """Print the table, and how to go on where something is left; returns the exit status."""
+        """Prints the table and the command that goes on; returns the exit status."""
         assert self.plan is not None
         told = table(self.jobs)
         replace_inside(self.plan.directory, TABLE, told + "\n")
