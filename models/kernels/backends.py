@@ -1,8 +1,8 @@
-"""Which kernel computes an attention: one table, from what is wanted to who does it.
+"""Chooses the kernel that computes an attention: one table, from device and dtype to module.
 
 Not in the table are float64 on a GPU, devices of other makers, and scores that are more than a
-scaled dot product and a bias: they have the general tile. Whether a block comes with a matrix to
-add, a module sorts out within itself.
+scaled dot product and a bias: they use the reference kernel. A kernel module itself handles blocks
+with and without a matrix to add.
 """
 
 from types import ModuleType
@@ -24,9 +24,12 @@ TABLE: dict[tuple[str, torch.dtype], ModuleType] = {
 
 
 def select_kernel(device: torch.device, dtype: torch.dtype, score: Score) -> ModuleType | None:
-    """The module whose `forward` and `backward` take blocks of this score on this device; None
-    means the general tile."""
-    foreign = (
-        device.type == "cuda" and torch.version.hip is not None
-    )  # PyTorch calls AMD's devices cuda too
-    return TABLE.get((device.type, dtype)) if score.plain and not foreign else None
+    """Returns the module whose `forward` and `backward` take blocks of this score on this device.
+
+    None means the reference kernel.
+    """
+    # PyTorch calls AMD's devices cuda too; the kernels here were never checked on them.
+    is_rocm = device.type == "cuda" and torch.version.hip is not None
+    if is_rocm or not score.plain:
+        return None
+    return TABLE.get((device.type, dtype))

@@ -1,15 +1,15 @@
-"""Which tokens go into which chunk of a scan: chunks cross no document, no run and hold no padding.
+"""Assigns tokens to the chunks of a scan: chunks cross no document and no run, and hold no padding.
 
-So a chunk needs no mask but the causal one, documents cannot touch each other (not even by a NaN),
-and padding is the identity of a scan wherever it lies. Worked out on the host once for all layers
-of a step (Span.plans).
+So a chunk needs only the causal mask, documents cannot touch each other (not even by a NaN), and
+padding is the identity of a scan wherever it lies. Computed on the host once for all layers of a
+step (Span.plans).
 
 Letters: B rows, T tokens, N chunks of a row, C slots of a chunk, R runs.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,16 +17,17 @@ from torch import Tensor
 
 from models.span import PADDING, Span
 
-# where a chunk's state comes from: the chunk before, nothing, or (r + 1) what was handed to run r
+# Source of a chunk's state: the chunk before, an empty state, or (r + 1) the state given to run r.
 CONTINUE = -1
 BLANK = 0
 
-Runs = Sequence[Sequence[int]]  # for each row, how many tokens each of its runs has; together all T
+# For each row, the number of tokens of each of its runs; they sum to T.
+Runs = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """How B rows of T tokens lie in chunks.
+    """Positions of B rows of T tokens in chunks.
 
     Attributes:
         size: C.
@@ -34,8 +35,8 @@ class ChunkLayout:
         places: [B, T] int64, the slot of each token, or -1 for padding.
         origins: [N][B] CONTINUE, BLANK, or r + 1.
         ends: [B, R] int64, the last chunk of every run.
-        opened: [B, R] bool, does a document open in this run?
-        plain: every token is in the slot of its own number.
+        opened: [B, R] bool, whether a document opens in this run.
+        plain: whether every token is in the slot of its own number.
     """
 
     size: int
@@ -52,53 +53,83 @@ class ChunkLayout:
         return len(self.origins)
 
     def deal(self, x: Tensor) -> Tensor:
-        """[B, T, H, ...] -> [B, N, H, C, ...]; 0 where there is no token."""
-        taken = x if self.plain else _Pick.apply(x, self.slots, self.places)
-        return taken.unflatten(1, (self.count, self.size)).transpose(2, 3)
+        """Moves tokens into chunks, [B, T, H, ...] -> [B, N, H, C, ...]; empty slots are 0."""
+        if not self.plain:
+            x = _Pick.apply(x, self.slots, self.places)
+        return x.unflatten(1, (self.count, self.size)).transpose(2, 3)
 
     def collect(self, x: Tensor) -> Tensor:
-        """[B, N, H, C, ...] -> [B, T, H, ...]; 0 at padding."""
+        """Moves chunks back to tokens, [B, N, H, C, ...] -> [B, T, H, ...]; 0 at padding."""
         flat = x.transpose(2, 3).flatten(1, 2)
-        return flat if self.plain else _Pick.apply(flat, self.places, self.slots)
+        if self.plain:
+            return flat
+        return _Pick.apply(flat, self.places, self.slots)
 
 
 def chunk_layout(span: Span, size: int, runs: Runs | None = None) -> ChunkLayout:
-    """The chunks of at most `size` tokens (a power of two) of these rows.
+    """Returns the chunks of at most `size` tokens (a power of two) of these rows.
 
     Args:
-        at: addresses [B, T]; tokens of a run in order, a document opening where pos is 0.
-        runs: tokens of each run of each row; a single run by default. Every row has equally many,
-            some may be empty.
+        span: addresses [B, T]; tokens of a run in order, a document opening where pos is 0.
+        runs: tokens of each run of each row; a single run by default. Every row has the same number
+            of runs; a run may be empty.
     """
-    rows, tokens = span.shape
-    lengths = tuple(map(tuple, runs)) if runs is not None else ((tokens,),) * rows
+    lengths = run_lengths(span, runs)
     key = ("chunks", size, lengths)
     if key not in span.plans:
         span.plans[key] = _build(span, size, lengths)
     return span.plans[key]
 
 
+def run_lengths(span: Span, runs: Runs | None) -> tuple[tuple[int, ...], ...]:
+    """Returns the tokens of each run of each row; by default a row is a single run."""
+    rows, tokens = span.shape
+    if runs is None:
+        return ((tokens,),) * rows
+    return tuple(tuple(lengths) for lengths in runs)
+
+
 def on_host(span: Span) -> tuple[np.ndarray, np.ndarray]:
-    """pos and doc [B, T]; on the meta device, where only shapes count, one document for each
-    row."""
+    """Returns pos and doc [B, T] as arrays.
+
+    On the meta device, where only shapes count, every row is one document.
+    """
     if span.pos.is_meta:
-        return np.tile(np.arange(span.shape[1]), (span.shape[0], 1)), np.zeros(
-            span.shape, dtype=np.int64
-        )
+        pos = np.tile(np.arange(span.shape[1]), (span.shape[0], 1))
+        return pos, np.zeros(span.shape, dtype=np.int64)
     return span.pos.cpu().numpy(), span.doc.cpu().numpy()
+
+
+class _RowChunks(NamedTuple):
+    """Chunks of one row: slot of every token, origin of every chunk, and for each run its last
+    chunk and whether a document opens in it."""
+
+    places: np.ndarray
+    origins: list[int]
+    ends: list[int]
+    opened: list[bool]
 
 
 def _build(span: Span, size: int, lengths: tuple[tuple[int, ...], ...]) -> ChunkLayout:
     pos, doc = on_host(span)
-    rows = [_row(p, d != PADDING, size, each) for p, d, each in zip(pos, doc, lengths, strict=True)]
-    count = max(len(origins) for _, origins, _, _ in rows)
+    rows = []
+    for row_pos, row_doc, row_lengths in zip(pos, doc, lengths, strict=True):
+        rows.append(_row(row_pos, row_doc != PADDING, size, row_lengths))
+    count = max(len(row.origins) for row in rows)
     slots = np.full((len(rows), count * size), -1)
     places = np.full(pos.shape, -1)
-    for b, (place, _, _, _) in enumerate(rows):
-        there = np.flatnonzero(place >= 0)
-        slots[b, place[there]] = there
-        places[b] = place
-    origins = [[row[1][n] if n < len(row[1]) else CONTINUE for row in rows] for n in range(count)]
+    for row_index, row in enumerate(rows):
+        tokens = np.flatnonzero(row.places >= 0)
+        slots[row_index, row.places[tokens]] = tokens
+        places[row_index] = row.places
+    origins = []
+    for number in range(count):
+        # A row with fewer chunks ends in empty ones, which leave its state alone.
+        chunk_origins = []
+        for row in rows:
+            has_chunk = number < len(row.origins)
+            chunk_origins.append(row.origins[number] if has_chunk else CONTINUE)
+        origins.append(chunk_origins)
     plain = slots.shape == places.shape and bool((slots == np.arange(slots.shape[1])).all())
     device = span.pos.device
     return ChunkLayout(
@@ -106,39 +137,41 @@ def _build(span: Span, size: int, lengths: tuple[tuple[int, ...], ...]) -> Chunk
         torch.from_numpy(slots).to(device),
         torch.from_numpy(places).to(device),
         origins,
-        torch.tensor([row[2] for row in rows], device=device),
-        torch.tensor([row[3] for row in rows], device=device),
+        torch.tensor([row.ends for row in rows], device=device),
+        torch.tensor([row.opened for row in rows], device=device),
         plain,
     )
 
 
-def _row(
-    pos: np.ndarray, valid: np.ndarray, size: int, lengths: tuple[int, ...]
-) -> tuple[np.ndarray, list, list, list]:
-    """(slot of every token, origin of every chunk, last chunk of every run, does a document open in
-    the run)."""
-    place = np.full(len(pos), -1)
+def _row(pos: np.ndarray, valid: np.ndarray, size: int, lengths: tuple[int, ...]) -> _RowChunks:
+    """Assigns the valid tokens of one row to chunks."""
+    places = np.full(len(pos), -1)
     origins: list[int] = []
     ends = []
     opened = []
-    start = 0
+    run_start = 0
     for run, length in enumerate(lengths):
-        there = start + np.flatnonzero(valid[start : start + length])
-        starts = np.flatnonzero(pos[there] == 0)
-        edges = [0, *starts[starts > 0].tolist(), len(there)]
-        for a, b in zip(edges[:-1], edges[1:]):
-            blank = len(starts) > 0 and a >= starts[0]
-            place[there[a:b]] = len(origins) * size + np.arange(b - a)
-            origins += [BLANK if blank else run + 1] + [CONTINUE] * (max(0, b - a - 1) // size)
+        tokens = run_start + np.flatnonzero(valid[run_start : run_start + length])
+        begins = np.flatnonzero(pos[tokens] == 0)
+        edges = [0, *begins[begins > 0].tolist(), len(tokens)]
+        for start, stop in zip(edges[:-1], edges[1:]):
+            blank = len(begins) > 0 and start >= begins[0]
+            places[tokens[start:stop]] = len(origins) * size + np.arange(stop - start)
+            origins.append(BLANK if blank else run + 1)
+            further_chunks = max(0, stop - start - 1) // size
+            origins += [CONTINUE] * further_chunks
         ends.append(len(origins) - 1)
-        opened.append(len(starts) > 0)
-        start += length
-    return place, origins, ends, opened
+        opened.append(len(begins) > 0)
+        run_start += length
+    return _RowChunks(places, origins, ends, opened)
 
 
 class _Pick(torch.autograd.Function):
-    """x [B, M, ...] at index [B, K], 0 where it is -1; no entry is picked twice, so backward picks
-    by `back` [B, M]."""
+    """x [B, M, ...] at index [B, K], 0 where it is -1.
+
+    No entry is picked twice, so backward picks by the inverse index `back` [B, M]: a scatter would
+    be slower, and not deterministic on a GPU.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor) -> Tensor:
@@ -152,10 +185,8 @@ class _Pick(torch.autograd.Function):
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:
-    rows = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    taken = (
-        x.flatten(0, 1)
-        .index_select(0, (index.clamp_min(0) + rows).flatten())
-        .unflatten(0, index.shape)
-    )
-    return taken.masked_fill_((index < 0).view(*index.shape, *[1] * (x.dim() - 2)), 0)
+    row_starts = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    flat_index = (index.clamp_min(0) + row_starts).flatten()
+    picked = x.flatten(0, 1).index_select(0, flat_index).unflatten(0, index.shape)
+    empty = (index < 0).view(*index.shape, *[1] * (x.dim() - 2))
+    return picked.masked_fill_(empty, 0)

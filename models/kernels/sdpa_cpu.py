@@ -1,9 +1,9 @@
-"""The CPU flash kernel of PyTorch, made safe: it takes blocks without parameters in their score.
+"""PyTorch's flash kernel for CPUs, made safe; for scores without parameters.
 
 Four edges of `aten::_scaled_dot_product_flash_attention_for_cpu` are guarded here, each held by a
 test: an empty side kills the process (no such block is ever planned, and it is refused); a last dim
-that is not contiguous gives wrong numbers (made contiguous); a query that sees no key answers mass
-0 (set to minus infinity); key and value widths must be equal (the narrower is filled with zeros).
+that is not contiguous gives wrong numbers (made contiguous); a query that sees no key answers lse 0
+(set to minus infinity); key and value widths must be equal (the narrower is padded with zeros).
 bfloat16 and float16 are computed in float32, which is faster here and exact.
 
 Letters: b rows, t queries, s keys, H query heads, G key heads, D key width, E value width.
@@ -19,27 +19,32 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def _ready(x: Tensor, width: int) -> Tensor:
-    """[b, t, H, D] -> [b, H, t, width] as the kernel wants it: wide, filled up, contiguous in its
-    last dim."""
+def _kernel_layout(x: Tensor, width: int) -> Tensor:
+    """[b, t, H, D] -> [b, H, t, width] for the kernel: wide, padded, contiguous in its last dim."""
     x = x.to(accumulation_dtype(x.dtype))
     if width > x.shape[-1]:  # padding by nothing would copy
         x = F.pad(x, (0, width - x.shape[-1]))
-    return (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    return x.transpose(1, 2)
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, triangle: bool, add: Tensor | None
 ) -> Partial:
-    """Attend q [b, t, H, D] to k [b, s, G, D], v [b, s, G, E]; `add` [b or 1, H or 1, t, s] holds
-    -inf at unseen keys."""
+    """Attends q [b, t, H, D] to k [b, s, G, D], v [b, s, G, E].
+
+    Args:
+        triangle: whether query i sees keys 0..i alone.
+        add: [b or 1, H or 1, t, s], added to the scores; minus infinity at unseen keys.
+    """
     if not (q.shape[1] and k.shape[1]):
         raise ValueError(f"a block has queries and keys, got {q.shape[1]} and {k.shape[1]}")
     width = max(q.shape[-1], v.shape[-1])
-    add = None if add is None else add.to(accumulation_dtype(q.dtype))
-    mean, lse = _forward(
-        *(_ready(x, width) for x in (q, k, v)), 0.0, triangle, attn_mask=add, scale=scale
-    )
+    if add is not None:
+        add = add.to(accumulation_dtype(q.dtype))
+    operands = [_kernel_layout(x, width) for x in (q, k, v)]
+    mean, lse = _forward(*operands, 0.0, triangle, attn_mask=add, scale=scale)
     mean = mean[..., : v.shape[-1]].transpose(1, 2)
     lse = lse.transpose(1, 2)
     if add is not None:
@@ -61,11 +66,21 @@ def backward(
     mean: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v through one block, given the mean and mass over ALL keys; wide."""
+    """Returns the wide gradients of q, k and v through one block.
+
+    Args:
+        d_out: gradient of the mean.
+        mean, lse: those over ALL keys.
+    """
     width = max(q.shape[-1], v.shape[-1])
-    add = None if add is None else add.to(accumulation_dtype(q.dtype))
-    ready = [_ready(x, width) for x in (d_out, q, k, v, mean)]
-    d_q, d_k, d_v = _backward(
-        *ready, finite_lse(lse).transpose(1, 2), 0.0, triangle, attn_mask=add, scale=scale
+    if add is not None:
+        add = add.to(accumulation_dtype(q.dtype))
+    operands = [_kernel_layout(x, width) for x in (d_out, q, k, v, mean)]
+    # The kernel's weights are exp(score - lse): where no key was seen, minus infinity gives NaN.
+    kernel_lse = finite_lse(lse).transpose(1, 2)
+    d_q, d_k, d_v = _backward(*operands, kernel_lse, 0.0, triangle, attn_mask=add, scale=scale)
+    return (
+        d_q.transpose(1, 2)[..., : q.shape[-1]],
+        d_k.transpose(1, 2)[..., : k.shape[-1]],
+        d_v.transpose(1, 2)[..., : v.shape[-1]],
     )
-    return tuple(g.transpose(1, 2)[..., : x.shape[-1]] for g, x in ((d_q, q), (d_k, k), (d_v, v)))

@@ -1,5 +1,6 @@
-"""Stretches of a row for kernels that take sequences end to end: no padding, and a new stretch for
-each run and document.
+"""Variable-length layout: rows as stretches end to end, for kernels that take packed sequences.
+
+A stretch has no padding, and a new one begins with each run and each document.
 
 Letters: B rows, T tokens, N valid tokens, S stretches, R runs.
 """
@@ -10,20 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.kernels.scan_chunks import Runs, on_host
+from models.kernels.scan_chunks import Runs, on_host, run_lengths
 from models.span import PADDING, Span
 
 
 @dataclass(frozen=True)
 class VarlenLayout:
-    """How the valid tokens of B rows of T lie end to end.
+    """Positions of the valid tokens of B rows of T, laid end to end.
 
-    Attributes: shape: (B, T). index: [N] int64, row * T + token of each. run: [N] int64, row * R +
-        run of each. ends: [S + 1] int64, 0 and the end of each stretch. origin: [S] int64, row * R
-        + run whose incoming state a stretch starts from, or -1: it starts from nothing. last: [B R]
-        int64, the last stretch of each run, or -1 where it has no valid token. through: [B R]
-        int64, S + row * R + run: where the incoming state stands behind the S last ones. opened:
-        [B, R] bool, does a document open in this run?
+    Attributes:
+        shape: (B, T).
+        index: [N] int64, row * T + token of each.
+        run: [N] int64, row * R + run of each.
+        ends: [S + 1] int64, 0 and the end of each stretch.
+        origin: [S] int64, row * R + run whose incoming state a stretch starts from, or -1: it
+            starts from an empty state.
+        last: [B R] int64, the last stretch of each run, or -1 where it has no valid token.
+        through: [B R] int64, S + row * R + run: where the incoming state stands behind the S last
+            ones.
+        opened: [B, R] bool, whether a document opens in this run.
     """
 
     shape: tuple[int, int]
@@ -42,18 +48,17 @@ class VarlenLayout:
     def spread(self, x: Tensor) -> Tensor:
         """[1, N, ...] -> [B, T, ...]; 0 at padding."""
         rows, tokens = self.shape
-        return (
-            x.new_zeros(rows * tokens, *x.shape[2:])
-            .index_copy(0, self.index, x[0])
-            .unflatten(0, self.shape)
-        )
+        blank = x.new_zeros(rows * tokens, *x.shape[2:])
+        return blank.index_copy(0, self.index, x[0]).unflatten(0, self.shape)
 
 
 def varlen_layout(span: Span, runs: Runs | None = None) -> VarlenLayout:
-    """Of the rows of `at`; worked out on the host once for all layers of a step. `runs` as in
-    models.kernels.scan_chunks."""
-    rows, tokens = span.shape
-    lengths = tuple(map(tuple, runs)) if runs is not None else ((tokens,),) * rows
+    """Returns the layout of these rows; computed on the host once for all layers of a step.
+
+    Args:
+        runs: as in `chunk_layout`.
+    """
+    lengths = run_lengths(span, runs)
     key = ("stretches", lengths)
     if key not in span.plans:
         span.plans[key] = _build(span, lengths)
@@ -62,40 +67,42 @@ def varlen_layout(span: Span, runs: Runs | None = None) -> VarlenLayout:
 
 def _build(span: Span, lengths: tuple[tuple[int, ...], ...]) -> VarlenLayout:
     pos, doc = on_host(span)
-    tokens = span.shape[1]
-    most = len(lengths[0])
+    rows, tokens = span.shape
+    runs = len(lengths[0])
     ends = [0]
     origin = []
-    last = np.full(len(lengths) * most, -1)
-    opened = np.zeros(len(lengths) * most, dtype=bool)
+    last = np.full(rows * runs, -1)
+    opened = np.zeros(rows * runs, dtype=bool)
     index = []
     run = []
-    for row, each in enumerate(lengths):
-        start = 0
-        for number, length in enumerate(each, row * most):
-            there = start + np.flatnonzero(doc[row, start : start + length] != PADDING)
-            begins = np.flatnonzero(pos[row, there] == 0)
-            edges = [0, *begins[begins > 0].tolist(), len(there)]
-            for a, b in zip(edges[:-1], edges[1:]):
-                if b > a:
-                    last[number] = len(origin)
-                    origin.append(-1 if len(begins) and a >= begins[0] else number)
-                    ends.append(ends[-1] + b - a)
-            index.append(row * tokens + there)
-            run.append(np.full(len(there), number))
+    for row, row_lengths in enumerate(lengths):
+        run_start = 0
+        for number, length in enumerate(row_lengths, row * runs):
+            valid = run_start + np.flatnonzero(doc[row, run_start : run_start + length] != PADDING)
+            begins = np.flatnonzero(pos[row, valid] == 0)
+            edges = [0, *begins[begins > 0].tolist(), len(valid)]
+            for start, stop in zip(edges[:-1], edges[1:]):
+                if stop == start:
+                    continue
+                last[number] = len(origin)
+                fresh = len(begins) > 0 and start >= begins[0]
+                origin.append(-1 if fresh else number)
+                ends.append(ends[-1] + stop - start)
+            index.append(row * tokens + valid)
+            run.append(np.full(len(valid), number))
             opened[number] = len(begins) > 0
-            start += length
+            run_start += length
 
-    def put(x: list | np.ndarray) -> Tensor:
-        return torch.as_tensor(np.asarray(x), device=span.pos.device)
+    def on_device(values: list | np.ndarray) -> Tensor:
+        return torch.as_tensor(np.asarray(values), device=span.pos.device)
 
     return VarlenLayout(
-        shape=(len(lengths), tokens),
-        index=put(np.concatenate(index)),
-        run=put(np.concatenate(run)),
-        ends=put(ends),
-        origin=put(np.array(origin, dtype=np.int64)),
-        last=put(last),
-        through=put(len(origin) + np.arange(len(last))),
-        opened=put(opened).view(len(lengths), most),
+        shape=(rows, tokens),
+        index=on_device(np.concatenate(index)),
+        run=on_device(np.concatenate(run)),
+        ends=on_device(ends),
+        origin=on_device(np.array(origin, dtype=np.int64)),
+        last=on_device(last),
+        through=on_device(len(origin) + np.arange(len(last))),
+        opened=on_device(opened).view(rows, runs),
     )
