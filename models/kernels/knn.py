@@ -1,8 +1,9 @@
-"""The nearest entries of a store: found exactly, block by block, in float64; of equals the one that
-stands first.
+"""Exact nearest-neighbour search over stores of keys, block by block, in float64.
+
+Of equal scores the entry with the lowest position wins.
 
 Letters: B rows, T queries, t of them at a time, S entries of a store, s of them at a time, H query
-heads, G key heads, r = H / G, D key width, E value width, K found.
+heads, G key heads, r = H / G, D key width, E value width, K neighbours.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,14 +15,19 @@ from torch import Tensor
 from models.masks.algebra import Mask, visible
 from models.span import Span
 
-CHUNK_SCORES = 1 << 22  # scores held at once
+CHUNK_SCORES = 1 << 22  # scores in memory at once
 CHUNK_QUERIES = 256
 NOWHERE = -1
 
 
 class KeyValueStore(NamedTuple):
-    """Tokens that may be found: keys [B, S, G, D], values [B, S, G, E] and their addresses [B, S];
-    on any device."""
+    """Searchable tokens on any device.
+
+    Attributes:
+        key: [B, S, G, D].
+        value: [B, S, G, E].
+        span: their addresses [B, S].
+    """
 
     key: Tensor
     value: Tensor
@@ -34,11 +40,12 @@ class KeyValueStore(NamedTuple):
 
 
 class Neighbors(NamedTuple):
-    """What every query found so far, best first; of equals the one that stands first in the
-    document.
+    """The best entries of every query so far, best first.
 
-    score [B, T, H, K] float64, minus infinity where fewer are seen; pos [B, T, H, K] int64 in the
-    query's document; entry [B, T, H, K] int64, a number that says where it lies, or NOWHERE.
+    Attributes:
+        score: [B, T, H, K] float64, minus infinity where fewer entries are visible.
+        pos: [B, T, H, K] int64, position in the query's document.
+        entry: [B, T, H, K] int64, the number of the entry, or NOWHERE.
     """
 
     score: Tensor
@@ -47,7 +54,7 @@ class Neighbors(NamedTuple):
 
 
 def no_neighbors(q: Tensor, count: int) -> Neighbors:
-    """Nothing found yet."""
+    """Returns neighbours that any entry improves."""
     score = q.new_full((*q.shape[:3], count), -torch.inf, dtype=torch.float64)
     pos = torch.full_like(score, NOWHERE, dtype=torch.long)
     return Neighbors(score, pos, pos.clone())
@@ -56,31 +63,35 @@ def no_neighbors(q: Tensor, count: int) -> Neighbors:
 def search(
     q: Tensor, stores: Sequence[KeyValueStore], mask: Mask, span: Span, best: Neighbors, first: int
 ) -> Neighbors:
-    """The best of what was found so far and of the stores, whose entries are numbered from `first`
-    on, end to end.
+    """Returns the best of `best` and of the stores.
 
     Scores are compared in float64 and never held for all queries and entries at once.
+
+    Args:
+        first: the number of the first entry; the stores are numbered from there, end to end.
     """
+    query_block = min(CHUNK_QUERIES, q.shape[1])
+    entries_at_once = CHUNK_SCORES // max(1, len(q) * q.shape[2] * query_block)
     for store in stores:
+        tokens = store.span.shape[1]
         groups = store.key.shape[2]
-        for part in blocks(
-            store.span.shape[1],
-            CHUNK_SCORES // max(1, len(q) * q.shape[2] * min(CHUNK_QUERIES, q.shape[1])),
-        ):
-            kv_span = store.span.map(lambda t, p=part: t[:, p])
+        row = torch.arange(len(q), device=q.device)
+        group = torch.arange(groups, device=q.device)
+        for part in blocks(tokens, entries_at_once):
+            kv_span = store.span.map(lambda addresses, part=part: addresses[:, part])
             key = store.key[:, part].to(q.device).permute(0, 2, 3, 1).double().contiguous()
-            row, group = (torch.arange(n, device=q.device) for n in (len(q), groups))
-            number = first + (row[:, None] * store.span.shape[1] + part.start) * groups + group
-            for some in blocks(q.shape[1], CHUNK_QUERIES):
-                seen = visible(mask, span.map(lambda t, s=some: t[:, s]), kv_span)[:, 0]
+            number = first + (row[:, None] * tokens + part.start) * groups + group
+            for queries in blocks(q.shape[1], CHUNK_QUERIES):
+                query_span = span.map(lambda addresses, queries=queries: addresses[:, queries])
+                seen = visible(mask, query_span, kv_span)[:, 0]
+                # Most blocks of a store belong to other documents, or come later.
                 if not bool(seen.any()):
                     continue
-                held = Neighbors(*(_grouped(x[:, some], groups) for x in best))
-                fresh = _better(
-                    _grouped(q[:, some].double(), groups), key, seen, kv_span.pos, held, number
-                )
-                for whole, better in zip(best, fresh):
-                    whole[:, some] = better.transpose(1, 2).flatten(2, 3)
+                current = Neighbors(*(_grouped(x[:, queries], groups) for x in best))
+                grouped_queries = _grouped(q[:, queries].double(), groups)
+                better = _better(grouped_queries, key, seen, kv_span.pos, current, number)
+                for whole, improved in zip(best, better):
+                    whole[:, queries] = improved.transpose(1, 2).flatten(2, 3)
         first += store.entries
     return best
 
@@ -91,24 +102,30 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
 
 
 def _better(
-    q: Tensor, key: Tensor, seen: Tensor, pos: Tensor, held: Neighbors, number: Tensor
+    q: Tensor, key: Tensor, seen: Tensor, pos: Tensor, current: Neighbors, number: Tensor
 ) -> Neighbors:
-    """The best of what is held, [B, G, t, r, K], and of one block of a store.
+    """Returns the best of `current`, [B, G, t, r, K], and of one block of a store.
 
     Args:
-        q: [B, G, t, r, D]. key: [B, G, D, s]. seen: [B, t, s]. pos: [B, s].
+        q: [B, G, t, r, D].
+        key: [B, G, D, s].
+        seen: [B, t, s].
+        pos: [B, s].
         number: [B, G], of the first entry of the block; the next token's is G further.
     """
     scores = (q.flatten(2, 3) @ key).unflatten(2, q.shape[2:4])
     if not bool(seen.all()):
         scores.masked_fill_(~seen[:, None, :, None], -torch.inf)
-    score, place = _candidates(scores, pos, held.score[..., -1:], held.score.shape[-1])
-    where = pos[torch.arange(len(pos), device=pos.device)[:, None, None, None, None], place]
-    entry = number[:, :, None, None, None] + place * number.shape[1]
-    none = score == -torch.inf
-    return merge_neighbors(
-        held, Neighbors(score, where.masked_fill(none, NOWHERE), entry.masked_fill(none, NOWHERE))
+    count = current.score.shape[-1]
+    score, index = _candidates(scores, pos, current.score[..., -1:], count)
+    rows = torch.arange(len(pos), device=pos.device)[:, None, None, None, None]
+    position = pos[rows, index]
+    entry = number[:, :, None, None, None] + index * number.shape[1]
+    hidden = score == -torch.inf
+    block = Neighbors(
+        score, position.masked_fill(hidden, NOWHERE), entry.masked_fill(hidden, NOWHERE)
     )
+    return merge_neighbors(current, block)
 
 
 def _candidates(scores: Tensor, pos: Tensor, least: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,10 @@
-"""The chunkwise form of a scan, in torch: what a chunk does to a state is affine, and states pass
-from chunk to chunk.
+"""Chunkwise form of a scan, in torch: a chunk is affine in the state, and states pass along chunks.
 
     S_t = diag(w_t) S_{t-1} + b_t (a_t S_{t-1}) + k_t v_t        o_t = q_t S_t   (or q_t S_{t-1})
 
-Within a chunk, decays between two tokens are exp of sums of log decays that lie between these two,
-never quotients of products and never differences of long sums: nothing overflows and nothing
-cancels, however strong the decay.
+Within a chunk, the decay between two tokens is exp of a sum of the log decays that lie between
+them, never a quotient of products and never a difference of long sums: nothing overflows and
+nothing cancels, however strong the decay.
 
 Letters: B rows, N chunks, C slots, H heads, D key width, E value width. "h" is H, or 1 where all
 heads share.
@@ -25,10 +24,13 @@ from models.kernels.scan_chunks import CONTINUE
 
 
 class AffineChunks(NamedTuple):
-    """What every chunk does: out = own + reader @ S, and S becomes keep S + gain.
+    """The effect of every chunk: out = own + reader @ S, and S becomes keep S + gain.
 
-    own [B, N, H, C, E]; reader [B, N, H, C, D]; keep [B, N, h, 1 or D] (diagonal) or [B, N, H, D,
-    D]; gain [B, N, H, D, E].
+    Attributes:
+        own: [B, N, H, C, E].
+        reader: [B, N, H, C, D].
+        keep: [B, N, h, 1 or D] (diagonal) or [B, N, H, D, D].
+        gain: [B, N, H, D, E].
     """
 
     own: Tensor
@@ -38,68 +40,87 @@ class AffineChunks(NamedTuple):
 
 
 def affine_chunks(query: Tensor, payload: tuple[Tensor, ...], *, before: bool) -> AffineChunks:
-    """Work out all chunks at once.
+    """Computes all chunks at once.
 
     Args:
         query: [B, N, h, C, D].
         payload: keys [B, N, h, C, D], values [B, N, H, C, E], log decays [B, N, h, C] or [B, N, h,
             C, D] (at most 0), and for the low-rank term a and b [B, N, h, C, D].
-        before: read the state as it was before the token's own update.
+        before: whether a token reads the state before its own update.
     """
-    k, v, decay, *low = payload
-    vector = decay.dim() == k.dim()
-    log = decay if vector else decay[..., None]  # [B, N, h, C, 1 or D]
-    upto = log.cumsum(-2)
-    past = F.pad(upto[..., :-1, :], (0, 0, 1, 0))
-    after = F.pad(log.flip(-2).cumsum(-2)[..., :-1, :], (0, 0, 1, 0)).flip(
-        -2
-    )  # to the end of the chunk, not oneself
+    k, v, decay, *low_rank = payload
+    per_channel = decay.dim() == k.dim()
+    log_decay = decay if per_channel else decay[..., None]  # [B, N, h, C, 1 or D]
+    # Sums of log decays: up to and with a token, up to and without it, and after it.
+    through = log_decay.cumsum(-2)
+    past = F.pad(through[..., :-1, :], (0, 0, 1, 0))
+    # From the end backwards: the difference of two long sums would cancel.
+    after = F.pad(log_decay.flip(-2).cumsum(-2)[..., :-1, :], (0, 0, 1, 0)).flip(-2)
     rows = [(query, before)]
     columns = [k]
-    if low:
-        rows = [*rows, (low[0], True)]
-        columns = [k, low[1]]
-    near = _by_halves(rows, columns, log) if vector else _by_sums(rows, columns, decay)
-    reader = query * (past if before else upto).exp()
+    if low_rank:
+        a, b = low_rank
+        rows.append((a, True))
+        columns.append(b)
+    if per_channel:
+        near = _by_halves(rows, columns, log_decay)
+    else:
+        near = _by_sums(rows, columns, decay)
+    reader = query * (past if before else through).exp()
     fade = after.exp()
-    keep = upto[..., -1, :].exp()
+    keep = through[..., -1, :].exp()
     gain = (k * fade).mT @ v
-    if not low:
+    if not low_rank:
         return AffineChunks(near[0][0] @ v, reader, keep, gain)
-    (by_k, by_b), (a_k, a_b) = near
-    read = low[0] * past.exp()  # how a reads the state before the chunk
-    wide = torch.broadcast_shapes(v.shape[:-1], read.shape[:-1], a_b.shape[:-1])
-    known = torch.cat([(a_k @ v).expand(*wide, -1), read.expand(*wide, -1)], -1)
+    # With the low-rank term, the reads u_t = a_t S_{t-1} depend on earlier ones of the same chunk:
+    # u = a_b u + a_k v + (reads of the incoming state), a triangular system.
+    (q_k, q_b), (a_k, a_b) = near
+    state_reads = a * past.exp()
+    shape = torch.broadcast_shapes(v.shape[:-1], state_reads.shape[:-1], a_b.shape[:-1])
+    known = torch.cat([(a_k @ v).expand(*shape, -1), state_reads.expand(*shape, -1)], -1)
     solved = torch.linalg.solve_triangular(
-        -a_b.expand(*wide, -1), known, upper=False, unitriangular=True
+        -a_b.expand(*shape, -1), known, upper=False, unitriangular=True
     )
-    of_values, of_state = solved.split([v.shape[-1], read.shape[-1]], -1)
-    b_fade = (low[1] * fade).mT
-    dense = torch.diag_embed(keep.expand(*keep.shape[:-1], k.shape[-1])) + b_fade @ of_state
+    of_values, of_state = solved.split([v.shape[-1], state_reads.shape[-1]], -1)
+    b_fade = (b * fade).mT
+    diagonal = torch.diag_embed(keep.expand(*keep.shape[:-1], k.shape[-1]))
     return AffineChunks(
-        by_k @ v + by_b @ of_values, reader + by_b @ of_state, dense, gain + b_fade @ of_values
+        own=q_k @ v + q_b @ of_values,
+        reader=reader + q_b @ of_state,
+        keep=diagonal + b_fade @ of_state,
+        gain=gain + b_fade @ of_values,
     )
 
 
+# (tensor [..., C, D], whether it reads the state before the token's own update)
 Rows = list[tuple[Tensor, bool]]
 
 
 def _by_sums(rows: Rows, columns: list[Tensor], decay: Tensor) -> list[list[Tensor]]:
-    """[..., C, C] for each of rows and columns: rows_i columns_j exp(sum of the log decays between
-    j and i)."""
+    """Returns [..., C, C] for each of rows and columns, with one decay per head.
+
+    Entry (i, j) is row_i column_j exp(sum of the log decays between j and i).
+    """
     size = decay.shape[-1]
-    there = torch.ones(size, size, dtype=torch.bool, device=decay.device)
-    sums = decay[..., None].expand(*decay.shape, size).masked_fill(~there.tril(-1), 0).cumsum(-2)
-    fades = {False: sums.masked_fill(~there.tril(), -torch.inf).exp()}
+    ones = torch.ones(size, size, dtype=torch.bool, device=decay.device)
+    strictly_below = ones.tril(-1)
+    sums = decay[..., None].expand(*decay.shape, size).masked_fill(~strictly_below, 0).cumsum(-2)
+    fades = {False: sums.masked_fill(~ones.tril(), -torch.inf).exp()}
     if any(before for _, before in rows):
         shifted = F.pad(sums[..., :-1, :], (0, 0, 1, 0))
-        fades[True] = shifted.masked_fill(~there.tril(-1), -torch.inf).exp()
-    return [[(row @ column.mT) * fades[before] for column in columns] for row, before in rows]
+        fades[True] = shifted.masked_fill(~strictly_below, -torch.inf).exp()
+    near = []
+    for row, before in rows:
+        near.append([(row @ column.mT) * fades[before] for column in columns])
+    return near
 
 
 def _by_halves(rows: Rows, columns: list[Tensor], log: Tensor) -> list[list[Tensor]]:
-    """As `_by_sums` with a decay for each channel: the later half against the earlier half, and so
-    on within halves."""
+    """As `_by_sums` with a decay for each channel.
+
+    A product of matrices cannot weigh every channel of every pair, but the decay between two halves
+    factors at their border. So the later half meets the earlier half, and so on within halves.
+    """
     size = log.shape[-2]
     near = []
     for row, before in rows:
@@ -107,19 +128,23 @@ def _by_halves(rows: Rows, columns: list[Tensor], log: Tensor) -> list[list[Tens
         near.append([torch.zeros_like(x) if before else x for x in products])
     side = 1
     while side < size:
-        early, late = (
-            x.squeeze(-3) for x in log.unflatten(-2, (size // side // 2, 2, side)).split(1, -3)
-        )
+        early, late = log.unflatten(-2, (size // side // 2, 2, side)).unbind(-3)
         to_border = F.pad(early.flip(-2).cumsum(-2)[..., :-1, :], (0, 0, 1, 0)).flip(-2).exp()
-        upto = late.cumsum(-2)
-        since = {False: upto.exp(), True: F.pad(upto[..., :-1, :], (0, 0, 1, 0)).exp()}
+        through = late.cumsum(-2)
+        since_border = {
+            False: through.exp(),
+            True: F.pad(through[..., :-1, :], (0, 0, 1, 0)).exp(),
+        }
         faded = [(_half(column, side, 0) * to_border).mT for column in columns]
-        for found, (row, before) in zip(near, rows, strict=True):
-            later = _half(row, side, 1) * since[before]
-            for i, column in enumerate(faded):
-                found[i] = _join(found[i], later @ column)
+        for blocks, (row, before) in zip(near, rows, strict=True):
+            later = _half(row, side, 1) * since_border[before]
+            for number, column in enumerate(faded):
+                blocks[number] = _join(blocks[number], later @ column)
         side *= 2
-    return [[x.squeeze(-3) for x in found] for found in near]
+    results = []
+    for blocks in near:
+        results.append([block.squeeze(-3) for block in blocks])
+    return results
 
 
 def _half(x: Tensor, side: int, which: int) -> Tensor:
@@ -128,26 +153,31 @@ def _half(x: Tensor, side: int, which: int) -> Tensor:
 
 
 def _join(blocks: Tensor, cross: Tensor) -> Tensor:
-    """Blocks [..., n, s, s] along a diagonal and what lies below each pair [..., n / 2, s, s], as
-    [..., n / 2, 2s, 2s]."""
-    pairs = blocks.unflatten(-3, (blocks.shape[-3] // 2, 2))
-    first, second = pairs.unbind(-3)
-    return torch.cat([F.pad(first, (0, first.shape[-1])), torch.cat([cross, second], -1)], -2)
+    """Joins diagonal blocks [..., n, s, s] and those below each pair [..., n / 2, s, s].
+
+    Returns [..., n / 2, 2s, 2s].
+    """
+    first, second = blocks.unflatten(-3, (blocks.shape[-3] // 2, 2)).unbind(-3)
+    upper = F.pad(first, (0, first.shape[-1]))
+    lower = torch.cat([cross, second], -1)
+    return torch.cat([upper, lower], -2)
 
 
 def apply_keep(keep: Tensor, state: Tensor) -> Tensor:
-    """A keep, diagonal [..., 1 or D] or dense [..., D, D], applied to states [..., D, E]."""
-    return keep @ state if keep.dim() == state.dim() else keep[..., None] * state
+    """Applies a keep, diagonal [..., 1 or D] or dense [..., D, D], to states [..., D, E]."""
+    if keep.dim() == state.dim():
+        return keep @ state
+    return keep[..., None] * state
 
 
 def carry_states(keep: Tensor, gain: Tensor, starts: Tensor, origins: list[list[int]]) -> Tensor:
-    """[B, N, H, D, E]: the state before every chunk, when chunk n turns S into keep_n S + gain_n.
+    """Returns the state before every chunk, [B, N, H, D, E]; chunk n makes keep_n S + gain_n of S.
 
     Args:
-        keep, gain: as in Affine.
+        keep, gain: as in AffineChunks.
         starts: [B, K, H, D, E] states to start from.
-        origins: [N][B], the number among `starts` of the state before this chunk; CONTINUE: what
-            the chunk before left (0 before the first).
+        origins: [N][B], the number among `starts` of the state before this chunk; CONTINUE: the one
+            that the chunk before left (0 before the first).
     """
     return _Carry.apply(keep, gain, starts, origins)
 
@@ -159,33 +189,35 @@ class _Carry(torch.autograd.Function):
     ) -> Tensor:
         states = torch.empty_like(gain)
         state = torch.zeros_like(gain[:, 0])
-        for n, origin in enumerate(origins):
-            fresh = _fresh(origin, gain.device)
-            if fresh is not None:
-                rows, which, mask = fresh
-                state = torch.where(mask, starts[rows, which], state)
-            states[:, n] = state
-            state = apply_keep(keep[:, n], state) + gain[:, n]
+        for chunk, origin in enumerate(origins):
+            restart = _restart(origin, gain.device)
+            if restart is not None:
+                rows, start, mask = restart
+                state = torch.where(mask, starts[rows, start], state)
+            states[:, chunk] = state
+            state = apply_keep(keep[:, chunk], state) + gain[:, chunk]
         ctx.save_for_backward(keep, states)
         ctx.origins = origins
-        ctx.starts = starts.shape
+        ctx.starts_shape = starts.shape
         return states
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         keep, states = ctx.saved_tensors
-        d_gain = torch.empty_like(states)  # the gradient of what each chunk leaves behind
-        d_starts = states.new_zeros(ctx.starts)
-        left = torch.zeros_like(states[:, 0])
+        d_gain = torch.empty_like(states)  # also the gradient of the state that each chunk leaves
+        d_starts = states.new_zeros(ctx.starts_shape)
+        d_state = torch.zeros_like(states[:, 0])
         dense = keep.dim() == states.dim()
-        for n in range(len(ctx.origins) - 1, -1, -1):
-            d_gain[:, n] = left
-            left = apply_keep(keep[:, n].mT if dense else keep[:, n], left) + grads[0][:, n]
-            fresh = _fresh(ctx.origins[n], left.device)
-            if fresh is not None:
-                rows, which, mask = fresh
-                d_starts.index_put_((rows, which), torch.where(mask, left, 0), accumulate=True)
-                left = torch.where(mask, 0, left)
+        adjoint = keep.mT if dense else keep
+        for chunk in range(len(ctx.origins) - 1, -1, -1):
+            d_gain[:, chunk] = d_state
+            d_state = apply_keep(adjoint[:, chunk], d_state) + grads[0][:, chunk]
+            restart = _restart(ctx.origins[chunk], d_state.device)
+            if restart is not None:
+                rows, start, mask = restart
+                d_row = torch.where(mask, d_state, 0)
+                d_starts.index_put_((rows, start), d_row, accumulate=True)
+                d_state = torch.where(mask, 0, d_state)
         if dense:
             d_keep = d_gain @ states.mT
         else:
@@ -193,13 +225,13 @@ class _Carry(torch.autograd.Function):
         return d_keep, d_gain, d_starts, None
 
 
-def _fresh(origin: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(row numbers, number of the start, mask [B, 1, 1, 1]) where some row takes a start."""
-    if all(each == CONTINUE for each in origin):
+def _restart(origin: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Returns (row numbers, numbers of the starts, mask [B, 1, 1, 1]) of rows that take a start.
+
+    None where no row does, which saves most chunks of a long document the indexing.
+    """
+    if all(number == CONTINUE for number in origin):
         return None
-    which = torch.tensor(origin, device=device)
-    return (
-        torch.arange(len(origin), device=device),
-        which.clamp_min(0),
-        (which != CONTINUE)[:, None, None, None],
-    )
+    start = torch.tensor(origin, device=device)
+    rows = torch.arange(len(origin), device=device)
+    return rows, start.clamp_min(0), (start != CONTINUE)[:, None, None, None]
