@@ -22,7 +22,7 @@ from models.span import Span
 
 
 class Compressed(nn.Module):
-    """One softmax over the last `window` tokens, `top` chosen block summaries and a learned sink.
+    """Attends to the last `window` tokens, `top` chosen block summaries and a learned sink.
 
     Args:
         width: channels of input and output.
@@ -71,22 +71,18 @@ class Compressed(nn.Module):
         dense_steps: int = 0,
     ):
         super().__init__()
-        if channels is None:
-            channels = max(1, width // heads)
-        if rope_dim is None:
-            rope_dim = max(2, channels // 4 * 2)
-        if q_latent is None:
-            q_latent = max(1, width // 2)
+        channels = max(1, width // heads) if channels is None else channels
+        rope_dim = max(2, channels // 4 * 2) if rope_dim is None else rope_dim
+        q_latent = max(1, width // 2) if q_latent is None else q_latent
         _validate_channels(position, channels, rope_dim, index_channels)
         _validate_counts(block=block, top=top, q_latent=q_latent, index_heads=index_heads)
-        if groups < 1 or heads % groups:
+        _validate_counts(groups=groups)
+        if heads % groups:
             raise ValueError(
                 f"groups={groups} does not divide model.heads={heads}; choose a divisor of {heads}"
             )
-        if dense_steps < 0:
-            raise ValueError(f"dense_steps={dense_steps}: a number of steps must be 0 or more")
-        if group_width is None:
-            group_width = max(1, width // groups)
+        _validate_dense_steps(dense_steps)
+        group_width = max(1, width // groups) if group_width is None else group_width
 
         self.heads = heads
         self.block = block
@@ -216,6 +212,12 @@ def _validate_channels(
             f"position.attention_factor={attention_factor}: compressed attention rotates its"
             " output back, which must not change its length; set position.attention_factor=1.0"
         )
+
+
+def _validate_dense_steps(dense_steps: int) -> None:
+    """Raises ValueError for a negative number of steps."""
+    if dense_steps < 0:
+        raise ValueError(f"dense_steps={dense_steps}: a number of steps must be 0 or more")
 
 
 def _validate_counts(**counts: int) -> None:

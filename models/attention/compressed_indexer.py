@@ -147,24 +147,7 @@ def indexer_loss(
             (inputs.index_keys, inputs.summaries), CAUSAL, span=span, kv_span=ends.span
         )
         inputs = inputs._replace(index_keys=index_keys, summaries=summaries)
-        step = _queries_at_once(inputs, chosen)
-        losses = []
-        for start in range(0, inputs.query.shape[1], step):
-            part = slice(start, start + step)
-            chunk_span = span.map(lambda addresses, part=part: addresses[:, part])
-            chunk_chosen = None if chosen is None else chosen[:, part]
-            loss = checkpoint(
-                _divergence,
-                *inputs.chunk(part),
-                chunk_chosen,
-                chunk_span,
-                summary_span,
-                block,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-            losses.append(loss)
-        return torch.cat(losses, 1)
+        return _loss_in_chunks(inputs, chosen, span, summary_span, block)
 
     return checkpoint(
         loss_of_all_queries,
@@ -176,8 +159,32 @@ def indexer_loss(
     )
 
 
+def _loss_in_chunks(
+    inputs: _LossInputs, chosen: Tensor | None, span: Span, summary_span: Span, block: int
+) -> Tensor:
+    """`indexer_loss` of all queries, [B, T], a chunk of queries at a time."""
+    step = _queries_at_once(inputs, chosen)
+    losses = []
+    for start in range(0, inputs.query.shape[1], step):
+        part = slice(start, start + step)
+        chunk_span = span.map(lambda addresses, part=part: addresses[:, part])
+        chunk_chosen = None if chosen is None else chosen[:, part]
+        loss = checkpoint(
+            _divergence,
+            *inputs.chunk(part),
+            chunk_chosen,
+            chunk_span,
+            summary_span,
+            block,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        losses.append(loss)
+    return torch.cat(losses, 1)
+
+
 def _queries_at_once(inputs: _LossInputs, chosen: Tensor | None) -> int:
-    """How many queries keep the scores of a chunk below CHUNK_SCORES numbers."""
+    """Number of queries in a chunk, so that its scores are at most CHUNK_SCORES numbers."""
     rows, _, heads, _ = inputs.query.shape
     if chosen is None:
         per_head = inputs.summaries.shape[1]

@@ -21,7 +21,9 @@ LAMBDAS = "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"
 
 
 class Differential(SplitAttention):
-    """(softmax(q1 k1) - lambda softmax(q2 k2)) v, then each pair's RMS norm times 1 - lambda_init.
+    """Computes (softmax(q1 k1) - lambda softmax(q2 k2)) v for each pair of heads.
+
+    The result of a pair is RMS-normed and multiplied by 1 - lambda_init.
 
     Args:
         width: channels of input and output.
