@@ -1,9 +1,9 @@
-"""Which blocks of (queries x keys) have to be computed, so that cost follows the visible area.
+"""Plans the blocks of (queries x keys) to compute, so that cost follows the visible area.
 
 The two token axes are cut into pieces (long unbroken runs, and mixed pieces of at most LEAF
-tokens), and pairs of pieces are halved until the mask can say NONE (skipped), ALL (one call without
-a mask), or a causal triangle between two runs (one call with the kernel's own causal flag). What is
-left are blocks of at most LEAF x LEAF that need a dense mask.
+tokens), and pairs of pieces are halved until the mask can say EMPTY (skipped), FULL (one call
+without a mask), or a causal triangle between two runs (one call with the kernel's own causal flag).
+The rest are blocks of at most LEAF x LEAF that need a dense mask.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from models.span import PADDING, Span
 
 LEAF = 512  # tokens on the side of the largest block that is computed with a dense mask
 
-# from so many rows of so few tokens on, rows are computed together
+# From MANY rows of at most SHORT tokens on, rows are computed together.
 MANY = 8
 SHORT = 128
 
@@ -25,10 +25,9 @@ PARTIAL_TILE = "masked"
 
 
 class Tile(NamedTuple):
-    """Rows [r0, r1), queries [q0, q1), keys [k0, k1) of the local tensors, and how they see each
-    other.
+    """Rows [r0, r1), queries [q0, q1), keys [k0, k1) of the local tensors, and their visibility.
 
-    TRIANGLE: as many queries as keys, query i sees keys 0..i.
+    CAUSAL_TILE: as many queries as keys, query i sees keys 0..i.
     """
 
     r0: int
@@ -41,7 +40,7 @@ class Tile(NamedTuple):
 
 
 class _Tokens:
-    """One row's addresses on the host, its pieces, and the box of any stretch of pieces."""
+    """Addresses of one row on the host, its pieces, and the bounds of any stretch of them."""
 
     def __init__(self, pos: np.ndarray, doc: np.ndarray, role: np.ndarray):
         self.pos = pos
@@ -95,8 +94,7 @@ class _Planner:
             self._pieces(0, len(q.pieces), 0, len(k.pieces))
 
     def _pieces(self, qa: int, qb: int, ka: int, kb: int) -> None:
-        """Look at a stretch of query pieces against a stretch of key pieces; halve the longer
-        one."""
+        """Plans a stretch of query pieces against one of key pieces; halves the longer one."""
         q0 = self.q.pieces[qa][0]
         q1 = self.q.pieces[qb - 1][1]
         k0 = self.k.pieces[ka][0]
@@ -116,7 +114,7 @@ class _Planner:
             self._pieces(qa, qb, middle, kb)
 
     def _inside(self, q0: int, q1: int, k0: int, k1: int) -> None:
-        """Look at one piece against one piece."""
+        """Plans one piece against one piece."""
         q = self.q.box(q0, q1)
         k = self.k.box(k0, k1)
         look = _outlook(self.mask, q, k)
@@ -146,9 +144,8 @@ class _Planner:
     def _causal(self, q0: int, q1: int, k0: int, k1: int, shift: int) -> None:
         """Query i sees keys 0..i+shift: a full rectangle, and triangles on the diagonal."""
         q0 -= min(shift, 0)  # the first queries see nothing
-        seen = min(
-            k1, k0 + max(shift, 0)
-        )  # keys before this one are seen by every query that is left
+        # Keys before this one are seen by every remaining query.
+        seen = min(k1, k0 + max(shift, 0))
         side = min(q1 - q0, k1 - seen)
         stretches = (
             (q0, q1, k0, seen, FULL_TILE),
@@ -159,13 +156,14 @@ class _Planner:
 
 
 def _half(size: int) -> int:
-    """About half, in whole leaves where there are any."""
-    return max(LEAF, size // 2 // LEAF * LEAF) if size > LEAF else size // 2
+    """Returns about half, a multiple of LEAF where the size exceeds it."""
+    if size > LEAF:
+        return max(LEAF, size // 2 // LEAF * LEAF)
+    return size // 2
 
 
 def _join(blocks: list[tuple[int, int, int, int, str]]) -> list[tuple[int, int, int, int, str]]:
-    """Join full blocks that lie side by side along the keys, then along the queries; join masked
-    ones along the keys."""
+    """Joins adjacent full blocks along the keys, then along the queries; masked ones along keys."""
     for here, there in ((0, 2), (2, 0)):
         joined: list[Any] = []
         for block in sorted(blocks, key=lambda b: (b[4], b[here], b[here + 1], b[there])):
@@ -190,73 +188,73 @@ def _host(span: Span) -> list[np.ndarray]:
 
 
 def plan_tiles(mask: Mask, span: Span, kv_span: Span) -> list[Tile]:
-    """The blocks that queries `at` need of keys `of`; empty where nothing is visible. Kept on `at`
-    for other layers."""
+    """Returns the blocks that queries need of keys; cached on `span` for other layers."""
     key = (mask, id(kv_span))
     if key not in span.plans:
-        span.plans[key] = (
-            kv_span,
-            _plan(mask, span, kv_span),
-        )  # holding `of` keeps its id from being used again
+        # Holding `kv_span` keeps its id from being given to another object.
+        span.plans[key] = kv_span, _plan(mask, span, kv_span)
     return span.plans[key][1]
 
 
 def plan_rows(mask: Mask, span: Span, kv_span: Span) -> list[Tile]:
-    """As `plan`, with many short rows in one masked block: there a block takes longer to call than
-    to compute."""
+    """As `plan_tiles`, with many short rows in one masked block.
+
+    There a block takes longer to call than to compute.
+    """
     rows, queries = span.shape
     keys = kv_span.shape[1]
     if rows < MANY or not 0 < max(queries, keys) <= SHORT:
         return plan_tiles(mask, span, kv_span)
     key = (plan_rows, mask, id(kv_span))
     if key not in span.plans:
-        span.plans[key] = (
-            kv_span,
-            _stack(plan_tiles(mask, span, kv_span), max(1, LEAF * LEAF // max(1, queries * keys))),
-        )
+        most_rows = max(1, LEAF * LEAF // max(1, queries * keys))
+        span.plans[key] = kv_span, _stack(plan_tiles(mask, span, kv_span), most_rows)
     return span.plans[key][1]
 
 
 def _stack(blocks: list[Tile], most: int) -> list[Tile]:
-    """Blocks of all rows as masked ones, each over at most so many rows, and all queries and keys
-    that these rows need."""
-    found: list[Tile] = []
+    """Merges blocks of different rows into masked ones of at most `most` rows.
+
+    A merged block covers all queries and keys that any of its rows needs.
+    """
+    stacked: list[Tile] = []
     for block in sorted(blocks):
-        last = found[-1] if found else None
-        if last is not None and block.r1 - last.r0 <= most:
-            q0 = min(last.q0, block.q0)
-            q1 = max(last.q1, block.q1)
-            k0 = min(last.k0, block.k0)
-            k1 = max(last.k1, block.k1)
-            kind = (
-                FULL_TILE
-                if last[2:] == block[2:] == (q0, q1, k0, k1, FULL_TILE) and last.r1 == block.r0
-                else PARTIAL_TILE
-            )
-            found[-1] = Tile(last.r0, max(last.r1, block.r1), q0, q1, k0, k1, kind)
-        else:
-            found.append(block)
-    return found
+        last = stacked[-1] if stacked else None
+        if last is None or block.r1 - last.r0 > most:
+            stacked.append(block)
+            continue
+        q0 = min(last.q0, block.q0)
+        q1 = max(last.q1, block.q1)
+        k0 = min(last.k0, block.k0)
+        k1 = max(last.k1, block.k1)
+        both_full = last[2:] == block[2:] == (q0, q1, k0, k1, FULL_TILE)
+        kind = FULL_TILE if both_full and last.r1 == block.r0 else PARTIAL_TILE
+        stacked[-1] = Tile(last.r0, max(last.r1, block.r1), q0, q1, k0, k1, kind)
+    return stacked
 
 
 def _plan(mask: Mask, span: Span, kv_span: Span) -> list[Tile]:
     queries = _host(span)
     keys = _host(kv_span)
     rows = len(queries[0])
+    # Rows of equal addresses share one plan, and each block covers all of them.
     alike = rows > 1 and all((a == a[:1]).all() for a in (*queries, *keys))
     blocks = []
     for row in range(1 if alike else rows):
-        planner = _Planner(
-            mask, _Tokens(*(a[row] for a in queries)), _Tokens(*(a[row] for a in keys))
-        )
+        row_queries = _Tokens(*(addresses[row] for addresses in queries))
+        row_keys = _Tokens(*(addresses[row] for addresses in keys))
+        planner = _Planner(mask, row_queries, row_keys)
         r1 = rows if alike else row + 1
-        blocks += [Tile(row, r1, *b) for b in _join(planner.blocks)]
+        for block in _join(planner.blocks):
+            blocks.append(Tile(row, r1, *block))
     return blocks
 
 
 def split_tile(block: Tile, side: int) -> list[Tile]:
-    """Cut a block into blocks of at most side x side, for kernels that hold all scores of a block
-    at once."""
+    """Cuts a block into blocks of at most side x side.
+
+    For kernels that hold all scores of a block at once.
+    """
     if block.q1 - block.q0 <= side and block.k1 - block.k0 <= side:
         return [block]
     parts = []
@@ -266,10 +264,10 @@ def split_tile(block: Tile, side: int) -> list[Tile]:
             k1 = min(k0 + side, block.k1)
             kind = block.kind
             if kind == CAUSAL_TILE:
-                i = q0 - block.q0
-                j = k0 - block.k0
-                if j > i:
-                    continue
-                kind = CAUSAL_TILE if i == j else FULL_TILE
+                query_offset = q0 - block.q0
+                key_offset = k0 - block.k0
+                if key_offset > query_offset:
+                    continue  # above the diagonal
+                kind = CAUSAL_TILE if query_offset == key_offset else FULL_TILE
             parts.append(Tile(block.r0, block.r1, q0, q1, k0, k1, kind))
     return parts

@@ -1,5 +1,4 @@
-"""Scans on an NVIDIA GPU by the chunk kernels of flash-linear-attention, where that package is
-installed.
+"""Scans on an NVIDIA GPU by the chunk kernels of flash-linear-attention, where it is installed.
 
 The table says which kernel serves which scan; what is not in it (float64, wider keys, a low-rank
 term read before its own update) has the chunks of models/kernels/scan_chunkwise.py. float32 is
@@ -83,7 +82,7 @@ def select_kernel(
 
 
 def scan_kind(payload: Sequence[Tensor], before: bool) -> str | None:
-    """Which row of the table, or None."""
+    """Returns the key of TABLE that serves this payload, or None."""
     channel = payload[2].dim() == 4
     low = len(payload) > 3
     if low:
@@ -95,8 +94,10 @@ def scan_kind(payload: Sequence[Tensor], before: bool) -> str | None:
 
 @lru_cache
 def load_kernel(kind: str) -> Kernel | None:
-    """The kernel of a kind; None where the package is missing or fails to import, which is said
-    once."""
+    """Returns the kernel of a kind; None where the package is missing or fails to import.
+
+    A failed import is warned of once.
+    """
     module, name = TABLE[kind]
     try:
         return getattr(importlib.import_module(module), name)
@@ -104,9 +105,8 @@ def load_kernel(kind: str) -> Kernel | None:
         if error.name == PACKAGE:
             return None
         problem = error
-    except (
-        Exception
-    ) as error:  # whatever a package does that was built for another version of torch or triton
+    except Exception as error:
+        # A package built for another version of torch or triton may fail in any way.
         problem = error
     warnings.warn(
         f"no kernel {module}.{name} ({type(problem).__name__}: {problem}); torch serves in its"
@@ -117,15 +117,13 @@ def load_kernel(kind: str) -> Kernel | None:
 
 
 def report() -> str:
-    """For a log: which kernels scans have here."""
+    """Describes for a log the kernels that scans have on this machine."""
     if not torch.cuda.is_available():
         return "scans: torch, no GPU"
-    found = [kind for kind in TABLE if load_kernel(kind)]
-    return (
-        f"scans: flash-linear-attention for {', '.join(found)}"
-        if found
-        else "scans: torch, no flash-linear-attention"
-    )
+    kinds = [kind for kind in TABLE if load_kernel(kind)]
+    if not kinds:
+        return "scans: torch, no flash-linear-attention"
+    return f"scans: flash-linear-attention for {', '.join(kinds)}"
 
 
 def call_kernel(
@@ -156,8 +154,10 @@ def call_kernel(
 
 
 class FlaScan:
-    """As models.primitives.scan.ScanWork, by a kernel that takes whole stretches; nothing is done
-    before it is asked."""
+    """As models.primitives.scan.ScanWork, by a kernel that takes whole stretches.
+
+    Nothing is computed before a result is asked for.
+    """
 
     def __init__(
         self,
@@ -182,14 +182,14 @@ class FlaScan:
         self.log = picked[3]
 
     def blank(self) -> Tensor:
-        """[B, R, H, D, E]: nothing comes into any run."""
+        """Returns empty incoming states, [B, R, H, D, E]."""
         _, k, v, *_ = self.tensors
         return v.new_zeros(
             *self.plan.opened.shape, k.shape[2], k.shape[3], v.shape[3], dtype=self.wide
         )
 
     def summarise(self) -> FlaSummary:
-        """What every run does to a state that passes through it."""
+        """Returns the effect of every run on a state that passes through it."""
         opened = self.plan.opened
         blank = self.blank()
         if self.kind != LOW_RANK:
@@ -211,24 +211,22 @@ class FlaScan:
         return FlaSummary(torch.where(shut, 0, kept), gain, opened)
 
     def read(self, states: Tensor) -> Tensor:
-        """[B, T, H, E], given the state [B, R, H, D, E] just before each run; 0 at padding."""
+        """Returns [B, T, H, E], given the states [B, R, H, D, E] before each run; 0 at padding."""
         return self.plan.spread(self._go(self.tensors[2], states)[0]).to(self.dtype)
 
     def final_states(self, states: Tensor) -> Tensor:
-        """[B, R, H, D, E]: the state just after each run, given the one just before each."""
+        """Returns the states just after each run, given those before, [B, R, H, D, E]."""
         return self._go(self.tensors[2], states)[1]
 
     def _go(self, value: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         flat = states.flatten(0, 1)
         plan = self.plan
         tensors = [*self.tensors[:2], value, *self.tensors[3:]]
-        if not len(
-            plan.origin
-        ):  # padding only; every rank builds the same graph, which reaches all that came in
+        if not len(plan.origin):
+            # Padding only: the graph must still reach every input, as it does on other ranks.
             return value + sum(x.flatten()[:0].sum() for x in (*tensors, states)), states
-        start = torch.cat([flat, torch.zeros_like(flat[:1])])[
-            plan.origin
-        ]  # -1 is the last, which is nothing
+        # An origin of -1 takes the last entry, the appended empty state.
+        start = torch.cat([flat, torch.zeros_like(flat[:1])])[plan.origin]
         out, last = call_kernel(self.kind, self.kernel, tensors, start.contiguous(), plan.ends)
         left = torch.cat([last.to(flat.dtype), flat])[
             torch.where(plan.last < 0, plan.through, plan.last)

@@ -1,18 +1,17 @@
-"""Blocks on an NVIDIA GPU, by the two kernels of PyTorch whose backward pass takes the mass over
-ALL keys from outside.
+"""Blocks on an NVIDIA GPU, by the two PyTorch kernels whose backward takes the lse over ALL keys.
 
 `flash` (Dao 2023, arXiv:2307.08691) takes half precision without a matrix to add; `efficient` (Rabe
 & Staats 2021, arXiv:2112.05682, as built in xFormers) takes float32, and blocks with one. Guarded
 here, each held by a test: key and value widths are filled up with zeros to what a kernel takes
 (flash: equal, multiples of 8); pointers and strides are multiples of 8 elements; the added matrix
-has rows of a multiple of 16; `efficient` wants as many key heads as query heads, and masses in rows
-of a multiple of 32, filled up with plus infinity; a query that sees no key answers mass minus
+has rows of a multiple of 16; `efficient` wants as many key heads as query heads, and lse in rows
+of a multiple of 32, filled up with plus infinity; a query that sees no key answers lse minus
 infinity, mean 0.
 
 Half precision stays half inside a block and is summed wide over blocks. A matrix in half precision
 only hides keys and is exact; one that is wide carries numbers, and its block is computed in
-float32. float64 and ROCm have the general tile.
-Left out: FlexAttention takes no mass from outside, so it cannot serve in a ring; PyTorch's cuDNN
+float32. float64 and ROCm use the reference kernel.
+Left out: FlexAttention takes no lse from outside, so it cannot serve in a ring; PyTorch's cuDNN
 kernel does not promise what its statistics hold; the packages flash-attn 2 and 3 change signatures
 between releases and were not at hand to check. The order of sums of the backward passes is only
 fixed under `torch.use_deterministic_algorithms(True)`.
@@ -42,8 +41,7 @@ efficient_backward = torch.ops.aten._scaled_dot_product_efficient_attention_back
 
 
 class KernelChoice(NamedTuple):
-    """How a block is computed: by flash or not, in which dtype, with which widths of keys and
-    values."""
+    """The kernel of a block: flash or not, its dtype, and its widths of keys and values."""
 
     flash: bool
     dtype: torch.dtype
@@ -56,11 +54,9 @@ def capability(device: torch.device) -> tuple[int, int]:
     without numbers."""
     if device.type != "cuda":
         return 9, 0
-    return (
-        torch.cuda.get_device_capability(device)
-        if torch.backends.cuda.is_flash_attention_available()
-        else (0, 0)
-    )
+    if not torch.backends.cuda.is_flash_attention_available():
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
 
 
 def choose_kernel(
@@ -73,9 +69,8 @@ def choose_kernel(
         dtype = torch.promote_types(dtype, other)
     key, value = (-(-width // ALIGN) * ALIGN for width in (key, value))
     widest = max(key, value)
-    small = generation[0] == 12 or (
-        generation[0] == 8 and generation[1] > 0
-    )  # too little shared memory for some widths
+    # These generations have too little shared memory for some widths.
+    small = generation[0] == 12 or (generation[0] == 8 and generation[1] > 0)
     able = generation >= (8, 0) and widest <= WIDEST and not (small and 192 < widest <= 224)
     if dtype in HALF and len(dtypes) == 3 and able:
         return KernelChoice(True, dtype, widest, widest)
@@ -113,11 +108,9 @@ def _gather(grad: Tensor, like: Tensor) -> Tensor:
     """The adjoint of `_ready(_spread(like))`, wide: [b, heads, s, width] -> [b, s, G, D]."""
     grad = grad.transpose(1, 2)[..., : like.shape[-1]].to(accumulation_dtype(like.dtype))
     groups = like.shape[2]
-    return (
-        grad
-        if grad.shape[2] == groups
-        else grad.unflatten(2, (groups, grad.shape[2] // groups)).sum(3)
-    )
+    if grad.shape[2] == groups:
+        return grad
+    return grad.unflatten(2, (groups, grad.shape[2] // groups)).sum(3)
 
 
 def _bias(add: Tensor | None, dtype: torch.dtype, rows: int, heads: int) -> Tensor | None:
@@ -140,7 +133,7 @@ def _masses(lse: Tensor, align: int) -> Tensor:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, triangle: bool, add: Tensor | None
 ) -> Partial:
-    """Attend q [b, t, H, D] to k [b, s, G, D], v [b, s, G, E]; `add` [b or 1, H or 1, t, s] holds
+    """Attends q [b, t, H, D] to k [b, s, G, D], v [b, s, G, E]; `add` [b or 1, H or 1, t, s] holds
     -inf at unseen keys."""
     if not (q.shape[1] and k.shape[1]):
         raise ValueError(f"a block has queries and keys, got {q.shape[1]} and {k.shape[1]}")
@@ -179,7 +172,7 @@ def backward(
     mean: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v through one block, given the mean and mass over ALL keys; wide."""
+    """Returns the wide gradients of q, k, v through a block, given mean and lse over ALL keys."""
     use = _way(q, k, v, add)
     rows = q.shape[0]
     heads = q.shape[2]
