@@ -1,10 +1,10 @@
-"""A checkpoint as one safetensors file and one JSON file that name and rebuild the model, whatever
-ranks and engine wrote it.
+"""Exports a checkpoint of any ranks and engine as one safetensors file and one JSON file.
 
-    OUTPUT/model.safetensors    every parameter and buffer whole, under its plain name, in the precision of training
+    OUTPUT/model.safetensors    every parameter and buffer whole, under its plain name, in the
+                                precision of training
     OUTPUT/config.json          the run's config, the size of its vocabulary and the step
 
-No pickle: any safetensors reader opens the weights, and opening them runs nobody's code.
+No pickle: any safetensors reader opens the weights, and opening them runs no code.
 """
 
 import json
@@ -34,8 +34,7 @@ CONFIG = "config.json"
 
 
 def export(source: Path, output: Path, trust: bool = False) -> int:
-    """Write the model of a checkpoint to a folder; returns its step. One process; host memory for
-    the model once.
+    """Writes the model of a checkpoint to a folder and returns its step, in one process.
 
     Args:
         source: a run directory (its newest whole checkpoint), or a checkpoint
@@ -45,7 +44,7 @@ def export(source: Path, output: Path, trust: bool = False) -> int:
             of whoever wrote them.
 
     Raises:
-        Fault: a class that is not Longspan's, without trust; no run, no checkpoint or a damaged
+        UserError: a class that is not Longspan's, without trust; no run, no checkpoint or a damaged
             one, or a folder that holds a model already.
     """
     run = source if run_dir.holds_run(source) else source.parent.parent
@@ -82,14 +81,14 @@ def export(source: Path, output: Path, trust: bool = False) -> int:
 
 
 def reopen(folder: Path, trust: bool = False) -> nn.Module:
-    """The model that `export` wrote, on the CPU, ready to be called.
+    """Returns the model that `export` wrote, on the CPU, ready to be called.
 
     Args:
         trust: build classes of other packages too, which config.json names. That runs the code of
             whoever wrote them.
 
     Raises:
-        Fault: a class that is not Longspan's, without trust; the folder holds no exported model, or
+        UserError: a class that is not Longspan's, without trust; the folder holds no exported model, or
             one that does not fit its own config.
     """
     try:
@@ -122,7 +121,7 @@ def reopen(folder: Path, trust: bool = False) -> nn.Module:
 
 
 def _config(run: Path) -> Config:
-    """What the run's config.yaml says; Fault where it holds none."""
+    """Returns the config that the run recorded; raises UserError where it holds none."""
     try:
         return run_dir.read_config(run)
     except (ValueError, OSError) as error:
@@ -155,5 +154,5 @@ def _blank(config: Config, vocabulary: int) -> dict[str, Tensor]:
 
 
 def _vocabulary(config: Config) -> int:
-    """The model's, or that of the data and the objective where the config leaves it to them."""
+    """Returns the vocabulary of the model, or of data and objective where the config sets none."""
     return config.model.vocabulary or vocabulary_of(config)

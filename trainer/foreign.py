@@ -1,7 +1,6 @@
-"""Layers that are not ours: proved on a tiny twin, before ranks start, to let tokens learn of each
-other by primitives alone.
+"""Proves on a tiny twin that layers which are not ours mix tokens through primitives alone.
 
-What parallel/ spreads are the primitives of models/mixing/: a layer that mixes tokens in any other
+What parallel/ spreads are the primitives of models/primitives/: a layer that mixes tokens in any other
 way would see, on every rank, its own part of the row only, and would train on without a word. The
 proof needs no ranks: the twin runs once and what its primitives say is written down; it runs again
 with some tokens changed and its primitives say the same as before. Nothing but the changed tokens
@@ -35,7 +34,7 @@ PLACE = 20  # of the changed token in its document
 
 
 def targets(node: Any) -> Iterator[str]:
-    """The classes that a node, a list or a group of nodes names."""
+    """Yields the classes that a node, a list or a group of nodes names."""
     if is_node(node):
         yield str(node["_target_"])
     inner = (
@@ -50,7 +49,7 @@ def targets(node: Any) -> Iterator[str]:
 
 
 def strangers(config: Config) -> list[str]:
-    """The names of the classes that a config's layers are of and that are not ours."""
+    """Returns the names of the classes of a config's layers that are not ours."""
     named = [
         *targets(as_tree(config)["model"]),
         *targets(as_node(config.position)),
@@ -85,8 +84,8 @@ def check_foreign_layers(config: Config) -> Iterator[Finding]:
         yield Finding(
             "model",
             NO_VALUE_SHOWN,
-            f"{layers} could not be tried on a tiny twin ({type(error).__name__}: {first_line}), so leaks"
-            " cannot be ruled out",
+            f"{layers} could not be tried on a tiny twin ({type(error).__name__}: {first_line}),"
+            " so leaks cannot be ruled out",
             f"let it work at any width, length and precision{_way_out(config)}",
         )
         return
@@ -122,9 +121,13 @@ def _way_out(config: Config) -> str:
 
 @dataclass(frozen=True)
 class Moved:
-    """How far logits moved that must not have, in units of the largest: with primitives that say
-    the same as before, in other documents and padding, and earlier in the changed token's own
-    document."""
+    """Largest change of logits that must not change, in units of the largest logit.
+
+    Attributes:
+        frozen: with primitives that return the same as before.
+        documents: in other documents and padding.
+        earlier: earlier in the changed token's own document.
+    """
 
     frozen: float
     documents: float
@@ -132,7 +135,7 @@ class Moved:
 
 
 def _tried(config: Config) -> tuple[Moved, float]:
-    """In float64, or in float32 where a layer knows nothing else."""
+    """Probes the twin in float64, or in float32 where a layer knows nothing else."""
     tree = as_tree(small_twin(config))
     if not _outside(config.memory.target):
         tree["memory"] = as_tree(
@@ -164,7 +167,7 @@ def _probed(tiny: Config, dtype: torch.dtype) -> Moved:
 
 
 class _Tape:
-    """What primitives said in the first run, said again in the second."""
+    """Records the outputs of primitives in the first run and replays them in the second."""
 
     def __init__(self) -> None:
         self.said: list[Any] = []
@@ -181,8 +184,7 @@ class _Tape:
 def _difference(
     tiny: Config, dtype: torch.dtype, span: Span, both: tuple[Tensor, Tensor], tape: _Tape | None
 ) -> Tensor:
-    """[B, T] how far the logits of two token rows lie apart; what is not finite lies infinitely
-    far."""
+    """Returns the distance of the logits of two token rows, [B, T]; infinite if not finite."""
     model = build_noisy_model(tiny).to(dtype)
     if tape is not None:
         for module in model.modules():
@@ -200,7 +202,7 @@ def _difference(
 
 @contextmanager
 def _same_chance() -> Iterator[None]:
-    """Both runs draw alike, and the rest of the process as if there had been none."""
+    """Gives both runs the same random numbers and restores the generator afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield

@@ -1,5 +1,4 @@
-"""One reader for every JSON and YAML file that a run, a report or an export opens: plain data
-within limits.
+"""Reads the JSON and YAML files of runs, reports and exports as plain data within limits.
 
 A file may be a stranger's, or what a broken disk left. Within the limits nothing that is read can
 fill the memory, exhaust the stack of whoever walks over it, or overflow where a number becomes a
@@ -38,7 +37,7 @@ _Loader = getattr(
 
 
 class Unreadable(ValueError):
-    """A file that is not what it should be, in the user's words."""
+    """A file is not what it should be; the message is for the user."""
 
 
 def contents(path: Path | str, most: int = JSON_BYTES, follow: bool = True) -> bytes:
@@ -72,12 +71,12 @@ def contents(path: Path | str, most: int = JSON_BYTES, follow: bool = True) -> b
 
 
 def json_file(path: Path | str, most: int = JSON_BYTES, follow: bool = True) -> Any:
-    """The value of a JSON file. Raises Unreadable or OSError."""
+    """Returns the value of a JSON file. Raises Unreadable or OSError."""
     return json_value(contents(path, most, follow), str(path))
 
 
 def json_object(path: Path | str, most: int = JSON_BYTES, follow: bool = True) -> dict[str, Any]:
-    """The object of a JSON file. Raises Unreadable (it is another value, too) or OSError."""
+    """Returns the object of a JSON file. Raises Unreadable (also for another value) or OSError."""
     value = json_file(path, most, follow)
     if not isinstance(value, dict):
         raise Unreadable(f"{path} holds no JSON object but {type(value).__name__}")
@@ -85,7 +84,7 @@ def json_object(path: Path | str, most: int = JSON_BYTES, follow: bool = True) -
 
 
 def json_value(text: bytes | str, name: str) -> Any:
-    """The value of a JSON text; `name` is how messages call where it comes from.
+    """Returns the value of a JSON text; `name` is its source, for messages.
 
     Raises Unreadable where it is no JSON, is too deep or has a number that nothing here can be.
     """
@@ -102,12 +101,12 @@ def json_value(text: bytes | str, name: str) -> Any:
 
 
 def yaml_file(path: Path | str, follow: bool = True) -> Any:
-    """The value of a YAML file, as `yaml.safe_load` gives it. Raises Unreadable or OSError."""
+    """Returns the value of a YAML file as `yaml.safe_load` does. Raises Unreadable or OSError."""
     return yaml_value(contents(path, YAML_BYTES, follow), str(path))
 
 
 def yaml_value(text: bytes | str, name: str) -> Any:
-    """The value of a YAML text; `name` is how messages call where it comes from.
+    """Returns the value of a YAML text; `name` is its source, for messages.
 
     Raises Unreadable where it is no YAML, is too deep, or has aliases that unfold to more than
     VALUES values.
@@ -121,8 +120,7 @@ def yaml_value(text: bytes | str, name: str) -> Any:
 
 
 def vet_yaml(path: Path | str) -> None:
-    """Raise Unreadable for a YAML file that `yaml_file` would not read because of its grammar,
-    depth or aliases.
+    """Raises Unreadable for a YAML file that `yaml_file` would refuse for its form.
 
     It builds no values, which takes a tenth of the time: for files that another library reads.
     """
@@ -132,7 +130,7 @@ def vet_yaml(path: Path | str) -> None:
 
 @contextmanager
 def _in_words(name: str) -> Iterator[None]:
-    """Make an Unreadable of whatever the YAML library raises."""
+    """Turns the errors of the YAML library into Unreadable."""
     try:
         yield
     except Unreadable:
@@ -165,7 +163,7 @@ def lines(source: BinaryIO, most: int = LINE_BYTES) -> Iterator[tuple[bytes, int
 
 
 def _unfold(text: str, name: str) -> None:
-    """Count the values and the depth of a YAML text without building any of them."""
+    """Counts the values and the depth of a YAML text without building any of them."""
     open_at: list[tuple[str | None, int]] = []  # anchor, and values counted before it
     sizes: dict[str, int] = {}
     depths: dict[str, int] = {}
@@ -227,8 +225,7 @@ def _short(text: str) -> str:
 
 
 def _walk(value: Any, name: str) -> None:
-    """Raise Unreadable where the value is too deep or a number too large; not by recursion, which
-    is the matter."""
+    """Raises Unreadable for a value that is too deep or a number that is too large."""
     level = [value]
     for _ in range(DEPTH + 1):
         below: list[Any] = []

@@ -1,5 +1,4 @@
-"""A lock between processes: the operating system's, or a folder where its file system has no
-locks."""
+"""A lock between processes, by the system or by a folder where there are no file locks."""
 
 import errno
 import fcntl
@@ -28,8 +27,7 @@ LOOK_S = 0.2
 
 
 def flocked(handle: int, kind: int) -> bool | None:
-    """Take the operating system's lock without waiting: whether that worked; None where the file
-    system has no locks."""
+    """Takes the system's lock without waiting; returns None where the file system has none."""
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -43,8 +41,7 @@ def flocked(handle: int, kind: int) -> bool | None:
 
 @contextmanager
 def exclusive(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock at a path, which is free again when its holder dies; `waiting` is called once
-    where one has to wait."""
+    """Holds the lock at a path; `waiting` is called once where another process has it."""
     with open(path, "a") as file:
         taken = flocked(file.fileno(), fcntl.LOCK_EX)
         if taken is False:
@@ -60,7 +57,7 @@ def exclusive(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
 
 @cache
 def say_lacking(folder: str) -> None:
-    """One line, once in a process."""
+    """Warns once in a process that the file system has no locks."""
     LOG.warning(
         "%s has no file locks: a folder stands for each, given up %g s after its holder was killed",
         folder,
@@ -72,8 +69,7 @@ def say_lacking(folder: str) -> None:
 def held(
     folder: Path, waiting: Callable[[], None], patience_s: float = float("inf")
 ) -> Iterator[None]:
-    """The same by a folder that only one process can make, and that its holder touches as long as
-    it lives.
+    """Holds a lock by a folder that only one process can make and that its holder touches.
 
     Raises TimeoutError where a living holder has it for longer than `patience_s`.
     """
@@ -142,7 +138,7 @@ def _owner(folder: Path) -> str:
 
 
 def _dead(folder: Path) -> bool:
-    """Says whether the holder is known to be gone: a process of this machine that is no more."""
+    """Tells whether the holder was a process of this machine that has ended."""
     try:
         process, _, machine = (folder / "owner").read_text().partition(" on ")
         if machine != platform.node():
@@ -156,7 +152,7 @@ def _dead(folder: Path) -> bool:
 
 
 def _take_away(folder: Path) -> None:
-    """Remove what a dead holder left; by a rename, so that of several who see it one alone does."""
+    """Removes the folder of a dead holder, by a rename that only one process wins."""
     aside = folder.with_name(f"{folder.name}-{os.getpid()}-{threading.get_ident()}")
     try:
         folder.rename(aside)

@@ -1,5 +1,4 @@
-"""Files of a run directory, opened without following symbolic links: a link that somebody put there
-turns no write elsewhere.
+"""Opens files of a run directory without following symbolic links inside it.
 
 The directory itself may be reached through links, for its path is the user's own; what lies below
 it is opened component by component from a handle of the directory. New content is written beside,
@@ -20,8 +19,7 @@ FREE = ("wandb", ".launch")  # W&B links to its newest run; what a launch needs 
 
 @contextmanager
 def _folder(root: Path, names: list[str], make: bool) -> Iterator[int]:
-    """A handle of the folder root/names..., none of which is a link; made where it is missing, if
-    asked for."""
+    """Returns a handle of the folder root/names..., none of which may be a link."""
     handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     here = root
     try:
@@ -56,7 +54,7 @@ def _is_link(name: str, folder: int) -> bool:
 
 
 def open_inside(root: Path, name: str, flags: int, mode: int = 0o644) -> int:
-    """A handle of the ordinary file root/name; `name` may lie in folders below.
+    """Returns a handle of the ordinary file root/name; `name` may lie in folders below.
 
     Raises:
         OSError: it is a link or lies behind one, it is no ordinary file, or whatever the system has
@@ -72,15 +70,13 @@ def open_inside(root: Path, name: str, flags: int, mode: int = 0o644) -> int:
 
 
 def make_inside(root: Path, name: str) -> Path:
-    """The folder root/name, made with its parents where it is missing. Raises OSError where one of
-    them is a link."""
+    """Makes the folder root/name with its parents. Raises OSError where one is a link."""
     with _folder(root, list(Path(name).parts), make=True):
         return root / name
 
 
 def replace_inside(root: Path, name: str, content: str | bytes, mode: int = 0o644) -> Path:
-    """Make `content` that of the file root/name by one rename: a kill leaves the old or the new. A
-    link there is replaced."""
+    """Writes the file root/name by one rename, so that a kill leaves the old or the new."""
     *names, last = Path(name).parts
     beside = f".{last}.{secrets.token_hex(8)}"
     raw = content.encode("utf-8") if isinstance(content, str) else content
@@ -101,14 +97,13 @@ def replace_inside(root: Path, name: str, content: str | bytes, mode: int = 0o64
 
 
 def read_inside(root: Path, name: str) -> bytes:
-    """The bytes of the ordinary file root/name; raises OSError as `open_inside` does."""
+    """Returns the bytes of the ordinary file root/name; raises OSError as `open_inside` does."""
     with open(open_inside(root, name, os.O_RDONLY), "rb") as file:
         return file.read()
 
 
 def links_inside(root: Path) -> list[Path]:
-    """Every symbolic link below a directory, but for those that W&B makes for itself and what a
-    launch clears away."""
+    """Returns every symbolic link below a directory, except those of W&B and of a launch."""
     links: list[Path] = []
     waiting = [root]
     while waiting:

@@ -49,8 +49,8 @@ class SkipStepGuard:
 
     Args:
         optim: `skip_above`: a gradient norm above this many times the median of the last WINDOW
-            finite ones is skipped, once there are LEAST of them; 0 = never. `max_skipped`: steps skipped
-            in a row that end the run.
+            finite ones is skipped, once there are LEAST of them; 0 = never. `max_skipped`: number
+            of steps skipped in a row that ends the run.
 
     A norm that was skipped for its size enters the window too: where gradients have grown for good,
     the median follows. One that is not finite never does. Cf. OLMo-core's SkipStepOptimizer, which

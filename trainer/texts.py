@@ -1,4 +1,4 @@
-"""Texts of the command line: where a setting is a text, what was typed stays what was typed.
+"""Texts of the command line: a setting that is a text keeps exactly what was typed.
 
 Hydra's grammar reads 2024_11_27 as a number, 1e3 as 1000.0, and stops at a comma, a colon or an
 umlaut. So values of keys
@@ -52,8 +52,7 @@ class Texts:
         self.texts: list[str] = []
 
     def spelled(self, key: str, raw: str) -> str:
-        """What Hydra is to read in the place of a typed value; the value itself where its grammar
-        is meant."""
+        """Returns the value that Hydra is to read in place of a typed one."""
         kind = self._kind(key)
         if kind == TEXTS and raw.startswith("[") and raw.endswith("]"):
             return f"[{','.join(self._mark(unquoted(part)) for part in split(raw[1:-1]))}]"
@@ -64,8 +63,7 @@ class Texts:
         return self._mark(unquoted(raw))
 
     def swept(self, key: str, raw: str) -> str | None:
-        """The same for a sweep, where a comma parts values; None where nobody can say what is one
-        text."""
+        """Returns the same for a sweep, where a comma parts values; None where it is ambiguous."""
         if key.startswith("hydra."):
             return raw if is_readable(raw) else quoted(raw)
         if self._kind(key) != TEXT or CALL.fullmatch(raw):
@@ -80,7 +78,7 @@ class Texts:
         )
 
     def may_be_one(self, key: str) -> bool:
-        """Whether a text is among the values that a key takes, or nobody says what it takes."""
+        """Tells whether a text is among the values that a key takes, or may be."""
         try:
             annotation = self._annotation(key.split("."))
         except (UserError, TypeError, ValueError, ImportError, AttributeError):
@@ -88,7 +86,7 @@ class Texts:
         return annotation in (None, Any, inspect.Parameter.empty) or str in leaves(annotation)
 
     def restored(self, value: Any) -> Any:
-        """A composed tree, or a message, with the texts in the places of their marks."""
+        """Returns a composed tree, or a message, with the texts in place of their marks."""
         if isinstance(value, dict):
             return {key: self.restored(inner) for key, inner in value.items()}
         if isinstance(value, list):
@@ -102,7 +100,7 @@ class Texts:
         return f"'LONGSPAN-TEXT-{len(self.texts) - 1}-END'"
 
     def _kind(self, key: str) -> str | None:
-        """Whether a key is a text, or a list of texts."""
+        """Returns whether a key is a text or a list of texts."""
         if key.endswith(f".{TARGET}"):
             return TEXT
         try:
@@ -111,7 +109,7 @@ class Texts:
             return None
 
     def _annotation(self, path: Sequence[str]) -> Any:
-        """The annotation of a key; None where it has none."""
+        """Returns the annotation of a key; None where it has none."""
         part: Any = Config
         for place, name in enumerate(path):
             known = {info.alias or key: info for key, info in part.model_fields.items()}
@@ -133,7 +131,7 @@ class Texts:
         return None
 
     def _of_node(self, path: Sequence[str]) -> Any:
-        """The annotation of a setting of the innermost node on the way to it."""
+        """Returns the annotation of a setting of the innermost node on the way to it."""
         for cut in range(len(path) - 1, 0, -1):
             target = self._target(path[:cut])
             if target is not None:
@@ -145,8 +143,7 @@ class Texts:
         return None
 
     def _target(self, path: Sequence[str]) -> str | None:
-        """The class that the node in a place names: on the command line, else in the groups that
-        were chosen."""
+        """Returns the class that the node in a place names, given or in the chosen groups."""
         key = ".".join([*path, TARGET])
         if key in self.given:
             return unquoted(self.given[key])
@@ -158,8 +155,7 @@ class Texts:
 
 
 def kind_of(annotation: Any) -> str | None:
-    """TEXT for what takes texts and no numbers, TEXTS for a list of such, None for anything
-    else."""
+    """Returns TEXT for an annotation of texts, TEXTS for a list of them, else None."""
     plain = [kind for kind in leaves(annotation) if kind is not type(None)]
     if not plain:
         return None
@@ -176,8 +172,7 @@ def kind_of(annotation: Any) -> str | None:
 
 
 def leaves(annotation: Any) -> list[Any]:
-    """The kinds of value that an annotation allows; of a literal the kinds of its values, of a dict
-    those of its values."""
+    """Returns the kinds of value that an annotation allows."""
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
         return [leaf for part in get_args(annotation) for leaf in leaves(part)]
@@ -191,7 +186,7 @@ def leaves(annotation: Any) -> list[Any]:
 
 
 def is_readable(raw: str) -> bool:
-    """Whether Hydra's grammar can read a value."""
+    """Tells whether Hydra's grammar can read a value."""
     try:
         OverridesParser.create().parse_override(f"key={raw}")
     except HydraException:
@@ -200,8 +195,7 @@ def is_readable(raw: str) -> bool:
 
 
 def _reads_as_itself(raw: str) -> bool:
-    """Whether Hydra's grammar reads in a value, without its quotes if it has some, what was
-    typed."""
+    """Tells whether Hydra's grammar reads a value, without its quotes, as it was typed."""
     try:
         return OverridesParser.create().parse_override(f"key={raw}").value() == unquoted(raw)
     except HydraException:
@@ -209,7 +203,7 @@ def _reads_as_itself(raw: str) -> bool:
 
 
 def unquoted(raw: str) -> str:
-    """What was typed, without quotes where it stands in quotes as a whole."""
+    """Returns a value without the quotes that enclose it as a whole."""
     if len(raw) < 2 or raw[0] not in "'\"" or raw[-1] != raw[0]:
         return raw
     try:
@@ -220,19 +214,18 @@ def unquoted(raw: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text as Hydra's grammar reads it, whatever it holds: to be copied, or handed on."""
+    """Returns a text as Hydra's grammar reads it, whatever it holds."""
     doubled = re.sub(r"\\+(?='|$)", lambda match: match[0] * 2, text)
     return "'" + doubled.replace("'", "\\'") + "'"
 
 
 def for_shell(text: str) -> str:
-    """A word to be copied into a shell; in double quotes where these protect it, for they are
-    easier to read."""
+    """Returns a word to be copied into a shell, in double quotes where they protect it."""
     return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
 
 
 def split(raw: str) -> list[str]:
-    """The parts between commas that stand outside quotes and brackets; none of an empty text."""
+    """Returns the parts between commas that stand outside quotes and brackets."""
     parts = [""]
     depth = 0
     quote = ""

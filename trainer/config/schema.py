@@ -1,4 +1,4 @@
-"""The knobs of a run: every key, its type, its range and its choices, in one frozen model.
+"""Schema of a run: every setting with its type, range and choices, in one frozen model.
 
 A *node* is a part of the config that names a class by `_target_`. Its own keys are the arguments of
 that class's constructor, so a node accepts any key here and `trainer/config/instantiate.py` binds
@@ -31,14 +31,13 @@ WORD = r"^[A-Za-z0-9][A-Za-z0-9._=,+-]*$"
 
 
 class ConfigGroup(BaseModel):
-    """A group of knobs: frozen, and an unknown key is an error."""
+    """A group of settings: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class ComponentConfig(ConfigGroup):
-    """A class named by `_target_`, with settings of its own that its constructor's signature
-    judges."""
+    """A class named by `_target_`, with settings that its constructor's signature checks."""
 
     model_config = ConfigDict(extra="allow", populate_by_name=True, serialize_by_alias=True)
 
@@ -89,7 +88,7 @@ class ModelConfig(ComponentConfig):
 
 
 class MemoryConfig(ComponentConfig):
-    """What is carried from one row of a lane to the next."""
+    """State carried from one row of a lane to the next."""
 
     target: str = Field(
         "models.memory.base.Memory",
@@ -102,7 +101,7 @@ class MemoryConfig(ComponentConfig):
 
     @property
     def carries(self) -> bool:
-        """Whether rows are read in lanes, each of which goes on from step to step."""
+        """Tells whether rows are read in lanes, each of which goes on from step to step."""
         return self.name != "none"
 
 
@@ -111,7 +110,7 @@ class DataConfig(ComponentConfig):
 
 
 class Objective(ComponentConfig):
-    """What a model reads of a row and has to say at each of its tokens."""
+    """The inputs that a model reads of a row and the targets that it predicts."""
 
     target: str = Field(
         default="trainer.objectives.next_token.NextToken",
@@ -122,7 +121,7 @@ class Objective(ComponentConfig):
 
 
 class OptimConfig(ComponentConfig):
-    """What turns a gradient into a step."""
+    """The optimiser, and the limits of its gradient."""
 
     target: str = Field(
         default="trainer.optim.adamw.AdamW",
@@ -172,7 +171,7 @@ class ScheduleConfig(ComponentConfig):
 
 
 class ParallelConfig(ConfigGroup):
-    """How a run is spread; ranks = context x data."""
+    """Sharing of sequences and data among ranks; ranks = context x data."""
 
     context: Ranks = Field(default=1, description="ranks that share one sequence")
     data: Ranks = Field(default=1, description="groups that read different rows")
@@ -240,7 +239,7 @@ class EngineConfig(ComponentConfig):
 
 
 class LaunchConfig(ConfigGroup):
-    """How ranks are started."""
+    """The way in which ranks are started."""
 
     name: Literal["local", "multinode", "slurm"] = Field(
         default="local", description="where ranks are started"
@@ -344,7 +343,7 @@ class WandbConfig(ConfigGroup):
 
 
 class CheckpointConfig(ConfigGroup):
-    """When the state is saved."""
+    """The times at which the state is saved."""
 
     every: Natural = Field(description="steps between two; 0 = never, not at the end either")
     keep: Count = Field(default=2, description="newest ones kept")

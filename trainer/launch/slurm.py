@@ -175,7 +175,8 @@ step='' warned=''
 trap 'warned={again}; [ -z "$step" ] || kill -TERM "$step"' USR1  # time is nearly up
 trap '[ -z "$step" ] || kill -TERM "$step"' TERM  # preempted or cancelled
 # a task that is done leaves the others {wish.grace_s} s to save
-srun --nodes={wish.nodes} --ntasks={wish.nodes} --cpus-per-task={each} --kill-on-bad-exit=0 --wait={wish.grace_s} \\
+srun --nodes={wish.nodes} --ntasks={wish.nodes} --cpus-per-task={each} \\
+    --kill-on-bad-exit=0 --wait={wish.grace_s} \\
     bash -c {shlex.quote(start)} task "$first:$((20000 + SLURM_JOB_ID % 20000))" \\
     {shlex.join(settings)} &
 step=$!
