@@ -26,26 +26,33 @@ def table(
 
     A cell is `mean (least to most)`, or the figure alone of a single seed.
     """
-    named: dict[str, list[TrialResult]] = {}
-    for each in learned:
-        named.setdefault(each.name, []).append(each)
+    results_by_name: dict[str, list[TrialResult]] = {}
+    for result in learned:
+        results_by_name.setdefault(result.name, []).append(result)
     rows = [[head, *columns, "seeds"]]
-    for name, every in named.items():
-        fine = [each for each in every if each.fault is None]
-        failed = f" ({len(every) - len(fine)} failed)" if len(fine) < len(every) else ""
-        cells = [_cell([figure(each) for each in fine], digits) for figure in columns.values()]
-        rows.append([name, *cells, f"{len(fine)}{failed}"])
+    for name, results in results_by_name.items():
+        succeeded = [result for result in results if result.fault is None]
+        failed = len(results) - len(succeeded)
+        cells = []
+        for figure in columns.values():
+            cells.append(_cell([figure(result) for result in succeeded], digits))
+        seeds = f"{len(succeeded)} ({failed} failed)" if failed else f"{len(succeeded)}"
+        rows.append([name, *cells, seeds])
     return markdown(rows)
 
 
-def _cell(found: Sequence[float | str], digits: int) -> str:
-    words = [each for each in found if isinstance(each, str)]
-    values = [each for each in found if not isinstance(each, str) and not math.isnan(each)]
-    if words or not values:
-        return words[0] if words else "-"
+def _cell(figures: Sequence[float | str], digits: int) -> str:
+    """Formats the figures of all seeds: words as they are, numbers as a mean and a range."""
+    values = []
+    for figure in figures:
+        # Words are the same for all seeds.
+        if isinstance(figure, str):
+            return figure
+        if not math.isnan(figure):
+            values.append(figure)
+    if not values:
+        return "-"
     mean = f"{sum(values) / len(values):.{digits}f}"
-    return (
-        mean
-        if len(values) == 1
-        else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-    )
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"

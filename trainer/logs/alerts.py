@@ -36,18 +36,23 @@ class Alerts:
     def step(self, row: MetricsRow) -> None:
         """Checks a logged step: was it skipped, or is its gradient norm a spike?"""
         norm = row.grad_norm
-        finite = norm is not None and math.isfinite(norm)
-        usual = median(self.norms) if len(self.norms) >= LEAST else math.inf
-        leaps = finite and norm > self.limit * usual
-        if finite:
+        is_spike = False
+        usual = math.inf
+        if len(self.norms) >= LEAST:
+            usual = median(self.norms)
+        if norm is not None and math.isfinite(norm):
+            is_spike = norm > self.limit * usual
+            # Appended after the comparison: a spike must not raise its own limit.
             self.norms.append(norm)
-        if leaps:
+        if is_spike:
             self._tell(
                 "spike",
                 "gradient spike",
                 f"step {row.step}: gradient norm {norm:.4g}, usual {usual:.4g}",
             )
-        if row.skipped is not None and not (leaps and "spike" in self.wanted):
+        # A skipped spike is one event, and one message.
+        already_sent = is_spike and "spike" in self.wanted
+        if row.skipped is not None and not already_sent:
             self._tell(
                 "skipped", "step skipped", f"step {row.step} was skipped: {row.skipped['why']}"
             )

@@ -1,5 +1,7 @@
-"""Under what W&B shows a run: the config's words first, then W&B's own variables, then ours; judged
-before a run starts."""
+"""Labels of a run in W&B: from the config, then W&B's own variables, then defaults.
+
+They are checked before a run starts.
+"""
 
 import os
 import re
@@ -27,9 +29,15 @@ FOLDER = "WANDB_DIR"
 
 @dataclass(frozen=True)
 class Labels:
-    """Under what W&B shows a run, and where it writes.
+    """Labels of a run in W&B, and the folder that W&B writes to.
 
     Attributes:
+        project: of the run.
+        name: of the run.
+        entity: user or team; None = the key's own.
+        group: of runs, as of a sweep.
+        tags: of the run.
+        notes: of the run.
         identity: that the config gives the run; None = the run directory's own, or a new one.
         folder: W&B makes its folder wandb/ in it; None = the run directory.
     """
@@ -45,13 +53,12 @@ class Labels:
 
 
 def variable(setting: str) -> str | None:
-    """The value of W&B's own variable for a setting, where there is one; an empty one says
-    nothing."""
+    """Returns W&B's own environment variable for a setting; None when unset or empty."""
     return os.environ.get(VARIABLES[setting]) or None
 
 
 def labels(config: Config) -> Labels:
-    """The labels of a run."""
+    """Returns the labels of a run."""
     wish = config.wandb
     folder = os.environ.get(FOLDER)
     return Labels(
