@@ -26,7 +26,9 @@ class Causal(Mask):
         return distance(query, key) >= 0
 
     def coverage(self, query: Bounds, key: Bounds) -> int:
-        return coverage_of(query.pos_high < key.pos_low, query.pos_low >= key.pos_high)
+        all_later = query.pos_high < key.pos_low
+        all_earlier = query.pos_low >= key.pos_high
+        return coverage_of(all_later, all_earlier)
 
     def band(self, query: Bounds, key: Bounds) -> Band | None:
         return 0, FAR
@@ -40,7 +42,8 @@ class SameDocument(Mask):
     """Shows tokens of the query's own document."""
 
     def dense(self, query: Span, key: Span, heads: Tensor | None = None) -> Tensor:
-        return (query.doc[:, :, None] == key.doc[:, None, :])[:, None]
+        same_document = query.doc[:, :, None] == key.doc[:, None, :]
+        return same_document[:, None]
 
     def coverage(self, query: Bounds, key: Bounds) -> int:
         disjoint = query.doc_high < key.doc_low or key.doc_high < query.doc_low
@@ -80,6 +83,7 @@ class SlidingWindow(Mask):
         return -FAR, self.window - 1
 
     def causal_from(self) -> int:
+        # a window limits the past only; later tokens are hidden by Causal
         return FAR
 
 

@@ -86,6 +86,7 @@ class GlobalKey(GlobalTokens):
     def causal_from(self) -> int:
         if self.every:
             return FAR
+        # the very first token is never later than its query
         return self.first if self.first > 1 else 0
 
 

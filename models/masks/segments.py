@@ -90,6 +90,7 @@ class SegmentRecurrence(Mask):
         return band_of(self.coverage(query, key))
 
     def causal_from(self) -> int:
+        # live keys of the query's segment may be later than the query
         return FAR if self.size > 1 else 0
 
 
@@ -122,4 +123,5 @@ class PreviousTokens(Mask):
         return band_of(self.coverage(query, key))
 
     def causal_from(self) -> int:
+        # a segment begins at or before its queries, so these tokens are all earlier
         return 0

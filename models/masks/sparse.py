@@ -111,6 +111,7 @@ class NeighborBlocks(Mask):
         return None
 
     def causal_from(self) -> int:
+        # with one block of one token a query sees only itself
         return FAR if self.window or self.block > 1 else 0
 
 
