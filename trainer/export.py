@@ -88,8 +88,8 @@ def reopen(folder: Path, trust: bool = False) -> nn.Module:
             whoever wrote them.
 
     Raises:
-        UserError: a class that is not Longspan's, without trust; the folder holds no exported model, or
-            one that does not fit its own config.
+        UserError: a class that is not Longspan's, without trust; the folder holds no exported
+            model, or one that does not fit its own config.
     """
     try:
         about = json_object(folder / CONFIG)

@@ -1,11 +1,11 @@
 """Proves on a tiny twin that layers which are not ours mix tokens through primitives alone.
 
-What parallel/ spreads are the primitives of models/primitives/: a layer that mixes tokens in any other
-way would see, on every rank, its own part of the row only, and would train on without a word. The
-proof needs no ranks: the twin runs once and what its primitives say is written down; it runs again
-with some tokens changed and its primitives say the same as before. Nothing but the changed tokens
-themselves may move then. In the same way, with primitives at work, no token before a changed one
-and none of another document may move.
+parallel/ shares the primitives of models/primitives/. A layer that mixes tokens in any other way
+would see its own part of the row only, on every rank, and would train on without a message. The
+proof needs no ranks: the twin runs once while the outputs of its primitives are recorded, and again
+with some tokens changed while its primitives return the recorded outputs. Only the changed tokens
+may move then. In the same way, with primitives at work, no token before a changed one and none of
+another document may move.
 """
 
 from collections.abc import Iterator, Mapping
