@@ -1,5 +1,7 @@
-"""The tokens of one optimiser step with their addresses. Legend: R rows of all ranks, T context
-length."""
+"""Tokens of one optimizer step with their addresses.
+
+Letters: R rows of all ranks, T context length.
+"""
 
 from typing import NamedTuple
 
@@ -11,13 +13,16 @@ from models.span import GIVEN, TEXT, Span
 
 
 class Batch(NamedTuple):
-    """All rows of one step, on the CPU, the same on every rank; a row reads T + 1 tokens and
-    predicts T.
+    """All rows of one step, on the CPU, the same on every rank.
 
-    Attributes: tokens: [R, T+1] int64; 0 where there is none. doc: [R, T+1] int64, number of the
-        document within its row; -1 = padding. pos: [R, T+1] int64, place in the document. role: [R,
-        T+1] int64, a role of models.span; GIVEN = nobody predicts this token. aims: [R, T+1] int64,
-        what is to be said at each token, IGNORE where nothing; None = the next token.
+    A row holds T + 1 tokens, of which the model reads the first T.
+
+    Attributes:
+        tokens: [R, T+1] int64; 0 for padding.
+        doc: [R, T+1] int64, number of the document within its row; -1 = padding.
+        pos: [R, T+1] int64, position in the document.
+        role: [R, T+1] int64, a role of models.span; GIVEN = the token is not a target.
+        aims: [R, T+1] int64, the target at each token, IGNORE for none; None = the next token.
     """
 
     tokens: Tensor
@@ -27,54 +32,59 @@ class Batch(NamedTuple):
     aims: Tensor | None = None
 
     def inputs(self) -> Tensor:
-        """[R, T] int64, what the model reads."""
+        """Returns the tokens that the model reads, [R, T] int64."""
         return self.tokens[:, :-1]
 
     def span(self) -> Span:
-        """[R, T] addresses of the inputs; to a model, a token that is given is text like any
-        other."""
+        """Returns the addresses of the inputs, [R, T]."""
         role = self.role[:, :-1]
-        return Span(
-            pos=self.pos[:, :-1], doc=self.doc[:, :-1], role=torch.where(role == GIVEN, TEXT, role)
-        )
+        # GIVEN only matters for targets; to a model such a token is ordinary text.
+        model_role = torch.where(role == GIVEN, TEXT, role)
+        return Span(pos=self.pos[:, :-1], doc=self.doc[:, :-1], role=model_role)
 
     def targets(self) -> Tensor:
-        """[R, T] int64: the aim, or the next token of the same document unless it is given; IGNORE
-        where there is none."""
+        """Returns the target at each input, [R, T] int64; IGNORE where there is none.
+
+        It is the aim, or else the next token of the same document unless that is GIVEN.
+        """
         if self.aims is not None:
             return self.aims[:, :-1]
-        here = self.doc[:, :-1]
-        there = self.doc[:, 1:]
-        wanted = (there == here) & (here >= 0) & (self.role[:, 1:] != GIVEN)
-        return torch.where(wanted, self.tokens[:, 1:], IGNORE)
+        doc = self.doc[:, :-1]
+        next_doc = self.doc[:, 1:]
+        next_is_given = self.role[:, 1:] == GIVEN
+        has_target = (next_doc == doc) & (doc >= 0) & ~next_is_given
+        return torch.where(has_target, self.tokens[:, 1:], IGNORE)
 
     def predictions(self) -> int:
-        """How many tokens are predicted: the step's global count of valid targets."""
+        """Counts the valid targets of the whole step."""
         return int((self.targets() != IGNORE).sum())
 
     def numbered(self) -> "Batch":
-        """The same rows, no two documents of which have one number: so every token of the step has
-        an address of its own."""
-        counts = (
-            self.doc.amax(1, keepdim=True) + 1
-        )  # PADDING is -1: a row of nothing else counts none
-        return self._replace(
-            doc=torch.where(self.doc < 0, self.doc, self.doc + counts.cumsum(0) - counts)
-        )
+        """Renumbers the documents so that no two rows share a number.
+
+        Every token of the step then has an address of its own, whatever rank reads its row.
+        """
+        # PADDING is -1, so a row of padding alone counts no document.
+        counts = self.doc.amax(1, keepdim=True) + 1
+        first_numbers = counts.cumsum(0) - counts
+        doc = torch.where(self.doc < 0, self.doc, self.doc + first_numbers)
+        return self._replace(doc=doc)
 
     def part(self, first: int, last: int) -> "Batch":
-        """Rows first .. last - 1, filled up with rows of padding where the batch has fewer."""
+        """Returns rows first .. last - 1, with rows of padding where the batch has fewer."""
         missing = last - first - len(self.tokens[first:last])
 
-        def filled(t: Tensor, fill: int) -> Tensor:
-            part = t[first:last]
-            return (
-                part
-                if missing <= 0
-                else torch.cat([part, part.new_full((missing, part.shape[1]), fill)])
-            )
+        def rows(columns: Tensor, fill: int) -> Tensor:
+            selected = columns[first:last]
+            if missing <= 0:
+                return selected
+            padding = selected.new_full((missing, selected.shape[1]), fill)
+            return torch.cat([selected, padding])
 
-        aims = None if self.aims is None else filled(self.aims, IGNORE)
         return Batch(
-            *map(filled, (self.tokens, self.doc, self.pos, self.role), (0, -1, 0, 0)), aims=aims
+            tokens=rows(self.tokens, 0),
+            doc=rows(self.doc, -1),
+            pos=rows(self.pos, 0),
+            role=rows(self.role, 0),
+            aims=None if self.aims is None else rows(self.aims, IGNORE),
         )

@@ -1,11 +1,11 @@
-"""Which rows of a batch a rank computes, and which of their tokens: the only place where a batch is
-cut.
+"""The rows and tokens of a batch that one rank computes; nothing else cuts a batch.
 
-Rows go to data ranks in stretches, tokens to context ranks by the layout. Every rank does the same
-number of micro-batches of the same size; where rows do not divide, rows of padding fill up.
+Rows go to data ranks in contiguous blocks, tokens to context ranks by the layout. Every rank
+computes the same number of micro-batches of the same size; rows of padding fill up where the rows
+do not divide evenly.
 
-Letters: R rows of the step, T context length, m rows of a micro-batch, c tokens of a row that this
-rank holds.
+Letters: R rows of the step, T context length, m rows of a micro-batch, c tokens of a row on this
+rank.
 """
 
 from collections.abc import Iterator
@@ -21,14 +21,12 @@ from parallel.mesh import Mesh
 from parallel.sharding import shard_span
 from trainer.data.batch import Batch
 
-AUTO_TOKENS = {
-    "cpu": 8192,
-    "cuda": 32768,
-}  # tokens that a rank computes at once under parallel.micro_batch=auto
+# Tokens that a rank computes at once under parallel.micro_batch=auto.
+AUTO_TOKENS = {"cpu": 8192, "cuda": 32768}
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch as this rank sees it: tokens, addresses and targets, all [m, c]."""
+    """Tokens, addresses and targets of a micro-batch on this rank, all [m, c]."""
 
     tokens: Tensor
     span: Span
@@ -44,8 +42,12 @@ class BatchSharder:
         context_length: T.
         micro_batch: rows that a rank computes at once, or "auto": as many as AUTO_TOKENS allows.
         policy: name of the layout.
-        prefix: first tokens of each document that the model sees at once (a prefix-LM): they are
-            nobody's targets.
+        prefix: number of first tokens of each document that the model sees at once (a prefix-LM);
+            they are never targets.
+
+    Attributes:
+        each: rows of a data rank in a step, padding included.
+        pieces: number of micro-batches in a step.
     """
 
     def __init__(
@@ -61,50 +63,59 @@ class BatchSharder:
         self.mesh = mesh
         self.policy = policy
         self.prefix = prefix
+        # Negated floor division rounds up.
         self.each = -(-rows // mesh.data.size)
-        held = -(-context_length // mesh.context.size)
-        fits = max(1, AUTO_TOKENS.get(mesh.device.type, AUTO_TOKENS["cuda"]) // held)
-        self.micro_batch = min(self.each, fits if micro_batch == "auto" else int(micro_batch))
+        tokens_per_rank = -(-context_length // mesh.context.size)
+        if micro_batch == "auto":
+            limit = AUTO_TOKENS.get(mesh.device.type, AUTO_TOKENS["cuda"])
+            wanted_rows = max(1, limit // tokens_per_rank)
+        else:
+            wanted_rows = int(micro_batch)
+        self.micro_batch = min(self.each, wanted_rows)
         self.pieces = -(-self.each // self.micro_batch)
 
     def __call__(self, batch: Batch) -> Iterator[tuple[MicroBatch, bool]]:
-        """This rank's micro-batches, and whether each is the last."""
+        """Yields this rank's micro-batches, each with True if it is the last of the step."""
         first = self.mesh.data.rank * self.each
-        mine = batch.numbered().part(first, first + self.each)
+        # Numbered over the whole batch before the cut: an address then means the same token on
+        # every rank.
+        own_rows = batch.numbered().part(first, first + self.each)
         for number in range(self.pieces):
             start = number * self.micro_batch
-            yield self.piece(mine.part(start, start + self.micro_batch)), number == self.pieces - 1
+            rows = own_rows.part(start, start + self.micro_batch)
+            yield self.piece(rows), number == self.pieces - 1
 
     def targets(self, batch: Batch) -> Tensor:
-        """[R, T] int64: the batch's targets, IGNORE also where the next token is in plain sight."""
-        if batch.aims is not None:  # what is to be said is no token of the row
+        """Returns the batch's targets, [R, T] int64, without tokens that the model sees already."""
+        # An aim is no token of the row, so seeing the row does not reveal it.
+        if batch.aims is not None:
             return batch.targets()
-        seen = (batch.pos[:, 1:] < self.prefix) | (batch.role[:, 1:] == PREFIX)
-        return torch.where(seen, IGNORE, batch.targets())
+        next_is_visible = (batch.pos[:, 1:] < self.prefix) | (batch.role[:, 1:] == PREFIX)
+        return torch.where(next_is_visible, IGNORE, batch.targets())
 
     def valid(self, batch: Batch) -> int:
-        """How many tokens of a whole batch are predicted, over all ranks."""
+        """Counts the targets of a whole batch, over all ranks."""
         return int((self.targets(batch) != IGNORE).sum())
 
     def piece(self, batch: Batch) -> MicroBatch:
-        """All rows of a batch, cut over the context ranks."""
+        """Returns this rank's tokens of all rows of a batch, on its device."""
         device = self.mesh.device
-        span = batch.span()
         tokens = batch.inputs().to(device)
         targets = self.targets(batch).to(device)
-        span = span.map(lambda t: t.to(device))
+        span = batch.span().map(lambda tensor: tensor.to(device))
         if self.mesh.context.size == 1:
             return MicroBatch(tokens, span, targets)
-        rows = layouts(
+        # Layouts are computed from the CPU's copy, because every rank plans for all of them and a
+        # device would have to be waited for.
+        rank_layouts = layouts(
             self.policy, batch.span(), self.mesh.context.size, heads=self.mesh.ulysses.size
         )
-        here = shard_span(span, rows, self.mesh.context.rank)
-        return MicroBatch(
-            here.sharding.shard(tokens, 0), here, here.sharding.shard(targets, IGNORE)
-        )
+        shard = shard_span(span, rank_layouts, self.mesh.context.rank)
+        sharding = shard.sharding
+        return MicroBatch(sharding.shard(tokens, 0), shard, sharding.shard(targets, IGNORE))
 
     def describe(self) -> str:
-        """One line for the log."""
+        """Returns one line for the log."""
         return (
             f"each of {self.mesh.data.size} data ranks computes {self.each} rows a step,"
             f" {self.micro_batch} at once; each row is shared by {self.mesh.context.size} context"
@@ -113,7 +124,10 @@ class BatchSharder:
 
 
 def single_row(tokens: list[int], device: torch.device) -> Batch:
-    """One row that is one document, for generation: a Batch whose last token has no target."""
+    """Returns a batch of one row that is one document, for generation.
+
+    The last token has no target: a token of padding follows it.
+    """
     row = torch.tensor([[*tokens, 0]])
     pos = torch.arange(row.shape[1])[None]
     doc = torch.zeros_like(row)

@@ -1,9 +1,8 @@
-"""Tokenised documents on disk: written once as Arrow record batches, then read through a memory
-map.
+"""Tokenized documents on disk: written once as Arrow record batches, read through a memory map.
 
 A corpus is a folder: tokens.arrow (an IPC file; a row is a document: hash uint64, tokens list of
 uint16 or uint32, the end-of-text token among them) and facts.json (counts, checksums, a fingerprint
-of the content). It knows nothing of context lengths.
+of the content). It is independent of the context length.
 """
 
 import hashlib
@@ -24,82 +23,100 @@ from trainer.limited_reader import json_object
 FORMAT = 2
 TOKENS = "tokens.arrow"
 FACTS = "facts.json"
-# tokenised together, at most
-TEXTS = 256
-CHARACTERS = 8 << 20
-BLOCK = 4 << 20  # tokens in one record batch, about
-TRUSTED = 256 << 20  # bytes whose checksums are looked at on opening; the rest when first read
+TEXTS = 256  # documents tokenized at once, at most
+CHARACTERS = 8 << 20  # characters tokenized at once, beyond which no further document is added
+BLOCK = 4 << 20  # approximate tokens of one record batch
+TRUSTED = 256 << 20  # bytes whose checksums are computed on opening; the rest when first read
 
 
 class Damaged(Exception):
-    """A corpus whose files are not what was written."""
+    """Raised for a corpus whose files differ from what was written."""
 
 
 def write(
     folder: Path, named: Iterable[tuple[str, str]], tokenizer: Tokenizer, report: ReadReport
 ) -> dict[str, Any]:
-    """Tokenise (name, text) documents into tokens.arrow of a folder; returns the facts, which are
-    not yet written.
+    """Tokenizes documents into tokens.arrow of a folder.
 
-    A document of which the tokenizer makes no token is left out, and counted in `report`: its end
-    alone is nothing that could be predicted.
+    A document whose text yields no token is left out and counted in `report`: with its end alone,
+    there is nothing to predict.
+
+    Args:
+        folder: of the corpus.
+        named: (name, text) of each document.
+        tokenizer: turns texts into tokens.
+        report: counts what is left out.
+
+    Returns:
+        The facts, which the caller writes.
     """
     dtype = np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.uint32
-    kind = pa.from_numpy_dtype(dtype)
-    schema = pa.schema([("hash", pa.uint64()), ("tokens", pa.large_list(kind))])
+    token_type = pa.from_numpy_dtype(dtype)
+    schema = pa.schema([("hash", pa.uint64()), ("tokens", pa.large_list(token_type))])
     content = hashlib.blake2b(digest_size=16)
     sums = []
-    documents = 0
-    tokens = 0
+    document_count = 0
+    token_count = 0
     with pa.OSFile(str(folder / TOKENS), "wb") as sink, pa.ipc.new_file(sink, schema) as out:
-        for hashes, ids in _blocks(named, tokenizer, dtype, report):
-            flat = ids[0] if len(ids) == 1 else np.concatenate(ids)
-            lengths = np.array([len(one) for one in ids], np.int64)
+        for hashes, documents in _blocks(named, tokenizer, dtype, report):
+            # A large document is a block of its own and must not be copied.
+            flat = documents[0] if len(documents) == 1 else np.concatenate(documents)
+            lengths = np.array([len(document) for document in documents], np.int64)
             ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-            lists = pa.LargeListArray.from_arrays(pa.array(ends), pa.array(flat, kind))
-            out.write_batch(pa.record_batch([pa.array(hashes, pa.uint64()), lists], schema=schema))
-            for part in (np.array(hashes, np.uint64), lengths, flat):
-                content.update(part.data)
+            lists = pa.LargeListArray.from_arrays(pa.array(ends), pa.array(flat, token_type))
+            columns = [pa.array(hashes, pa.uint64()), lists]
+            out.write_batch(pa.record_batch(columns, schema=schema))
+            content.update(np.array(hashes, np.uint64).data)
+            content.update(lengths.data)
+            content.update(flat.data)
             sums.append(zlib.crc32(flat.data))
-            documents = documents + len(ids)
-            tokens = tokens + len(flat)
-    with open(folder / TOKENS, "rb") as done:
-        os.fsync(done.fileno())
+            document_count += len(documents)
+            token_count += len(flat)
+    with open(folder / TOKENS, "rb") as written:
+        os.fsync(written.fileno())
     content.update(tokenizer.fingerprint.encode())
-    facts = {"format": FORMAT, "documents": documents, "tokens": tokens, "sums": sums}
-    return facts | {"fingerprint": content.hexdigest(), "vocabulary": tokenizer.vocabulary}
+    return {
+        "format": FORMAT,
+        "documents": document_count,
+        "tokens": token_count,
+        "sums": sums,
+        "fingerprint": content.hexdigest(),
+        "vocabulary": tokenizer.vocabulary,
+    }
 
 
 def _blocks(
     named: Iterable[tuple[str, str]], tokenizer: Tokenizer, dtype: Any, report: ReadReport
 ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
-    """(hashes, token arrays) of as many whole documents as make a record batch."""
+    """Yields (hashes, token arrays) of the whole documents that make up a record batch."""
     hashes = []
-    ids = []
-    held = 0
-    for names, texts in _handfuls(named):
-        for name, found in zip(names, tokenizer.encode_many(texts)):
-            if not len(found):
+    documents = []
+    block_tokens = 0
+    for names, texts in _text_batches(named):
+        for name, tokens in zip(names, tokenizer.encode_many(texts)):
+            if not len(tokens):
                 report.silent += 1
                 continue
-            if ids and len(found) >= BLOCK:  # to lay a large document beside others would copy it
-                yield hashes, ids
+            # Concatenating a large document with others would copy it.
+            if documents and len(tokens) >= BLOCK:
+                yield hashes, documents
                 hashes = []
-                ids = []
-                held = 0
+                documents = []
+                block_tokens = 0
             hashes.append(digest(name))
-            ids.append(ended(found.astype(dtype, copy=False), tokenizer.end_of_text))
-            held += len(ids[-1])
-        if held >= BLOCK:
-            yield hashes, ids
+            documents.append(ended(tokens.astype(dtype, copy=False), tokenizer.end_of_text))
+            block_tokens += len(documents[-1])
+        if block_tokens >= BLOCK:
+            yield hashes, documents
             hashes = []
-            ids = []
-            held = 0
-    if ids:
-        yield hashes, ids
+            documents = []
+            block_tokens = 0
+    if documents:
+        yield hashes, documents
 
 
-def _handfuls(named: Iterable[tuple[str, str]]) -> Iterator[tuple[list[str], list[str]]]:
+def _text_batches(named: Iterable[tuple[str, str]]) -> Iterator[tuple[list[str], list[str]]]:
+    """Yields (names, texts) of the documents to tokenize at once."""
     names = []
     texts = []
     size = 0
@@ -117,26 +134,38 @@ def _handfuls(named: Iterable[tuple[str, str]]) -> Iterator[tuple[list[str], lis
 
 
 class Corpus:
-    """The documents of a corpus, by number, in the order in which they were written.
+    """Documents of a corpus, by number, in the order in which they were written.
+
+    Args:
+        folder: of the corpus.
 
     Attributes:
-        facts: what facts.json says.
-        hashes: [documents] uint64, one for each document's name.
+        facts: contents of facts.json.
+        hashes: [documents] uint64, of the documents' names.
         lengths: [documents] int64, tokens with the end of text.
 
-    Raises Damaged where the files are not whole, FileNotFoundError where there is no corpus.
+    Raises:
+        Damaged: the files are not whole.
+        FileNotFoundError: there is no corpus.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        # Any of these errors can come from a file with damaged bytes.
         try:
             self.facts = json_object(folder / FACTS)
             self.sums = self.facts["sums"]
             self.file = pa.ipc.open_file(pa.memory_map(str(folder / TOKENS)))
-            blocks = [self.file.get_batch(i) for i in range(self.file.num_record_batches)]
-            self.flats = [block.column(1).values.to_numpy(zero_copy_only=True) for block in blocks]
-            self.ends = [block.column(1).offsets.to_numpy(zero_copy_only=True) for block in blocks]
-            hashes = [block.column(0).to_numpy() for block in blocks]
+            self.flats: list[np.ndarray] = []
+            self.ends: list[np.ndarray] = []
+            hashes: list[np.ndarray] = []
+            for number in range(self.file.num_record_batches):
+                block = self.file.get_batch(number)
+                tokens = block.column(1)
+                # zero_copy_only: views of the memory map, so that the pages stay the system's.
+                self.flats.append(tokens.values.to_numpy(zero_copy_only=True))
+                self.ends.append(tokens.offsets.to_numpy(zero_copy_only=True))
+                hashes.append(block.column(0).to_numpy())
         except (
             ValueError,
             KeyError,
@@ -149,33 +178,36 @@ class Corpus:
                 raise FileNotFoundError(folder) from error
             raise Damaged(f"{type(error).__name__}: {error}") from error
         self.hashes = np.concatenate([np.zeros(0, np.uint64), *hashes])
-        self.lengths = np.concatenate(
-            [np.zeros(0, np.int64), *(np.diff(ends) for ends in self.ends)]
-        )
+        lengths = [np.diff(ends) for ends in self.ends]
+        self.lengths = np.concatenate([np.zeros(0, np.int64), *lengths])
+        # The number of each block's first document.
         self.firsts = np.cumsum([0, *(len(ends) - 1 for ends in self.ends)])
         self.checked = [False] * len(self.flats)
         self._inspect()
 
     def _inspect(self) -> None:
-        """Compare with the facts: counts always, checksums as far as they are cheap."""
-        counts = len(self.sums), self.facts.get("documents"), self.facts.get("tokens")
-        if counts != (len(self.flats), len(self.lengths), int(self.lengths.sum())):
+        """Compares with the facts: counts always, checksums as far as they are cheap."""
+        counts = (len(self.flats), len(self.lengths), int(self.lengths.sum()))
+        if counts != (len(self.sums), self.facts.get("documents"), self.facts.get("tokens")):
             raise Damaged("the counts differ from those written")
-        trusted = 0
+        # A large corpus would take minutes; `tokens` checks its later blocks.
+        total = 0
         for block, flat in enumerate(self.flats):
-            trusted += flat.nbytes
-            if trusted <= TRUSTED:
+            total += flat.nbytes
+            if total <= TRUSTED:
                 self._check(block)
 
     def _check(self, block: int) -> None:
+        """Compares the checksum of one block with the one that was written."""
         if zlib.crc32(self.flats[block]) != self.sums[block]:
             raise Damaged(f"block {block} of the tokens differs from what was written")
         self.checked[block] = True
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Tokens start .. stop - 1 of a document (to its end at most), not to be written to.
+        """Returns a read-only view of tokens start .. stop - 1 of a document, to its end at most.
 
-        Raises DataFault where the disk spoiled them.
+        Raises:
+            DataError: the tokens differ from what was written.
         """
         block = int(np.searchsorted(self.firsts, document, "right")) - 1
         if not self.checked[block]:
@@ -185,5 +217,6 @@ class Corpus:
                 raise DataError(
                     f"the token cache {self.folder} is damaged ({error}); remove it and run again"
                 ) from error
-        first, end = self.ends[block][document - self.firsts[block] :][:2]
+        number_in_block = document - self.firsts[block]
+        first, end = self.ends[block][number_in_block : number_in_block + 2]
         return self.flats[block][first + start : min(first + stop, end)]

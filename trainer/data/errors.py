@@ -1,4 +1,4 @@
-"""What is wrong with a document, and what is done about it: raised, or counted and left out."""
+"""Errors of documents, which are raised, or counted while the document is left out."""
 
 from typing import Any
 
@@ -16,18 +16,18 @@ ONE_DOCUMENT = (
 
 
 class DataError(UserError, ValueError):
-    """Data that cannot be read, in the user's words; ends a run with the code of data, disk and
-    network."""
+    """Data that cannot be read; ends a run with the exit code of data, disk and network."""
 
     def __init__(self, message: str, code: int = BAD_RUN):
         super().__init__(message, code)
 
 
 class ReadReport:
-    """Counts what was left out of the data, by cause, or raises at the first fault.
+    """Counts the documents that were left out, by cause, or raises at the first one.
 
-    on_error: raise = the first fault is a DataFault; skip = faults are counted and the first few
-    messages kept.
+    Args:
+        on_error: "raise" turns the first fault into a DataError; "skip" counts faults and keeps the
+            first few messages.
     """
 
     def __init__(self, on_error: str = "raise"):
@@ -35,11 +35,18 @@ class ReadReport:
         self.counts: dict[str, int] = {}
         self.examples: list[str] = []
         self.empty = 0
-        self.silent = 0  # documents with text, of which the tokenizer makes no token
+        self.silent = 0  # documents whose text yields no token
 
     def fault(self, cause: str, message: str) -> None:
-        """Tell of one file or document that cannot be read; `cause` is a short plural noun to count
-        it under."""
+        """Reports one file or document that cannot be read.
+
+        Args:
+            cause: a short plural noun to count it under.
+            message: names the file, and the line where known.
+
+        Raises:
+            DataError: `on_error` is "raise".
+        """
         if self.on_error == "raise":
             raise DataError(
                 f"{message}; mend or remove it, or leave such data out with data.on_error=skip"
@@ -47,32 +54,41 @@ class ReadReport:
         self.passed(cause, message)
 
     def passed(self, cause: str, message: str) -> None:
-        """Count what is left out without being a fault, whatever `on_error` says."""
+        """Counts a document that is left out without being a fault, whatever `on_error` is."""
         self.counts[cause] = self.counts.get(cause, 0) + 1
         if len(self.examples) < EXAMPLES:
             self.examples.append(message)
 
     @property
     def left_out(self) -> int:
+        """Number of documents and files that were left out."""
         return sum(self.counts.values())
 
     def text(self) -> str:
-        """One line for the log; empty where nothing was left out."""
+        """Returns one line for the log; empty where nothing was left out."""
         parts = [f"{count} {cause}" for cause, count in sorted(self.counts.items())]
         if self.empty:
             parts.append(f"{self.empty} documents without text")
         if self.silent:
             parts.append(f"{self.silent} documents of which the tokenizer makes no token")
+        if not parts:
+            return ""
         first = f" (first: {self.examples[0]})" if self.examples else ""
-        return f"left out {', '.join(parts)}{first}" if parts else ""
+        return f"left out {', '.join(parts)}{first}"
 
     def facts(self) -> dict[str, Any]:
-        """The report as plain data; `Report.of` is the way back."""
-        seen = {"on_error": self.on_error, "counts": self.counts, "examples": self.examples}
-        return seen | {"empty": self.empty, "silent": self.silent}
+        """Returns the report as plain data for a file; the inverse of `of`."""
+        return {
+            "on_error": self.on_error,
+            "counts": self.counts,
+            "examples": self.examples,
+            "empty": self.empty,
+            "silent": self.silent,
+        }
 
     @staticmethod
     def of(facts: dict[str, Any]) -> "ReadReport":
+        """Restores a report from `facts`."""
         report = ReadReport(facts["on_error"])
         report.counts = facts["counts"]
         report.examples = facts["examples"]

@@ -1,5 +1,4 @@
-"""Folders to write to, on machines that lack a home, a user name, or a disk where one is
-expected."""
+"""Folders to write to, also on machines without a home folder or a user name."""
 
 import getpass
 import logging
@@ -14,14 +13,13 @@ LOG = logging.getLogger("longspan.data")
 
 
 def furnish() -> None:
-    """Give this process, and those that it starts, what libraries take for granted: HOME and a user
-    name.
+    """Sets HOME and a user name where they are missing, for this process and its children.
 
     Without them W&B is switched off or fills the console, `datasets` makes a folder that is called
-    `~`, and torch's compiler ends in a traceback. What the user set is left as it is.
+    `~`, and torch's compiler ends in a traceback. Values that the user set are left as they are.
 
     Raises:
-        Fault: there is no folder for temporary files.
+        UserError: there is no folder for temporary files.
     """
     try:
         tempfile.gettempdir()
@@ -31,23 +29,25 @@ def furnish() -> None:
         ) from error
     try:
         getpass.getuser()
-    except (KeyError, OSError):  # the kind differs between versions of Python
+    # The class of the error differs between versions of Python.
+    except (KeyError, OSError):
         os.environ["LOGNAME"] = f"user{os.getuid()}"
     if not os.path.isabs(os.environ.get("HOME", "")):
-        os.environ["HOME"] = str(home() or spare_folder("home", "a home folder is not known"))
+        folder = home() or spare_folder("home", "a home folder is not known")
+        os.environ["HOME"] = str(folder)
 
 
 def home() -> Path | None:
-    """The user's home folder; None where nobody can say which that is (no HOME, and no such user on
-    this machine)."""
+    """Returns the user's home folder; None without HOME and without an entry for the user."""
+    # expanduser returns "~" unchanged where it knows no home.
     folder = os.path.expanduser("~")
     return Path(folder) if os.path.isabs(folder) else None
 
 
 def writable(folder: Path | str) -> bool:
-    """Says whether files can be made in a folder, which may have yet to be made itself; makes
-    nothing."""
+    """Tells if files can be made in a folder, which need not exist yet; makes nothing."""
     path = os.path.abspath(folder)
+    # Of a folder that does not exist, the nearest parent decides.
     while not os.path.lexists(path):
         path = os.path.dirname(path)
     return os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
@@ -55,14 +55,20 @@ def writable(folder: Path | str) -> bool:
 
 @cache
 def spare_folder(name: str, why: str) -> str:
-    """A folder of this user's for temporary files, the same for every process; said in one line.
+    """Makes a folder of this user for temporary files, the same for every process, and logs it.
 
-    Raises OSError where no folder for temporary files can be written.
+    Args:
+        name: of the folder.
+        why: the reason that the log gives.
+
+    Raises:
+        OSError: no folder for temporary files can be written.
     """
     folder = os.path.join(tempfile.gettempdir(), f"longspan-{os.getuid()}", name)
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    facts = os.stat(os.path.dirname(folder), follow_symlinks=False)
-    if facts.st_uid != os.getuid():
+    # The parent's name can be guessed, so another user may have made it first.
+    status = os.stat(os.path.dirname(folder), follow_symlinks=False)
+    if status.st_uid != os.getuid():
         raise PermissionError(f"{os.path.dirname(folder)} is another user's")
     LOG.warning(
         "%s: %s is taken instead, and may be gone with the next start of the machine", why, folder

@@ -1,8 +1,8 @@
-"""What lanes of the batch carry from step to step, on this rank; a checkpoint holds it as it would
-be on one device.
+"""The state that lanes of the batch carry from step to step, on this rank.
 
-Row i of a step goes on where row i of the step before ended. A Past belongs to the rows of one
-micro-batch.
+Lane i: row i of a step continues where row i of the step before ended. A CarriedState belongs to
+the rows of one micro-batch. A checkpoint holds the state as it would be on one device.
+
 Letters: R rows of a step, over all ranks.
 """
 
@@ -20,17 +20,16 @@ from parallel.mesh import Mesh
 from trainer.data.batch_sharding import BatchSharder
 
 State = dict[str, dict[str, Tensor]]  # {kind: {name: [R, ...]}}
-Held = tuple[
-    dict[str, tuple[int, Tensor]], dict[int, Span], dict[str, tuple[str, Tensor]]
-]  # as in models.carried_state.CarriedState
+# kept, addresses and states of a models.carried_state.CarriedState
+Held = tuple[dict[str, tuple[int, Tensor]], dict[int, Span], dict[str, tuple[str, Tensor]]]
 
 
 class Lanes:
-    """The Pasts of this rank's micro-batches.
+    """The carried states of this rank's micro-batches.
 
     Args:
         mesh: the ranks.
-        share: how a step's rows are cut into micro-batches.
+        share: cuts a step's rows into micro-batches.
         rows: R.
     """
 
@@ -38,104 +37,111 @@ class Lanes:
         self.mesh = mesh
         self.share = share
         self.rows = rows
+        self.pasts: list[CarriedState] = []
         communicator = Communicator(mesh.context.group) if mesh.context.size > 1 else None
-        self.pasts = [
-            CarriedState() if communicator is None else ShardedCarriedState(communicator)
-            for _ in range(share.pieces)
-        ]
+        for _ in range(share.pieces):
+            if communicator is None:
+                self.pasts.append(CarriedState())
+            else:
+                self.pasts.append(ShardedCarriedState(communicator))
 
     def attach(self, number: int, span: Span) -> Span:
-        """The addresses of the micro-batch of that number, with what its lanes carry."""
+        """Returns the addresses of micro-batch `number` together with the state of its lanes."""
         return self.pasts[number].attach(span)
 
     def advance(self, number: int) -> None:
-        """The micro-batch is done, its backward too: what it left is what the next step finds. All
-        ranks call."""
+        """Makes what micro-batch `number` stored the state of the next step.
+
+        Call it after the backward pass, on all ranks.
+        """
         self.pasts[number].advance()
 
     def held(self) -> list[Held]:
-        """What the lanes find in this step, for `put_back`. `advance` makes new tensors, so nothing
-        is copied."""
+        """Returns the state that this step reads, for `put_back`."""
+        # References suffice: `advance` makes new tensors and leaves these as they are.
         return [(past.kept, past.addresses, past.states) for past in self.pasts]
 
     def put_back(self, held: list[Held]) -> None:
-        """Forget what a step left that was not taken: kept tokens then meet a gap, and count as
-        another document's."""
-        for past, found in zip(self.pasts, held):
-            past.kept, past.addresses, past.states = found
+        """Restores the state from before a step that was skipped.
+
+        The next step's rows then follow a gap in the text, so kept tokens count as those of another
+        document.
+        """
+        for past, snapshot in zip(self.pasts, held):
+            past.kept, past.addresses, past.states = snapshot
 
     def bytes(self) -> int:
-        """Held on this rank between steps."""
+        """Counts the bytes that are kept on this rank between steps."""
         return sum(past.bytes() for past in self.pasts)
 
     @torch.no_grad()
     def state(self) -> State:
-        """All that the lanes carry; the same on every rank, and on any number of them. All ranks
-        call."""
-        found: State = {}
-        pieces = [past.export_state() for past in self.pasts]
-        for path in sorted(pieces[0]):
+        """Returns the state of all lanes, the same on every rank and for every number of ranks.
+
+        All ranks call it together.
+        """
+        exports = [past.export_state() for past in self.pasts]
+        state: State = {}
+        # Sorted, because every path is a collective and ranks must agree on their order.
+        for path in sorted(exports[0]):
             kind, name = path.split("/", 1)
-            found.setdefault(kind, {})[name] = self._all_rows(
-                torch.cat([piece[path] for piece in pieces])
-            )
-        return found
+            own_rows = torch.cat([export[path] for export in exports])
+            state.setdefault(kind, {})[name] = self._all_rows(own_rows)
+        return state
 
     def misfit(self, state: Mapping[str, Mapping[str, Tensor]]) -> str | None:
-        """What tells a state that comes from a file from one that `state` gave, or None.
+        """Describes how a state from a file differs from one that `state` returns, or None.
 
-        Kept tokens have the length that their kind says, with addresses; all have the run's rows.
+        Kept tokens must have the length that their kind says, and addresses; every tensor must have
+        the run's rows.
         """
-        for kind, part in state.items():
-            tokens = kind.isdecimal() and len(kind) < 19
-            if not tokens and kind not in (REPLICATED, SHARDED):
+        for kind, tensors in state.items():
+            # A kind of digits is the number of kept tokens; 18 of them still fit in int64.
+            is_tokens = kind.isdecimal() and len(kind) < 19
+            if not is_tokens and kind not in (REPLICATED, SHARDED):
                 return f"its memory has an entry {kind!r} of no known kind"
-            if tokens and not {"pos", "doc"} <= part.keys():
+            if is_tokens and not {"pos", "doc"} <= tensors.keys():
                 return f"its memory has {kind} tokens without their addresses"
-            wanted = [self.rows, int(kind)] if tokens else [self.rows]
-            for name, tensor in part.items():
+            leading = [self.rows, int(kind)] if is_tokens else [self.rows]
+            min_dims = 1 if kind == REPLICATED else 2
+            for name, tensor in tensors.items():
                 shape = list(tensor.shape)
-                least = 1 if kind == REPLICATED else 2
-                if shape[: len(wanted)] != wanted or len(shape) < least:
+                if shape[: len(leading)] != leading or len(shape) < min_dims:
                     return f"its memory has {name} of the shape {shape} for {self.rows} rows"
-                if (
-                    tokens
-                    and name in ("pos", "doc")
-                    and (tensor.dtype != torch.int64 or len(shape) != 2)
-                ):
+                is_address = is_tokens and name in ("pos", "doc")
+                if is_address and (tensor.dtype != torch.int64 or len(shape) != 2):
                     return f"its memory has {name} that is no address"
         return None
 
     def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over what `state` gave, whatever ranks gave it."""
+        """Takes over a state that `state` returned, on any number of ranks."""
         first = self.mesh.data.rank * self.share.each
-        device = self.mesh.device
+        size = self.share.micro_batch
         for number, past in enumerate(self.pasts):
-            start = first + number * self.share.micro_batch
-            stop = min(start + self.share.micro_batch, first + self.share.each)
-            size = self.share.micro_batch
-            past.import_state(
-                {
-                    f"{kind}/{name}": (
-                        _rows(x, start, stop, size, fill=-1 if name == "doc" else 0).to(device)
-                    )
-                    for kind, part in state.items()
-                    for name, x in part.items()
-                }
-            )
+            start = first + number * size
+            stop = min(start + size, first + self.share.each)
+            imported: dict[str, Tensor] = {}
+            for kind, tensors in state.items():
+                for name, tensor in tensors.items():
+                    # Rows that fill up hold no document, so nothing attends to their tokens.
+                    fill = -1 if name == "doc" else 0
+                    rows = _padded_rows(tensor, start, stop, size, fill)
+                    imported[f"{kind}/{name}"] = rows.to(self.mesh.device)
+            past.import_state(imported)
 
-    def _all_rows(self, x: Tensor) -> Tensor:
-        """[rows of this rank's micro-batches, ...] of every data rank -> [R, ...]; rows that only
-        fill up are dropped."""
-        x = x[: self.share.each].contiguous()
+    def _all_rows(self, own_rows: Tensor) -> Tensor:
+        """Gathers [rows of this rank's micro-batches, ...] of every data rank into [R, ...]."""
+        # The last micro-batch may be filled up, and so may the last data rank.
+        rows = own_rows[: self.share.each].contiguous()
         if self.mesh.data.size > 1:
-            every = [torch.empty_like(x) for _ in range(self.mesh.data.size)]
-            dist.all_gather(every, x, group=self.mesh.data.group)
-            x = torch.cat(every)
-        return x[: self.rows]
+            parts = [torch.empty_like(rows) for _ in range(self.mesh.data.size)]
+            dist.all_gather(parts, rows, group=self.mesh.data.group)
+            rows = torch.cat(parts)
+        return rows[: self.rows]
 
 
-def _rows(x: Tensor, start: int, stop: int, size: int, fill: int) -> Tensor:
-    """Rows start .. stop - 1 as far as there are any, filled up to `size`."""
-    part = x[start:stop]
-    return torch.cat([part, part.new_full((size - len(part), *x.shape[1:]), fill)])
+def _padded_rows(tensor: Tensor, start: int, stop: int, size: int, fill: int) -> Tensor:
+    """Returns rows start .. stop - 1 as far as they exist, filled up to `size` rows."""
+    rows = tensor[start:stop]
+    padding = rows.new_full((size - len(rows), *tensor.shape[1:]), fill)
+    return torch.cat([rows, padding])

@@ -1,4 +1,4 @@
-"""What the run calls: look at the data before any rank starts, and open it as a stream."""
+"""Entry points of the run: check the data before any rank starts, and open it as a stream."""
 
 import itertools
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ from trainer.data.tokenizers import Tokenizer
 from trainer.limited_reader import json_object
 
 LOOK = 64 << 20  # bytes read by `check`
-SLICE = 4096  # characters tokenised at once in search of a token
-GLANCE = 4  # documents of an endless source read by `check`
+SLICE = 4096  # characters tokenized at once in search of a token
+GLANCE = 4  # documents of a streamed source read by `check`
 
 
 def open_stream(
@@ -35,7 +35,9 @@ def open_stream(
     split: str = "train",
     lanes: bool = False,
 ) -> Stream:
-    """The batches of a data node, for every rank alike.
+    """Opens the batches of a data node, the same for every rank.
+
+    The first call tokenizes finite data.
 
     Args:
         data: the node: `_target_` and its settings.
@@ -43,18 +45,17 @@ def open_stream(
         rows: rows in a batch, over all ranks.
         seed: of the order of training documents.
         split: train, or held_out for evaluation.
-        lanes: True = row i of a batch goes on where row i of the batch before ended, positions too
-            (for a memory).
+        lanes: True = row i of a batch continues where row i of the batch before ended, positions
+            too (for a memory).
 
-    Raises ValueError for settings or data that cannot be read; the first call tokenises finite
-    data.
+    Raises:
+        ValueError: settings or data that cannot be read.
     """
     for name, value in {"context_length": context_length, "rows": rows}.items():
+        # Python counts True as the number 1.
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(
-                f"{name}={value} is no number of {'rows' if name == 'rows' else 'tokens'}; give 1"
-                " or more"
-            )
+            unit = "rows" if name == "rows" else "tokens"
+            raise ValueError(f"{name}={value} is no number of {unit}; give 1 or more")
     if split not in SPLITS:
         raise ValueError(f"split={split} is unknown; give train or held_out")
     source = build_source(data)
@@ -82,55 +83,69 @@ def check(
     context_length: int | None = None,
     lanes: bool = False,
 ) -> list[str]:
-    """What is wrong with the data, found without tokenising it: a message each, none where all is
-    well.
+    """Checks the data without tokenizing it.
 
     Reads the first 64 MB of files and stats the rest (nothing where the tokens are in the cache),
-    the first few documents of a streamed data set, or an example of a task. What lies further in is
-    found while the data is tokenised, with the same message.
+    the first few documents of a streamed data set, or an example of a task. Faults further in are
+    found while the data is tokenized, with the same message.
 
-    evaluates: whether the run will ask for held-out documents.
-    context_length, lanes: as for open_stream, where they are known: whether a task's examples fit
-    in rows.
+    Args:
+        data: the node: `_target_` and its settings.
+        evaluates: True if the run will ask for held-out documents.
+        context_length: as for open_stream, where it is known; checks that a task's examples fit in
+            rows.
+        lanes: as for open_stream.
+
+    Returns:
+        One message for each fault.
     """
     try:
         source = build_source(data)
     except ValueError as error:
         return [str(error)]
-    found = [NONE_HELD_OUT] if evaluates and not source.held_out else []
+    errors: list[str] = []
+    if evaluates and not source.held_out:
+        errors.append(NONE_HELD_OUT)
+    # A bad tokenizer does not keep the files from being checked: the user sees all faults at once.
     tokenizer = None
     try:
         tokenizer = source.tokenizer()
     except ValueError as error:
-        found.append(str(error))
+        errors.append(str(error))
     try:
         if isinstance(source, Local):
-            files = source.files()
-            folder = None if tokenizer is None else place(source, files, tokenizer)
-            count = None if folder is None else _cached(folder)
-            if count is None:
-                if folder is not None and not writable(folder.parent):
-                    found.append(
-                        f"data.cache={folder.parent}: it cannot be written; give another folder"
-                    )
-                faults, count = _look(source, files, tokenizer)
-                found += faults
-            if evaluates and count == 1 and source.held_out:
-                found.append(ONE_DOCUMENT)
+            _check_local(source, tokenizer, evaluates, errors)
         elif isinstance(source, StreamingSource):
-            found += _glance(source, tokenizer)
+            errors += _glance(source, tokenizer)
         elif isinstance(source, SyntheticTask) and context_length is not None:
-            for split in ("train", "held_out") if evaluates and source.held_out else ("train",):
+            splits = ("train", "held_out") if evaluates and source.held_out else ("train",)
+            for split in splits:
                 SyntheticStream(
                     source, context_length=context_length, rows=1, seed=0, split=split, lanes=lanes
                 )
     except ValueError as error:
-        found.append(str(error))
-    return found
+        errors.append(str(error))
+    return errors
+
+
+def _check_local(
+    source: Local, tokenizer: Tokenizer | None, evaluates: bool, errors: list[str]
+) -> None:
+    """Appends the faults of local files to `errors`, also those before an exception."""
+    files = source.files()
+    folder = None if tokenizer is None else place(source, files, tokenizer)
+    count = None if folder is None else _cached(folder)
+    if count is None:
+        if folder is not None and not writable(folder.parent):
+            errors.append(f"data.cache={folder.parent}: it cannot be written; give another folder")
+        faults, count = _look(source, files, tokenizer)
+        errors += faults
+    if evaluates and count == 1 and source.held_out:
+        errors.append(ONE_DOCUMENT)
 
 
 def _cached(folder: Path) -> int | None:
-    """How many documents the cache has; None where it has no corpus, or a damaged one."""
+    """Counts the documents in the cache; None where it has no corpus, or a damaged one."""
     try:
         return int(json_object(folder / FACTS)["documents"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -138,53 +153,69 @@ def _cached(folder: Path) -> int | None:
 
 
 def _glance(source: StreamingSource, tokenizer: Tokenizer | None) -> list[str]:
-    """The faults of the first documents: GLANCE of them, and more where the tokenizer makes no
-    token of those."""
-    speaks = tokenizer is None
+    """Returns the faults of the first documents of a streamed data set.
+
+    Reads GLANCE of them, and more while none has yielded a token.
+    """
+    has_tokens = tokenizer is None
     texts = itertools.islice(source.texts(ReadReport(source.on_error)), SAMPLED)
     seen = 0
     for seen, (_, text) in enumerate(texts, 1):
-        speaks = speaks or (text is not None and _speaks(tokenizer, text))
-        if seen >= GLANCE and speaks:
+        if not has_tokens and text is not None:
+            has_tokens = _has_tokens(tokenizer, text)
+        if seen >= GLANCE and has_tokens:
             return []
+    if has_tokens:
+        return []
     name = f"{source.identity()} (of which {seen} documents were read)"
-    return [] if speaks else [NOTHING.format(name, source.tokenizer_name)]
+    return [NOTHING.format(name, source.tokenizer_name)]
 
 
-def _speaks(tokenizer: Tokenizer | None, text: str) -> bool:
-    """Whether a tokenizer makes any token of a text; looks at as little of it as shows that."""
+def _has_tokens(tokenizer: Tokenizer | None, text: str) -> bool:
+    """Tells if a text yields any token; True without a tokenizer."""
     if tokenizer is None:
         return True
-    return any(
-        len(tokenizer.encode(text[span : span + SLICE])) for span in range(0, len(text), SLICE)
-    )
+    # In slices: the first one nearly always decides, and a text may be large.
+    for start in range(0, len(text), SLICE):
+        if len(tokenizer.encode(text[start : start + SLICE])):
+            return True
+    return False
 
 
 def _look(
     source: Local, files: list[File], tokenizer: Tokenizer | None
 ) -> tuple[list[str], int | None]:
-    """The faults of the first LOOK bytes, and how many documents there are in all where that was
-    seen."""
+    """Reads the first LOOK bytes of the files.
+
+    Returns:
+        (faults, number of all documents; None where not all of them were seen).
+    """
+    # "skip", so that all faults are counted; `source.on_error` decides below if they are errors.
     report = ReadReport("skip")
     left = LOOK
     documents = 0
-    speaks = False
+    has_tokens = False
     for file in files:
-        told_by_stat = file.unreadable or file.size > source.max_document_bytes
-        if file.folder or (left <= 0 and not told_by_stat):
+        # A fault that stat shows costs no reading, so it is reported however far in it lies.
+        fault_without_reading = file.unreadable or file.size > source.max_document_bytes
+        if file.folder or (left <= 0 and not fault_without_reading):
             continue
         for _, text in source.documents([file], report, limit=max(left, 1)):
             documents += 1
-            speaks = speaks or _speaks(tokenizer, text)
+            has_tokens = has_tokens or _has_tokens(tokenizer, text)
         left -= file.size
-    count = (
-        documents if left > 0 or (len(files) == 1 and suffix_of(files[0].path) == ".txt") else None
-    )
+    # A .txt file is one document, however little of it was read.
+    is_one_text = len(files) == 1 and suffix_of(files[0].path) == ".txt"
+    count = documents if left > 0 or is_one_text else None
     if source.on_error == "raise" and report.left_out:
+        remedy = "mend or remove it, or leave such data out with data.on_error=skip"
+        messages = [f"{message}; {remedy}" for message in report.examples]
         more = report.left_out - len(report.examples)
-        way_out = "mend or remove it, or leave such data out with data.on_error=skip"
-        messages = [f"{message}; {way_out}" for message in report.examples]
-        return [*messages, *([f"and {more} more faults of the data"] if more else [])], count
-    if count and not speaks:
+        if more:
+            messages.append(f"and {more} more faults of the data")
+        return messages, count
+    if count is None or has_tokens:
+        return [], count
+    if count:
         report.silent = documents
-    return ([nothing(len(files), report)] if count is not None and not speaks else []), count
+    return [nothing(len(files), report)], count

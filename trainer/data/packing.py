@@ -1,5 +1,7 @@
-"""Rows out of documents laid end to end. Legend: T context length; a row is T + 1 tokens, its last
-the next's first."""
+"""Builds rows from documents laid end to end.
+
+Letters: T context length. A row is T + 1 tokens, and its last token is the first of the next row.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,7 +15,7 @@ from trainer.data.corpus import Corpus
 
 
 class PackedRow(NamedTuple):
-    """One packed row: three [T+1] int64 arrays; PADDING as the document where there is no token."""
+    """One packed row: three [T+1] int64 arrays; `doc` is PADDING where there is no token."""
 
     tokens: np.ndarray
     doc: np.ndarray
@@ -21,8 +23,13 @@ class PackedRow(NamedTuple):
 
 
 class DocumentSlice(NamedTuple):
-    """Consecutive tokens of one document: the document's number, the place of the first token in
-    it, the tokens."""
+    """Consecutive tokens of one document.
+
+    Attributes:
+        document: its number.
+        start: position of the first of the tokens in it.
+        tokens: [n].
+    """
 
     document: int
     start: int
@@ -30,44 +37,59 @@ class DocumentSlice(NamedTuple):
 
 
 def lay_out(pieces: Sequence[DocumentSlice], length: int, *, goes_on: bool) -> PackedRow:
-    """Lay pieces end to end into a row of `length` tokens, padded behind.
+    """Lays slices end to end into a row of `length` tokens, with padding at the end.
 
-    goes_on: False = documents are numbered from 0 and the first one, if cut, starts again at pos 0;
-    True = numbers and positions are those of the pieces, for a memory that has seen what came
-    before.
+    Args:
+        pieces: the slices, at most `length` tokens together.
+        length: T + 1.
+        goes_on: True keeps the slices' own document numbers and positions, for a memory that has
+            seen the tokens before them. False numbers documents from 0, and the first one, if it
+            was cut, starts again at position 0.
     """
     row = PackedRow(
-        np.zeros(length, np.int64), np.full(length, PADDING, np.int64), np.zeros(length, np.int64)
+        tokens=np.zeros(length, np.int64),
+        doc=np.full(length, PADDING, np.int64),
+        pos=np.zeros(length, np.int64),
     )
-    if pieces:
-        counts = np.array([len(piece.tokens) for piece in pieces])
-        filled = int(counts.sum())
-        numbers = [piece.document for piece in pieces] if goes_on else range(len(pieces))
-        starts = [piece.start if goes_on else 0 for piece in pieces]
-        row.tokens[:filled] = np.concatenate([piece.tokens for piece in pieces])
-        row.doc[:filled] = np.repeat(np.array(numbers, np.int64), counts)
-        row.pos[:filled] = np.arange(filled) - np.repeat(
-            np.cumsum(counts) - counts - np.array(starts, np.int64), counts
-        )
+    # numpy cannot concatenate an empty list.
+    if not pieces:
+        return row
+    counts = np.array([len(piece.tokens) for piece in pieces])
+    filled = int(counts.sum())
+    if goes_on:
+        numbers = [piece.document for piece in pieces]
+        starts = [piece.start for piece in pieces]
+    else:
+        numbers = list(range(len(pieces)))
+        starts = [0] * len(pieces)
+    # Position in the row minus this offset is the position in the document.
+    offsets = np.cumsum(counts) - counts - np.array(starts, np.int64)
+    row.tokens[:filled] = np.concatenate([piece.tokens for piece in pieces])
+    row.doc[:filled] = np.repeat(np.array(numbers, np.int64), counts)
+    row.pos[:filled] = np.arange(filled) - np.repeat(offsets, counts)
     return row
 
 
 def stack(rows: Sequence[PackedRow]) -> Batch:
-    """A batch of rows of one length."""
-    tokens, doc, pos = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*rows))
+    """Stacks rows of one length into a batch."""
+    tokens = torch.from_numpy(np.stack([row.tokens for row in rows]))
+    doc = torch.from_numpy(np.stack([row.doc for row in rows]))
+    pos = torch.from_numpy(np.stack([row.pos for row in rows]))
     return Batch(tokens, doc, pos, torch.full_like(tokens, TEXT))
 
 
 class Concatenation:
-    """Some documents of a corpus laid end to end in an order: row n is the T + 1 tokens from n * T
-    on.
+    """Documents of a corpus laid end to end in an order; row n is the T + 1 tokens from n * T on.
 
     Rows overlap by one token, so that every token but a document's first is predicted exactly once;
-    the last row is padded. Nothing is packed: a row is found by a search in the sums of lengths.
+    the last row is padded. Nothing is packed in advance: a binary search in the cumulative lengths
+    finds a row.
 
     Args:
-        order: numbers of the corpus's documents.
-        first_number: the number that the first document gets where numbers go on.
+        corpus: the documents.
+        order: their numbers in the corpus.
+        context_length: T.
+        first_number: number of the first document where numbers continue from row to row.
     """
 
     def __init__(
@@ -80,24 +102,27 @@ class Concatenation:
         self.ends = np.cumsum(corpus.lengths[order])
 
     def row(self, number: int, *, goes_on: bool) -> PackedRow:
-        """Row `number`, or one of padding behind the last."""
+        """Returns row `number`, or a row of padding after the last; `goes_on` as for `lay_out`."""
         length = self.context_length + 1
         total = int(self.ends[-1])
-        here = number * self.context_length
-        stop = min(number * self.context_length + length, total)
+        position = number * self.context_length
+        stop = min(position + length, total)
         pieces = []
-        place = int(np.searchsorted(self.ends, here, "right"))
-        while here < stop:
-            document = int(self.order[place])
-            begin = int(self.ends[place] - self.corpus.lengths[document])
-            until = min(stop, int(self.ends[place]))
-            tokens = self.corpus.tokens(document, here - begin, until - begin)
-            pieces.append(DocumentSlice(self.first_number + place, here - begin, tokens))
-            here = until
-            place = place + 1
+        # The first document that ends behind `position`.
+        index = int(np.searchsorted(self.ends, position, "right"))
+        while position < stop:
+            document = int(self.order[index])
+            document_end = int(self.ends[index])
+            document_begin = document_end - int(self.corpus.lengths[document])
+            until = min(stop, document_end)
+            start = position - document_begin
+            tokens = self.corpus.tokens(document, start, until - document_begin)
+            pieces.append(DocumentSlice(self.first_number + index, start, tokens))
+            position = until
+            index += 1
         return lay_out(pieces, length, goes_on=goes_on)
 
 
 def rows_of(tokens: int, context_length: int) -> int:
-    """How many rows so many tokens make: the first token of all is predicted by nobody."""
+    """Counts the rows that a number of tokens make; the very first token is not a target."""
     return -(-(tokens - 1) // context_length)

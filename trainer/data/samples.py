@@ -1,5 +1,4 @@
-"""A digest of a file that may be too large to be read: its size, and some of its bytes from all
-over it."""
+"""Digests files that are too large to read, from their size and bytes spread over them."""
 
 import hashlib
 import os
@@ -9,17 +8,18 @@ SAMPLE_BYTES = 4096
 
 
 def sampled(path: str) -> str:
-    """Size and a digest of samples of a file of this machine, whatever its name; the address of any
-    other.
+    """Identifies a local file by its size and a digest of samples, independent of its name.
 
-    The first and the last bytes are among the samples: formats keep their counts and places there.
+    The path itself is returned where it is no local file, as for an address on the web. The first
+    and the last bytes are among the samples, because formats keep their counts and offsets there.
     """
     if not os.path.isfile(path):
         return path
     size = os.path.getsize(path)
-    seen = hashlib.blake2b(digest_size=8)
+    digest = hashlib.blake2b(digest_size=8)
+    last_start = max(size - SAMPLE_BYTES, 0)
     with open(path, "rb") as source:
         for number in range(SAMPLES):
-            source.seek(max(size - SAMPLE_BYTES, 0) * number // (SAMPLES - 1))
-            seen.update(source.read(SAMPLE_BYTES))
-    return f"{size}:{seen.hexdigest()}"
+            source.seek(last_start * number // (SAMPLES - 1))
+            digest.update(source.read(SAMPLE_BYTES))
+    return f"{size}:{digest.hexdigest()}"

@@ -1,8 +1,8 @@
-"""Evaluations of a run: what is due at a step, what of it was done, and what is owed still.
+"""Schedules and runs the evaluations of a run, and completes them after a resume.
 
 The checkpoint of a step is saved before its evaluation and names the parts that are owed. A run
-that resumes there does those that it finds no result of. Whatever breaks a part is said, and
-training goes on.
+that resumes there does those parts that have no result yet. A part that fails is reported, and
+training continues.
 """
 
 import traceback
@@ -37,21 +37,24 @@ SAMPLE: Part = "sample"
 MAPS: Part = "maps"
 PARTS = (HELD_OUT, SAMPLE, MAPS)
 LOSS = "held_out_loss"
-MARKS = {
-    SAMPLE: "sample_step",
-    MAPS: "maps_step",
-}  # of summary.json: the step that the last one is of
-MEETING_S = 60.0  # how long a rank whose evaluation broke waits for the others to say the same
+# Keys of summary.json that hold the step of the last sample and of the last maps.
+MARKS = {SAMPLE: "sample_step", MAPS: "maps_step"}
+MEETING_S = 60.0  # that a rank whose evaluation failed waits for the others to report the same
 
 
 class Assessment:
-    """The evaluations of a run; made on every rank, and every rank calls the same methods at the
-    same steps.
+    """Runs the evaluations of a run; every rank calls the same methods at the same steps.
 
     Args:
+        config: of the run.
+        mesh: the ranks.
+        directory: of the run.
+        engine: holds the model.
+        share: cuts batches for this rank.
         stream: held-out text; None under evaluation.every=0.
-        lanes: makes new ones, where `memory=` carries something.
-        stopped: as Stop.asked: whether a signal asked the run to stop; collective.
+        lanes: makes new ones where `memory=` carries a state, else returns None.
+        logs, console: receive the results.
+        stopped: collective; True where a signal asked the run to stop.
     """
 
     def __init__(
@@ -82,21 +85,20 @@ class Assessment:
         self.meeting = _meeting(mesh, config.launch.timeout_s)
 
     def due(self, step: int) -> list[Part]:
-        """The parts of an evaluation that are due after a step."""
-        wish = self.config.evaluation
-        last = step == self.config.steps
-        if not wish.every or not (last or step % wish.every == 0):
+        """Returns the parts of an evaluation that are due after a step."""
+        settings = self.config.evaluation
+        is_last = step == self.config.steps
+        if not settings.every or not (is_last or step % settings.every == 0):
             return []
         parts: list[Part] = [HELD_OUT]
-        if last and wish.sample_tokens:
+        if is_last and settings.sample_tokens:
             parts.append(SAMPLE)
-        if last and wish.attention_maps:
+        if is_last and settings.attention_maps:
             parts.append(MAPS)
         return parts
 
     def resume(self, progress: Progress) -> None:
-        """Strike from what a checkpoint owes those parts that an earlier life did after it was
-        saved."""
+        """Removes from `progress.owed` the parts that were done after the checkpoint was saved."""
         if not progress.owed:
             return
         if self.stream is None:
@@ -107,25 +109,27 @@ class Assessment:
             progress.owed = []
             return
         done, loss = self._done(progress.step)
+        # The config may have changed since: a part that it no longer asks for is not owed.
         progress.owed = [
             part for part in progress.owed if part not in done and self._is_wanted(part)
         ]
         if HELD_OUT in done:
             _note_best(progress, loss)
+        # Rows of an evaluation that was interrupted would otherwise be in the log twice.
         if HELD_OUT in progress.owed:
             self.logs.drop_evaluation(progress.step)
         if progress.owed:
             self.console.say(f"step {progress.step}: owed from before: {', '.join(progress.owed)}")
 
     def run(self, progress: Progress) -> None:
-        """Do what is owed; a signal leaves the rest owed, and so does what breaks."""
+        """Does the owed parts; a part that a signal interrupts, or that fails, stays owed."""
+        functions = {HELD_OUT: self._held_out, SAMPLE: self._sample, MAPS: self._maps}
         self.engine.model.eval()
         try:
             for part in list(progress.owed):
                 if self.stopped():
                     return
-                work = {HELD_OUT: self._held_out, SAMPLE: self._sample, MAPS: self._maps}[part]
-                if self._survived(part, progress, work):
+                if self._try(part, progress, functions[part]):
                     progress.owed.remove(part)
                 elif not self.stopped():
                     self.broken.append(f"{part} of step {progress.step}")
@@ -133,39 +137,45 @@ class Assessment:
             self.engine.model.train()
 
     def _is_wanted(self, part: str) -> bool:
-        wish = self.config.evaluation
-        return {HELD_OUT: True, SAMPLE: wish.sample_tokens > 0, MAPS: wish.attention_maps > 0}.get(
-            part, False
-        )
+        settings = self.config.evaluation
+        if part == HELD_OUT:
+            return True
+        if part == SAMPLE:
+            return settings.sample_tokens > 0
+        return part == MAPS and settings.attention_maps > 0
 
     def _done(self, step: int) -> tuple[set[str], float]:
-        """(parts of which rank 0 has a result for this step, the held-out loss); the same on every
-        rank."""
+        """Returns (parts that have a result for this step, the held-out loss) on every rank."""
         answers = torch.zeros(len(PARTS) + 1, dtype=torch.float64, device=self.mesh.device)
+        # Rank 0 alone has the files; the sum over ranks is then a broadcast.
         if self.mesh.world.rank == 0:
-            losses = [
-                row["value"] for row in read(self.directory / EVALUATION) if _is_loss(row, step)
-            ]
+            losses = []
+            for row in read(self.directory / EVALUATION):
+                if _is_loss(row, step):
+                    losses.append(row["value"])
             facts = _facts(self.directory)
-            marked = [float(facts.get(MARKS[part]) == step) for part in (SAMPLE, MAPS)]
+            has_sample = facts.get(MARKS[SAMPLE]) == step
+            has_maps = facts.get(MARKS[MAPS]) == step
             loss = losses[-1] if losses else 0.0
-            answers[:] = torch.tensor([float(bool(losses)), *marked, loss], dtype=torch.float64)
+            own_answers = [float(bool(losses)), float(has_sample), float(has_maps), loss]
+            answers[:] = torch.tensor(own_answers, dtype=torch.float64)
         if self.mesh.world.group is not None:
             dist.all_reduce(answers, group=self.mesh.world.group)
         *flags, loss = answers.tolist()
         return {part for part, flag in zip(PARTS, flags) if flag}, loss
 
-    def _survived(self, part: str, progress: Progress, work: Callable[[Progress], bool]) -> bool:
-        """Whether a part was done; what breaks it on every rank alike is said, and ends nothing."""
+    def _try(self, part: str, progress: Progress, function: Callable[[Progress], bool]) -> bool:
+        """Runs a part, and returns True if it was done; an error on every rank is only reported."""
         trouble = None
         try:
-            done = work(progress)
+            done = function(progress)
         except Exception as error:
+            # Ranks that read other data, or cannot reach one another, cannot train on either.
             if isinstance(error, Disagreement) or _is_lost_contact(error):
                 raise
             trouble = error
             done = False
-        if self._any_broke(trouble):
+        if self._any_failed(trouble):
             reason = _reason(trouble) if trouble is not None else "another rank says why"
             self.console.say(
                 f"step {progress.step}: {part} failed: {reason}; training is not affected"
@@ -173,37 +183,42 @@ class Assessment:
             return False
         return done
 
-    def _any_broke(self, trouble: Exception | None) -> bool:
-        """Whether a part broke on any rank.
+    def _any_failed(self, trouble: Exception | None) -> bool:
+        """Tells if a part failed on any rank.
 
-        A rank alone in its trouble has left the others in a collective that it will never join:
-        then the trouble is raised, and ends the run. So ranks compare how many collectives they
-        have begun.
+        A rank that alone fails has left the others in a collective that it will never join; its
+        error is raised, and ends the run. Ranks therefore compare how many collectives they have
+        begun.
+
+        Args:
+            trouble: this rank's error, if any.
         """
         if self.meeting is None:
             return trouble is not None
         begun = float(_collectives_begun(self.mesh))
-        words = torch.tensor([float(trouble is not None), begun, -begun], dtype=torch.float64)
+        # Of the maximum of x and of -x, one reduction gives the largest and the smallest x.
+        report = torch.tensor([float(trouble is not None), begun, -begun], dtype=torch.float64)
+        # The others may hang in a collective: a rank in trouble does not wait for the full timeout.
         if trouble is not None:
             limit([self.meeting], MEETING_S)
         try:
-            dist.all_reduce(words, op=dist.ReduceOp.MAX, group=self.meeting)
+            dist.all_reduce(report, op=dist.ReduceOp.MAX, group=self.meeting)
         except RuntimeError:
             if trouble is not None:
                 raise trouble from None
             raise
         limit([self.meeting], self.config.launch.timeout_s)
-        broke, most, least = words.tolist()
-        if broke and most != -least:
+        failed, largest, negated_smallest = report.tolist()
+        if failed and largest != -negated_smallest:
             raise trouble or RuntimeError("an evaluation broke on another rank, which says why")
-        return broke > 0
+        return failed > 0
 
     def _held_out(self, progress: Progress) -> bool:
-        """The held-out loss; False when a signal came in the middle."""
+        """Computes and logs the held-out loss; False when a signal interrupts it."""
         assert self.stream is not None
-        wish = self.config.evaluation
+        batches = self.config.evaluation.batches
         result = evaluate(
-            self.engine.model, self.share, self.stream, wish.batches, self.stopped, self.lanes()
+            self.engine.model, self.share, self.stream, batches, self.stopped, self.lanes()
         )
         if result is None:
             return False
@@ -221,29 +236,30 @@ class Assessment:
         for name, value in result.graded.items():
             self.console.say(f"step {step}: held-out {name} {value:.4f}")
             self.logs.evaluation(step, name, value)
-        # last, for a step whose loss is on disk owes nothing
+        # Last, because `resume` takes a step whose loss is on disk for done.
         self.logs.evaluation(
             step, LOSS, result.loss, tokens=result.tokens, by_position=result.by_position
         )
         return True
 
     def _sample(self, progress: Progress) -> bool:
-        """Write what the model makes of the prompt; False when a signal came in the middle."""
+        """Writes the model's continuation of the prompt; False when a signal interrupts it."""
         assert self.stream is not None
-        wish = self.config.evaluation
+        settings = self.config.evaluation
         text = generate(
             self.engine.model,
             self.share,
             self.stream.tokenizer,
-            wish.prompt,
-            wish.sample_tokens,
+            settings.prompt,
+            settings.sample_tokens,
             seed=self.config.seed,
             step=progress.step,
             stop=self.stopped,
         )
         if text is None:
             return False
-        self.console.say("sample:\n" + "\n".join(f"  | {line}" for line in text.split("\n")))
+        quoted = "\n".join(f"  | {line}" for line in text.split("\n"))
+        self.console.say(f"sample:\n{quoted}")
         if self.mesh.world.rank == 0:
             path = self.directory / "sample.txt"
             replace_inside(path.parent, path.name, text.encode("utf-8", "backslashreplace"))
@@ -251,19 +267,20 @@ class Assessment:
         return True
 
     def _maps(self, progress: Progress) -> bool:
-        """Draw attention maps."""
+        """Draws attention maps."""
         assert self.stream is not None
         tokens = self.config.evaluation.attention_maps
-        self.logs.maps(
-            progress.step, *attention_maps(self.engine.model, self.share, self.stream, tokens)
-        )
+        maps, left_out = attention_maps(self.engine.model, self.share, self.stream, tokens)
+        self.logs.maps(progress.step, maps, left_out)
         self.logs.note(**{MARKS[MAPS]: progress.step})
         return True
 
 
 def _meeting(mesh: Mesh, timeout_s: float) -> dist.ProcessGroup | None:
-    """A group apart, on which ranks may say that an evaluation broke; the others' order of
-    collectives stays theirs."""
+    """Makes the group on which ranks report a failed evaluation; None for a single rank.
+
+    On a group of its own the report cannot be matched with a collective of the evaluation.
+    """
     if mesh.world.group is None or mesh.world.size == 1:
         return None
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -272,7 +289,7 @@ def _meeting(mesh: Mesh, timeout_s: float) -> dist.ProcessGroup | None:
 
 
 def _collectives_begun(mesh: Mesh) -> int:
-    """How many collectives this rank has begun on the groups of the mesh."""
+    """Counts the collectives that this rank has begun on the groups of the mesh."""
     count = 0
     for group in mesh.groups:
         count += group._get_sequence_number_for_group()  # pyright: ignore[reportAttributeAccessIssue]
@@ -280,13 +297,13 @@ def _collectives_begun(mesh: Mesh) -> int:
 
 
 def _is_lost_contact(error: Exception) -> bool:
-    """Whether ranks have lost one another, which nothing but an end mends."""
+    """Tells if ranks have lost contact, after which the run must end."""
     lost = isinstance(error, dist.DistError | ConnectionError)
     return lost or "timed out" in str(error).lower()
 
 
 def _reason(error: Exception) -> str:
-    """An error in one line, with the place where it arose."""
+    """Describes an error in one line, with the file and line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     lines = str(error).strip().splitlines() or [""]
@@ -301,7 +318,8 @@ def _facts(directory: Path) -> dict[str, Any]:
     try:
         return summary.read(directory)
     except ValueError:
-        return {}  # what a broken disk left: the part is done again
+        # A damaged summary only means that a part is done again.
+        return {}
 
 
 def _note_best(progress: Progress, loss: float) -> None:

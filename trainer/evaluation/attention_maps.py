@@ -1,12 +1,11 @@
-"""Attention maps of the model in training, on held-out text: what `evaluation.attention_maps`
-draws. All ranks call it together.
+"""Attention maps of the model in training, on held-out text, for `evaluation.attention_maps`.
 
-Where ranks share a row, the hooks of a leaf's driver bring queries and keys together before they
-weigh them, so that maps are those of one device whatever the method and the layout; every rank then
+All ranks call it together. Where ranks share a row, queries and keys are gathered before they are
+weighed, so that maps are those of one device whatever the method and the layout; every rank then
 has all of them.
 """
 
-from torch import nn
+from torch import Tensor, nn
 
 from models.analysis.attention_maps import AttentionMap, GatherWhole, collect, leaves
 from models.primitives.softmax import Softmax
@@ -21,14 +20,9 @@ from trainer.data.batch import Batch
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.streams.base import Stream
 
-KINDS = (
-    Softmax,
-    Ring,
-    Ulysses,
-    AllGather,
-    Auto,
-)  # what is called as a Softmax is, under any parallel.method
-# the most that a picture can show
+# The primitive and the drivers that replace it under any parallel.method.
+KINDS = (Softmax, Ring, Ulysses, AllGather, Auto)
+# A picture cannot show more.
 LAYERS = 12
 HEADS = 8
 
@@ -36,59 +30,69 @@ HEADS = 8
 def attention_maps(
     model: nn.Module, share: BatchSharder, stream: Stream, tokens: int
 ) -> tuple[list[AttentionMap], int]:
-    """Of the first tokens of the first held-out row: up to 8 heads of up to 12 softmaxes, spread
-    over the depth of the model.
+    """Computes the attention maps of the first tokens of the first held-out row.
 
-    With them, how many softmaxes were left out. Empty where none of the model sees a whole row. A
-    memory begins empty.
+    A memory begins empty.
 
     Args:
         model: in evaluation mode.
-        tokens: how many; a row that has fewer gives all.
+        share: cuts the row for this rank.
+        stream: held-out text.
+        tokens: number of tokens; a shorter row gives all that it has.
+
+    Returns:
+        (maps of up to HEADS heads of up to LAYERS softmaxes, spread over the depth of the model;
+        number of softmaxes left out). Empty where no softmax of the model sees a whole row.
     """
-    watched = leaves(model, KINDS)
-    chosen = dict(list(watched.items())[span] for span in spread_out(len(watched), LAYERS))
+    softmaxes = leaves(model, KINDS)
+    paths = list(softmaxes)
+    chosen = {}
+    for index in spread_out(len(paths), LAYERS):
+        chosen[paths[index]] = softmaxes[paths[index]]
     if not chosen:
         return [], 0
-    piece = share.piece(beginning(stream, tokens))
-    whole = (
-        together(Communicator(share.mesh.context.group)) if share.mesh.context.size > 1 else None
-    )
-    found = collect(model, chosen, piece.tokens, piece.span, whole=whole, heads=HEADS)
-    return found, len(watched) - len(chosen)
+    micro_batch = share.piece(beginning(stream, tokens))
+    gather = None
+    if share.mesh.context.size > 1:
+        gather = together(Communicator(share.mesh.context.group))
+    maps = collect(model, chosen, micro_batch.tokens, micro_batch.span, whole=gather, heads=HEADS)
+    return maps, len(softmaxes) - len(chosen)
 
 
 def spread_out(count: int, most: int) -> list[int]:
-    """Numbers below `count`, `most` of them or all: the first, the last, and others at even
-    steps."""
+    """Returns up to `most` numbers below `count` at even steps, the first and last included."""
     if count <= most:
         return list(range(count))
-    return [round(span * (count - 1) / (most - 1)) for span in range(most)]
+    return [round(index * (count - 1) / (most - 1)) for index in range(most)]
 
 
 def beginning(stream: Stream, tokens: int) -> Batch:
-    """The first tokens of the first row of a stream."""
+    """Returns the first tokens of the first row of a stream."""
     batch, _ = stream.read(stream.start())
     row = batch.part(0, 1)
-    cut = [None if each is None else each[:, : tokens + 1] for each in row]
-    return Batch(*cut)  # type: ignore[arg-type]
+    # One token more than the model reads, as in every Batch.
+    columns = [None if column is None else column[:, : tokens + 1] for column in row]
+    return Batch(*columns)  # type: ignore[arg-type]
 
 
 def together(communicator: Communicator) -> GatherWhole:
-    """From the part of a row that a rank holds to the row in global order, on every rank; addresses
-    are known already."""
-    every = [(0, 0)] * communicator.size
+    """Returns the function that gathers a row, in global order, from the shards of all ranks."""
+    # Ranges of no heads: with `None` every rank receives all tokens with all heads.
+    head_ranges = [(0, 0)] * communicator.size
+
+    def gathered(tensors: Tensors, span: Span) -> list[Tensor]:
+        rows = []
+        for tensor in tensors:
+            in_rank_order = seq_to_heads(tensor, communicator, None, head_ranges)
+            rows.append(span.sharding.to_global_order(in_rank_order))
+        return rows
 
     def whole(
         query: Tensors, payload: Tensors, span: Span, kv_span: Span
     ) -> tuple[Tensors, Tensors, Span, Span]:
-        asking = [
-            span.sharding.to_global_order(seq_to_heads(t, communicator, None, every)) for t in query
-        ]
-        seen = [
-            kv_span.sharding.to_global_order(seq_to_heads(t, communicator, None, every))
-            for t in payload
-        ]
-        return asking, seen, span.sharding.whole, kv_span.sharding.whole
+        whole_query = gathered(query, span)
+        whole_payload = gathered(payload, kv_span)
+        # Every rank knows the addresses of the whole row already.
+        return whole_query, whole_payload, span.sharding.whole, kv_span.sharding.whole
 
     return whole

@@ -1,7 +1,6 @@
-"""Held-out loss, and what it is made of: the loss at each distance into a document, and grades of a
-task; on the sharded model.
+"""Held-out loss of the sharded model, in total, by position in the document, and grades of a task.
 
-Letters: m rows of a micro-batch, c tokens of a row that this rank holds.
+Letters: m rows of a micro-batch, c tokens of a row on this rank.
 """
 
 from collections.abc import Callable
@@ -22,13 +21,15 @@ BUCKETS = 48  # positions 0, 1, 2 to 3, 4 to 7, ...: enough for any row
 
 
 class HeldOutResult(NamedTuple):
-    """Held-out loss in nats per token, how many tokens it was taken over, and the same by position.
+    """Result of an evaluation.
 
-    loss: None where there was nothing to predict: that is no figure.
-    by_position: [{"begin", "end", "loss": nats, "tokens": how many}] over half-open ranges of
-    positions in the document.
-    graded: {name: share}, how a task grades what the model finds likeliest at each target; empty
-    where the data is no task.
+    Attributes:
+        loss: in nats per token; None where there was nothing to predict.
+        tokens: number of targets.
+        by_position: [{"begin", "end", "loss": nats, "tokens": count}] over half-open ranges of
+            positions in the document.
+        graded: {name: share}, a task's grades of the model's likeliest token at each target; empty
+            where the data is not a task.
     """
 
     loss: float | None
@@ -38,8 +39,10 @@ class HeldOutResult(NamedTuple):
 
 
 def position_bucket(pos: Tensor) -> Tensor:
-    """[...] int64: 0 for position 0, 1 for 1, 2 for 2 and 3, 3 for 4 to 7, and so on."""
-    return torch.where(pos > 0, pos.clamp_min(1).to(torch.float64).log2().floor().long() + 1, 0)
+    """Returns [...] int64: 0 for position 0, 1 for 1, 2 for 2 and 3, 3 for 4 to 7, and so on."""
+    # In float64: float32 would round log2(2**k - 1) up to k at large positions.
+    logarithm = pos.clamp_min(1).to(torch.float64).log2().floor().long()
+    return torch.where(pos > 0, logarithm + 1, 0)
 
 
 @torch.no_grad()
@@ -51,73 +54,93 @@ def evaluate(
     stop: Callable[[int, str], bool],
     lanes: Lanes | None = None,
 ) -> HeldOutResult | None:
-    """The loss over the first `batches` held-out batches, the same on every rank; None when `stop`
-    says so (all ranks).
+    """Computes the loss over the first held-out batches, the same on every rank.
 
     Args:
-        stop: as Stop.asked: is told the mark of each batch, and what it is.
-        lanes: new ones, where batches go on from one another.
+        model: in evaluation mode.
+        share: cuts batches for this rank.
+        stream: held-out data.
+        batches: number of batches to read at most.
+        stop: collective; receives the mark of each batch and its description, and returns True to
+            interrupt.
+        lanes: new ones, where batches continue one another.
+
+    Returns:
+        The result; None where `stop` interrupted it, on all ranks.
     """
     cursor = stream.start()
+    # Row 0 sums losses, row 1 counts targets, by bucket.
     sums = torch.zeros(2, BUCKETS, dtype=torch.float64, device=share.mesh.device)
     task: SyntheticTask | None = getattr(stream, "task", None)
     grades: Grades = {}
-    many = batches if stream.batches is None else min(batches, stream.batches)
-    for turn in range(many):
+    batch_count = batches if stream.batches is None else min(batches, stream.batches)
+    for batch_index in range(batch_count):
         batch, cursor = stream.read(cursor)
-        if stop(mark(batch, stream.fingerprint), f"held-out batch {turn + 1}"):
+        if stop(mark(batch, stream.fingerprint), f"held-out batch {batch_index + 1}"):
             return None
-        for number, (piece, _) in enumerate(share(batch)):
-            span = piece.span if lanes is None else lanes.attach(number, piece.span)
-            losses = model(piece.tokens, span, piece.targets).to(torch.float64)
-            valid = piece.targets != IGNORE
+        for number, (micro_batch, _) in enumerate(share(batch)):
+            span = micro_batch.span
+            if lanes is not None:
+                span = lanes.attach(number, span)
+            targets = micro_batch.targets
+            losses = model(micro_batch.tokens, span, targets).to(torch.float64)
+            valid = targets != IGNORE
             if task is not None:
-                said = model(piece.tokens, span).argmax(-1)
-                grades = _added(
-                    grades,
-                    task.grade(said[valid].cpu().numpy(), piece.targets[valid].cpu().numpy()),
+                # A second forward pass: with targets, the model returns losses and no logits.
+                predicted = model(micro_batch.tokens, span).argmax(-1)
+                new_grades = task.grade(
+                    predicted[valid].cpu().numpy(), targets[valid].cpu().numpy()
                 )
+                grades = _added(grades, new_grades)
             if lanes is not None:
                 lanes.advance(number)
-            where = position_bucket(piece.span.pos)[valid]
-            sums[0].index_add_(0, where, losses[valid])
-            sums[1].index_add_(0, where, torch.ones_like(losses[valid]))
+            buckets = position_bucket(micro_batch.span.pos)[valid]
+            sums[0].index_add_(0, buckets, losses[valid])
+            sums[1].index_add_(0, buckets, torch.ones_like(losses[valid]))
     if share.mesh.world.group is not None:
         dist.all_reduce(sums, group=share.mesh.world.group)
-    total, count = sums.cpu()
-    found = [
-        {
-            "begin": 2**b // 2,
-            "end": 2**b,
-            "loss": float(total[b] / count[b]),
-            "tokens": int(count[b]),
-        }
-        for b in range(BUCKETS)
-        if count[b]
-    ]
-    graded = _shares(grades, share)
-    tokens = int(count.sum())
-    return HeldOutResult(float(total.sum() / tokens) if tokens else None, tokens, found, graded)
+    totals, counts = sums.cpu()
+    tokens = int(counts.sum())
+    loss = float(totals.sum() / tokens) if tokens else None
+    return HeldOutResult(loss, tokens, _by_position(totals, counts), _graded(grades, share))
 
 
-def _added(a: Grades, b: Grades) -> Grades:
-    """Counts of two lots of targets together."""
-    return {
-        name: (many + a.get(name, (0, 0))[0], kv_span + a.get(name, (0, 0))[1])
-        for name, (many, kv_span) in b.items()
-    }
+def _by_position(totals: Tensor, counts: Tensor) -> list[dict[str, Any]]:
+    """Lists the mean loss of every bucket that has targets."""
+    rows = []
+    for bucket in range(BUCKETS):
+        if counts[bucket]:
+            rows.append(
+                {
+                    "begin": 2**bucket // 2,
+                    "end": 2**bucket,
+                    "loss": float(totals[bucket] / counts[bucket]),
+                    "tokens": int(counts[bucket]),
+                }
+            )
+    return rows
 
 
-def _shares(grades: Grades, share: BatchSharder) -> dict[str, float]:
-    """What was counted, over all ranks, as shares of 1; the names are the same on every rank. A
-    share of nothing is none."""
+def _added(before: Grades, new: Grades) -> Grades:
+    """Adds up the counts (right, all) of two sets of targets, by the names of the new ones."""
+    sums: Grades = {}
+    for name, (right, total) in new.items():
+        right_before, total_before = before.get(name, (0, 0))
+        sums[name] = (right + right_before, total + total_before)
+    return sums
+
+
+def _graded(grades: Grades, share: BatchSharder) -> dict[str, float]:
+    """Returns counts over all ranks as shares of 1, without those of nothing."""
+    # Every rank has the same names; sorted, so that they also have the same order.
+    names = sorted(grades)
     counts = torch.tensor(
-        [grades[name] for name in sorted(grades)], dtype=torch.float64, device=share.mesh.device
+        [grades[name] for name in names], dtype=torch.float64, device=share.mesh.device
     )
     if share.mesh.world.group is not None and len(counts):
         dist.all_reduce(counts, group=share.mesh.world.group)
-    return {
-        name: many / kv_span
-        for name, (many, kv_span) in zip(sorted(grades), counts.tolist())
-        if kv_span
-    }
+    shares: dict[str, float] = {}
+    for name, (right, total) in zip(names, counts.tolist()):
+        if total:
+            shares[name] = right / total
+    return shares

@@ -1,4 +1,7 @@
-"""Refusals of objectives that the data, the model or the evaluation contradict, before any rank."""
+"""Refuses objectives that the data, the model or the evaluation contradict, before any rank starts.
+
+A check yields one message for each fault.
+"""
 
 from collections.abc import Iterator
 
@@ -17,10 +20,11 @@ from trainer.objectives.stream import objective_of
 
 
 def check_objective(config: Config) -> Iterator[str]:
-    """Faults of the objective beside the data, the memory and the sample; no model is needed."""
+    """Yields the faults of an objective that show without a model: data, memory and sample."""
     try:
         objective = objective_of(config)
-    except (UserError, ValueError):  # reported where nodes are checked
+    # The check of config nodes reports these.
+    except (UserError, ValueError):
         return
     key = f"objective={_name(config)}"
     if not isinstance(objective, Objective):
@@ -56,33 +60,35 @@ def check_objective(config: Config) -> Iterator[str]:
 
 
 def vocabulary(config: Config) -> tuple[int, list[str]]:
-    """Tokens of data and objective together, and the fault of a model.vocabulary below that."""
+    """Returns (tokens of data and objective together, faults of a smaller model.vocabulary)."""
     tokenizer = build_source(as_node(config.data)).tokenizer()
     symbols = objective_of(config).symbols(tokenizer, config.context_length)
     tokens = symbols.vocabulary
-    asked = config.model.vocabulary
-    if asked is None or asked >= tokens:
+    configured = config.model.vocabulary
+    if configured is None or configured >= tokens:
         return tokens, []
-    more = f" and objective={_name(config)} adds {symbols.added}" if symbols.added else ""
-    return tokens, [
-        f"model.vocabulary={asked}, but the tokenizer data.tokenizer has {symbols.text} "
-        f"tokens{more}; "
-        f"use model.vocabulary={tokens} or null"
-    ]
+    added = f" and objective={_name(config)} adds {symbols.added}" if symbols.added else ""
+    message = (
+        f"model.vocabulary={configured}, but the tokenizer data.tokenizer has {symbols.text} "
+        f"tokens{added}; use model.vocabulary={tokens} or null"
+    )
+    return tokens, [message]
 
 
 def learns_next(config: Config) -> bool:
-    """Whether targets are tokens of the row that stand behind those that predict them."""
+    """Tells if targets are later tokens of the row itself, which no layer may show."""
     task = _task(config)
     return objective_of(config).predicts_next and (task is None or not task.aimed)
 
 
 def check_objective_model(config: Config, model: nn.Module) -> Iterator[str]:
-    """Faults of a model that is shown what it is to predict, or whose positions serve no mask."""
+    """Yields the faults of a model that sees its own targets, or whose positions serve no mask."""
     objective = objective_of(config)
     ahead = layers_ahead(model)
     if learns_next(config):
         yield from _in_plain_sight(config, objective, ahead)
+    # Two-sided positions without a layer that looks ahead: half of their parameters get no
+    # gradient.
     useless = [path for path, two_sided in score_mismatches(model) if two_sided]
     if useless and not ahead:
         kind = config.position.target.rpartition(".")[2]
@@ -95,7 +101,7 @@ def check_objective_model(config: Config, model: nn.Module) -> Iterator[str]:
 
 
 def _in_plain_sight(config: Config, objective: Objective, ahead: list[Ahead]) -> Iterator[str]:
-    """A loss of the next token over layers that see it."""
+    """Yields the fault of a next-token loss over layers that see the next token."""
     key = f"objective={_name(config)}"
     unlimited = [layer for layer in ahead if layer.causal_from >= FAR]
     if unlimited:
@@ -106,27 +112,28 @@ def _in_plain_sight(config: Config, objective: Objective, ahead: list[Ahead]) ->
             "for example mixer=full"
         )
     elif ahead and objective.rewrites:
-        most = max(ahead, key=lambda layer: layer.causal_from)
+        longest = max(ahead, key=lambda layer: layer.causal_from)
         yield (
-            f"{key}: {_named([most])} shows the first {most.causal_from} tokens of a document "
-            "from before them, the answer "
+            f"{key}: {_named([longest])} shows the first {longest.causal_from} tokens of a "
+            "document from before them, the answer "
             "among them; the data itself says what is seen from both sides: use "
-            f"{_node(config, most)}.length=0"
+            f"{_node(config, longest)}.length=0"
         )
     elif ahead:
-        most = max(ahead, key=lambda layer: layer.causal_from)
-        if most.causal_from > config.context_length:
+        longest = max(ahead, key=lambda layer: layer.causal_from)
+        # A prefix that is shorter than the row leaves targets, and is a prefix-LM.
+        if longest.causal_from > config.context_length:
             yield (
-                f"{key}: {_named([most])} shows the first {most.causal_from} tokens of a "
+                f"{key}: {_named([longest])} shows the first {longest.causal_from} tokens of a "
                 "document from before them, so that "
                 f"they are no targets, and a row of context_length={config.context_length} "
                 "has no others; use "
-                f"{_node(config, most)}.length={config.context_length // 2} or less"
+                f"{_node(config, longest)}.length={config.context_length // 2} or less"
             )
 
 
 def remarks(config: Config, model: nn.Module) -> list[str]:
-    """Combinations that are allowed and may still not be meant; a line each for the log."""
+    """Lists combinations that are allowed and probably not intended, a line each for the log."""
     objective = objective_of(config)
     lines = []
     if not objective.predicts_next and plain_sight(model) < FAR:
@@ -145,14 +152,15 @@ def remarks(config: Config, model: nn.Module) -> list[str]:
 
 
 def _name(config: Config) -> str:
-    """The objective as the command line names it, or its class where that is a user's own."""
+    """Returns the objective as the command line names it, or the class of a user's own."""
     objective = objective_of(config)
-    ours = type(objective).__module__.startswith("trainer.objectives.")
-    return objective.name if ours else config.objective.target
+    is_built_in = type(objective).__module__.startswith("trainer.objectives.")
+    return objective.name if is_built_in else config.objective.target
 
 
 def _task(config: Config) -> SyntheticTask | None:
-    """The task that the data is, or None where it is text or cannot be had (reported elsewhere)."""
+    """Returns the synthetic task of the data; None for text, or for data with faults."""
+    # The check of the data reports the faults.
     try:
         source = build_source(as_node(config.data))
     except ValueError:
@@ -161,17 +169,21 @@ def _task(config: Config) -> SyntheticTask | None:
 
 
 def _named(layers: list[Ahead]) -> str:
-    """The first of some layers by its place and class, and how many more there are."""
+    """Names the first of some layers by path and class, and the number of the others."""
     first = f"{layers[0].path} ({layers[0].kind})"
-    more = len(layers) - 1
-    if not more:
+    others = len(layers) - 1
+    if not others:
         return first
-    return f"{first}, like {more} more layer{'s' if more > 1 else ''},"
+    plural = "s" if others > 1 else ""
+    return f"{first}, like {others} more layer{plural},"
 
 
 def _node(config: Config, layer: Ahead) -> str:
-    """Where the settings of a layer's mixer stand in the config."""
+    """Returns the config key of the settings of a layer's mixer."""
+    # A path of a decoder is blocks.NUMBER.mixer...; other architectures have one mixer.
     parts = layer.path.split(".")
-    labels = build_model.mixer_labels(config)
     number = int(parts[1]) if len(parts) > 2 and parts[1].isdigit() else 0
-    return build_model.mixer_node(config, labels[number])[0] if number < len(labels) else "mixer"
+    labels = build_model.mixer_labels(config)
+    if number >= len(labels):
+        return "mixer"
+    return build_model.mixer_node(config, labels[number])[0]

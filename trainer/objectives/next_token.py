@@ -4,8 +4,8 @@ from trainer.objectives.base import Objective
 
 
 class NextToken(Objective):
-    """The rows as they are (Radford et al. 2018), with the data's own targets where it has any.
+    """Language modelling (Radford et al. 2018), with the data's own targets where it has any.
 
-    Goes with layers that see nothing ahead of a token; and with a prefix that is seen from before
-    it, whose tokens are then nobody's targets.
+    Meant for layers that see nothing after a token, or nothing but a prefix: tokens of a prefix
+    that is seen at once are never targets.
     """

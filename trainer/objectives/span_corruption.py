@@ -1,4 +1,4 @@
-"""objective=span_corruption: sentinels replace spans of a text, which are said after the text.
+"""objective=span_corruption: sentinels replace spans of a text, and the spans follow the text.
 
 Letters: n tokens of a text, k spans of it, R rows, T context length.
 """
@@ -16,9 +16,9 @@ from trainer.objectives.base import Objective, Symbols, draw, share_between, tex
 
 
 class Plan(NamedTuple):
-    """Lengths of the k stretches of a text that are kept, and of the k spans, one after each."""
+    """Lengths of the k stretches of a text that stay, and of the k spans, one after each."""
 
-    kept: list[int]
+    unmasked: list[int]
     spans: list[int]
 
 
@@ -28,19 +28,18 @@ class SpanCorruption(Objective):
     A text of n tokens with k spans becomes a document of n + 2 k + 1 tokens:
 
         text     Thank you for inviting me to your party last week .
-        input    Thank you <0> me to your party <1> week .              role PREFIX, no targets of
-        its own answer   <0> for inviting <1> last <2> (end of text)            predicted token by
-        token
+        input    Thank you <0> me to your party <1> week .          role PREFIX, never targets
+        answer   <0> for inviting <1> last <2> (end of text)        predicted token by token
 
     The input's last token predicts the first of the answer. With causal layers the input is read
     from left to right; with prefix attention (model=prefix with length=0) it is seen from both
     sides, which is T5's encoder and decoder in one stack ("prefix LM", section 3.2). Layers that
-    see ahead without being told of a prefix would see the answer.
+    see ahead without regard to the role PREFIX would see the answer.
 
-    The number of a document's end stands behind the answer, where the text has it. A text is what a
-    row holds of a document; rows read fewer tokens of text than they have places (see `reads`), so
-    that nothing is cut off. Where a row of many short texts runs out of room, the last ones have
-    fewer spans or none; so has a text of one token.
+    If the text has the token that ends a document, it moves behind the answer. A text is the part
+    of a document that a row holds; rows read fewer tokens of text than they have positions (see
+    `reads`), so that nothing is cut off. Where a row of many short texts runs out of room, the last
+    ones have fewer spans or none, as has a text of one token.
 
     Args:
         noise_density: share of the tokens that lie in spans.
@@ -81,20 +80,22 @@ class SpanCorruption(Objective):
         self.sentinels = sentinels
 
     def counts(self, tokens: int) -> tuple[int, int]:
-        """(tokens in spans, spans) of a text of so many tokens; (0, 0) where it is too short."""
+        """Returns (tokens in spans, spans) of a text; (0, 0) where it is too short."""
         if tokens < 2:
             return 0, 0
+        # Each span holds a token, and so does each stretch between them.
         noise = min(max(round(tokens * self.noise_density), 1), tokens - 1)
         spans = max(round(noise / self.mean_length), 1)
         return noise, min(spans, noise, tokens - noise)
 
     def reads(self, context_length: int) -> int:
         """See Objective: the longest text that still fits after it has been corrupted."""
+        # The corrupted length grows with the text, so a binary search finds the longest.
         low = 0
         high = context_length
         while low < high:
             middle = (low + high + 1) // 2
-            # A document's end, which is moved behind the answer, takes no further place.
+            # The token that ends a document only moves, so it takes no further position.
             if middle + 2 * self.counts(middle)[1] + 1 <= context_length:
                 low = middle
             else:
@@ -108,82 +109,91 @@ class SpanCorruption(Objective):
 
     def words(self, context_length: int) -> list[tuple[str, ...]]:
         """See Objective."""
-        most = self.counts(self.reads(context_length))[1] + 1
-        if self.sentinels is not None and self.sentinels < most:
+        # One more than spans: the last sentinel ends the answer.
+        needed = self.counts(self.reads(context_length))[1] + 1
+        if self.sentinels is not None and self.sentinels < needed:
             raise ValueError(
                 f"objective.sentinels={self.sentinels}, but a row of "
-                f"context_length={context_length} may have {most - 1} "
-                f"spans and needs one more; use objective.sentinels={most} or null, or a "
+                f"context_length={context_length} may have {needed - 1} "
+                f"spans and needs one more; use objective.sentinels={needed} or null, or a "
                 "longer objective.mean_length"
             )
-        return [(f"<extra_id_{number}>",) for number in range(self.sentinels or most)]
+        return [(f"<extra_id_{number}>",) for number in range(self.sentinels or needed)]
 
     def apply(
         self, batch: Batch, rows: Tensor, seed: int, symbols: Symbols, context_length: int
     ) -> Batch:
         """See Objective."""
         span = text_only(batch)
-        lots = draw("spans", seed, rows, span, 2)
-        size = len(batch.tokens), context_length + 1
-        aims = torch.full(size, IGNORE)
-        new = Batch(
-            torch.zeros(size, dtype=torch.long),
-            torch.full(size, PADDING),
-            torch.zeros(size, dtype=torch.long),
-            torch.full(size, TEXT),
-            aims,
+        draws = draw("spans", seed, rows, span, 2)
+        shape = (len(batch.tokens), context_length + 1)
+        aims = torch.full(shape, IGNORE)
+        corrupted_batch = Batch(
+            tokens=torch.zeros(shape, dtype=torch.long),
+            doc=torch.full(shape, PADDING),
+            pos=torch.zeros(shape, dtype=torch.long),
+            role=torch.full(shape, TEXT),
+            aims=aims,
         )
         for row, tokens in enumerate(batch.tokens[:, :-1]):
-            here = 0
-            doc = span.doc[row]
-            for number, there, answer in self._documents(tokens, doc, lots[row], symbols, size[1]):
-                middle = here + len(there)
+            start = 0
+            documents = self._documents(tokens, span.doc[row], draws[row], symbols, shape[1])
+            for number, text, answer in documents:
+                middle = start + len(text)
                 stop = middle + len(answer)
-                new.tokens[row, here:stop] = torch.tensor([*there, *answer])
-                new.doc[row, here:stop] = number
-                new.pos[row, here:stop] = torch.arange(stop - here)
-                new.role[row, here:middle] = PREFIX
+                corrupted_batch.tokens[row, start:stop] = torch.tensor([*text, *answer])
+                corrupted_batch.doc[row, start:stop] = number
+                corrupted_batch.pos[row, start:stop] = torch.arange(stop - start)
+                corrupted_batch.role[row, start:middle] = PREFIX
+                # Each target stands at the token before it, the first at the end of the input.
                 if answer:
                     aims[row, middle - 1 : stop - 1] = torch.tensor(answer)
-                here = stop
-        return new
+                start = stop
+        return corrupted_batch
 
     def _documents(
-        self, tokens: Tensor, doc: Tensor, lots: Tensor, symbols: Symbols, places: int
+        self, tokens: Tensor, doc: Tensor, draws: Tensor, symbols: Symbols, positions: int
     ) -> Iterator[tuple[int, list[int], list[int]]]:
-        """(number, what is read, what is to be said after it) of each document of a row.
+        """Yields (number, corrupted text, answer) of each document of a row.
 
         Args:
-            tokens, doc: [reads] of the row; lots [reads, 2].
-            places: of the row as the model reads it, with the one that is read by nobody.
+            tokens: [reads] of the row.
+            doc: [reads] documents of the tokens.
+            draws: [reads, 2] numbers drawn by address.
+            symbols: the vocabulary.
+            positions: of the row as the model reads it, with the last, which is only a target.
         """
-        free = places - 1 - int((doc != PADDING).sum())
-        for first, stop in _stretches(doc):
+        free = positions - 1 - int((doc != PADDING).sum())
+        for first, stop in _document_ranges(doc):
             text = tokens[first:stop]
-            ends = len(text) > 1 and int(text[-1]) == symbols.end_of_text
-            body = text[:-1] if ends else text
-            plan = self.plan(lots[first : first + len(body)], (free - 1) // 2)
-            there, answer = corrupted(body, plan, symbols.special)
-            if ends:
-                (answer if answer else there).append(symbols.end_of_text)
-            free -= len(there) + len(answer) - len(text)
-            yield int(doc[first]), there, answer
+            has_end = len(text) > 1 and int(text[-1]) == symbols.end_of_text
+            body = text[:-1] if has_end else text
+            # A span costs two sentinels, and the answer ends with one more.
+            plan = self.plan(draws[first : first + len(body)], (free - 1) // 2)
+            corrupted_text, answer = corrupted(body, plan, symbols.special)
+            if has_end:
+                last_part = answer if answer else corrupted_text
+                last_part.append(symbols.end_of_text)
+            free -= len(corrupted_text) + len(answer) - len(text)
+            yield int(doc[first]), corrupted_text, answer
 
     def plan(self, lots: Tensor, most: int) -> Plan:
-        """Stretches and spans of a text; where there are only `most` spans they hide fewer tokens.
+        """Draws the stretches and spans of a text.
 
         Args:
             lots: [n, 2] float64, for each token two numbers drawn by its address.
+            most: number of spans at most; fewer spans then hide fewer tokens.
         """
         noise, spans = self.counts(len(lots))
         if min(spans, most) < 1:
             return Plan([len(lots)], [])
+        # Fewer spans must not become longer ones: the model would learn other lengths.
         if spans > most:
             spans = most
             noise = min(noise, max(spans, round(spans * self.mean_length)))
-        return Plan(
-            _divided(lots[:, 0], len(lots) - noise, spans), _divided(lots[:, 1], noise, spans)
-        )
+        unmasked_lengths = _divided(lots[:, 0], len(lots) - noise, spans)
+        span_lengths = _divided(lots[:, 1], noise, spans)
+        return Plan(unmasked_lengths, span_lengths)
 
     def describe(self, symbols: Symbols, context_length: int) -> str:
         """See Objective."""
@@ -200,30 +210,44 @@ class SpanCorruption(Objective):
 
 
 def corrupted(text: Tensor, plan: Plan, sentinels: tuple[int, ...]) -> tuple[list[int], list[int]]:
-    """(what is read of a text, what is to be said after it: nothing where there are no spans)."""
+    """Replaces the spans of a text by sentinels.
+
+    Returns:
+        (text with sentinels, answer); the answer is empty where the plan has no spans.
+    """
     words = text.tolist()
     if not plan.spans:
         return words, []
-    there: list[int] = []
+    corrupted_text: list[int] = []
     answer: list[int] = []
-    place = 0
-    for number, (kept, hidden) in enumerate(zip(plan.kept, plan.spans, strict=True)):
-        there += [*words[place : place + kept], sentinels[number]]
-        place += kept
-        answer += [sentinels[number], *words[place : place + hidden]]
-        place += hidden
-    return there, [*answer, sentinels[len(plan.spans)]]
+    start = 0
+    for number, unmasked_length in enumerate(plan.unmasked):
+        span_start = start + unmasked_length
+        span_stop = span_start + plan.spans[number]
+        corrupted_text += [*words[start:span_start], sentinels[number]]
+        answer += [sentinels[number], *words[span_start:span_stop]]
+        start = span_stop
+    return corrupted_text, [*answer, sentinels[len(plan.spans)]]
 
 
 def _divided(lots: Tensor, total: int, parts: int) -> list[int]:
-    """`total` as the sum of `parts` numbers from 1 on, drawn evenly by the first total - 1 lots."""
+    """Divides `total` into `parts` numbers of at least 1, evenly drawn by its first lots."""
+    # The places between total items that have the smallest lots become the cuts.
     cuts = lots[: total - 1].argsort(stable=True)[: parts - 1].sort().values.tolist()
     edges = [0, *(cut + 1 for cut in cuts), total]
     return [stop - start for start, stop in zip(edges, edges[1:])]
 
 
-def _stretches(doc: Tensor) -> list[tuple[int, int]]:
-    """(first, stop) of each document of a row."""
+def _document_ranges(doc: Tensor) -> list[tuple[int, int]]:
+    """Lists (first, stop) of each document of a row, without padding."""
     numbers = doc.tolist()
-    edges = [0, *(i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1]), len(numbers)]
-    return [(a, b) for a, b in zip(edges, edges[1:]) if numbers[a] != PADDING]
+    edges = [0]
+    for position in range(1, len(numbers)):
+        if numbers[position] != numbers[position - 1]:
+            edges.append(position)
+    edges.append(len(numbers))
+    ranges = []
+    for first, stop in zip(edges, edges[1:]):
+        if numbers[first] != PADDING:
+            ranges.append((first, stop))
+    return ranges

@@ -1,4 +1,4 @@
-"""The rows of a run under its objective: a stream of text, with the objective applied to it."""
+"""Opens the rows of a run: a stream of text with the objective applied to it."""
 
 import hashlib
 
@@ -19,10 +19,10 @@ class ObjectiveStream(Stream):
     """Applies an objective to every batch of a stream of text.
 
     Args:
-        text: rows of text, of `objective.reads(context_length)` tokens.
+        text: rows of `objective.reads(context_length)` tokens.
         objective: makes inputs and targets of them.
         context_length: tokens in a row as the model reads it.
-        seed: of the objective's choices. Held-out data takes the same whatever the seed of the run.
+        seed: of the objective's choices; held-out data has the same one under every seed of a run.
     """
 
     def __init__(self, text: Stream, objective: Objective, *, context_length: int, seed: int):
@@ -35,48 +35,54 @@ class ObjectiveStream(Stream):
         self.vocabulary = self.symbols.vocabulary
         self.batches = text.batches
         self.rows = text.rows
+        # Everything that the rows depend on, so that a resume under other settings is refused.
         settings = f"{type(objective).__name__} {sorted(vars(objective).items())}"
-        written = f"{text.fingerprint} {settings} {context_length} {seed} {self.symbols}"
-        self.fingerprint = hashlib.blake2b(written.encode(), digest_size=12).hexdigest()
+        identity = f"{text.fingerprint} {settings} {context_length} {seed} {self.symbols}"
+        self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
 
     def start(self) -> Cursor:
-        """The cursor of the text, with a fingerprint that includes the objective."""
+        """Returns the cursor of the text, with a fingerprint that includes the objective."""
         return self.text.start() | {"fingerprint": self.fingerprint}
 
     def read(self, cursor: Cursor) -> tuple[Batch, Cursor]:
-        """See Stream.read; a row's number counts among its choices, so each epoch draws anew."""
+        """See Stream.read."""
         self.admit(cursor)
-        batch, following = self.text.read(cursor | {"fingerprint": self.text.fingerprint})
-        rows = cursor["rows"] + torch.arange(len(batch.tokens))
-        batch = self.objective.apply(batch, rows, self.seed, self.symbols, self.context_length)
-        return batch, following | {"fingerprint": self.fingerprint}
+        text, next_cursor = self.text.read(cursor | {"fingerprint": self.text.fingerprint})
+        # Numbers go on over the epochs, so that a text is masked anew each time it is read.
+        rows = cursor["rows"] + torch.arange(len(text.tokens))
+        batch = self.objective.apply(text, rows, self.seed, self.symbols, self.context_length)
+        return batch, next_cursor | {"fingerprint": self.fingerprint}
 
     def describe(self, steps: int | None = None) -> str:
         """See Stream.describe."""
-        made = self.objective.describe(self.symbols, self.context_length)
-        return f"{self.text.describe(steps)}; {made}"
+        objective = self.objective.describe(self.symbols, self.context_length)
+        return f"{self.text.describe(steps)}; {objective}"
 
 
 def objective_of(config: Config) -> Objective:
-    """The objective that a config names.
+    """Builds the objective that a config names.
 
     Raises:
-        Fault: an unknown class or setting.
+        UserError: an unknown class or setting.
     """
     return instantiate(config.objective, {}, "objective")
 
 
 def vocabulary_of(config: Config) -> int:
-    """How many tokens the data and the objective of a config have between them."""
+    """Returns the number of tokens of the data and the objective together."""
     tokenizer = build_source(as_node(config.data)).tokenizer()
     return objective_of(config).symbols(tokenizer, config.context_length).vocabulary
 
 
 def open_rows(config: Config, split: str) -> Stream:
-    """The batches that the model of a config is trained on, or its held-out ones.
+    """Opens the batches that the model of a config is trained on, or its held-out ones.
+
+    Args:
+        config: of the run.
+        split: train or held_out.
 
     Raises:
-        Fault: settings or data that cannot be read.
+        UserError: settings or data that cannot be read.
     """
     objective = objective_of(config)
     try:
@@ -92,5 +98,6 @@ def open_rows(config: Config, split: str) -> Stream:
         raise UserError(str(error), BAD_RUN) from error
     if not objective.rewrites:
         return text
+    # Held-out losses of runs with different seeds must be over the same targets.
     seed = config.seed if split == "train" else 0
     return ObjectiveStream(text, objective, context_length=config.context_length, seed=seed)

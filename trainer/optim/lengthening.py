@@ -1,9 +1,8 @@
-"""Runs that go on with other `steps`: where that leaves the learning rate as it was, or what
-schedule.extend makes of it.
+"""The learning rate of a run that resumes with another number of `steps`.
 
-A run remembers how long it was to be, and from which step on: a list of stretches {"after",
-"steps", "extend"}, kept in its checkpoints. The factor of a step is that of the last stretch that
-had begun before it.
+A run records the lengths that it was given, and from which step on: a list of stretches {"after",
+"steps", "extend"} in its checkpoints. The factor of a step is that of the last stretch that began
+before it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +23,7 @@ Stretches = Sequence[Stretch]
 Extend = Literal["hold", "restart", "stretch"]
 HOLD = "hold"
 RESTART = "restart"
-STRETCH = "stretch"
-COMPARED = (
-    4096  # steps at which two lengths are compared; where a run has more, so many spread over them
-)
+COMPARED = 4096  # steps at which two lengths are compared, spread evenly over a longer run
 NEAR = 1e-9
 WAYS = (
     "schedule.extend=hold (it stays as it is), restart (the schedule once more, over the steps that"
@@ -36,11 +32,19 @@ WAYS = (
 
 
 def factor(schedule: Factor, stretches: Stretches, step: int) -> float:
-    """The learning rate of a step as a fraction of its peak."""
-    number = max(
-        number for number, each in enumerate(stretches) if each["after"] < step or number == 0
-    )
+    """Returns the learning rate of a step as a fraction of its peak.
+
+    Args:
+        schedule: of a run of one length.
+        stretches: of the run, at least one.
+        step: from 1 on.
+    """
+    number = 0
+    for candidate, stretch in enumerate(stretches):
+        if stretch["after"] < step:
+            number = candidate
     stretch = stretches[number]
+    # The first stretch is the run as it began; there is nothing that it could extend.
     if number and stretch["extend"] == HOLD:
         return factor(schedule, stretches[:number], stretch["after"])
     if number and stretch["extend"] == RESTART:
@@ -51,57 +55,61 @@ def factor(schedule: Factor, stretches: Stretches, step: int) -> float:
 def go_on(
     schedule: Factor, stretches: Stretches, step: int, steps: int, extend: Extend | None
 ) -> tuple[list[Stretch], str]:
-    """The stretches of a run that goes on after `step` and is to have `steps`, and one line where
-    that changes them.
+    """Extends a run that resumes after `step` to `steps` in all.
 
     Args:
-        stretches: of the run so far; none at its beginning.
+        schedule: of a run of one length.
+        stretches: of the run so far; empty at its beginning.
+        step: that the checkpoint was written after.
+        steps: the new length.
+        extend: schedule.extend.
+
+    Returns:
+        (stretches from now on, one line for the log where they changed).
 
     Raises:
-        Fault: the learning rate depends on `steps`, and `extend` does not say what is to become of
-            it.
+        UserError: the learning rate depends on `steps`, and `extend` is None.
     """
-    first: Stretch = {"after": 0, "steps": steps, "extend": None}
+    unchanged: Stretch = {"after": 0, "steps": steps, "extend": None}
     if not stretches:
-        return [first], ""
+        return [unchanged], ""
     before = stretches[-1]["steps"]
     if before == steps:
         return list(stretches), ""
-    kept = [
-        stretch for stretch in stretches if stretch["after"] < step
-    ]  # a longer run may have been left for an older checkpoint
-    if not kept:
-        return [first], ""
-    plain = len(kept) == 1
-    if plain and extend is None and agrees(schedule, step, before, steps):
-        return [
-            first
-        ], f"steps={before} became {steps}: the learning rate so far does not depend on it"
+    # Later stretches exist where a longer run was left for an older checkpoint.
+    begun = [stretch for stretch in stretches if stretch["after"] < step]
+    if not begun:
+        return [unchanged], ""
+    has_one_length = len(begun) == 1
+    if has_one_length and extend is None and agrees(schedule, step, before, steps):
+        line = f"steps={before} became {steps}: the learning rate so far does not depend on it"
+        return [unchanged], line
     if extend is None:
         raise UserError(refusal(schedule, step, before, steps))
-    fresh: Stretch = {"after": step, "steps": steps, "extend": extend}
-    following = [*kept, fresh]
-    now = factor(schedule, kept, step)
-    then = factor(schedule, following, step + 1)
-    return (
-        following,
-        (
-            f"steps={before} became {steps} after step {step}: schedule.extend={extend}, the"
-            f" learning rate goes from {now:.4g} to {then:.4g} of its peak"
-        ),
+    extension: Stretch = {"after": step, "steps": steps, "extend": extend}
+    extended = [*begun, extension]
+    now = factor(schedule, begun, step)
+    then = factor(schedule, extended, step + 1)
+    line = (
+        f"steps={before} became {steps} after step {step}: schedule.extend={extend}, the"
+        f" learning rate goes from {now:.4g} to {then:.4g} of its peak"
     )
+    return extended, line
 
 
 def agrees(schedule: Factor, step: int, before: int, steps: int) -> bool:
-    """Whether all steps up to `step` have the same learning rate in runs of either length."""
-    numbers = (
-        np.unique(np.linspace(1, step, min(step, COMPARED)).round().astype(int)) if step else []
-    )
-    return all(abs(schedule(int(n), before) - schedule(int(n), steps)) <= NEAR for n in numbers)
+    """Tells if all steps up to `step` have the same learning rate in runs of either length."""
+    if not step:
+        return True
+    samples = np.linspace(1, step, min(step, COMPARED)).round().astype(int)
+    for sample in np.unique(samples):
+        if abs(schedule(int(sample), before) - schedule(int(sample), steps)) > NEAR:
+            return False
+    return True
 
 
 def refusal(schedule: Factor, step: int, before: int, steps: int) -> str:
-    """The message about `steps` that cannot change without a word on the learning rate."""
+    """Returns the message that refuses other `steps` without schedule.extend."""
     now = schedule(step, before)
     then = schedule(min(step + 1, steps), steps)
     kind = type(schedule).__name__
@@ -113,9 +121,11 @@ def refusal(schedule: Factor, step: int, before: int, steps: int) -> str:
 
 
 def check_lengthening(config: Config) -> Iterator[str]:
-    """What keeps a config from going on with a run of another length, as far as the folders
-    tell."""
-    place = _place(config)
+    """Yields the reasons why a config cannot continue a run of another length.
+
+    Only names of folders and the run's config are read, so this can run before any rank starts.
+    """
+    place = _resumed_from(config)
     if place is None:
         return
     taken = steps_taken(place)
@@ -123,7 +133,8 @@ def check_lengthening(config: Config) -> Iterator[str]:
     try:
         before = run_dir.read_config(run).steps
         schedule = instantiate(config.schedule, {}, "schedule")
-    except (UserError, OSError, ValueError, yaml.YAMLError):  # said elsewhere
+    # Other checks report these; a second message would only hide the first.
+    except (UserError, OSError, ValueError, yaml.YAMLError):
         return
     if taken > config.steps:
         yield (
@@ -136,8 +147,8 @@ def check_lengthening(config: Config) -> Iterator[str]:
         yield refusal(schedule, taken, before, config.steps)
 
 
-def _place(config: Config) -> Path | None:
-    """The run directory or checkpoint that a run would go on from; None where it begins."""
+def _resumed_from(config: Config) -> Path | None:
+    """Returns the run directory or checkpoint to resume from; None for a new run."""
     if config.run_dir is not None and steps_taken(Path(config.run_dir)):
         return Path(config.run_dir)
     if config.resume not in ("auto", "never"):
@@ -146,7 +157,7 @@ def _place(config: Config) -> Path | None:
 
 
 def steps_taken(place: Path) -> int:
-    """The step of a checkpoint, or of the newest in a run directory; 0 where there is none."""
+    """Returns the step of a checkpoint, or of the newest in a run directory; 0 without any."""
     if place.name.startswith("step_"):
         names = [place.name]
     else:

@@ -2,7 +2,7 @@
 
 `step` counts from 1, the step about to be taken; `steps` is the length of the run. Every schedule
 rises linearly over `warmup_steps` (step 1 trains already, step `warmup_steps` has the peak; a
-longer warm-up than the run never gets there) and is `final` at the last step.
+longer warm-up than the run never gets there) and is `final_ratio` at the last step.
 """
 
 import math
@@ -23,16 +23,18 @@ class Constant:
         _check_steps("warmup_steps", self.warmup_steps)
 
     def __call__(self, step: int, steps: int) -> float:
-        """The factor of this step, in [0, 1]."""
-        return min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+        """Returns the factor of this step, in [0, 1]."""
+        if not self.warmup_steps:
+            return 1.0
+        return min(1.0, step / self.warmup_steps)
 
 
 @dataclass(frozen=True)
 class LinearSchedule:
-    """Warm-up, then straight down to `final` of the peak.
+    """Warm-up, then straight down to `final_ratio` of the peak.
 
     Raises:
-        ValueError: negative warmup_steps, or `final` outside [0, 1].
+        ValueError: negative warmup_steps, or `final_ratio` outside [0, 1].
     """
 
     warmup_steps: int = 0
@@ -43,7 +45,7 @@ class LinearSchedule:
         _check_final(self.final_ratio)
 
     def __call__(self, step: int, steps: int) -> float:
-        """The factor of this step, in [0, 1]."""
+        """Returns the factor of this step, in [0, 1]."""
         if step <= self.warmup_steps:
             return step / self.warmup_steps
         return 1.0 - (1.0 - self.final_ratio) * _progress(step, self.warmup_steps, steps)
@@ -51,11 +53,12 @@ class LinearSchedule:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Warm-up, then half a cosine down to `final` of the peak (Loshchilov & Hutter 2017,
-    arXiv:1608.03983, one period).
+    """Warm-up, then half a cosine down to `final_ratio` of the peak.
+
+    One period of Loshchilov & Hutter 2017 (arXiv:1608.03983), without its restarts.
 
     Raises:
-        ValueError: negative warmup_steps, or `final` outside [0, 1].
+        ValueError: negative warmup_steps, or `final_ratio` outside [0, 1].
     """
 
     warmup_steps: int = 0
@@ -66,7 +69,7 @@ class Cosine:
         _check_final(self.final_ratio)
 
     def __call__(self, step: int, steps: int) -> float:
-        """The factor of this step, in [0, 1]."""
+        """Returns the factor of this step, in [0, 1]."""
         if step <= self.warmup_steps:
             return step / self.warmup_steps
         down = 0.5 * (1.0 + math.cos(math.pi * _progress(step, self.warmup_steps, steps)))
@@ -75,14 +78,14 @@ class Cosine:
 
 @dataclass(frozen=True)
 class WarmupStableDecay:
-    """Warm-up, the peak, then down to `final` over the last `decay_steps`: a run may be lengthened
-    before they begin.
+    """Warm-up, the peak, then down to `final_ratio` over the last `decay_steps`.
 
-    The way down is 1 - sqrt(progress), which Haegele et al. 2024 (arXiv:2405.18392) found better
-    than a straight line; the shape of the whole is that of Hu et al. 2024 (arXiv:2404.06395).
+    The shape is that of Hu et al. 2024 (arXiv:2404.06395): a run may be lengthened before the decay
+    begins. The decay is 1 - sqrt(progress), which Haegele et al. 2024 (arXiv:2405.18392) found
+    better than a straight line.
 
     Raises:
-        ValueError: negative steps, or `final` outside [0, 1].
+        ValueError: negative steps, or `final_ratio` outside [0, 1].
     """
 
     warmup_steps: int = 0
@@ -95,20 +98,21 @@ class WarmupStableDecay:
         _check_final(self.final_ratio)
 
     def __call__(self, step: int, steps: int) -> float:
-        """The factor of this step, in [0, 1]."""
+        """Returns the factor of this step, in [0, 1]."""
         if step <= self.warmup_steps:
             return step / self.warmup_steps
-        opens = max(self.warmup_steps, steps - self.decay_steps)
-        if step <= opens:
+        # A run shorter than warm-up and decay together spends what is left on the decay.
+        decay_start = max(self.warmup_steps, steps - self.decay_steps)
+        if step <= decay_start:
             return 1.0
-        return self.final_ratio + (1.0 - self.final_ratio) * (
-            1.0 - math.sqrt(_progress(step, opens, steps))
-        )
+        down = 1.0 - math.sqrt(_progress(step, decay_start, steps))
+        return self.final_ratio + (1.0 - self.final_ratio) * down
 
 
-def _progress(step: int, opens: int, closes: int) -> float:
-    """How far `step` is from `opens` (0) to `closes` (1)."""
-    return min(1.0, max(0.0, (step - opens) / max(1, closes - opens)))
+def _progress(step: int, start: int, stop: int) -> float:
+    """Returns the share of the way from `start` to `stop` that `step` has come, in [0, 1]."""
+    # A warm-up as long as the run leaves a way of no steps.
+    return min(1.0, max(0.0, (step - start) / max(1, stop - start)))
 
 
 def _check_steps(name: str, count: int) -> None:

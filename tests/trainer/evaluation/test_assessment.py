@@ -75,11 +75,11 @@ def disagreeing(env):
     here.meeting = assessment._meeting(here.mesh, 60)
     here.config = SimpleNamespace(launch=SimpleNamespace(timeout_s=60))  # pyright: ignore[reportAttributeAccessIssue]
     trouble = IndexError("8 places") if env.rank == 1 else None
-    same = here._any_broke(trouble)
+    same = here._any_failed(trouble)
     if env.rank == 1:
         dist.all_reduce(torch.zeros(1), group=here.mesh.world.group, async_op=True)
     with pytest.raises(Exception) as raised:
-        here._any_broke(trouble)
+        here._any_failed(trouble)
     if env.rank != 1:
         dist.all_reduce(torch.zeros(1), group=here.mesh.world.group)
     return same, type(raised.value).__name__

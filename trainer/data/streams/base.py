@@ -1,4 +1,4 @@
-"""The interface of every stream of batches."""
+"""Interface of all streams of batches."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -12,12 +12,19 @@ Cursor = dict[str, Any]
 class Stream(ABC):
     """Batches as a pure function of cursors.
 
-    Attributes: fingerprint: of the data, the tokenizer and all that shapes the rows; equal where
-        batches are equal. vocabulary: token numbers are below it. rows: of a batch. pauses: whether
-        a whole batch may have nothing to predict, because examples go on over several rows.
-        batches: how many batches there are before padding (held-out data) or before an epoch has
-        been read (training
-            data); None where nobody knows.
+    A cursor is a small dict that JSON can hold. It counts rows of the whole run, so it is valid for
+    any number of ranks, any context degree and any micro-batch.
+
+    Attributes:
+        fingerprint: of the data, the tokenizer and all settings that shape the rows; equal where
+            batches are equal.
+        vocabulary: token numbers are below it.
+        rows: of a batch.
+        tokenizer: of the data.
+        batches: number of batches before padding (held-out data) or in an epoch (training data);
+            None if unknown.
+        pauses: True if a whole batch may have nothing to predict, because examples extend over
+            several rows.
     """
 
     fingerprint: str
@@ -29,20 +36,30 @@ class Stream(ABC):
 
     @abstractmethod
     def start(self) -> Cursor:
-        """The cursor of the first batch."""
+        """Returns the cursor of the first batch."""
 
     @abstractmethod
     def read(self, cursor: Cursor) -> tuple[Batch, Cursor]:
-        """The batch at a cursor and the cursor of the next. Raises ValueError for a cursor of other
-        data."""
+        """Returns the batch at a cursor and the cursor of the next one.
+
+        Raises:
+            ValueError: the cursor belongs to other data.
+        """
 
     @abstractmethod
     def describe(self, steps: int | None = None) -> str:
-        """One line for the log: how much there is, what was left out, how often `steps` batches
-        read it."""
+        """Returns one line for the log: the amount of data, what was left out, and the epochs.
+
+        Args:
+            steps: of the run, for the number of epochs; None leaves it out.
+        """
 
     def admit(self, cursor: Cursor) -> None:
-        """Raises ValueError unless the cursor belongs to this stream."""
+        """Checks that a cursor belongs to this stream.
+
+        Raises:
+            ValueError: it does not.
+        """
         if cursor.get("fingerprint") != self.fingerprint:
             raise ValueError(
                 "the place to go on from belongs to other data (fingerprint"

@@ -1,12 +1,7 @@
-"""Batches of a run, step after step: `open_stream` gives a stream, a stream turns a cursor into a
-batch and a cursor.
-
-A cursor is a small dict that JSON can hold. It speaks of rows of the whole run, so it is valid for
-any number of ranks, any context degree and any micro-batch; a fingerprint of the data and of what
-shapes the rows guards it.
-"""
+"""Batches of local documents, packed into rows without padding between them."""
 
 import hashlib
+from typing import Any
 
 import numpy as np
 
@@ -22,14 +17,21 @@ from trainer.errors import BAD_CONFIG
 
 
 class PackedStream(Stream):
-    """Rows of local documents: an epoch after an epoch, each in an order of its own, without end.
+    """Rows of local documents, one epoch after another in an order of its own, without end.
 
-    Documents are laid end to end in the epoch's order and the rows of that are dealt in another
-    order of the epoch: else the rows of one long document would fill whole batches. Under `lanes`
-    rows go on where rows ended instead.
+    Documents are laid end to end in the epoch's order, and the rows of that are read in a second
+    order of the epoch: otherwise the rows of one long document would fill whole batches. Under
+    `lanes` rows continue where rows ended instead.
 
-    Held-out documents keep one order whatever the seed, are read once, and are followed by rows of
+    Held-out documents keep one order under every seed, are read once, and are followed by rows of
     padding: the first N batches are the same in every evaluation of every run.
+
+    Args:
+        source: the documents.
+        context_length, rows, seed, split, lanes: see open_stream.
+
+    Raises:
+        ValueError: there is no document in the split, or data that cannot be read.
     """
 
     def __init__(
@@ -58,70 +60,84 @@ class PackedStream(Stream):
         self.epoch_rows = rows_of(self.tokens, context_length)
         self.batches = -(-self.epoch_rows // rows)
         self.vocabulary = self.tokenizer.vocabulary
-        shape = (
-            split,
-            source.held_out,
-            context_length,
-            seed if self.endless else None,
-            rows if lanes else None,
-        )
-        said = f"{self.corpus.facts['fingerprint']} {shape}"
-        self.fingerprint = hashlib.blake2b(said.encode(), digest_size=12).hexdigest()
+        # None for settings without influence on the rows, so that a change of them is no other
+        # data.
+        order_seed = seed if self.endless else None
+        lane_count = rows if lanes else None
+        shape = (split, source.held_out, context_length, order_seed, lane_count)
+        identity = f"{self.corpus.facts['fingerprint']} {shape}"
+        self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
         self._epochs: dict[int, Concatenation] = {}
         self._orders: dict[int, np.ndarray] = {}
 
     def start(self) -> Cursor:
+        """See Stream.start."""
         return {"rows": 0, "fingerprint": self.fingerprint}
 
     def read(self, cursor: Cursor) -> tuple[Batch, Cursor]:
+        """See Stream.read."""
         self.admit(cursor)
         first = cursor["rows"]
-        pick = self._lane_row if self.lanes else self._row
-        batch = stack([pick(row) for row in range(first, first + self.rows)])
+        read_row = self._lane_row if self.lanes else self._row
+        batch = stack([read_row(number) for number in range(first, first + self.rows)])
         return batch, {"rows": first + self.rows, "fingerprint": self.fingerprint}
 
+    @property
+    def _order_seed(self) -> int:
+        return self.seed if self.endless else 0
+
     def _row(self, number: int) -> PackedRow:
-        epoch, row = divmod(number, self.epoch_rows) if self.endless else (0, number)
-        if row < self.epoch_rows:
-            row = int(self._order(epoch)[row])
-        return self._epoch(epoch).row(row, goes_on=False)
+        """Returns row `number` of the run, in the order of its epoch."""
+        epoch = 0
+        if self.endless:
+            epoch, number = divmod(number, self.epoch_rows)
+        # Rows behind the last of held-out data are padding and have no order.
+        if number < self.epoch_rows:
+            number = int(self._order(epoch)[number])
+        return self._epoch(epoch).row(number, goes_on=False)
 
     def _order(self, epoch: int) -> np.ndarray:
-        """[epoch_rows] the order in which an epoch's rows are read."""
+        """Returns the order in which an epoch's rows are read, [epoch_rows]."""
         if epoch not in self._orders:
             rows = np.arange(self.epoch_rows, dtype=np.uint64)
-            kept = {number: self._orders[number] for number in self._orders if number == epoch - 1}
-            self._orders = kept | {epoch: arrange(rows, self.seed if self.endless else 0, epoch)}
+            order = arrange(rows, self._order_seed, epoch)
+            self._orders = _with_epoch(self._orders, epoch, order)
         return self._orders[epoch]
 
     def _lane_row(self, number: int) -> PackedRow:
-        """Lane i of an epoch's rows reads an i-th part of them, one after another; a shorter part
-        ends in padding."""
+        """Returns row `number` of the run where lanes continue.
+
+        Lane i reads the i-th part of an epoch's rows, one after another; a shorter part ends in
+        padding.
+        """
         step, lane = divmod(number, self.rows)
-        epoch, step = divmod(step, self.batches or 1) if self.endless else (0, step)
-        first, last = (self.epoch_rows * i // self.rows for i in (lane, lane + 1))
-        return self._epoch(epoch).row(
-            first + step if first + step < last else self.epoch_rows + 1, goes_on=True
-        )
+        epoch = 0
+        if self.endless:
+            epoch, step = divmod(step, self.batches or 1)
+        first = self.epoch_rows * lane // self.rows
+        stop = self.epoch_rows * (lane + 1) // self.rows
+        row = first + step
+        if row >= stop:
+            row = self.epoch_rows + 1
+        return self._epoch(epoch).row(row, goes_on=True)
 
     def _epoch(self, epoch: int) -> Concatenation:
-        """Documents in the epoch's order; numbered on from epoch to epoch, so that a memory never
-        mixes two up."""
+        """Returns the documents in the epoch's order."""
         if epoch not in self._epochs:
-            order = arrange(
-                self.corpus.hashes[self.documents], self.seed if self.endless else 0, epoch
-            )
-            laid = Concatenation(
+            order = arrange(self.corpus.hashes[self.documents], self._order_seed, epoch)
+            # Numbers continue from epoch to epoch: a memory must not take a document that is read
+            # again for the same one.
+            documents = Concatenation(
                 self.corpus,
                 self.documents[order],
                 self.context_length,
                 first_number=epoch * len(order),
             )
-            kept = {number: self._epochs[number] for number in self._epochs if number == epoch - 1}
-            self._epochs = kept | {epoch: laid}
+            self._epochs = _with_epoch(self._epochs, epoch, documents)
         return self._epochs[epoch]
 
     def describe(self, steps: int | None = None) -> str:
+        """See Stream.describe."""
         kind = "training" if self.endless else "held-out"
         words = [f"{len(self.documents)} {kind} documents, {self.tokens} tokens"]
         words.append(
@@ -132,3 +148,13 @@ class PackedStream(Stream):
             words.append(f"{steps} steps read them {steps * self.rows / self.epoch_rows:.2f} times")
         words += [remark for remark in (self.report.text(), self.tokenizer.remark) if remark]
         return "; ".join(words)
+
+
+def _with_epoch(cache: dict[int, Any], epoch: int, value: Any) -> dict[int, Any]:
+    """Returns a cache with `epoch` added, and of the others only the one before it."""
+    # A batch may span two epochs; older ones would pile up over a long run.
+    recent: dict[int, Any] = {}
+    if epoch - 1 in cache:
+        recent[epoch - 1] = cache[epoch - 1]
+    recent[epoch] = value
+    return recent

@@ -1,10 +1,10 @@
-"""Data read as it comes: documents dealt to a fixed number of lanes, each packing its own into
-rows.
+"""Batches of streamed data: documents are dealt to lanes, each of which packs its own into rows.
 
-Legend: R rows of a batch, one lane each; T context length. Document i of a split goes to lane i %
-R, so what a lane reads depends on nothing but the data and R. A cursor holds, for each lane, the
-documents it has finished and the offset in the one at hand, and a recent state of the reader, from
-which the documents not yet finished are read again.
+Document i of a split goes to lane i % R, so that what a lane reads depends on the data and R alone.
+A cursor holds, for each lane, the number of documents that it has finished and the offset in the
+current one, and a recent state of the reader, from which the unfinished documents are read again.
+
+Letters: R rows of a batch, one lane each; T context length.
 """
 
 import hashlib
@@ -25,43 +25,52 @@ NOTHING = (
     "{} has nothing to train on: of none of its documents does data.tokenizer={} make a token; give"
     " other data, or another tokenizer"
 )
-SNAPSHOT = 64  # documents read between two states kept for cursors
-KEPT = (
-    4 << 20
-)  # tokens of held-out batches kept in memory, so that the next evaluation does not read again
+SNAPSHOT = 64  # documents between two states of the reader that cursors may hold
+KEPT = 4 << 20  # tokens of held-out batches in memory, so that later evaluations read nothing
 
 
 class StreamLane:
-    """What one row of every batch reads: documents finished, tokens used of the one at hand, tokens
-    waiting."""
+    """The documents that one row of every batch reads.
+
+    Args:
+        taken: number of documents finished.
+        offset: number of tokens used of the current one.
+
+    Attributes:
+        waiting: tokens of the current document and of those after it.
+        held: number of tokens in `waiting` behind the offset; negative before the current document
+            has been read again after a resume.
+    """
 
     def __init__(self, taken: int, offset: int):
         self.taken = taken
         self.offset = offset
         self.waiting: deque[np.ndarray] = deque()
-        self.held = -offset  # tokens waiting beyond the offset
+        self.held = -offset
 
     def add(self, tokens: np.ndarray) -> None:
+        """Appends a document."""
         self.waiting.append(tokens)
         self.held += len(tokens)
 
     def row(self, length: int, *, goes_on: bool) -> PackedRow:
-        """The next `length` tokens, padded where there are fewer; the lane stays where it is."""
+        """Returns the next `length` tokens, padded where there are fewer, without advancing."""
         pieces = []
         begin = self.offset
         left = length
         for number, tokens in enumerate(self.waiting, self.taken):
             piece = DocumentSlice(number, begin, tokens[begin : begin + left])
+            # A document without tokens keeps its number and takes no part in the row.
             if len(piece.tokens):
                 pieces.append(piece)
-            left = left - len(piece.tokens)
+            left -= len(piece.tokens)
             begin = 0
             if not left:
                 break
         return lay_out(pieces, length, goes_on=goes_on)
 
     def advance(self, tokens: int) -> None:
-        """Leave so many tokens behind, or all that there are."""
+        """Moves on by a number of tokens, or to the end of what is waiting."""
         self.held = max(self.held - tokens, 0)
         self.offset += tokens
         while self.waiting and self.offset >= len(self.waiting[0]):
@@ -72,10 +81,17 @@ class StreamLane:
 
 
 class StreamingStream(Stream):
-    """Batches of streamed data, in the data set's own order; training goes round without end.
+    """Batches of streamed data in the data set's own order; training repeats it without end.
 
-    `seed` shuffles nothing here: a buffer shuffle cannot be resumed exactly. Held-out documents are
-    those whose number falls in the held-out fraction; they are read once and followed by padding.
+    `seed` has no effect: a buffer shuffle cannot be resumed exactly. Held-out documents are those
+    whose number falls in the held-out fraction; they are read once and followed by padding.
+
+    Args:
+        source: the documents.
+        context_length, rows, seed, split, lanes: see open_stream.
+
+    Raises:
+        ValueError: nothing is held out, or data that cannot be read.
     """
 
     def __init__(
@@ -101,15 +117,16 @@ class StreamingStream(Stream):
         if split == "held_out" and not source.held_out:
             raise DataError(NONE_HELD_OUT, BAD_CONFIG)
         shape = (split, source.held_out, context_length, rows, lanes)
-        sample = source.sample()  # first, for it says what is wrong with the data
-        said = f"{source.content()} {sample} {self.tokenizer.fingerprint} {shape}"
-        self.fingerprint = hashlib.blake2b(
-            said.encode("utf-8", "surrogatepass"), digest_size=12
-        ).hexdigest()
-        self._at: Cursor | None = None
-        self._kept: dict[int, tuple[Batch, Cursor]] = {}
+        # Before source.content(), because its message says what is wrong with the data.
+        sample = source.sample()
+        identity = f"{source.content()} {sample} {self.tokenizer.fingerprint} {shape}"
+        encoded = identity.encode("utf-8", "surrogatepass")
+        self.fingerprint = hashlib.blake2b(encoded, digest_size=12).hexdigest()
+        self._position: Cursor | None = None
+        self._cached: dict[int, tuple[Batch, Cursor]] = {}
 
     def start(self) -> Cursor:
+        """See Stream.start."""
         lanes = [[0, 0] for _ in range(self.rows)]
         return {
             "rows": 0,
@@ -119,42 +136,49 @@ class StreamingStream(Stream):
         }
 
     def read(self, cursor: Cursor) -> tuple[Batch, Cursor]:
+        """See Stream.read; reading in order is fast, any other cursor reads documents again."""
         self.admit(cursor)
-        if cursor["rows"] in self._kept:
-            return self._kept[cursor["rows"]]
-        if cursor != self._at:
+        number = cursor["rows"]
+        if number in self._cached:
+            return self._cached[number]
+        if cursor != self._position:
             self._seek(cursor)
         length = self.context_length + 1
-        while any(lane.held < length for lane in self.lanes) and self._deal():
-            pass
+        while any(lane.held < length for lane in self.lanes):
+            if not self._deal():
+                break
         batch = stack([lane.row(length, goes_on=self.goes_on) for lane in self.lanes])
+        # One token less than the row: its last token is the first of the next row.
         for lane in self.lanes:
             lane.advance(self.context_length)
-        self._at = self._cursor(cursor["rows"] + self.rows)
-        if (
-            self.split == "held_out"
-            and (len(self._kept) + 1) * self.rows * self.context_length <= KEPT
-        ):
-            self._kept[cursor["rows"]] = batch, self._at
-        return batch, self._at
+        self._position = self._cursor(number + self.rows)
+        cached_tokens = (len(self._cached) + 1) * self.rows * self.context_length
+        if self.split == "held_out" and cached_tokens <= KEPT:
+            self._cached[number] = (batch, self._position)
+        return batch, self._position
 
     def _seek(self, cursor: Cursor) -> None:
+        """Opens the reader at the state of a cursor."""
         self.lanes = [StreamLane(taken, offset) for taken, offset in cursor["lanes"]]
         self.dealer = DocumentReader(self.source, self.split, self.report, cursor["reader"])
         self.snapshots: deque[dict[str, Any]] = deque([cursor["reader"]])
-        # What lies before the place to go on from is not tokenised again: it held tokens, or the
-        # run would have ended.
+        # Documents before the cursor are not tokenized again: they held tokens, or the run would
+        # have ended.
         self.epoch = self.dealer.epoch
         self.spoke = self.dealer.fresh > 0
 
     def _deal(self) -> bool:
-        """Give the next document to its lane; False where there is none. A lane drops what it had
-        finished before.
+        """Gives the next document to its lane; returns False where there is none.
 
-        A document without tokens keeps its number, and nothing is laid for it, not even its end.
+        A document without tokens keeps its number, and nothing is laid out for it, not even its
+        end.
+
+        Raises:
+            DataError: a whole epoch yields no token.
         """
         if self.dealer.read >= SNAPSHOT:
             state = self.dealer.state()
+            # A later state before the same document is as good, and resumes faster.
             if state["dealt"] == self.snapshots[-1]["dealt"]:
                 self.snapshots.pop()
             self.snapshots.append(state)
@@ -162,12 +186,14 @@ class StreamingStream(Stream):
         if text is None:
             return False
         if self.dealer.epoch > self.epoch:
+            # Without this the loop of `read` would never end.
             if not self.spoke:
                 raise DataError(NOTHING.format(self.source.identity(), self.source.tokenizer_name))
             self.epoch = self.dealer.epoch
             self.spoke = False
         turn, number = divmod(self.dealer.dealt - 1, self.rows)
         lane = self.lanes[number]
+        # After a resume, documents that the lane had finished come by once more.
         if turn >= lane.taken:
             lane.add(self._tokens(text))
         else:
@@ -175,7 +201,7 @@ class StreamingStream(Stream):
         return True
 
     def _tokens(self, text: str) -> np.ndarray:
-        """The tokens of a document with its end; none where the tokenizer makes none."""
+        """Returns the tokens of a document with its end; none where its text yields none."""
         tokens = self.tokenizer.encode(text)
         if not len(tokens):
             self.report.silent += 1
@@ -184,8 +210,10 @@ class StreamingStream(Stream):
         return ended(tokens, self.tokenizer.end_of_text)
 
     def _cursor(self, rows: int) -> Cursor:
-        """The state of the reader kept in it is the newest before every document that a lane has
-        yet to finish."""
+        """Returns the cursor of the next batch, with the newest state of the reader that serves.
+
+        It must come before every document that a lane has not finished.
+        """
         needed = min(lane.taken * self.rows + number for number, lane in enumerate(self.lanes))
         while len(self.snapshots) > 1 and self.snapshots[1]["dealt"] <= needed:
             self.snapshots.popleft()
@@ -198,6 +226,7 @@ class StreamingStream(Stream):
         }
 
     def describe(self, steps: int | None = None) -> str:
+        """See Stream.describe."""
         kind = "training" if self.split == "train" else "held-out"
         words = [
             f"{kind} documents of {self.source.identity()}, streamed in their own order into"

@@ -1,8 +1,9 @@
-"""Batches of a task: examples drawn as they are needed, a pure function of (seed, split, row
-number, settings).
+"""Batches of a synthetic task: examples are a pure function of (seed, split, row number, settings).
 
-Legend: R rows of a batch, T context length. A *stretch* is the fewest rows of a lane that any
-example fits in: one, unless `lanes` lets an example go on in the next row.
+A *stretch* is the smallest number of rows of a lane that any example fits in: one, unless `lanes`
+lets an example continue in the next row.
+
+Letters: R rows of a batch, T context length.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ DRAWS = 20_000  # examples drawn in search of one that belongs to the split
 
 
 class SyntheticRow(NamedTuple):
-    """The tokens of a stretch, five [tokens] int64 arrays."""
+    """Tokens of a stretch, five [tokens] int64 arrays."""
 
     tokens: np.ndarray
     doc: np.ndarray
@@ -36,9 +37,13 @@ class SyntheticRow(NamedTuple):
 class SyntheticStream(Stream):
     """Rows of whole examples, as many as fit (or `task.per_row`), the rest padding; without end.
 
-    An example is held out if a hash of it says so, so that none is ever met in training, whatever
-    the seed. Row n is the same on any ranks and in any batch that reads it; under `lanes` row i of
-    a batch goes on where row i of the one before ended, and an example may be longer than a row.
+    A hash of the example decides if it is held out, so that training never meets it under any seed.
+    Row n is the same on any ranks and in any batch that reads it; under `lanes` row i of a batch
+    continues where row i of the one before ended, and an example may be longer than a row.
+
+    Args:
+        task: draws the examples.
+        context_length, rows, seed, split, lanes: see open_stream.
 
     Raises:
         ValueError: examples longer than a row, more of them than fit, or none in this split.
@@ -54,7 +59,8 @@ class SyntheticStream(Stream):
         split: str = "train",
         lanes: bool = False,
     ):
-        if fault := misfit(task, context_length, lanes):
+        fault = misfit(task, context_length, lanes)
+        if fault:
             raise DataError(fault, BAD_CONFIG)
         if split == "held_out" and not task.held_out:
             raise DataError(NONE_HELD_OUT, BAD_CONFIG)
@@ -66,114 +72,130 @@ class SyntheticStream(Stream):
         self.rows = rows
         self.split = split
         self.lanes = lanes
+        # Held-out examples are the same under every seed.
         self.key = f"{split} {seed if split == 'train' else 0}"
-        self.stretch = -(-(task.longest - (not task.aimed)) // context_length) if lanes else 1
+        self.stretch = 1
+        if lanes:
+            # Without aims, the last token of an example is only a target and is not read.
+            longest_input = task.longest - (not task.aimed)
+            self.stretch = -(-longest_input // context_length)
         self.pauses = self.stretch > 1
         self._stretches: dict[int, SyntheticRow] = {}
         settings = sorted((name, value) for name, value in vars(task).items())
-        said = (
-            f"{type(task).__name__} {settings} {self.key} {context_length}"
-            f" {rows if lanes else None}"
-        )
-        first = self._draw(
-            self._random(0)
-        ).tokens.tobytes()  # another numpy might draw other numbers
-        self.fingerprint = hashlib.blake2b(said.encode() + first, digest_size=12).hexdigest()
+        lane_count = rows if lanes else None
+        identity = f"{type(task).__name__} {settings} {self.key} {context_length} {lane_count}"
+        # An example too, because another version of numpy may draw other numbers.
+        example = self._draw(self._random(0)).tokens.tobytes()
+        self.fingerprint = hashlib.blake2b(identity.encode() + example, digest_size=12).hexdigest()
 
     def start(self) -> Cursor:
+        """See Stream.start."""
         return {"rows": 0, "fingerprint": self.fingerprint}
 
     def read(self, cursor: Cursor) -> tuple[Batch, Cursor]:
+        """See Stream.read."""
         self.admit(cursor)
         first = cursor["rows"]
-        fields = (
-            torch.from_numpy(np.stack(arrays))
-            for arrays in zip(*map(self._row, range(first, first + self.rows)))
-        )
-        tokens, doc, pos, role, aims = fields
+        rows = [self._row(number) for number in range(first, first + self.rows)]
+        columns = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*rows)]
+        tokens, doc, pos, role, aims = columns
         batch = Batch(tokens, doc, pos, role, aims if self.task.aimed else None)
         return batch, {"rows": first + self.rows, "fingerprint": self.fingerprint}
 
     def describe(self, steps: int | None = None) -> str:
+        """See Stream.describe."""
         kind = "training" if self.split == "train" else "held-out"
-        many = "as many as fit" if self.task.per_row is None else str(self.task.per_row)
+        examples_per_row = "as many as fit" if self.task.per_row is None else str(self.task.per_row)
         words = [
             f"{kind} examples of {type(self.task).__name__}, made as they are read,"
             f" {self.task.longest} tokens at most"
         ]
-        words.append(f"rows of {self.context_length} with {many}")
+        words.append(f"rows of {self.context_length} with {examples_per_row}")
         if self.stretch > 1:
             words.append(f"an example goes on over up to {self.stretch} rows of its lane")
         return "; ".join(words)
 
     def _row(self, number: int) -> SyntheticRow:
-        """[T + 1] of every array: row `number` of the run."""
+        """Returns row `number` of the run, [T + 1] in every array."""
         step, lane = divmod(number, self.rows)
         block, part = divmod(step, self.stretch)
-        packed = self._packed(block * self.rows + lane)
-        here = slice(part * self.context_length, (part + 1) * self.context_length + 1)
-        return SyntheticRow(*(each[here] for each in packed))
+        stretch = self._packed(block * self.rows + lane)
+        start = part * self.context_length
+        stop = start + self.context_length + 1
+        return SyntheticRow(*(array[start:stop] for array in stretch))
 
     def _packed(self, number: int) -> SyntheticRow:
-        """A stretch with its examples."""
+        """Returns stretch `number` with its examples."""
         if number not in self._stretches:
+            # Stretches of several rows are needed once for each row; two batches of them suffice.
             recent = list(self._stretches.items())[-2 * self.rows :]
             self._stretches = dict(recent) | {number: self._pack(number)}
         return self._stretches[number]
 
     def _pack(self, number: int) -> SyntheticRow:
-        tokens = self.stretch * self.context_length + 1
-        fills = (0, PADDING, 0, TEXT, IGNORE)
-        packed = SyntheticRow(*(np.full(tokens, fill, np.int64) for fill in fills))
+        """Draws the examples of stretch `number` and lays them end to end."""
+        length = self.stretch * self.context_length + 1
+        stretch = SyntheticRow(
+            tokens=np.full(length, 0, np.int64),
+            doc=np.full(length, PADDING, np.int64),
+            pos=np.full(length, 0, np.int64),
+            role=np.full(length, TEXT, np.int64),
+            aims=np.full(length, IGNORE, np.int64),
+        )
         random = self._random(number)
-        here = 0
+        # Under lanes, numbers must not recur: a memory would take two examples for one.
+        first_document = number * length if self.lanes else 0
+        start = 0
         count = 0
-        first = (
-            number * tokens if self.lanes else 0
-        )  # numbers of documents go on, so that a memory never mixes two up
         while self.task.per_row is None or count < self.task.per_row:
             example = self._draw(random)
-            until = here + len(example.tokens)
-            if until > tokens - self.task.aimed:
+            stop = start + len(example.tokens)
+            # The last token of a row is only a target, and an aim cannot stand there.
+            if stop > length - self.task.aimed:
                 break
-            packed.tokens[here:until] = example.tokens
-            packed.doc[here:until] = first + count
-            packed.pos[here:until] = np.arange(until - here)
+            stretch.tokens[start:stop] = example.tokens
+            stretch.doc[start:stop] = first_document + count
+            stretch.pos[start:stop] = np.arange(stop - start)
             if example.targets is None:
-                packed.role[here:until] = np.where(example.given, GIVEN, TEXT)
+                stretch.role[start:stop] = np.where(example.given, GIVEN, TEXT)
             else:
-                packed.aims[here:until] = example.targets
-            here = until
-            count = count + 1
-        return packed
+                stretch.aims[start:stop] = example.targets
+            start = stop
+            count += 1
+        return stretch
 
     def _random(self, number: int) -> np.random.Generator:
-        return np.random.Generator(
-            np.random.PCG64(digest(f"examples of {self.key} in stretch {number}"))
-        )
+        seed = digest(f"examples of {self.key} in stretch {number}")
+        return np.random.Generator(np.random.PCG64(seed))
 
     def _draw(self, random: np.random.Generator) -> Example:
-        """The next example that belongs to this split."""
+        """Draws examples until one belongs to this split, and returns it.
+
+        Raises:
+            DataError: none of DRAWS examples does.
+        """
         for _ in range(DRAWS):
             example = self.task.example(random)
             hashed = hashlib.blake2b(self.task.identity(example), digest_size=8).digest()
-            held_out = is_held_out(
-                np.array([int.from_bytes(hashed, "little")], np.uint64), self.task.held_out
-            )[0]
-            if bool(held_out) == (self.split == "held_out"):
+            number = np.array([int.from_bytes(hashed, "little")], np.uint64)
+            held_out = bool(is_held_out(number, self.task.held_out)[0])
+            if held_out == (self.split == "held_out"):
                 return example
+        state = "held out" if self.split == "held_out" else "left"
         raise DataError(
-            f"of {DRAWS} examples of {type(self.task).__name__} none is"
-            f" {'held out' if self.split == 'held_out' else 'left'}: it has too few different ones"
-            f" for data.held_out={self.task.held_out}; give it more sizes, or another held_out",
+            f"of {DRAWS} examples of {type(self.task).__name__} none is {state}: it has too few"
+            f" different ones for data.held_out={self.task.held_out}; give it more sizes, or"
+            " another held_out",
             BAD_CONFIG,
         )
 
 
 def misfit(task: SyntheticTask, context_length: int, lanes: bool) -> str | None:
-    """Why examples of a task do not fit in rows, or None where they do."""
+    """Describes why examples of a task do not fit in rows, or returns None."""
+    # Without aims, a row's last token is a target and needs no position of its own.
     room = context_length + (not task.aimed)
     kind = type(task).__name__
+    # Under lanes an example continues in the next row.
     if lanes:
         return None
     if task.longest > room:

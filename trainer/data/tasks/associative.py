@@ -1,4 +1,4 @@
-"""Associative recall: shown an item of a list again, say the one that came after it."""
+"""Associative recall: given an item of a list again, predict the one that came after it."""
 
 import numpy as np
 
@@ -13,10 +13,10 @@ class Associative(Vectors):
     next item is wanted.
 
     Args:
-        min_items, maximum: items in the list.
+        min_items, max_items: items in the list.
         vectors_each: vectors of an item.
         bits: of a vector.
-        held_out, per_row: as in Task.
+        held_out, per_row: as in SyntheticTask.
 
     No two items of a list are the same. Source: Graves et al. 2014 (arXiv:1410.5401), section 4.3.
     """

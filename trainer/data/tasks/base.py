@@ -1,5 +1,4 @@
-"""Tasks that are made up as they are read: what an example is, and how a model's answers to it are
-graded.
+"""Base class of synthetic tasks, whose examples are drawn as they are read, and their grading.
 
 Letters: n tokens of an example, N tokens that were predicted.
 """
@@ -13,15 +12,17 @@ from models.loss import IGNORE
 from trainer.data.errors import DataError
 from trainer.data.sources.base import Source
 
-Grades = dict[str, tuple[int, int]]  # {what is counted: (how many, of how many)}
+Grades = dict[str, tuple[int, int]]  # {name of the count: (count, number of cases)}
 
 
 class Example(NamedTuple):
     """One document of a task.
 
-    Attributes: tokens: [n] int64. given: [n] bool, True = nobody has to predict this token. Counts
-        only where there are no targets. targets: [n] int64, what is to be said at each token,
-        IGNORE = nothing; None = the next token, unless it is given.
+    Attributes:
+        tokens: [n] int64.
+        given: [n] bool, True = the token is not a target; used only without `targets`.
+        targets: [n] int64, the target at each token, IGNORE = none; None = the next token, unless
+            it is given.
     """
 
     tokens: np.ndarray
@@ -30,22 +31,21 @@ class Example(NamedTuple):
 
 
 class SyntheticTask(Source):
-    """A source whose documents are drawn from random numbers: the parent of all tasks.
+    """Source whose documents are drawn from random numbers.
+
+    Attributes that hold settings must be plain data: they are part of the fingerprint of the data.
 
     Args:
-        held_out: share of all possible examples kept for evaluation: they are never trained on.
+        held_out: share of all possible examples that are for evaluation and never trained on.
         per_row: examples in a row; None = as many as fit, which favours short ones at the end of a
             row.
 
     Attributes:
         vocabulary: token numbers are below it.
         longest: tokens of the longest example.
-        opens: the token that a generated sample begins with where there is no prompt, and ends at.
-        words: how tokens are shown; None = as numbers.
-        aimed: whether examples have targets of their own. All of a task do, or none.
-
-    Settings that are kept as attributes must be plain data: they are part of the fingerprint of the
-    data.
+        opens: the token that begins a generated sample without a prompt, and that ends a sample.
+        words: text of each token; None = its number.
+        aimed: True if the examples have targets of their own, which all of a task have, or none.
     """
 
     vocabulary: int
@@ -61,26 +61,35 @@ class SyntheticTask(Source):
         self.per_row = per_row
 
     def example(self, random: np.random.Generator) -> Example:
-        """An example, drawn from these random numbers and nothing else."""
+        """Draws an example, as a pure function of the random numbers."""
         raise NotImplementedError
 
     def identity(self, example: Example) -> bytes:
-        """What decides whether an example is held out: examples that are equal in it fall on the
-        same side."""
+        """Returns the bytes whose hash decides if an example is held out.
+
+        Examples with equal bytes are in the same split.
+        """
         return example.tokens.tobytes()
 
     def grade(self, predicted: np.ndarray, target: np.ndarray) -> Grades:
-        """Count what is right, or wrong, in predicted tokens [N] whose targets [N] are known; the
-        names never vary."""
+        """Counts right or wrong predictions.
+
+        Args:
+            predicted: [N] tokens.
+            target: [N] tokens.
+
+        Returns:
+            Counts under names that are the same for every batch and rank.
+        """
         return {"accuracy": (int((predicted == target).sum()), len(target))}
 
     def tokenizer(self) -> "Numbers":
+        """Returns the tokenizer of the task's words."""
         return Numbers(self.vocabulary, self.opens, self.words)
 
 
 class Numbers:
-    """The tokens of a task as text: their numbers, or the task's words for them, with blanks
-    between."""
+    """Tokenizer of a task: its words, or the numbers of its tokens, separated by blanks."""
 
     remark = ""
 
@@ -91,26 +100,39 @@ class Numbers:
         self.fingerprint = f"numbers/{vocabulary}"
 
     def encode(self, text: str) -> np.ndarray:
-        """Raises ValueError for what is none of the task's words."""
+        """Returns the token numbers of a text.
+
+        Raises:
+            ValueError: a word that the task does not have.
+        """
         numbers = {word: number for number, word in enumerate(self.words)}
-        if unknown := [word for word in text.split() if word not in numbers]:
-            few = " ".join(self.words[:3])
-            raise ValueError(
-                f"{unknown[0]!r} is no token of this task; write its tokens with blanks between, as"
-                f" in {few!r}"
-            )
-        return np.array([numbers[word] for word in text.split()], np.int64)
+        tokens = []
+        for word in text.split():
+            if word not in numbers:
+                example = " ".join(self.words[:3])
+                raise ValueError(
+                    f"{word!r} is no token of this task; write its tokens with blanks between, as"
+                    f" in {example!r}"
+                )
+            tokens.append(numbers[word])
+        return np.array(tokens, np.int64)
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the token numbers of each text."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Returns the words of tokens, separated by blanks."""
         return " ".join(self.words[int(i)] for i in ids)
 
 
 def whole(name: str, value: object, least: int) -> int:
-    """The setting data.NAME, which must be a whole number of at least `least`; else a DataFault
-    that says so."""
+    """Checks that the setting data.NAME is a whole number of at least `least`, and returns it.
+
+    Raises:
+        DataError: it is not.
+    """
+    # Python counts True as the number 1.
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise DataError(
             f"data.{name}={value} is no whole number from {least} on; give {least} or more"
@@ -124,8 +146,11 @@ def bounds(
     least: int = 1,
     names: tuple[str, str] = ("min_length", "max_length"),
 ) -> tuple[int, int]:
-    """Two settings that bound a size, the second no less than the first; else a DataFault that says
-    so."""
+    """Checks two settings that bound a size, and returns them.
+
+    Raises:
+        DataError: one is no whole number from `least` on, or the first is above the second.
+    """
     low = whole(names[0], minimum, least)
     high = whole(names[1], maximum, least)
     if low > high:
@@ -137,12 +162,11 @@ def bounds(
 
 
 def aimed(tokens: Sequence[int], targets: Sequence[int]) -> Example:
-    """An example with targets of its own."""
-    return Example(
-        np.array(tokens, np.int64), np.ones(len(tokens), bool), np.array(targets, np.int64)
-    )
+    """Builds an example with targets of its own."""
+    given = np.ones(len(tokens), bool)
+    return Example(np.array(tokens, np.int64), given, np.array(targets, np.int64))
 
 
 def nothing(count: int) -> list[int]:
-    """The targets of tokens at which nothing is to be said."""
+    """Returns the targets of tokens at which nothing is predicted."""
     return [IGNORE] * count

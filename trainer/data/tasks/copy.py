@@ -1,4 +1,4 @@
-"""Copy: say again what was shown."""
+"""Copy: repeat the sequence that was shown."""
 
 import numpy as np
 
@@ -8,12 +8,12 @@ from trainer.data.tasks.vectors import Vectors
 
 
 class CopyTask(Vectors):
-    """A sequence of random vectors, to be said again once it has ended.
+    """A sequence of random vectors, to be repeated once it has ended.
 
     Args:
-        min_length, maximum: vectors in a sequence.
+        min_length, max_length: vectors in a sequence.
         bits: of a vector.
-        held_out, per_row: as in Task.
+        held_out, per_row: as in SyntheticTask.
 
     Source: Graves et al. 2014 (arXiv:1410.5401), section 4.1.
     """
@@ -32,5 +32,7 @@ class CopyTask(Vectors):
         self.longest = 2 * max_length + 1
 
     def example(self, random: np.random.Generator) -> Example:
-        shown = self.vectors(random, int(random.integers(*self.sizes, endpoint=True)))
+        """See SyntheticTask.example."""
+        length = int(random.integers(*self.sizes, endpoint=True))
+        shown = self.vectors(random, length)
         return self.answered(shown, shown)

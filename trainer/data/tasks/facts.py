@@ -33,11 +33,11 @@ class Facts(SyntheticTask):
     its direction.
 
     Args:
-        min_facts, most: stretches of neighbours that an example tells of, all from different
+        min_facts, max_facts: stretches of neighbours that an example tells of, all from different
             places; each is `hops` + 1 facts.
         hops: facts between the subject that is asked for and the answer.
         entities: functions known, from the modules in order of their names.
-        held_out, per_row: as in Task.
+        held_out, per_row: as in SyntheticTask.
 
     Source: the task of Miller et al. 2016 (arXiv:1606.03126) on a knowledge base, with facts from
     this machine; a run's data is that of the Python that reads it.

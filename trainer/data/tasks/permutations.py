@@ -21,7 +21,7 @@ class Permutations(SyntheticTask):
         min_length, maximum: tokens of an example.
         swaps: let tokens be swaps of two elements, or none, and not every permutation; their
             products are still any.
-        held_out, per_row: as in Task.
+        held_out, per_row: as in SyntheticTask.
 
     A layer whose state transitions are diagonal and positive cannot keep the product over any
     length, and from 5 elements on no fixed number of softmax layers can. A swap is a reflection,

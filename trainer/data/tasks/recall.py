@@ -21,7 +21,7 @@ class RecallTask(SyntheticTask):
         length: tokens of an example, the pairs included.
         nearness: a query stands d places behind the pairs with a weight of d^(nearness - 1); 1 =
             anywhere alike.
-        held_out, per_row: as in Task.
+        held_out, per_row: as in SyntheticTask.
 
     Source: Arora et al. 2023 (arXiv:2312.04927), with their nearness of 0.01. Theirs leaves a place
     free behind every query and can fill the blanks with random tokens; here queries may touch and

@@ -1,4 +1,4 @@
-"""Repeat copy: say again what was shown, as many times as asked, then stop."""
+"""Repeat copy: repeat the sequence that was shown a given number of times, then stop."""
 
 import numpy as np
 
@@ -8,17 +8,16 @@ from trainer.data.tasks.vectors import MARKS, Vectors
 
 
 class RepeatCopy(Vectors):
-    """A sequence of random vectors and a number; the sequence is to be said so many times, then
-    END.
+    """A sequence of random vectors and a number of times to repeat it, followed by END.
 
     Args:
-        min_length, maximum: vectors in a sequence.
-        min_repeats, most: times that it is to be said.
+        min_length, max_length: vectors in a sequence.
+        min_repeats, max_repeats: repetitions.
         bits: of a vector.
-        held_out, per_row: as in Task.
+        held_out, per_row: as in SyntheticTask.
 
     Source: Graves et al. 2014 (arXiv:1410.5401), section 4.2. There the number is a real one on a
-    channel of its own; here each number is a mark, so that none beyond `most` can be asked.
+    channel of its own; here each number is a mark, up to `max_repeats`.
     """
 
     def __init__(
@@ -38,6 +37,9 @@ class RepeatCopy(Vectors):
         self.longest = max_length + 3 + max_repeats * max_length
 
     def example(self, random: np.random.Generator) -> Example:
-        shown = self.vectors(random, int(random.integers(*self.sizes, endpoint=True)))
+        """See SyntheticTask.example."""
+        length = int(random.integers(*self.sizes, endpoint=True))
+        shown = self.vectors(random, length)
         times = int(random.integers(*self.times, endpoint=True))
-        return self.answered([*shown, 2**self.bits + MARKS + times - 1], shown * times + [self.end])
+        times_mark = 2**self.bits + MARKS + times - 1
+        return self.answered([*shown, times_mark], shown * times + [self.end])

@@ -15,11 +15,11 @@ class Retrieval(SyntheticTask):
 
     Args:
         segment: tokens of a segment; the pairs lie in the first, the questions in the last.
-        min_distance, far: segments between the two; -1: the questions follow the pairs at once, in
-            the same segment, which is an easy beginning.
+        min_distance, max_distance: segments between the two; -1: the questions follow the pairs at
+            once, in the same segment, which is an easy beginning.
         pairs: keys that are shown, all of them different, and asked in another order.
         keys, values, fillers: different tokens of each kind.
-        held_out, per_row: as in Task.
+        held_out, per_row: as in SyntheticTask.
 
     Answers are nowhere in the row, so nothing is won by elimination: who only knows which values
     were shown is right once in `pairs`, and who does not see the first segment once in `values`.

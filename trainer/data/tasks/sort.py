@@ -1,5 +1,4 @@
-"""Priority sort: vectors come with priorities in any order and are to be said from the highest
-priority down."""
+"""Priority sort: vectors with priorities, to be repeated from the highest priority down."""
 
 import numpy as np
 
@@ -10,15 +9,14 @@ from trainer.data.tasks.vectors import MARKS, Vectors
 
 
 class Sort(Vectors):
-    """Random vectors, each behind a mark that is its priority, no two the same; the highest ones
-    are to be said in order.
+    """Random vectors behind marks of distinct priorities; the answer is the highest ones in order.
 
     Args:
-        min_length, maximum: vectors to sort.
-        kept: how many of the highest are to be said; null = all.
-        levels: different priorities there are.
+        min_length, max_length: vectors to sort.
+        kept: number of vectors in the answer; null = all.
+        levels: number of priorities.
         bits: of a vector.
-        held_out, per_row: as in Task.
+        held_out, per_row: as in SyntheticTask.
 
     Source: Graves et al. 2014 (arXiv:1410.5401), section 4.5: 20 vectors, the 16 highest. There a
     priority is a real number between -1 and 1 on a channel of its own.
@@ -54,13 +52,12 @@ class Sort(Vectors):
         self.longest = 2 * max_length + 1 + (max_length if kept is None else kept)
 
     def example(self, random: np.random.Generator) -> Example:
+        """See SyntheticTask.example."""
         count = int(random.integers(*self.sizes, endpoint=True))
         priorities = random.permutation(self.levels)[:count].tolist()
         shown = self.vectors(random, count)
-        question = [
-            token
-            for level, vector in zip(priorities, shown)
-            for token in (2**self.bits + MARKS + level, vector)
-        ]
+        question: list[int] = []
+        for priority, vector in zip(priorities, shown):
+            question += [2**self.bits + MARKS + priority, vector]
         ranked = [vector for _, vector in sorted(zip(priorities, shown), reverse=True)]
         return self.answered(question, ranked[: self.kept])

@@ -1,5 +1,4 @@
-"""Tasks on vectors of random bits, as the Neural Turing Machine was shown on; a vector of 8 bits is
-a token from 0 to 255.
+"""Tasks on vectors of random bits, from the Neural Turing Machine; a vector is one token.
 
 Letters: N tokens that were predicted.
 """
@@ -11,15 +10,15 @@ from trainer.data.tasks.base import Example, Grades, SyntheticTask, aimed, nothi
 
 MOST_BITS = 12  # a vocabulary of 4096 vectors
 
-MARKS = 3  # tokens that are no vectors: behind them a task may have more
+MARKS = 3  # START, END and BLANK; the marks of a task follow them
 
 
 class Vectors(SyntheticTask):
-    """A question in vectors and marks, then as many blanks as the answer has tokens: nothing of the
-    answer is shown.
+    """A question in vectors and marks, then a blank for every token of the answer but the first.
 
     Token numbers: vectors from 0 to 2^bits - 1, then the marks START, END and BLANK, then the
-    `more` marks of the task. The answer's first token is said at END, each further one at a BLANK.
+    `more` marks of the task. The answer's first token is predicted at END, each further one at a
+    BLANK.
 
     Source: Graves et al. 2014 (arXiv:1410.5401), section 4. There marks are channels of their own
     beside the bits, and a blank is a vector of zeros; here they are tokens, so that any model of
@@ -41,22 +40,25 @@ class Vectors(SyntheticTask):
         self.opens = 2**bits
 
     def vectors(self, random: np.random.Generator, count: int) -> list[int]:
-        """Random ones."""
+        """Draws random vectors."""
         return random.integers(0, 2**self.bits, count).tolist()
 
     def answered(self, question: list[int], answer: list[int]) -> Example:
-        """The example that asks `question` between START and END, and wants `answer`."""
+        """Builds the example with `question` between START and END, and `answer` as targets."""
+        # The answer itself is never shown, so that one error does not mislead later tokens.
         blanks = [self.blank] * (len(answer) - 1)
-        return aimed(
-            [self.start, *question, self.end, *blanks], [*nothing(len(question) + 1), *answer]
-        )
+        tokens = [self.start, *question, self.end, *blanks]
+        return aimed(tokens, [*nothing(len(question) + 1), *answer])
 
     def grade(self, predicted: np.ndarray, target: np.ndarray) -> Grades:
-        """Also counts wrong bits over targets that are vectors; where a mark was said instead, all
-        bits are wrong."""
-        vectors = target < 2**self.bits
-        said = predicted[vectors]
-        wanted = target[vectors]
-        differing = np.where(said < 2**self.bits, said ^ wanted, 2**self.bits - 1)
+        """Counts right tokens, and wrong bits over targets that are vectors."""
+        is_vector = target < 2**self.bits
+        predicted_vectors = predicted[is_vector]
+        target_vectors = target[is_vector]
+        differing = predicted_vectors ^ target_vectors
+        # A mark has no bits: all of them count as wrong.
+        differing = np.where(predicted_vectors < 2**self.bits, differing, 2**self.bits - 1)
         wrong = sum(int((differing >> bit & 1).sum()) for bit in range(self.bits))
-        return {**super().grade(predicted, target), "wrong_bits": (wrong, self.bits * len(wanted))}
+        grades = super().grade(predicted, target)
+        grades["wrong_bits"] = (wrong, self.bits * len(target_vectors))
+        return grades

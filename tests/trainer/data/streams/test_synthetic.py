@@ -147,7 +147,7 @@ def test_under_lanes_an_example_goes_on_in_the_next_row_of_its_lane():
 def test_what_does_not_fit_is_said_with_a_way_out():
     with pytest.raises(
         DataError,
-        match="context_length=40, but the longest example of Copy takes 41; use context_length=41",
+        match="context_length=40, but the longest example of CopyTask takes 41; use context_length",
     ):
         opened(CopyTask(), length=40)
     with pytest.raises(
