@@ -22,7 +22,8 @@ from trainer.entry import run_command
 from trainer.errors import BAD_CONFIG, UserError
 from trainer.preflight.prepare import load_config
 from trainer.run_dir import plain_config
-from trainer.verify.doctor import BREAKS, Diagnosis, Examination
+from trainer.verify.doctor import Diagnosis, Examination
+from trainer.verify.sabotage import BREAKS
 
 BREAK = "doctor.break="
 # For a config that does not share its sequence. With two ranks, left and right are the same

@@ -15,7 +15,7 @@ one driver, which must be noticed.
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +27,6 @@ from models.carried_state import CarriedState
 from models.init import init_rules, initial_tensor
 from models.loss import IGNORE
 from models.masks.algebra import visible
-from models.primitive import Primitive
 from models.primitives.softmax import Softmax
 from models.span import Span
 from parallel.carried_state import ShardedCarriedState
@@ -41,6 +40,7 @@ from trainer.config.schema import Config
 from trainer.objectives.stream import objective_of
 from trainer.objectives.trial import trial, trial_symbols
 from trainer.run_dir import plain_config
+from trainer.verify.sabotage import sabotage_driver
 
 TOKENS = 121
 VOCABULARY = 29
@@ -59,7 +59,6 @@ COUNTS_TOKENS = (
     "top",
     "segment",
 )
-BREAKS = ("mask", "scale", "leak", "order")
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ class Examination:
     Args:
         config: of the user's run.
         mesh: ranks that all share one sequence; every rank makes the same calls.
-        sabotage: one of BREAKS, or None.
+        sabotage: one of BREAKS (trainer/verify/sabotage.py), or None.
     """
 
     def __init__(self, config: Config, mesh: Mesh, sabotage: str | None = None):
@@ -191,7 +190,7 @@ class Examination:
             self.shared, mesh.context.group, config.parallel.method, grid=mesh.grid
         )
         if sabotage is not None:
-            _sabotage(self.shared, sabotage)
+            sabotage_driver(self.shared, sabotage)
         self.layouts = layouts(
             config.parallel.layout, self.span, mesh.context.size, heads=mesh.ulysses.size
         )
@@ -389,59 +388,3 @@ def _largest(moved: Tensor, selected: Tensor) -> float:
     if not selected.any():
         return 0.0
     return moved[selected].max().item()
-
-
-def _sabotage(model: nn.Module, kind: str) -> None:
-    """Breaks the first driver of a model in one of the ways of BREAKS.
-
-    Raises:
-        ValueError: the model has no driver.
-    """
-    for module in model.modules():
-        if hasattr(module, "core") and isinstance(module.core, Primitive):
-            driver = module
-            break
-    else:
-        raise ValueError(f"doctor.break={kind} needs a driver to break, and this model has none")
-    forward = driver.forward
-
-    def broken_forward(*arguments: Any, **named: Any) -> Any:
-        falsified = [_falsified(value, kind) for value in arguments]
-        falsified_named = {key: _falsified(value, kind) for key, value in named.items()}
-        output = forward(*falsified, **falsified_named)
-        return output * 1.001 if kind == "scale" else output
-
-    driver.forward = broken_forward
-
-
-def _falsified(value: Any, kind: str) -> Any:
-    """Falsifies the addresses of a Span; returns other values as they are.
-
-    mask: all positions are equal. leak: all tokens belong to one document. order: the parts of the
-    ranks are exchanged.
-    """
-    if not isinstance(value, Span) or kind == "scale":
-        return value
-    sharding = value.sharding
-    if kind == "order":
-        rotated = []
-        for layout in sharding.layouts:
-            rotated.append(replace(layout, runs=(*layout.runs[1:], layout.runs[0])))
-        spans = (*sharding.spans[1:], sharding.spans[0])
-        # Cached orders and plans belong to the true layout, and would hide the exchange.
-        sharding = replace(sharding, layouts=tuple(rotated), orders=[], spans=spans)
-        return replace(value, sharding=sharding, plans={})
-    falsify = _equal_positions if kind == "mask" else _one_document
-    spans = tuple(falsify(span) for span in sharding.spans)
-    sharding = replace(sharding, spans=spans, whole=falsify(sharding.whole))
-    return replace(falsify(value), sharding=sharding)
-
-
-def _equal_positions(span: Span) -> Span:
-    return Span(torch.zeros_like(span.pos), span.doc, span.role)
-
-
-def _one_document(span: Span) -> Span:
-    pos = torch.arange(span.shape[1]).expand_as(span.pos)
-    valid = span.valid()
-    return Span(torch.where(valid, pos, 0), torch.where(valid, 0, -1), span.role)

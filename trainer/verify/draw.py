@@ -175,17 +175,28 @@ def draw_run(random: Random, folder: Path, documents: str) -> Draw:
     if is_text and memory == "none":
         common += _objective(random, common, length)
 
-    ranks = context * data
     spread = _ranks(random, context, data, heads)
-    if random.random() < 0.4:
-        rows_per_rank = -(-rows // data)
-        sizes = [size for size in (1, 2) if size <= rows_per_rank]
-        spread.append(f"parallel.micro_batch={random.choice(sizes)}")
+    spread += _micro_batch(random, -(-rows // data))
+    ranks = context * data
     spread += _engine(random, engine, precision, ranks)
+    spread += _experts(random, common, engine, ranks)
+    return Draw(common, spread, ranks)
+
+
+def _micro_batch(random: Random, rows_per_rank: int) -> list[str]:
+    """Draws the rows of a forward pass; most runs leave them to the default."""
+    if random.random() < 0.4:
+        sizes = [size for size in (1, 2) if size <= rows_per_rank]
+        return [f"parallel.micro_batch={random.choice(sizes)}"]
+    return []
+
+
+def _experts(random: Random, common: list[str], engine: str, ranks: int) -> list[str]:
+    """Draws the ranks of experts, when the model has any and the engine can share them."""
     has_experts = "model=switch" in common or "model=moe_topk" in common
     if has_experts and engine != "deepspeed":
-        spread.append(f"parallel.experts={random.choice((1, ranks))}")
-    return Draw(common, spread, ranks)
+        return [f"parallel.experts={random.choice((1, ranks))}"]
+    return []
 
 
 @cache

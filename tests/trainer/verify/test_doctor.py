@@ -6,7 +6,8 @@ import pytest
 from parallel.mesh import build_mesh
 from tests.support.pool import ranks
 from trainer.preflight.prepare import load_config
-from trainer.verify.doctor import BREAKS, TOKENS, Examination, small_twin
+from trainer.verify.doctor import TOKENS, Examination, small_twin
+from trainer.verify.sabotage import BREAKS
 
 QUICK = (
     "experiment=quickstart",
