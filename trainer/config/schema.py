@@ -1,14 +1,14 @@
 """Schema of a run: every setting with its type, range and choices, in one frozen model.
 
-A *node* is a part of the config that names a class by `_target_`. Its own keys are the arguments of
-that class's constructor, so a node accepts any key here and `trainer/config/instantiate.py` binds
-them to the signature. Everything else is listed below, and an unknown key is an error.
+A *node* names a class by `_target_` and accepts any further key, which instantiate.py binds to the
+signature of that class. Every other key is listed below.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
+from trainer.config.nodes import ComponentConfig, ConfigGroup
 from trainer.config.scalars import (
     Count,
     Flag,
@@ -28,24 +28,6 @@ from trainer.config.scalars import (
 )
 
 WORD = r"^[A-Za-z0-9][A-Za-z0-9._=,+-]*$"
-
-
-class ConfigGroup(BaseModel):
-    """A group of settings: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class ComponentConfig(ConfigGroup):
-    """A class named by `_target_`, with settings that its constructor's signature checks."""
-
-    model_config = ConfigDict(extra="allow", populate_by_name=True, serialize_by_alias=True)
-
-    target: str = Field(alias="_target_", min_length=3, description="the class to build")
-
-    def settings(self) -> dict[str, Any]:
-        """Every key of the node but `_target_`, as plain data."""
-        return self.model_dump(by_alias=True, exclude={"target"})
 
 
 class ModelConfig(ComponentConfig):
