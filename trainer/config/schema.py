@@ -1,7 +1,6 @@
 """Schema of a run: every setting with its type, range and choices, in one frozen model.
 
-A *node* names a class by `_target_` and accepts any further key, which instantiate.py binds to the
-signature of that class. Every other key is listed below.
+A *node* names a class by `_target_`; instantiate.py binds its further keys to the signature.
 """
 
 from typing import Annotated, Any, Literal
