@@ -226,10 +226,8 @@ def backward(
     """Adds the contribution of these keys to every gradient.
 
     Args:
-        d_out: gradient of the mean.
         total: (mean, lse) over ALL keys.
         delta: see reference.backward.
-        into: the sums to add to.
     """
     mean, lse = total
     kernel = _select(spec, query)
