@@ -35,7 +35,7 @@ PIECE = 1 << 18  # characters of a long text that are turned to bytes at a time
 
 
 class Tokenizer(Protocol):
-    """What the data needs of a tokenizer; token numbers are below `vocabulary`."""
+    """Interface of tokenizers; token numbers are below `vocabulary`."""
 
     vocabulary: int
     end_of_text: int
@@ -101,7 +101,7 @@ class HuggingFace:
         name: what messages call it.
 
     Raises:
-        DataFault: its numbers run far beyond its tokens, or it has none.
+        DataError: its numbers run far beyond its tokens, or it has none.
     """
 
     def __init__(self, backend: Backend, ending: str | None = None, name: str = "tokenizer"):
@@ -144,7 +144,7 @@ class HuggingFace:
         return self.encode_many([text])[0]
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token numbers of each text. Raises DataFault where the tokenizer has none for a text."""
+        """Token numbers of each text. Raises DataError where the tokenizer has none for a text."""
         try:
             encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except BaseException as error:
@@ -297,8 +297,8 @@ def _read(file: Path, largest: int) -> str:
 
 
 def _of_library(error: BaseException) -> bool:
-    """Whether an error is one to tell of: any Exception, and a panic of the library, which is a
-    bare BaseException."""
+    """Tells if an error is to be reported: an Exception, or a panic of the library."""
+    # The library raises a panic as a bare BaseException.
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 

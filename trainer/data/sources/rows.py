@@ -60,7 +60,7 @@ class Rows:
         return dict(self.state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on there. Raises DataFault for the state of another reader."""
+        """Go on there. Raises DataError for the state of another reader."""
         if state_dict.keys() != START.keys() or not all(
             type(value) is int for value in state_dict.values()
         ):

@@ -154,7 +154,7 @@ class DocumentReader:
         self.texts = self.source.texts(self.report, self.examples, self.number)
 
     def next(self) -> str | None:
-        """The next document; None behind the last held-out one. Raises DataFault where an epoch
+        """The next document; None behind the last held-out one. Raises DataError where an epoch
         holds none."""
         while True:
             for number, text in self.texts:

@@ -105,7 +105,7 @@ def modules(entities: int) -> tuple[tuple[str, ...], ...]:
     """For each module, in order of their names, the names of the functions that it defines in its
     first level, in their order.
 
-    Raises a DataFault where the standard library has not so many of them in all.
+    Raises a DataError where the standard library has not so many of them in all.
     """
     found: list[tuple[str, ...]] = []
     left = entities

@@ -1,5 +1,5 @@
-"""Tracking a state: a permutation at every token, and at every token the product of all so far is
-to be said."""
+"""State tracking: a permutation at every token; the target is the product of all so far,
+at every token."""
 
 from itertools import permutations
 
