@@ -1,22 +1,21 @@
-"""HandOn: rank r computes the r-th stretch of pieces of every row and hands the state on to rank r
-+ 1: a wavefront over rows.
+"""Wavefront driver of SequentialScan: rank r computes the r-th section of every row.
 
-At tick r + b rank r works on group b of the rows, so all ranks are busy but for the ticks in which
-the wave comes in and runs out, a share (P - 1) / (m + P - 1) of them with m groups. A rank keeps
-the activations of its own stretch only; the work on one row does not become faster, only many rows
-do. Tokens are brought to their stretch before the first tick and home after the last; in between
-nothing but states moves, from one rank to the next, in backward from the next to this one.
+At tick r + b rank r works on group b of the rows, so all ranks are busy except while the wave comes
+in and runs out, a share (P - 1) / (m + P - 1) of the ticks with m groups. A rank keeps the
+activations of its own section only; one row is not computed faster, many rows are. Tokens are
+brought to their section before the first tick and home after the last; in between only states
+move, from one rank to the next, and in backward from the next to this one.
 
-The order in backward is made by a token, a number that passes through every move: the gradient of a
-state is awaited, the group is gone back through, the gradient of the state that came in is handed
-back, and only then comes the group before. A rank waits for its right neighbour alone, and the last
-one for nobody, so nothing can lock.
+A scalar token that passes through every move fixes the order of backward: receive the gradient of
+a state, go back through the group, send the gradient of the state that came in, and only then start
+the group before. A rank waits for its right neighbour alone and the last rank for none, so there is
+no deadlock.
 
 Source: Huang et al. 2019, GPipe (arXiv:1811.06965), for the schedule; there the stages are layers,
-here stretches of the row.
+here sections of the row.
 
-Letters: B rows, m groups of them, P ranks, N pieces, S slots of a piece, L slots of a stretch, c
-local tokens.
+Letters: B rows, m groups of rows, P ranks, N segments of a row, S slots of a segment, L slots of a
+section, c local tokens.
 """
 
 from typing import Any, NamedTuple
@@ -32,17 +31,20 @@ from parallel.sharding import SequenceSharding
 
 
 def bubble(ranks: int, groups: int) -> float:
-    """Share of the ticks in which a rank has nothing to do."""
+    """Returns the share of the ticks in which a rank is idle."""
     return (ranks - 1) / (groups + ranks - 1)
 
 
 class WavefrontPlan(NamedTuple):
-    """What one rank computes, and how tokens get there and back.
+    """The section that one rank computes, and the exchange that brings tokens there and back.
 
-    Attributes: pieces: those of this rank. first: number of the first of them. held: [sum(given)]
-        int64, local tokens (row * c + token) as they go out, those for rank 0 first. slots:
-        [sum(taken)] int64, where (row * L + slot) what comes in belongs. given, taken: how many to
-        and from each rank.
+    Attributes:
+        pieces: segments of this rank.
+        first: number of the first of them in the row.
+        held: [sum(given)] int64, local tokens (row * c + token) in the order in which they are
+            sent, those for rank 0 first.
+        slots: [sum(taken)] int64, slots (row * L + slot) of the tokens that arrive.
+        given, taken: numbers of tokens sent to and received from each rank.
     """
 
     pieces: Segments
@@ -54,10 +56,10 @@ class WavefrontPlan(NamedTuple):
 
 
 class Wavefront(nn.Module):
-    """Stands in for a Relay whose tokens lie over the ranks of `wire`.
+    """Replaces a SequentialScan whose tokens are sharded over the ranks of `communicator`.
 
     Args:
-        name: of the relay, for the log: how large the bubble is stands in `wire.choices`.
+        name: name of the scan in `communicator.choices`, where the size of the bubble is logged.
     """
 
     def __init__(self, core: SequentialScan, communicator: Communicator, name: str = "relay"):
@@ -77,50 +79,53 @@ class Wavefront(nn.Module):
         size: int | None = None,
         depth: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """As Relay.forward; `state` comes in, and the last one goes out, whole on every rank.
-        at.cut says who holds what."""
-        key = ("hand on", self.core.cutter, size)
-        if key not in span.plans:
-            span.plans[key] = _wavefront_plan(
-                span.sharding,
-                self.core.pieces(span.sharding.whole, size, self.communicator.size),
-                xs[0].device,
-            )
-        plan: WavefrontPlan = span.plans[key]
-        here = [_there(x, plan, self.communicator) for x in xs]
-        rows, every, chain = (
-            span.shape[0],
-            min(self.core.rows, span.shape[0]),
-            _RankChain(self.communicator),
-        )
+        """Runs SequentialScan.forward over the ranks; `span.sharding` says who holds what.
+
+        Both `state` and the returned last state are whole on every rank.
+        """
+        plan = self._plan(span, size, xs[0].device)
+        inputs = [_to_sections(x, plan, self.communicator) for x in xs]
+        rows = span.shape[0]
+        group_rows = min(self.core.rows, rows)
+        chain = _RankChain(self.communicator)
         token = torch.zeros((), device=xs[0].device, requires_grad=torch.is_grad_enabled())
-        parts = []
-        ends = []
-        for start in range(0, rows, every):
-            some = slice(start, start + every)
-            token, *came = _Recv.apply(chain, start == 0, token, *(s[some] for s in state))
-            pieces = _rows(plan.pieces, some)
-            y, after = run_segments(
+        outputs = []
+        end_states = []
+        for start in range(0, rows, group_rows):
+            group = slice(start, start + group_rows)
+            group_state = [tensor[group] for tensor in state]
+            token, *incoming = _Recv.apply(chain, start == 0, token, *group_state)
+            output, outgoing = run_segments(
                 step,
-                tuple(x[some] for x in here),
-                tuple(came),
-                pieces,
+                tuple(x[group] for x in inputs),
+                tuple(incoming),
+                _segments_of_rows(plan.pieces, group),
                 depth=depth,
                 first=plan.first,
             )
-            token = _Send.apply(chain, token, *after)
-            parts.append(y)
-            ends.append(after)
-        self._note(len(parts))
-        token, *last = _Broadcast.apply(chain, token, *(torch.cat(some) for some in zip(*ends)))
-        y, *last = _Join.apply(token, torch.cat(parts), *last)
-        return _home(y, plan, self.communicator, span.sharding.layouts[0].each), tuple(last)
+            token = _Send.apply(chain, token, *outgoing)
+            outputs.append(output)
+            end_states.append(outgoing)
+        self._log_bubble(len(outputs))
+        whole_states = [torch.cat(parts) for parts in zip(*end_states)]
+        token, *last = _Broadcast.apply(chain, token, *whole_states)
+        output, *last = _Join.apply(token, torch.cat(outputs), *last)
+        local_tokens = span.sharding.layouts[0].each
+        return _to_owners(output, plan, self.communicator, local_tokens), tuple(last)
 
-    def _note(self, groups: int) -> None:
-        """Say how large the bubble is, when it has changed."""
+    def _plan(self, span: Span, size: int | None, device: torch.device) -> WavefrontPlan:
+        """Returns the plan of these addresses, built at the first call."""
+        key = ("hand on", self.core.sharding, size)
+        if key not in span.plans:
+            pieces = self.core.pieces(span.sharding.whole, size, self.communicator.size)
+            span.plans[key] = _wavefront_plan(span.sharding, pieces, device)
+        return span.plans[key]
+
+    def _log_bubble(self, groups: int) -> None:
+        """Records the size of the bubble when it has changed."""
         if groups != self.groups:
             ranks = self.communicator.size
-            share = f"{bubble(self.communicator.size, groups):.0%}"
+            share = f"{bubble(ranks, groups):.0%}"
             self.communicator.choices[self.name] = (
                 f"wavefront over {ranks} ranks, {groups} groups of rows: bubble {share}"
             )
@@ -128,7 +133,10 @@ class Wavefront(nn.Module):
 
 
 class _RankChain:
-    """The moves of one forward pass and its backward: keeps alive what is under way."""
+    """Point-to-point moves of one forward pass and its backward.
+
+    It keeps every tensor in flight alive until the send has completed.
+    """
 
     def __init__(self, communicator: Communicator):
         self.communicator = communicator
@@ -143,48 +151,48 @@ class _RankChain:
         return self.communicator.rank == self.communicator.size - 1
 
     def send(self, tensors: Tensors, step: int, name: str) -> None:
-        self.under_way.append(self.communicator.send(tensors, self.communicator.rank + step, name))
+        target = self.communicator.rank + step
+        self.under_way.append(self.communicator.send(tensors, target, name))
 
     def settle(self) -> None:
-        """Wait until all that was handed on has left."""
-        for arrival in self.under_way:
-            arrival.wait()
+        """Waits until all sends have completed."""
+        for pending in self.under_way:
+            pending.wait()
         self.under_way.clear()
 
 
 class _Recv(torch.autograd.Function):
-    """(token, state before the row) -> (token, state that comes into the stretch)."""
+    """(token, state before the row) -> (token, state before the section)."""
 
     @staticmethod
     def forward(ctx: Any, chain: _RankChain, opens: bool, token: Tensor, *state: Tensor):
         ctx.args = chain, opens
-        came = (
-            [s.clone() for s in state]
-            if chain.first
-            else chain.communicator.recv(state, chain.communicator.rank - 1)
-        )
-        return token.clone(), *came
+        if chain.first:
+            incoming = [tensor.clone() for tensor in state]
+        else:
+            incoming = chain.communicator.recv(state, chain.communicator.rank - 1)
+        return token.clone(), *incoming
 
     @staticmethod
     def backward(ctx: Any, d_token: Tensor, *grads: Tensor):
         chain, opens = ctx.args
         if not chain.first:
             chain.send(grads, -1, "state backward")
-            grads = tuple(
-                torch.zeros_like(g) for g in grads
-            )  # not None: every rank has the same graph
+            # Zeros instead of None, so that every rank has the same graph.
+            grads = tuple(torch.zeros_like(gradient) for gradient in grads)
         if opens:
+            # The first group is the last one in backward: nothing may be freed before it has left.
             chain.settle()
         return None, None, d_token, *grads
 
 
 class _Send(torch.autograd.Function):
-    """(token, state after the stretch) -> token; the state goes to the next rank."""
+    """(token, state after the section) -> token; sends the state to the next rank."""
 
     @staticmethod
     def forward(ctx: Any, chain: _RankChain, token: Tensor, *state: Tensor):
         ctx.chain = chain
-        ctx.likes = [(s.shape, s.dtype) for s in state]
+        ctx.likes = [(tensor.shape, tensor.dtype) for tensor in state]
         if not chain.last:
             chain.send(state, 1, "state")
         return token.clone()
@@ -192,16 +200,16 @@ class _Send(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_token: Tensor):
         chain = ctx.chain
-        grads = [
-            torch.zeros(shape, dtype=dtype, device=d_token.device) for shape, dtype in ctx.likes
-        ]
+        gradients = []
+        for shape, dtype in ctx.likes:
+            gradients.append(torch.zeros(shape, dtype=dtype, device=d_token.device))
         if not chain.last:
-            grads = chain.communicator.recv(grads, chain.communicator.rank + 1)
-        return None, d_token, *grads
+            gradients = chain.communicator.recv(gradients, chain.communicator.rank + 1)
+        return None, d_token, *gradients
 
 
 class _Broadcast(torch.autograd.Function):
-    """(token, state after each rank's stretch) -> (token, the last rank's), on every rank."""
+    """(token, state after each rank's section) -> (token, the last rank's state on every rank)."""
 
     @staticmethod
     def forward(ctx: Any, chain: _RankChain, token: Tensor, *state: Tensor):
@@ -209,100 +217,108 @@ class _Broadcast(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         chain.settle()
         communicator = chain.communicator
-        last = []
-        for s in state:
-            parts = [s if chain.last else s.new_empty(0)] * communicator.size
-            sizes = [0] * (communicator.size - 1) + [s.numel()]
-            last.append(communicator.all_to_all(parts, sizes, "last state")[-1].view(s.shape))
-        return token.clone(), *last
+        last_state = []
+        for tensor in state:
+            contribution = tensor if chain.last else tensor.new_empty(0)
+            sizes = [0] * (communicator.size - 1) + [tensor.numel()]
+            received = communicator.all_to_all(
+                [contribution] * communicator.size, sizes, "last state"
+            )
+            last_state.append(received[-1].view(tensor.shape))
+        return token.clone(), *last_state
 
     @staticmethod
     def backward(ctx: Any, d_token: Tensor | None, *grads: Tensor | None):
-        chain, communicator = ctx.chain, ctx.chain.communicator
-        back: list[Tensor | None] = []
-        for g in grads:  # None on all ranks, or on none
-            if g is None:
-                back.append(None)
-                continue
-            sizes = [g.numel() if chain.last else 0] * communicator.size
-            parts = [g.new_empty(0)] * (communicator.size - 1) + [g]
-            came = communicator.all_to_all(parts, sizes, "last state backward")
-            back.append(
-                torch.stack([c.view(g.shape) for c in came]).sum(0)
-                if chain.last
-                else torch.zeros_like(g)
-            )
-        return None, d_token, *back
+        gradients = []
+        for gradient in grads:
+            # None on all ranks or on none, so skipping the exchange is safe.
+            gradients.append(None if gradient is None else _sum_on_last(gradient, ctx.chain))
+        return None, d_token, *gradients
+
+
+def _sum_on_last(gradient: Tensor, chain: _RankChain) -> Tensor:
+    """Returns the sum of all ranks' gradients on the last rank, and zeros on the others."""
+    communicator = chain.communicator
+    sizes = [gradient.numel() if chain.last else 0] * communicator.size
+    parts = [gradient.new_empty(0)] * (communicator.size - 1) + [gradient]
+    received = communicator.all_to_all(parts, sizes, "last state backward")
+    if not chain.last:
+        return torch.zeros_like(gradient)
+    return torch.stack([part.view(gradient.shape) for part in received]).sum(0)
 
 
 class _Join(torch.autograd.Function):
-    """(token, y, last state) -> (y, last state): whoever goes back through one of them goes back
-    through the wavefront."""
+    """(token, output, last state) -> (output, last state).
+
+    Ties both results to the token, so that the backward of either runs the whole wavefront.
+    """
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, y: Tensor, *last: Tensor):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(token)
-        return y.clone(), *(s.clone() for s in last)
+        return y.clone(), *(tensor.clone() for tensor in last)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None):
-        (token,) = (
-            ctx.saved_tensors
-        )  # under activation checkpointing: compute again what follows before the first move
+        # Under activation checkpointing reading the saved token starts the recomputation, which
+        # must be finished before the first move of backward.
+        (token,) = ctx.saved_tensors
         return torch.zeros_like(token), *grads
 
 
-def _rows(pieces: Segments, some: slice) -> Segments:
-    return Segments(pieces.index[some], pieces.span.map(lambda t: t[some]), pieces.filled[some])
+def _segments_of_rows(pieces: Segments, rows: slice) -> Segments:
+    span = pieces.span.map(lambda tensor: tensor[rows])
+    return Segments(pieces.index[rows], span, pieces.filled[rows])
 
 
-def _wavefront_plan(cut: SequenceSharding, pieces: Segments, device: torch.device) -> WavefrontPlan:
-    """Every rank works out from the layouts who needs what."""
+def _wavefront_plan(
+    sharding: SequenceSharding, pieces: Segments, device: torch.device
+) -> WavefrontPlan:
+    """Derives the exchange from the layouts alone, so that no rank has to ask another."""
     rows, number, slots = pieces.index.shape
-    ranks, each, mine = cut.ranks, cut.layouts[0].each, number // cut.ranks
-    order = torch.stack([layout.order() for layout in cut.layouts]).expand(rows, -1)
-    token = pieces.index.view(rows, ranks, mine * slots)
-    lies = order.gather(1, token.clamp_min(0).flatten(1)).view(
-        token.shape
-    )  # in the ranks' tokens laid end to end
-    home = torch.where(token >= 0, lies // each, -1)
-    local = torch.arange(rows)[:, None] * each
-    held = [(local + lies[:, r] % each)[home[:, r] == cut.rank] for r in range(ranks)]
-    wanted = [(home[:, cut.rank] == r).flatten().nonzero()[:, 0] for r in range(ranks)]
-    own = slice(cut.rank * mine, (cut.rank + 1) * mine)
-    span = pieces.span.map(lambda t: t.unflatten(1, (number, slots))[:, own].flatten(1))
+    ranks = sharding.ranks
+    local_tokens = sharding.layouts[0].each
+    own_segments = number // ranks
+    order = torch.stack([layout.order() for layout in sharding.layouts]).expand(rows, -1)
+    token = pieces.index.view(rows, ranks, own_segments * slots)
+    # Position of each slot's token in the ranks' tokens laid end to end.
+    position = order.gather(1, token.clamp_min(0).flatten(1)).view(token.shape)
+    owner = torch.where(token >= 0, position // local_tokens, -1)
+    row_start = torch.arange(rows)[:, None] * local_tokens
+    held = []
+    slots_by_source = []
+    for rank in range(ranks):
+        local = row_start + position[:, rank] % local_tokens
+        held.append(local[owner[:, rank] == sharding.rank])
+        slots_by_source.append((owner[:, sharding.rank] == rank).flatten().nonzero()[:, 0])
+    own = slice(sharding.rank * own_segments, (sharding.rank + 1) * own_segments)
+    span = pieces.span.map(lambda tensor: tensor.unflatten(1, (number, slots))[:, own].flatten(1))
     return WavefrontPlan(
-        Segments(pieces.index[:, own], span, pieces.filled[:, own]),
-        cut.rank * mine,
-        torch.cat(held).to(device),
-        torch.cat(wanted).to(device),
-        [len(h) for h in held],
-        [len(w) for w in wanted],
+        pieces=Segments(pieces.index[:, own], span, pieces.filled[:, own]),
+        first=sharding.rank * own_segments,
+        held=torch.cat(held).to(device),
+        slots=torch.cat(slots_by_source).to(device),
+        given=[len(tokens) for tokens in held],
+        taken=[len(tokens) for tokens in slots_by_source],
     )
 
 
-def _there(x: Tensor, plan: WavefrontPlan, communicator: Communicator) -> Tensor:
-    """[B, c, ...] -> [B, L, ...]: tokens to where they are computed, 0 in empty slots."""
-    came = all_to_all_rows(
-        x.flatten(0, 1).index_select(0, plan.held), communicator, plan.given, plan.taken, "relay"
-    )
+def _to_sections(x: Tensor, plan: WavefrontPlan, communicator: Communicator) -> Tensor:
+    """[B, c, ...] -> [B, L, ...]: sends tokens to where they are computed; empty slots are 0."""
+    sent = x.flatten(0, 1).index_select(0, plan.held)
+    received = all_to_all_rows(sent, communicator, plan.given, plan.taken, "relay")
     shape = plan.pieces.span.shape
-    return (
-        came.new_zeros(shape.numel(), *x.shape[2:])
-        .index_copy(0, plan.slots, came)
-        .unflatten(0, shape)
-    )
+    blank = received.new_zeros(shape.numel(), *x.shape[2:])
+    return blank.index_copy(0, plan.slots, received).unflatten(0, shape)
 
 
-def _home(y: Tensor, plan: WavefrontPlan, communicator: Communicator, each: int) -> Tensor:
-    """[B, L, ...] -> [B, c, ...]: the way back."""
-    came = all_to_all_rows(
-        y.flatten(0, 1).index_select(0, plan.slots),
-        communicator,
-        plan.taken,
-        plan.given,
-        "relay home",
-    )
-    blank = came.new_zeros(y.shape[0] * each, *y.shape[2:])
-    return blank.index_copy(0, plan.held, came).unflatten(0, (y.shape[0], each))
+def _to_owners(
+    output: Tensor, plan: WavefrontPlan, communicator: Communicator, local_tokens: int
+) -> Tensor:
+    """[B, L, ...] -> [B, c, ...]: sends results back to the ranks that hold their tokens."""
+    sent = output.flatten(0, 1).index_select(0, plan.slots)
+    received = all_to_all_rows(sent, communicator, plan.taken, plan.given, "relay home")
+    rows = output.shape[0]
+    blank = received.new_zeros(rows * local_tokens, *output.shape[2:])
+    return blank.index_copy(0, plan.held, received).unflatten(0, (rows, local_tokens))

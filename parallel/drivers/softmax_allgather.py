@@ -1,14 +1,13 @@
-"""Fetch: every rank gets those keys of other ranks that its queries can see, and no others, then
-attends once.
+"""AllGather driver of Softmax: fetches only the keys that a rank's queries see, then attends once.
 
 A window becomes an exchange with neighbours, packed documents send only what they share, a source
-of another length is cross-attention, and the dense case is the all-gather. Every rank works out
-from the addresses what each other rank needs, so nobody asks. Backward fetches again: no rank keeps
-keys of another between the two.
+of another length is cross-attention, and the dense case is the all-gather. Every rank derives from
+the addresses what each other rank needs, so no request is sent. Backward fetches again: no rank
+keeps keys of another between the two passes.
 
 Source: Llama 3 (arXiv:2407.21783, section 3.3.2) gathers all keys; Tao et al. 2025, MagiAttention,
-only needed ranges. Ours plans by single tokens, from any mask, and sums the gradients that come
-home in float32.
+only needed ranges. Ours plans by single tokens, from any mask, and sums the returning gradients in
+float32.
 
 Letters: B rows, T queries, S local keys, F fetched keys of a row, P ranks.
 """
@@ -40,12 +39,15 @@ from parallel.collectives import Communicator
 
 @dataclass(frozen=True)
 class GatherPlan:
-    """What travels for one mask and one pair of spans.
+    """The exchange for one mask and one pair of spans.
 
-    Attributes: gives: for each rank the flat numbers (row x S + token) of the keys it needs of this
-        one, itself included. takes: how many keys come from each rank. place: [B, F] where, among
-        all keys that come, each fetched key is found; what is left over points one beyond. span:
-        [B, F] addresses of the fetched keys, in global order.
+    Attributes:
+        gives: for each rank the flat numbers (row x S + token) of the local keys that it needs,
+            this rank included.
+        takes: number of keys that come from each rank.
+        place: [B, F] positions of the fetched keys among all keys that arrive; slots that a row
+            does not need point one beyond the last.
+        span: [B, F] addresses of the fetched keys, in global order.
     """
 
     gives: tuple[Tensor, ...]
@@ -55,116 +57,139 @@ class GatherPlan:
 
 
 def needed_tokens(mask: Mask, span: Span, kv_span: Span, heads: Tensor) -> Tensor:
-    """[B, S] bool on the CPU: the keys `of` that at least one query `at` sees."""
-    seen = torch.zeros(kv_span.shape, dtype=torch.bool)
-    for block in plan_tiles(mask, span, kv_span):
-        rows = slice(block.r0, block.r1)
-        q = slice(block.q0, block.q1)
-        k = slice(block.k0, block.k1)
-        if block.kind == PARTIAL_TILE:
-            look = visible(
-                mask,
-                span.map(lambda t, r=rows, x=q: t[r, x]),
-                kv_span.map(lambda t, r=rows, x=k: t[r, x]),
-                heads,
-            )
-            seen[rows, k] |= look.any(2).any(1).cpu()
-        else:
-            seen[rows, k] = True
-    return seen
+    """Returns [B, S] bool on the CPU: the keys of `kv_span` that a query of `span` sees."""
+    needed = torch.zeros(kv_span.shape, dtype=torch.bool)
+    for tile in plan_tiles(mask, span, kv_span):
+        rows = slice(tile.r0, tile.r1)
+        queries = slice(tile.q0, tile.q1)
+        keys = slice(tile.k0, tile.k1)
+        if tile.kind != PARTIAL_TILE:
+            needed[rows, keys] = True
+            continue
+        tile_visible = visible(
+            mask,
+            _part(span, rows, queries),
+            _part(kv_span, rows, keys),
+            heads,
+        )
+        needed[rows, keys] |= tile_visible.any(2).any(1).cpu()
+    return needed
+
+
+def _part(span: Span, rows: slice, tokens: slice) -> Span:
+    return span.map(lambda tensor: tensor[rows, tokens])
 
 
 def gather_plan(mask: Mask, span: Span, kv_span: Span, heads: Tensor) -> GatherPlan:
-    """What has to travel so that every rank sees what its queries may see; worked out once, kept on
-    the cut."""
-    kept = span.sharding.kept
+    """Returns the exchange that brings every rank the keys of its queries.
+
+    It is derived once and cached on the sharding of the queries.
+    """
+    cache = span.sharding.kept
     key = ("need", mask, id(kv_span.sharding), len(heads))
-    if key not in kept:
-        kept[key] = (
-            kv_span,
-            _gather_plan(mask, span, kv_span, heads),
-        )  # holding `of` keeps its id from being used again
-    return kept[key][1]
+    if key not in cache:
+        # Holding kv_span keeps the id in the key from being reused by another object.
+        cache[key] = (kv_span, _gather_plan(mask, span, kv_span, heads))
+    return cache[key][1]
 
 
 def _gather_plan(mask: Mask, span: Span, kv_span: Span, heads: Tensor) -> GatherPlan:
-    me = span.sharding.rank
+    rank = span.sharding.rank
     device = kv_span.pos.device
-    gives = [
-        needed_tokens(mask, other, kv_span.sharding.spans[me], heads).flatten().nonzero()[:, 0]
-        for other in span.sharding.spans
+    query_spans = span.sharding.spans
+    key_spans = kv_span.sharding.spans
+    gives = []
+    for remote_queries in query_spans:
+        needed = needed_tokens(mask, remote_queries, key_spans[rank], heads)
+        gives.append(needed.flatten().nonzero()[:, 0])
+    needed_by_source = [
+        needed_tokens(mask, query_spans[rank], remote_keys, heads) for remote_keys in key_spans
     ]
-    wanted = [
-        needed_tokens(mask, span.sharding.spans[me], other, heads)
-        for other in kv_span.sharding.spans
-    ]
-    takes = [int(w.sum()) for w in wanted]
-    numbers = torch.cat([kv_span.sharding.index(r, len(w)) for r, w in enumerate(wanted)], 1)
-    chosen = torch.cat(wanted, 1)
-    # the place of each chosen key in what comes: rank by rank, then row by row
-    arrivals = torch.cat(
-        [(w.flatten().cumsum(0) - 1 + sum(takes[:r])).view_as(w) for r, w in enumerate(wanted)], 1
-    )
+    takes = [int(needed.sum()) for needed in needed_by_source]
+    # Position of each needed key among those that arrive: rank by rank, then row by row.
+    positions = []
+    global_indices = []
+    for source, needed in enumerate(needed_by_source):
+        position = needed.flatten().cumsum(0) - 1 + sum(takes[:source])
+        positions.append(position.view_as(needed))
+        global_indices.append(kv_span.sharding.index(source, len(needed)))
+    arrivals = torch.cat(positions, 1)
+    chosen = torch.cat(needed_by_source, 1)
+    # Keys that a row does not need are sorted behind all others and cut off.
     beyond = torch.iinfo(torch.int64).max
-    order = torch.where(chosen, numbers, beyond).argsort(1)[:, : int(chosen.sum(1).max())]
-    there = chosen.gather(1, order)
-    place = torch.where(there, arrivals.gather(1, order), sum(takes))
+    sort_keys = torch.where(chosen, torch.cat(global_indices, 1), beyond)
+    order = sort_keys.argsort(1)[:, : int(chosen.sum(1).max())]
+    is_key = chosen.gather(1, order)
+    place = torch.where(is_key, arrivals.gather(1, order), sum(takes))
 
-    def address(field: str, fill: int) -> Tensor:
-        every = torch.cat([getattr(s, field) for s in kv_span.sharding.spans], 1)
-        return torch.where(there.to(device), every.gather(1, order.to(device)), fill)
+    def fetched_addresses(field: str, fill: int) -> Tensor:
+        addresses = torch.cat([getattr(remote, field) for remote in key_spans], 1)
+        return torch.where(is_key.to(device), addresses.gather(1, order.to(device)), fill)
 
-    inner_span = Span(address("pos", 0), address("doc", PADDING), address("role", TEXT))
+    fetched_span = Span(
+        fetched_addresses("pos", 0),
+        fetched_addresses("doc", PADDING),
+        fetched_addresses("role", TEXT),
+    )
     return GatherPlan(
-        tuple(g.to(device) for g in gives), tuple(takes), place.to(device), inner_span
+        gives=tuple(indices.to(device) for indices in gives),
+        takes=tuple(takes),
+        place=place.to(device),
+        span=fetched_span,
     )
 
 
 def gather_needed(
     payload: Tensors, plan: GatherPlan, communicator: Communicator, name: str
 ) -> list[Tensor]:
-    """[B, S, ...] of every rank -> [B, F, ...]: the keys this rank needs; zeros where a row needs
-    fewer."""
-    out = []
+    """Fetches the keys that this rank needs: [B, S, ...] of every rank -> [B, F, ...].
+
+    Slots that a row does not need are zero.
+    """
+    fetched = []
     for x in payload:
         flat = x.flatten(0, 1)
-        each = x[0, 0].numel() if x.numel() else 0
-        parts = [flat.index_select(0, g) for g in plan.gives]
-        came = torch.cat(communicator.all_to_all(parts, [n * each for n in plan.takes], name))
-        came = torch.cat([came.view(-1, *x.shape[2:]), x.new_zeros(1, *x.shape[2:])])
-        out.append(came[plan.place])
-    return out
+        numbers = x[0, 0].numel() if x.numel() else 0
+        parts = [flat.index_select(0, indices) for indices in plan.gives]
+        sizes = [count * numbers for count in plan.takes]
+        arrived = torch.cat(communicator.all_to_all(parts, sizes, name))
+        # One row of zeros behind the last key is what unneeded slots point to.
+        filler = x.new_zeros(1, *x.shape[2:])
+        arrived = torch.cat([arrived.view(-1, *x.shape[2:]), filler])
+        fetched.append(arrived[plan.place])
+    return fetched
 
 
 def reduce_to_owner(
     grads: Tensors, payload: Tensors, plan: GatherPlan, communicator: Communicator, name: str
 ) -> list[Tensor]:
-    """The adjoint of `fetch`: [B, F, ...] gradients go home, [B, S, ...] sums of what came from
-    every rank, wide."""
-    out = []
-    for grad, x in zip(grads, payload, strict=True):
+    """Sends gradients of fetched keys home and sums them, the adjoint of `gather_needed`.
+
+    Args:
+        grads: [B, F, ...], one for each tensor of the payload.
+
+    Returns:
+        [B, S, ...] sums over all ranks, at least in float32.
+    """
+    owner_sums = []
+    for gradient, x in zip(grads, payload, strict=True):
         total = sum(plan.takes)
-        came = grad.new_zeros(total + 1, *x.shape[2:])
-        came[plan.place] = (
-            # every key was fetched into one place; only the filler beyond is written more than once
-            grad
-        )
-        parts = communicator.all_to_all(
-            came[:total].split(list(plan.takes)),
-            [g.numel() * x[0, 0].numel() for g in plan.gives],
-            name,
-        )
+        outgoing = gradient.new_zeros(total + 1, *x.shape[2:])
+        # Every key was fetched into one slot; only the filler behind the last is written twice.
+        outgoing[plan.place] = gradient
+        sizes = [indices.numel() * x[0, 0].numel() for indices in plan.gives]
+        parts = communicator.all_to_all(outgoing[:total].split(list(plan.takes)), sizes, name)
         sums = torch.zeros_like(
             x, dtype=accumulation_dtype(x.dtype), memory_format=torch.contiguous_format
         )
-        for index, part in zip(plan.gives, parts):
-            sums.flatten(0, 1).index_add_(0, index, part.view(-1, *x.shape[2:]))
-        out.append(sums)
-    return out
+        for indices, part in zip(plan.gives, parts):
+            sums.flatten(0, 1).index_add_(0, indices, part.view(-1, *x.shape[2:]))
+        owner_sums.append(sums)
+    return owner_sums
 
 
 class AllGather(nn.Module):
-    """Stands in for a Softmax whose tokens lie over the ranks of `wire`."""
+    """Replaces a Softmax whose tokens are sharded over the ranks of `communicator`."""
 
     def __init__(self, core: Softmax, communicator: Communicator):
         super().__init__()
@@ -181,12 +206,16 @@ class AllGather(nn.Module):
         kv_span: Span | None = None,
         heads: Tensor | None = None,
     ) -> Tensor:
-        """As Softmax.forward, over every rank's keys; at.cut (and of.cut) say who holds which."""
-        what = attention_spec(self.core.mask, self.core.score, query, heads)
-        kv_span = span if kv_span is None else kv_span
-        plan = gather_plan(what.mask, span, kv_span, what.heads)
+        """Runs Softmax.forward over every rank's keys.
+
+        `span.sharding` (and `kv_span.sharding`) say which rank holds which tokens.
+        """
+        spec = attention_spec(self.core.mask, self.core.score, query, heads)
+        if kv_span is None:
+            kv_span = span
+        plan = gather_plan(spec.mask, span, kv_span, spec.heads)
         return _AllGather.apply(
-            what,
+            spec,
             self.core.kept,
             self.communicator,
             plan,
@@ -203,8 +232,8 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        what: blockwise.AttentionSpec,
-        kept: AttentionReplay,
+        spec: blockwise.AttentionSpec,
+        replay: AttentionReplay,
         communicator: Communicator,
         plan: GatherPlan,
         span: Span,
@@ -215,54 +244,50 @@ class _AllGather(torch.autograd.Function):
         query, payload, params = split_tensors(tensors, queries, payloads)
 
         def compute() -> Partial:
-            total = blockwise.empty_partial(
-                query, len(what.heads), value_width(what.score, payload, params, query)
-            )
-            blockwise.forward(
-                what,
-                query,
-                gather_needed(payload, plan, communicator, "allgather"),
-                params,
-                span,
-                plan.span,
-                total,
-            )
-            add_sink(what.score, params, total)
+            width = value_width(spec.score, payload, params, query)
+            total = blockwise.empty_partial(query, len(spec.heads), width)
+            fetched = gather_needed(payload, plan, communicator, "allgather")
+            blockwise.forward(spec, query, fetched, params, span, plan.span, total)
+            add_sink(spec.score, params, total)
             return total[0].to(query[0].dtype), total[1]
 
-        mean, lse = kept.replay_or_compute(compute)
-        ctx.what = what
+        output, lse = replay.replay_or_compute(compute)
+        ctx.spec = spec
         ctx.communicator = communicator
         ctx.plan = plan
         ctx.span = span
         ctx.counts = (queries, payloads)
-        ctx.save_for_backward(mean, lse, *tensors)
-        return mean
+        ctx.save_for_backward(output, lse, *tensors)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
-        what = ctx.what
         communicator = ctx.communicator
         plan = ctx.plan
-        span = ctx.span
-        mean, lse, *tensors = ctx.saved_tensors
+        output, lse, *tensors = ctx.saved_tensors
         query, payload, params = split_tensors(tensors, *ctx.counts)
-        d_out, delta, total = incoming_gradients(grads[0], None, mean, lse)
-        here = gather_needed(payload, plan, communicator, "fetch backward")
-        into = blockwise.Gradients.zeros(query, here, params)
+        d_out, delta, total = incoming_gradients(grads[0], None, output, lse)
+        # Fetched once more rather than kept: memory must not grow with the number of ranks.
+        fetched = gather_needed(payload, plan, communicator, "fetch backward")
+        gradients = blockwise.Gradients.zeros(query, fetched, params)
         blockwise.backward(
-            what,
+            ctx.spec,
             query,
-            here,
+            fetched,
             params,
-            span,
+            ctx.span,
             plan.span,
             d_out=d_out,
             total=total,
             delta=delta,
-            into=into,
+            into=gradients,
         )
-        sink_gradient(what.score, params, total, delta, into)
-        into.payload = reduce_to_owner(into.payload, payload, plan, communicator, "fetch gradients")
-        sums = (*into.query, *into.payload, *into.params)
-        return *[None] * 7, *(g.to(t.dtype) for g, t in zip(sums, tensors, strict=True))
+        sink_gradient(ctx.spec.score, params, total, delta, gradients)
+        gradients.payload = reduce_to_owner(
+            gradients.payload, payload, plan, communicator, "fetch gradients"
+        )
+        sums = (*gradients.query, *gradients.payload, *gradients.params)
+        tensor_gradients = []
+        for gradient, tensor in zip(sums, tensors, strict=True):
+            tensor_gradients.append(gradient.to(tensor.dtype))
+        return *[None] * 7, *tensor_gradients

@@ -1,9 +1,9 @@
-"""Ring attention: every rank keeps its queries, keys and values go round, partial attentions merge.
+"""Ring attention: queries stay, keys and values rotate over the ranks, partial attentions merge.
 
 Source: Liu et al. 2023 (arXiv:2310.01889). Ours differs in three ways: one autograd function around
-the whole exchange that saves only what is local and sends the payload round again in backward;
-whatever the score's payload is goes round (latents, keys and values, gates); a rank's own keys come
-last in backward, so that gradients come home after size - 1 hops.
+the whole exchange saves only what is local and sends the payload round again in backward; any
+payload of a score rotates (latents, keys and values, gates); a rank's own keys come last in
+backward, so that gradients come home after size - 1 hops.
 
 Letters: B rows, T queries, H heads, E value width.
 """
@@ -27,11 +27,11 @@ from models.primitives.softmax import (
 )
 from models.scores import Score, Tensors
 from models.span import Span
-from parallel.collectives import Communicator
+from parallel.collectives import Communicator, Pending
 
 
 class Ring(nn.Module):
-    """Stands in for a Softmax whose tokens lie over the ranks of `wire`."""
+    """Replaces a Softmax whose tokens are sharded over the ranks of `communicator`."""
 
     def __init__(self, core: Softmax, communicator: Communicator):
         super().__init__()
@@ -40,7 +40,7 @@ class Ring(nn.Module):
 
     @property
     def score(self) -> Score:
-        """What becomes of queries and keys before the softmax."""
+        """Score function of the attention."""
         return self.core.score
 
     def forward(
@@ -53,11 +53,15 @@ class Ring(nn.Module):
         kv_span: Span | None = None,
         heads: Tensor | None = None,
     ) -> Tensor:
-        """As Softmax.forward, over every rank's keys; at.cut (and of.cut) say who holds which."""
-        what = attention_spec(self.core.mask, self.core.score, query, heads)
-        kv_span = span if kv_span is None else kv_span
+        """Runs Softmax.forward over every rank's keys.
+
+        `span.sharding` (and `kv_span.sharding`) say which rank holds which tokens.
+        """
+        spec = attention_spec(self.core.mask, self.core.score, query, heads)
+        if kv_span is None:
+            kv_span = span
         return _Ring.apply(
-            what,
+            spec,
             self.core.kept,
             self.communicator,
             span,
@@ -74,8 +78,8 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        what: blockwise.AttentionSpec,
-        kept: AttentionReplay,
+        spec: blockwise.AttentionSpec,
+        replay: AttentionReplay,
         communicator: Communicator,
         span: Span,
         kv_span: Span,
@@ -86,76 +90,76 @@ class _Ring(torch.autograd.Function):
         query, payload, params = split_tensors(tensors, queries, payloads)
 
         def compute() -> Partial:
-            total = blockwise.empty_partial(
-                query, len(what.heads), value_width(what.score, payload, params, query)
-            )
-            here = list(payload)
+            width = value_width(spec.score, payload, params, query)
+            total = blockwise.empty_partial(query, len(spec.heads), width)
+            block = list(payload)
             for step in range(communicator.size):
-                last = step == communicator.size - 1
-                coming = None if last else communicator.ring_shift(here, "ring")
+                # The next block travels while this one is computed.
+                is_last = step == communicator.size - 1
+                pending = None if is_last else communicator.ring_shift(block, "ring")
                 source = (communicator.rank - step) % communicator.size
-                blockwise.forward(
-                    what, query, here, params, span, kv_span.sharding.spans[source], total
-                )
-                here = coming.wait() if coming else here
-            add_sink(what.score, params, total)
+                source_span = kv_span.sharding.spans[source]
+                blockwise.forward(spec, query, block, params, span, source_span, total)
+                if pending is not None:
+                    block = pending.wait()
+            add_sink(spec.score, params, total)
             return total[0].to(query[0].dtype), total[1]
 
-        mean, lse = kept.replay_or_compute(compute)
-        ctx.what = what
+        # Under selective checkpointing the recorded result is replayed: a second forward must not
+        # send the keys round once more.
+        output, lse = replay.replay_or_compute(compute)
+        ctx.spec = spec
         ctx.communicator = communicator
         ctx.spans = (span, kv_span)
         ctx.counts = (queries, payloads)
-        ctx.save_for_backward(mean, lse, *tensors)
-        return mean
+        ctx.save_for_backward(output, lse, *tensors)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         communicator = ctx.communicator
         span, kv_span = ctx.spans
-        mean, lse, *tensors = ctx.saved_tensors
+        output, lse, *tensors = ctx.saved_tensors
         query, payload, params = split_tensors(tensors, *ctx.counts)
-        d_out, delta, total = incoming_gradients(grads[0], None, mean, lse)
-        into = blockwise.Gradients.zeros(query, payload, params)
+        d_out, delta, total = incoming_gradients(grads[0], None, output, lse)
+        gradients = blockwise.Gradients.zeros(query, payload, params)
 
-        def add(here: Tensors, source: int) -> None:
+        def add_block(block: Tensors, source: int, returning: Pending | None) -> None:
+            """Adds a block's share to the gradients; those of the block itself start anew."""
+            gradients.payload = blockwise.Gradients.zeros((), payload, ()).payload
             blockwise.backward(
-                ctx.what,
+                ctx.spec,
                 query,
-                here,
+                block,
                 params,
                 span,
                 kv_span.sharding.spans[source],
                 d_out=d_out,
                 total=total,
                 delta=delta,
-                into=into,
+                into=gradients,
             )
+            if returning is not None:
+                # Sums that the ranks before have found for these same keys.
+                for local_sum, remote_sum in zip(gradients.payload, returning.wait()):
+                    local_sum += remote_sum
 
         returning = None
-        coming = (
-            communicator.ring_shift(payload, "ring backward") if communicator.size > 1 else None
-        )
+        pending = None
+        if communicator.size > 1:
+            pending = communicator.ring_shift(payload, "ring backward")
         for step in range(1, communicator.size):
-            here = coming.wait() if coming else []
-            coming = (
-                communicator.ring_shift(here, "ring backward")
-                if step < communicator.size - 1
-                else None
-            )
-            into.payload = blockwise.Gradients.zeros((), payload, ()).payload
-            add(here, (communicator.rank - step) % communicator.size)
-            _join(into.payload, returning)  # what the ranks before found for these same keys
-            returning = communicator.ring_shift(into.payload, "ring gradients")
-        into.payload = blockwise.Gradients.zeros((), payload, ()).payload
-        add(payload, communicator.rank)
-        _join(into.payload, returning)
-        sink_gradient(ctx.what.score, params, total, delta, into)
-        sums = (*into.query, *into.payload, *into.params)
-        return *[None] * 7, *(g.to(t.dtype) for g, t in zip(sums, tensors, strict=True))
-
-
-def _join(sums: list[Tensor], arrival: Any) -> None:
-    if arrival is not None:
-        for mine, theirs in zip(sums, arrival.wait()):
-            mine += theirs
+            block = pending.wait() if pending is not None else []
+            pending = None
+            if step < communicator.size - 1:
+                pending = communicator.ring_shift(block, "ring backward")
+            source = (communicator.rank - step) % communicator.size
+            add_block(block, source, returning)
+            returning = communicator.ring_shift(gradients.payload, "ring gradients")
+        add_block(payload, communicator.rank, returning)
+        sink_gradient(ctx.spec.score, params, total, delta, gradients)
+        sums = (*gradients.query, *gradients.payload, *gradients.params)
+        tensor_gradients = []
+        for gradient, tensor in zip(sums, tensors, strict=True):
+            tensor_gradients.append(gradient.to(tensor.dtype))
+        return *[None] * 7, *tensor_gradients

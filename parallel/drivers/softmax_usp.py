@@ -1,8 +1,8 @@
-"""USP: heads are traded among neighbouring ranks, and the ring goes across them.
+"""USP driver of Softmax: trades heads among neighbouring ranks and runs the ring across them.
 
 Source: Fang & Zhao 2024 (arXiv:2405.07719); Gu et al. 2024, LoongTrain (arXiv:2406.18485). Ours is
-the Heads driver with a Ring for a core, so that every mask, score and layout that both of them take
-is taken by their product.
+the Ulysses driver with a Ring as its core, so that every mask, score and layout that both accept is
+accepted by their product.
 """
 
 from models.primitives.softmax import Softmax
@@ -14,12 +14,12 @@ from parallel.sharding import RankGroup
 
 
 class Usp(Ulysses):
-    """Stands in for a Softmax whose tokens lie over the ranks of a grid, heads innermost."""
+    """Replaces a Softmax whose tokens are sharded over the ranks of a grid, ulysses innermost."""
 
     def __init__(self, core: Softmax, grid: Grid):
-        heads, ring = grid
-        super().__init__(Ring(core, ring), heads)
+        ulysses_communicator, ring_communicator = grid
+        super().__init__(Ring(core, ring_communicator), ulysses_communicator)
 
     def row(self, span: Span) -> RankGroup:
-        """What the ranks that trade heads hold together: one part of the ring."""
+        """Returns what the ranks that trade heads hold together: one part of the ring."""
         return span.sharding.grouped(self.communicator.size)
