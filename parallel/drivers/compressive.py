@@ -1,13 +1,13 @@
-"""Compressing: a segmented memory over ranks. Runs are summed up where they lie, and their
-summaries folded in global order.
+"""Driver of CompressiveScan: a segmented memory whose runs are sharded over ranks.
 
-Segments need not fit runs or ranks: what a run does to (closed, pending) has a summary wherever
-segments begin in it. Summaries are dealt out by (row, head) as in Passing, whose order of runs this
-uses; the fold starts from what the row before left, and what it ends with stays with the rank that
-folds. Two exchanges, whatever the number of ranks and of segments.
+Runs are summarised where they lie, and their summaries folded in global order. Segments need not
+fit runs or ranks: what a run does to (closed, pending) has a summary wherever segments begin in it.
+Summaries are dealt out by (row, head) as in StatePassing, whose order of runs this module uses; the
+fold starts from what the row before left, and its last state stays on the rank that folds. Two
+exchanges, whatever the number of ranks and of segments.
 
-Letters: B rows, P ranks, R runs on a rank (the most there are), G heads, U (row, head) pairs, u of
-them folded here; a state is a matrix [m, n].
+Letters: B rows, P ranks, R runs on a rank (the largest number of any), G heads, U (row, head)
+pairs, u of them folded on this rank; a state is a matrix [m, n].
 """
 
 import torch
@@ -23,7 +23,7 @@ from parallel.partition import unit_ranges
 
 
 class ShardedCompressive(nn.Module):
-    """Stands in for a Compress whose tokens lie over the ranks of `wire`."""
+    """Replaces a CompressiveScan whose tokens are sharded over the ranks of `communicator`."""
 
     def __init__(self, core: CompressiveScan, communicator: Communicator):
         super().__init__()
@@ -33,8 +33,10 @@ class ShardedCompressive(nn.Module):
     def forward(
         self, query: Tensors, payload: Tensors, params: Tensors = (), *, span: Span
     ) -> Tensor:
-        """As Compress.forward, with every run's state coming from the runs before it; at.cut says
-        who holds which."""
+        """Runs CompressiveScan.forward, with every run's state coming from the runs before it.
+
+        `span.sharding` says which rank holds which tokens.
+        """
         if ("compressing",) not in span.plans:
             span.plans["compressing",] = _run_order(span.sharding)
         order: RunOrder = span.plans["compressing",]
@@ -45,59 +47,67 @@ class ShardedCompressive(nn.Module):
     def _incoming(
         self, keep: Tensor, gain: Tensor, order: RunOrder, past: CarriedState | None
     ) -> Tensor:
-        """[B, R, G, m, n]: the state that comes into every run held here."""
-        rows, runs, heads, *state = gain.shape
-        shares = unit_ranges(rows * heads, self.communicator.size)
-        mine = shares[self.communicator.rank]
-        given = [b - a for a, b in shares]
-        taken = [mine[1] - mine[0]] * self.communicator.size
-        kept = keep.expand(rows, runs, heads, *keep.shape[3:]).flatten(3)
-        summary = (
-            torch.cat([kept, gain.flatten(3)], -1).transpose(1, 2).flatten(0, 1)
-        )  # [U, R, K + m n]
-        every = all_to_all_rows(summary, self.communicator, given, taken, "summaries").unflatten(
-            0, (self.communicator.size, taken[0])
-        )
-        row = torch.arange(*mine) // heads
-        there = order.order[row].to(gain.device)  # [u, P R]
-        line = _picked(every.transpose(0, 1).flatten(1, 2), there)
-        kept, added = line.split([kept.shape[-1], gain[0, 0, 0].numel()], -1)
+        """Returns [B, R, G, m, n], the incoming state of every run on this rank."""
+        rows, runs, heads, *state_shape = gain.shape
+        size = self.communicator.size
+        ranges = unit_ranges(rows * heads, size)
+        first, last = ranges[self.communicator.rank]
+        given = [stop - start for start, stop in ranges]
+        taken = [last - first] * size
+        flat_keep = keep.expand(rows, runs, heads, *keep.shape[3:]).flatten(3)
+        summary = torch.cat([flat_keep, gain.flatten(3)], -1)
+        summary = summary.transpose(1, 2).flatten(0, 1)  # [U, R, K + m n]
+        received = all_to_all_rows(summary, self.communicator, given, taken, "summaries")
+        received = received.unflatten(0, (size, taken[0]))
+        row = torch.arange(first, last) // heads
+        global_order = order.order[row].to(gain.device)  # [u, P R]
+        ordered = _pick(received.transpose(0, 1).flatten(1, 2), global_order)
+        keep_size = flat_keep.shape[-1]
+        gain_size = gain[0, 0, 0].numel()
+        ordered_keep, ordered_gain = ordered.split([keep_size, gain_size], -1)
         start = None if past is None else past.state(self.core.place)
-        start = added.new_zeros(len(row), *state) if start is None else start.to(added.dtype)
-        opened = order.opened[row].to(gain.device)
-        states, last = fold(
-            kept.unflatten(-1, keep.shape[3:]), added.unflatten(-1, state), opened, start
+        if start is None:
+            start = ordered_gain.new_zeros(len(row), *state_shape)
+        states, last_state = fold(
+            ordered_keep.unflatten(-1, keep.shape[3:]),
+            ordered_gain.unflatten(-1, state_shape),
+            order.opened[row].to(gain.device),
+            start.to(ordered_gain.dtype),
         )
         if past is not None:
-            past.store(self.core.place, self.core.carried(last), SHARDED)
-        back = (
-            _picked(states.flatten(2), there.argsort(1))
-            .unflatten(1, (self.communicator.size, runs))
-            .transpose(0, 1)
-        )
-        home = all_to_all_rows(
-            back.flatten(0, 1), self.communicator, taken, given, "states"
-        )  # [U, R, m n]
-        return home.unflatten(0, (rows, heads)).transpose(1, 2).unflatten(-1, state)
+            past.store(self.core.place, self.core.carried(last_state), SHARDED)
+        by_rank = _pick(states.flatten(2), global_order.argsort(1))
+        by_rank = by_rank.unflatten(1, (size, runs)).transpose(0, 1).flatten(0, 1)
+        incoming = all_to_all_rows(by_rank, self.communicator, taken, given, "states")
+        incoming = incoming.unflatten(0, (rows, heads)).transpose(1, 2)  # [B, R, G, m n]
+        return incoming.unflatten(-1, state_shape)
 
 
 def fold(keep: Tensor, gain: Tensor, opened: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """(the state before every run [u, Q, m, n], and after the last [u, m, n]), when run q turns S
-    into keep_q S + gain_q.
+    """Applies runs in order, where run q turns the state S into keep_q S + gain_q.
 
     Args:
         keep: [u, Q, m, m].
-        opened: [u, Q] bool; a document opens there, and what came before is gone, were it not a
-            number.
+        gain: [u, Q, m, n].
+        opened: [u, Q] bool; a document opens in the run, which drops the state before it.
         state: [u, m, n] before the first run.
+
+    Returns:
+        The state before every run, [u, Q, m, n], and the state after the last, [u, m, n].
     """
     states = []
-    for k, g, fresh in zip(keep.unbind(1), gain.unbind(1), opened[..., None, None].unbind(1)):
+    opened = opened[..., None, None]
+    for run in range(keep.shape[1]):
         states.append(state)
-        state = torch.where(fresh, g, torch.where(fresh, 0, k) @ torch.where(fresh, 0, state) + g)
+        opens = opened[:, run]
+        # Both factors are masked: a product with 0 would let a NaN of the document before through.
+        masked_keep = torch.where(opens, 0, keep[:, run])
+        masked_state = torch.where(opens, 0, state)
+        continued = masked_keep @ masked_state + gain[:, run]
+        state = torch.where(opens, gain[:, run], continued)
     return torch.stack(states, 1), state
 
 
-def _picked(x: Tensor, index: Tensor) -> Tensor:
-    """x [u, Q, F] in another order along Q."""
+def _pick(x: Tensor, index: Tensor) -> Tensor:
+    """Returns x [u, Q, F] in another order along Q."""
     return x.gather(1, index[..., None].expand_as(x))

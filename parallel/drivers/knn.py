@@ -1,12 +1,11 @@
-"""Recalling: a store over ranks. Queries visit the shards; what they chose is fetched once from
-wherever it lies.
+"""Driver of KNN: searches a store that is sharded over ranks and fetches only the chosen entries.
 
-Every rank holds a share of the store. Queries go round the ring together with the best that they
-found so far (score, position, and where it lies), so that memory does not grow with the number of
-ranks; then each rank asks for the distinct entries that its queries chose. The store itself never
-travels. P rotations and three exchanges; in backward nothing is sent.
+Every rank holds a share of the store. Queries go round the ring together with their best matches so
+far (score, position and entry number), so that memory does not grow with the number of ranks; then
+each rank asks for the distinct entries that its queries chose. The store itself never travels. P
+rotations and three exchanges; nothing is sent in backward.
 
-Letters: B rows, T local queries, P ranks, H heads, K found, U entries brought.
+Letters: B rows, T local queries, P ranks, H heads, K neighbours, U distinct entries fetched.
 """
 
 from collections.abc import Sequence
@@ -21,8 +20,10 @@ from parallel.collectives import Communicator
 
 
 class ShardedKNN(KNN):
-    """Stands in for a Recall whose queries and stores lie over the ranks of `wire`; a store is as
-    large on every rank."""
+    """Replaces a KNN whose queries and stores are sharded over the ranks of `communicator`.
+
+    A store has the same number of entries on every rank.
+    """
 
     def __init__(self, core: KNN, communicator: Communicator):
         super().__init__(core.mask, core.count)
@@ -30,41 +31,43 @@ class ShardedKNN(KNN):
         self.communicator = communicator
 
     def search(self, q: Tensor, stores: Sequence[KeyValueStore], span: Span) -> Neighbors:
-        """As Recall.search; entries are numbered rank by rank, end to end."""
+        """Runs KNN.search over every rank's store; entries are numbered rank by rank."""
         size = self.communicator.size
         rank = self.communicator.rank
-        first = rank * sum(store.entries for store in stores)
+        first_entry = rank * sum(store.entries for store in stores)
         best = no_neighbors(q, self.count)
         for step in range(size):
             source = span.sharding.spans[(rank - step) % size]
-            best = search(q, stores, self.mask, source, best, first)
-            q, *found = self.communicator.ring_shift([q, *best], "recall").wait()
-            best = Neighbors(*found)
+            best = search(q, stores, self.mask, source, best, first_entry)
+            # After the last step this brings every query and its matches home.
+            q, *matches = self.communicator.ring_shift([q, *best], "recall").wait()
+            best = Neighbors(*matches)
         return best
 
     def bring(
         self, entry: Tensor, stores: Sequence[KeyValueStore], device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As Recall.bring, each entry from the rank that has it."""
+        """Runs KNN.bring, each entry from the rank that holds it."""
+        ranks = self.communicator.size
         wanted, index = distinct(entry)
-        each = sum(store.entries for store in stores)
-        edges = torch.arange(self.communicator.size + 1, device=wanted.device) * each
-        asks = torch.searchsorted(wanted, edges).diff()
-        asked = torch.cat(
-            self.communicator.all_to_all(
-                list(asks.split(1)), [1] * self.communicator.size, "recall asks"
-            )
+        local_entries = sum(store.entries for store in stores)
+        # Entries are sorted, so the wanted ones of each rank are neighbours.
+        rank_starts = torch.arange(ranks + 1, device=wanted.device) * local_entries
+        wanted_counts = torch.searchsorted(wanted, rank_starts).diff()
+        received_counts = self.communicator.all_to_all(
+            list(wanted_counts.split(1)), [1] * ranks, "recall asks"
         )
-        given = asked.tolist()
-        got = asks.tolist()
-        named = self.communicator.all_to_all(
-            list((wanted % max(1, each)).split(got)), given, "recall asks"
+        given = torch.cat(received_counts).tolist()
+        taken_counts = wanted_counts.tolist()
+        local_numbers = wanted % max(1, local_entries)
+        requests = self.communicator.all_to_all(
+            list(local_numbers.split(taken_counts)), given, "recall asks"
         )
-        key, value = taken(stores, torch.cat(named), device)
-        width = key.shape[1]
+        key, value = taken(stores, torch.cat(requests), device)
+        key_width = key.shape[1]
         packed = torch.cat([key, value], 1)
-        sizes = [n * packed.shape[1] for n in got]
-        came = torch.cat(
-            self.communicator.all_to_all(list(packed.split(given)), sizes, "recall entries")
-        ).view(-1, packed.shape[1])
-        return came[:, :width], came[:, width:], index
+        packed_width = packed.shape[1]
+        sizes = [count * packed_width for count in taken_counts]
+        parts = self.communicator.all_to_all(list(packed.split(given)), sizes, "recall entries")
+        entries = torch.cat(parts).view(-1, packed_width)
+        return entries[:, :key_width], entries[:, key_width:], index

@@ -1,7 +1,8 @@
-"""Channels: trade channels for tokens, convolve the whole row, trade back.
+"""Channel all-to-all driver of LongConv: trades tokens for channels, convolves whole rows.
 
 A convolution is depthwise, so a rank needs all tokens but only its share of the channels and of the
 filter.
+
 Letters: B rows, T local tokens, C channels, L taps.
 """
 
@@ -16,8 +17,10 @@ from parallel.partition import unit_ranges
 
 
 class ChannelAllToAll(nn.Module):
-    """Stands in for a Convolution whose tokens lie over the ranks of `wire`; fewer channels than
-    ranks go by Toeplitz."""
+    """Replaces a LongConv whose tokens are sharded over the ranks of `communicator`.
+
+    With fewer channels than ranks it falls back to RingLongConv.
+    """
 
     def __init__(self, core: LongConv, communicator: Communicator):
         super().__init__()
@@ -25,15 +28,19 @@ class ChannelAllToAll(nn.Module):
         self.communicator = communicator
 
     def forward(self, payload: Tensors, params: Tensors, *, span: Span) -> Tensor:
-        """As Convolution.forward over the whole rows; at.cut says who holds which."""
+        """Runs LongConv.forward over the whole rows.
+
+        `span.sharding` says which rank holds which tokens.
+        """
         (taps,) = params
         if payload[0].shape[2] < self.communicator.size:
             return RingLongConv(self.core, self.communicator)(payload, params, span=span)
         x, span, skip = self.core.widened(payload, params, span=span)
-        shares = unit_ranges(x.shape[2], self.communicator.size)
-        a, b = shares[self.communicator.rank]
-        whole = span.sharding.to_global_order(seq_to_heads(x, self.communicator, 2, shares))
-        out = self.core((whole,), (taps[:, a:b],), span=span.sharding.whole)
-        return heads_to_seq(span.sharding.to_rank_order(out), self.communicator, 2, shares)[
-            :, skip:
-        ]
+        ranges = unit_ranges(x.shape[2], self.communicator.size)
+        first, last = ranges[self.communicator.rank]
+        traded = seq_to_heads(x, self.communicator, 2, ranges)
+        whole = span.sharding.to_global_order(traded)
+        output = self.core((whole,), (taps[:, first:last],), span=span.sharding.whole)
+        output = span.sharding.to_rank_order(output)
+        # The first tokens are those carried from earlier rows; their outputs are not asked for.
+        return heads_to_seq(output, self.communicator, 2, ranges)[:, skip:]

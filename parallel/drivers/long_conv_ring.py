@@ -1,10 +1,11 @@
-"""Toeplitz: the input goes round, every rank adds what the arriving block gives to its own outputs.
+"""Ring driver of LongConv: inputs rotate, every rank adds each block's part of its own outputs.
 
-The filter between two blocks is a Toeplitz matrix, applied by FFT. For fewer channels than ranks;
-with more, Channels does each transform once and not once a rank.
+The filter between two blocks is a Toeplitz matrix, applied by FFT. Meant for fewer channels than
+ranks; with more, ChannelAllToAll does each transform once instead of once per rank.
 
 Source: block overlap-add, as in StripedHyena 2 (Ku et al. 2025, arXiv:2503.01868). Ours is one
 autograd function that keeps only what is local and sends the blocks round again in backward.
+
 Letters: B rows, T local tokens, C channels, L taps.
 """
 
@@ -20,7 +21,7 @@ from parallel.collectives import Communicator
 
 
 class RingLongConv(nn.Module):
-    """Stands in for a Convolution whose tokens lie over the ranks of `wire`."""
+    """Replaces a LongConv whose tokens are sharded over the ranks of `communicator`."""
 
     def __init__(self, core: LongConv, communicator: Communicator):
         super().__init__()
@@ -28,7 +29,10 @@ class RingLongConv(nn.Module):
         self.communicator = communicator
 
     def forward(self, payload: Tensors, params: Tensors, *, span: Span) -> Tensor:
-        """As Convolution.forward, over every rank's tokens; at.cut says who holds which."""
+        """Runs LongConv.forward over every rank's tokens.
+
+        `span.sharding` says which rank holds which tokens.
+        """
         x, span, skip = self.core.widened(payload, params, span=span)
         return _RingLongConv.apply(self.core, self.communicator, span, x, params[0])[:, skip:]
 
@@ -42,19 +46,19 @@ class _RingLongConv(torch.autograd.Function):
         ctx.communicator = communicator
         ctx.span = span
         ctx.save_for_backward(x, taps)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        here = x
-        out = x.new_zeros(x.shape, dtype=wide)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        block = x
+        output = x.new_zeros(x.shape, dtype=dtype)
         for step in range(communicator.size):
-            coming = (
-                communicator.ring_shift([here], "toeplitz")
-                if step < communicator.size - 1
-                else None
-            )
+            # The next block travels while this one is computed.
+            pending = None
+            if step < communicator.size - 1:
+                pending = communicator.ring_shift([block], "toeplitz")
             source = span.sharding.spans[(communicator.rank - step) % communicator.size]
-            out += core.partial((here.to(wide),), (taps,), span=span, kv_span=source)
-            here = coming.wait()[0] if coming else here
-        return out.to(x.dtype)
+            output += core.partial((block.to(dtype),), (taps,), span=span, kv_span=source)
+            if pending is not None:
+                block = pending.wait()[0]
+        return output.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
@@ -62,41 +66,38 @@ class _RingLongConv(torch.autograd.Function):
         communicator = ctx.communicator
         span = ctx.span
         x, taps = ctx.saved_tensors
-        wide = torch.promote_types(x.dtype, torch.float32)
-        grad = grads[0].to(wide)
-        d_taps = taps.new_zeros(taps.shape, dtype=wide)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        d_output = grads[0].to(dtype)
+        d_taps = taps.new_zeros(taps.shape, dtype=dtype)
 
-        def pull(block: Tensor, source: int) -> Tensor:
-            """The gradient of a block; that of the taps is added up."""
-            leaves = [
-                block.to(wide).detach().requires_grad_(),
-                taps.to(wide).detach().requires_grad_(),
-            ]
+        def block_gradient(block: Tensor, source: int) -> Tensor:
+            """Returns the gradient of a block and adds that of the taps to `d_taps`."""
+            block_leaf = block.to(dtype).detach().requires_grad_()
+            taps_leaf = taps.to(dtype).detach().requires_grad_()
+            kv_span = span.sharding.spans[source]
             with torch.enable_grad():
-                out = core.partial(
-                    leaves[:1], leaves[1:], span=span, kv_span=span.sharding.spans[source]
-                )
-            d_block, d_here = torch.autograd.grad(out, leaves, grad)
-            d_taps.add_(d_here)
+                output = core.partial([block_leaf], [taps_leaf], span=span, kv_span=kv_span)
+            d_block, d_taps_part = torch.autograd.grad(output, [block_leaf, taps_leaf], d_output)
+            d_taps.add_(d_taps_part)
             return d_block
 
-        here = x
+        block = x
         returning = None
-        coming = (
-            communicator.ring_shift([here], "toeplitz backward") if communicator.size > 1 else None
-        )
+        pending = None
+        if communicator.size > 1:
+            pending = communicator.ring_shift([block], "toeplitz backward")
+        # A rank's own block comes last, so that gradients come home after size - 1 hops.
         for step in range(1, communicator.size):
-            here = coming.wait()[0] if coming else here
-            coming = (
-                communicator.ring_shift([here], "toeplitz backward")
-                if step < communicator.size - 1
-                else None
-            )
-            found = pull(here, (communicator.rank - step) % communicator.size)
+            if pending is not None:
+                block = pending.wait()[0]
+            pending = None
+            if step < communicator.size - 1:
+                pending = communicator.ring_shift([block], "toeplitz backward")
+            d_block = block_gradient(block, (communicator.rank - step) % communicator.size)
             if returning is not None:
-                found = found + returning.wait()[0]
-            returning = communicator.ring_shift([found], "toeplitz gradients")
-        d_x = pull(x, communicator.rank)
+                d_block = d_block + returning.wait()[0]
+            returning = communicator.ring_shift([d_block], "toeplitz gradients")
+        d_x = block_gradient(x, communicator.rank)
         if returning is not None:
             d_x = d_x + returning.wait()[0]
         return None, None, None, d_x.to(x.dtype), d_taps.to(taps.dtype)

@@ -1,17 +1,17 @@
-"""Passing: every run of tokens is summed up once, the summaries are folded in global order, every
-run gets its state.
+"""StatePassing driver of Scan: passes states between the runs of all ranks.
 
-Summaries are dealt out, not gathered: a rank gets those of all runs for its share of (row, head),
-folds them, and sends every run the state that comes into it. Two exchanges whatever the number of
-ranks; a rank sends at most (P - 1) / P of (summary + state) of its runs, independent of the
-sequence's length and, but for that factor, of P.
+Every run of tokens is summarised once, the summaries are folded in global order, and every run
+receives its incoming state. Summaries are dealt out, not gathered: a rank gets those of all runs
+for its share of the (row, head) pairs, folds them, and sends every run its state. That takes two
+exchanges whatever the number of ranks; a rank sends at most (P - 1) / P of (summary + state) of its
+runs, independent of the sequence's length and, except for that factor, of P.
 
 Source: Sun et al. 2025, LASP-2 (arXiv:2502.07563), who gather all summaries on all ranks, which
 costs P - 1 summaries a rank and the same fold on every one. Ours takes any layout of runs and
 documents that cross them.
 
-Letters: B rows, P ranks, R runs on a rank (the most there are), H heads, D key width, E value
-width, U (row, head) pairs.
+Letters: B rows, P ranks, R runs on a rank (the largest number of any), H heads, D key width, E
+value width, U (row, head) pairs, u of them folded on this rank.
 """
 
 from typing import NamedTuple
@@ -31,12 +31,12 @@ from parallel.sharding import SequenceSharding
 
 
 class RunOrder(NamedTuple):
-    """The runs of all ranks as this rank needs them.
+    """Runs of all ranks as this rank needs them.
 
     Attributes:
-        lengths: [B][R] tokens of the runs held here, filled up with empty ones.
-        order: [B, P R] which of the ranks' runs, end to end, is the next in global order.
-        opened: [B, P R] does a document open there; in global order.
+        lengths: [B][R] tokens of the runs on this rank, filled up with empty runs.
+        order: [B, P R] numbers of the runs (rank * R + run), in global order.
+        opened: [B, P R] bool, in global order: a document begins in the run.
     """
 
     lengths: list[list[int]]
@@ -45,7 +45,7 @@ class RunOrder(NamedTuple):
 
 
 class StatePassing(nn.Module):
-    """Stands in for a Scan whose tokens lie over the ranks of `wire`."""
+    """Replaces a Scan whose tokens are sharded over the ranks of `communicator`."""
 
     def __init__(self, core: Scan, communicator: Communicator):
         super().__init__()
@@ -55,8 +55,10 @@ class StatePassing(nn.Module):
     def forward(
         self, query: Tensors, payload: Tensors, params: Tensors = (), *, span: Span
     ) -> Tensor:
-        """As Scan.forward, with every run's state coming from the runs before it; at.cut says who
-        holds which."""
+        """Runs Scan.forward, with every run's state coming from the runs before it.
+
+        `span.sharding` says which rank holds which tokens.
+        """
         if ("passing",) not in span.plans:
             span.plans["passing",] = _run_order(span.sharding)
         order: RunOrder = span.plans["passing",]
@@ -67,96 +69,103 @@ class StatePassing(nn.Module):
     def _incoming(
         self, keep: Tensor, gain: Tensor, order: RunOrder, past: CarriedState | None
     ) -> Tensor:
-        """[B, R, H, D, E]: the state that comes into every run held here."""
-        rows, runs, heads, *state = gain.shape
-        size, shares = self.communicator.size, unit_ranges(rows * heads, self.communicator.size)
-        mine = shares[self.communicator.rank]
-        kept = keep.expand(rows, runs, heads, *keep.shape[3:]).flatten(3)
-        summary = (
-            torch.cat([kept, gain.flatten(3)], -1).transpose(1, 2).flatten(0, 1)
-        )  # [U, R, K + D E]
-        given = [b - a for a, b in shares]
-        taken = [mine[1] - mine[0]] * size
-        every = all_to_all_rows(summary, self.communicator, given, taken, "summaries").unflatten(
-            0, (size, taken[0])
-        )
-        row = torch.arange(*mine, device=gain.device) // heads
-        there = order.order.to(gain.device)[row]  # [u, P R]
-        line = _pick(every.transpose(0, 1).flatten(1, 2), there)
-        kept, added = line.split([kept.shape[-1], gain[0, 0, 0].numel()], -1)
-        kept = kept.unflatten(-1, keep.shape[3:])[:, :, None]
-        added = added.unflatten(-1, state)[:, :, None]
-        states = self._fold(kept, added, _origins(order.opened[row.cpu()]), past)
-        back = (
-            _pick(states[:, :, 0].flatten(2), there.argsort(1))
-            .unflatten(1, (size, runs))
-            .transpose(0, 1)
-        )
-        home = all_to_all_rows(
-            back.flatten(0, 1), self.communicator, taken, given, "states"
-        )  # [U, R, D E]
-        return home.unflatten(0, (rows, heads)).transpose(1, 2).unflatten(-1, state)
+        """Returns [B, R, H, D, E], the incoming state of every run on this rank."""
+        rows, runs, heads, *state_shape = gain.shape
+        size = self.communicator.size
+        ranges = unit_ranges(rows * heads, size)
+        first, last = ranges[self.communicator.rank]
+        flat_keep = keep.expand(rows, runs, heads, *keep.shape[3:]).flatten(3)
+        summary = torch.cat([flat_keep, gain.flatten(3)], -1)
+        summary = summary.transpose(1, 2).flatten(0, 1)  # [U, R, K + D E]
+        given = [stop - start for start, stop in ranges]
+        taken = [last - first] * size
+        received = all_to_all_rows(summary, self.communicator, given, taken, "summaries")
+        received = received.unflatten(0, (size, taken[0]))
+        row = torch.arange(first, last, device=gain.device) // heads
+        global_order = order.order.to(gain.device)[row]  # [u, P R]
+        ordered = _pick(received.transpose(0, 1).flatten(1, 2), global_order)
+        keep_size = flat_keep.shape[-1]
+        gain_size = gain[0, 0, 0].numel()
+        ordered_keep, ordered_gain = ordered.split([keep_size, gain_size], -1)
+        # A dim of one head: the fold sees each (row, head) pair as a row of its own.
+        ordered_keep = ordered_keep.unflatten(-1, keep.shape[3:])[:, :, None]
+        ordered_gain = ordered_gain.unflatten(-1, state_shape)[:, :, None]
+        origins = _origins(order.opened[row.cpu()])
+        states = self._fold(ordered_keep, ordered_gain, origins, past)
+        by_rank = _pick(states[:, :, 0].flatten(2), global_order.argsort(1))
+        by_rank = by_rank.unflatten(1, (size, runs)).transpose(0, 1).flatten(0, 1)
+        incoming = all_to_all_rows(by_rank, self.communicator, taken, given, "states")
+        incoming = incoming.unflatten(0, (rows, heads)).transpose(1, 2)  # [B, R, H, D E]
+        return incoming.unflatten(-1, state_shape)
 
     def _fold(
         self, keep: Tensor, gain: Tensor, origins: list[list[int]], past: CarriedState | None
     ) -> Tensor:
-        """[u, P R, 1, D, E]: the state before every run, the first one's being what the rows before
-        left; leaves the last."""
-        found = None if past is None else past.state(self.core.place)
-        if found is None:
+        """Returns [u, P R, 1, D, E], the state before every run, and stores the last one.
+
+        The state before the first run is what the rows before left.
+        """
+        carried = None if past is None else past.state(self.core.place)
+        if carried is None:
             states = carry_states(keep, gain, gain, origins)
         else:
-            start = found[:, None, None].to(gain.dtype)
+            start = carried[:, None, None].to(gain.dtype)
             first = apply_keep(keep[:, :1], start) + gain[:, :1]
-            begun = torch.cat([first, gain[:, 1:]], 1)
-            states = torch.cat([start, carry_states(keep, begun, begun, origins)[:, 1:]], 1)
+            started_gain = torch.cat([first, gain[:, 1:]], 1)
+            later = carry_states(keep, started_gain, started_gain, origins)[:, 1:]
+            states = torch.cat([start, later], 1)
         if past is not None:
-            past.store(
-                self.core.place,
-                (apply_keep(keep[:, -1], states[:, -1]) + gain[:, -1])[:, 0],
-                SHARDED,
-            )
+            last = apply_keep(keep[:, -1], states[:, -1]) + gain[:, -1]
+            past.store(self.core.place, last[:, 0], SHARDED)
         return states
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:
-    """x [u, Q, F] in another order along Q."""
+    """Returns x [u, Q, F] in another order along Q."""
     return x.gather(1, index[..., None].expand_as(x))
 
 
 def _origins(opened: Tensor) -> list[list[int]]:
-    """[Q][u] for `carry`: after a run in which a document opens comes its gain, whatever came into
-    it."""
-    after = [[CONTINUE] * len(opened)]
-    after += [
-        [q if flag else CONTINUE for flag in flags]
-        for q, flags in enumerate(opened.T[:-1].tolist())
-    ]
-    return after
+    """Returns [Q][u] origins for `carry_states`.
+
+    After a run in which a document opens the state is that run's gain, whatever came into it.
+    """
+    pairs = len(opened)
+    origins = [[CONTINUE] * pairs]
+    for run, opens in enumerate(opened.T[:-1].tolist()):
+        origins.append([run if opens_document else CONTINUE for opens_document in opens])
+    return origins
 
 
-def _run_order(cut: SequenceSharding) -> RunOrder:
-    """Work out from the addresses of all ranks what every rank would say of its runs."""
-    rows = cut.whole.shape[0]
-    layouts = cut.layouts if len(cut.layouts) > 1 else cut.layouts * rows
-    most = max(len(runs) for layout in layouts for runs in layout.runs)
-    opens = [span.opens().cpu() for span in cut.spans]
+def _run_order(sharding: SequenceSharding) -> RunOrder:
+    """Derives from the addresses of all ranks what every rank would report of its runs."""
+    rows = sharding.whole.shape[0]
+    layouts = sharding.layouts
+    if len(layouts) == 1:
+        layouts = layouts * rows
+    most_runs = 0
+    for layout in layouts:
+        most_runs = max(most_runs, *(len(runs) for runs in layout.runs))
+    opens = [span.opens().cpu() for span in sharding.spans]
     lengths = []
     order = []
     opened = []
     for row, layout in enumerate(layouts):
-        found = []
+        row_runs = []
         for rank, runs in enumerate(layout.runs):
-            begin = 0
-            for i in range(most):
-                start, stop = runs[i] if i < len(runs) else (layout.length, layout.length)
-                opening = bool(opens[rank][row, begin : begin + stop - start].any())
-                found.append((start, stop, rank * most + i, opening))
-                begin += stop - start
-        lengths.append(
-            [stop - start for start, stop, *_ in found[cut.rank * most : (cut.rank + 1) * most]]
-        )
-        found.sort()
-        order.append([number for _, _, number, _ in found])
-        opened.append([opening for *_, opening in found])
+            local_start = 0
+            for number in range(most_runs):
+                # Empty runs fill up every rank to the same number; they sort to the end.
+                start, stop = layout.length, layout.length
+                if number < len(runs):
+                    start, stop = runs[number]
+                local_stop = local_start + stop - start
+                opens_document = bool(opens[rank][row, local_start:local_stop].any())
+                row_runs.append((start, stop, rank * most_runs + number, opens_document))
+                local_start = local_stop
+        own_runs = row_runs[sharding.rank * most_runs : (sharding.rank + 1) * most_runs]
+        lengths.append([stop - start for start, stop, _, _ in own_runs])
+        row_runs.sort()
+        order.append([number for _, _, number, _ in row_runs])
+        opened.append([opens_document for _, _, _, opens_document in row_runs])
     return RunOrder(lengths, torch.tensor(order), torch.tensor(opened))

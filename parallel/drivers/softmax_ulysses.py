@@ -1,7 +1,7 @@
-"""Heads (Ulysses): trade tokens for heads, attend to the whole row, trade back.
+"""Ulysses driver of Softmax: trades tokens for heads, attends to the whole row, trades back.
 
 Source: Jacobs et al. 2023 (arXiv:2309.14509). Ours takes head counts that the ranks do not divide,
-sends a key head to every rank that needs it where there are more ranks than key heads, and hands
+sends a key head to every rank that needs it where there are more ranks than key heads, and gives
 masks and scores the global head numbers.
 
 Letters: B rows, c local tokens, P ranks, H query heads, E value width.
@@ -20,10 +20,10 @@ from parallel.sharding import RankGroup, SequenceSharding
 
 
 class Ulysses(nn.Module):
-    """Stands in for a Softmax whose tokens lie over the ranks of `wire`.
+    """Replaces a Softmax whose tokens are sharded over the ranks of `communicator`.
 
     Args:
-        core: what attends, to the tokens of all ranks of the wire.
+        core: attention over the tokens of all ranks of the communicator.
     """
 
     def __init__(self, core: Softmax | Ring, communicator: Communicator):
@@ -32,7 +32,7 @@ class Ulysses(nn.Module):
         self.communicator = communicator
 
     def row(self, span: Span) -> SequenceSharding | RankGroup:
-        """What the ranks of the wire hold together."""
+        """Returns what the ranks of the communicator hold together."""
         return span.sharding
 
     def forward(
@@ -45,67 +45,97 @@ class Ulysses(nn.Module):
         kv_span: Span | None = None,
         heads: Tensor | None = None,
     ) -> Tensor:
-        """As Softmax.forward, over every rank's keys; at.cut (and of.cut) say who holds which."""
+        """Runs Softmax.forward over every rank's keys.
+
+        `span.sharding` (and `kv_span.sharding`) say which rank holds which tokens.
+
+        Raises:
+            ValueError: the score's queries have no heads to trade.
+        """
         score = self.core.score
-        here, there = (self.row(span), self.row(span if kv_span is None else kv_span))
-        counted = score.query_heads[0]
-        if counted is None:
+        query_row = self.row(span)
+        key_row = query_row if kv_span is None else self.row(kv_span)
+        heads_dim = score.query_heads[0]
+        if heads_dim is None:
             raise ValueError(
                 "parallel.method=ulysses needs a score whose queries have heads; use ring"
             )
-        count = query[0].shape[counted]
-        mine = head_ranges(count, self.communicator.size)
-        a, b = mine[self.communicator.rank]
-        query = [
-            here.to_global_order(self._deal(t, dim, count)[0])
-            for t, dim in zip(query, score.query_heads, strict=True)
-        ]
-        arrived = [
-            self._deal(t, dim, count) for t, dim in zip(payload, score.payload_heads, strict=True)
-        ]
-        payload = [
-            there.to_global_order(t) for t in _align_heads(arrived, score.payload_heads, b - a)
-        ]
-        params = [
-            p if dim is None else p.narrow(dim, a, b - a)
-            for p, dim in zip(params, score.param_heads, strict=True)
-        ]
+        count = query[0].shape[heads_dim]
+        ranges = head_ranges(count, self.communicator.size)
+        first, last = ranges[self.communicator.rank]
+        own_query = []
+        for tensor, dim in zip(query, score.query_heads, strict=True):
+            traded, _ = self._trade_tokens(tensor, dim, count)
+            own_query.append(query_row.to_global_order(traded))
+        traded_payload = []
+        for tensor, dim in zip(payload, score.payload_heads, strict=True):
+            traded_payload.append(self._trade_tokens(tensor, dim, count))
+        own_payload = []
+        for tensor in _align_heads(traded_payload, score.payload_heads, last - first):
+            own_payload.append(key_row.to_global_order(tensor))
+        own_params = []
+        for param, dim in zip(params, score.param_heads, strict=True):
+            own_params.append(param if dim is None else param.narrow(dim, first, last - first))
+        # ALiBi and head-wise masks need the numbers of the whole model, not of this rank's share.
         numbers = torch.arange(count, device=query[0].device) if heads is None else heads
-        mean = self.core(
-            query, payload, params, span=here.whole, kv_span=there.whole, heads=numbers[a:b]
+        output = self.core(
+            own_query,
+            own_payload,
+            own_params,
+            span=query_row.whole,
+            kv_span=key_row.whole,
+            heads=numbers[first:last],
         )
-        return heads_to_seq(here.to_rank_order(mean), self.communicator, 2, mine)
+        return heads_to_seq(query_row.to_rank_order(output), self.communicator, 2, ranges)
 
-    def _deal(self, x: Tensor, dim: int | None, count: int) -> tuple[Tensor, Tensor | None]:
-        """x of the whole row with the heads that this rank's queries need, and which of them each
-        query head reads."""
-        mine = head_ranges(count, self.communicator.size)
+    def _trade_tokens(self, x: Tensor, dim: int | None, count: int) -> tuple[Tensor, Tensor | None]:
+        """Brings the heads of the whole row that this rank's query heads need.
+
+        Args:
+            dim: dim of x that counts heads, or None.
+            count: H.
+
+        Returns:
+            The traded tensor, and for each local query head the number of the head of it that it
+            reads (None where x has no heads).
+        """
+        ranges = head_ranges(count, self.communicator.size)
         if dim is None:
-            return seq_to_heads(x, self.communicator, None, mine), None
-        share = count // x.shape[dim]  # query heads to a head of x
-        a, b = mine[self.communicator.rank]
-        needed = [(first // share, (last - 1) // share + 1) for first, last in mine]
-        reads = torch.arange(a, b, device=x.device) // share - needed[self.communicator.rank][0]
+            return seq_to_heads(x, self.communicator, None, ranges), None
+        queries_per_head = count // x.shape[dim]
+        needed = []
+        for start, stop in ranges:
+            needed.append((start // queries_per_head, (stop - 1) // queries_per_head + 1))
+        first, last = ranges[self.communicator.rank]
+        first_needed = needed[self.communicator.rank][0]
+        reads = torch.arange(first, last, device=x.device) // queries_per_head - first_needed
         return seq_to_heads(x, self.communicator, dim, needed), reads
 
 
 def _align_heads(
-    arrived: list[tuple[Tensor, Tensor | None]], dims: tuple[int | None, ...], heads: int
+    traded: list[tuple[Tensor, Tensor | None]], dims: tuple[int | None, ...], heads: int
 ) -> list[Tensor]:
-    """Repeat key heads where the query heads at hand do not fall into equal groups; all tensors get
-    as many."""
-    counts = [t.shape[dim] for (t, _), dim in zip(arrived, dims) if dim is not None]
-    even = all(
-        reads is None
-        or (
-            heads % n == 0
-            and torch.equal(reads, torch.arange(heads, device=reads.device) // (heads // n))
-        )
-        for (_, reads), n in zip([x for x in arrived if x[1] is not None], counts)
-    )
-    if even and len(set(counts)) <= 1:
-        return [t for t, _ in arrived]
-    return [
-        t if dim is None or reads is None else t.index_select(dim, reads)
-        for (t, reads), dim in zip(arrived, dims)
-    ]
+    """Repeats key heads where the local query heads do not fall into equal groups.
+
+    All tensors get the same number of heads, as the attention kernels require.
+    """
+    counts = set()
+    even = True
+    for (tensor, reads), dim in zip(traded, dims):
+        if dim is None or reads is None:
+            continue
+        count = tensor.shape[dim]
+        counts.add(count)
+        if heads % count:
+            even = False
+            continue
+        groups = torch.arange(heads, device=reads.device) // (heads // count)
+        even = even and torch.equal(reads, groups)
+    if even and len(counts) <= 1:
+        return [tensor for tensor, _ in traded]
+    aligned = []
+    for (tensor, reads), dim in zip(traded, dims):
+        if dim is not None and reads is not None:
+            tensor = tensor.index_select(dim, reads)
+        aligned.append(tensor)
+    return aligned
