@@ -1,9 +1,9 @@
-"""From a model written for one device to a model in training: every change to it, in the one order
-that works.
+"""Applies all changes that turn a model written for one device into a model in training.
 
-Sequence and experts first (leaves are swapped), then activation checkpointing (so that a block
-computed again exchanges as it did), then compilation, then the host's memory for what is saved,
-then sharding: FSDP2 gathers a block's parameters around the whole, once for what is computed again.
+Their order matters. Context and expert parallelism come first (primitives are swapped for drivers),
+then activation checkpointing (so that a recomputed block communicates as it did), compilation,
+activation offload, and parameter sharding last: FSDP2 gathers a block's parameters around all of
+it, once for the recomputation.
 """
 
 from collections.abc import Callable
@@ -29,8 +29,9 @@ def parallelize(
     method: str = "auto",
     offload: ActivationOffload | None = None,
 ) -> Communicator | None:
-    """Spread, checkpoint, compile and shard `model` as the engine's settings say; `engine.model` is
-    what to call then.
+    """Applies parallelism, checkpointing, compilation and sharding as the engine's settings say.
+
+    Afterwards `engine.model` is what to call.
 
     Args:
         model: as built, best on the meta device. Parameter names never change.
@@ -39,8 +40,7 @@ def parallelize(
         offload: sends to the host what blocks save for backward; None leaves it on the device.
 
     Returns:
-        The wire that the drivers send over, or None where a rank has its sequence and all experts
-        to itself.
+        The communicator of the drivers, or None where neither sequences nor experts are shared.
     """
     mesh = engine.mesh
     communicator = None
@@ -60,9 +60,8 @@ def parallelize(
             block.forward = compute_all_but_attention_again(block, offload)
         if engine.compile:
             hide(block)
-            block.forward = torch.compile(
-                block.forward
-            )  # no module is put in between: names stay as they are
+            # Compiling the function rather than the module keeps parameter names as they are.
+            block.forward = torch.compile(block.forward)
         if offload is not None:
             block.forward = offload.around(block)
     engine.wrap(model)
@@ -70,15 +69,16 @@ def parallelize(
 
 
 def hide(block: nn.Module) -> None:
-    """Keep the compiler out of a block's primitives and their drivers: it compiles what lies
-    between them."""
+    """Excludes a block's primitives and their drivers from compilation."""
     for module in block.modules():
         if isinstance(module, OPAQUE):
             module.forward = torch.compiler.disable(module.forward)
 
 
 def compute_again(forward: Callable) -> Callable:
-    """Keep only the inputs of `forward`; compute the rest again in backward (Chen et al. 2016,
+    """Returns `forward` with full activation checkpointing.
+
+    Only its inputs are kept; the rest is recomputed in backward (Chen et al. 2016,
     arXiv:1604.06174).
 
     The state of random generators is not kept: no step draws from one (dropout is a function of the
@@ -90,10 +90,11 @@ def compute_again(forward: Callable) -> Callable:
 def compute_all_but_attention_again(
     block: nn.Module, offload: ActivationOffload | None = None
 ) -> Callable:
-    """As `compute_again`, but every attention's mean and mass are kept: keys do not go round the
-    ring a third time.
+    """Returns the forward of `block` with selective activation checkpointing.
 
-    Where heads are traded for tokens, attention is not computed again, but the trade is made again.
+    As `compute_again`, but the output and lse of every attention are kept, so that keys do not go
+    round the ring a third time. Under Ulysses attention is not recomputed, but heads and tokens are
+    traded again.
     """
     leaves = [leaf.kept for leaf in block.modules() if isinstance(leaf, Softmax)]
 

@@ -1,8 +1,7 @@
-"""A store that lies over ranks: entries are picked everywhere, and those that a rank's queries may
-see are brought to it.
+"""Driver of BlockTopK: fetches the entries of a sharded store that a rank's queries may see.
 
-What is brought is gone after use: backward brings gradients home. A search then is a rank's own
-business, and finds what one device finds, because entries arrive in order of address.
+Fetched entries are dropped after use, and backward sends their gradients home. The search itself is
+local and finds what one device finds, because entries arrive in order of address.
 """
 
 from collections.abc import Sequence
@@ -36,8 +35,10 @@ from parallel.sharding import SequenceSharding
 
 
 class ShardedBlockTopK(BlockTopK):
-    """Stands in for a Lookup whose tokens lie over the ranks of `wire`; its searches are those of
-    its parent."""
+    """Replaces a BlockTopK whose tokens are sharded over the ranks of `communicator`.
+
+    The search is inherited.
+    """
 
     def __init__(self, core: BlockTopK, communicator: Communicator):
         super().__init__()
@@ -45,7 +46,7 @@ class ShardedBlockTopK(BlockTopK):
         self.communicator = communicator
 
     def pick(self, span: Span, choose: BlockEnds) -> PickedBlocks:
-        """As Lookup.pick; every rank gets equally many, so that stores may go round a ring."""
+        """Runs BlockTopK.pick; all ranks get the same number, so that a ring is possible."""
         kept = span.sharding.kept
         if ("pick", choose) not in kept:
             chosen = [choose(inner_span) for inner_span in span.sharding.spans]
@@ -64,7 +65,10 @@ class ShardedBlockTopK(BlockTopK):
     def bring(
         self, payload: Tensors, mask: Mask, *, span: Span, kv_span: Span
     ) -> tuple[Tensors, Span]:
-        """As Lookup.bring, over every rank's entries; at.cut and of.cut say who holds which."""
+        """Runs BlockTopK.bring over every rank's entries.
+
+        `span.sharding` and `kv_span.sharding` say which rank holds which tokens.
+        """
         plan = gather_plan(
             mask, span, kv_span, torch.zeros(1, dtype=torch.long, device=span.pos.device)
         )
@@ -77,7 +81,7 @@ class ShardedBlockTopK(BlockTopK):
 
 
 def _cut(spans: Sequence[Span], rank: int) -> Span:
-    """This rank's part of tokens whose global order is that of the ranks laid end to end."""
+    """Returns this rank's part of tokens whose global order is the ranks' tokens end to end."""
     whole = spans[0]
     for span in spans[1:]:
         whole = joint(whole, span)

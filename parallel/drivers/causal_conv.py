@@ -1,8 +1,9 @@
-"""Halo: every run borrows the few tokens before it from whichever runs hold them.
+"""Halo driver of CausalConv: every run borrows the few tokens before it from other ranks.
 
-Every rank works out from the layouts who needs what, so one exchange is enough, over as many runs
-as it takes.
-Letters: B rows, T local tokens, C channels, J taps.
+Every rank derives from the layouts who needs what, so one exchange is enough, however many runs a
+halo reaches over.
+
+Letters: B rows, T local tokens, C channels, J taps, W tokens with borrowed ones.
 """
 
 from bisect import bisect_right
@@ -21,13 +22,15 @@ from parallel.sharding import SequenceSharding
 
 
 class HaloPlan(NamedTuple):
-    """Who lends what to whom, seen from one rank.
+    """The exchange of borrowed tokens as one rank sees it.
 
-    Attributes: lent: [sum(given)] int64, which local tokens (row * T + token) go out, those for
-        rank 0 first. given, taken: how many to and from each rank. wider: [B, W] int64, local
-        tokens with those borrowed before each run: below B * T a local token, from there on a
-            borrowed one in order of arrival, -1 filling up.
-        inside: [B, T] int64, where the local tokens are in `wider`.
+    Attributes:
+        lent: [sum(given)] int64, local tokens (row * T + token) that this rank sends, those for
+            rank 0 first.
+        given, taken: numbers of tokens sent to and received from each rank.
+        wider: [B, W] int64, local tokens with those borrowed before each run: below B * T a local
+            token, from there on a borrowed one in order of arrival, -1 filling up.
+        inside: [B, T] int64, positions of the local tokens in `wider`.
         span: [B, W] addresses.
     """
 
@@ -40,7 +43,7 @@ class HaloPlan(NamedTuple):
 
 
 class Halo(nn.Module):
-    """Stands in for a Window whose tokens lie over the ranks of `wire`."""
+    """Replaces a CausalConv whose tokens are sharded over the ranks of `communicator`."""
 
     def __init__(self, core: CausalConv, communicator: Communicator):
         super().__init__()
@@ -48,126 +51,149 @@ class Halo(nn.Module):
         self.communicator = communicator
 
     def forward(self, payload: Tensors, params: Tensors, *, span: Span) -> Tensor:
-        """As Window.forward, reading tokens of other ranks; at.cut says who holds which."""
+        """Runs CausalConv.forward, reading tokens of other ranks.
+
+        `span.sharding` says which rank holds which tokens.
+        """
         reach = len(params[0]) - 1
         x, span, skip = with_tail(self.core.place, payload[0], reach, span)
         key = ("halo", reach)
         if key not in span.plans:
-            span.plans[key] = _plan(span.sharding, reach, x.device)
-        loan: HaloPlan = span.plans[key]
+            span.plans[key] = _halo_plan(span.sharding, reach, x.device)
+        plan: HaloPlan = span.plans[key]
         flat = x.flatten(0, 1)
         borrowed = all_to_all_rows(
-            flat[loan.lent], self.communicator, loan.given, loan.taken, "halo"
+            flat[plan.lent], self.communicator, plan.given, plan.taken, "halo"
         )
-        nothing = flat.new_zeros(1, flat.shape[1])
-        wide = torch.cat([flat, borrowed, nothing])[loan.wider]  # -1 is the last, which is nothing
-        out = self.core((wide,), params, span=loan.span)
-        return out.gather(1, loan.inside[..., None].expand(*loan.inside.shape, out.shape[2]))[
-            :, skip:
-        ]
+        # The last row, which index -1 of the plan points to, is the zero that fills up.
+        filler = flat.new_zeros(1, flat.shape[1])
+        wider = torch.cat([flat, borrowed, filler])[plan.wider]
+        output = self.core((wider,), params, span=plan.span)
+        index = plan.inside[..., None].expand(*plan.inside.shape, output.shape[2])
+        return output.gather(1, index)[:, skip:]
 
 
 class _RowOwners:
-    """One row's runs of all ranks, and where each token lies."""
+    """All ranks' runs of one row, and the owner of each token."""
 
     def __init__(self, layout: Layout):
         self.runs = layout.runs
-        self.table = []
+        table = []
         for rank, runs in enumerate(layout.runs):
-            begin = 0
+            local_start = 0
             for start, stop in runs:
-                self.table.append((start, stop, rank, begin))
-                begin += stop - start
-        self.table = sorted(run for run in self.table if run[1] > run[0])
-        self.starts = [run[0] for run in self.table]
+                if stop > start:
+                    table.append((start, stop, rank, local_start))
+                local_start += stop - start
+        self.table = sorted(table)
+        self.starts = [start for start, _, _, _ in self.table]
 
     def home(self, token: int) -> tuple[int, int]:
-        """(rank, local token)."""
-        start, _, rank, begin = self.table[bisect_right(self.starts, token) - 1]
-        return rank, begin + token - start
+        """Returns (rank, local token) of a global token."""
+        start, _, rank, local_start = self.table[bisect_right(self.starts, token) - 1]
+        return rank, local_start + token - start
 
     def needs(self, rank: int, reach: int) -> list[int]:
-        """What `rank` reads and does not hold, in the order in which it wants it."""
-        before = [
-            t
-            for start, stop in self.runs[rank]
-            if stop > start
-            for t in range(max(0, start - reach), start)
-        ]
-        return [t for t in dict.fromkeys(before) if self.home(t)[0] != rank]
+        """Returns the tokens that `rank` reads and does not hold, in the order of reading."""
+        tokens: dict[int, None] = {}  # a dict keeps the order and drops repetitions
+        for start, stop in self.runs[rank]:
+            if stop == start:
+                continue
+            for token in range(max(0, start - reach), start):
+                if self.home(token)[0] != rank:
+                    tokens[token] = None
+        return list(tokens)
 
 
-def _plan(cut: SequenceSharding, reach: int, device: torch.device) -> HaloPlan:
-    number = cut.whole.shape[0]
-    each = cut.layouts[0].each
-    rank = cut.rank
-    rows = [
-        _RowOwners(layout)
-        for layout in (cut.layouts if len(cut.layouts) > 1 else cut.layouts * number)
-    ]
+def _halo_plan(sharding: SequenceSharding, reach: int, device: torch.device) -> HaloPlan:
+    """Derives the exchange from the layouts; the order of requests is the same on every rank."""
+    number_of_rows = sharding.whole.shape[0]
+    local_tokens = sharding.layouts[0].each
+    rank = sharding.rank
+    layouts = sharding.layouts
+    if len(layouts) == 1:
+        layouts = layouts * number_of_rows
+    rows = [_RowOwners(layout) for layout in layouts]
     lent: list[int] = []
     given = []
-    wanted = []
-    for other in range(cut.ranks):
-        out = [
-            (b, row.home(t))
-            for b, row in enumerate(rows)
-            for t in row.needs(other, reach)
-            if other != rank
-        ]
-        lent += [b * each + local for b, (owner, local) in out if owner == rank]
-        given.append(sum(owner == rank for _, (owner, _) in out))
-    mine = [(row.home(t)[0], b, t) for b, row in enumerate(rows) for t in row.needs(rank, reach)]
-    for other in range(cut.ranks):
-        wanted += [(b, t) for owner, b, t in mine if owner == other]
-    taken = [sum(owner == other for owner, _, _ in mine) for other in range(cut.ranks)]
-    arrival = {need: number * each + i for i, need in enumerate(wanted)}
-    lines = [_line(row, b, rank, reach, each, arrival) for b, row in enumerate(rows)]
-    width = max(len(wider) for wider, _, _ in lines)
-    wider = torch.stack([F.pad(line, (0, width - len(line)), value=-1) for line, _, _ in lines]).to(
-        device
-    )
-    tokens = torch.stack(
-        [F.pad(line, (0, width - len(line)), value=-1) for _, line, _ in lines]
-    ).to(device)
-    picked = tokens.clamp_min(0)
-    pos, doc, role = (x.gather(1, picked) for x in (cut.whole.pos, cut.whole.doc, cut.whole.role))
-    span = Span(pos, doc.masked_fill(tokens < 0, PADDING), role)
-    inside = torch.stack([line for _, _, line in lines]).to(device)
+    for other in range(sharding.ranks):
+        given_before = len(lent)
+        if other != rank:
+            for row_index, row in enumerate(rows):
+                for token in row.needs(other, reach):
+                    owner, local = row.home(token)
+                    if owner == rank:
+                        lent.append(row_index * local_tokens + local)
+        given.append(len(lent) - given_before)
+    requests_by_owner: list[list[tuple[int, int]]] = [[] for _ in range(sharding.ranks)]
+    for row_index, row in enumerate(rows):
+        for token in row.needs(rank, reach):
+            requests_by_owner[row.home(token)[0]].append((row_index, token))
+    arrival = {}
+    for requests in requests_by_owner:
+        for request in requests:
+            arrival[request] = number_of_rows * local_tokens + len(arrival)
+    row_plans = []
+    for row_index, row in enumerate(rows):
+        row_plans.append(_row_plan(row, row_index, rank, reach, local_tokens, arrival))
+    wider = _padded([sources for sources, _, _ in row_plans]).to(device)
+    tokens = _padded([globals_ for _, globals_, _ in row_plans]).to(device)
+    inside = torch.stack([positions for _, _, positions in row_plans]).to(device)
+    addresses = sharding.whole.map(lambda field: field.gather(1, tokens.clamp_min(0)))
+    doc = addresses.doc.masked_fill(tokens < 0, PADDING)
     return HaloPlan(
-        torch.tensor(lent, device=device, dtype=torch.long), given, taken, wider, inside, span
+        lent=torch.tensor(lent, device=device, dtype=torch.long),
+        given=given,
+        taken=[len(requests) for requests in requests_by_owner],
+        wider=wider,
+        inside=inside,
+        span=Span(addresses.pos, doc, addresses.role),
     )
 
 
-def _line(
+def _padded(rows: list[Tensor]) -> Tensor:
+    """Stacks rows of different lengths, filled up with -1."""
+    width = max(len(row) for row in rows)
+    return torch.stack([F.pad(row, (0, width - len(row)), value=-1) for row in rows])
+
+
+def _row_plan(
     row: _RowOwners,
-    number: int,
+    row_index: int,
     rank: int,
     reach: int,
-    each: int,
+    local_tokens: int,
     arrival: dict[tuple[int, int], int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one row: where to take its runs, each after what it borrows; their global tokens; where
-    the own ones come to lie."""
-    wider = []
-    tokens = []
-    inside = []
-    local = length = 0
+    """Plans one row: its local runs, each after the tokens that it borrows.
+
+    Args:
+        arrival: index of each borrowed (row, token) among local and then borrowed tokens.
+
+    Returns:
+        Indices of the tokens, their global numbers, and the positions of the local ones.
+    """
+    sources = []
+    global_tokens = []
+    positions = []
+    local_start = 0
+    length = 0
     for start, stop in row.runs[rank]:
         if stop == start:
             continue
-        before = range(max(0, start - reach), start)
-        homes = [row.home(t) for t in before]
-        found = [
-            number * each + span if owner == rank else arrival[number, t]
-            for t, (owner, span) in zip(before, homes)
-        ]
-        wider += [
-            torch.tensor(found, dtype=torch.long),
-            torch.arange(local, local + stop - start) + number * each,
-        ]
-        tokens.append(torch.arange(start - len(before), stop))
-        inside.append(torch.arange(stop - start) + length + len(before))
-        local = local + stop - start
-        length = length + len(before) + stop - start
-    return torch.cat(wider), torch.cat(tokens), torch.cat(inside)
+        halo_sources = []
+        for token in range(max(0, start - reach), start):
+            owner, local = row.home(token)
+            if owner == rank:
+                halo_sources.append(row_index * local_tokens + local)
+            else:
+                halo_sources.append(arrival[row_index, token])
+        halo = len(halo_sources)
+        run = stop - start
+        sources.append(torch.tensor(halo_sources, dtype=torch.long))
+        sources.append(torch.arange(local_start, local_start + run) + row_index * local_tokens)
+        global_tokens.append(torch.arange(start - halo, stop))
+        positions.append(torch.arange(run) + length + halo)
+        local_start += run
+        length += halo + run
+    return torch.cat(sources), torch.cat(global_tokens), torch.cat(positions)

@@ -1,13 +1,11 @@
-"""Travel: tokens go to the ranks that hold their experts, and come back: an all-to-all of uneven
-counts, twice.
+"""All-to-all driver of ExpertDispatch: sends tokens to the ranks of their experts and back.
 
-Every rank exchanges, also one whose experts nobody chose, or whose tokens stay at home. What
-travels is what was routed,
-no padding: a rank sends W numbers for each visit to another rank's experts, and as many for each
-visitor that it sends home.
+Every rank takes part in both exchanges, also one whose experts no token chose or whose tokens stay
+local. Only routed tokens travel, without padding: a rank sends W numbers for each visit to another
+rank's experts, and as many for each visitor that it sends home.
 
 Source: Lepikhin et al. 2020 (arXiv:2006.16668) for experts over ranks. Theirs sends slots of a
-fixed capacity, ours what is there; the tokens keep the cut of their sequence, whatever it is.
+fixed capacity, ours uneven counts; tokens keep the sharding of their sequence.
 
 Letters: N visits, W width, E experts, P ranks of the expert group, e = E / P experts of a rank, M
 visitors.
@@ -23,8 +21,10 @@ from parallel.collectives import Communicator, all_to_all_rows
 
 
 class ExpertAllToAll(ExpertDispatch):
-    """Stands in for a Dispatch whose experts lie over the ranks of `wire`: rank r holds experts r e
-    to (r + 1) e."""
+    """Replaces an ExpertDispatch whose experts are sharded over the ranks of `communicator`.
+
+    Rank r holds experts r e to (r + 1) e.
+    """
 
     def __init__(self, core: ExpertDispatch, communicator: Communicator):
         super().__init__()
@@ -34,31 +34,38 @@ class ExpertAllToAll(ExpertDispatch):
     def exchange(
         self, sent: Tensor, counts: Tensor, visit: Visit, keys: Tensor | None = None
     ) -> Tensor:
-        """As Dispatch.exchange; `visit` sees the visitors of all ranks, and the counts of this
-        rank's experts."""
-        ranks = self.communicator.size
+        """Runs ExpertDispatch.exchange over the ranks.
+
+        `visit` receives the visitors of all ranks and the counts of this rank's experts.
+        """
+        communicator = self.communicator
+        ranks = communicator.size
         assert len(counts) % ranks == 0, "the config check sees to it that ranks divide the experts"
-        e = len(counts) // ranks
-        came = torch.stack(
-            self.communicator.all_to_all(counts.split(e), [e] * ranks, "expert counts")
-        )  # [P, e]
-        given = counts.view(ranks, e).sum(1).tolist()
-        taken = came.sum(1).tolist()
-        arrived = all_to_all_rows(sent[: sum(given)], self.communicator, given, taken, "visits")
-        order = _by_expert(came)
+        local_experts = len(counts) // ranks
+        count_parts = communicator.all_to_all(
+            counts.split(local_experts), [local_experts] * ranks, "expert counts"
+        )
+        visitor_counts = torch.stack(count_parts)  # [P, e]
+        given = counts.view(ranks, local_experts).sum(1).tolist()
+        taken = visitor_counts.sum(1).tolist()
+        # What lies behind the counted visits was dropped by the router and stays local.
+        visits = sum(given)
+        arrived = all_to_all_rows(sent[:visits], communicator, given, taken, "visits")
+        order = _expert_order(visitor_counts)
         if keys is not None:
-            keys = torch.cat(
-                self.communicator.all_to_all(keys[: sum(given)].split(given), taken, "visit keys")
-            )[order]
-        made = self.core.exchange(arrived[order], came.sum(0), visit, keys)
-        back = all_to_all_rows(made[order.argsort()], self.communicator, taken, given, "returns")
-        return torch.cat([back, back.new_zeros(len(sent) - sum(given), back.shape[1])])
+            key_parts = communicator.all_to_all(keys[:visits].split(given), taken, "visit keys")
+            keys = torch.cat(key_parts)[order]
+        outputs = self.core.exchange(arrived[order], visitor_counts.sum(0), visit, keys)
+        returned = all_to_all_rows(outputs[order.argsort()], communicator, taken, given, "returns")
+        dropped = returned.new_zeros(len(sent) - visits, returned.shape[1])
+        return torch.cat([returned, dropped])
 
 
-def _by_expert(came: Tensor) -> Tensor:
-    """[M]: the order that brings visitors, who lie rank by rank, to lie expert by expert."""
-    ranks, e = came.shape
-    expert = torch.arange(e, device=came.device).repeat(ranks).repeat_interleave(came.flatten())
+def _expert_order(visitor_counts: Tensor) -> Tensor:
+    """Returns [M], the order that sorts visitors from rank by rank to expert by expert."""
+    ranks, experts = visitor_counts.shape
+    expert = torch.arange(experts, device=visitor_counts.device).repeat(ranks)
+    expert = expert.repeat_interleave(visitor_counts.flatten())
     return expert.argsort(stable=True)
 
 
@@ -72,16 +79,23 @@ def sent_bytes(
     experts: int,
     keys: bool = False,
 ) -> dict[str, int]:
-    """What `rank` sends in one layer, forward and backward, by name of the move.
+    """Returns the bytes that `rank` sends in one layer, forward and backward, by name of the move.
 
     Args:
         given, taken: visits that this rank makes to each rank, and visitors that it has from each.
-        width, item: numbers to a token, and bytes of one. experts: of the layer.
+        width: numbers per token.
+        item: bytes per number.
+        experts: experts of the layer.
+        keys: each visit carries an int64 key.
     """
-    away = sum(given) - given[rank]
-    guests = sum(taken) - taken[rank]
+    outgoing = sum(given) - given[rank]
+    visitors = sum(taken) - taken[rank]
     ranks = len(given)
-    moved = {"expert counts": 8 * experts // ranks * (ranks - 1)}
-    moved |= {"visit keys": 8 * away} if keys else {}
-    moved |= {"visits": away * width * item, "visits backward": guests * width * item}
-    return moved | {"returns": guests * width * item, "returns backward": away * width * item}
+    sizes = {"expert counts": 8 * experts // ranks * (ranks - 1)}
+    if keys:
+        sizes["visit keys"] = 8 * outgoing
+    sizes["visits"] = outgoing * width * item
+    sizes["visits backward"] = visitors * width * item
+    sizes["returns"] = visitors * width * item
+    sizes["returns backward"] = outgoing * width * item
+    return sizes

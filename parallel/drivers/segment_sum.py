@@ -1,11 +1,10 @@
-"""Tally over ranks: every run says what it adds to the documents that cross its ends, and all ranks
-add up what they need.
+"""Driver of SegmentSum: every run shares its sums over the documents that cross its ends.
 
-A document that lies inside a run is that rank's own business; so a run tells at most two sums,
-whatever its length. One exchange a call; a rank sends (P - 1) 2 R sums for each row, independent of
+A document that lies inside a run concerns its rank alone, so a run sends at most two sums, whatever
+its length. One exchange a call; a rank sends (P - 1) 2 R sums for each row, independent of
 the sequence's length.
 
-Letters: B rows, T local tokens, P ranks, R runs on a rank (the most there are), F features.
+Letters: B rows, T local tokens, P ranks, R runs on a rank (the largest number of any), F features.
 """
 
 from typing import NamedTuple
@@ -25,16 +24,20 @@ from models.span import Span
 from parallel.collectives import Communicator, all_to_all_rows
 from parallel.sharding import SequenceSharding
 
-NOBODY = -2  # the document of an end of a run that tells nothing
+NOBODY = -2  # document number of an end of a run that sends nothing
 
 
 class RunEnds(NamedTuple):
     """The ends of all runs as the tokens of this rank see them.
 
-    Attributes: start: [B, T] int64, where the token's stretch (its document, within its run) begins
-        among the local tokens. slot: [B, T] int64, which end of a local run the token's stretch is,
-        2 run or 2 run + 1; 2 R for none. others: [B, T, P 2R] bool, ends of other runs that are of
-        the token's document (or row). earlier: [B, T, P 2R] bool, those of them that come before.
+    A segment is the part of a document that lies within one run.
+
+    Attributes:
+        start: [B, T] int64, local index at which the token's segment begins.
+        slot: [B, T] int64, end of a local run that the token's segment is: 2 run or 2 run + 1, and
+            2 R for none.
+        others: [B, T, P 2R] bool, ends of other runs that belong to the token's document (or row).
+        earlier: [B, T, P 2R] bool, those of them that come before the token.
     """
 
     start: Tensor
@@ -44,7 +47,7 @@ class RunEnds(NamedTuple):
 
 
 class ShardedSegmentSum(SegmentSum):
-    """Stands in for a Tally whose rows lie over the ranks of `wire`."""
+    """Replaces a SegmentSum whose rows are sharded over the ranks of `communicator`."""
 
     def __init__(self, core: SegmentSum, communicator: Communicator):
         super().__init__()
@@ -52,21 +55,22 @@ class ShardedSegmentSum(SegmentSum):
         self.communicator = communicator
 
     def total(self, x: Tensor, span: Span, over: str = "row") -> Tensor:
-        """As Tally.total; at.cut says who holds which. Every rank gets the same row sums to the
-        last bit."""
+        """Runs SegmentSum.total; `span.sharding` says which rank holds which tokens.
+
+        Every rank gets bit-identical row sums.
+        """
         ends, x, told = self._told(x, span, over)
         if over == "row":
             return told.sum(1, keepdim=True)
         return (within(x, ends.start) + _summed(ends.others, told)).to(x.dtype)
 
     def before(self, x: Tensor, span: Span, over: str = "row") -> Tensor:
-        """As Tally.before."""
+        """Runs SegmentSum.before over the ranks."""
         ends, x, told = self._told(x, span, over)
         return (exclusive_cumsum(x, ends.start) + _summed(ends.earlier, told)).to(x.dtype)
 
     def _told(self, x: Tensor, span: Span, over: str) -> tuple[RunEnds, Tensor, Tensor]:
-        """The plan, x without padding, and [B, P 2R, ...] what every rank's runs say of their
-        ends."""
+        """Returns the plan, x without padding, and [B, P 2R, ...] the sums of every rank's ends."""
         validate_scope(over)
         if ("tally", over) not in span.plans:
             span.plans["tally", over] = _ends(span, over)
@@ -93,8 +97,10 @@ class ShardedSegmentSum(SegmentSum):
 
 
 def _summed(which: Tensor, told: Tensor) -> Tensor:
-    """[B, T, ...]: for each token the sum of those ends that it is told to take. Whole numbers stay
-    exact below 2^53."""
+    """Returns [B, T, ...], for each token the sum of its selected ends.
+
+    Integers are summed in float64, which is exact below 2^53.
+    """
     wide = told if told.is_floating_point() else told.double()
     flat = wide.flatten(2) if told.dim() > 2 else wide[..., None]
     out = which.to(wide.dtype) @ flat
@@ -103,7 +109,7 @@ def _summed(which: Tensor, told: Tensor) -> Tensor:
 
 
 def _ends(span: Span, over: str) -> RunEnds:
-    """Work out from the addresses of all ranks who tells what."""
+    """Derives from the addresses of all ranks what each of them sends."""
     cut: SequenceSharding = span.sharding
     rows = span.shape[0]
     device = span.doc.device
@@ -147,7 +153,7 @@ def _ends(span: Span, over: str) -> RunEnds:
 
 
 def _runs(cut: SequenceSharding, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[B, T] the number of each local token's run, and the global place where that run begins."""
+    """Returns [B, T] the run number of each local token, and that run's first global token."""
     numbers = []
     begins = []
     for layout in cut.layouts:

@@ -1,8 +1,8 @@
-"""Auto: each attention is shared in the way that sends least, chosen when its sizes are first seen.
+"""Auto driver of Softmax: chooses for each attention the method that sends the fewest bytes.
 
-The choice is a function of shapes, layout and mask, with each row taken for a single document: it
-does not change from step to step or when a run is resumed, and every rank makes the same one
-without asking.
+The choice is made at the first call. It is a function of shapes, layout and mask, with each row
+taken for a single document: it does not change from step to step or when a run is resumed, and
+every rank makes the same one without communication.
 """
 
 import torch
@@ -22,11 +22,10 @@ from parallel.traffic import AttentionShape, TensorSpec, choose_method, tensor_s
 
 
 class Auto(nn.Module):
-    """Stands in for a Softmax; at the first call it decides who drives it, and says why in
-    `wire.choices`.
+    """Replaces a Softmax; selects its driver at the first call.
 
     Args:
-        name: of the attention, for the log.
+        name: name of the attention in `communicator.choices`, where the reason is recorded.
     """
 
     def __init__(self, core: Softmax, communicator: Communicator, name: str = "attention"):
@@ -46,7 +45,10 @@ class Auto(nn.Module):
         kv_span: Span | None = None,
         heads: Tensor | None = None,
     ) -> Tensor:
-        """As Softmax.forward, over every rank's keys; at.cut (and of.cut) say who holds which."""
+        """Runs Softmax.forward over every rank's keys.
+
+        `span.sharding` (and `kv_span.sharding`) say which rank holds which tokens.
+        """
         if self.driver is None:
             self.driver = self._decide(
                 query, payload, params, span, span if kv_span is None else kv_span
@@ -84,11 +86,11 @@ class Auto(nn.Module):
 def remote_share(
     mask: Mask, span: SequenceSharding, kv_span: SequenceSharding, heads: int
 ) -> float:
-    """Part of the other ranks' keys that a rank needs, were each row one document; the most that
-    rank 0 or the last needs.
+    """Returns the share of the other ranks' keys that a rank needs.
 
-    Those two need most: the last rank under a contiguous layout, rank 0 under a zigzag one. What
-    was read before the row counts as the same document.
+    It is the larger of the shares of rank 0 and the last rank, for rows of one document each. Those
+    two need most: the last rank under a contiguous layout, rank 0 under a zigzag one. Tokens read
+    before the row count as the same document.
     """
     spans = [cut.line(kv_span.before()) for cut in (span, kv_span)]
     counted = torch.arange(heads)
