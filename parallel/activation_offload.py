@@ -1,4 +1,4 @@
-"""Activations that wait for backward in the host's memory.
+"""Offloads activations to host memory until backward needs them.
 
 What autograd saves inside a block is copied there when it is saved, and comes back when backward
 asks for it. What a block computes again is not saved and so does not travel: with full
@@ -108,10 +108,9 @@ class ActivationOffload:
 
     @torch.no_grad()
     def send(self, tensor: Tensor, block: nn.Module) -> Tensor | OffloadedTensor:
-        """What stands for `tensor` until it is fetched: itself, if it stays."""
-        itself = (
-            tensor if tensor.is_leaf else tensor.detach()
-        )  # what saves its own result would hold itself for ever
+        """Returns what replaces `tensor` until it is fetched; the tensor itself where it stays."""
+        # Detached, because a function that saves its own result would keep itself alive for ever.
+        itself = tensor if tensor.is_leaf else tensor.detach()
         if (
             type(tensor) is not Tensor
             or tensor.device != self.device
@@ -135,7 +134,7 @@ class ActivationOffload:
 
     @torch.no_grad()
     def fetch(self, sent: Tensor | OffloadedTensor) -> Tensor:
-        """What was sent, with the same shape, strides and bits."""
+        """Returns the tensor that was sent, with the same shape, strides and bits."""
         if isinstance(sent, Tensor):
             return sent
         blank = torch.empty(0, dtype=sent.dtype, device=self.device)
@@ -190,7 +189,9 @@ def _pinned(size: int) -> Tensor:
 
 
 def _held(block: nn.Module) -> set[int]:
-    """Where the parameters and buffers of `block` lie now: a gathered parameter lies there only
-    while the block computes."""
+    """Returns the addresses of the parameters and buffers of `block`.
+
+    A gathered parameter is among them only while the block computes.
+    """
     tensors: Iterable[Tensor] = (*block.parameters(), *block.buffers())
     return {local_tensor(tensor).untyped_storage().data_ptr() for tensor in tensors}

@@ -17,11 +17,11 @@ from parallel.sharding import SequenceSharding, shard_span
 
 
 class ShardedCarriedState(CarriedState):
-    """As Past, for rows that are cut over the ranks of `wire`: rank r keeps the r-th stretch of the
-    M tokens of each lane.
+    """CarriedState of rows sharded over the ranks of `communicator`.
 
-    Kept tokens lie before every token of the row, so all queries see as many of them and equal
-    stretches are balanced. One exchange a row moves them there, after the step.
+    Rank r keeps the r-th part of the M tokens of each lane. Kept tokens lie before every token of
+    the row, so all queries see equally many of them and equal parts are balanced. One
+    exchange a row moves them there, after the step.
     """
 
     def __init__(self, communicator: Communicator):
@@ -94,8 +94,10 @@ class ShardedCarriedState(CarriedState):
 
 
 def token_homes(cut: SequenceSharding, length: int, each: int) -> tuple[Tensor, Tensor]:
-    """Where the last `length` tokens of (kept tokens, then the row) lie: rank [B, length], and
-    place on that rank.
+    """Locates the last `length` tokens of (kept tokens, then the row).
+
+    Returns:
+        The rank, [B, length], and the position on that rank, [B, length].
 
     Args:
         each: m; a rank's kept tokens come before those of its part of the row, both flattened over

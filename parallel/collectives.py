@@ -1,4 +1,4 @@
-"""Communication between the ranks of one group; nothing else in the drivers communicates.
+"""Collective communication of the drivers, within one group of ranks.
 
 Every byte that is sent is counted. Public torch.distributed collectives only.
 Letters: B rows, c local tokens, P ranks, H heads.
@@ -35,9 +35,9 @@ class Communicator:
         self.choices: dict[str, str] = {}
         self.grids: dict[int, tuple[Communicator, Communicator]] = {}
 
-    def add_grid(self, heads_group: Any, ring_group: Any) -> "Grid":
-        """Make known a grid of this group's ranks: rank = ring rank x heads + heads rank."""
-        grid = Communicator(heads_group), Communicator(ring_group)
+    def add_grid(self, ulysses_group: Any, ring_group: Any) -> "Grid":
+        """Registers a grid of this group: rank = ring rank x ulysses size + ulysses rank."""
+        grid = Communicator(ulysses_group), Communicator(ring_group)
         for side in grid:
             side.bytes_sent = self.bytes_sent
         assert (grid[1].rank, grid[0].rank) == divmod(self.rank, grid[0].size), (
@@ -46,8 +46,10 @@ class Communicator:
         return self.grids.setdefault(grid[0].size, grid)
 
     def grid(self, heads: int) -> "Grid":
-        """(wire among the ranks that trade heads, wire of the ring); all ranks ask for the same
-        grids in the same order."""
+        """Returns the communicators (ulysses, ring) of a grid, created at the first request.
+
+        Collective: all ranks request the same grids in the same order.
+        """
         if heads not in self.grids:
             first = self.rank // heads * heads
             inner = self.rank % heads
@@ -62,12 +64,14 @@ class Communicator:
         return self.grids[heads]
 
     def count_bytes(self, move: str, size: int) -> None:
-        """Note `size` bytes as sent."""
+        """Adds `size` bytes to those sent."""
         self.bytes_sent[move] = self.bytes_sent.get(move, 0) + size
 
     def ring_shift(self, tensors: Sequence[Tensor], name: str = "rotate") -> "Pending":
-        """Hand tensors to the next rank; what the rank before hands over has the same shapes.
-        Starts, does not wait."""
+        """Starts sending tensors to the next rank and receiving from the one before.
+
+        The received tensors have the same shapes.
+        """
         to, source = (
             dist.get_global_rank(self.group, (self.rank + s) % self.size) for s in (1, -1)
         )
@@ -81,7 +85,11 @@ class Communicator:
     def all_to_all(
         self, parts: Sequence[Tensor], sizes: Sequence[int], name: str = "exchange"
     ) -> list[Tensor]:
-        """Give parts[r] to rank r; flat results, the r-th with sizes[r] elements from rank r."""
+        """Sends parts[r] to rank r and returns what each rank sent.
+
+        Returns:
+            Flat tensors in rank order, the r-th of sizes[r] numbers.
+        """
         sending = torch.cat([p.reshape(-1) for p in parts])
         taken = sending.new_empty(sum(sizes))
         counts = [p.numel() for p in parts]
@@ -90,15 +98,17 @@ class Communicator:
         return list(taken.split(list(sizes)))
 
     def send(self, tensors: Sequence[Tensor], to: int, name: str) -> "Pending":
-        """Hand tensors to one rank, which takes them in the same order. Starts; `wait` before the
-        process leaves."""
+        """Starts sending tensors to one rank, which receives them in the same order.
+
+        The result must be waited for before the process exits.
+        """
         out = [t.contiguous() for t in tensors]
         whom = dist.get_global_rank(self.group, to)
         self.count_bytes(name, sum(t.numel() * t.element_size() for t in out))
         return Pending([dist.isend(t, whom, self.group) for t in out if t.numel()], [], out)
 
     def recv(self, likes: Sequence[Tensor], source: int) -> list[Tensor]:
-        """What one rank hands over: tensors of these shapes and dtypes. Waits for them."""
+        """Receives tensors of these shapes and dtypes from one rank; blocks until they arrive."""
         into = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in likes]
         whom = dist.get_global_rank(self.group, source)
         return Pending(
@@ -110,7 +120,10 @@ Grid = tuple[Communicator, Communicator]  # the ranks that trade heads, and thos
 
 
 class Pending:
-    """Tensors under way; `wait` gives them. What was sent is kept alive until then."""
+    """Communication in flight; `wait` returns the received tensors.
+
+    The sent tensors are kept alive until then.
+    """
 
     def __init__(self, works: Sequence[Any], into: list[Tensor], kept: list[Tensor]):
         self.works = works
@@ -152,8 +165,7 @@ def _heads_to_seq(
     *,
     move: str,
 ) -> Tensor:
-    """The adjoint of `_deal`: tokens go home, and where shares overlap what comes back is summed,
-    wide."""
+    """Adjoint of `_seq_to_heads`; where head ranges overlap, gradients are summed in float32."""
     shapes = []
     for a, b in shares:
         shape = list(whole)
@@ -206,7 +218,7 @@ class _HeadsToSeq(torch.autograd.Function):
 def seq_to_heads(
     x: Tensor, communicator: Communicator, dim: int | None, shares: Sequence[HeadRange]
 ) -> Tensor:
-    """Trade heads for tokens: [B, c, .., H, ..] -> [B, P c, .., h, ..], ranks' tokens end to end.
+    """Trades heads for tokens: [B, c, .., H, ..] -> [B, P c, .., h, ..], ranks' tokens end to end.
 
     Args:
         dim: which dim of x counts heads; None where x has none, and every rank gets all of it.
@@ -218,8 +230,10 @@ def seq_to_heads(
 def heads_to_seq(
     x: Tensor, communicator: Communicator, dim: int, shares: Sequence[HeadRange]
 ) -> Tensor:
-    """Trade tokens for heads, the way back: [B, P c, .., h, ..] -> [B, c, .., H, ..]; shares must
-    not overlap."""
+    """Trades tokens for heads: [B, P c, .., h, ..] -> [B, c, .., H, ..].
+
+    The shares must not overlap.
+    """
     return _HeadsToSeq.apply(x, communicator, dim, shares)
 
 

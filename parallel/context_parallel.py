@@ -35,7 +35,7 @@ from parallel.drivers.softmax_usp import Usp
 
 METHODS: dict[
     str, Callable[..., nn.Module]
-] = {  # parallel.method: (leaf, wire) -> who drives a Softmax
+] = {  # parallel.method: (core, communicator) -> driver of a Softmax
     "ring": Ring,
     "ulysses": Ulysses,
     "allgather": AllGather,
@@ -51,7 +51,7 @@ def _softmax(leaf: Softmax, communicator: Communicator, method: str) -> nn.Modul
 
 Drivers = dict[type[nn.Module], Callable[[Any, Communicator, str], nn.Module]]
 
-DRIVERS: Drivers = {  # kind -> (leaf, wire, method) -> driver
+DRIVERS: Drivers = {  # primitive -> (core, communicator, method) -> driver
     Softmax: _softmax,
     BlockTopK: lambda leaf, communicator, method: ShardedBlockTopK(leaf, communicator),
     Scan: lambda leaf, communicator, method: StatePassing(leaf, communicator),
@@ -157,7 +157,7 @@ def apply_context_parallel(
             holds all of them.
 
     Returns:
-        The wire that all drivers send over; it counts the bytes, those to experts too.
+        The communicator of all drivers; it counts the bytes sent, those to experts too.
 
     Raises:
         ValueError: no method of that name, usp without a grid, or what `refusals` and `unreachable`
@@ -199,7 +199,7 @@ def _swap_drivers(
     model: nn.Module, drivers: Drivers, communicator: Communicator, method: str
 ) -> None:
     """Put the driver of its kind in the place of every leaf, but for what runs inside the steps of
-    a Relay."""
+    a SequentialScan."""
     inside = sequential_modules(model)
     for path, parent in list(model.named_modules()):
         for name, leaf in list(parent.named_children()) if parent not in inside else ():

@@ -1,5 +1,4 @@
-"""How one row of tokens is cut over ranks: per rank an ordered list of runs of the global token
-axis.
+"""Layouts of a row over ranks: per rank an ordered list of runs of the global token axis.
 
 A pure function of (length, ranks, policy, documents): every rank works it out for itself, nobody
 sends it. Any length works: the axis is filled up with padding until every rank holds the same
@@ -22,7 +21,7 @@ Run = tuple[int, int]  # start and stop on the global token axis
 
 @dataclass(frozen=True)
 class Layout:
-    """Who holds which tokens of a row.
+    """Assignment of the tokens of a row to ranks.
 
     Attributes:
         runs: for each rank its runs, in the order in which they lie in its memory.
@@ -204,8 +203,7 @@ def layout(policy: str, tokens: int, ranks: int, heads: int = 1) -> Layout:
 def layouts(
     policy: str, span: Span, ranks: int, *, heads: int = 1, mask: Mask | None = None
 ) -> list[Layout]:
-    """What `cut_span` takes for these rows: one layout for all, or under `balanced` one for each
-    row.
+    """Returns the layouts of these rows: one for all, or under `balanced` one for each row.
 
     Args:
         span: [B, T] addresses of the whole rows, the same on every rank.

@@ -1,5 +1,4 @@
-"""Who works how hard: the visible keys of every token, and chunks dealt out so that all ranks see
-as many.
+"""Balances attention work: counts visible keys per token and assigns chunks to ranks.
 
 Packed documents make any fixed cut uneven, because a token's work is its place in its own document.
 So the row is cut into small chunks, and the heaviest chunk that is left always goes to the rank

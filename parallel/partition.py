@@ -1,10 +1,10 @@
 """Splits heads or (row, head) units over ranks as evenly as possible."""
 
-from parallel.collectives import HeadRange as Share
+from parallel.collectives import HeadRange
 
 
-def head_ranges(heads: int, ranks: int) -> list[Share]:
-    """For each rank the query heads it computes: as equal as can be.
+def head_ranges(heads: int, ranks: int) -> list[HeadRange]:
+    """Returns the range of query heads that each rank computes.
 
     Raises:
         ValueError: fewer heads than ranks.
@@ -14,12 +14,13 @@ def head_ranges(heads: int, ranks: int) -> list[Share]:
             f"parallel.method=ulysses over {ranks} ranks needs {ranks} query heads, there are"
             f" {heads}; use ring"
         )
-    edges = [r * heads // ranks for r in range(ranks + 1)]
-    return list(zip(edges[:-1], edges[1:]))
+    return unit_ranges(heads, ranks)
 
 
 def unit_ranges(count: int, ranks: int) -> list[tuple[int, int]]:
-    """For each rank the first and the one after the last of `count` things, as equal as can be;
-    some may get none."""
-    edges = [r * count // ranks for r in range(ranks + 1)]
+    """Returns for each rank the first of its units and the one after its last.
+
+    With fewer units than ranks some ranges are empty.
+    """
+    edges = [rank * count // ranks for rank in range(ranks + 1)]
     return list(zip(edges[:-1], edges[1:]))

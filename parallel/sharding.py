@@ -1,8 +1,7 @@
-"""A micro-batch cut over the ranks that share it: who holds what, and the addresses of everybody's
-tokens.
+"""Shards a micro-batch over the ranks that share it, with the addresses of all ranks' tokens.
 
-A Span carries its Cut through the model untouched; drivers read it there, so no driver holds the
-state of a step.
+A Span carries its SequenceSharding through the model; drivers read it there, so that no driver
+holds the state of a step.
 """
 
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from parallel.layout import Layout
 
 @dataclass(frozen=True)
 class SequenceSharding:
-    """How the rows at hand lie over ranks.
+    """Sharding of the rows of a micro-batch over ranks.
 
     Attributes: layouts: one for each row, or a single one for all rows; all give every rank equally
         many tokens. rank: which part is held here. spans: every rank's addresses, in rank order.

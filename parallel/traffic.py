@@ -1,8 +1,7 @@
-"""What each way of sharing attention sends, in bytes, and which way is chosen when the choice is
-left to us.
+"""Communication volume of each attention method, and the choice made by method=auto.
 
-The formulas are exact: a test holds them equal to what the wire counts. Bytes are those that one
-rank sends in one layer.
+The formulas are exact: a test holds them equal to what the communicator
+counts. Bytes are those that one rank sends in one layer.
 Rules of choice: a mask that needs less than half of the other ranks' keys fetches those; otherwise
 heads are traded where they divide among the ranks and that sends less than the ring; otherwise a
 grid of both, or the ring, whichever sends less.

@@ -1,5 +1,6 @@
-"""What every engine does: wrap, backward, clip, step, state. Nothing else may differ between
-engines.
+"""Base class of engines: wrap, backward, clip, step, state.
+
+Nothing else may differ between engines.
 
     engine = Single(mesh, optimiser, precision="float32", seed=0) model = engine.wrap(model) for
     each micro-batch: engine.backward(sum of local token losses / valid tokens of the whole step,
@@ -178,7 +179,7 @@ class Engine:
         raise NotImplementedError
 
     def _stored(self) -> dict[str, nn.Parameter]:
-        """What the optimiser updates."""
+        """Returns the tensors that the optimiser updates."""
         return dict(self.model.named_parameters())
 
 

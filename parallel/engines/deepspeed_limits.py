@@ -1,5 +1,4 @@
-"""What DeepSpeed's ZeRO cannot do here, asked before any rank starts and without importing
-DeepSpeed."""
+"""Limits of DeepSpeed's ZeRO, checked before any rank starts and without importing DeepSpeed."""
 
 from collections.abc import Iterator
 

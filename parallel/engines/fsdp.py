@@ -149,7 +149,7 @@ class Fsdp(Engine):
 
 
 class Used:
-    """Which sharded parameters got a gradient on this rank.
+    """Records which sharded parameters got a gradient on this rank.
 
     FSDP2 computes with whole tensors that stand in for the shards while a module runs: those are
     watched.
@@ -165,7 +165,7 @@ class Used:
         self._watched: dict[str, weakref.ref] = {}
 
     def watch(self, unit: FSDPModule) -> Callable[[], None]:
-        """What to call while the unit's parameters are whole."""
+        """Returns the hook to call while the unit's parameters are gathered."""
         inner: set[nn.Module] = set()
         for module in cast(nn.Module, unit).modules():
             if module is not unit and isinstance(module, FSDPModule):
@@ -237,9 +237,9 @@ def _separable(model: nn.Module) -> list[nn.Module]:
     """The blocks that own all their parameters; one that shares some with others is left to the
     root.
 
-    FSDP2 cannot have one parameter in two units. Blocks that run inside the steps of a Relay are
-    left to the root too: ranks go through them at different times, so what they need is gathered
-    before the first step and reduced after the last.
+    FSDP2 cannot have one parameter in two units. Blocks that run inside the steps of a
+    SequentialScan are left to the root too: ranks go through them at different times, so what they
+    need is gathered before the first step and reduced after the last.
     """
     inside_steps = sequential_modules(model)
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))

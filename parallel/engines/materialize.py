@@ -147,7 +147,7 @@ class _Filling:
                 self._fill_attributes(inner, module, values)
 
     def _lacks(self, modules: list[tuple[str, nn.Module]]) -> bool:
-        """Whether some value can only come from a constructor."""
+        """Returns True where some value can only come from a constructor."""
         for _, module in modules:
             for parameter in module.parameters(recurse=False):
                 name = self.names.get(id(parameter))
@@ -255,7 +255,7 @@ class _Filling:
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Where each parameter hangs, by its id: more than one place where it is tied."""
+    """Returns the owners of each parameter by its id; a tied parameter has several."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):

@@ -1,5 +1,4 @@
-"""Whether ranks that hold the same numbers hold them alike: by checksums, of which a few bytes are
-sent.
+"""Checks by checksum that replicas of the same tensors are equal; sends a few bytes.
 
 Every rank draws its initial weights by itself and reads checkpoints by itself; nothing else would
 notice that one of them came to other numbers. A copy is what lies whole on a rank, or the same
@@ -20,8 +19,7 @@ from parallel.engines.materialize import checksum
 
 
 class Difference(NamedTuple):
-    """What ranks hold differently: its name, and the ranks on the smaller and on the larger
-    side."""
+    """A tensor that differs between ranks, with the ranks on the smaller and on the larger side."""
 
     name: str
     others: list[int]
@@ -95,7 +93,7 @@ def _digest(sums: Mapping[str, str]) -> str:
 
 
 def _shard(tensor: Tensor) -> str:
-    """Which part of the whole lies here: '' is all of it."""
+    """Returns a name of the local shard of a tensor; '' where it is whole."""
     if not isinstance(tensor, DTensor):
         return ""
     coordinates = tensor.device_mesh.get_coordinate() or []
