@@ -115,7 +115,7 @@ class Wavefront(nn.Module):
 
     def _plan(self, span: Span, size: int | None, device: torch.device) -> WavefrontPlan:
         """Returns the plan of these addresses, built at the first call."""
-        key = ("hand on", self.core.sharding, size)
+        key = ("hand on", self.core.cutter, size)
         if key not in span.plans:
             pieces = self.core.pieces(span.sharding.whole, size, self.communicator.size)
             span.plans[key] = _wavefront_plan(span.sharding, pieces, device)

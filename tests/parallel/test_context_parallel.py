@@ -57,7 +57,7 @@ def swapped_usp(env, rest):
 
 
 def test_what_cannot_be_is_said_at_once():
-    assert "choose one of auto, ring, heads, fetch, usp" in ranks(4, swapped, "telepathy", None)[0]
+    assert "choose one of auto, ring, ulysses, allgather, usp" in ranks(4, swapped, "telepathy", None)[0]
     assert "needs parallel.ulysses and parallel.ring" in ranks(4, swapped, "usp", None)[0]
     said = ranks(4, swapped, "ulysses", Headless())[0]
     assert (
