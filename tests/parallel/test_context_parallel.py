@@ -57,13 +57,16 @@ def swapped_usp(env, rest):
 
 
 def test_what_cannot_be_is_said_at_once():
-    assert "choose one of auto, ring, ulysses, allgather, usp" in ranks(4, swapped, "telepathy", None)[0]
+    assert (
+        "choose one of auto, ring, ulysses, allgather, usp"
+        in ranks(4, swapped, "telepathy", None)[0]
+    )
     assert "needs parallel.ulysses and parallel.ring" in ranks(4, swapped, "usp", None)[0]
     said = ranks(4, swapped, "ulysses", Headless())[0]
     assert (
         said
         == "parallel.method=ulysses trades heads, but the queries of outer.mix have none; use ring"
-        " or fetch"
+        " or allgather"
     )
 
 
