@@ -98,6 +98,6 @@ def test_experts_that_segments_pass_through_one_by_one_stay_whole():
 
 
 def test_experts_are_shared_where_a_group_is_named_and_sequences_where_another_is():
-    assert ranks(2, shared, True, False) == [("Dispatch", "Tallying")] * 2
-    assert ranks(2, shared, False, True) == [("Travel", "Tally")] * 2
-    assert ranks(2, shared, True, True) == [("Travel", "Tallying")] * 2
+    assert ranks(2, shared, True, False) == [("ExpertDispatch", "ShardedSegmentSum")] * 2
+    assert ranks(2, shared, False, True) == [("ExpertAllToAll", "SegmentSum")] * 2
+    assert ranks(2, shared, True, True) == [("ExpertAllToAll", "ShardedSegmentSum")] * 2
