@@ -5,8 +5,10 @@ A Past travels with a Span, as its `past`. A layer asks it for what was left und
 leaves what comes next; whether that lies on this device or over ranks is not the layer's business.
 Nothing that is kept carries a gradient.
 
-    kept, of = at.past.tokens(self.place, x, length)      the last `length` tokens of the lane, with their addresses
-    state = at.past.state(self.place)                     what `leave` left after the row before, or None
+    # the last `length` tokens of the lane, with their addresses
+    tokens, kv_span = span.past.tokens(self.place, x, length)
+    # the state that `store` left after the row before, or None
+    state = span.past.state(self.place)
     at.past.store(self.place, state)
 
 Letters: B rows, T tokens of a row, M tokens kept, m of them at hand (all, on one device).

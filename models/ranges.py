@@ -34,7 +34,7 @@ Count = Annotated[int, Range(1)]
 """A number of channels, tokens or steps."""
 
 Few = Annotated[int, Range(1, 4096)]
-"""A number of things that are built or gone through one after another: rounds, hops, filters of a layer."""
+"""Number of things built or visited one after another: rounds, hops, filters of a layer."""
 
 Some = Annotated[int, Range(0, 4096)]
 """Of such things, or none."""

@@ -113,8 +113,9 @@ def refusals(model: nn.Module, method: str) -> list[str]:
         return sentences
     inside = sequential_modules(model)  # computed by one rank at a time
     for name, leaf in model.named_modules():
-        softmax = isinstance(leaf, Softmax) and leaf not in inside
-        if softmax and leaf.score.query_heads[0] is None:
+        if not isinstance(leaf, Softmax) or leaf in inside:
+            continue
+        if leaf.score.query_heads[0] is None:
             sentences.append(
                 f"parallel.method={method} trades heads, but the queries of"
                 f" {name or 'this attention'} have none; use ring or allgather"

@@ -83,9 +83,7 @@ def main(words: Sequence[str]) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return BAD_CONFIG
-    ranks = RANKS
-    if config.parallel.context > 1:
-        ranks = config.parallel.context
+    ranks = config.parallel.context if config.parallel.context > 1 else RANKS
     results = multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         meeting = os.path.join(folder, "meeting")

@@ -24,7 +24,8 @@ class KeyValue(nn.Module):
     the document: positions `fact`, 2 `fact`, ...; position 0 opens the document and is a slot
     without a key.
 
-        q_1 = sum of A(words)    o = sum over slots of softmax(q_h . key) value    q_{h+1} = R_h (q_h + o)
+        q_1 = sum of A(words)    o = sum over slots of softmax(q_h . key) value
+        q_{h+1} = R_h (q_h + o)
 
     Args:
         vocabulary: token numbers are below it.

@@ -1,9 +1,12 @@
 """Infini-attention: beside local attention, every head reads a memory of fixed size in which all
 earlier segments lie.
 
-    memory_t = phi(q_t) M / phi(q_t) z        M, z as they were before the segment of t; phi(x) = elu(x) + 1
-    M += phi(k) (v - [delta: phi(k) M / phi(k) z]),  z += phi(k)      over all tokens of a segment, when it ends
-    out = g memory + (1 - g) local            g = sigmoid(gate), one for each head; local alone where z is 0
+    memory_t = phi(q_t) M / phi(q_t) z    phi(x) = elu(x) + 1
+    M += phi(k) (v - [delta: phi(k) M / phi(k) z]),  z += phi(k)
+    out = g memory + (1 - g) local      g = sigmoid(gate), one for each head
+
+M and z are those before the segment of t; they grow by all tokens of a segment when it ends. Where
+z is 0, the output is local attention alone.
 
 Letters: B rows, T tokens, H query heads, G key heads (they divide H), D head width.
 """

@@ -1,8 +1,10 @@
 """Memorizing Transformer: beside local attention, some layers look up the best matching keys among
 all that they kept.
 
-    memory_t = softmax(scale q_t k) v over the `count` best of the store      q and k of length 1, without positions
-    out = g memory + (1 - g) local                g = sigmoid(gate), one for each head; local alone where nothing is found
+    memory_t = softmax(scale q_t k) v over the `count` best of the store
+    out = g memory + (1 - g) local    g = sigmoid(gate), one for each head
+
+q and k have length 1 and no positions. Where the store is empty, the output is local attention alone.
 
 Letters: B rows, T tokens, S stored tokens, H query heads, G key heads (they divide H), D head
 width.

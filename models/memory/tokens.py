@@ -1,7 +1,7 @@
 """Recurrent memory: a few vectors go through all layers with each segment, and what they have
 become goes to the next.
 
-    [read; segment; write]    read: what the segment before wrote; write: the same vectors, to be written over
+    [read; segment; write]    read: written by the segment before; write: the same vectors
 
 Letters: B rows, T tokens, N pieces of a row, S tokens of a piece, m memory tokens, n of the S slots
 that hold a token.

@@ -2,7 +2,7 @@
 several.
 
     python -m tests.support.frozen OUT.json [ONLY ...]      train and write
-    python -m tests.support.frozen --compare A.json B.json  the largest relative difference of each case
+    python -m tests.support.frozen --compare A.json B.json  the largest difference
 
 A change that only moves or renames leaves every figure equal to the last bit; a change of code,
 within 1e-12.

@@ -1,7 +1,7 @@
 """Gloo ranks kept alive between tests, so that a distributed case costs milliseconds and not an
 import of torch.
 
-    ranks(3, worker, *args)    runs worker(env, *args) on three processes; returns their results in rank order
+    ranks(3, worker, *args)    runs worker(env, *args) on three processes: results by rank
 
 A worker is a function at the top of a module. A failure in one rank fails the test with that rank's
 traceback, and the pool of that size is thrown away, because its ranks may be waiting in a

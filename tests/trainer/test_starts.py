@@ -96,7 +96,7 @@ def test_nothing_of_a_whole_run_listens_beyond_its_machine(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_killed_rank_leaves_nothing_of_wandb_outside_of_its_directory_and_the_next_start_clears_it(
+def test_a_killed_rank_leaves_no_files_of_wandb_outside_and_the_next_start_clears_its_own(
     tmp_path: Path,
 ) -> None:
     own, run = tmp_path / "tmp", tmp_path / "run"

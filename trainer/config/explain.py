@@ -121,8 +121,9 @@ def known_keys(part: type[BaseModel] = Config, prefix: str = "") -> Iterator[str
         key = f"{prefix}{field.alias or name}"
         yield key
         for kind in (field.annotation, *get_args(field.annotation)):
-            is_model = isinstance(kind, type) and issubclass(kind, BaseModel)
-            if is_model and kind is not ComponentConfig:
+            if not isinstance(kind, type) or not issubclass(kind, BaseModel):
+                continue
+            if kind is not ComponentConfig:
                 yield from known_keys(kind, f"{key}.")
 
 

@@ -199,7 +199,7 @@ class Corpus:
 
     def _check(self, block: int) -> None:
         """Compares the checksum of one block with the one that was written."""
-        if zlib.crc32(self.flats[block]) != self.sums[block]:
+        if zlib.crc32(memoryview(self.flats[block])) != self.sums[block]:
             raise Damaged(f"block {block} of the tokens differs from what was written")
         self.checked[block] = True
 

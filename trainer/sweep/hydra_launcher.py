@@ -66,10 +66,9 @@ class TorchrunLauncher(Launcher):
         sweeper = config.hydra.sweeper
         more = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
         searches = not sweeper._target_.endswith(".BasicSweeper")
-        settings = [
-            *OmegaConf.to_container(config.hydra.overrides.task, resolve=False),
-            *more,
-        ]  # pyright: ignore
+        written = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+        assert isinstance(written, list)
+        settings = [*written, *more]
         self.sweep.begin(SweepPlan(Path(config.hydra.sweep.dir), settings, self.ranks, searches))
 
     def launch(

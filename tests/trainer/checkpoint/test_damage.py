@@ -109,7 +109,8 @@ checkpoints = CheckpointWriter(sys.argv[1], keep=2, asynchronous=sys.argv[2] == 
 print("ready", flush=True)
 for step in range(1, 10**6):
     value = float(step)
-    checkpoints.save(step, {"model": {f"w{i}": torch.full((60_000,), value) for i in range(4)}}, {"step": step})
+    weights = {f"w{i}": torch.full((60_000,), value) for i in range(4)}
+    checkpoints.save(step, {"model": weights}, {"step": step})
     print(step, flush=True)
 """
 

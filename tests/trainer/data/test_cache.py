@@ -37,7 +37,8 @@ tokenizer = source.tokenizer()
 print("ready", flush=True)
 sys.stdin.readline()
 found = corpus_of(source, tokenizer)
-print(sum(message.startswith("tokenising") for message in said), found.facts["fingerprint"], "torch" in sys.modules)
+times = sum(message.startswith("tokenising") for message in said)
+print(times, found.facts["fingerprint"], "torch" in sys.modules)
 """
 
 

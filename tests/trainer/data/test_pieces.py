@@ -87,7 +87,8 @@ from trainer.data.sources.readers import ReadRequest, documents
 from trainer.data.sources.files import Files, file_at
 report = ReadReport("skip")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-count = sum(1 for _ in documents(file_at(sys.argv[1], "x"), ReadRequest("text", report, None, int(sys.argv[2])), Files.readers))
+request = ReadRequest("text", report, None, int(sys.argv[2]))
+count = sum(1 for _ in documents(file_at(sys.argv[1], "x"), request, Files.readers))
 print(count, report.left_out, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 

@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 from trainer.launch.elastic import start_ranks
 scratch, restarts, *command = sys.argv[1:]
-end = start_ranks(["-u", *command], ranks=2, scratch=Path(scratch), max_restarts=int(restarts), grace_s=10)
+limits = dict(max_restarts=int(restarts), grace_s=10)
+end = start_ranks(["-u", *command], ranks=2, scratch=Path(scratch), **limits)
 print("END", end.code, end.message, flush=True)
 """
 
@@ -43,8 +44,10 @@ try:
     n = launch.restart_count()[0]
     total = torch.tensor([1 + ranks.rank])
     dist.all_reduce(total)
-    told = ("up", ranks.rank, ranks.size, ranks.local_size, ranks.backend, "sum", total.item(), "attempt", n, os.getpid())
-    os.write(1, (" ".join(map(str, told)) + chr(10)).encode())  # in one piece: two ranks share the pipe
+    told = ("up", ranks.rank, ranks.size, ranks.local_size, ranks.backend)
+    told += ("sum", total.item(), "attempt", n, os.getpid())
+    # in one piece: two ranks share the pipe
+    os.write(1, (" ".join(map(str, told)) + chr(10)).encode())
     if n == 0 and ranks.rank == 1:
         if what == "bug": raise RuntimeError("a bug of rank one")
         if what == "fault": raise UserError("the disk is full; make room", 3)

@@ -347,9 +347,7 @@ def test_sizes_of_a_recipe_or_of_the_model_to_match_are_no_wishes_of_this_model(
         assert faults(*words.split()) == [], words
 
 
-def test_a_command_that_gives_the_same_sizes_to_many_models_leaves_out_what_a_model_does_not_take() -> (
-    None
-):
+def test_sizes_given_to_many_models_leave_out_what_a_model_does_not_take() -> None:
     common = ["model.width=32", "model.layers=2", "model.heads=4", "++model.kv_heads=2"]
     assert fitting([*common, "mixer=sliding"]) == [*common, "mixer=sliding"]
     assert fitting([*common, "mixer=hyena"]) == [*common[:2], "mixer=hyena"]

@@ -39,9 +39,11 @@ told = dict(word.split("=", 1) for word in words)
 place, seed = Path(told["run_dir"].strip("'")), int(told["seed"])
 with open(home / "starts", "a") as file:
     file.write(f"{seed} {os.getpid()} {os.environ['OMP_NUM_THREADS']}\\n")
-row = {"step": 1, "loss": 2.0 + seed, "tokens": 64, "tokens_per_second": 100.0 * seed, "peak_memory_bytes": 2**20}
+row = {"step": 1, "loss": 2.0 + seed, "tokens": 64, "peak_memory_bytes": 2**20}
+row["tokens_per_second"] = 100.0 * seed
 (place / "metrics.jsonl").write_text(json.dumps(row) + "\\n")
-(place / "evaluation.jsonl").write_text(json.dumps({"step": 1, "name": "held_out_loss", "value": 3.0 + seed}) + "\\n")
+result = {"step": 1, "name": "held_out_loss", "value": 3.0 + seed}
+(place / "evaluation.jsonl").write_text(json.dumps(result) + "\\n")
 if (home / f"wait{seed}").exists():
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     (home / f"waiting{seed}").touch()
