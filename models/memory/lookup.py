@@ -4,7 +4,8 @@ all that they kept.
     memory_t = softmax(scale q_t k) v over the `count` best of the store
     out = g memory + (1 - g) local    g = sigmoid(gate), one for each head
 
-q and k have length 1 and no positions. Where the store is empty, the output is local attention alone.
+q and k have length 1 and no positions. Where the store is empty, the output is local attention
+alone.
 
 Letters: B rows, T tokens, S stored tokens, H query heads, G key heads (they divide H), D head
 width.
