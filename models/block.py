@@ -4,11 +4,11 @@ each in turn."""
 from torch import Tensor, nn
 
 from models.attention.base import SplitAttention
-from models.declared import declared
+from models.layer import Layer, hook
 from models.span import Span
 
 
-class Block(nn.Module):
+class Block(Layer):
     """x + mixer(norm(x)), then x + feedforward(norm(x)); Xiong et al. 2020 (arXiv:2002.04745), with
     RMS norms."""
 
@@ -52,7 +52,7 @@ class RecallBlock(Block):
 
 def block(width: int, mixer: nn.Module, feedforward: nn.Module) -> Block:
     """The block that a mixer asks for: it shares values, or it recalls."""
-    if declared(mixer, "shares_values", bool, False):
+    if hook(mixer, "shares_values"):
         return ValueBlock(width, mixer, feedforward)
     recalls = isinstance(mixer, SplitAttention) and mixer.recall is not None
     return (RecallBlock if recalls else Block)(width, mixer, feedforward)

@@ -20,6 +20,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from models.layer import Layer
 from models.span import PADDING, Span
 
 # states [B, ...] that every rank has alike; states [U, ...] of the rank's own (row, head) pairs
@@ -27,7 +28,7 @@ REPLICATED = "whole"
 SHARDED = "dealt"
 
 
-class StatefulModule(nn.Module):
+class StatefulModule(Layer):
     """A module that carries something from row to row; `place` is its name in the model, which
     `name_carriers` fills in."""
 

@@ -6,11 +6,11 @@ and have nothing to say here; a layer of any other kind that sees ahead says so 
 `causal_from`, as a mask has it.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import nn
 
+from models.layer import hook
 from models.masks.algebra import FAR, Mask
 from models.primitives.knn import KNN
 from models.scores import Score
@@ -81,5 +81,4 @@ def _causal_from(module: nn.Module) -> int:
     mask = getattr(module, "mask", None)
     if isinstance(mask, Mask):
         return mask.causal_from()
-    stated: Callable[[], int] | None = getattr(module, "causal_from", None)
-    return 0 if stated is None else stated()
+    return hook(module, "causal_from")()

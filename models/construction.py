@@ -136,7 +136,7 @@ def unfilled(name: str, tensor: Tensor) -> str | None:
         return None
     return (
         f"{name}: its constructor leaves it without a value (torch.empty); fill it there, or say by"
-        " a method initial() -> {name: rule} what it starts from (models/init.py)"
+        " a method init_rules() -> {name: rule} what it starts from (models/init.py)"
     )
 
 

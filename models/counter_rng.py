@@ -9,21 +9,22 @@ depend on the order of draws, hence on the cut.
 import hashlib
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from models.layer import Layer
 from models.span import Span
 
 DOC_BITS = 32  # a position within a document takes as many
 
 
-class CounterRNG(nn.Module):
+class CounterRNG(Layer):
     """Uniform numbers for one purpose of one layer, anew at every step.
 
     Args:
         seed, purpose, layer: what the numbers are a function of, beside the step, the token's
             address and the channel.
 
-    The step arrives through `begin`; it is 0 before the first.
+    The step arrives through `on_step_begin`; it is 0 before the first.
     """
 
     step: Tensor
@@ -38,7 +39,7 @@ class CounterRNG(nn.Module):
         """Back to before step 1; for a model that was built on the meta device."""
         self.step = torch.zeros_like(self.step)
 
-    def begin(self, step: int) -> None:
+    def on_step_begin(self, step: int) -> None:
         """Step numbers start at 1."""
         self.step.fill_(step)
 

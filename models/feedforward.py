@@ -4,10 +4,11 @@ their neighbours."""
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.layer import Layer
 from models.span import Span
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(Layer):
     """down(silu(gate(x)) * up(x)); Shazeer 2020 (arXiv:2002.05202), without biases.
 
     Args:

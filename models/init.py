@@ -1,7 +1,7 @@
 """Initial weights: each a pure function of (seed, parameter name), whatever the ranks, the order
 and the placement.
 
-A module may say what its parameters start from with a method `initial() -> {name: rule}`; names may
+A module may say what its parameters start from: `init_rules() -> {name: rule}`, whose names may
 reach into children ("out.weight"). A rule takes (shape, generator) and returns float32. Without
 one, matrices of torch's layers are normal with a deviation of 0.02 (Radford et al. 2019), or the
 whole model's own `deviation`; their norms are one, their biases zero. A parameter that a layer
@@ -10,9 +10,7 @@ a constructor changed after torch had drawn it (models/construction.py).
 """
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import FunctionType, MethodType
 from typing import NamedTuple
 
 import torch
@@ -21,8 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from models.declared import declared
-
-Rule = Callable[[torch.Size, torch.Generator], Tensor]
+from models.layer import Rule, hook
 
 INIT_STD = 0.02
 MATRICES = (nn.Linear, nn.Bilinear, _ConvNd, nn.Embedding, nn.EmbeddingBag)
@@ -121,7 +118,7 @@ class Padded(ScaledNormal):
 
 
 class Said(NamedTuple):
-    """A rule that a module says by `initial`.
+    """A rule that a module says by `init_rules`.
 
     Attributes:
         text: for the log. speaker: the name of the module.
@@ -133,19 +130,16 @@ class Said(NamedTuple):
 
 
 def said(model: nn.Module) -> dict[str, Said]:
-    """By full name, the rules that modules say by `initial`; an outer module's word counts more
+    """By full name, the rules that modules say by `init_rules`; an outer module's word counts more
     than an inner one's."""
     rules_said: dict[str, Said] = {}
     for name, module in reversed(list(model.named_modules())):
-        initial = declared(module, "initial", (MethodType, FunctionType), None)
-        if initial is None:
-            continue
-        for leaf, rule in initial().items():
+        for leaf, rule in hook(module, "init_rules")().items():
             rule = _scaled(model, rule)
             text = (
                 str(rule)
                 if isinstance(rule, Described | ScaledNormal)
-                else f"by {type(module).__name__}.initial"
+                else f"by {type(module).__name__}.init_rules"
             )
             rules_said[f"{name}.{leaf}".lstrip(".")] = Said(rule, text, name)
     return rules_said
@@ -169,7 +163,8 @@ def init_rules(model: nn.Module) -> dict[str, Rule]:
 
 def _scaled(model: nn.Module, rule: Rule) -> Rule:
     """In units of the model's own deviation."""
-    deviation = float(declared(model, "init_std", (int, float), INIT_STD))
+    stated = hook(model, "init_std")
+    deviation = float(INIT_STD if stated is None else stated)
     return replace(rule, deviation=deviation) if isinstance(rule, ScaledNormal) else rule
 
 
@@ -190,7 +185,7 @@ def initial_tensor(model: nn.Module, name: str, seed: int) -> Tensor:
     rule = init_rules(model).get(name)
     if rule is None:
         raise ValueError(
-            f"{name} has no rule; its layer needs a method initial() -> {{name: rule}}"
+            f"{name} has no rule; its layer needs a method init_rules() -> {{name: rule}}"
             " (models/init.py)"
         )
     return draw(rule, name, model.get_parameter(name).shape, seed)

@@ -63,8 +63,8 @@ class Contrast(Differential):
     """Weights large enough that a pair's two maps differ; else lambda's gradient is a difference of
     nearly equal sums."""
 
-    def initial(self):
-        return {**super().initial(), "q.weight": normal(0.1), "k.weight": normal(0.1)}
+    def init_rules(self):
+        return {**super().init_rules(), "q.weight": normal(0.1), "k.weight": normal(0.1)}
 
 
 class Taught(nn.Module):
@@ -83,7 +83,7 @@ class Taught(nn.Module):
             "rope_dim": 2,
         }
         self.inner = Compressed(WIDTH, HEADS, Rope(), **settings, dense_steps=1)
-        self.inner.begin(step)
+        self.inner.on_step_begin(step)
 
     def forward(self, x, span):
         return self.inner(x, span) + self.inner.auxiliary["indexer"][..., None]
@@ -92,10 +92,10 @@ class Taught(nn.Module):
 class Awake(Rwkv7):
     """RWKV-7 whose low-rank maps do not begin at 0, so that all their gradients count."""
 
-    def initial(self):
+    def init_rules(self):
         return {
             name: normal(0.3) if "down" in name else rule
-            for name, rule in super().initial().items()
+            for name, rule in super().init_rules().items()
         }
 
 

@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from models.block import ValueBlock, block
 from models.init import INIT_STD, Rule, ScaledNormal
+from models.layer import Layer
 from models.loss import token_losses
 from models.memory.base import Memory
 from models.positions.base import Position
 from models.span import Span
 
 
-class Decoder(nn.Module):
+class Decoder(Layer):
     """Blocks between an embedding and an output head.
 
     Args:
@@ -59,7 +60,7 @@ class Decoder(nn.Module):
         if tie_embeddings:
             self.head.weight = self.embed.weight
 
-    def initial(self) -> dict[str, Rule]:
+    def init_rules(self) -> dict[str, Rule]:
         """What adds to the residual stream starts smaller the more layers add to it (Radford et al.
         2019)."""
         small = ScaledNormal((2 * max(1, len(self.blocks))) ** -0.5)

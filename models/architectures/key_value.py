@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention.full import CAUSAL
+from models.layer import Layer
 from models.loss import token_losses
 from models.masks.roles import GlobalKey
 from models.primitives.causal_conv import CausalConv
@@ -14,7 +15,7 @@ from models.scores import Score
 from models.span import Span
 
 
-class KeyValue(nn.Module):
+class KeyValue(Layer):
     """Facts lie in the row, `fact` tokens each; the last token of a fact is its value, the others
     together are its key.
 
@@ -63,7 +64,7 @@ class KeyValue(nn.Module):
         self.before = CausalConv()
         self.read = Softmax(CAUSAL & GlobalKey(0, fact), Score(1.0))
 
-    def initial(self) -> dict:
+    def init_rules(self) -> dict:
         """Dot products of sums of embeddings decide from the first step on what is read."""
 
         def unit(shape: torch.Size, generator: torch.Generator) -> Tensor:

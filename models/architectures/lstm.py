@@ -27,7 +27,7 @@ class Lstm(TokenByTokenModel):
         )
         self.out = nn.Linear(width, self.bits)
 
-    def initial(self) -> dict:
+    def init_rules(self) -> dict:
         return {"out.weight": scaled}
 
     def blank(self, rows: int, like: Tensor) -> StateTuple:

@@ -67,7 +67,7 @@ class NeuralTuringMachine(TokenByTokenModel):
                 f" more to either side, so use reach=1 or more, slots={2 * max(reach, 1) + 1} or"
                 " more and slot_width=1 or more"
             )
-        self.products = (
+        self.multiply_adds = (
             4 * heads * slots * slot_width
         )  # multiply-adds a token: two looks, a read and a write for each head
         self.width = width
@@ -82,7 +82,7 @@ class NeuralTuringMachine(TokenByTokenModel):
         self.write = nn.Linear(width, 2 * heads * slot_width)
         self.out = nn.Linear(width + heads * slot_width, self.bits)
 
-    def initial(self) -> dict:
+    def init_rules(self) -> dict:
         """Heads start by going forward, a slot a token, whatever they see: looking for content at
         first loses every place."""
 

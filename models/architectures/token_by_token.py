@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.carried_state import StatefulModule
+from models.layer import Layer
 from models.loss import IGNORE
 from models.memory.base import Memory
 from models.memory.segments import SegmentMemory
@@ -109,7 +110,7 @@ class TokenByTokenModel(StatefulModule, ABC):
         return logits @ codes.T - F.softplus(logits).sum(-1, keepdim=True)
 
 
-class LstmGates(nn.Module):
+class LstmGates(Layer):
     """The four gates of an LSTM cell (Hochreiter & Schmidhuber 1997; forget gate: Gers et al.
     2000), without peepholes."""
 
@@ -118,7 +119,7 @@ class LstmGates(nn.Module):
         self.width = width
         self.all = nn.Linear(inputs + width, 4 * width)
 
-    def initial(self) -> dict:
+    def init_rules(self) -> dict:
         """Forget gates start open."""
         ones = torch.arange(4 * self.width) // self.width == 1
         return {"all.weight": scaled, "all.bias": lambda shape, generator: ones.to(torch.float32)}

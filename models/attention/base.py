@@ -8,10 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from models.layer import Layer
 from models.span import Span
 
 
-class SplitAttention(nn.Module):
+class SplitAttention(Layer):
     """Base of mixers that split into a payload of the tokens seen and queries that attend to it.
 
     Attributes:

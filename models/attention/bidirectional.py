@@ -14,3 +14,9 @@ class Bidirectional(Attention):
 
     def __init__(self, width: int, heads: int, kv_heads: int, position: Position):
         super().__init__(width, heads, kv_heads, position, mask=SameDocument())
+
+    def stays_local(self) -> str | None:
+        """See Layer."""
+        return (
+            "bidirectional attention sees later tokens, which may lie in rows that are not read yet"
+        )

@@ -58,3 +58,7 @@ class BigBird(Attention):
             )
         whole = SameDocument() if symmetric else CAUSAL
         super().__init__(width, heads, kv_heads, position, mask=whole & sparse)
+
+    def stays_local(self) -> str | None:
+        """See Layer."""
+        return "bigbird's random blocks lie all over a document, of which local attention sees a segment"

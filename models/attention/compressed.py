@@ -11,6 +11,7 @@ from models.attention.compressed_blocks import EVERY, BlockCompressor, ChosenSco
 from models.attention.compressed_indexer import Indexer, index_scores, indexer_loss
 from models.attention.full import CAUSAL
 from models.init import Rule, ScaledNormal, constant
+from models.layer import Layer
 from models.masks.basic import SlidingWindow
 from models.masks.roles import RoleKey
 from models.positions.base import Position, require_rotary
@@ -21,7 +22,7 @@ from models.ranges import Count, Few
 from models.span import Span
 
 
-class Compressed(nn.Module):
+class Compressed(Layer):
     """Attends to the last `window` tokens, `top` chosen block summaries and a learned sink.
 
     Args:
@@ -41,8 +42,8 @@ class Compressed(nn.Module):
         dense_steps: first steps in which every query sees all summaries while the indexer learns
             from that.
 
-    The indexer's loss is left in `auxiliary["indexer"]` [B, T] (see models/auxiliary.py). `begin`
-    receives the step number; before its first call, attention is sparse.
+    The indexer's loss is left in `auxiliary["indexer"]` [B, T] (see models/auxiliary.py).
+    `on_step_begin` receives the step number; before its first call, attention is sparse.
 
     Source: DeepSeek-AI 2026, DeepSeek-V4, section 2.3.1, as transformers computes it. Ours counts
     blocks from the start of each document; gives the indexer a loss, which theirs lacks (that of
@@ -50,7 +51,7 @@ class Compressed(nn.Module):
     (i, i + R/2), theirs (2i, 2i + 1): a fixed permutation of channels.
     """
 
-    decayed = ("group",)
+    weight_decay = ("group",)
 
     def __init__(
         self,
@@ -115,11 +116,22 @@ class Compressed(nn.Module):
         mask = CAUSAL & (RoleKey(SUMMARY) | SlidingWindow(window))
         self.mix = Softmax(mask, ChosenScore(block))
 
-    def initial(self) -> dict[str, Rule]:
+    def runs_by_segment(self) -> str | None:
+        """See Layer."""
+        return "sums up blocks of a whole document and learns from that"
+
+    def carries_over(self) -> str | None:
+        """See Layer."""
+        return (
+            "compressed attention chooses among summaries from the start of the document, of which"
+            " a later row has none"
+        )
+
+    def init_rules(self) -> dict[str, Rule]:
         """The sink starts as a key of logit 0."""
         return {"sink": constant(0.0), "group": ScaledNormal()}
 
-    def begin(self, step: int) -> None:
+    def on_step_begin(self, step: int) -> None:
         """Decides whether this step is dense; step numbers start at 1."""
         self.dense = step <= self.dense_steps
 

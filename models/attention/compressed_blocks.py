@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models.attention.full import CAUSAL
 from models.init import Rule, constant
+from models.layer import Layer
 from models.masks.basic import SlidingWindow
 from models.positions.base import Position
 from models.primitives.block_topk import SUMMARY, BlockTopK, PickedBlocks, find, moved, take
@@ -25,7 +26,7 @@ def rotate_last(hidden: Tensor, span: Span, position: Position, rope_dim: int) -
     return torch.cat([content, rotated], -1)
 
 
-class BlockCompressor(nn.Module):
+class BlockCompressor(Layer):
     """Makes one summary of each complete block of a document and the block before it.
 
     Args:
@@ -56,7 +57,7 @@ class BlockCompressor(nn.Module):
         self.bias = nn.Parameter(torch.zeros(block, 2 * channels))
         self.norm = nn.RMSNorm(channels, eps=1e-6)
 
-    def initial(self) -> dict[str, Rule]:
+    def init_rules(self) -> dict[str, Rule]:
         """The bias starts at 0: every slot of a block counts alike."""
         return {"bias": constant(0.0)}
 

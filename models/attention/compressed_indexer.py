@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention.compressed_blocks import BlockCompressor, rotate_last
 from models.attention.full import CAUSAL
+from models.layer import Layer
 from models.masks.algebra import visible
 from models.positions.base import Position
 from models.primitives.block_topk import CHUNK_SCORES, BlockTopK, PickedBlocks, find, moved, take
@@ -33,7 +34,7 @@ def index_scores(query: Tensors, keys: Tensors) -> Tensor:
     return torch.einsum("btin,bti->btn", products, weight)
 
 
-class Indexer(nn.Module):
+class Indexer(Layer):
     """Makes the small queries and keys by which summaries are chosen.
 
     Args:

@@ -5,6 +5,7 @@ Letters: B rows, T queries, S source tokens, G key heads, D head width.
 
 from torch import Tensor, nn
 
+from models.layer import Layer
 from models.masks.algebra import Mask
 from models.masks.basic import SameDocument
 from models.primitives.softmax import Softmax
@@ -13,7 +14,7 @@ from models.span import Span
 SOURCE = SameDocument()
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Layer):
     """Attends to the whole source of a token's document: equal row and equal document number.
 
     Args:

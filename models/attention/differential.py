@@ -79,7 +79,7 @@ class Differential(SplitAttention):
         self.table_pair_dims = score.param_heads  # the dim of each table that counts pairs
         self.mix = Softmax(CAUSAL, SharedValueScore(score))
 
-    def initial(self) -> dict[str, Rule]:
+    def init_rules(self) -> dict[str, Rule]:
         """Lambda's vectors start near zero, so that lambda starts near lambda_init."""
         rules = {name: normal(0.1) for name in LAMBDAS}
         rules["norm.weight"] = constant(1.0)

@@ -71,6 +71,10 @@ class Longformer(Attention):
         self.global_v = nn.Linear(width, self.v.out_features, bias=False)
         self.global_mix = Softmax(whole & global_query, self.mix.score)
 
+    def stays_local(self) -> str | None:
+        """See Layer."""
+        return "longformer has a second set of queries and keys, of which a memory would have to be told"
+
     def payload(self, hidden: Tensor, span: Span) -> tuple[Tensor, ...]:
         """Ordinary keys and values, then those for global queries; each [B, S, G, D]."""
         global_key = self.global_k(hidden).unflatten(-1, (-1, self.head_width))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention.full import CAUSAL
+from models.layer import Layer
 from models.positions.base import Position, require_rotary
 from models.primitives.block_topk import BlockTopK, find, take
 from models.primitives.softmax import Softmax
@@ -70,7 +71,7 @@ def _key_row(numbers: Tensor, index: int) -> Tensor:
     return numbers[..., index].transpose(1, 2)[..., None, :]
 
 
-class LSHAttention(nn.Module):
+class LSHAttention(Layer):
     """Causal attention within a document, with shared queries and keys, among equal hashes.
 
     Args:
@@ -133,6 +134,13 @@ class LSHAttention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         self.ids = BlockTopK()
         self.mix = Softmax(CAUSAL, BucketScore())
+
+    def carries_over(self) -> str | None:
+        """See Layer."""
+        return (
+            "lsh numbers the tokens of a bucket from the start of the document, of which a later row"
+            " no longer has all"
+        )
 
     def forward(self, hidden: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]."""

@@ -32,3 +32,11 @@ class PrefixAttention(Attention):
         self.length = length
         mask = SameDocument() & (Causal() | PrefixTokens() | FirstTokens(length))
         super().__init__(width, heads, kv_heads, position, mask=mask)
+
+    def runs_by_segment(self) -> str | None:
+        """See Layer."""
+        return "would take the beginning of each for the prefix of a document"
+
+    def stays_local(self) -> str | None:
+        """See Layer."""
+        return "prefix attention sees later tokens, which may lie in rows that are not read yet"

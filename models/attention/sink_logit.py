@@ -19,7 +19,7 @@ class _TablesWithSink(nn.Module):
         self.inner = tables
         self.logit = nn.Parameter(torch.zeros(heads))
 
-    def initial(self) -> dict[str, Rule]:
+    def init_rules(self) -> dict[str, Rule]:
         """The sink starts as a key of logit 0."""
         return {"logit": constant(0.0)}
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from models.convolution.short_conv import DepthwiseConv, uniform
 from models.init import Rule, constant
+from models.layer import Layer
 from models.primitives.long_conv import LongConv
 from models.ranges import Few, Many, Positive
 from models.span import Span
@@ -21,7 +22,7 @@ FAST = math.log(100) / 0.3
 SLOW = math.log(100) / 1.5
 
 
-class HyenaFilter(nn.Module):
+class HyenaFilter(Layer):
     """A filter per channel as a function of the distance: sines of a small network, faded out by a
     decay per channel.
 
@@ -35,7 +36,7 @@ class HyenaFilter(nn.Module):
             paper's code.
     """
 
-    undecayed = "layers", "frequency", "last"
+    no_weight_decay = "layers", "frequency", "last"
 
     def __init__(
         self, channels: int, length: int, hidden: int, bands: int, speed: float, rate: float = 1.0
@@ -46,7 +47,7 @@ class HyenaFilter(nn.Module):
                 f"filter_rate={rate} is a factor of the learning rate and must be above 0; 1 is the"
                 " model's own"
             )
-        self.rates = dict.fromkeys(self.undecayed, rate)
+        self.lr_scale = dict.fromkeys(self.no_weight_decay, rate)
         self.length = length
         self.bands = bands
         self.speed = speed
@@ -59,7 +60,7 @@ class HyenaFilter(nn.Module):
         self.frequency = nn.Parameter(torch.empty(hidden))
         self.last = nn.Linear(hidden, channels, bias=False)
 
-    def initial(self) -> dict[str, Rule]:
+    def init_rules(self) -> dict[str, Rule]:
         rules: dict[str, Rule] = {
             "frequency": constant(self.speed),
             "last.weight": uniform(self.last.in_features**-0.5),
@@ -87,7 +88,7 @@ class HyenaFilter(nn.Module):
         return F.linear(x, weight.to(wide)) * (-time * fade).exp()
 
 
-class Hyena(nn.Module):
+class Hyena(Layer):
     """v <- gate * v, then v <- filter (*) v + bias * v, for `order` gates; documents do not mix.
 
     Args:
@@ -102,7 +103,7 @@ class Hyena(nn.Module):
     of that code, the first gate multiplying last.
     """
 
-    undecayed = ("bias",)
+    no_weight_decay = ("bias",)
 
     def __init__(
         self,
@@ -123,6 +124,7 @@ class Hyena(nn.Module):
                 " or more"
             )
         self.order = order
+        self.max_length = context_length
         self.inner = nn.Linear(width, (order + 1) * width, bias=False)
         self.short = DepthwiseConv((order + 1) * width, conv_kernel)
         self.filter = HyenaFilter(
@@ -132,7 +134,7 @@ class Hyena(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         self.mix = nn.ModuleList(LongConv() for _ in range(order - 1))
 
-    def initial(self) -> dict[str, Rule]:
+    def init_rules(self) -> dict[str, Rule]:
         return {"bias": lambda shape, generator: torch.randn(shape, generator=generator)}
 
     def forward(self, x: Tensor, span: Span) -> Tensor:

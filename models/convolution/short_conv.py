@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.init import Described, Rule
+from models.layer import Layer
 from models.primitives.causal_conv import CausalConv
 from models.span import Span
 
@@ -18,7 +19,7 @@ def uniform(bound: float) -> Rule:
     )
 
 
-class DepthwiseConv(nn.Module):
+class DepthwiseConv(Layer):
     """A learned causal filter for each channel.
 
     Args:
@@ -28,7 +29,7 @@ class DepthwiseConv(nn.Module):
     Its weights decay as those of nn.Conv1d do: a convolution is a linear map of activations.
     """
 
-    decayed = ("weight",)
+    weight_decay = ("weight",)
 
     def __init__(self, width: int, conv_kernel: int):
         super().__init__()
@@ -40,7 +41,7 @@ class DepthwiseConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(conv_kernel, width))
         self.mix = CausalConv()
 
-    def initial(self) -> dict[str, Rule]:
+    def init_rules(self) -> dict[str, Rule]:
         return {"weight": uniform(len(self.weight) ** -0.5)}
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
@@ -55,7 +56,7 @@ class SiluDepthwiseConv(DepthwiseConv):
         return F.silu(super().forward(x, span))
 
 
-class ShortConv(nn.Module):
+class ShortConv(Layer):
     """out(gate_after * filter(gate_before * x)): mixes a few neighbours, knows nothing further
     away.
 

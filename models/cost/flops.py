@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from models.cost.parameters import active_shares, meta_row, meta_twin
 from models.cost.visible_pairs import visible_triples
-from models.declared import declared
+from models.layer import hook
 from models.masks.algebra import Mask
 from models.primitive import Primitive
 from models.primitives.causal_conv import CausalConv
@@ -227,13 +227,13 @@ def count_flops(model: nn.Module) -> FlopCount:
 
     A module whose weights see something else than tokens says how many positions it is given in a
     step: `positions_per_step`. One that multiplies by matrices that are no weights says how many
-    multiply-adds that is a token: `products`.
+    multiply-adds that is a token: `multiply_adds`.
     """
     shares = active_shares(model)
     positions = _positions_per_step(model)
     each = once = 0
     for name, module in model.named_modules():
-        elements = declared(module, "products", int, 0)
+        elements = hook(module, "multiply_adds")
         elements += module.weight.numel() if isinstance(module, MATRICES) else 0
         if name in positions:
             once += elements * positions[name]
@@ -254,7 +254,8 @@ def _positions_per_step(model: nn.Module) -> dict[str, int]:
     positions: dict[str, int] = {}
     for name, module in model.named_modules():
         parent = positions.get(name.rpartition(".")[0])
-        own = declared(module, "positions_per_step", int, parent)
+        stated = hook(module, "positions_per_step")
+        own = parent if stated is None else stated
         if own is not None:
             positions[name] = own
     return positions

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.declared import declared
+from models.layer import hook
 from models.span import Span
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -42,12 +42,10 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 def active_shares(model: nn.Module) -> dict[str, float]:
     """By module: which share of its parameters one token visits (experts), its own share times its
     parents'."""
-    shares: dict[str, float] = {"": float(declared(model, "active_share", (int, float), 1.0))}
+    shares: dict[str, float] = {"": float(hook(model, "active_share"))}
     for name, module in model.named_modules():
         if name:
-            shares[name] = shares[name.rpartition(".")[0]] * float(
-                declared(module, "active_share", (int, float), 1.0)
-            )
+            shares[name] = shares[name.rpartition(".")[0]] * float(hook(module, "active_share"))
     return shares
 
 

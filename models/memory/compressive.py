@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.attention.full import Attention
 from models.init import Rule, constant
+from models.layer import Layer
 from models.memory.base import Memory
 from models.memory.local_attention import WAY_OUT, attention_beside, check_segment, within_segment
 from models.primitives.compressive import CompressiveScan
@@ -80,7 +82,8 @@ class Compressive(Memory):
     def judge(self, mixers: Sequence[nn.Module]) -> None:
         """See Memory."""
         if not any(
-            isinstance(getattr(mixer, "beside", None), CompressiveMemory) for mixer in mixers
+            isinstance(mixer, Attention) and isinstance(mixer.beside, CompressiveMemory)
+            for mixer in mixers
         ):
             raise ValueError(
                 "memory=compressive stands beside the heads of attention, and no layer has any;"
@@ -88,7 +91,7 @@ class Compressive(Memory):
             )
 
 
-class CompressiveMemory(nn.Module):
+class CompressiveMemory(Layer):
     """The memory of one layer; owns its gates.
 
     Args:
@@ -102,7 +105,7 @@ class CompressiveMemory(nn.Module):
         self.mix = CompressiveScan(segment)
         self.lse = CompressiveScan(segment) if rule == "delta" else None
 
-    def initial(self) -> dict[str, Rule]:
+    def init_rules(self) -> dict[str, Rule]:
         """Half of what comes out is recalled at first."""
         return {"gate": constant(0.0)}
 

@@ -8,30 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.attention.bidirectional import Bidirectional
-from models.attention.bigbird import BigBird
 from models.attention.full import Attention
-from models.attention.longformer import Longformer
-from models.attention.prefix import PrefixAttention
 from models.carried_state import StatefulModule
+from models.layer import hook
 from models.masks.basic import SameChunk
 from models.primitives.softmax import Softmax
 from models.span import Span
 
-NOT_EXACT = {  # of the attention family, but with no exact form here, and why
-    Bidirectional: (
-        "bidirectional attention sees later tokens, which may lie in rows that are not read yet"
-    ),
-    PrefixAttention: (
-        "prefix attention sees later tokens, which may lie in rows that are not read yet"
-    ),
-    Longformer: (
-        "longformer has a second set of queries and keys, of which a memory would have to be told"
-    ),
-    BigBird: (
-        "bigbird's random blocks lie all over a document, of which local attention sees a segment"
-    ),
-}
 WAY_OUT = (
     "use full, multi_head, multi_query, sliding, sinks, sink_logit, chunked, qk_norm, gated or"
     " softcap, or memory=none"
@@ -55,16 +38,16 @@ def attention_beside(mixer: nn.Module, name: str, position: Any = None) -> Atten
     Raises:
         ValueError: it cannot; says why, and what to use.
     """
-    for kind, reason in NOT_EXACT.items():
-        if isinstance(mixer, kind):
-            raise ValueError(f"memory={name}: {reason}; {WAY_OUT}")
+    reason = hook(mixer, "stays_local")()
+    if reason is not None:
+        raise ValueError(f"memory={name}: {reason}; {WAY_OUT}")
     if not isinstance(mixer, Attention):
         kind = type(mixer).__name__
         raise ValueError(
             f"memory={name} reads and keeps the queries, keys and values of heads, {kind} has"
             f" others; {WAY_OUT}"
         )
-    most = getattr(position or mixer.position, "max_length", None)
+    most = hook(position or mixer.position, "max_length")
     if most is not None:
         raise ValueError(
             f"memory={name}: positions go on from row to row, this position has {most} of them; use"

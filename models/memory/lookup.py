@@ -150,7 +150,7 @@ class ExternalMemory(StatefulModule):
         )
         self.mix = KNN(before, memory.count)
 
-    def initial(self) -> dict[str, Rule]:
+    def init_rules(self) -> dict[str, Rule]:
         """Scales start where a query can tell one key from all the others."""
         return {"gate": constant(0.0), "scale": constant(self.start)}
 

@@ -13,26 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from models.attention.base import SplitAttention
-from models.attention.compressed import Compressed
-from models.attention.lsh import LSHAttention
 from models.carried_state import StatefulModule
-from models.convolution.hyena import Hyena
+from models.layer import hook
 from models.masks.segments import STALE, SegmentRecurrence
 from models.memory.base import Memory
 from models.primitives.softmax import Softmax
 from models.ranges import Piece
 from models.span import READ, Span
-
-NOT_EXACT = {  # mixers that have no exact form here, and why
-    LSHAttention: (
-        "lsh numbers the tokens of a bucket from the start of the document, of which a later row no"
-        " longer has all"
-    ),
-    Compressed: (
-        "compressed attention chooses among summaries from the start of the document, of which a"
-        " later row has none"
-    ),
-}
 
 
 class SegmentMemory(Memory):
@@ -74,9 +61,10 @@ class SegmentMemory(Memory):
         Raises:
             ValueError: the mixer or its position has no exact form with rows that go on.
         """
-        for kind, reason in NOT_EXACT.items():
-            if isinstance(mixer, kind):
-                raise ValueError(f"memory=segments: {reason}; use another mixer, or memory=none")
+        reason = hook(mixer, "carries_over")()
+        if reason is not None:
+            raise ValueError(f"memory=segments: {reason}; use another mixer, or memory=none")
+        limit = hook(mixer, "max_length")
         if isinstance(mixer, SplitAttention):
             self._attach(mixer, sizes.get("position", getattr(mixer, "position", None)))
         elif any(isinstance(leaf, Softmax) for leaf in mixer.modules()):
@@ -85,18 +73,16 @@ class SegmentMemory(Memory):
                 f"memory=segments does not know how to let {kind} recall; use a mixer made of"
                 " attention, or none"
             )
-        elif isinstance(mixer, Hyena) and mixer.filter.length <= sizes.get(
-            "context_length", mixer.filter.length
-        ):
+        elif limit is not None and limit <= sizes.get("context_length", limit):
             raise ValueError(
-                f"memory=segments: hyena's filter has {mixer.filter.length} taps, no more than a"
-                " row has tokens, and a document that goes on is longer; use"
+                f"memory=segments: {type(mixer).__name__} takes documents of {limit} tokens, no"
+                " more than a row has, and a document that goes on is longer; use"
                 " mixer.context_length=N, the tokens of the longest document, or another mixer"
             )
         return mixer
 
     def _attach(self, mixer: SplitAttention, position: Any) -> None:
-        most = getattr(position, "max_length", None)
+        most = hook(position, "max_length")
         if most is not None:
             raise ValueError(
                 f"memory=segments: positions go on from row to row, this position has {most} of"

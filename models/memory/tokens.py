@@ -15,12 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.attention.compressed import Compressed
 from models.attention.longformer import Longformer
-from models.attention.prefix import PrefixAttention
 from models.carried_state import StatefulModule
-from models.convolution.hyena import Hyena
 from models.init import Rule, ScaledNormal
+from models.layer import hook
 from models.masks.algebra import And
 from models.masks.basic import SameDocument
 from models.masks.roles import RoleKey, RoleQuery
@@ -116,19 +114,12 @@ def _judge(memory: MemoryTokens, mixer: nn.Module, context_length: int | None) -
         ValueError: says what to use.
     """
     segments = f"memory=tokens reads segment by segment, and {type(mixer).__name__}"
-    if isinstance(mixer, PrefixAttention):
-        raise ValueError(
-            f"{segments} would take the beginning of each for the prefix of a document; use another"
-            " mixer"
-        )
-    if isinstance(mixer, Compressed):
-        raise ValueError(
-            f"{segments} sums up blocks of a whole document and learns from that; use"
-            " memory=segments or none"
-        )
+    reason = hook(mixer, "runs_by_segment")()
+    if reason is not None:
+        raise ValueError(f"{segments} {reason}; use another mixer, or memory=none")
     needed = None if memory.segment is None else memory.segment + 2 * memory.length
     if (
-        isinstance(mixer, Hyena)
+        hook(mixer, "max_length") is not None
         and context_length is not None
         and (needed is None or needed > context_length)
     ):
@@ -157,16 +148,16 @@ class RecurrentMemory(StatefulModule):
         )  # of what is written: else it would grow with every segment that adds to it
         self.relay = SequentialScan(segments_by_document)
 
-    def initial(self) -> dict[str, Rule]:
+    def init_rules(self) -> dict[str, Rule]:
         """Memory tokens start as other tokens do."""
         return {"memory": ScaledNormal()}
 
-    def begin(self, step: int) -> None:
+    def on_step_begin(self, step: int) -> None:
         """Step numbers start at 1."""
         if self.settings.curriculum:
             self.depth = 1 + sum(step >= grown for grown in self.settings.curriculum)
 
-    def stepped(self, parent: Any) -> Iterable[nn.Module]:
+    def sequential_parts(self, parent: Any) -> Iterable[nn.Module]:
         """The layers of the decoder that this stands in."""
         return [parent.blocks]
 

@@ -7,10 +7,10 @@ Letters: B rows, T tokens, W width, E experts, k experts of a token, N = B T k v
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.auxiliary import AuxiliaryOutputs
 from models.counter_rng import CounterRNG, address
+from models.layer import AuxiliaryOutputs, Layer
 from models.moe.experts import Experts
 from models.moe.router import Router, balance_loss, routing_metrics, routing_statistics, z_loss
 from models.primitives.expert_dispatch import ExpertDispatch
@@ -18,7 +18,7 @@ from models.primitives.segment_sum import SegmentSum
 from models.span import PADDING, READ, WRITE, Span
 
 
-class MixtureOfExperts(nn.Module):
+class MixtureOfExperts(Layer):
     """What all mixtures share: experts, the way there and back, and what is left for the trainer
     (models/auxiliary.py).
 
@@ -57,9 +57,9 @@ class MixtureOfExperts(nn.Module):
         self.z = z
         self.count = router.out_features
         self.chance = CounterRNG(seed, "expert dropout", layer) if expert_dropout else None
-        self.aside = AuxiliaryOutputs()
+        self.auxiliary_sums = AuxiliaryOutputs()
 
-    def settle(self, sums: dict[str, Tensor]) -> dict[str, float]:
+    def on_step_end(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """See models/auxiliary.py."""
         return routing_metrics(sums)
 
@@ -105,7 +105,7 @@ class MixtureOfExperts(nn.Module):
             span = _with_text(span)
             marks = marks * span.valid()[..., None]
             kept = kept & span.valid()[..., None]
-        self.aside.add(statistics=routing_statistics(probs, marks, kept, span))
+        self.auxiliary_sums.add(statistics=routing_statistics(probs, marks, kept, span))
         if self.balance:
             tokens = self.tally.total(span.valid().long(), span)
             loss = balance_loss(probs, marks, tokens, span, self.tally)
@@ -113,13 +113,15 @@ class MixtureOfExperts(nn.Module):
                 span.valid(), 1 / tokens.clamp_min(1).double(), 0
             )  # a row's tokens make up one between them
             if segment:
-                self.aside.add(tokens={"balance": self.balance * (loss * tokens).sum()})
+                self.auxiliary_sums.add(tokens={"balance": self.balance * (loss * tokens).sum()})
             else:
-                self.aside.add(rows={"balance": self.balance * loss.sum()})
-            self.aside.add(statistics={"balance": _sum(loss), "rows": _sum(rows)})
+                self.auxiliary_sums.add(rows={"balance": self.balance * loss.sum()})
+            self.auxiliary_sums.add(statistics={"balance": _sum(loss), "rows": _sum(rows)})
         if self.z:
             loss = z_loss(logits, span)
-            self.aside.add(tokens={"router_z": self.z * loss.sum()}, statistics={"z": _sum(loss)})
+            self.auxiliary_sums.add(
+                tokens={"router_z": self.z * loss.sum()}, statistics={"z": _sum(loss)}
+            )
 
 
 def _sum(losses: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ from torch.nn import functional as F
 
 from models.init import Rule, ScaledNormal
 from models.kernels.grouped_mm import grouped_mm
+from models.layer import Layer
 
 ACTIVATIONS = ("swiglu", "relu")
 
 
-class Experts(nn.Module):
+class Experts(Layer):
     """E feed-forward layers: down(silu(gate(x)) * up(x)), or with `relu` down(relu(up(x))).
 
     Args:
@@ -31,7 +32,7 @@ class Experts(nn.Module):
     """
 
     sharded_over_experts = True
-    decayed = "up", "gate", "down"
+    weight_decay = "up", "gate", "down"
     gate: Tensor | None
 
     def __init__(
@@ -59,11 +60,11 @@ class Experts(nn.Module):
         gate = nn.Parameter(torch.empty(count, hidden, width)) if activation == "swiglu" else None
         self.register_parameter("gate", gate)
         self.down = nn.Parameter(torch.empty(count, width, hidden))
-        self.products = sum(
+        self.multiply_adds = sum(
             stack.numel() for stack in self.parameters()
         )  # for counts of FLOPs, of which a token has its share
 
-    def initial(self) -> dict[str, Rule]:
+    def init_rules(self) -> dict[str, Rule]:
         """As the dense layer's `down` (models/architectures/decoder.py)."""
         small = ScaledNormal((2 * self.layers) ** -0.5)
         return {

@@ -10,11 +10,12 @@ from torch.nn import functional as F
 
 from models.counter_rng import CounterRNG, address
 from models.init import Rule, ScaledNormal
+from models.layer import Layer
 from models.primitives.segment_sum import SegmentSum
 from models.span import Span
 
 
-class Router(nn.Linear):
+class Router(Layer, nn.Linear):
     """Logits [B, T, E], computed in float32 (float64 for such inputs) whatever the model computes
     in.
 
@@ -54,7 +55,7 @@ class Router(nn.Linear):
         self.scale = scale
         self.chance = CounterRNG(seed, "router jitter", layer) if jitter else None
 
-    def initial(self) -> dict[str, Rule]:
+    def init_rules(self) -> dict[str, Rule]:
         """Smaller weights start nearer to an even choice."""
         return {"weight": ScaledNormal(self.scale)}
 

@@ -94,7 +94,7 @@ class TopKMixture(MixtureOfExperts):
         self.shared = SwiGLU(width, shared * hidden) if shared else None
         self.register_buffer("bias", torch.zeros(experts) if bias_speed else None)
 
-    def initial(self) -> dict[str, Rule]:
+    def init_rules(self) -> dict[str, Rule]:
         """The shared experts' `down` starts as that of the others."""
         return (
             {"shared.down.weight": ScaledNormal((2 * self.layers) ** -0.5)}
@@ -107,7 +107,7 @@ class TopKMixture(MixtureOfExperts):
         if self.bias is not None:
             self.bias = torch.zeros_like(self.bias)
 
-    def settle(self, sums: dict[str, Tensor]) -> dict[str, float]:
+    def on_step_end(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """See models/auxiliary.py; the bias moves here, by the choices of all ranks."""
         if self.bias is not None:
             load = sums["load"].to(self.bias.device)

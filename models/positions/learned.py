@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from models.layer import Layer
 from models.positions.base import Position
 from models.span import Span
 
@@ -32,7 +33,7 @@ class Learned(Position):
         return PositionTable(self.max_length or 0, width)
 
 
-class PositionTable(nn.Module):
+class PositionTable(Layer):
     """(span) -> [B, T, width]: the vector of every token's position."""
 
     def __init__(self, max_length: int, width: int):

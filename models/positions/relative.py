@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.init import Rule, ScaledNormal
+from models.layer import Layer
 from models.positions.base import Position
 from models.positions.sinusoidal import sinusoid
 from models.scores import Score, Tensors, grouped_dot_products
@@ -48,7 +49,7 @@ class Relative(Position):
         return RelativeScore(self.clamp, self.theta), RelativeTables(heads, head_width)
 
 
-class RelativeTables(nn.Module):
+class RelativeTables(Layer):
     """Owns u and v [H, D] and W_R [H, D, W]."""
 
     def __init__(self, heads: int, head_width: int):
@@ -57,7 +58,7 @@ class RelativeTables(nn.Module):
         self.v = nn.Parameter(torch.zeros(heads, head_width))
         self.distance = nn.Parameter(torch.zeros(heads, head_width, heads * head_width))
 
-    def initial(self) -> dict[str, Rule]:
+    def init_rules(self) -> dict[str, Rule]:
         """All three start like projections."""
         return dict.fromkeys(("u", "v", "distance"), ScaledNormal())
 

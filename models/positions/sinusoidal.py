@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.init import INIT_STD
+from models.layer import Layer
 from models.positions.base import Position
 from models.ranges import Positive
 from models.span import Span
@@ -42,7 +43,7 @@ class Sinusoidal(Position):
         return SinusoidTable(width, self.theta, self.amplitude)
 
 
-class SinusoidTable(nn.Module):
+class SinusoidTable(Layer):
     """(span) -> [B, T, width]: the waves at every token's position, in the dtype of the model."""
 
     precision: Tensor

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.init import Rule, ScaledNormal
+from models.layer import Layer
 from models.positions.base import Position
 from models.ranges import Many, Positive
 from models.scores import Score, Tensors
@@ -75,14 +76,14 @@ def edges(buckets: int, max_distance: int) -> tuple[int, ...]:
     return tuple(starts)
 
 
-class T5Table(nn.Module):
+class T5Table(Layer):
     """Owns the biases [N, H]."""
 
     def __init__(self, buckets: int, heads: int):
         super().__init__()
         self.table = nn.Parameter(torch.zeros(buckets, heads))
 
-    def initial(self) -> dict[str, Rule]:
+    def init_rules(self) -> dict[str, Rule]:
         """Biases start like projections."""
         return {"table": ScaledNormal()}
 

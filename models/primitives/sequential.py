@@ -12,14 +12,15 @@ state alone at padding. The primitive has no parameters.
 Letters: B rows, T tokens, N segments of a row, S slots of a segment, w slots in use, L = N S.
 """
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple, cast
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.layer import hook
 from models.primitive import Primitive
 from models.scores import Tensors
 from models.span import PADDING, Span
@@ -230,16 +231,13 @@ def sequential_modules(model: nn.Module) -> set[nn.Module]:
     They are never spread over ranks: ranks call them unequal numbers of times, so a collective
     inside would never meet its counterpart.
 
-    The owner of a SequentialScan names them by a method `stepped(parent)` -> modules; `parent` is
-    the module that contains it (itself, for the outermost).
+    The owner of a SequentialScan names them by its hook `sequential_parts(parent)`;
+    `parent` is the module that contains it (itself, for the outermost).
     """
     inside: set[nn.Module] = set()
     for path, module in model.named_modules():
-        stepped = getattr(module, "stepped", None)
-        if not callable(stepped):
-            continue
         parent = model.get_submodule(path.rpartition(".")[0])
-        for part in cast(Iterable[nn.Module], stepped(parent)):
+        for part in hook(module, "sequential_parts")(parent):
             inside.update(part.modules())
     return inside
 
@@ -252,7 +250,7 @@ def misfits(model: nn.Module) -> list[str]:
     inside = sequential_modules(model)
     sentences = []
     for name, module in model.named_modules():
-        if module in inside and hasattr(module, "auxiliary"):
+        if module in inside and hook(module, "auxiliary") is not None:
             sentences.append(
                 f"{name} ({type(module).__name__}) leaves a loss of its own at each pass, and here"
                 " is passed through piece by piece: all losses but the last would be lost; choose"

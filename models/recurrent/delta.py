@@ -11,12 +11,13 @@ from torch.nn import functional as F
 
 from models.convolution.short_conv import SiluDepthwiseConv
 from models.init import Rule
+from models.layer import Layer
 from models.primitives.scan import Scan
 from models.recurrent.linear import head_width
 from models.span import Span
 
 
-class DeltaNet(nn.Module):
+class DeltaNet(Layer):
     """S_t = (1 - b k k') S_{t-1} + b k v, with unit keys and queries, short convolutions, and a
     norm per head.
 
@@ -89,7 +90,7 @@ class GatedDeltaNet(DeltaNet):
         self.pace = nn.Parameter(torch.empty(heads))
         self.delay = nn.Parameter(torch.empty(heads))
 
-    def initial(self) -> dict[str, Rule]:
+    def init_rules(self) -> dict[str, Rule]:
         return {"pace": paces, "delay": delays}
 
     def decay(self, x: Tensor) -> Tensor:

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.layer import Layer
 from models.primitives.scan import Scan
 from models.recurrent.linear import head_width
 from models.span import Span
 
 
-class GatedLinear(nn.Module):
+class GatedLinear(Layer):
     """S_t = diag(sigmoid(gate)^(1 / 16)) S_{t-1} + k_t v_t, a norm per head, an output gate.
 
     Args:

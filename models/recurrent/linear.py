@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.layer import Layer
 from models.primitives.scan import Scan
 from models.span import Span
 
@@ -33,7 +34,7 @@ def weighted_mean(mix: Scan, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Ten
     return (found[..., :-1] / found[..., -1:].clamp_min(TINY)).to(v.dtype)
 
 
-class LinearAttention(nn.Module):
+class LinearAttention(Layer):
     """A mean of all values so far, weighted by (elu(q) + 1) (elu(k) + 1).
 
     Args:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from models.convolution.short_conv import SiluDepthwiseConv
 from models.init import Rule, constant
+from models.layer import Layer
 from models.primitives.scan import Scan
 from models.ranges import Few
 from models.recurrent.delta import delays, paces
@@ -17,7 +18,7 @@ from models.recurrent.linear import head_width
 from models.span import Span
 
 
-class Mamba2(nn.Module):
+class Mamba2(Layer):
     """S_t = exp(-pace dt) S_{t-1} + k (dt x), y = q S + skip x, a gated norm, out.
 
     Args:
@@ -47,7 +48,7 @@ class Mamba2(nn.Module):
         self.out = nn.Linear(inside, width, bias=False)
         self.mix = Scan()
 
-    def initial(self) -> dict[str, Rule]:
+    def init_rules(self) -> dict[str, Rule]:
         return {"pace": paces, "delay": delays, "skip": constant(1.0)}
 
     def forward(self, x: Tensor, span: Span) -> Tensor:

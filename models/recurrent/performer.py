@@ -43,7 +43,7 @@ class Performer(LinearAttention):
         width, heads: as for any attention.
         seed, layer: what the features are drawn from, with the number of the draw.
         features: M; the error falls as 1 / sqrt(M), the cost rises as M.
-        redraw: steps after which fresh features are drawn; 0: never. `begin` says where training
+        redraw: steps after which fresh features are drawn; 0: never. `on_step_begin` says where training
             stands.
 
     Source: Choromanski et al. 2020 (arXiv:2009.14794). The usual stabiliser of the keys is their
@@ -75,7 +75,7 @@ class Performer(LinearAttention):
         self.redraw = redraw
         self.draw = 0
 
-    def begin(self, step: int) -> None:
+    def on_step_begin(self, step: int) -> None:
         """Say which step comes next (the first is 1): features are a function of it, so a resume
         needs nothing saved."""
         self.draw = (step - 1) // self.redraw if self.redraw else 0

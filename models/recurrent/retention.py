@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.init import Rule, normal
+from models.layer import Layer
 from models.primitives.scan import Scan
 from models.ranges import Few
 from models.recurrent.linear import head_width
@@ -21,7 +22,7 @@ def fading(heads: int) -> list[float]:
     return [math.log1p(-(2.0 ** -(5 + head))) for head in range(heads)]
 
 
-class Retention(nn.Module):
+class Retention(Layer):
     """Several heads, each forgetting at its own pace; a norm per head, a gate, and out.
 
     Args:
@@ -51,7 +52,7 @@ class Retention(nn.Module):
         self.out = nn.Linear(expand * width, width, bias=False)
         self.mix = Scan()
 
-    def initial(self) -> dict[str, Rule]:
+    def init_rules(self) -> dict[str, Rule]:
         """Xavier with a gain of 2^-2.5 for what goes in, as RetNet has it."""
         rules = {}
         for name in ("q", "k", "v", "gate"):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.init import Rule, normal
+from models.layer import Layer
 from models.primitives.scan import Scan
 from models.recurrent.linear import head_width
 from models.recurrent.rwkv_layers import HeadNorm, LowRank, TokenShift, ramp
@@ -17,7 +18,7 @@ from models.span import Span
 PARTS = ("w", "k", "v", "r", "g")
 
 
-class Rwkv6(nn.Module):
+class Rwkv6(Layer):
     """The time mix: o_t = r_t (S_{t-1} + bonus k_t v_t), S_t = diag(exp(-exp(w_t))) S_{t-1} + k_t
     v_t.
 
@@ -47,7 +48,7 @@ class Rwkv6(nn.Module):
         self.norm = HeadNorm(heads, width, eps=64e-5)
         self.mix = Scan(before=True)
 
-    def initial(self) -> dict[str, Rule]:
+    def init_rules(self) -> dict[str, Rule]:
         return {"look": ramp(self.depth), "decay.up.bias": self._paces, "bonus": normal(0.3)}
 
     def _paces(self, shape: torch.Size, generator: torch.Generator) -> Tensor:

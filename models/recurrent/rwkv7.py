@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.init import Rule, constant, orthogonal
+from models.layer import Layer
 from models.primitives.scan import Scan
 from models.recurrent.linear import head_width
 from models.recurrent.rwkv_layers import HeadNorm, LowRank, TokenShift, ramp
@@ -27,7 +28,7 @@ POWERS = {
 }  # of the ramps that say how much each part looks back
 
 
-class Rwkv7(nn.Module):
+class Rwkv7(Layer):
     """The time mix: S_t = S_{t-1} (diag(w) - kk (a kk)') + v k', per head, with token shift, bonus
     and gate.
 
@@ -76,7 +77,7 @@ class Rwkv7(nn.Module):
         self.norm = HeadNorm(heads, width, eps=self.head_width * 1e-5)
         self.mix = Scan()
 
-    def initial(self) -> dict[str, Rule]:
+    def init_rules(self) -> dict[str, Rule]:
         rules = {
             "look": self._looks,
             "r.weight": orthogonal(),

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from models.init import Rule
+from models.layer import Layer
 from models.primitives.causal_conv import CausalConv
 from models.span import Span
 
 
-class TokenShift(nn.Module):
+class TokenShift(Layer):
     """How far the token before lies from each token: x_{t-1} - x_t, with 0 before a document."""
 
     def __init__(self):
@@ -26,7 +27,7 @@ class TokenShift(nn.Module):
         return self.mix((x,), (taps,), span=span) - x
 
 
-class LowRank(nn.Module):
+class LowRank(Layer):
     """base + up(act(down(x))), for maps that need not be full.
 
     Args:
@@ -49,7 +50,7 @@ class LowRank(nn.Module):
         return self.up(self.act(self.down(x)))
 
 
-class HeadNorm(nn.GroupNorm):
+class HeadNorm(Layer, nn.GroupNorm):
     """Layer norm of every head of [B, T, W], with weights per channel."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def ramp(power: float) -> Rule:
     )
 
 
-class ChannelMix(nn.Module):
+class ChannelMix(Layer):
     """RWKV-7's feed-forward layer: down(relu(up(x shifted))^2).
 
     Args:
@@ -87,7 +88,7 @@ class ChannelMix(nn.Module):
         self.up = nn.Linear(width, ffn, bias=False)
         self.down = nn.Linear(ffn, width, bias=False)
 
-    def initial(self) -> dict[str, Rule]:
+    def init_rules(self) -> dict[str, Rule]:
         return {"look": ramp(self.depth**self.power)}
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
@@ -112,8 +113,8 @@ class GatedChannelMix(ChannelMix):
         self.gate = nn.Linear(width, width, bias=False)
         self.gate_look = nn.Parameter(torch.empty(width))
 
-    def initial(self) -> dict[str, Rule]:
-        return {**super().initial(), "gate_look": ramp(self.depth)}
+    def init_rules(self) -> dict[str, Rule]:
+        return {**super().init_rules(), "gate_look": ramp(self.depth)}
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]."""

@@ -17,17 +17,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from models.declared import declared
+from models.layer import hook
 from parallel.mesh import Mesh
 
 
 def experts_of(model: nn.Module) -> list[nn.Module]:
     """The modules whose parameters are stacks of experts."""
-    return [
-        module
-        for module in model.modules()
-        if declared(module, "sharded_over_experts", bool, False)
-    ]
+    return [module for module in model.modules() if hook(module, "sharded_over_experts")]
 
 
 def unshared(model: nn.Module, ranks: int) -> list[str]:
@@ -36,7 +32,7 @@ def unshared(model: nn.Module, ranks: int) -> list[str]:
     stacks = [
         (name, module)
         for name, module in model.named_modules()
-        if declared(module, "sharded_over_experts", bool, False)
+        if hook(module, "sharded_over_experts")
     ]
     if not stacks:
         return [

@@ -26,6 +26,7 @@ from models.construction import (
     unfilled,
 )
 from models.init import draw, said, usual
+from models.layer import has_hook, hook
 
 WORDS = {
     1: torch.uint8,
@@ -158,9 +159,8 @@ class _Filling:
                     and name not in self.usual
                 ):
                     return True
-            if any(buffer.is_meta for buffer in module.buffers(recurse=False)) and not hasattr(
-                module, "reset_buffers"
-            ):
+            blank = any(buffer.is_meta for buffer in module.buffers(recurse=False))
+            if blank and not has_hook(module, "reset_buffers"):
                 return True
             if any(
                 holds_meta(value) for key, value in vars(module).items() if not key.startswith("_")
@@ -203,7 +203,7 @@ class _Filling:
         if values is None or inner not in values.tensors:
             raise ValueError(
                 f"{name} was built on the meta device and nothing says what it starts from; give"
-                " its layer a method initial() -> {name: rule} (models/init.py)"
+                " its layer a method init_rules() -> {name: rule} (models/init.py)"
             )
         if reason := unfilled(name, values.tensors[inner]):
             raise ValueError(reason)
@@ -225,10 +225,9 @@ class _Filling:
             )
         if not blank:
             return
-        reset = getattr(module, "reset_buffers", None)
-        if callable(reset):
+        if has_hook(module, "reset_buffers"):
             with torch.device(self.device):
-                reset()
+                hook(module, "reset_buffers")()
             return
         for leaf in blank:
             value = None if values is None else values.tensors.get(f"{inner}.{leaf}".lstrip("."))

@@ -9,7 +9,7 @@ from tests.support.parity import packed
 
 def drawn(seed=0, purpose="test", layer=0, step=1, channels=64, where=None):
     chance = CounterRNG(seed, purpose, layer)
-    chance.begin(step)
+    chance.on_step_begin(step)
     return chance(torch.arange(4096) if where is None else where, channels)
 
 

@@ -68,7 +68,7 @@ def test_norms_start_at_one_and_biases_at_zero():
 
 def test_the_outer_module_has_the_last_word():
     class Inner(nn.Linear):
-        def initial(self):
+        def init_rules(self):
             return {"weight": constant(1.0)}
 
     class Outer(nn.Module):
@@ -76,7 +76,7 @@ def test_the_outer_module_has_the_last_word():
             super().__init__()
             self.inner, self.other = Inner(2, 2), Inner(2, 2)
 
-        def initial(self):
+        def init_rules(self):
             return {"inner.weight": constant(5.0)}
 
     model = initialise(Outer(), 0)

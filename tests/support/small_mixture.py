@@ -41,7 +41,7 @@ class Experts(nn.Module):
         self.bias = nn.Parameter(torch.empty(EXPERTS, hidden))
         self.down = nn.Parameter(torch.empty(EXPERTS, hidden, WIDTH))
 
-    def initial(self):
+    def init_rules(self):
         return {"up": normal(0.3), "bias": normal(0.3), "down": normal(0.3)}
 
     def forward(self, tokens: Tensor, counts: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Mixture(nn.Module):
         self.experts = Experts(hidden)
         self.communicator: Communicator | None = None
 
-    def initial(self):
+    def init_rules(self):
         return {"router.weight": normal(1.0)}
 
     def forward(self, x: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ class Mine(nn.Module):
         super().__init__()
         self.coefficients = nn.Parameter(torch.ones(2, 3))
         self.cube = nn.Parameter(torch.ones(2, 3, 4))
-        self.rates = nn.Parameter(torch.ones(2, 2))
+        self.lr_scale = nn.Parameter(torch.ones(2, 2))
         self.cell, self.filter = nn.GRU(3, 3), nn.Conv1d(3, 3, 2)
         self.attend = nn.MultiheadAttention(4, 2, add_bias_kv=True)
         self.normed, self.table = nn.LayerNorm([2, 3]), nn.EmbeddingBag(5, 3)

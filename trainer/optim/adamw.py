@@ -1,8 +1,8 @@
 """AdamW, with weight decay only on matrices that multiply activations.
 
-A module may declare exceptions for its parameters, or for whole submodules: `decayed` (names that
-weight decay acts on although they belong to no linear layer of torch), `undecayed` (names that it
-leaves alone) and `rates` ({name: factor of the learning rate}).
+A module may declare exceptions for its parameters, or for whole submodules: `weight_decay` (names
+that weight decay acts on although they belong to no linear layer of torch), `no_weight_decay`
+(names that it leaves alone) and `lr_scale` ({name: factor of the learning rate}); models/layer.py.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from models.declared import declared
+from models.layer import hook
 
 LINEAR = (nn.Linear, nn.Bilinear, _ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -125,8 +125,8 @@ def decayed_parameters(model: nn.Module) -> set[str]:
     """Returns the names of the parameters that weight decay acts on.
 
     These are the weights of linear layers, convolutions and recurrent cells of torch, and what a
-    module lists in its `decayed` (stacks of experts), except what a module lists in its `undecayed`
-    (networks that write filters). Other parameters are left alone, however many dims they have:
+    module lists in its `weight_decay` (stacks of experts), except its `no_weight_decay` (networks that
+    write filters). Other parameters are left alone, however many dims they have:
     norms, biases by head or by position, tables of positions, mixing coefficients, memory tokens.
     Embeddings are left out as in OLMo 2 (arXiv:2501.00656): decay shrinks them, which makes the
     gradients of the first layers grow. A tied embedding counts as an embedding.
@@ -142,17 +142,17 @@ def decayed_parameters(model: nn.Module) -> set[str]:
                     decayed.add(id(parameter))
         elif isinstance(module, EMBEDDINGS):
             excluded.add(id(module.weight))
-        decayed |= _listed(module, "decayed")
-        excluded |= _listed(module, "undecayed")
+        decayed |= _listed(module, "weight_decay")
+        excluded |= _listed(module, "no_weight_decay")
     chosen = decayed - excluded
     return {name for name, parameter in model.named_parameters() if id(parameter) in chosen}
 
 
 def lr_scales(model: nn.Module) -> dict[str, float]:
-    """Returns {name: factor of the learning rate} from the modules' `rates`; others have 1."""
+    """Returns {name: factor of the learning rate} from the modules' `lr_scale`; others have 1."""
     factors: dict[int, float] = {}
     for module in model.modules():
-        for name, factor in declared(module, "rates", Mapping, {}).items():
+        for name, factor in hook(module, "lr_scale").items():
             for parameter in _parameters_of(module, name):
                 factors[id(parameter)] = float(factor)
     scales: dict[str, float] = {}
@@ -164,7 +164,7 @@ def lr_scales(model: nn.Module) -> dict[str, float]:
 
 def _listed(module: nn.Module, attribute: str) -> set[int]:
     """Returns the ids of the parameters that a module names in an attribute."""
-    names = declared(module, attribute, (tuple, list, set, frozenset, str), ())
+    names = hook(module, attribute)
     # ("weight") without a comma is a text; its letters are no names.
     if isinstance(names, str):
         names = (names,)

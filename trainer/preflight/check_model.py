@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from models.convolution.hyena import Hyena
+from models.layer import hook
 from parallel.engines.base import blocks_of
 from trainer.config import build_model
 from trainer.config.finding import NO_VALUE_SHOWN, Finding
@@ -113,10 +113,4 @@ def check_sample_length(config: Config, model: nn.Module) -> Iterator[Finding]:
 
 def _longest_document(module: nn.Module) -> int | None:
     """Returns the number of tokens that a layer is limited to; None where it has no limit."""
-    if isinstance(module, Hyena):
-        limit = module.filter.length
-    else:
-        limit = getattr(module, "max_length", None)
-    if isinstance(limit, int):
-        return limit
-    return None
+    return hook(module, "max_length")

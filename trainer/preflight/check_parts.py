@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from models.construction import never_filled
+from models.layer import hook
 from parallel.context_parallel import refusals, unreachable
 from parallel.engines.expert_sharding import unshared
 from trainer.config import build_model, instantiate
@@ -132,7 +133,7 @@ def check_built_model(config: Config, given: Collection[str]) -> Iterator[Findin
 
 def _check_max_length(config: Config, position: Any, model: nn.Module) -> Iterator[Finding]:
     for part in (position, model):
-        limit = getattr(part, "max_length", None)
+        limit = hook(part, "max_length")
         if limit is not None and limit < config.context_length:
             yield context_too_long(config, limit, f"{type(part).__name__} (max_length={limit})")
 
@@ -144,7 +145,7 @@ def _check_takers(
     sizes_by_part = build_model.sizes_taken(config, vocabulary_size)
     taken = {name for sizes in sizes_by_part.values() for name in sizes}
     memory = config.memory
-    longest = getattr(position, "max_length", None)
+    longest = hook(position, "max_length")
     if memory.carries and longest is not None:
         yield Finding(
             "memory",

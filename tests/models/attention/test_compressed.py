@@ -124,7 +124,7 @@ def _loop(layer: Compressed, x: torch.Tensor, span: Span, dense: bool = False):
 @pytest.mark.parametrize("dense", [False, True])
 def test_it_is_what_the_loop_computes(dense):
     layer, span, x = _layer(dense_steps=1), _span(), _x()
-    layer.begin(1 if dense else 2)
+    layer.on_step_begin(1 if dense else 2)
     got, loss = layer(x, span)[0], layer.auxiliary["indexer"][0]
     want, want_loss = _loop(layer, x, span, dense)
     valid = span.valid()[0]
@@ -143,7 +143,7 @@ def test_it_is_what_the_loop_computes(dense):
 def test_with_as_many_chosen_as_there_are_it_is_dense():
     x, span = _x(), _span()
     dense, sparse = _layer(dense_steps=1), _layer(top=10)
-    dense.begin(1)
+    dense.on_step_begin(1)
     torch.testing.assert_close(sparse(x, span), dense(x, span), rtol=0, atol=1e-13)
     assert (_layer(top=1)(x, span) - dense(x, span)).abs().max() > 1e-3
 

@@ -86,7 +86,7 @@ def test_a_hyena_layer_counts_its_transforms_document_by_document_and_its_filter
 
 def test_products_with_matrices_that_are_no_weights_are_counted_where_a_module_names_them():
     class Featured(LinearAttention):
-        products = 77
+        multiply_adds = 77
 
     plain = flops(lambda: LinearAttention(WIDTH, HEADS))
     assert flops(lambda: Featured(WIDTH, HEADS)).token_flops == plain.token_flops + 2 * 77

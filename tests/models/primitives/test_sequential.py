@@ -136,7 +136,7 @@ def test_what_does_not_carry_a_row_is_refused():
 class Owner(nn.Module):
     """Steps through what stands beside it."""
 
-    def stepped(self, parent):
+    def sequential_parts(self, parent):
         return [parent.blocks]
 
 

@@ -145,7 +145,7 @@ def test_features_are_redrawn_at_the_step_that_says_so():
     layer = Performer(16, 2, 1, 0, redraw=10)
     draws = []
     for step in (1, 10, 11, 31):
-        layer.begin(step)
+        layer.on_step_begin(step)
         draws.append(layer.draw)
     assert draws == [0, 0, 1, 3]
 

@@ -33,8 +33,8 @@ WORDS, WIDTH, HEADS, LAYERS, STEPS = 13, 24, 6, 4, 2
 class Pulled(Rwkv7):
     """RWKV-7 whose pull toward the first values depends on the token from the start."""
 
-    def initial(self):
-        return {**super().initial(), **({"pull.down.weight": normal(0.3)} if self.layer else {})}
+    def init_rules(self):
+        return {**super().init_rules(), **({"pull.down.weight": normal(0.3)} if self.layer else {})}
 
 
 def decoder() -> nn.Module:

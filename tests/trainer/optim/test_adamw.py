@@ -17,8 +17,8 @@ class Rates(nn.Module):
     """A module that says which of its own parameters are matrices of a linear layer, and that a
     linear layer is none."""
 
-    decayed = "mix", "absent"
-    undecayed = ("filter",)
+    weight_decay = "mix", "absent"
+    no_weight_decay = ("filter",)
 
     def __init__(self):
         super().__init__()
@@ -81,7 +81,7 @@ def test_a_pace_that_is_none_is_refused():
 class Halved(nn.Module):
     """Two parameters with equal gradients, one of which learns at half the pace."""
 
-    rates = {"slow": 0.5}
+    lr_scale = {"slow": 0.5}
 
     def __init__(self):
         super().__init__()
