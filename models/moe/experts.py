@@ -1,5 +1,4 @@
-"""The experts of a layer: as many feed-forward layers in one module, their weights stacked expert
-by expert.
+"""The experts of a layer: feed-forward layers in one module, their weights stacked by expert.
 
 Letters: E experts, N visits, W width, H hidden width.
 """
@@ -19,16 +18,18 @@ class Experts(Layer):
     """E feed-forward layers: down(silu(gate(x)) * up(x)), or with `relu` down(relu(up(x))).
 
     Args:
-        count: E. width: W. hidden: H.
+        count: E.
+        width: W.
+        hidden: H.
         activation: swiglu (Shazeer 2020, arXiv:2002.05202) or relu (as Fedus et al. 2021,
             arXiv:2101.03961).
-        dropout: share of hidden channels that a visit loses where `keep` says so.
-        visited: experts that a token visits, for counts of what a token costs.
-        layers: of the model; what adds to the residual stream starts smaller the more layers add to
-            it.
+        dropout: share of hidden channels that a visit loses where `keep` is False.
+        visited: experts that a token visits, for the counts of parameters and FLOPs.
+        layers: number of layers of the model; the more of them add to the residual stream, the
+            smaller `down` starts.
 
-    Parameters are [E, ...]; `sharded_over_experts` says that ranks may divide them by expert, and
-    then forward sees the stacks of the experts at hand.
+    Parameters are [E, ...]. Ranks may divide them by expert, and then forward sees the stacks of
+    the experts at hand.
     """
 
     sharded_over_experts = True
@@ -49,42 +50,38 @@ class Experts(Layer):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(
-                f"activation={activation} is none that experts have; choose one of"
-                f" {', '.join(ACTIVATIONS)}"
+                f"unknown activation={activation}; choose one of {', '.join(ACTIVATIONS)}"
             )
         self.dropout = dropout
         self.layers = layers
         self.hidden = hidden
-        self.active_share = visited / count  # of its parameters, see models/cost/flops.py
+        self.active_share = visited / count
         self.up = nn.Parameter(torch.empty(count, hidden, width))
         gate = nn.Parameter(torch.empty(count, hidden, width)) if activation == "swiglu" else None
         self.register_parameter("gate", gate)
         self.down = nn.Parameter(torch.empty(count, width, hidden))
-        self.multiply_adds = sum(
-            stack.numel() for stack in self.parameters()
-        )  # for counts of FLOPs, of which a token has its share
+        # All experts': the FLOP count multiplies it by `active_share`.
+        self.multiply_adds = sum(stack.numel() for stack in self.parameters())
 
     def init_rules(self) -> dict[str, Rule]:
-        """As the dense layer's `down` (models/architectures/decoder.py)."""
-        small = ScaledNormal((2 * self.layers) ** -0.5)
-        return {
-            name: small if name == "down" else ScaledNormal() for name, _ in self.named_parameters()
-        }
+        """Starts `down` as that of the dense layer (models/architectures/decoder.py)."""
+        rules: dict[str, Rule] = {name: ScaledNormal() for name, _ in self.named_parameters()}
+        rules["down"] = ScaledNormal((2 * self.layers) ** -0.5)
+        return rules
 
     def forward(self, tokens: Tensor, counts: Tensor, keep: Tensor | None = None) -> Tensor:
-        """[N, W].
+        """Applies each expert to its own tokens, [N, W] -> [N, W].
 
         Args:
-            tokens: [N, W], those of the first expert at hand first.
-            counts: int64, tokens of each expert at hand; tokens past their sum give 0.
+            tokens: [N, W], sorted by expert.
+            counts: int64, tokens of each expert at hand; the output is 0 past their sum.
             keep: [N, H] bool, hidden channels that are not dropped.
         """
         inner = grouped_mm(tokens, self.up, counts)
-        inner = (
-            F.relu(inner)
-            if self.gate is None
-            else F.silu(grouped_mm(tokens, self.gate, counts)) * inner
-        )
+        if self.gate is None:
+            inner = F.relu(inner)
+        else:
+            inner = F.silu(grouped_mm(tokens, self.gate, counts)) * inner
         if keep is not None:
             inner = torch.where(keep, inner / (1 - self.dropout), 0)
         return grouped_mm(inner, self.down, counts)

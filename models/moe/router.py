@@ -1,5 +1,4 @@
-"""The router of a mixture of experts: what a token's experts are chosen by, and what is said of the
-choice.
+"""The router of a mixture of experts: choice of experts, losses and metrics of the choice.
 
 Letters: B rows, T tokens, W width, E experts, k experts of a token.
 """
@@ -16,15 +15,15 @@ from models.span import Span
 
 
 class Router(Layer, nn.Linear):
-    """Logits [B, T, E], computed in float32 (float64 for such inputs) whatever the model computes
-    in.
+    """Computes the logits [B, T, E], at least in float32 whatever the model computes in.
 
     Args:
-        width: W. experts: E.
+        width: W.
+        experts: E.
         jitter: in training every channel of the input is multiplied by a uniform number in [1 -
             jitter, 1 + jitter].
-        scale: of the initial weights, in units of the usual ones.
-        layer, seed: what the jitter is drawn from, beside the step and the address.
+        scale: deviation of the initial weights, in units of the usual one.
+        layer, seed: what the jitter is drawn from, besides the step and the token's address.
 
     Source: Fedus et al. 2021 (arXiv:2101.03961), section 2.4 and appendix C. Their jitter is drawn
     in order, ours is a function of the token's address.
@@ -42,40 +41,40 @@ class Router(Layer, nn.Linear):
     ):
         super().__init__(width, experts, bias=False)
         if not 0 <= jitter < 1:
-            raise ValueError(
-                f"jitter={jitter} is no share of the input; choose one from 0 to below 1, for"
-                " example 0.01"
-            )
+            raise ValueError(f"jitter={jitter}: must be 0 or more and below 1; 0.01 is usual")
         if scale <= 0:
             raise ValueError(
-                f"router_scale={scale} would start every token with the same logits; choose one"
-                " above 0"
+                f"router_scale={scale}: must be above 0, or every token would start with the same"
+                " logits; 1 is usual"
             )
         self.jitter = jitter
         self.scale = scale
         self.chance = CounterRNG(seed, "router jitter", layer) if jitter else None
 
     def init_rules(self) -> dict[str, Rule]:
-        """Smaller weights start nearer to an even choice."""
+        """Starts nearer to an even choice with smaller weights."""
         return {"weight": ScaledNormal(self.scale)}
 
     def forward(self, x: Tensor, span: Span) -> Tensor:  # type: ignore[override]
-        """[B, T, E] from [B, T, W]."""
+        """[B, T, W] -> [B, T, E]."""
+        # In bfloat16 logits of near experts would round to the same number.
         wide = torch.promote_types(x.dtype, torch.float32)
         x = x.to(wide)
         if self.training and self.chance is not None:
-            x = x * (1 + self.jitter * (2 * self.chance(address(span), x.shape[-1]) - 1)).to(wide)
+            noise = 2 * self.chance(address(span), x.shape[-1]) - 1
+            x = x * (1 + self.jitter * noise).to(wide)
         return F.linear(x, self.weight.to(wide))
 
 
 def top_experts(scores: Tensor, count: int) -> Tensor:
-    """[B, T, count] int64: the experts of highest score, compared in float64; of equals the
-    first."""
-    return scores.detach().double().sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    """Returns the experts of highest score, [B, T, count] int64; of equal ones the first."""
+    # A stable sort, because topk leaves the order of equal scores to the device.
+    ranking = scores.detach().double().sort(dim=-1, descending=True, stable=True)
+    return ranking.indices[..., :count]
 
 
 def choice_mask(choice: Tensor, span: Span, experts: int) -> Tensor:
-    """[B, T, E] int64: 1 where the token chose the expert, 0 at padding."""
+    """Marks the chosen experts with 1, [B, T, E] int64; 0 at padding."""
     marks = torch.zeros(*choice.shape[:2], experts, dtype=torch.long, device=choice.device)
     return marks.scatter(2, choice, 1) * span.valid()[..., None]
 
@@ -83,15 +82,17 @@ def choice_mask(choice: Tensor, span: Span, experts: int) -> Tensor:
 def balance_loss(
     probs: Tensor, marks: Tensor, tokens: Tensor, span: Span, tally: SegmentSum
 ) -> Tensor:
-    """[B, T] whose sum over a row is E sum_i f_i P_i of the row: 1 where its choices are even.
+    """Returns [B, T] whose sum over a row is E sum_i f_i P_i: 1 where its choices are even.
 
     Args:
         probs: [B, T, E] of every expert; P is their mean over the row's tokens, and carries the
             gradient.
         marks: [B, T, E]; f is the share of the row's choices that fell on an expert.
-        tokens: [B, 1], of the row, on all ranks.
+        tokens: [B, 1], tokens of the row on all ranks.
+        span: addresses of the tokens.
+        tally: sums over the whole row.
 
-    f and P are those of the whole row, on however many ranks, before the product: a mean of
+    f and P are those of the whole row, on any number of ranks, before the product: a mean of
     products over parts of a row is another number. Source: Fedus et al. 2021 (arXiv:2101.03961),
     equations 4 to 6; with k choices a token ours is divided by k (arXiv:2401.06066, equation 13, is
     the same up to their factor alpha).
@@ -105,17 +106,20 @@ def balance_loss(
 
 
 def z_loss(logits: Tensor, span: Span) -> Tensor:
-    """[B, T]: the squared logarithm of the softmax's denominator (Zoph et al. 2022,
-    arXiv:2202.08906, equation 5)."""
+    """Returns [B, T], the squared log-sum-exp of the logits.
+
+    Source: Zoph et al. 2022 (arXiv:2202.08906), equation 5.
+    """
     return torch.where(span.valid(), logits.logsumexp(-1).square(), 0)
 
 
 @torch.no_grad()
 def routing_statistics(probs: Tensor, marks: Tensor, kept: Tensor, span: Span) -> dict[str, Tensor]:
-    """Sums over the tokens at hand: choices of each expert, those that were dropped, nats of
-    entropy, tokens.
+    """Sums choices of each expert, dropped choices, nats of entropy and tokens, over those at hand.
 
     Args:
+        probs: [B, T, E].
+        marks: [B, T, E], 1 where the token chose the expert.
         kept: [B, T, k] bool, whether a choice was honoured; False at padding.
     """
     entropy = -torch.special.xlogy(probs, probs).sum(-1)
@@ -129,21 +133,23 @@ def routing_statistics(probs: Tensor, marks: Tensor, kept: Tensor, span: Span) -
 
 
 def routing_metrics(sums: dict[str, Tensor]) -> dict[str, float]:
-    """What the log says of a layer, from what `told` and its losses add up to over a step.
+    """Returns the metrics of a layer, from its statistics summed over a step.
 
-    load of the fullest expert, in units of the mean; dropped, a share of the choices; entropy in
-    nats; the losses without
-    their weights: balance, mean over the rows, and z, mean over the tokens.
+    Returns:
+        load: of the fullest expert, in units of the mean load.
+        dropped: share of the choices.
+        entropy: mean over tokens, in nats.
+        balance, z: the losses without their weights, mean over rows and over tokens.
     """
     load = sums["load"]
     tokens = sums["tokens"].clamp_min(1)
-    found = {
+    metrics = {
         "load": load.max() / load.mean().clamp_min(1e-9),
         "dropped": sums["dropped"] / load.sum().clamp_min(1),
         "entropy": sums["entropy"] / tokens,
     }
     if "balance" in sums:
-        found["balance"] = sums["balance"] / sums["rows"].clamp_min(1)
+        metrics["balance"] = sums["balance"] / sums["rows"].clamp_min(1)
     if "z" in sums:
-        found["z"] = sums["z"] / tokens
-    return {name: float(value) for name, value in found.items()}
+        metrics["z"] = sums["z"] / tokens
+    return {name: float(value) for name, value in metrics.items()}

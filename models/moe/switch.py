@@ -1,5 +1,4 @@
-"""The Switch layer: a feed-forward layer of many experts, of which each token visits one, while
-there is room."""
+"""The Switch layer: each token visits one expert, up to the expert's capacity."""
 
 from fractions import Fraction
 
@@ -16,33 +15,35 @@ from models.span import Span
 
 
 class Switch(MixtureOfExperts):
-    """Each token visits the expert that its router finds most probable, while there is room; y = p
-    E(x), or 0 without room.
+    """Sends each token to its most probable expert while that has room: y = p E(x), or 0.
 
     Args:
-        width: of what comes in and goes out. ffn: hidden width of the dense layer that this one
-            stands for.
-        experts: how many. hidden: hidden width of each; as ffn by default, so a token costs what
-            the dense layer costs.
+        width: of input and output.
+        ffn: hidden width of the dense layer that this one replaces.
+        layer, layers: number of this layer, and of all layers of the model.
+        seed: of the router's jitter and of expert dropout.
+        experts: number of experts.
+        hidden: hidden width of an expert; null: ffn, so that a token costs what it costs in the
+            dense layer.
         capacity_factor: an expert takes at most ceil(capacity_factor n / experts) of n tokens, the
             first ones; null: all.
         eval_capacity_factor: the same outside training.
-        capacity_over: of what n tokens: of a document, so that no document's drops depend on
-            another, or of the packed row.
-        jitter: of the router's input in training. router_scale: of its initial weights in units of
-            the usual ones.
+        capacity_over: document: n counts the tokens of a document, so that its drops do not depend
+            on another document; row: those of the packed row.
+        jitter: relative noise on the router's input in training.
+        router_scale: deviation of the router's initial weights, in units of the usual one.
         expert_dropout: share of hidden channels dropped inside experts in training (0.4 in the
             source's fine-tuning).
-        balance: weight of the load-balancing loss, taken per packed row. z: weight of the router's
-            z-loss.
+        balance: weight of the load-balancing loss, taken per packed row.
+        z: weight of the router's z-loss.
         activation: of the experts: swiglu, or relu as in the source.
 
     Raises:
-        ValueError: a setting that is no number of its kind; see each message.
+        ValueError: a setting out of its range.
 
     Source: Fedus et al. 2021 (arXiv:2101.03961). Theirs counts capacity over the tokens of a
     device, so what is dropped depends on how a batch was cut; ours over a document (or row) in the
-    order of its tokens, wherever they lie.
+    order of its tokens, on any number of ranks.
     """
 
     def __init__(
@@ -68,17 +69,16 @@ class Switch(MixtureOfExperts):
         validate_experts(experts, 1, hidden)
         if capacity_over not in SCOPES:
             raise ValueError(
-                f"capacity_over={capacity_over}: places are counted over one of"
-                f" {', '.join(SCOPES)}; choose one"
+                f"unknown capacity_over={capacity_over}; choose one of {', '.join(SCOPES)}"
             )
-        for name, value in (
-            ("capacity_factor", capacity_factor),
-            ("eval_capacity_factor", eval_capacity_factor),
-        ):
+        factors = {
+            "capacity_factor": capacity_factor,
+            "eval_capacity_factor": eval_capacity_factor,
+        }
+        for name, value in factors.items():
             if value is not None and value <= 0:
                 raise ValueError(
-                    f"{name}={value} leaves no room at all; choose a number above 0, or null to"
-                    " drop nobody"
+                    f"{name}={value}: must be above 0; use null for experts without a limit"
                 )
         stacks = Experts(
             experts,
@@ -104,6 +104,7 @@ class Switch(MixtureOfExperts):
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]."""
+        # Padding may hold anything, also NaN, which would spread through the router's sums.
         x = torch.where(span.valid()[..., None], x, 0)
         logits = self.router(x, span)
         probs = logits.softmax(-1)
@@ -114,17 +115,17 @@ class Switch(MixtureOfExperts):
         return self._mixed(x, span, choice, probs.gather(-1, choice), kept)
 
     def _room(self, choice: Tensor, marks: Tensor, span: Span) -> Tensor:
-        """[B, T, 1] bool: whether the token comes early enough in the queue of its expert."""
+        """Marks tokens that come early enough in the queue of their expert, [B, T, 1] bool."""
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         if factor is None:
             return torch.ones_like(choice, dtype=torch.bool)
         tokens = self.tally.total(span.valid().long(), span, self.over)
-        place = self.tally.before(marks, span, self.over).gather(-1, choice)
-        return place < expert_capacity(tokens, self.count, factor)[..., None]
+        queue_length = self.tally.before(marks, span, self.over).gather(-1, choice)
+        return queue_length < expert_capacity(tokens, self.count, factor)[..., None]
 
 
 def expert_capacity(tokens: Tensor, experts: int, factor: float) -> Tensor:
-    """ceil(factor tokens / experts) in whole numbers: a factor of 1.1 is eleven tenths, and no
-    number near it."""
+    """Returns ceil(factor tokens / experts), exact for decimal factors."""
+    # As a float, 1.1 is a little more than eleven tenths, and the ceiling would be one too high.
     exact = Fraction(str(factor))
     return -(-(tokens * exact.numerator) // (exact.denominator * experts))

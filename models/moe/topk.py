@@ -1,4 +1,4 @@
-"""Top-k mixture of experts with shared experts and bias balancing."""
+"""Top-k mixture of experts with shared experts and balancing by a bias."""
 
 import torch
 from torch import Tensor
@@ -13,25 +13,24 @@ from models.span import Span
 
 
 class TopKMixture(MixtureOfExperts):
-    """Each token visits its `top` best experts, however many come, and all tokens the shared ones.
+    """Sends each token to its `top` best experts, without a capacity, and to the shared experts.
 
     Args:
-        width, ffn, experts, jitter, router_scale, expert_dropout, balance, z, activation: as Switch
-        has them.
+        width, ffn, layer, layers, seed, experts, jitter, router_scale, expert_dropout, balance, z,
+            activation: as in Switch.
         top: experts that a token visits.
-        shared: experts that every token visits beside those (DeepSeekMoE); they are one wider
-            layer.
+        shared: further experts that every token visits (DeepSeekMoE); computed as one wider layer.
         hidden: hidden width of each expert; ffn / (top + shared) by default, so a token costs what
             the dense layer costs.
         score: softmax, weights are the softmax over the chosen logits (Mixtral); sigmoid, they are
             the chosen sigmoids in units of their sum (DeepSeek-V3).
         scaling: factor of the weights.
-        bias_speed: after every step, an expert that fewer chose than the mean gains so much in the
-            choice (not in its weight), and one that more chose loses as much: balance without a
-            loss (arXiv:2408.15664). 0: no such bias.
+        bias_speed: added after every step to the choice (not to the weight) of experts with less
+            than the mean load, and subtracted from those with more: balance without a loss
+            (arXiv:2408.15664). 0: no bias.
 
     Raises:
-        ValueError: a setting that is no number of its kind; see each message.
+        ValueError: a setting out of its range.
 
     Source: Jiang et al. 2024 (arXiv:2401.04088) and DeepSeek-AI 2024 (arXiv:2412.19437). Ours
     counts the bias's load over all ranks and micro-batches of a step.
@@ -63,9 +62,10 @@ class TopKMixture(MixtureOfExperts):
     ):
         validate_experts(experts, top, hidden)
         if score not in ("softmax", "sigmoid"):
-            raise ValueError(f"score={score} is none that a router has; choose softmax or sigmoid")
-        if shared < 0 or bias_speed < 0:
-            raise ValueError(f"shared={shared} and bias_speed={bias_speed} must be 0 or more")
+            raise ValueError(f"unknown score={score}; choose softmax or sigmoid")
+        for name, value in (("shared", shared), ("bias_speed", bias_speed)):
+            if value < 0:
+                raise ValueError(f"{name}={value}: must be 0 or more; use 0 to leave it out")
         hidden = hidden or max(1, ffn // (top + shared))
         stacks = Experts(
             experts,
@@ -95,20 +95,18 @@ class TopKMixture(MixtureOfExperts):
         self.register_buffer("bias", torch.zeros(experts) if bias_speed else None)
 
     def init_rules(self) -> dict[str, Rule]:
-        """The shared experts' `down` starts as that of the others."""
-        return (
-            {"shared.down.weight": ScaledNormal((2 * self.layers) ** -0.5)}
-            if self.shared is not None
-            else {}
-        )
+        """Starts the shared experts' `down` as that of the others."""
+        if self.shared is None:
+            return {}
+        return {"shared.down.weight": ScaledNormal((2 * self.layers) ** -0.5)}
 
     def reset_buffers(self) -> None:
-        """No expert is favoured before step 1; for a model that was built on the meta device."""
+        """Sets the bias to 0, the value before step 1."""
         if self.bias is not None:
             self.bias = torch.zeros_like(self.bias)
 
     def on_step_end(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """See models/auxiliary.py; the bias moves here, by the choices of all ranks."""
+        """Moves the bias by the choices of all ranks and returns the routing metrics."""
         if self.bias is not None:
             load = sums["load"].to(self.bias.device)
             self.bias += self.bias_speed * (load.mean() - load).sign().to(self.bias.dtype)
@@ -127,21 +125,24 @@ class TopKMixture(MixtureOfExperts):
             gate = scores.gather(-1, choice)
             probs = scores / scores.sum(-1, keepdim=True)
             gate = gate / gate.sum(-1, keepdim=True)
+        # Without a capacity, only visits of padding are dropped.
         kept = span.valid()[..., None].expand_as(choice)
         self._leave(logits, probs, choice_mask(choice, span, self.count), kept, span)
         out = self._mixed(x, span, choice, self.scaling * gate, kept)
-        return out if self.shared is None else out + self.shared(x, span)
+        if self.shared is not None:
+            out = out + self.shared(x, span)
+        return out
 
 
 def validate_experts(experts: int, top: int, hidden: int | None) -> None:
-    """Raises ValueError where a layer cannot have such experts."""
+    """Raises ValueError where the numbers of experts or their width are out of range."""
     if experts < 1 or not 1 <= top <= experts:
         raise ValueError(
-            f"a token visits {top} of {experts} experts; there must be at least as many, and both 1"
-            " or more"
+            f"experts={experts}, experts of a token={top}: both must be 1 or more, and a token"
+            " cannot visit more experts than there are"
         )
     if hidden is not None and hidden < 1:
         raise ValueError(
-            f"hidden={hidden} is no width of an expert; choose 1 or more, or null for what costs as"
-            " much as dense"
+            f"hidden={hidden}: must be 1 or more; use null for an expert that costs a token what"
+            " the dense layer costs"
         )

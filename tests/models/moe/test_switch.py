@@ -220,15 +220,15 @@ def test_a_model_with_experts_costs_what_the_dense_one_costs_and_its_routers():
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"capacity_factor": 0}, "leaves no room at all"),
+        ({"capacity_factor": 0}, "must be above 0"),
         ({"capacity_over": "batch"}, "choose one"),
-        ({"jitter": 1.0}, "no share of the input"),
-        ({"expert_dropout": 1.0}, "no share of channels"),
-        ({"balance": -1}, "would reward"),
+        ({"jitter": 1.0}, "must be 0 or more and below 1"),
+        ({"expert_dropout": 1.0}, "a share of channels must be"),
+        ({"balance": -1}, "must be 0 or more"),
         ({"activation": "gelu"}, "choose one of swiglu, relu"),
         ({"experts": 0}, "1 or more"),
-        ({"router_scale": 0}, "choose one above 0"),
-        ({"hidden": 0}, "no width of an expert"),
+        ({"router_scale": 0}, "must be above 0"),
+        ({"hidden": 0}, "must be 1 or more"),
     ],
     ids=str,
 )
