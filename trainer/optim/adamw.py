@@ -125,11 +125,11 @@ def decayed_parameters(model: nn.Module) -> set[str]:
     """Returns the names of the parameters that weight decay acts on.
 
     These are the weights of linear layers, convolutions and recurrent cells of torch, and what a
-    module lists in its `weight_decay` (stacks of experts), except its `no_weight_decay` (networks that
-    write filters). Other parameters are left alone, however many dims they have:
-    norms, biases by head or by position, tables of positions, mixing coefficients, memory tokens.
-    Embeddings are left out as in OLMo 2 (arXiv:2501.00656): decay shrinks them, which makes the
-    gradients of the first layers grow. A tied embedding counts as an embedding.
+    module lists in its `weight_decay` (stacks of experts), except what it lists in its
+    `no_weight_decay` (networks that write filters). Other parameters are left alone, however many
+    dims they have: norms, biases by head or by position, tables of positions, mixing coefficients,
+    memory tokens. Embeddings are left out as in OLMo 2 (arXiv:2501.00656): decay shrinks them,
+    which makes the gradients of the first layers grow. A tied embedding counts as an embedding.
     """
     # By identity and not by name: a tied parameter has two names.
     decayed: set[int] = set()
