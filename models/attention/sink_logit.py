@@ -5,13 +5,14 @@ from torch import Tensor, nn
 
 from models.attention.full import CAUSAL, Attention
 from models.init import Rule, constant
+from models.layer import Layer
 from models.masks.basic import SlidingWindow
 from models.positions.base import Position
 from models.primitives.softmax import Softmax
 from models.scores import SinkScore
 
 
-class _TablesWithSink(nn.Module):
+class _TablesWithSink(Layer):
     """Gives the params of the score: a position's tables, if it has any, then the sink logits."""
 
     def __init__(self, tables: nn.Module | None, heads: int):
