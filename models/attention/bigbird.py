@@ -61,4 +61,7 @@ class BigBird(Attention):
 
     def stays_local(self) -> str | None:
         """See Layer."""
-        return "bigbird's random blocks lie all over a document, of which local attention sees a segment"
+        return (
+            "bigbird's random blocks lie all over a document, of which local attention"
+            " sees a segment"
+        )

@@ -73,7 +73,10 @@ class Longformer(Attention):
 
     def stays_local(self) -> str | None:
         """See Layer."""
-        return "longformer has a second set of queries and keys, of which a memory would have to be told"
+        return (
+            "longformer has a second set of queries and keys, of which a memory would"
+            " have to be told"
+        )
 
     def payload(self, hidden: Tensor, span: Span) -> tuple[Tensor, ...]:
         """Ordinary keys and values, then those for global queries; each [B, S, G, D]."""

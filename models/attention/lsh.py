@@ -138,8 +138,8 @@ class LSHAttention(Layer):
     def carries_over(self) -> str | None:
         """See Layer."""
         return (
-            "lsh numbers the tokens of a bucket from the start of the document, of which a later row"
-            " no longer has all"
+            "lsh numbers the tokens of a bucket from the start of the document, of which"
+            " a later row no longer has all"
         )
 
     def forward(self, hidden: Tensor, span: Span) -> Tensor:
