@@ -92,7 +92,7 @@ class Hyena(Layer):
     """v <- gate * v, then v <- filter (*) v + bias * v, for `order` gates; documents do not mix.
 
     Args:
-        width: of what comes in and goes out.
+        width: of input and output.
         context_length: longest document in tokens, the length of the filters.
         order: gates; one long filter fewer.
         conv_kernel: of the short filter before.

@@ -61,7 +61,7 @@ class ShortConv(Layer):
     away.
 
     Args:
-        width: of what comes in and goes out.
+        width: of input and output.
         conv_kernel: tokens that it reads, oneself among them.
 
     Source: the gated short block of Liquid AI's LFM2 (2025); the shift of H3 (Fu et al. 2022,

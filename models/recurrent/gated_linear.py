@@ -1,4 +1,4 @@
-"""Gated linear attention: every key channel forgets at a pace that the token sets.
+"""Gated linear attention: a decay per key channel, computed from the token.
 
 Letters: B rows, T tokens, H heads, D key width, E value width.
 """
@@ -17,11 +17,11 @@ class GatedLinear(Layer):
     """S_t = diag(sigmoid(gate)^(1 / 16)) S_{t-1} + k_t v_t, a norm per head, an output gate.
 
     Args:
-        width: of what comes in and goes out.
+        width: of input and output.
         heads: they divide width.
-        rank: of the projection to the forgetting gates.
-        gate_logit_normalizer: the log of the gates is divided by it, so that a fresh layer
-            remembers some tens of tokens.
+        rank: of the projection to the decays.
+        gate_logit_normalizer: divides the log decays, so that a fresh layer remembers some tens of
+            tokens.
 
     Source: Yang et al. 2023 (arXiv:2312.06635). Keys here are as wide as values, there half as
     wide.
@@ -31,26 +31,31 @@ class GatedLinear(Layer):
         self, width: int, heads: int, *, rank: int = 16, gate_logit_normalizer: float = 16.0
     ):
         super().__init__()
-        if rank < 1 or gate_logit_normalizer <= 0:
+        if rank < 1:
+            raise ValueError(f"rank={rank}: must be 1 or more; 16 is usual")
+        if gate_logit_normalizer <= 0:
             raise ValueError(
-                f"rank={rank} must be 1 or more and gate_logit_normalizer={gate_logit_normalizer}"
-                " above 0"
+                f"gate_logit_normalizer={gate_logit_normalizer}: must be above 0; 16 is usual"
             )
         self.head_width = head_width(width, heads)
         self.gate_logit_normalizer = gate_logit_normalizer
-        self.q, self.k, self.v, self.gate, self.out = (
-            nn.Linear(width, width, bias=False) for _ in range(5)
-        )
+        self.q = nn.Linear(width, width, bias=False)
+        self.k = nn.Linear(width, width, bias=False)
+        self.v = nn.Linear(width, width, bias=False)
+        self.gate = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
         self.forget = nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, width))
         self.norm = nn.RMSNorm(self.head_width, eps=1e-5)
         self.mix = Scan()
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]."""
+        # Log decays add up over a document: in bfloat16 their sums would lose the newest ones.
         wide = torch.promote_types(x.dtype, torch.float32)
         decay = F.logsigmoid(self.forget(x).to(wide)) / self.gate_logit_normalizer
-        q, k, v, decay = (
-            y.unflatten(-1, (-1, self.head_width)) for y in (self.q(x), self.k(x), self.v(x), decay)
-        )
-        y = self.mix((q * self.head_width**-0.5,), (k, v, decay), span=span)
-        return self.out(self.norm(y).flatten(-2) * F.silu(self.gate(x)))
+        heads = (-1, self.head_width)
+        query = self.q(x).unflatten(-1, heads) * self.head_width**-0.5
+        key = self.k(x).unflatten(-1, heads)
+        value = self.v(x).unflatten(-1, heads)
+        output = self.mix((query,), (key, value, decay.unflatten(-1, heads)), span=span)
+        return self.out(self.norm(output).flatten(-2) * F.silu(self.gate(x)))

@@ -1,5 +1,5 @@
-"""Linear attention: positive features of queries and keys in place of the softmax, so that a state
-of fixed size suffices.
+"""Linear attention: positive features of queries and keys instead of the softmax, which needs only a
+state of fixed size.
 
 Letters: B rows, T tokens, H heads, D key width, E value width, M features.
 """
@@ -16,7 +16,7 @@ TINY = 1e-30  # below any sum of weights that is not 0; above the smallest float
 
 
 def head_width(width: int, heads: int) -> int:
-    """Channels of a head; a ValueError where heads do not divide width."""
+    """Returns the channels of a head; raises ValueError where heads do not divide width."""
     if width % heads:
         raise ValueError(
             f"model.width={width} does not divide among model.heads={heads}; choose a multiple of"
@@ -26,19 +26,28 @@ def head_width(width: int, heads: int) -> int:
 
 
 def weighted_mean(mix: Scan, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
-    """[B, T, H, E]: mean of v [B, T, H, E] with weights q_t k_s, all at least 0 (features [B, T, H,
-    M]); 0 where none is."""
+    """Returns the mean of v with weights q_t k_s, [B, T, H, E]; 0 where all weights are 0.
+
+    Args:
+        mix: the scan.
+        q, k: features [B, T, H, M], at least 0.
+        v: [B, T, H, E].
+        span: addresses of the tokens.
+    """
+    # A further value channel of ones carries the sum of the weights.
     ones = v.new_ones(*v.shape[:-1], 1)
-    still = q.new_zeros(*q.shape[:2], 1)
-    found = mix((q,), (k, torch.cat([v, ones], -1).to(q.dtype), still), span=span)
-    return (found[..., :-1] / found[..., -1:].clamp_min(TINY)).to(v.dtype)
+    no_decay = q.new_zeros(*q.shape[:2], 1)
+    values = torch.cat([v, ones], -1).to(q.dtype)
+    sums = mix((q,), (k, values, no_decay), span=span)
+    weight_sum = sums[..., -1:].clamp_min(TINY)
+    return (sums[..., :-1] / weight_sum).to(v.dtype)
 
 
 class LinearAttention(Layer):
     """A mean of all values so far, weighted by (elu(q) + 1) (elu(k) + 1).
 
     Args:
-        width: of what comes in and goes out.
+        width: of input and output.
         heads: they divide width.
 
     Source: Katharopoulos et al. 2020 (arXiv:2006.16236). No epsilon in the denominator, which would
@@ -48,20 +57,21 @@ class LinearAttention(Layer):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.head_width = head_width(width, heads)
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.q = nn.Linear(width, width, bias=False)
+        self.k = nn.Linear(width, width, bias=False)
+        self.v = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
         self.mix = Scan()
 
     def features(self, x: Tensor, queries: bool) -> Tensor:
-        """[B, T, H, D] -> [B, T, H, M], positive; float32 or float64."""
+        """Maps [B, T, H, D] to positive features [B, T, H, M]; float32 or float64."""
         return F.elu(x.to(torch.promote_types(x.dtype, torch.float32))) + 1
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]."""
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_width)) for project in (self.q, self.k, self.v)
-        )
-        return self.out(
-            weighted_mean(
-                self.mix, self.features(q, True), self.features(k, False), v, span
-            ).flatten(-2)
-        )
+        heads = (-1, self.head_width)
+        query = self.features(self.q(x).unflatten(-1, heads), True)
+        key = self.features(self.k(x).unflatten(-1, heads), False)
+        value = self.v(x).unflatten(-1, heads)
+        mean = weighted_mean(self.mix, query, key, value, span)
+        return self.out(mean.flatten(-2))

@@ -1,4 +1,4 @@
-"""Retention: linear attention whose memory fades at a fixed rate per head, with rotary positions.
+"""Retention: linear attention with a fixed decay per head and rotary positions.
 
 Letters: B rows, T tokens, H heads, D key width, E value width.
 """
@@ -18,21 +18,22 @@ from models.span import Span
 
 
 def fading(heads: int) -> list[float]:
-    """Log of what each head keeps a token: log(1 - 2^-5), log(1 - 2^-6), ..."""
+    """Returns the log decay of each head per token: log(1 - 2^-5), log(1 - 2^-6), ..."""
+    # log1p, because 1 - 2^-n rounds to 1 for many heads.
     return [math.log1p(-(2.0 ** -(5 + head))) for head in range(heads)]
 
 
 class Retention(Layer):
-    """Several heads, each forgetting at its own pace; a norm per head, a gate, and out.
+    """Retention with several decays, a norm per head, an output gate and a projection.
 
     Args:
-        width: of what comes in and goes out.
+        width: of input and output.
         heads: they divide width.
         expand: width of the values in units of width.
 
     Source: Sun et al. 2023, RetNet (arXiv:2307.08621). The scale of the scores and the row norms of
-    its code only change what the norm per head takes out again, so they are left out; angles are
-    taken in float64, for long documents.
+    its code are left out, since the norm per head undoes them; angles are computed in float64, for
+    long documents.
     """
 
     def __init__(self, width: int, heads: int, *, expand: Few = 2):
@@ -41,8 +42,8 @@ class Retention(Layer):
         self.head_width = head_width(width, heads)
         if self.head_width % 2:
             raise ValueError(
-                "retention turns pairs of channels: the head width must be even, got"
-                f" {self.head_width}"
+                f"model.width={width}, model.heads={heads}: retention rotates pairs of channels, so"
+                f" the head width must be even, not {self.head_width}; choose another model.heads"
             )
         self.q = nn.Linear(width, width, bias=False)
         self.k = nn.Linear(width, width, bias=False)
@@ -53,34 +54,37 @@ class Retention(Layer):
         self.mix = Scan()
 
     def init_rules(self) -> dict[str, Rule]:
-        """Xavier with a gain of 2^-2.5 for what goes in, as RetNet has it."""
+        """Returns Xavier's rule with a gain of 2^-2.5 for the input projections, as in RetNet."""
         rules = {}
-        for name in ("q", "k", "v", "gate"):
-            shape = getattr(self, name).weight.shape
-            rules[f"{name}.weight"] = normal(2**-2.5 * (2 / (shape[0] + shape[1])) ** 0.5)
+        projections = {"q": self.q, "k": self.k, "v": self.v, "gate": self.gate}
+        for name, projection in projections.items():
+            channels = projection.in_features + projection.out_features
+            rules[f"{name}.weight"] = normal(2**-2.5 * (2 / channels) ** 0.5)
         return rules
 
-    def turn(self, x: Tensor, span: Span) -> Tensor:
-        """[B, T, H, D], pairs (2i, 2i + 1) turned by pos / 10000^(i / (D/2 - 1)): the slowest speed
-        is 1e-4 exactly."""
+    def rotate(self, x: Tensor, span: Span) -> Tensor:
+        """Rotates pairs (2i, 2i + 1) of [B, T, H, D] by pos / 10000^(i / (D/2 - 1)).
+
+        The slowest frequency is 1e-4 exactly, unlike that of rotary position embeddings.
+        """
         half = self.head_width // 2
-        speeds = 10_000.0 ** -torch.linspace(0, 1, half, dtype=torch.float64, device=x.device)
-        angle = span.pos[..., None, None] * speeds
-        cos, sin = (
-            f.to(torch.promote_types(x.dtype, torch.float32)) for f in (angle.cos(), angle.sin())
-        )
-        a, b = x.unflatten(-1, (half, 2)).unbind(-1)
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        inv_freq = 10_000.0 ** -torch.linspace(0, 1, half, dtype=torch.float64, device=x.device)
+        angle = span.pos[..., None, None] * inv_freq
+        cos = angle.cos().to(wide)
+        sin = angle.sin().to(wide)
+        even, odd = x.unflatten(-1, (half, 2)).unbind(-1)
+        rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+        return rotated.flatten(-2).to(x.dtype)
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]."""
-        q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v)
-        )
-        fade = torch.tensor(
-            fading(self.heads), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)
-        )
-        y = self.mix(
-            (self.turn(q, span),), (self.turn(k, span), v, fade.expand(*x.shape[:2], -1)), span=span
-        )
-        return self.out(self.norm(y).flatten(-2) * F.silu(self.gate(x)))
+        heads = (self.heads, -1)
+        query = self.rotate(self.q(x).unflatten(-1, heads), span)
+        key = self.rotate(self.k(x).unflatten(-1, heads), span)
+        value = self.v(x).unflatten(-1, heads)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        decay = torch.tensor(fading(self.heads), device=x.device, dtype=wide)
+        decay = decay.expand(*x.shape[:2], -1)
+        output = self.mix((query,), (key, value, decay), span=span)
+        return self.out(self.norm(output).flatten(-2) * F.silu(self.gate(x)))

@@ -23,7 +23,7 @@ class Rwkv6(Layer):
     v_t.
 
     Args:
-        width: of what comes in and goes out.
+        width: of input and output.
         heads: they divide width.
         layer, layers: which layer this is, for the initial weights.
         rank: of the data-dependent mixes and decays.

@@ -33,7 +33,7 @@ class Rwkv7(Layer):
     and gate.
 
     Args:
-        width: of what comes in and goes out.
+        width: of input and output.
         heads: they divide width.
         layer, layers: which layer this is; all but the lowest draw their values toward those of the
             first such layer.

@@ -69,7 +69,7 @@ class ChannelMix(Layer):
     """RWKV-7's feed-forward layer: down(relu(up(x shifted))^2).
 
     Args:
-        width: of what comes in and goes out.
+        width: of input and output.
         ffn: width of what lies between.
         layer, layers: which layer this is, for the initial weights.
 
