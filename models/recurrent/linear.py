@@ -1,5 +1,4 @@
-"""Linear attention: positive features of queries and keys instead of the softmax, which needs only a
-state of fixed size.
+"""Linear attention: positive features of queries and keys, which need only a state of fixed size.
 
 Letters: B rows, T tokens, H heads, D key width, E value width, M features.
 """
