@@ -119,7 +119,7 @@ def test_a_misspelt_hook_is_found():
             super().__init__()
             self.active_shares = 0.5
 
-        def on_step_start(self, step):
+        def on_step_begins(self, step):
             """Never called."""
 
         def init_rule(self):
@@ -128,7 +128,7 @@ def test_a_misspelt_hook_is_found():
     assert misspelt(public_names(Wrong)) == {
         "no_weight_decays": "no_weight_decay",
         "active_shares": "active_share",
-        "on_step_start": "on_step_begin",
+        "on_step_begins": "on_step_begin",
         "init_rule": "init_rules",
     }
 
