@@ -142,7 +142,7 @@ def test_even_choices_of_several_experts_cost_one():
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"top": 6}, "visits 6 of 5"),
+        ({"top": 6}, "experts of a token=6"),
         ({"score": "tanh"}, "softmax or sigmoid"),
         ({"shared": -1}, "0 or more"),
         ({"bias_speed": -0.1}, "0 or more"),
