@@ -275,7 +275,7 @@ def test_a_layer_keeps_no_more_than_it_may_need():
             lambda: Compressed(WIDTH, HEADS, Rope(), rope_dim=2, index_channels=4),
             "compressed attention chooses",
         ),
-        (SegmentMemory(4), lambda: Hyena(WIDTH, 64), "hyena's filter has 64 taps"),
+        (SegmentMemory(4), lambda: Hyena(WIDTH, 64), "Hyena takes documents of 64 tokens"),
         (
             SegmentMemory(4),
             lambda: Attention(WIDTH, HEADS, 3, Learned(64)),
