@@ -64,7 +64,7 @@ class MixtureOfExperts(Layer):
         self.z = z
         self.count = router.out_features
         self.chance = CounterRNG(seed, "expert dropout", layer) if expert_dropout else None
-        self.auxiliary_sums = AuxiliaryOutputs()
+        self.auxiliary_sums: AuxiliaryOutputs = AuxiliaryOutputs()
 
     def on_step_end(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Returns the routing metrics of the step."""

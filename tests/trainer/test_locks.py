@@ -45,14 +45,14 @@ def test_without_file_locks_a_corpus_is_still_built_once(lockless, tmp_path, cap
         "cache": str(tmp_path / "cache"),
         "held_out": 0.0,
     }
-    usual = cache._built
+    usual = cache._build
 
     def slow(*words):
         built.append(1)
         time.sleep(0.5)
         return usual(*words)
 
-    cache._built = slow
+    cache._build = slow
     try:
         threads = [
             threading.Thread(target=open_stream, args=(node,), kwargs=SETTINGS) for _ in range(3)
@@ -62,7 +62,7 @@ def test_without_file_locks_a_corpus_is_still_built_once(lockless, tmp_path, cap
         for thread in threads:
             thread.join()
     finally:
-        cache._built = usual
+        cache._build = usual
     assert len(built) == 1 and not list((tmp_path / "cache").glob("*.held*"))
     assert [
         record.getMessage() for record in caplog.records if "no file locks" in record.getMessage()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_args
 from omegaconf import OmegaConf
 
 from models.attention.full import Attention
-from models.memory.local_attention import NOT_EXACT
+from models.layer import Layer
 from trainer.config.groups import CONF, choices
 from trainer.config.node_checks import find_class, parameters
 from trainer.config.schema import ParallelConfig
@@ -231,7 +231,8 @@ def is_comparable(name: str, precision: str) -> bool:
 
 
 def _carries_memory(mixer: type) -> bool:
-    return issubclass(mixer, Attention) and not issubclass(mixer, tuple(NOT_EXACT))
+    # A mixer that states a reason against it overrides this hook.
+    return issubclass(mixer, Attention) and mixer.stays_local is Layer.stays_local
 
 
 def _sizes(random: Random, group: str, name: str) -> list[str]:
