@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 # Tests at once, each with ranks of its own; files are not torn apart.
 JOBS ?= 2
 
-.PHONY: install train sweep test test-all lint types clean
+.PHONY: install train sweep test test-all lint types docs clean
 
 install: .venv/.installed
 
@@ -31,6 +31,11 @@ test: lint types
 
 test-all: lint types
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# The site in build/docs; a warning is an error.
+docs: install
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv runs sweeps build *.egg-info .pytest_cache .ruff_cache .hypothesis
