@@ -1,5 +1,4 @@
-"""What lies to the left of the rows at hand: tokens and states that the rows before them, in the
-same lanes, left behind.
+"""State carried from earlier rows of a lane: kept tokens and recurrent states.
 
 A Past travels with a Span, as its `past`. A layer asks it for what was left under its name and
 leaves what comes next; whether that lies on this device or over ranks is not the layer's business.
@@ -44,7 +43,7 @@ def name_stateful_modules(model: nn.Module) -> None:
 
 
 class CarriedState:
-    """What rows left for the next rows of their lanes. The trainer holds one for each micro-batch.
+    """State that rows leave for the next rows of their lanes; one for each micro-batch.
 
     What is found does not change while a step lasts; what is left is put aside until `advance`, so
     that a layer that is computed again in backward finds what it found.
@@ -93,8 +92,9 @@ class CarriedState:
         return self._kept(name, x, length), self._spans[length]
 
     def state(self, name: str) -> Tensor | None:
-        """What the rows before left, None at the beginning. It is of the document that goes on in
-        the first token, if any does.
+        """Returns the state that the rows before left, None at the beginning.
+
+        It belongs to the document that goes on in the first token, if any does.
 
         A layer whose algebra does not reset at `Span.opens` has to drop it by itself where a
         document opens.
@@ -108,8 +108,9 @@ class CarriedState:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """What was left becomes what is found; after the last use of a row, on every rank. Forgets
-        where nothing was left."""
+        """Makes the stored state the one that is read, and forgets where nothing was stored.
+
+        Called after the last use of a row, on every rank."""
         assert self._row is not None, "enter() comes before the forward pass"
         whole = self._whole(self._row)
         row = self._row
@@ -158,7 +159,7 @@ class CarriedState:
                 self.kept[name] = int(kind), self._dealt_tokens(x)
 
     def bytes(self) -> int:
-        """What is held here between rows, addresses left out."""
+        """Returns the bytes held between rows, without addresses."""
         held = [x for _, x in (*self.kept.values(), *self.states.values())]
         return sum(t.numel() * t.element_size() for t in held)
 
@@ -181,7 +182,7 @@ class CarriedState:
         return row
 
     def _share(self, length: int) -> int:
-        """How many of `length` kept tokens are at hand."""
+        """Returns the number of the `length` kept tokens that are at hand."""
         return length
 
     def _dealt(self, span: Span) -> Span:

@@ -47,8 +47,9 @@ def layers_ahead(model: nn.Module) -> list[Ahead]:
 
 
 def plain_sight(model: nn.Module) -> int:
-    """How many first tokens of a document are seen from before them, as no target may be; FAR =
-    all."""
+    """Counts the first tokens of a document that earlier tokens see, as no target may be.
+
+    FAR: all of them."""
     return max((layer.causal_from for layer in layers_ahead(model)), default=0)
 
 

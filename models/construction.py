@@ -1,5 +1,4 @@
-"""What constructors give: the values of parameters, buffers and tensors of layers, for a model
-built on the meta device.
+"""Values that constructors give to parameters, buffers and tensors of a model built on meta.
 
 A model is built without memory first. Where a layer gives its parameters values of its own, the
 part that it stands in (a mixer, a feed-forward layer, or the model around them) is built once more
@@ -30,7 +29,7 @@ DRAWING = (
 
 @dataclass(frozen=True)
 class Origin:
-    """How a part of a model was made; hangs on its module as `origin`.
+    """The way a part of a model was made; its module has it as `origin`.
 
     Attributes: build: makes it again on the device in force; parts inside it that have an origin of
         their own stay on meta. foreign: classes that are not ours take part.
@@ -78,14 +77,14 @@ def modules_of(part: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def foreign(part: nn.Module, origin: Origin) -> bool:
-    """Whether constructors that are not ours made some of it."""
+    """Reports that constructors which are not ours made some of it."""
     return origin.foreign or any(
         type(m).__module__.partition(".")[0] not in HOUSE for _, m in modules_of(part)
     )
 
 
 def holds_meta(value: Any) -> bool:
-    """Whether a tensor without values is in it, alone or in lists, tuples and dicts."""
+    """Reports a tensor without values, alone or in lists, tuples and dicts."""
     return tree_any(lambda leaf: isinstance(leaf, Tensor) and leaf.is_meta, value)
 
 
@@ -157,7 +156,7 @@ def never_filled(model: nn.Module, seed: int) -> Iterator[str]:
 
 @contextmanager
 def _empty_is_nan() -> Iterator[None]:
-    """What torch.empty makes holds NaN meanwhile, so that what nobody fills shows."""
+    """Lets torch.empty return NaN, so that a value which is never filled in shows."""
     before = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

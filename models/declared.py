@@ -1,5 +1,4 @@
-"""What a module says of itself in an attribute that others look for, such as `blocks` or
-`active_share`."""
+"""Attributes by which a module states something about itself, such as `blocks`."""
 
 from typing import Any, TypeVar
 

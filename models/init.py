@@ -169,7 +169,7 @@ def _scaled(model: nn.Module, rule: Rule) -> Rule:
 
 
 def draw(rule: Rule, name: str, shape: torch.Size, seed: int) -> Tensor:
-    """What the rule gives the parameter of that name, float32 on the CPU."""
+    """Draws the value that the rule gives the parameter of that name, float32 on the CPU."""
     digest = hashlib.blake2b(f"{seed}/initial weights/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     with torch.device("cpu"):

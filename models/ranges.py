@@ -20,7 +20,7 @@ class Range:
     above: float | None = None
 
     def breach(self, value: float) -> str | None:
-        """What keeps the value out, or None."""
+        """Returns the bound that keeps the value out, or None."""
         if self.low is not None and value < self.low:
             return f"it must be at least {self.low}"
         if self.above is not None and value <= self.above:

@@ -27,7 +27,7 @@ GatherWhole = Callable[[Tensors, Tensors, Span, Span], tuple[Tensors, Tensors, S
 
 
 class AttentionMap(NamedTuple):
-    """What one softmax weighs in one pass.
+    """The weights of one softmax in one pass.
 
     Attributes: name: of the leaf in the model; where it is called again in the same pass, " (2)", "
         (3)", ... after it. weight: [H, T, S] of at least float32, on the CPU; all heads, or the

@@ -61,8 +61,7 @@ class Decoder(Layer):
             self.head.weight = self.embed.weight
 
     def init_rules(self) -> dict[str, Rule]:
-        """What adds to the residual stream starts smaller the more layers add to it (Radford et al.
-        2019)."""
+        """Start what adds to the residual stream smaller with more layers (Radford et al. 2019)."""
         small = ScaledNormal((2 * max(1, len(self.blocks))) ** -0.5)
         outputs = ("feedforward.down.weight", "mixer.out.weight")
         names = [f"blocks.{i}.{leaf}" for i in range(len(self.blocks)) for leaf in outputs]

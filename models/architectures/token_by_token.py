@@ -76,7 +76,7 @@ class TokenByTokenModel(StatefulModule, ABC):
         return self._losses(logits, targets) if targets is not None else self._all(logits)
 
     def _found(self, span: Span, blank: StateTuple) -> StateTuple:
-        """What the rows before left."""
+        """The state that the rows before left."""
         found = (span.past.state(f"{self.place}.{number}") for number in range(len(blank)))
         return tuple(b if f is None else f.to(b.dtype) for f, b in zip(found, blank))
 

@@ -75,8 +75,7 @@ class LongConvCost:
 
 @dataclass
 class CostTrace:
-    """What a trace found: softmax attentions, long convolutions, and multiply-adds a token of scans
-    and windows."""
+    """The result of a trace: softmax attentions, long convolutions, multiply-adds of scans."""
 
     pairs: list[AttentionCost] = field(default_factory=list)
     convolutions: list[LongConvCost] = field(default_factory=list)

@@ -1,5 +1,4 @@
-"""How many (head, query, key) triples a mask lets through: exact, and without ever holding tokens x
-tokens.
+"""Exact count of the (head, query, key) triples that a mask lets through, in little memory.
 
 A row is cut into unbroken runs. Pairs of stretches of runs are halved until the mask says that
 nothing or everything is visible, or that two runs see each other in a band, whose area has a closed

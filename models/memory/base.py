@@ -1,5 +1,4 @@
-"""What `memory=` in the config names: how a decoder carries what came before from row to row of a
-lane."""
+"""Memories, `memory=` in the config: state that a decoder carries from row to row of a lane."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

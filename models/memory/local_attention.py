@@ -67,8 +67,7 @@ def within_segment(mixer: Attention, segment: int | None) -> None:
 
 
 class RecentTokens(StatefulModule):
-    """What came into a layer with the last tokens of the row before: all that a segment which goes
-    on may still see.
+    """Inputs of a layer at the last tokens of the row before, which the next segment may see.
 
     It carries no gradient; keys and values are made of it with today's weights.
 

@@ -114,8 +114,7 @@ class SegmentMemory(Memory):
 
 
 class SegmentReader(StatefulModule):
-    """What the queries of a layer may see: kept tokens, those of the row as later segments see
-    them, and the row itself.
+    """The keys that the queries of a layer may see: kept tokens, earlier segments, the row.
 
     Args:
         length, segment: as Segments has them.

@@ -121,8 +121,9 @@ class Rwkv7(Layer):
         return self.values(x, span, None)[0]
 
     def values(self, x: Tensor, span: Span, first: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the layer gives, and the values [B, T, width] of the first of these layers: `first`,
-        or its own for None."""
+        """Returns the output, and the values [B, T, width] of the first of these layers.
+
+        The latter are `first`, or this layer's own where that is None."""
         away = self.shift(x, span)
         r, w, k, v, a, g = (x + away * look for look in self.look)
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -152,5 +153,5 @@ def _rising(width: int) -> Tensor:
 
 
 def _spread_out(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """What a low-rank map ends in: orthogonal, so that 0.1 is its stretch whatever the rank."""
+    """Initial value of a low-rank map's last matrix: orthogonal, so that 0.1 is its stretch."""
     return orthogonal(0.1 * max(1.0, shape[1] / shape[0]) ** 0.5)(shape, generator)

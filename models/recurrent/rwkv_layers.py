@@ -1,4 +1,4 @@
-"""What RWKV layers share: the token shift, low-rank maps, the norm per head, and the channel mix.
+"""Parts of RWKV layers: token shift, low-rank maps, norm per head, channel mix.
 
 Letters: B rows, T tokens, W width.
 """
@@ -13,7 +13,7 @@ from models.span import Span
 
 
 class TokenShift(Layer):
-    """How far the token before lies from each token: x_{t-1} - x_t, with 0 before a document."""
+    """Difference to the token before: x_{t-1} - x_t, with 0 before a document."""
 
     def __init__(self):
         super().__init__()

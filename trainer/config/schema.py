@@ -183,8 +183,9 @@ class ParallelConfig(ConfigGroup):
 
 
 class EngineConfig(ComponentConfig):
-    """Where parameters, gradients and optimiser state live. All keys stand here: an engine's module
-    may be slow to import."""
+    """Placement of parameters, gradients and optimiser state; `engine=` in the config.
+
+    All keys stand here, since an engine's module may be slow to import."""
 
     model_config = ConfigDict(extra="forbid")
 

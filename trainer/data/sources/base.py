@@ -1,5 +1,4 @@
-"""Where documents come from, in a fixed order: what every source has in common, and how one is
-built from a config."""
+"""Base of every source of documents, in a fixed order, and its construction from a config."""
 
 import hashlib
 import importlib

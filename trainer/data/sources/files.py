@@ -118,7 +118,7 @@ def _here() -> str:
 
 
 def _matches(pattern: str) -> list[str]:
-    """What matches, sorted. A file whose name has brackets in it is meant literally."""
+    """Returns the matching paths, sorted. A file name with brackets is also taken literally."""
     if os.path.isfile(pattern):
         return [pattern]
     return sorted(set(glob.glob(pattern, recursive=True)))
@@ -169,7 +169,7 @@ def _root(pattern: str) -> str:
 
 
 def file_at(path: str, name: str) -> File:
-    """What lies at a path, readable or not."""
+    """Describes the file at a path, readable or not."""
     place = os.path.abspath(path)
     try:
         facts = os.stat(path)

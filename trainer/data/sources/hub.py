@@ -165,11 +165,11 @@ def _files(builder: DatasetBuilder) -> dict[str, list[str]] | None:
 
 
 def _only(builder: DatasetBuilder, field: str) -> dict[str, Any]:
-    """What keeps the library from reading other columns of a table of another kind."""
+    """Returns the arguments that keep the library from reading other columns."""
     return {"usecols": [field]} if isinstance(builder, Csv) else {}
 
 
 def cache_folder() -> str | None:
-    """Where the library may keep notes; None = in its own place, if that can be written."""
+    """Returns the library's folder for notes; None = its own, if that can be written."""
     usual = os.path.expanduser(str(config.HF_DATASETS_CACHE))
     return None if writable(usual) else spare_folder("datasets", f"{usual} cannot be written")

@@ -152,8 +152,9 @@ def _stays_folded(metadata: Any, column: int) -> bool:
 
 
 def _rows(source: BinaryIO, chunk: Any, most: int, folded: bool) -> int | TooLarge:
-    """How many rows of a column chunk are decoded at a time: one, where an encoding lets a few
-    bytes stand for many."""
+    """Returns the rows of a column chunk to decode at a time.
+
+    One, where an encoding lets a few bytes stand for many."""
     if not folded and not set(chunk.encodings) <= PLAIN | LENGTHS:
         return 1
     if chunk.total_uncompressed_size <= most:

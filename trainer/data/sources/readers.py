@@ -38,7 +38,7 @@ class File:
 
 @dataclass(frozen=True)
 class ReadRequest:
-    """How a file is read.
+    """The way a file is read.
 
     Attributes: field: that holds the text. report: takes the faults. limit: bytes after which to
         stop. most: bytes of a document.
@@ -120,7 +120,7 @@ def _passed_over(file: File, report: ReadReport, readers: Mapping[str, Reader]) 
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """Returns the message of an error in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     words = " ".join(str(error).split())
@@ -128,7 +128,7 @@ def reason(error: BaseException) -> str:
 
 
 def suffix_of(path: str) -> str:
-    """What follows the last dot of the file's name, in small letters and with the dot."""
+    """Returns the suffix of the file's name, in small letters and with its dot."""
     name = path.replace("\\", "/").rsplit("/", 1)[-1]
     return f".{name.rsplit('.', 1)[-1].lower()}" if "." in name else ""
 
@@ -277,8 +277,9 @@ def _kind(value: Any) -> str:
 
 
 def sound(text: str) -> bool:
-    """Whether a text can be written as UTF-8; JSON can spell half of a surrogate pair, which
-    cannot."""
+    """Reports that a text can be written as UTF-8.
+
+    JSON can spell half of a surrogate pair, which cannot."""
     if text.isascii():
         return True
     try:

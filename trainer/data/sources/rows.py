@@ -32,7 +32,7 @@ BUFFER = 1 << 20
 
 
 class At(NamedTuple):
-    """Where in a file reading stands: rows (or lines) read, and the bytes that they have."""
+    """Position of reading in a file: rows (or lines) read, and their bytes."""
 
     row: int
     end: int
@@ -56,7 +56,7 @@ class Rows:
         self.state = dict(START)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next document begins."""
+        """Returns the place at which the next document begins."""
         return dict(self.state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

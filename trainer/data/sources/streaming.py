@@ -40,11 +40,11 @@ class StreamingSource(Source):
         """Count in the report what the data leaves out by its nature."""
 
     def identity(self) -> str:
-        """What the data is called in messages."""
+        """The name of the data in messages."""
         raise NotImplementedError
 
     def content(self) -> str:
-        """What tells the data from any other, wherever it lies; part of a cursor's fingerprint."""
+        """Identifies the data by its content, wherever it lies; part of a cursor's fingerprint."""
         return self.identity()
 
     def sample(self) -> str:
@@ -182,7 +182,7 @@ class DocumentReader:
         return bool(is_held_out(hashes, self.source.held_out)[0]) == (self.split == "held_out")
 
     def state(self) -> dict[str, Any]:
-        """Where the next document begins, as JSON can hold it."""
+        """Returns the place at which the next document begins, as JSON can hold it."""
         self.read = 0
         state = _plain(self.examples.state_dict()) if self.number else None
         found = {
