@@ -126,19 +126,15 @@ def collect(
     ) -> None:
         inner_span = rest["span"]
         kv_span = rest["span"] if rest.get("kv_span") is None else rest["kv_span"]
-        query, payload, inner_span, kv_span = (
-            (query, payload, inner_span, kv_span)
-            if whole is None
-            else whole(query, payload, inner_span, kv_span)
-        )
+        if whole is not None:
+            query, payload, inner_span, kv_span = whole(query, payload, inner_span, kv_span)
         weight = attention_weights(
             leaf, query, payload, params, span=inner_span, kv_span=kv_span, heads=rest.get("heads")
         )[0]
         here = _places(inner_span, inner_span)
         there = _places(kv_span, inner_span)
         kept = weight[:heads].index_select(1, here).index_select(2, there).cpu()
-        times = sum(each.name.partition(" ")[0] == name for each in found)
-        label = f"{name} ({times + 1})" if times else name
+        label = _numbered(name, found)
         addresses = (
             each.map(lambda t, some=some: t[:, some].cpu())
             for each, some in ((inner_span, here), (kv_span, there))
@@ -146,7 +142,7 @@ def collect(
         found.append(AttentionMap(label, kept, len(weight), *addresses))
 
     def hook(name: str, leaf: Softmax) -> Callable[..., None]:
-        return lambda module, args, kwargs: note(name, leaf, *args, **kwargs)
+        return lambda _, args, kwargs: note(name, leaf, *args, **kwargs)
 
     handles = [
         module.register_forward_pre_hook(hook(name, _leaf(module)), with_kwargs=True)
@@ -159,6 +155,12 @@ def collect(
         for handle in handles:
             handle.remove()
     return found
+
+
+def _numbered(name: str, maps: list[AttentionMap]) -> str:
+    """Returns the name of a leaf, with the number of the call where it is called again."""
+    times = sum(earlier.name.partition(" ")[0] == name for earlier in maps)
+    return f"{name} ({times + 1})" if times else name
 
 
 def _uncompiled() -> AbstractContextManager:

@@ -77,11 +77,7 @@ class Compressed(Layer):
         q_latent = max(1, width // 2) if q_latent is None else q_latent
         _validate_channels(position, channels, rope_dim, index_channels)
         _validate_counts(block=block, top=top, q_latent=q_latent, index_heads=index_heads)
-        _validate_counts(groups=groups)
-        if heads % groups:
-            raise ValueError(
-                f"groups={groups} does not divide model.heads={heads}; choose a divisor of {heads}"
-            )
+        _validate_groups(groups, heads)
         _validate_dense_steps(dense_steps)
         group_width = max(1, width // groups) if group_width is None else group_width
 
@@ -223,6 +219,15 @@ def _validate_channels(
         raise ValueError(
             f"position.attention_factor={attention_factor}: compressed attention rotates its"
             " output back, which must not change its length; set position.attention_factor=1.0"
+        )
+
+
+def _validate_groups(groups: int, heads: int) -> None:
+    """Refuses groups of heads that are not equal."""
+    _validate_counts(groups=groups)
+    if heads % groups:
+        raise ValueError(
+            f"groups={groups} does not divide model.heads={heads}; choose a divisor of {heads}"
         )
 
 

@@ -180,26 +180,14 @@ def backward(
     query = _ready(q, use.dtype, use.key)
     if use.flash:
         both = _ready(k, use.dtype, use.key), _ready(v, use.dtype, use.value)
-        # of dropout
-        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        none = torch.empty(0, device=q.device)
-        sizes = (q.shape[1], k.shape[1])
-        inner_lse = _masses(lse, 1)
-        grads = flash_backward(
-            inner_d_out,
-            query,
-            *both,
-            out,
-            inner_lse,
-            None,
-            None,
-            *sizes,
-            0.0,
-            triangle,
-            seed,
-            none,
-            scale=scale,
+        sizes = (None, None, q.shape[1], k.shape[1])
+        # The generator's state of a dropout that is 0.
+        dropout = (
+            torch.zeros(2, dtype=torch.uint64, device=q.device),
+            torch.empty(0, device=q.device),
         )
+        tensors = (inner_d_out, query, *both, out, _masses(lse, 1))
+        grads = flash_backward(*tensors, *sizes, 0.0, triangle, *dropout, scale=scale)
     else:
         both = (
             _ready(_spread(k, heads), use.dtype, use.key),

@@ -53,7 +53,7 @@ from trainer.launch.nodes import (
 )
 from trainer.launch.rendezvous import BACKEND, ROUND, Rendezvous, store_of
 from trainer.launch.signed_objects import sign_objects
-from trainer.launch.starters import started
+from trainer.launch.starters import Start, started
 
 OUTCOME = "LONGSPAN_OUTCOME"
 SECRET = "LONGSPAN_SECRET"  # by which ranks know what comes from a rank
@@ -118,14 +118,9 @@ def start_ranks(
         say: takes a line about the other machines.
     """
     nodes = nodes or single_machine(f"longspan-{os.getpid()}")
-    if (
-        nodes.many == 1 and (outer := started()) is not None and outer.size > 1
-    ):  # each would do the whole by itself
-        return ExitReport(
-            REFUSED,
-            f"{outer.starter} started {outer.size} processes, and this command starts its own;"
-            " start one",
-        )
+    outer = started()
+    if nodes.many == 1 and outer is not None and outer.size > 1:
+        return _refuse_outer(outer)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     told = scratch / "outcome"
@@ -159,6 +154,15 @@ def start_ranks(
             return report_signal(told, heard[0])
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _refuse_outer(outer: Start) -> ExitReport:
+    """Refuses a start by another launcher: each of its processes would do the whole run."""
+    return ExitReport(
+        REFUSED,
+        f"{outer.starter} started {outer.size} processes, and this command starts its own;"
+        " start one",
+    )
 
 
 @contextmanager
