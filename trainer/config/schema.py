@@ -183,9 +183,7 @@ class ParallelConfig(ConfigGroup):
 
 
 class EngineConfig(ComponentConfig):
-    """Placement of parameters, gradients and optimiser state; `engine=` in the config.
-
-    All keys stand here, since an engine's module may be slow to import."""
+    """Placement of parameters, gradients and optimiser state; an engine's module is slow to import."""
 
     model_config = ConfigDict(extra="forbid")
 
