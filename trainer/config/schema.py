@@ -183,7 +183,7 @@ class ParallelConfig(ConfigGroup):
 
 
 class EngineConfig(ComponentConfig):
-    """Placement of parameters, gradients and optimiser state; an engine's module is slow to import."""
+    """Placement of parameters, gradients and optimiser state; all keys of all engines."""
 
     model_config = ConfigDict(extra="forbid")
 
