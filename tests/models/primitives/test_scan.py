@@ -145,7 +145,7 @@ def test_eight_times_the_tokens_cost_eight_times_the_products(kind):
     assert few > 0 and many <= 8.1 * few
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_chunks_take_less_than_a_fifth_of_the_time_of_the_recurrence():
     """Processor time of one thread, forward and backward, 2,048 tokens of 8 heads of 64; measured
     16 at 8,192 tokens."""

@@ -257,46 +257,38 @@ def test_ranks_have_room_or_run_alone() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "names", ["a blocked/f", pytest.param("a b c d e blocked/f", marks=pytest.mark.full)]
-)
-def test_real_runs_of_which_the_last_fails_and_is_mended(tmp_path: Path, names: str) -> None:
-    last = len(names.split()) - 1
+def test_real_runs_of_which_the_last_fails_and_is_mended(tmp_path: Path) -> None:
     glob = write_documents(tmp_path / "text")
-    (tmp_path / "blocked").touch()  # where the folder of a token cache should be
-    caches = ",".join(f"{tmp_path}/{name}" for name in names.split())
     words = (
         "-m",
-        *SMALL,
+        *(word for word in SMALL if not word.startswith("model.heads")),
+        "mixer._target_=tests.support.breaking_data.BreakingJob",
+        "+mixer.broken=false,true",
         "data=files",
         f"data.path={glob}",
-        f"data.cache={caches}",
+        f"data.cache={tmp_path / 'cache'}",
         "wandb.mode=disabled",
-    )
-    words += (
         "checkpoint.every=0",
         "evaluation.every=2",
         "evaluation.batches=1",
         f"hydra.sweep.dir={tmp_path / 'all'}",
     )
 
-    def go() -> subprocess.CompletedProcess:
+    def go(**environment: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, "-m", "trainer", *words],
             cwd=ROOT,
+            env={**os.environ, **environment},
             capture_output=True,
             text=True,
             timeout=240,
         )
 
-    first = go()
+    first = go(BREAK="yes")
     assert first.returncode == 1, first.stdout + first.stderr
-    assert f"job {last} FAILED with exit status 3" in first.stdout
-    assert first.stdout.count(" done: loss ") == last
-    (tmp_path / "blocked").unlink()
+    assert "job 1 FAILED with exit status 1" in first.stdout
+    assert first.stdout.count(" done: loss ") == 1
     second = go()
     assert second.returncode == 0, second.stdout + second.stderr
-    assert second.stdout.count(" starts: ") == 1 and f"job {last} done" in second.stdout
-    assert all(
-        (tmp_path / "all" / str(number) / "config.yaml").is_file() for number in range(last + 1)
-    )
+    assert second.stdout.count(" starts: ") == 1 and "job 1 done" in second.stdout
+    assert all((tmp_path / "all" / str(number) / "config.yaml").is_file() for number in range(2))

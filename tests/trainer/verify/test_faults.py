@@ -45,7 +45,7 @@ COMMON = (
 WAYS = {  # what is done to what the blocks of a micro-batch read
     "loss": lambda x: x * math.nan,
     "gradient": lambda x: x.register_hook(lambda grad: grad * math.inf) and x,
-    "skip_above": lambda x: x.register_hook(lambda grad: grad * 1e4) and x,
+    "spike": lambda x: x.register_hook(lambda grad: grad * 1e4) and x,
 }
 
 
