@@ -230,7 +230,7 @@ def test_a_truncation_that_detaches_a_local_name_is_found_out():
             return super().forward(careless, xs, state, span=span, size=size)
 
     model = decoder(segment=4, depth=1)
-    model.memory.relay = Careless(model.memory.relay.sharding)
+    model.memory.relay = Careless(model.memory.relay.cutter)
     assert reached(1, model) == UNCUT != reached(1)
 
 
