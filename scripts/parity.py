@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 from trainer.entry import run_command
 
-TESTS = Path(__file__).parents[1] / "tests" / "parallel" / "test_parity.py"
+TESTS = Path(__file__).parents[1] / "tests" / "parallel" / "drivers" / "test_parity.py"
 
 
 def outcomes(words: list[str]) -> list[tuple[list[str], dict[str, float] | None]]:

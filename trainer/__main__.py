@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -250,5 +250,10 @@ def _decide(words: Sequence[str], start: starters.Start, stack: ExitStack) -> di
     return {"config": run_dir.plain_config(config), "path": str(path)}
 
 
-if __name__ == "__main__":
+def console() -> NoReturn:
+    """Runs the command `longspan`, which is `python -m trainer`."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    console()

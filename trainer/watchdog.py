@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from torch.distributed import ProcessGroup
 
+from parallel import collectives
 from parallel.mesh import Mesh
 from trainer.errors import BAD_RUN, UserError
 from trainer.limited_reader import json_value
@@ -30,7 +31,9 @@ STILL_S = 5.0  # a rank without a beat for this long stands still
 PAGE = 4096
 ROOT = str(Path(__file__).resolve().parent.parent)
 OURS = tuple(os.path.join(ROOT, home, "") for home in ("models", "parallel", "trainer"))
-WAITING = (f"{os.sep}torch{os.sep}distributed{os.sep}", os.path.join(ROOT, "parallel", "moves.py"))
+# Frames of these files wait for other ranks; a file of ours is named by its module, so that the
+# name cannot go stale.
+WAITING = (f"{os.sep}torch{os.sep}distributed{os.sep}", str(collectives.__file__))
 
 
 EnterPhase = Callable[

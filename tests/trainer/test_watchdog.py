@@ -112,7 +112,7 @@ def test_who_is_inside_a_collective_waits_and_the_innermost_line_of_ours_is_told
         ]
 
     assert told("trainer", "step_sums.py", "hear") == ("trainer/step_sums.py:4", False)
-    assert told("parallel", "moves.py", "hear") == ("parallel/collectives.py:4", True)
+    assert told("parallel", "collectives.py", "hear") == ("parallel/collectives.py:4", True)
     assert told("trainer", "step_sums.py", "all_reduce") == (
         "all_reduce at trainer/step_sums.py:4",
         True,
