@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 # Tests at once, each with ranks of its own; files are not torn apart.
 JOBS ?= 2
 
-.PHONY: install train sweep test test-all lint types docs clean
+.PHONY: install train sweep quick test test-all lint types docs clean
 
 install: .venv/.installed
 
@@ -22,9 +22,15 @@ sweep: install
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 
 types: install
 	$(BIN)/pyright
+
+# The inner loop of a developer: the layers and kernels on one process, the config, the rules.
+quick: lint
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow and not full' \
+		tests/models tests/trainer/config tests/test_architecture.py tests/test_path.py
 
 test: lint types
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not full'
