@@ -191,7 +191,7 @@ def test_sizes_that_no_machine_has_are_refused_quickly(words: str) -> None:
     [
         (
             "parallel.method=usp parallel.ulysses=8 parallel.ring=1 parallel.context=8",
-            "parallel.ulysses=8 divides query heads",
+            "parallel.ulysses=8: query heads are divided among 8 ranks",
         ),
         ("memory=lookup memory.layers=abc", "memory.layers=abc: a list is needed"),
         ("data.cache._target_=5", "data.cache={_target_:5}: a text is needed"),
