@@ -188,7 +188,7 @@ def test_a_job_that_never_comes_back_need_not_resume(cluster: Path) -> None:
 def test_without_sbatch_only_the_script_can_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert [each.split(";")[0] for each in faults(*WORDS)] == [
-        "launch=slurm hands the job to sbatch, and there is none on PATH"
+        "launch=slurm: the job is handed to sbatch, which is not on PATH"
     ]
     assert faults(*WORDS, "launch.dry_run=true") == []
 
@@ -241,12 +241,12 @@ def test_a_batch_script_is_its_owners_alone(cluster: Path, tmp_path: Path) -> No
 def test_a_sweep_does_not_hand_its_jobs_over(cluster: Path) -> None:
     job = Job(0, (*WORDS, "seed=1"), cluster / "job")
     with pytest.raises(UserError, match="launch=slurm hands over a run at a time"):
-        check_jobs([job], [], SweepPlan(cluster, [*WORDS], None, False))
+        check_jobs([job], [], SweepPlan(cluster, [*WORDS], None, False), {})
 
 
 @pytest.mark.parametrize(("nodes", "name"), [(1, "local"), (2, "multinode")])
 def test_within_the_job_it_is_the_same_run_on_this_machine_or_on_one_of_several(
-    nodes: int, name: str
+    nodes: int, name: str, tmp_path: Path
 ) -> None:
     asked = composed(
         f"launch.nodes={nodes}",
@@ -258,7 +258,7 @@ def test_within_the_job_it_is_the_same_run_on_this_machine_or_on_one_of_several(
     assert found.launch.name == name and check_config(found) == []
     assert found.model_copy(update={"launch": asked.launch}) == asked
     if nodes > 1:
-        assert prepare.rendezvous_of(found, Path("run")).endpoint == "node8:27007"  # pyright: ignore
+        assert prepare.rendezvous_of(found, tmp_path).endpoint == "node8:27007"  # pyright: ignore
 
 
 def started(cluster: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> subprocess.Popen:

@@ -30,6 +30,9 @@ class Recorder:
     def step(self, row: MetricsRow) -> None:
         self.given.append(row.step)
 
+    def alert(self, title: str, text: str) -> None:
+        self.alerts = [*getattr(self, "alerts", []), title]
+
     def evaluation(self, step: int, name: str, value: float, by_position: Any = None) -> None:
         self.given.append((step, name, value, by_position))
 
@@ -45,7 +48,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         run_logger,
         "importlib",
-        SimpleNamespace(import_module=lambda name: SimpleNamespace(Wandb=Recorder)),
+        SimpleNamespace(import_module=lambda name: SimpleNamespace(WandbLogger=Recorder)),
     )
 
 
@@ -92,11 +95,8 @@ def test_a_run_notes_its_facts_and_wandb_gets_all_of_them(tmp_path: Path) -> Non
         tmp_path / "checkpoints" / "step_00000003",
     )
     assert sent.tables == {}
-    assert (sent.settings["name"], sent.settings["group"], sent.settings["tags"]) == (
-        "mine",
-        "g",
-        ["a", "b"],
-    )
+    labels = sent.settings["labels"]
+    assert (labels.name, labels.group, labels.tags) == ("mine", "g", ("a", "b"))
     code = sent.settings["config"]["code"]
     assert (
         code["commit"] == "c0ffee"
@@ -111,7 +111,7 @@ def test_no_checkpoint_is_sent_unasked_and_the_name_may_be_another(tmp_path: Pat
     log = made(tmp_path, config("wandb.name=other words"))
     log.open(0, None)
     log.close(0, 0, {})
-    assert log.wandb.given[-1][2] is None and log.wandb.settings["name"] == "other words"
+    assert log.wandb.given[-1][2] is None and log.wandb.settings["labels"].name == "other words"
 
 
 def test_a_run_that_goes_on_keeps_its_facts_and_its_best(tmp_path: Path) -> None:
