@@ -93,7 +93,7 @@ def run(config: Config, ranks: RankInfo, directory: Path) -> int:
             what = (
                 f"the disk under {directory} is full"
                 if full
-                else f"{error.filename or directory}: {error.strerror}"
+                else f"{error.filename or directory}: {error.strerror or error}"
             )
             way = "mend that and give the same command again"
             raise UserError(

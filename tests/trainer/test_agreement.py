@@ -1,6 +1,7 @@
 """Ranks that would train on different texts, or with different weights, end the run and say who
 they are."""
 
+import json
 import re
 from pathlib import Path
 from unittest import mock
@@ -135,7 +136,11 @@ def test_a_run_whose_ranks_read_different_texts_ends(where, tmp_path):
         "steps=6" if not evaluates else "steps=1",
         f"evaluation.every={int(evaluates)}",
     )
-    words += ("data=hub", f"data.name={tmp_path}", f"run_dir={tmp_path / 'run'}")
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    # The library looks at the files before `open`, which alone is replaced.
+    (hub / "train.jsonl").write_text(json.dumps({"text": WORDS}) + "\n")
+    words += ("data=hub", f"data.name={hub}", f"run_dir={tmp_path / 'run'}")
     make_run_dir(tmp_path / "run")
     batch = "held-out batch 1" if evaluates else "step [2-6]"
     for said in ranks(3, torn_run, words, str(tmp_path / "run"), odd):

@@ -6,6 +6,7 @@ import pytest
 from parallel.mesh import build_mesh
 from tests.support.pool import ranks
 from trainer.preflight.prepare import load_config
+from trainer.reach import fitting
 from trainer.verify.doctor import TOKENS, Examination, small_twin
 from trainer.verify.sabotage import BREAKS
 
@@ -22,7 +23,7 @@ MASKED = ("objective=masked", "evaluation.sample_tokens=0")
 
 
 def examine(env, words, sabotage):
-    config = load_config((*QUICK, f"parallel.context={env.size}", *words))
+    config = load_config(fitting((*QUICK, f"parallel.context={env.size}", *words)))
     mesh = build_mesh(env.size, 1, ulysses=config.parallel.ulysses, ring=config.parallel.ring)
     return list(Examination(config, mesh, sabotage).findings())
 
