@@ -33,7 +33,7 @@ class ShardedCarriedState(CarriedState):
         return cut.whole.map(lambda t: t[:, : cut.layouts[0].tokens])
 
     def _share(self, length: int) -> int:
-        return contiguous(length, self.communicator.size).each
+        return contiguous(length, self.communicator.size).tokens_per_rank
 
     def _dealt(self, span: Span) -> Span:
         return shard_span(
@@ -105,7 +105,7 @@ def token_homes(cut: SequenceSharding, length: int, each: int) -> tuple[Tensor, 
     """
     rows = cut.whole.shape[0]
     tokens = cut.layouts[0].tokens
-    held = cut.layouts[0].each
+    held = cut.layouts[0].tokens_per_rank
     order = torch.stack([layout.order()[:tokens] for layout in cut.layouts]).expand(rows, -1)
     number = torch.arange(rows)[:, None]
     old = torch.arange(length).expand(rows, -1)

@@ -166,8 +166,7 @@ def apply_context_parallel(
     """
     if method != "auto" and method not in METHODS:
         raise ValueError(
-            f"parallel.method={method} is none that there is; choose one of auto,"
-            f" {', '.join(METHODS)}"
+            f"unknown parallel.method={method}; choose one of auto, {', '.join(METHODS)}"
         )
     if group is not None and (reasons := refusals(model, method)):
         raise ValueError("\n".join(reasons))

@@ -36,22 +36,22 @@ class Layout:
         return len(self.runs)
 
     @property
-    def each(self) -> int:
+    def tokens_per_rank(self) -> int:
         """Tokens on every rank, padding among them."""
         return sum(stop - start for start, stop in self.runs[0])
 
     @property
     def length(self) -> int:
         """Tokens of the whole axis, padding among them."""
-        return self.each * self.ranks
+        return self.tokens_per_rank * self.ranks
 
     def split(self, parts: int) -> "Layout":
         """Cut what each rank holds, in the order of its memory, over `parts` ranks that follow one
         another."""
         if parts == 1:
             return self
-        each = self.each // parts
-        assert each * parts == self.each, "the policy was not told of the step"
+        each = self.tokens_per_rank // parts
+        assert each * parts == self.tokens_per_rank, "the policy was not told of the step"
         return Layout(
             tuple(_slice(runs, i * each, each) for runs in self.runs for i in range(parts)),
             self.tokens,
@@ -179,9 +179,7 @@ POLICIES: dict[str, Callable[..., Layout]] = {
 
 def _policy(policy: str) -> Callable[..., Layout]:
     if policy not in POLICIES:
-        raise ValueError(
-            f"parallel.layout={policy} is none that there is; choose one of {', '.join(POLICIES)}"
-        )
+        raise ValueError(f"unknown parallel.layout={policy}; choose one of {', '.join(POLICIES)}")
     return POLICIES[policy]
 
 

@@ -329,9 +329,9 @@ class Run:
                 )
             self.communicator.choices.clear()
         if self.lanes is not None and row.step == 1:
+            lanes = self.share.rows_per_rank
             self.console.say(
-                f"memory: rank 0 carries {self.lanes.bytes():,} bytes for its {self.share.each}"
-                " lanes"
+                f"memory: rank 0 carries {self.lanes.bytes():,} bytes for its {lanes} lanes"
             )
         if row.step == self.began + 1:
             self.logs.note(sent_bytes_per_step=self._sent())

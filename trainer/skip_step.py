@@ -132,7 +132,7 @@ class SkipStepGuard:
 
     def _rows(self, flags: Sequence[Tensor]) -> list[int]:
         """Returns the rows of the step, over all ranks, whose loss is not finite somewhere."""
-        each = self.share.each
+        each = self.share.rows_per_rank
         every = torch.zeros(self.mesh.data.size * each, dtype=torch.float64)
         first = self.mesh.data.rank * each
         every[first : first + each] = torch.cat(list(flags)).double().cpu()[:each]

@@ -58,8 +58,7 @@ class NeuralTuringMachine(TokenByTokenModel):
         super().__init__(vocabulary, memory)
         if controller not in CONTROLLERS:
             raise ValueError(
-                f"controller={controller} is none that there is; choose one of"
-                f" {', '.join(CONTROLLERS)}"
+                f"unknown controller={controller}; choose one of {', '.join(CONTROLLERS)}"
             )
         if reach < 1 or slots < 2 * reach + 1 or slot_width < 1:
             raise ValueError(

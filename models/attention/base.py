@@ -30,13 +30,13 @@ class SplitAttention(Layer):
 
     def payload(self, hidden: Tensor, span: Span) -> tuple[Tensor, ...]:
         """Computes what tokens [B, S, width] offer to queries: tensors [B, S, ...], per token."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define `payload`")
 
     def attend(
         self, hidden: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span
     ) -> Tensor:
         """[B, T, width] -> [B, T, width], given the payload of the tokens of `kv_span`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define `attend`")
 
     def forward(
         self, hidden: Tensor, span: Span, norm: Callable[[Tensor], Tensor] | None = None

@@ -35,8 +35,7 @@ class DepthwiseConv(Layer):
         super().__init__()
         if conv_kernel < 1:
             raise ValueError(
-                f"conv_kernel={conv_kernel} is no number of tokens to read; oneself counts, want 1"
-                " or more"
+                f"conv_kernel={conv_kernel} must be 1 or more tokens; the token itself counts"
             )
         self.weight = nn.Parameter(torch.empty(conv_kernel, width))
         self.mix = CausalConv()

@@ -77,7 +77,9 @@ def host_bytes(
     Room that is pinned is rounded up to a power of 2, storage by storage, which is not in it.
     """
     _validate(model, checkpointing, True)
-    return _extrapolated(model, tokens, precision, lambda saved: sum(saved.kept(checkpointing)))
+    return _extrapolated(
+        model, tokens, precision, lambda saved: sum(saved.bytes_by_block(checkpointing))
+    )
 
 
 def _validate(model: nn.Module, checkpointing: str, offload: bool) -> None:
@@ -118,7 +120,7 @@ class _SavedBytes:
     inputs: list[int]
     tapes: list[int]
 
-    def kept(self, checkpointing: str) -> list[int]:
+    def bytes_by_block(self, checkpointing: str) -> list[int]:
         """Of each block what lies between forward and backward."""
         if checkpointing == "none":
             return self.inside
@@ -131,7 +133,7 @@ class _SavedBytes:
         """A block that is computed again finds its input there, and its tape."""
         if offload:
             return self.outside + max(self.inside)
-        kept = self.kept(checkpointing)
+        kept = self.bytes_by_block(checkpointing)
         again = max(
             (inside - there for inside, there in zip(self.inside, kept, strict=True)), default=0
         )

@@ -37,7 +37,7 @@ class Memory:
         """
         return mixer
 
-    def judge(self, mixers: Sequence[nn.Module]) -> None:
+    def validate_mixers(self, mixers: Sequence[nn.Module]) -> None:
         """Raises ValueError where all layers, as `around` left them, go without what this memory
         promises."""
 

@@ -55,9 +55,7 @@ class Compressive(Memory):
                 " read; use memory.length=0, or memory=lookup or segments"
             )
         if rule not in RULES:
-            raise ValueError(
-                f"memory.rule={rule} is none that there is; choose one of {', '.join(RULES)}"
-            )
+            raise ValueError(f"unknown memory.rule={rule}; choose one of {', '.join(RULES)}")
         check_segment(segment)
         self.rule = rule
         self.segment = segment
@@ -79,7 +77,7 @@ class Compressive(Memory):
         )
         return attention
 
-    def judge(self, mixers: Sequence[nn.Module]) -> None:
+    def validate_mixers(self, mixers: Sequence[nn.Module]) -> None:
         """See Memory."""
         if not any(
             isinstance(mixer, Attention) and isinstance(mixer.beside, CompressiveMemory)

@@ -75,9 +75,7 @@ class Memorizing(Memory):
                 f"memory.count={count} entries cannot be found; use 1 or more, 32 is usual"
             )
         if device not in DEVICES:
-            raise ValueError(
-                f"memory.device={device} is none that there is; use null (with the model) or cpu"
-            )
+            raise ValueError(f"unknown memory.device={device}; use null (with the model) or cpu")
         check_segment(segment)
         self.length = length
         self.segment = segment

@@ -136,7 +136,7 @@ class SequentialScan(Primitive):
     def pieces(self, span: Span, size: int | None, parts: int = 1) -> Segments:
         """Cuts these rows into segments, a multiple of `parts`; cached on `span`."""
         if size is not None and size < 1:
-            raise ValueError(f"a piece of {size} tokens is none; use 1 or more, or null")
+            raise ValueError(f"a segment of {size} tokens is empty; use 1 or more, or null")
         key = ("relay", self.cutter, size, parts)
         if key not in span.plans:
             span.plans[key] = _segments(span, self.cutter(span, size, parts), parts)

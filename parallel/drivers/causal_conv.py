@@ -108,7 +108,7 @@ class _RowOwners:
 def _halo_plan(sharding: SequenceSharding, reach: int, device: torch.device) -> HaloPlan:
     """Derives the exchange from the layouts; the order of requests is the same on every rank."""
     number_of_rows = sharding.whole.shape[0]
-    local_tokens = sharding.layouts[0].each
+    local_tokens = sharding.layouts[0].tokens_per_rank
     rank = sharding.rank
     layouts = sharding.layouts
     if len(layouts) == 1:

@@ -110,7 +110,7 @@ class Wavefront(nn.Module):
         whole_states = [torch.cat(parts) for parts in zip(*end_states)]
         token, *last = _Broadcast.apply(chain, token, *whole_states)
         output, *last = _Join.apply(token, torch.cat(outputs), *last)
-        local_tokens = span.sharding.layouts[0].each
+        local_tokens = span.sharding.layouts[0].tokens_per_rank
         return _to_owners(output, plan, self.communicator, local_tokens), tuple(last)
 
     def _plan(self, span: Span, size: int | None, device: torch.device) -> WavefrontPlan:
@@ -278,7 +278,7 @@ def _wavefront_plan(
     """Derives the exchange from the layouts alone, so that no rank has to ask another."""
     rows, number, slots = pieces.index.shape
     ranks = sharding.ranks
-    local_tokens = sharding.layouts[0].each
+    local_tokens = sharding.layouts[0].tokens_per_rank
     own_segments = number // ranks
     order = torch.stack([layout.order() for layout in sharding.layouts]).expand(rows, -1)
     token = pieces.index.view(rows, ranks, own_segments * slots)

@@ -122,7 +122,7 @@ class Engine:
             loss: [] sum of this rank's token losses in this micro-batch / valid tokens of the whole
                 step, all ranks.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define `backward`")
 
     def clip(self, max_norm: float | None = None) -> float:
         """Norm of the whole gradient, each parameter counted once; scaled down to `max_norm` unless
@@ -176,7 +176,7 @@ class Engine:
 
     def _place(self, model: nn.Module) -> nn.Module:
         """Spread the parameters over the ranks, on the device, with their weights."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define `_place`")
 
     def _stored(self) -> dict[str, nn.Parameter]:
         """Returns the tensors that the optimiser updates."""

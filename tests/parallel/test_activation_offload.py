@@ -39,7 +39,7 @@ WAYS = ["none", "full", "selective"]
 ENGINES = {
     "single": Single,
     "fsdp": Fsdp,
-    **{f"zero{zero}": functools.partial(Deepspeed, zero=zero) for zero in (1, 3)},
+    **{f"zero{zero}": functools.partial(Deepspeed, zero_stage=zero) for zero in (1, 3)},
 }
 
 

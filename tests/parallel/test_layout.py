@@ -63,7 +63,7 @@ def test_ranks_that_trade_heads_hold_what_the_ring_says():
             assert torch.equal(parts.grouped(2).index(rank), whole.index(rank)), policy
 
 
-@pytest.mark.parametrize("ulysses", [1, 2, 3])
+@pytest.mark.parametrize("heads", [1, 2, 3])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_token_has_one_place_and_ranks_hold_equally_many(policy, heads):
     for tokens in (1, 2, 5, 51, 1000):
@@ -96,7 +96,7 @@ def test_a_group_of_ranks_sees_the_cut_of_the_ring():
 
 def test_wishes_that_cannot_be_met_are_refused():
     with pytest.raises(
-        ValueError, match=r"parallel.layout=spiral is none that there is; choose one of contiguous"
+        ValueError, match=r"unknown parallel.layout=spiral; choose one of contiguous"
     ):
         layout("spiral", 8, 2)
     with pytest.raises(ValueError, match=r"parallel.ulysses=3 does not divide the 4 ranks"):

@@ -151,7 +151,7 @@ def _assembled_model(config: Config, vocabulary: int, layers_on: str | None = No
             for layer, mixer in enumerate(mixers)
         ]
     try:
-        memory.judge(mixers)
+        memory.validate_mixers(mixers)
     except ValueError as error:
         raise UserError(f"memory: {error}") from error
     for layer, (label, mixer) in enumerate(zip(mixer_labels(config), mixers, strict=True)):

@@ -64,22 +64,22 @@ class BatchSharder:
         self.policy = policy
         self.prefix = prefix
         # Negated floor division rounds up.
-        self.each = -(-rows // mesh.data.size)
+        self.rows_per_rank = -(-rows // mesh.data.size)
         tokens_per_rank = -(-context_length // mesh.context.size)
         if micro_batch == "auto":
             limit = AUTO_TOKENS.get(mesh.device.type, AUTO_TOKENS["cuda"])
             wanted_rows = max(1, limit // tokens_per_rank)
         else:
             wanted_rows = int(micro_batch)
-        self.micro_batch = min(self.each, wanted_rows)
-        self.pieces = -(-self.each // self.micro_batch)
+        self.micro_batch = min(self.rows_per_rank, wanted_rows)
+        self.pieces = -(-self.rows_per_rank // self.micro_batch)
 
     def __call__(self, batch: Batch) -> Iterator[tuple[MicroBatch, bool]]:
         """Yields this rank's micro-batches, each with True if it is the last of the step."""
-        first = self.mesh.data.rank * self.each
+        first = self.mesh.data.rank * self.rows_per_rank
         # Numbered over the whole batch before the cut: an address then means the same token on
         # every rank.
-        own_rows = batch.numbered().part(first, first + self.each)
+        own_rows = batch.numbered().part(first, first + self.rows_per_rank)
         for number in range(self.pieces):
             start = number * self.micro_batch
             rows = own_rows.part(start, start + self.micro_batch)
@@ -117,7 +117,7 @@ class BatchSharder:
     def describe(self) -> str:
         """Returns one line for the log."""
         return (
-            f"each of {self.mesh.data.size} data ranks computes {self.each} rows a step,"
+            f"each of {self.mesh.data.size} data ranks computes {self.rows_per_rank} rows a step,"
             f" {self.micro_batch} at once; each row is shared by {self.mesh.context.size} context"
             f" ranks ({self.policy})"
         )

@@ -115,11 +115,11 @@ class Lanes:
 
     def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Takes over a state that `state` returned, on any number of ranks."""
-        first = self.mesh.data.rank * self.share.each
+        first = self.mesh.data.rank * self.share.rows_per_rank
         size = self.share.micro_batch
         for number, past in enumerate(self.pasts):
             start = first + number * size
-            stop = min(start + size, first + self.share.each)
+            stop = min(start + size, first + self.share.rows_per_rank)
             imported: dict[str, Tensor] = {}
             for kind, tensors in state.items():
                 for name, tensor in tensors.items():
@@ -132,7 +132,7 @@ class Lanes:
     def _all_rows(self, own_rows: Tensor) -> Tensor:
         """Gathers [rows of this rank's micro-batches, ...] of every data rank into [R, ...]."""
         # The last micro-batch may be filled up, and so may the last data rank.
-        rows = own_rows[: self.share.each].contiguous()
+        rows = own_rows[: self.share.rows_per_rank].contiguous()
         if self.mesh.data.size > 1:
             parts = [torch.empty_like(rows) for _ in range(self.mesh.data.size)]
             dist.all_gather(parts, rows, group=self.mesh.data.group)

@@ -201,9 +201,7 @@ def test_a_model_with_a_state_of_its_own_takes_no_other_memory():
 
 
 def test_sizes_that_make_no_machine_are_refused():
-    with pytest.raises(
-        ValueError, match="controller=gru is none that there is; choose one of feedforward, lstm"
-    ):
+    with pytest.raises(ValueError, match="unknown controller=gru; choose one of feedforward, lstm"):
         NeuralTuringMachine(8, 4, 1, controller="gru")
     for wrong in ({"slots": 2}, {"reach": 0}, {"slot_width": 0}, {"reach": 3, "slots": 6}):
         with pytest.raises(ValueError, match="use reach=1 or more, slots="):

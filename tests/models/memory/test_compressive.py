@@ -219,9 +219,9 @@ def test_a_layer_without_a_softmax_stays_as_it_is_but_one_layer_must_have_the_me
     )
     left = [memory.around(scan), memory.around(attention)]
     assert left == [scan, attention] and attention.beside is not None
-    memory.judge(left)
+    memory.validate_mixers(left)
     with pytest.raises(
         ValueError,
         match="memory=compressive stands beside the heads of attention, and no layer has any",
     ):
-        memory.judge([scan])
+        memory.validate_mixers([scan])

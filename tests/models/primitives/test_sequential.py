@@ -127,7 +127,7 @@ def test_no_gradient_goes_back_over_more_than_depth_pieces(build, depth):
 
 
 def test_what_does_not_carry_a_row_is_refused():
-    with pytest.raises(ValueError, match="a piece of 0 tokens is none"):
+    with pytest.raises(ValueError, match="a segment of 0 tokens is empty"):
         lstm(size=0)(noise(1, 4, 5), Span.line(1, 4))
     with pytest.raises(ValueError, match="rows=0"):
         SequentialScan(rows=0)

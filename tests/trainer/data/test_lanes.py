@@ -31,7 +31,7 @@ def leave(lanes: Lanes, share: BatchSharder, step: int, rank: int, size: int) ->
     each (row, head)."""
     for number, (piece, _) in enumerate(share(batch(step))):
         span = lanes.attach(number, piece.span)
-        start = share.mesh.data.rank * share.each + number * share.micro_batch
+        start = share.mesh.data.rank * share.rows_per_rank + number * share.micro_batch
         row = torch.arange(start, start + share.micro_batch)
         marks = (row[:, None] * 1000 + piece.span.pos + step * 0.5) * piece.span.valid()
         span.past.tokens("a", marks[..., None].double(), KEEP)

@@ -77,7 +77,7 @@ def test_every_task_can_be_given_to_every_model(model: str, data: str) -> None:
             (*COPY, "data.max_lenght=3"),
             r"data.max_lenght=3: CopyTask has no such setting; did you mean data.max_length\?",
         ),
-        ((*COPY, "model.controller=gru"), "controller=gru is none that there is"),
+        ((*COPY, "model.controller=gru"), "unknown controller=gru"),
         ((*COPY, "parallel.context=2", "parallel.method=ulysses"), "needs 2 query heads"),
         ((*COPY, "data.held_out=0"), "data.held_out=0: keeps nothing to evaluate on"),
     ],

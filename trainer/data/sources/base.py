@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -66,7 +67,7 @@ class Source:
         return load(self.tokenizer_name)
 
 
-class Local(Source):
+class Local(Source, ABC):
     """Finite data in files of this machine, tokenised once into a cache.
 
     Args:
@@ -99,10 +100,10 @@ class Local(Source):
             )
         self.cache = cache
 
+    @abstractmethod
     def files(self) -> list[File]:
         """The files to read, in order. Raises ValueError where there are none, or one is of an
         unknown kind."""
-        raise NotImplementedError
 
     def documents(
         self, files: list[File], report: ReadReport, limit: int | None = None
@@ -164,4 +165,7 @@ def kind_of(target: Any) -> type[Source]:
             f"data._target_={target} is no source of documents; use data=stdlib, data=files or"
             " data=hub"
         )
+    if inspect.isabstract(kind):
+        methods = ", ".join(sorted(kind.__abstractmethods__))
+        raise ValueError(f"data._target_={target} does not define {methods}; write that first")
     return kind

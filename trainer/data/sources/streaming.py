@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -27,21 +28,21 @@ class Examples(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
-class StreamingSource(Source):
+class StreamingSource(Source, ABC):
     """Data too large to be tokenised first: read as it comes, in a fixed order."""
 
     text_field = "text"
 
+    @abstractmethod
     def open(self) -> Examples:
         """The data set at its beginning. Raises ValueError where it cannot be had."""
-        raise NotImplementedError
 
     def leave_out(self, report: ReadReport) -> None:
         """Count in the report what the data leaves out by its nature."""
 
+    @abstractmethod
     def identity(self) -> str:
         """The name of the data in messages."""
-        raise NotImplementedError
 
     def content(self) -> str:
         """Identifies the data by its content, wherever it lies; part of a cursor's fingerprint."""

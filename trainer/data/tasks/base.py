@@ -3,6 +3,7 @@
 Letters: n tokens of an example, N tokens that were predicted.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ class Example(NamedTuple):
     targets: np.ndarray | None = None
 
 
-class SyntheticTask(Source):
+class SyntheticTask(Source, ABC):
     """Source whose documents are drawn from random numbers.
 
     Attributes that hold settings must be plain data: they are part of the fingerprint of the data.
@@ -60,9 +61,9 @@ class SyntheticTask(Source):
             whole("per_row", per_row, 1)
         self.per_row = per_row
 
+    @abstractmethod
     def example(self, random: np.random.Generator) -> Example:
         """Draws an example, as a pure function of the random numbers."""
-        raise NotImplementedError
 
     def identity(self, example: Example) -> bytes:
         """Returns the bytes whose hash decides if an example is held out.
