@@ -166,6 +166,6 @@ def kind_of(target: Any) -> type[Source]:
             " data=hub"
         )
     if inspect.isabstract(kind):
-        methods = ", ".join(sorted(kind.__abstractmethods__))
+        methods = ", ".join(sorted(getattr(kind, "__abstractmethods__", ())))
         raise ValueError(f"data._target_={target} does not define {methods}; write that first")
     return kind
