@@ -167,6 +167,7 @@ class Assessment:
     def _try(self, part: str, progress: Progress, function: Callable[[Progress], bool]) -> bool:
         """Runs a part, and returns True if it was done; an error on every rank is only reported."""
         trouble = None
+        begun_before = _collectives_begun(self.mesh)
         try:
             done = function(progress)
         except Exception as error:
@@ -175,7 +176,7 @@ class Assessment:
                 raise
             trouble = error
             done = False
-        if self._any_failed(trouble):
+        if self._any_failed(trouble, begun_before):
             reason = _reason(trouble) if trouble is not None else "another rank says why"
             self.console.say(
                 f"step {progress.step}: {part} failed: {reason}; training is not affected"
@@ -183,19 +184,20 @@ class Assessment:
             return False
         return done
 
-    def _any_failed(self, trouble: Exception | None) -> bool:
+    def _any_failed(self, trouble: Exception | None, begun_before: int) -> bool:
         """Tells if a part failed on any rank.
 
         A rank that alone fails has left the others in a collective that it will never join; its
         error is raised, and ends the run. Ranks therefore compare how many collectives they have
-        begun.
+        begun since the part was begun; what was begun before it may honestly differ among ranks.
 
         Args:
             trouble: this rank's error, if any.
+            begun_before: the collectives that this rank had begun when the part began.
         """
         if self.meeting is None:
             return trouble is not None
-        begun = float(_collectives_begun(self.mesh))
+        begun = float(_collectives_begun(self.mesh) - begun_before)
         # Of the maximum of x and of -x, one reduction gives the largest and the smallest x.
         report = torch.tensor([float(trouble is not None), begun, -begun], dtype=torch.float64)
         # The others may hang in a collective: a rank in trouble does not wait for the full timeout.
