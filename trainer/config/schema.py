@@ -5,28 +5,24 @@ A *node* names a class by `_target_`; instantiate.py binds its further keys to t
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
+from trainer.config.machine_schema import WORD, EngineConfig, LaunchConfig, ParallelConfig
 from trainer.config.nodes import ComponentConfig, ConfigGroup
 from trainer.config.scalars import (
     Count,
     Flag,
     Fraction,
-    Grace,
     Heads,
-    Integer,
     Layers,
     Natural,
     Positive,
-    Ranks,
     Real,
     Seconds,
     Seed,
     Size,
     Vocabulary,
 )
-
-WORD = r"^[A-Za-z0-9][A-Za-z0-9._=,+-]*$"
 
 
 class ModelConfig(ComponentConfig):
@@ -149,117 +145,6 @@ class ScheduleConfig(ComponentConfig):
     def settings(self) -> dict[str, Any]:
         """Without what is the loop's to know (trainer/optim/lengthening.py), not the schedule's."""
         return {key: value for key, value in super().settings().items() if key != "extend"}
-
-
-class ParallelConfig(ConfigGroup):
-    """Sharing of sequences and data among ranks; ranks = context x data."""
-
-    context: Ranks = Field(default=1, description="ranks that share one sequence")
-    data: Ranks = Field(default=1, description="groups that read different rows")
-    experts: Ranks = Field(
-        default=1, description="neighbouring ranks that hold all experts between them"
-    )
-    micro_batch: Literal["auto"] | Count = Field(
-        default="auto", description="rows per rank and forward"
-    )
-    method: Literal["auto", "ring", "ulysses", "allgather", "usp"] = Field(
-        default="auto", description="how softmax attention is spread"
-    )
-    layout: Literal["zigzag", "contiguous", "balanced"] = Field(
-        default="zigzag", description="which tokens a rank holds"
-    )
-    ulysses: Ranks | None = Field(
-        default=None, description="under usp: ranks among which heads are divided"
-    )
-    ring: Ranks | None = Field(
-        default=None, description="under usp: ranks of the ring; heads x ring = context"
-    )
-    tensor: Count = Field(default=1, description="tensor parallelism: out of scope, only 1")
-    pipeline: Count = Field(default=1, description="pipeline parallelism: out of scope, only 1")
-
-    @property
-    def ranks(self) -> int:
-        return self.context * self.data
-
-
-class EngineConfig(ComponentConfig):
-    """Placement of parameters, gradients and optimiser state; all keys of all engines."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: Literal["single", "fsdp", "deepspeed"] = Field(description="single, fsdp or deepspeed")
-    zero_stage: Annotated[Integer, Field(ge=0, le=3)] | None = Field(
-        default=None, description="DeepSpeed's stage; only engine=deepspeed"
-    )
-    offload: Literal["none", "optimizer", "parameters"] | None = Field(
-        default=None,
-        description="what lies in the host's memory (optimizer: its state); only engine=deepspeed",
-    )
-    reshard_after_forward: Flag | None = Field(
-        default=None, description="free gathered weights at once; only engine=fsdp"
-    )
-    replicate: Ranks | None = Field(
-        default=None,
-        description=(
-            "times that parameters are held, each time sharded over ranks of its own; only"
-            " engine=fsdp"
-        ),
-    )
-    checkpointing: Literal["none", "full", "selective"] = Field(
-        default="none",
-        description="computed twice: nothing, blocks, or blocks but for their attention",
-    )
-    offload_activations: Flag = Field(
-        default=False,
-        description=(
-            "what blocks save for backward waits in the host's memory; only with an accelerator"
-        ),
-    )
-    compile: Flag = Field(default=False, description="torch.compile, block by block")
-
-
-class LaunchConfig(ConfigGroup):
-    """The way in which ranks are started."""
-
-    name: Literal["local", "multinode", "slurm"] = Field(
-        default="local", description="where ranks are started"
-    )
-    max_restarts: Natural = Field(
-        default=0, description="times that all ranks are started again after one died"
-    )
-    oversubscribe: Flag = Field(default=False, description="allow more than 8 ranks per core")
-    dry_run: Flag = Field(default=False, description="say what would be started, and leave")
-    timeout_s: Seconds = Field(default=600, description="longest wait in one collective")
-    grace_s: Grace = Field(default=60, description="time to save after SIGTERM, before SIGKILL")
-    nodes: Ranks = Field(
-        default=1, description="machines, each with as many ranks; only launch=multinode or slurm"
-    )
-    node_rank: Natural | None = Field(
-        default=None, description="which of the machines this is; 0 holds the meeting"
-    )
-    rdzv_endpoint: str | None = Field(
-        default=None, description="HOST:PORT of machine 0, where all meet; only launch=multinode"
-    )
-    address: str | None = Field(
-        default=None, description="by which the others reach this machine; null = its name"
-    )
-    partition: str | None = Field(
-        default=None, pattern=WORD, description="where the job runs; from here on only launch=slurm"
-    )
-    account: str | None = Field(default=None, pattern=WORD, description="who pays for the job")
-    time: str | None = Field(
-        default=None,
-        description="longest time of the job, as sbatch takes it; null = the partition's",
-    )
-    gpus: Natural | None = Field(default=None, description="of each machine; null = one a rank")
-    cores: Count = Field(default=4, description="processor cores for each rank")
-    requeue: Flag = Field(
-        default=True, description="put back a job that was preempted or ran out of time"
-    )
-    options: list[str] = Field(default=[], description="further options of sbatch")
-    setup: list[str] = Field(
-        default=[], description="shell lines of the job before the ranks start"
-    )
 
 
 class LogConfig(ConfigGroup):
