@@ -1,8 +1,10 @@
-"""python -m scripts.bench attention|experts|memory|mixers [key=value ...]: what each of them costs;
-JSON and a table.
+"""python -m scripts.bench attention|cache|experts|memory|mixers [key=value ...]: what each of them
+costs; JSON and a table.
 
 attention: forward and backward over ranks, beside one device with as many threads. Words: tokens,
 heads, kv_heads, width, ranks, threads (of a rank), repeats, seed, device.
+cache: what paged and contiguous caches waste on one mix of requests. Words: requests, limit (tokens
+of a request), memory (tokens), page_tokens, samples, seed.
 mixers: the linear-time family: growth with the row, speed beside softmax, state while decoding,
 bytes between ranks; minutes on 2 cores. Words: tokens, heads, width (of a head), layer_heads,
 layer_width, ranks, threads, repeats, seed, device.
@@ -21,12 +23,18 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from scripts.benchmarks import attention, experts, memory, mixers
+from scripts.benchmarks import attention, cache, experts, memory, mixers
 from trainer.entry import run_command
 from trainer.launch.elastic import init_process_group, start_ranks
 from trainer.launch.starters import Incomplete, adopt, started
 
-BENCHES = {"attention": attention, "experts": experts, "memory": memory, "mixers": mixers}
+BENCHES = {
+    "attention": attention,
+    "cache": cache,
+    "experts": experts,
+    "memory": memory,
+    "mixers": mixers,
+}
 
 
 def main(words: list[str]) -> int:
