@@ -63,7 +63,12 @@ def held(env, name, sizes):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{}, {"tie": True}, {"width": 40, "ffn": 101, "kv": 2, "tie": True}]
+    "sizes",
+    [
+        pytest.param({}, marks=pytest.mark.full),
+        pytest.param({"tie": True}, marks=pytest.mark.full),
+        {"width": 40, "ffn": 101, "kv": 2, "tie": True},
+    ],
 )
 def test_fsdp_on_four_ranks_holds_a_quarter_of_what_one_rank_holds(sizes):
     sizes = {"layers": 2, **sizes}

@@ -129,8 +129,8 @@ def compiled(env, name, method, grid, settings):
 @pytest.mark.parametrize(
     "name, method, size, checkpointing",
     [
-        ("single", "ring", 3, "none"),
-        ("fsdp", "ulysses", 2, "full"),
+        ("fsdp", "ring", 3, "full"),
+        pytest.param("single", "ulysses", 2, "none", marks=pytest.mark.full),
     ],
 )
 def test_compiled_blocks_share_their_rows_over_ranks(name, method, size, checkpointing):
@@ -284,7 +284,7 @@ def test_full_checkpointing_computes_each_block_a_second_time(checkpointing, run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", [pytest.param("none", marks=pytest.mark.full), "full"])
 def test_compiled_blocks_train_the_same_under_the_same_names(checkpointing):
     expected, expected_norms = alone()
     engine = Single(

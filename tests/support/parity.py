@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.init import initialise
+from models.primitives.softmax import Softmax
 from models.span import Span
 from parallel.context_parallel import METHODS, apply_context_parallel
 from parallel.layout import POLICIES, layouts
@@ -42,23 +43,42 @@ class Case(NamedTuple):
         return "-".join(map(str, self))
 
 
+@lru_cache(maxsize=1)
+def methods_of() -> dict[str, tuple[str, ...]]:
+    """Methods that each mixer knows: all where it has softmax attention, else the first alone.
+
+    A method chooses the driver of a Softmax; every other primitive has a single driver.
+    """
+    methods = {}
+    for name, make in VARIANTS.items():
+        has_softmax = any(isinstance(module, Softmax) for module in make().modules())
+        methods[name] = tuple(METHODS) if has_softmax else tuple(METHODS)[:1]
+    return methods
+
+
 def covering() -> list[Case]:
-    """Each mixer once with every method, every layout and every number of ranks, together in all
-    combinations."""
+    """Covers each mixer with each of its methods, every layout and every number of ranks.
+
+    Mixers of one kind meet all combinations together.
+    """
+    policies = list(POLICIES)
     cases = []
-    for row, name in enumerate(VARIANTS):
-        for turn, method in enumerate(METHODS):
-            policy, size = (
-                list(POLICIES)[(turn + row) % len(POLICIES)],
-                SIZES[(turn + row // 3) % len(SIZES)],
-            )
+    for row, (name, methods) in enumerate(methods_of().items()):
+        for turn in range(max(len(methods), len(policies))):
+            method = methods[turn % len(methods)]
+            policy = policies[(turn + row) % len(policies)]
+            size = SIZES[(turn + row // 3) % len(SIZES)]
             cases.append(Case(name, method, policy, size))
     return cases
 
 
 def everything() -> list[Case]:
-    """The whole product."""
-    return [Case(*each) for each in product(VARIANTS, METHODS, POLICIES, SIZES)]
+    """Crosses every mixer with its methods, all layouts and all numbers of ranks."""
+    cases = []
+    for name, methods in methods_of().items():
+        for method, policy, size in product(methods, POLICIES, SIZES):
+            cases.append(Case(name, method, policy, size))
+    return cases
 
 
 def differences(case: Case) -> dict[torch.dtype, float]:

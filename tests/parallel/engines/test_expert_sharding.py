@@ -76,7 +76,13 @@ def test_experts_over_ranks_train_what_one_process_trains(name, context, data, e
 
 
 @pytest.mark.parametrize(
-    "settings", [{"checkpointing": "full"}, {"hidden": 15}, {"reshard_after_forward": False}]
+    "settings",
+    [
+        {"checkpointing": "full", "hidden": 15},
+        pytest.param({"checkpointing": "full"}, marks=pytest.mark.full),
+        pytest.param({"hidden": 15}, marks=pytest.mark.full),
+        pytest.param({"reshard_after_forward": False}, marks=pytest.mark.full),
+    ],
 )
 def test_how_the_rest_is_placed_changes_nothing(settings):
     """Blocks computed again; stacks that FSDP2 cannot cut evenly and leaves whole; weights kept

@@ -11,10 +11,10 @@ from parallel.mesh import Mesh, build_mesh
 from tests.support import small_mixture, small_model
 from tests.support.pool import ranks
 
-COUNT, STEPS = 8, 50  # rows a step; they differ in how many valid targets they have
+COUNT = 8  # rows a step; they differ in how many valid targets they have
 
 
-def trained(env, name, replicas, precision, micro):
+def trained(env, name, replicas, precision, micro, steps):
     engine = small_model.ENGINES[name](
         build_mesh(1, env.size, replicas=replicas), small_model.OPTIM, precision=precision, seed=3
     )
@@ -23,20 +23,31 @@ def trained(env, name, replicas, precision, micro):
         key: p.to_local().numel() if isinstance(p, DTensor) else p.numel()
         for key, p in engine.parameters.items()
     }
-    norms = small_model.train(engine, 0, STEPS, COUNT, micro)
+    norms = small_model.train(engine, 0, steps, COUNT, micro)
     return norms, small_model.whole(engine), sizes
 
 
 @functools.cache
-def plain():
-    return small_model.truth(STEPS, COUNT)
+def plain(steps):
+    return small_model.truth(steps, COUNT)
 
 
-@pytest.mark.parametrize("micro", [1, 2])
-@pytest.mark.parametrize("replicas", [1, 2, 4])
-def test_fifty_steps_equal_the_one_process_run_however_often_parameters_are_held(replicas, micro):
-    weights, norms = plain()
-    for found in ranks(4, trained, "fsdp", replicas, "float64", micro):
+@pytest.mark.parametrize(
+    "replicas, micro, steps",
+    [
+        (1, 2, 12),
+        (2, 1, 12),
+        (4, 2, 12),
+        *(
+            pytest.param(replicas, micro, 50, marks=pytest.mark.full)
+            for replicas in (1, 2, 4)
+            for micro in (1, 2)
+        ),
+    ],
+)
+def test_steps_equal_the_one_process_run_however_often_parameters_are_held(replicas, micro, steps):
+    weights, norms = plain(steps)
+    for found in ranks(4, trained, "fsdp", replicas, "float64", micro, steps):
         torch.testing.assert_close(found[0], norms, rtol=1e-11, atol=0)
         for key, tensor in weights.items():
             torch.testing.assert_close(
@@ -44,16 +55,17 @@ def test_fifty_steps_equal_the_one_process_run_however_often_parameters_are_held
             )
 
 
+@pytest.mark.full
 def test_fifty_steps_in_float32_equal_the_other_engines():
-    (single, *_), *_ = ranks(4, trained, "single", 1, "float32", 2)
+    (single, *_), *_ = ranks(4, trained, "single", 1, "float32", 2, 50)
     for replicas in (1, 2):
-        for found in ranks(4, trained, "fsdp", replicas, "float32", 2):
+        for found in ranks(4, trained, "fsdp", replicas, "float32", 2, 50):
             torch.testing.assert_close(found[0], single, rtol=1e-4, atol=0)
 
 
 def test_a_rank_holds_its_share_of_one_replica():
     held = {
-        n: sum(sum(sizes.values()) for *_, sizes in ranks(4, trained, "fsdp", n, "float64", 1))
+        n: sum(sum(sizes.values()) for *_, sizes in ranks(4, trained, "fsdp", n, "float64", 1, 1))
         for n in (1, 2, 4)
     }
     assert held[2] == 2 * held[1] and held[4] == 4 * held[1]

@@ -181,7 +181,10 @@ def test_no_process_of_a_run_listens_beyond_its_machine(launcher, monkeypatch) -
     assert open_to_others(psutil.Process(process.pid)) == []
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.full)],
+)
 def test_a_signal_reaches_the_ranks_which_save_and_leave(
     launcher, number: signal.Signals, code: int
 ) -> None:
@@ -198,7 +201,10 @@ def test_a_signal_reaches_the_ranks_which_save_and_leave(
 
 @pytest.mark.parametrize(
     ("ignored", "number", "code"),
-    [("HUP", signal.SIGHUP, 143), ("INT QUIT", signal.SIGINT, 143)],
+    [
+        ("INT QUIT", signal.SIGINT, 143),
+        pytest.param("HUP", signal.SIGHUP, 143, marks=pytest.mark.full),
+    ],
 )
 def test_a_signal_that_was_ignored_when_we_were_started_stays_ignored(
     launcher, ignored, number, code

@@ -20,8 +20,8 @@ from trainer.verify.whole_runs import write_documents
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning"
 )  # of forking a process that has threads
-MANY = 8
-MISTAKES = 12
+MANY = 5
+MISTAKES = 8
 
 
 @pytest.fixture
