@@ -20,7 +20,7 @@ from parallel.engines.base import Engine
 from parallel.mesh import Mesh, build_mesh
 from parallel.parallelize import parallelize
 from trainer import run_dir as directories
-from trainer.agreement import agree_on_resumed, agree_on_run
+from trainer.agreement import agree_on_resumed, agree_on_run, agree_on_weights
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.build_model import build_model, sizes_taken
@@ -30,6 +30,8 @@ from trainer.data.batch_sharding import BatchSharder
 from trainer.data.lanes import Lanes
 from trainer.errors import BAD_RUN, DONE, UserError
 from trainer.evaluation.assessment import Assessment
+from trainer.init_from.fit import slots_of
+from trainer.init_from.load import load_initial_weights
 from trainer.launch.elastic import RankInfo, restart_count
 from trainer.launch.exit_report import SAVED
 from trainer.logs.console import Console
@@ -158,6 +160,7 @@ class Run:
         self.parameters = count_parameters(model)
         self.flops = count_flops(model)
         self.prefix = plain_sight(model)
+        self.slots = slots_of(model)
         for line in remarks(config, model):
             self.console.say(line)
         for where, taken in sizes_taken(config, self.stream.vocabulary).items():
@@ -201,6 +204,11 @@ class Run:
         if place is None and self.config.resume not in ("auto", "never"):
             place = self._named(Path(self.config.resume))
         if place is None:
+            if self.config.init_from is not None:
+                load_initial_weights(self.config, self.engine, self.slots, self.console.say)
+                agree_on_weights(
+                    self.mesh, self.engine, f"after init_from={self.config.init_from} was read"
+                )
             for line in weight_lines(self.engine.how):
                 self.console.say(line)
             return Progress(self.stream.start())

@@ -88,6 +88,11 @@ def holds_run(directory: Path) -> bool:
     return (directory / CONFIG).is_file()
 
 
+def has_checkpoint(directory: str) -> bool:
+    """Tells whether a run in a directory goes on from a checkpoint of its own."""
+    return any((Path(directory) / "checkpoints").glob("step_*"))
+
+
 def fresh_path(name: str, root: Path = Path("runs")) -> Path:
     """Returns a directory name that is free now, to be shown; `take` makes one."""
     return next(path for path in _names(name, root) if not os.path.lexists(path))
@@ -201,6 +206,9 @@ def other_run(config: Config, directory: Path) -> list[str]:
             " run_dir"
         ]
     free = (*FREE, "name", *_decided_by_content(old, config))
+    # What a run began from is of no use to one that goes on; another beginning is another run.
+    if config.init_from is None or config.resume not in ("auto", "never"):
+        free += ("init_from", "init_from_strict")
     return [
         f"{key}={_word(new)}: the run in {directory} has {key}={_word(was)}; use that value, or"
         " another run_dir"

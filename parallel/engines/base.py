@@ -10,7 +10,7 @@ The loss convention makes the true gradient a plain sum over ranks and micro-bat
 depends neither on how a sequence was cut nor on how valid tokens fall on ranks.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -173,6 +173,17 @@ class Engine:
         for part, mine in own.items():
             for name, tensor in mine.items():
                 copy_into(tensor, state[part][name])
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take weights by name and leave the optimiser as it is. All ranks must call.
+
+        Args:
+            weights: pairs of a name and a whole tensor, equal on every rank; each is dropped before
+                the next is asked for. Of tied parameters the first name.
+        """
+        own = self.model.state_dict()
+        for name, value in weights:
+            copy_into(own[name], value)
 
     def _place(self, model: nn.Module) -> nn.Module:
         """Spread the parameters over the ranks, on the device, with their weights."""

@@ -10,7 +10,7 @@ Source: Rajbhandari et al. 2020 (arXiv:1910.02054); offloading: Ren et al. 2021 
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import deepspeed
@@ -136,7 +136,7 @@ class Deepspeed(Engine):
         if self.zero_stage:
             self._fill(blank, shapes)
         if masters:
-            self._put_parameters(masters)
+            self._put_parameters(masters.items())
         return self.model
 
     def _start(self, model: nn.Module, optimiser: Optimizer) -> Any:
@@ -259,7 +259,7 @@ class Deepspeed(Engine):
         if not self.zero_stage:
             return super().load(state)
         same(self.state(), state)
-        self._put_parameters({name: state["model"][name] for name in self.parameters})
+        self._put_parameters((name, state["model"][name]) for name in self.parameters)
         for name, flat in self._shards().items():
             for key, value in self.optimiser.state[flat].items():
                 given = _whole(state["optimizer"][f"{name}.{key}"])
@@ -270,6 +270,12 @@ class Deepspeed(Engine):
         for name, buffer in self.plain.state_dict().items():
             if name not in self.aliases:
                 buffer.copy_(_whole(state["model"][name]))
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """See Engine.load_weights."""
+        if not self.zero_stage:
+            return super().load_weights(weights)
+        self._put_parameters(weights)
 
     def _shards(self) -> dict[str, Tensor]:
         """By name of a trained parameter, the flat float32 shard of it and others that this rank
@@ -313,11 +319,15 @@ class Deepspeed(Engine):
         ).clone()
 
     @torch.no_grad()
-    def _put_parameters(self, values: Mapping[str, Tensor]) -> None:
-        """Set the masters and what is computed with; a value is whole and equal on all ranks, or a
-        DTensor."""
-        for name, parameter in self.parameters.items():
-            value = _whole(values[name]).to(self.mesh.device)
+    def _put_parameters(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        """Set the masters and what is computed with, or a buffer; a value is whole and equal on all
+        ranks, or a DTensor."""
+        for name, given in values:
+            value = _whole(given).to(self.mesh.device)
+            parameter = self.parameters.get(name)
+            if parameter is None:
+                self.plain.state_dict()[name].copy_(value)
+                continue
             with deepspeed.zero.GatheredParameters(
                 [parameter], modifier_rank=0, enabled=self.zero_stage == 3
             ):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from models.construction import (
     Origin,
@@ -78,6 +78,8 @@ def copy_into(target: Tensor, value: Tensor) -> None:
             value = value.full_tensor()
         if isinstance(value, DTensor):
             value = value.redistribute(mesh, placements)
+        elif (own := _own_slice(target, value)) is not None:
+            value = own
         else:
             value = distribute_tensor(
                 value.to(mesh.device_type), mesh, placements, src_data_rank=None
@@ -85,6 +87,24 @@ def copy_into(target: Tensor, value: Tensor) -> None:
     elif isinstance(value, DTensor):
         value = value.full_tensor()
     local_tensor(target).copy_(local_tensor(value))
+
+
+def _own_slice(target: DTensor, value: Tensor) -> Tensor | None:
+    """A view of what this rank holds of a whole tensor; None where it is cut along several dims.
+
+    It saves the copy that distribute_tensor makes, and the transfer of the rest to the device.
+    """
+    cuts = [(i, p) for i, p in enumerate(target.placements) if not p.is_replicate()]
+    if len(cuts) != 1:
+        return None
+    mesh_dim, placement = cuts[0]
+    # An exact type: a strided shard lies elsewhere.
+    if not isinstance(placement, Shard) or type(placement) is not Shard:
+        return None
+    length = value.shape[placement.dim]
+    chunk = -(-length // target.device_mesh.size(mesh_dim))
+    start = min(chunk * target.device_mesh.get_local_rank(mesh_dim), length)
+    return value.narrow(placement.dim, start, min(chunk, length - start))
 
 
 def materialize(

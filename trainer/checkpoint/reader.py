@@ -145,7 +145,7 @@ class CheckpointReader:
         """Lists every step_N, the newest first, as rank 0 sees them."""
         return self._on_first_rank(self._list)
 
-    def _damage(self, checkpoint: Path) -> str | None:
+    def damage(self, checkpoint: Path) -> str | None:
         """Describes why a checkpoint is not whole, or returns None; the same on every rank."""
         damage = None
         try:
@@ -170,7 +170,7 @@ class CheckpointReader:
         """
         checkpoints = self._list_together()
         for checkpoint in checkpoints:
-            damage = self._damage(checkpoint)
+            damage = self.damage(checkpoint)
             if damage is None:
                 self.checked = checkpoint
                 return checkpoint
@@ -207,7 +207,7 @@ class CheckpointReader:
         """
         place = Path(place)
         if place != self.checked:
-            damage = self._damage(place)
+            damage = self.damage(place)
             if damage is not None:
                 raise UserError(
                     f"cannot resume from {place}: {damage}; name another checkpoint, or"

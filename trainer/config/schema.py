@@ -257,6 +257,16 @@ class Config(ConfigGroup):
     resume: str = Field(
         default="auto", min_length=1, description="auto, never, or a run directory or checkpoint"
     )
+    init_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description=(
+            "initial weights: a run, a checkpoint, an export, or hf:FOLDER; null = drawn from seed"
+        ),
+    )
+    init_from_strict: Flag = Field(
+        default=True, description="refuse initial weights that do not fit the model in everything"
+    )
     match: Literal["none", "parameters", "flops"] = Field(
         default="none", description="fit the width to a reference model"
     )

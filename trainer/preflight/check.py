@@ -12,6 +12,7 @@ from trainer.config.finding import Finding, as_finding, render
 from trainer.config.schema import Config
 from trainer.config.size_limits import check_step_memory
 from trainer.errors import UserError
+from trainer.init_from.fit import check_one_beginning
 from trainer.logs.labels import check_labels
 from trainer.objectives.contradictions import check_objective
 from trainer.optim.lengthening import check_lengthening
@@ -77,6 +78,7 @@ def _check_settings(
         check_parallel(config),
         check_engine_settings(config),
         run_dir.check_run_dir(config),
+        check_one_beginning(config),
         check_lengthening(config),
         check_labels(config),
         check_nodes(config),

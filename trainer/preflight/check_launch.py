@@ -77,7 +77,11 @@ def _check_launch_owner(config: Config) -> Iterator[Finding]:
 
 def check_paths(config: Config) -> Iterator[Finding]:
     """Checks that each setting which names a file is a path that the system can open."""
-    settings = {"run_dir": config.run_dir, "resume": config.resume}
+    settings = {
+        "run_dir": config.run_dir,
+        "resume": config.resume,
+        "init_from": config.init_from,
+    }
     for key, value in config.data.settings().items():
         settings[f"data.{key}"] = value
     for key, value in settings.items():

@@ -20,6 +20,7 @@ from trainer.config.size_limits import check_model_memory
 from trainer.config.values import TARGET
 from trainer.errors import UserError
 from trainer.foreign import check_foreign_layers
+from trainer.init_from.fit import check_init_from
 from trainer.objectives.contradictions import check_objective_model, vocabulary
 from trainer.preflight.check_engine import check_deepspeed_model
 from trainer.preflight.check_model import (
@@ -125,6 +126,7 @@ def check_built_model(config: Config, given: Collection[str]) -> Iterator[Findin
     if config.parallel.experts > 1:
         yield from unshared(model, config.parallel.experts)
         yield from unreachable(model)
+    yield from check_init_from(config, model)
     yield from _check_max_length(config, position, model)
     yield from check_sample_length(config, model)
     yield from _check_takers(config, position, model, tokens)
