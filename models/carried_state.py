@@ -1,8 +1,14 @@
-"""State carried from earlier rows of a lane: kept tokens and recurrent states.
+"""State carried from what lies to the left of the tokens at hand: kept tokens and recurrent states.
 
-A Past travels with a Span, as its `past`. A layer asks it for what was left under its name and
-leaves what comes next; whether that lies on this device or over ranks is not the layer's business.
-Nothing that is kept carries a gradient.
+A CarriedState travels with a Span, as its `past`. A layer asks it for what was left under its name
+and leaves what comes next; whether that lies on this device or over ranks is not the layer's
+business. The class here carries state from row to row of a lane (memory=); nothing that it keeps
+carries a gradient. A subclass whose `continues_rows` is true carries what came before in the same
+row: models.cache.decoding_state.DecodingState while a model decodes. Then everything that a
+primitive reads of earlier tokens it finds here:
+
+    # all tokens of the row that a mask may still show, with their addresses
+    payload, kv_span = span.past.extend(self.place, payload, span, mask)
 
     # the last `length` tokens of the lane, with their addresses
     tokens, kv_span = span.past.tokens(self.place, x, length)
@@ -15,11 +21,15 @@ Letters: B rows, T tokens of a row, M tokens kept, m of them at hand (all, on on
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from models.layer import Layer
+from models.masks.algebra import Mask
+from models.primitive import Primitive
+from models.scores import Tensors
 from models.span import PADDING, Span
 
 # states [B, ...] that every rank has alike; states [U, ...] of the rank's own (row, head) pairs
@@ -29,16 +39,18 @@ SHARDED = "dealt"
 
 class StatefulModule(Layer):
     """A module that carries something from row to row; `place` is its name in the model, which
-    `name_carriers` fills in."""
+    `name_stateful_modules` fills in."""
 
     place: str = ""
 
 
 def name_stateful_modules(model: nn.Module) -> None:
-    """Tell every Carrier where in the model it stands, so that what it leaves is found again. Call
-    once, when built."""
+    """Tells every primitive and stateful module its name in the model, so that what it leaves is
+    found again.
+
+    Called once, when the model is built: drivers that replace primitives keep the names."""
     for path, module in model.named_modules():
-        if isinstance(module, StatefulModule):
+        if isinstance(module, StatefulModule | Primitive):
             module.place = path
 
 
@@ -49,8 +61,12 @@ class CarriedState:
     that a layer that is computed again in backward finds what it found.
 
     Attributes: kept: {name: (M, [B, m, ...])} tokens found. addresses: {M: [B, M]} of the kept
-        tokens of whole lanes. states: {name: (kind, tensor)} found. rows: B.
+        tokens of whole lanes. states: {name: (kind, tensor)} found. rows: B. continues_rows:
+        whether the tokens at hand continue their rows; here they begin new ones, which only
+        memories and states connect.
     """
+
+    continues_rows: ClassVar[bool] = False
 
     def __init__(self):
         self.kept: dict[str, tuple[int, Tensor]] = {}
@@ -72,6 +88,53 @@ class CarriedState:
         self._left = {}
         return replace(span, past=self)
 
+    def extend(
+        self, place: str, payload: Tensors, span: Span, mask: Mask, *, shared: bool = False
+    ) -> tuple[Tensors, Span]:
+        """Returns the payload of all tokens of the rows so far, those at hand among them.
+
+        Where rows begin with the tokens at hand, that is what came in.
+
+        Args:
+            place: name of the primitive that reads.
+            payload: tensors [B, T, ...] of the tokens at hand.
+            span: their addresses.
+            mask: what it shows to no later query of a row need not come again.
+            shared: every rank gets all of it. Otherwise a rank gets the tokens that lie with it.
+
+        Returns:
+            Tensors [B, S, ...], and the addresses [B, S] of what is in them.
+        """
+        return payload, span
+
+    def attend(
+        self,
+        softmax: Any,
+        query: Tensors,
+        payload: Tensors,
+        params: Tensors,
+        *,
+        span: Span,
+        kv_span: Span,
+        heads: Tensor | None,
+    ) -> Tensor:
+        """Returns the mean over every visible token of the rows so far, [B, T, H, E].
+
+        Args:
+            softmax: the primitive (models.primitives.softmax.Softmax) that reads.
+            query, payload, params, span, kv_span, heads: as in Softmax.forward.
+        """
+        if softmax.extends:
+            payload, kv_span = self.extend(softmax.place, payload, kv_span, softmax.mask)
+        mean, _ = softmax.partial(
+            query, payload, params, span=span, kv_span=kv_span, heads=heads, lse=False
+        )
+        return mean
+
+    def summed(self, part: Tensor) -> Tensor:
+        """Returns a sum over tokens of which only those that lie here have been added up."""
+        return part
+
     def tokens(self, name: str, x: Tensor, length: int) -> tuple[Tensor, Span]:
         """(kept [B, m, ...], their addresses), and keeps of x [B, T, ...] what the next rows will
         find.
@@ -83,7 +146,7 @@ class CarriedState:
             length: M, tokens of a lane to keep, counted back from the end of the row; the same at
                 every call.
         """
-        assert self._row is not None, "enter() comes before the forward pass"
+        assert self._row is not None, "attach() comes before the forward pass"
         self._tokens[name] = x.detach(), length
         if length not in self._spans:
             self._spans[length] = self._dealt(
@@ -111,7 +174,7 @@ class CarriedState:
         """Makes the stored state the one that is read, and forgets where nothing was stored.
 
         Called after the last use of a row, on every rank."""
-        assert self._row is not None, "enter() comes before the forward pass"
+        assert self._row is not None, "attach() comes before the forward pass"
         whole = self._whole(self._row)
         row = self._row
         kept = {}

@@ -111,6 +111,12 @@ class Layer(nn.Module):
         """States why a document cannot be read segment by segment; None: it can."""
         return None
 
+    # Decoding.
+
+    def decodes(self) -> str | None:
+        """States why rows have no exact continuation token by token; None: they have."""
+        return None
+
     # Parallelism.
 
     shares_values: bool = False

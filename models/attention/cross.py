@@ -56,7 +56,8 @@ class CrossAttention(Layer):
         self.k = nn.Linear(source_width, kv_heads * self.head_width, bias=False)
         self.v = nn.Linear(source_width, kv_heads * self.head_width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.mix = Softmax(mask)
+        # Every call brings the whole source: nothing is held from one token to the next.
+        self.mix = Softmax(mask, extends=False)
 
     def forward(self, hidden: Tensor, span: Span, source: Tensor, source_span: Span) -> Tensor:
         """hidden [B, T, width], source [B, S, source_width] -> [B, T, width]."""

@@ -81,7 +81,8 @@ class RecentTokens(StatefulModule):
 
     def forward(self, x: Tensor, span: Span) -> tuple[list[Tensor], Span]:
         """x [B, T, width] -> (pieces of [B, S, width], x the last of them, and their addresses)."""
-        if span.past is None:
+        # Where tokens continue their row, attention itself holds what came before.
+        if span.past is None or span.past.continues_rows:
             return [x], span
         kept, kv_span = span.past.tokens(self.place, x, self.length)
         key = "tail", id(kv_span)

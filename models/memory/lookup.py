@@ -160,7 +160,8 @@ class ExternalMemory(StatefulModule):
         key = F.normalize(k.detach().to(wide), dim=-1).to(v.dtype)
         value = v.detach()
         stores = [KeyValueStore(key, value, span)] if self.segment is not None else []
-        if span.past is not None:
+        # Where tokens continue their row, the search itself holds what came before.
+        if span.past is not None and not span.past.continues_rows:
             both = torch.cat([key, value], -1)
             kept, kv_span = span.past.tokens(
                 self.place, both if self.device is None else both.to(self.device), self.kept

@@ -132,7 +132,8 @@ class SegmentReader(StatefulModule):
         what later rows recall."""
         seen = [x.detach(), x] if self.segmented else [x]
         found = None
-        if span.past is not None:
+        # Where tokens continue their row, attention itself holds what came before.
+        if span.past is not None and not span.past.continues_rows:
             tokens, found = span.past.tokens(self.place, x, self.kept)
             seen = [tokens.to(x.dtype), *seen]
         if len(seen) == 1:

@@ -157,6 +157,10 @@ class RecurrentMemory(StatefulModule):
         if self.settings.curriculum:
             self.depth = 1 + sum(step >= grown for grown in self.settings.curriculum)
 
+    def decodes(self) -> str | None:
+        """See Layer."""
+        return "reads whole segments, and an open one would have to be read again with each token"
+
     def sequential_parts(self, parent: Any) -> Iterable[nn.Module]:
         """The layers of the decoder that this stands in."""
         return [parent.blocks]

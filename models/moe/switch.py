@@ -102,6 +102,15 @@ class Switch(MixtureOfExperts):
         self.eval_capacity_factor = eval_capacity_factor
         self.over = capacity_over
 
+    def decodes(self) -> str | None:
+        """See Layer."""
+        if self.eval_capacity_factor is None:
+            return None
+        return (
+            f"eval_capacity_factor={self.eval_capacity_factor} drops tokens by the number of tokens"
+            f" of the {self.over}, later ones among them; use eval_capacity_factor=null"
+        )
+
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]."""
         # Padding may hold anything, also NaN, which would spread through the router's sums.

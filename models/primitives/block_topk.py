@@ -60,6 +60,7 @@ class BlockEnds:
 class BlockTopK(Primitive):
     """Searches a store on one device, which holds every entry."""
 
+    continues_rows = True
     counts_flops = False  # a search chooses entries; what reads them is a Softmax, which counts
 
     def pick(self, span: Span, choose: BlockEnds) -> PickedBlocks:
@@ -86,7 +87,11 @@ class BlockTopK(Primitive):
         Returns:
             (tensors [B, S', ...], addresses [B, S']). More entries may come than can be seen.
         """
-        return payload, kv_span
+        # Addresses of entries are made anew and have no past; those of tokens at hand have it.
+        past = span.past or kv_span.past
+        if past is None:
+            return payload, kv_span
+        return past.extend(self.place, payload, kv_span, mask, shared=True)
 
     def best(
         self,

@@ -22,6 +22,8 @@ class CausalConv(Primitive, StatefulModule):
     flows through those.
     """
 
+    continues_rows = True
+
     def forward(self, payload: Tensors, params: Tensors, *, span: Span) -> Tensor:
         """Returns the filtered tokens, [B, T, C].
 
@@ -65,6 +67,8 @@ def with_tail(place: str, x: Tensor, reach: int, span: Span) -> tuple[Tensor, Sp
     if span.past is None or not reach:
         return x, span, 0
     tail, tail_span = span.past.tokens(place, x, reach)
+    if not tail.shape[1]:
+        return x, span, 0
     key = "widened", id(tail_span)
     if key not in span.plans:
         # Holding `tail_span` keeps its id from being given to another object.

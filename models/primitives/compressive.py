@@ -42,6 +42,7 @@ class CompressiveScan(Primitive, StatefulModule):
     through segments one by one; ours sums up all of them at once and then passes memories along.
     """
 
+    continues_rows = True
     counts_flops = False  # the count has always left segment memories out; so their MFU is a floor
 
     def __init__(self, segment: int | None = None):
@@ -60,7 +61,9 @@ class CompressiveScan(Primitive, StatefulModule):
                 states = carried.to(states.dtype).view_as(states)
         output = work.read(states)
         if span.past is not None:
-            next_row = self.carried(work.final_states(states))
+            final = work.final_states(states)
+            # A piece of a row does not close the segment that the row is.
+            next_row = final if span.past.continues_rows else self.carried(final)
             span.past.store(self.place, next_row.flatten(0, 2), SHARDED)
         return output
 

@@ -17,6 +17,7 @@ class ExpertDispatch(Primitive):
     """Passes tokens to their experts on one device, which holds every expert."""
 
     needs_driver = False  # of a sharded row only; experts over ranks have one of their own
+    continues_rows = True  # it reads none
     counts_flops = False  # the experts' weights are counted by their active share
 
     def exchange(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.carried_state import CarriedState
 from models.kernels.knn import NOWHERE, KeyValueStore, Neighbors, blocks, no_neighbors, search
 from models.masks.algebra import Mask
 from models.primitive import Primitive
@@ -35,6 +36,7 @@ class KNN(Primitive):
     large.
     """
 
+    continues_rows = True
     counts_flops = False  # a search over a store whose size no span tells
 
     def __init__(self, mask: Mask, count: int):
@@ -54,6 +56,8 @@ class KNN(Primitive):
         """
         (q,) = query
         (scale,) = params
+        if span.past is not None and span.past.continues_rows:
+            stores = [self._extended(store, span.past) for store in stores]
         with torch.no_grad():
             if stores and not q.is_meta:
                 entry = self.search(q, stores, span).entry
@@ -65,6 +69,12 @@ class KNN(Primitive):
                 key = q.new_zeros(0, q.shape[-1])
                 value = q.new_zeros(0, width)
         return _WeightedMean.apply(q, scale, key, value, index), entry[..., 0] != NOWHERE
+
+    def _extended(self, store: KeyValueStore, past: CarriedState) -> KeyValueStore:
+        """Returns the store with what the earlier tokens of its rows left."""
+        pair = store.key, store.value
+        (key, value), span = past.extend(self.place, pair, store.span, self.mask, shared=True)
+        return KeyValueStore(key, value, span)
 
     def search(self, q: Tensor, stores: Sequence[KeyValueStore], span: Span) -> Neighbors:
         """Returns the nearest entries of all stores, numbered end to end."""

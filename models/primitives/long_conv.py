@@ -18,11 +18,16 @@ from torch import Tensor
 from models.carried_state import StatefulModule
 from models.kernels.fft_conv import convolve
 from models.kernels.scan_chunks import on_host
+from models.masks.algebra import visible
+from models.masks.basic import Causal, SameDocument
 from models.primitive import Primitive
 from models.primitives.causal_conv import with_tail
 from models.same_graph import tied
 from models.scores import Tensors
 from models.span import PADDING, Span
+
+CAUSAL = Causal() & SameDocument()
+FEW = 4  # tokens of a row up to which a decoding convolution sums without transforms
 
 
 class Fragment(NamedTuple):
@@ -52,8 +57,12 @@ class LongConv(Primitive, StatefulModule):
 
     Source: Poli et al. 2023 (arXiv:2302.10866). Ours respects documents, and convolves any two
     stretches of one document. Where rows continue earlier ones (Span.past), their tokens within
-    reach of the filter contribute too, and no gradient flows through those.
+    reach of the filter contribute too, and no gradient flows through those. Where the tokens at
+    hand continue their rows, the earlier ones are held as they came in, and each new output sums
+    over them: a step costs as many products as there are tokens.
     """
+
+    continues_rows = True
 
     def forward(self, payload: Tensors, params: Tensors, *, span: Span) -> Tensor:
         """Returns the filtered tokens [B, T, C].
@@ -65,8 +74,34 @@ class LongConv(Primitive, StatefulModule):
         Raises:
             ValueError: a document has more tokens than the filter has taps.
         """
+        if span.past is not None and span.past.continues_rows:
+            held, held_span = span.past.extend(self.place, payload, span, CAUSAL)
+            if span.shape[1] <= FEW:
+                output = self._sums(held[0], params[0], span, held_span)
+            else:
+                output = self.partial(held, params, span=span, kv_span=held_span)
+            return span.past.summed(output)
         x, span, skip = self.widened(payload, params, span=span)
         return self.partial((x,), params, span=span, kv_span=span)[:, skip:]
+
+    def _sums(self, x: Tensor, taps: Tensor, span: Span, kv_span: Span) -> Tensor:
+        """Returns what `partial` does, without transforms: [B, T, C] of a few tokens."""
+        distance = span.pos[:, :, None] - kv_span.pos[:, None]
+        seen = visible(CAUSAL, span, kv_span)[:, 0]
+        if bool((seen & (distance >= len(taps))).any()):
+            raise ValueError(self._too_long(len(taps)))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weights = taps.to(wide)[distance.clamp(0, len(taps) - 1)]
+        weights = weights.masked_fill(~seen[..., None], 0)
+        return torch.einsum("btsc,bsc->btc", weights, x.to(wide)).to(x.dtype)
+
+    @staticmethod
+    def _too_long(taps: int) -> str:
+        return (
+            f"the filter has {taps} taps and a document more tokens; raise context_length to the"
+            " longest row, or, where rows go on, the mixer's own context_length to the longest"
+            " document"
+        )
 
     def widened(self, payload: Tensors, params: Tensors, *, span: Span) -> tuple[Tensor, Span, int]:
         """Prepends the tokens carried from earlier rows; see `with_tail`."""
@@ -95,11 +130,7 @@ class LongConv(Primitive, StatefulModule):
         contributions = []
         for length, shift, group in _groups(pairs):
             if shift + max(pair.into.length for pair in group) > len(taps):
-                raise ValueError(
-                    f"the filter has {len(taps)} taps and a document more tokens; raise"
-                    " context_length to the longest row, or, where rows go on, the mixer's own"
-                    " context_length to the longest document"
-                )
+                raise ValueError(self._too_long(len(taps)))
             sources = [pair.kv_span for pair in group]
             source_index = _flat_index(sources, kv_span.shape[1], length).to(x.device)
             outputs = [pair.into for pair in group]

@@ -26,6 +26,7 @@ from models.primitive import Primitive
 from models.scores import Tensors
 from models.span import Span
 
+FEW = 4  # tokens of a row up to which a decoding scan goes token by token
 CHUNK = 64  # tokens to a chunk, a power of two; shorter where every document is
 
 
@@ -59,6 +60,8 @@ class Scan(Primitive, StatefulModule):
     (arXiv:2412.06464).
     """
 
+    continues_rows = True
+
     def __init__(self, *, before: bool = False, chunk: int = CHUNK):
         super().__init__()
         if chunk < 1 or chunk & (chunk - 1):
@@ -76,6 +79,8 @@ class Scan(Primitive, StatefulModule):
 
         The state begins empty, or as the rows before left it.
         """
+        if span.past is not None and span.past.continues_rows and span.shape[1] <= FEW:
+            return self._step(query, payload, span)
         work = self.open(query, payload, span=span)
         states = work.blank()
         if span.past is not None:
@@ -85,6 +90,16 @@ class Scan(Primitive, StatefulModule):
             with torch.no_grad():
                 span.past.store(self.place, work.final_states(states).flatten(0, 2), SHARDED)
         return work.read(states)
+
+    def _step(self, query: Tensors, payload: Tensors, span: Span) -> Tensor:
+        """Continues rows by a few tokens: chunks would cost more than they save."""
+        rows = span.shape[0]
+        state = span.past.state(self.place)
+        if state is not None:
+            state = state.unflatten(0, (rows, -1))
+        output, state = self.recur(query, payload, span=span, state=state)
+        span.past.store(self.place, state.flatten(0, 1), SHARDED)
+        return output
 
     def open(
         self, query: Tensors, payload: Tensors, *, span: Span, runs: Runs | None = None

@@ -19,14 +19,23 @@ class SegmentSum(Primitive):
     in the row.
     """
 
+    continues_rows = True
     counts_flops = False  # additions only; the convention counts products of matrices
 
     def total(self, x: Tensor, span: Span, over: str = "row") -> Tensor:
         """Returns the sum over the row [B, 1, ...] or over each token's document [B, T, ...].
 
         Differentiable.
+
+        Raises:
+            ValueError: rows are read token by token, and their later tokens are not known.
         """
         validate_scope(over)
+        if span.past is not None and span.past.continues_rows:
+            raise ValueError(
+                f"{self.place}: a sum over a whole {over} needs its later tokens, which decoding"
+                " does not know"
+            )
         x = _without_padding(x, span)
         if over == "row":
             return x.sum(1, keepdim=True)
@@ -39,7 +48,29 @@ class SegmentSum(Primitive):
         document is exact to 1e-16 of the row's sum.
         """
         validate_scope(over)
-        return exclusive_cumsum(_without_padding(x, span), starts(span, over))
+        x = _without_padding(x, span)
+        sums = exclusive_cumsum(x, starts(span, over))
+        if span.past is None or not span.past.continues_rows:
+            return sums
+        return sums + self._earlier(x, span, over)
+
+    def _earlier(self, x: Tensor, span: Span, over: str) -> Tensor:
+        """Returns the sum over the tokens of earlier pieces, [B, T, ...], and stores the next."""
+        wide = x.double() if x.is_floating_point() else x
+        found = span.past.state(self.place)
+        carried = torch.zeros_like(wide[:, 0]) if found is None else found
+        opened = span.opens().cumsum(1) > 0
+        if over == "row":
+            opened = torch.zeros_like(opened)
+        per_feature = [1] * (x.dim() - 2)
+        opened = opened.view(*opened.shape, *per_feature)
+        # Of the last document that began in this piece, or of all where none did.
+        last = span.opens().flip(1).cumsum(1).flip(1) - span.opens().long() == 0
+        if over == "row":
+            last = torch.ones_like(last)
+        own = torch.where(last.view(*last.shape, *per_feature), wide, 0).sum(1)
+        span.past.store(self.place, own + torch.where(opened[:, -1], 0, carried))
+        return torch.where(opened, 0, carried[:, None]).to(x.dtype)
 
 
 def validate_scope(over: str) -> None:

@@ -96,6 +96,8 @@ class SequentialScan(Primitive):
             step of large matrices; more where a step is many small ones.
     """
 
+    continues_rows = True  # its owner does: it finds the state, passes it in and stores the next
+
     def __init__(self, cut: SegmentCutter = segments_by_row, *, rows: int = 1):
         super().__init__()
         if rows < 1:

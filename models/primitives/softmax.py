@@ -29,10 +29,15 @@ class Softmax(Primitive):
     Args:
         mask: the keys that a query may see.
         score: the computation on queries and keys before the softmax.
+        extends: whether the keys at hand continue those before them in the row (Span.past). False
+            where every call brings all keys, as in cross-attention.
     """
 
-    def __init__(self, mask: Mask, score: Score | None = None):
+    continues_rows = True
+
+    def __init__(self, mask: Mask, score: Score | None = None, *, extends: bool = True):
         super().__init__()
+        self.extends = extends
         self.mask = mask
         self.score = score or Score()
         self.kept = AttentionReplay()
@@ -59,6 +64,16 @@ class Softmax(Primitive):
             kv_span: addresses of the keys; those of the queries by default.
             heads: [H] global numbers of the heads in these tensors; all of them by default.
         """
+        if span.past is not None:
+            return span.past.attend(
+                self,
+                query,
+                payload,
+                params,
+                span=span,
+                kv_span=span if kv_span is None else kv_span,
+                heads=heads,
+            )
         mean, _ = self.partial(
             query, payload, params, span=span, kv_span=kv_span, heads=heads, lse=False
         )

@@ -1,0 +1,136 @@
+"""Attention of the few queries at hand over everything that a cache holds.
+
+No plan is made: a plan is Python over the addresses of all keys, which pays for many queries alone.
+
+Letters: B rows, T queries, S keys, H query heads, G key heads, E value width.
+"""
+
+import torch
+from torch import Tensor
+
+from models.kernels import blockwise, reference
+from models.kernels.backends import select_kernel
+from models.kernels.reference import Partial
+from models.masks.algebra import visible
+from models.scores import Tensors
+from models.span import Span
+
+FEW = 8  # queries of a row up to which no plan is made
+
+
+def attend(
+    spec: blockwise.AttentionSpec,
+    query: Tensors,
+    payload: Tensors,
+    params: Tensors,
+    *,
+    span: Span,
+    kv_span: Span,
+    width: int,
+) -> Partial:
+    """Returns (mean [B, T, H, E], lse [B, T, H] in nats), wide, without the sink of the score.
+
+    Args:
+        spec: the score under its mask.
+        width: E.
+    """
+    if not payload[0].shape[1]:
+        return blockwise.empty_partial(query, len(spec.heads), width)
+    if span.shape[1] > FEW:
+        total = blockwise.empty_partial(query, len(spec.heads), width)
+        blockwise.forward(spec, query, payload, params, span, kv_span, total)
+        return total
+    kernel = select_kernel(query[0].device, query[0].dtype, spec.score)
+    if kernel is None:
+        return reference.forward(
+            spec.score, spec.mask, query, payload, params, span, kv_span, spec.heads
+        )
+    q, k, v = spec.score.operands(query, payload, params)
+    add = _added(spec, span, kv_span, q.dtype)
+    return kernel.forward(q, k, v, spec.score.scale(q), False, add)
+
+
+def _added(
+    spec: blockwise.AttentionSpec, span: Span, kv_span: Span, dtype: torch.dtype
+) -> Tensor | None:
+    """Returns [B or 1, H or 1, T, S] to add to the logits; None where every query sees every key.
+
+    Layers with the same mask and no bias share it.
+    """
+    seen = seen_keys(spec, span, kv_span)
+    bias = None
+    if spec.score.biased:
+        wide = reference.accumulation_dtype(dtype)
+        bias = spec.score.bias(span, kv_span, spec.heads, wide)
+    if bias is not None:
+        return torch.where(seen[0], bias, -torch.inf)
+    if seen[1]:
+        return None
+    key = ("added", spec.mask, id(kv_span), len(spec.heads), dtype)
+    if key not in span.plans:
+        hidden = torch.where(seen[0], 0.0, -torch.inf).to(dtype)
+        span.plans[key] = kv_span, hidden
+    return span.plans[key][1]
+
+
+def seen_keys(spec: blockwise.AttentionSpec, span: Span, kv_span: Span) -> tuple[Tensor, bool]:
+    """Returns ([B, 1 or H, T, S] bool, whether all of it is true); kept for other layers."""
+    key = ("seen", spec.mask, id(kv_span), len(spec.heads))
+    if key not in span.plans:
+        seen = visible(spec.mask, span, kv_span, spec.heads)
+        # Holding `kv_span` keeps its id from being given to another object.
+        span.plans[key] = kv_span, (seen, bool(seen.all()))
+    return span.plans[key][1]
+
+
+def weights(
+    spec: blockwise.AttentionSpec,
+    query: Tensors,
+    payload: Tensors,
+    params: Tensors,
+    *,
+    span: Span,
+    kv_span: Span,
+) -> Tensor:
+    """Returns the weights after the softmax, [B, H, T, S] wide; a sink takes its share."""
+    dtype = reference.accumulation_dtype(query[0].dtype)
+    query, payload, params = (_cast(tensors, dtype) for tensors in (query, payload, params))
+    logits = spec.score.logits(query, payload, params, span, kv_span, spec.heads)
+    seen, _ = seen_keys(spec, span, kv_span)
+    logits = logits.masked_fill(~seen, -torch.inf)
+    sink = spec.score.sink(params)
+    lse = logits.logsumexp(-1)
+    if sink is not None:
+        lse = torch.logaddexp(lse, sink.to(dtype)[None, :, None])
+    return (logits - reference.finite_lse(lse)[..., None]).exp()
+
+
+def _cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def split_heads(tensors: Tensors, groups: int) -> Tensors:
+    """Turns key heads into rows: [B, T, H, ...] -> [B G, T, H / G, ...].
+
+    For caches whose heads hold different tokens (`KVCache.per_head`).
+    """
+    split = []
+    for tensor in tensors:
+        by_group = tensor.unflatten(2, (groups, -1)).transpose(1, 2)
+        split.append(by_group.flatten(0, 1))
+    return split
+
+
+def joined_heads(x: Tensor, groups: int) -> Tensor:
+    """[B G, T, H / G, ...] -> [B, T, H, ...]: the reverse of `split_heads`."""
+    by_group = x.unflatten(0, (-1, groups)).transpose(1, 2)
+    return by_group.flatten(2, 3)
+
+
+def repeated_rows(span: Span, groups: int) -> Span:
+    """Returns the addresses with every row `groups` times, [B G, T]; the same object when asked
+    again."""
+    key = ("split heads", groups)
+    if key not in span.plans:
+        span.plans[key] = span.map(lambda addresses: addresses.repeat_interleave(groups, 0))
+    return span.plans[key]

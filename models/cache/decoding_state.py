@@ -1,0 +1,349 @@
+"""The carried state of decoding: the tokens at hand continue their rows, and nothing is computed
+twice.
+
+Every primitive finds here what lies to the left of the tokens at hand: a softmax the payload of all
+earlier tokens, a scan its state, a short convolution its last tokens. A piece of any length may be
+given, so the prompt is one long piece (or several) and a step is a piece of one token.
+
+    state = DecodingState(Contiguous())
+    logits = model(tokens, state.attach(span))     # a piece of each row, padded on the right
+    state.advance()
+
+Rows of uneven length stand side by side; where a row has no token in a piece, its state stays.
+
+Letters: B rows, T tokens at hand, S tokens held, M tokens of a tail.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.cache.attention import attend, joined_heads, repeated_rows, split_heads, weights
+from models.cache.base import KVCache, KVCacheFactory
+from models.cache.contiguous import ContiguousCache
+from models.cache.slots import SlotTable, stacked
+from models.carried_state import REPLICATED, SHARDED, CarriedState
+from models.kernels.reference import Partial
+from models.masks.algebra import Mask
+from models.primitives.softmax import add_sink, attention_spec, value_width
+from models.scores import Tensors
+from models.span import Span
+
+
+class DecodingState(CarriedState):
+    """What the tokens of some rows left for the tokens that follow them in the same rows.
+
+    Args:
+        factory: makes the caches of attention.
+
+    Attributes:
+        caches: by the name of the primitive, and the number of its call in a pass.
+        tails: the last tokens of each row, for primitives that read no further back.
+    """
+
+    continues_rows = True
+
+    def __init__(self, factory: KVCacheFactory):
+        super().__init__()
+        self.factory = factory
+        self.caches: dict[str, KVCache] = {}
+        self.slots: dict[str, SlotTable] = {}
+        self.tails: dict[str, tuple[int, Tensor]] = {}
+        self._new_tails: dict[str, tuple[int, Tensor]] = {}
+        # What was imported waits for the first call of its primitive, which knows the mask.
+        self._imported: dict[str, tuple[list[Tensor], Span]] = {}
+        self._restored: dict[tuple[int, Mask], tuple[Span, SlotTable]] = {}
+        self._tables: dict[tuple[int, Mask], tuple[Span, SlotTable]] = {}
+        self._calls: dict[str, list[Tensors]] = {}
+        self._tail_index: dict[int, Tensor] = {}
+
+    def attach(self, span: Span) -> Span:
+        """Returns the addresses of the next piece of each row, with this state in it."""
+        attached = super().attach(span)
+        self._tables = {}
+        self._calls = {}
+        self._tail_index = {}
+        self._new_tails = {}
+        # A pass of its own: plans of another one may be found by the ids of objects that are gone.
+        return replace(attached, plans={})
+
+    def extend(
+        self, place: str, payload: Tensors, span: Span, mask: Mask, *, shared: bool = False
+    ) -> tuple[Tensors, Span]:
+        """See CarriedState; what is held here is exact, whatever `cache=` says."""
+        return self._extended(place, payload, span, mask, None).read()
+
+    def attend(
+        self,
+        softmax: Any,
+        query: Tensors,
+        payload: Tensors,
+        params: Tensors,
+        *,
+        span: Span,
+        kv_span: Span,
+        heads: Tensor | None,
+    ) -> Tensor:
+        """See CarriedState; the payload is held by a cache that `cache=` chose."""
+        spec = attention_spec(softmax.mask, softmax.score, query, heads)
+        width = value_width(softmax.score, payload, params, query)
+        if not softmax.extends:
+            total = attend(spec, query, payload, params, span=span, kv_span=kv_span, width=width)
+            add_sink(softmax.score, params, total)
+            return total[0].to(query[0].dtype)
+        cache = self._extended(softmax.place, payload, kv_span, softmax.mask, self.factory)
+        held, held_span = cache.read()
+        dtype = query[0].dtype
+        groups = 1
+        if cache.per_head:
+            groups = held_span.shape[0] // span.shape[0]
+            query = split_heads(query, groups)
+            span = repeated_rows(span, groups)
+            spec = attention_spec(softmax.mask, softmax.score, query, None)
+        if cache.wants_weights:
+            seen = weights(spec, query, held, params, span=span, kv_span=held_span)
+            cache.observe(seen, span)
+        total = attend(spec, query, held, params, span=span, kv_span=held_span, width=width)
+        if cache.per_head:
+            total = joined_heads(total[0], groups), joined_heads(total[1], groups)
+        total = self.merged(total)
+        add_sink(softmax.score, params, total)
+        return total[0].to(dtype)
+
+    def merged(self, part: Partial) -> Partial:
+        """Joins the attention over the tokens held here with that over tokens held elsewhere."""
+        return part
+
+    def tokens(self, name: str, x: Tensor, length: int) -> tuple[Tensor, Span]:
+        """Returns the last `length` tokens before these, [B, M, ...], padding where there are
+        fewer; and keeps the last ones of x for the next piece."""
+        assert self._row is not None, "attach() comes before the forward pass"
+        held = self._tail(name, x, length)
+        if length not in self._spans:
+            self._spans[length] = self._addresses(length)
+        index = self._last(length)
+        both = torch.cat([held, x], 1)
+        self._new_tails[name] = length, _taken(both, index)
+        return held, self._spans[length]
+
+    def store(self, name: str, state: Tensor, kind: str = REPLICATED) -> None:
+        """See CarriedState."""
+        if name in self._left:
+            raise ValueError(
+                f"{name} runs twice in a pass and carries one state: it cannot continue a row token"
+                " by token"
+            )
+        super().store(name, state, kind)
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Makes what the tokens at hand left the state that the next ones find."""
+        assert self._row is not None, "attach() comes before the forward pass"
+        row = self._row
+        for length in {length for length, _ in self._new_tails.values()}:
+            both = self._addresses(length).join(Span(*row.addresses()))
+            index = self._last(length)
+            self.addresses[length] = both.map(lambda tensor, index=index: tensor.gather(1, index))
+        self.tails |= self._new_tails
+        self.states |= self._left
+        self._row = None
+        self._calls = {}
+        self._tables = {}
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these rows, [N] int64, in this order; a row may come several times."""
+        for table in set(self.slots.values()):
+            table.select(rows)
+        for cache in self.caches.values():
+            cache.select(rows)
+        self._imported = _selected(self._imported, rows)
+        self.tails = {name: (length, x[rows]) for name, (length, x) in self.tails.items()}
+        for length, span in self.addresses.items():
+            self.addresses[length] = span.map(lambda tensor: tensor[rows])
+        for name, (kind, state) in self.states.items():
+            self.states[name] = kind, self._by_row(kind, state, rows)
+        self.rows = len(rows)
+
+    def join(self, other: "DecodingState") -> None:
+        """Adds the rows of another state of the same model below its own."""
+        joined: set[SlotTable] = set()
+        for place, table in self.slots.items():
+            if table not in joined:
+                table.join(other.slots[place])
+                joined.add(table)
+        for place, cache in self.caches.items():
+            cache.join(other.caches[place])
+        for name, (length, x) in self.tails.items():
+            self.tails[name] = length, torch.cat([x, other.tails[name][1]])
+        for length, span in self.addresses.items():
+            self.addresses[length] = stacked(span, other.addresses[length])
+        for name, (kind, state) in self.states.items():
+            self.states[name] = kind, torch.cat([state, other.states[name][1]])
+        self.rows += other.rows
+
+    def export_state(self) -> dict[str, Tensor]:
+        """Returns all that is held, as it would be on one device, every tensor with the rows
+        first."""
+        found: dict[str, Tensor] = {}
+        numbers: dict[int, int] = {}
+        for name, (payload, span) in self._everything().items():
+            number = numbers.setdefault(id(span), len(numbers))
+            for field, tensor in zip(("pos", "doc", "role"), span.addresses(), strict=True):
+                found[f"slots/{number}/{field}"] = tensor
+            for index, tensor in enumerate(payload):
+                found[f"cache/{number}/{index}/{name}"] = tensor
+        for length, span in self.addresses.items():
+            for field, tensor in zip(("pos", "doc", "role"), span.addresses(), strict=True):
+                found[f"tails/{length}/{field}"] = tensor
+        for name, (length, x) in self.tails.items():
+            found[f"tail/{length}/{name}"] = x
+        for name, (kind, state) in self.states.items():
+            found[f"{kind}/{name}"] = self._paired(state) if kind == SHARDED else state
+        return found
+
+    def import_state(self, found: Mapping[str, Tensor]) -> None:
+        """Takes over what `export_state` gave, on any number of ranks."""
+        self.__init__(self.factory)
+        self.rows = len(next(iter(found.values()), ()))
+        spans: dict[str, Span] = {}
+        for path, x in found.items():
+            kind, rest = path.split("/", 1)
+            if kind in (REPLICATED, SHARDED):
+                self.states[rest] = kind, x.flatten(0, 1) if kind == SHARDED else x
+                continue
+            number, name = rest.split("/", 1)
+            if kind == "tail":
+                self.tails[name] = int(number), x
+            elif kind == "tails" and name == "pos":
+                self.addresses[int(number)] = _found_span(found, f"tails/{number}")
+            elif kind == "cache":
+                if number not in spans:
+                    spans[number] = self._own(_found_span(found, f"slots/{number}"))
+                _, name = name.split("/", 1)
+                payload, _ = self._imported.setdefault(name, ([], spans[number]))
+                payload.append(x)
+
+    def _own(self, span: Span) -> Span:
+        """Returns the addresses of tokens that are held here; padding for all others."""
+        return span
+
+    def _everything(self) -> dict[str, tuple[Tensors, Span]]:
+        """Returns what each cache holds, that of all ranks where there are several."""
+        held: dict[str, tuple[Tensors, Span]] = {**self._imported}
+        for name, cache in self.caches.items():
+            held[name] = cache.export_state()
+        return held
+
+    def bytes(self) -> int:
+        """Returns the bytes that are reserved, without addresses."""
+        held = [x for _, x in (*self.tails.values(), *self.states.values())]
+        fixed = sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return fixed + sum(cache.bytes() for cache in self.caches.values())
+
+    def counters(self) -> dict[str, int]:
+        """Returns the sums of what the caches report, such as evicted tokens."""
+        sums: dict[str, int] = {}
+        for cache in self.caches.values():
+            for name, number in cache.counters().items():
+                sums[name] = sums.get(name, 0) + number
+        return sums
+
+    def _by_row(self, kind: str, state: Tensor, rows: Tensor) -> Tensor:
+        """The state of these rows; one that is dealt has all heads of a row side by side."""
+        if kind == REPLICATED:
+            return state[rows]
+        return state.unflatten(0, (self.rows, -1))[rows].flatten(0, 1)
+
+    def _tail(self, name: str, x: Tensor, length: int) -> Tensor:
+        """[B, M, ...] as it was left; zeros at the beginning."""
+        if name not in self.tails:
+            return x.new_zeros(x.shape[0], length, *x.shape[2:])
+        return self.tails[name][1].to(x.dtype)
+
+    def _last(self, length: int) -> Tensor:
+        """Returns the index [B, M] of each row's last tokens among (tail, tokens at hand)."""
+        if length not in self._tail_index:
+            assert self._row is not None
+            valid = torch.cat([self._addresses(length).valid(), self._row.valid()], 1)
+            # A stable sort puts what is missing first and keeps the order of the rest.
+            order = valid.to(torch.int8).argsort(dim=1, stable=True)
+            self._tail_index[length] = order[:, order.shape[1] - length :]
+        return self._tail_index[length]
+
+    def _extended(
+        self,
+        place: str,
+        payload: Tensors,
+        span: Span,
+        mask: Mask,
+        factory: KVCacheFactory | None,
+    ) -> KVCache:
+        """Returns the cache of this primitive, after it took the tokens at hand."""
+        calls = self._calls.setdefault(place, [])
+        for number, earlier in enumerate(calls):
+            # Several reads of one payload in a pass are one set of tokens.
+            if len(earlier) == len(payload) and all(a is b for a, b in zip(earlier, payload)):
+                return self.caches[f"{place}#{number}"]
+        name = f"{place}#{len(calls)}"
+        calls.append(payload)
+        if name not in self.caches:
+            self.caches[name] = self._create(name, place, span, mask, factory)
+        self.caches[name].append(payload, span)
+        return self.caches[name]
+
+    def _create(
+        self, name: str, place: str, span: Span, mask: Mask, factory: KVCacheFactory | None
+    ) -> KVCache:
+        """Returns a new cache, with what was imported for it."""
+        imported = self._imported.pop(name, None)
+        if imported is None:
+            table = self._table(span, mask)
+        else:
+            table = self._restored_table(imported[1], mask)
+        self.slots[name] = table
+        cache = ContiguousCache(table) if factory is None else factory.create(place, mask, table)
+        if imported is not None:
+            cache.import_state(*imported)
+        return cache
+
+    def _restored_table(self, addresses: Span, mask: Mask) -> SlotTable:
+        key = id(addresses), mask
+        if key not in self._restored:
+            table = SlotTable(mask)
+            table.restore(addresses)
+            self._restored[key] = addresses, table
+        return self._restored[key][1]
+
+    def _table(self, span: Span, mask: Mask) -> SlotTable:
+        """Returns the table of all places that are first given these tokens under this mask."""
+        key = id(span), mask
+        if key not in self._tables:
+            self._tables[key] = span, SlotTable(mask)
+        return self._tables[key][1]
+
+
+def _taken(x: Tensor, index: Tensor) -> Tensor:
+    """[B, N, ...] at [B, M] -> [B, M, ...]."""
+    index = index.view(*index.shape, *[1] * (x.dim() - 2))
+    return x.gather(1, index.expand(*index.shape[:2], *x.shape[2:]))
+
+
+def _selected(
+    imported: dict[str, tuple[list[Tensor], Span]], rows: Tensor
+) -> dict[str, tuple[list[Tensor], Span]]:
+    """Keeps these rows; places that had the same addresses still share them."""
+    spans: dict[int, Span] = {}
+    selected = {}
+    for name, (payload, span) in imported.items():
+        if id(span) not in spans:
+            spans[id(span)] = span.map(lambda tensor: tensor[rows])
+        selected[name] = [tensor[rows] for tensor in payload], spans[id(span)]
+    return selected
+
+
+def _found_span(found: Mapping[str, Tensor], path: str) -> Span:
+    """The addresses that were exported under this path."""
+    return Span(found[f"{path}/pos"], found[f"{path}/doc"], found[f"{path}/role"])
