@@ -1,5 +1,6 @@
 """The README and the docs are true: commands compose, links lead somewhere, names are today's."""
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -9,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from models.layer import HOOKS
 from trainer.config.compose import compose, sweep_words
 from trainer.config.groups import choices
 from trainer.config.schema import Config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 CATALOGUE = (ROOT / "docs" / "catalogue.md").read_text(encoding="utf-8")
 # Groups whose settings are all fields of the schema; the others also take those of a class.
 CLOSED = ("parallel", "engine", "launch", "log", "wandb", "checkpoint", "evaluation")
@@ -24,6 +27,10 @@ OF_SETTINGS = ("trainer", "scripts.doctor", "scripts.wandb_sweep")
 # Commands that are not composed here, each with the reason.
 NOT_COMPOSED = {
     "python -m trainer --help": "takes no settings",
+    "python -m examples.score_text exported 'the cat sat on the mat'": "tests/test_examples.py",
+    "python -m examples.train_in_python runs/example": "tests/test_examples.py",
+    "python -m scripts.export runs/example exported": "tests/test_examples.py",
+    "torchrun --nproc-per-node=3 examples/shard_a_layer.py": "tests/test_examples.py",
     "python -m scripts.doctor": "names the command; the settings stand in other places",
     "python -m scripts.doctor mixer._target_=mine.Averaged parallel.context=2": (
         "mine.Averaged is the reader's own module; tests/trainer/test_foreign.py has such layers"
@@ -83,12 +90,20 @@ def commands() -> tuple[tuple[str, str], ...]:
             if COMMAND.match(line):
                 command = re.split(r" +(?:#|>) ?", line)[0].strip()
                 found[name_of(page), command] = None
+    for script in EXAMPLES:
+        text = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+        for line in text.splitlines():
+            if COMMAND.match(line.strip()):
+                found[name_of(script), line.strip()] = None
     return tuple(found)
 
 
 def module_and_words(command: str) -> tuple[str, list[str]]:
     """The module that a command starts, and the words that it takes."""
     words = shlex.split(command.replace("longspan", "python -m trainer"))
+    if "-m" not in words:  # a script
+        path = next(word for word in words if word.endswith(".py"))
+        return path.removesuffix(".py").replace("/", "."), []
     # torchrun and mpirun have options of their own before `-m MODULE`.
     place = words.index("-m")
     return words[place + 1], words[place + 2 :]
@@ -188,7 +203,7 @@ def test_links_lead_to_files_and_headings():
                 continue
             path, _, anchor = link.partition("#")
             target = page.parent / path if path else page
-            if not target.is_file():
+            if not target.exists():
                 broken.append(f"{name_of(page)}: {link}")
             elif anchor:
                 text = without_fences(target.read_text(encoding="utf-8"))
@@ -198,7 +213,7 @@ def test_links_lead_to_files_and_headings():
 
 
 def test_files_that_the_pages_name_exist():
-    rooms = "models|parallel|trainer|scripts|tests|conf"
+    rooms = "models|parallel|trainer|scripts|tests|conf|examples"
     path = re.compile(rf"\b((?:{rooms})/[\w/.-]*\.(?:py|yaml|sh))\b")
     made_up = {"NAME", "every_nth", "notes"}  # files that a how-to page tells the reader to add
     missing = [
@@ -250,6 +265,14 @@ def test_the_config_lines_of_the_catalogue_have_no_fault():
     assert lines
     for words in lines:
         assert compose(words).faults == []
+
+
+def test_the_page_on_own_layers_names_hooks():
+    text = (ROOT / "docs" / "own_layers.md").read_text(encoding="utf-8")
+    table = text.partition("| attribute | meaning |")[2].partition("\n\n")[0]
+    named = re.findall(r"^\| `(\w+)", table, re.MULTILINE)
+    assert named
+    assert set(named) <= HOOKS
 
 
 def test_the_readme_fits_on_few_screens():
