@@ -28,6 +28,9 @@ class ReadReport:
     Args:
         on_error: "raise" turns the first fault into a DataError; "skip" counts faults and keeps the
             first few messages.
+
+    Attributes:
+        cut_short: True once a file was left before its end, at the limit of a quick look.
     """
 
     def __init__(self, on_error: str = "raise"):
@@ -36,6 +39,7 @@ class ReadReport:
         self.examples: list[str] = []
         self.empty = 0
         self.silent = 0  # documents whose text yields no token
+        self.cut_short = False
 
     def fault(self, cause: str, message: str) -> None:
         """Reports one file or document that cannot be read.

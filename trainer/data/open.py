@@ -104,7 +104,7 @@ def check(
     except ValueError as error:
         return [str(error)]
     errors: list[str] = []
-    if evaluates and not source.held_out:
+    if evaluates and not source.holds_out:
         errors.append(NONE_HELD_OUT)
     # A bad tokenizer does not keep the files from being checked: the user sees all faults at once.
     tokenizer = None
@@ -140,7 +140,10 @@ def _check_local(
             errors.append(f"data.cache={folder.parent}: it cannot be written; give another folder")
         faults, count = _look(source, files, tokenizer)
         errors += faults
-    if evaluates and count == 1 and source.held_out:
+    apart = source.apart()
+    if evaluates and apart is not None:
+        _check_local(apart, tokenizer, False, errors)
+    elif evaluates and count == 1 and source.held_out:
         errors.append(ONE_DOCUMENT)
 
 
@@ -203,7 +206,8 @@ def _look(
         for _, text in source.documents([file], report, limit=max(left, 1)):
             documents += 1
             has_tokens = has_tokens or _has_tokens(tokenizer, text)
-        left -= file.size
+        # What is compressed may hold more than its file has bytes.
+        left = 0 if report.cut_short else left - file.size
     # A .txt file is one document, however little of it was read.
     is_one_text = len(files) == 1 and suffix_of(files[0].path) == ".txt"
     count = documents if left > 0 or is_one_text else None

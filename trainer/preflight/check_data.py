@@ -13,7 +13,7 @@ from trainer.data.tasks.base import SyntheticTask
 def check_data(config: Config) -> Iterator[Finding]:
     """Checks that the data exists and can be read, as far as a quick look can tell."""
     node = as_node(config.data)
-    holds_nothing_out = node.get("held_out") == 0
+    holds_nothing_out = node.get("held_out") == 0 and node.get("held_out_path") is None
     if config.evaluation.every and holds_nothing_out:
         yield Finding(
             "data.held_out",

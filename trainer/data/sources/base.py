@@ -63,7 +63,13 @@ class Source:
         self.held_out = float(held_out)
         self.on_error = on_error
 
+    @property
+    def holds_out(self) -> bool:
+        """Tells if any documents are kept for evaluation."""
+        return self.held_out > 0
+
     def tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer of the documents."""
         return load(self.tokenizer_name)
 
 
@@ -99,6 +105,18 @@ class Local(Source, ABC):
                 " folder"
             )
         self.cache = cache
+
+    @property
+    def holds_out(self) -> bool:
+        """See Source.holds_out."""
+        return self.held_out > 0 or self.apart() is not None
+
+    def apart(self) -> "Local | None":
+        """Returns the source of the held-out documents where those are files of their own.
+
+        None = a fraction of the documents is held out.
+        """
+        return None
 
     @abstractmethod
     def files(self) -> list[File]:

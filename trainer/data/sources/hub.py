@@ -11,6 +11,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from trainer.data.errors import ReadReport
 from trainer.data.folders import spare_folder, writable
 from trainer.data.samples import sampled
+from trainer.data.sources.arrow import is_saved
 from trainer.data.sources.readers import MOST
 from trainer.data.sources.rows import Rows, strangers
 from trainer.data.sources.streaming import Examples, StreamingSource
@@ -87,6 +88,11 @@ class Hub(StreamingSource):
 
     def open(self) -> Examples:
         path = self._place()
+        if os.path.isdir(path) and is_saved(path):
+            raise ValueError(
+                f"data.name={self.name} was written by save_to_disk and is read as files; use"
+                f" data=files data.path={self.name}"
+            )
         try:
             builder = load_dataset_builder(
                 path, self.subset, revision=self.revision, cache_dir=cache_folder()

@@ -75,7 +75,7 @@ def cells(source: BinaryIO, name: str, field: str, most: int, first: int = 0) ->
     row = first
     try:
         metadata = parquet.read_metadata(source)
-        wrong = _unfit(metadata.schema.to_arrow_schema(), name, field)
+        wrong = unfit(metadata.schema.to_arrow_schema(), name, field)
         if wrong is not None:
             if not first:
                 yield Cell(0, wrong)
@@ -106,7 +106,7 @@ def cells(source: BinaryIO, name: str, field: str, most: int, first: int = 0) ->
                     )
                     continue
                 batches = opened.iter_batches(rows, row_groups=[number], columns=[field])
-                for cell in _of_group(batches, begin, name, field, most):
+                for cell in cells_of(batches, begin, name, field, most):
                     if cell.row >= row:
                         row = cell.row + 1
                         yield cell
@@ -122,7 +122,7 @@ def cells(source: BinaryIO, name: str, field: str, most: int, first: int = 0) ->
         )
 
 
-def _unfit(schema: pa.Schema, name: str, field: str) -> Unread | None:
+def unfit(schema: pa.Schema, name: str, field: str) -> Unread | None:
     if field not in schema.names:
         names = ", ".join(schema.names)
         message = f"{name} has no column {field!r} (it has: {names}); data.text_field names it"
@@ -175,7 +175,7 @@ def _page_too_large(place: str, size: int, most: int) -> Unread:
     )
 
 
-def _of_group(
+def cells_of(
     batches: Iterator[pa.RecordBatch], row: int, name: str, field: str, most: int
 ) -> Iterator[Cell]:
     for batch in batches:

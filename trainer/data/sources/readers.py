@@ -5,10 +5,13 @@ held.
 """
 
 import codecs
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow as pa
 
 from trainer.data.errors import DataError, ReadReport
 
@@ -16,6 +19,7 @@ MOST = 256 << 20  # bytes of a document, where the config says nothing else
 PIECE = 1 << 20  # bytes of a line that are passed over at once
 CHARACTERS = 1 << 20  # looked at together
 TOO_LARGE = "documents too large"
+CODECS = {".gz": "gzip", ".zst": "zstd"}  # as pyarrow calls them
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,11 @@ class ReadRequest:
     most: int = MOST
 
     def stops(self, done: int) -> bool:
-        return self.limit is not None and done >= self.limit
+        """Tells if so many bytes are enough, and notes in the report that the rest is not seen."""
+        if self.limit is None or done < self.limit:
+            return False
+        self.report.cut_short = True
+        return True
 
 
 class Unread(NamedTuple):
@@ -93,7 +101,8 @@ def documents(
                 reading.report.empty += 1
     except DataError:
         raise
-    except (OSError, MemoryError) as error:
+    # pyarrow raises OSError for a compressed file that is cut off, and errors of its own.
+    except (OSError, MemoryError, pa.ArrowException) as error:
         behind = f" behind {place}" if place else ""
         reading.report.fault(
             "unreadable files", f"{file.path} cannot be read{behind} ({reason(error)})"
@@ -128,9 +137,16 @@ def reason(error: BaseException) -> str:
 
 
 def suffix_of(path: str) -> str:
-    """Returns the suffix of the file's name, in small letters and with its dot."""
+    """Returns the suffix of the file's name, in small letters and with its dot.
+
+    Of a compressed file it has the suffix of what is compressed too, as in .jsonl.gz.
+    """
     name = path.replace("\\", "/").rsplit("/", 1)[-1]
-    return f".{name.rsplit('.', 1)[-1].lower()}" if "." in name else ""
+    stem, dot, last = name.rpartition(".")
+    if not dot:
+        return ""
+    suffix = f".{last.lower()}"
+    return suffix_of(stem) + suffix if suffix in CODECS else suffix
 
 
 def too_large(place: str, size: int, most: int) -> Unread:
@@ -169,9 +185,22 @@ def _decoded(file: File, reading: ReadRequest) -> str | Unread:
         return Unread("files not in UTF-8", f"{file.path} is not UTF-8 text at byte {error.start}")
 
 
+def opened(path: str) -> BinaryIO:
+    """Opens a file to read, and decompresses one whose suffix says so piece by piece.
+
+    Concatenated members of a compressed file are read one after another.
+    """
+    codec = CODECS.get(f".{path.rsplit('.', 1)[-1].lower()}")
+    if codec is None:
+        return open(path, "rb")
+    # The wrapper gives lines with a largest length, which pyarrow's own files do not have.
+    source: Any = pa.CompressedInputStream(pa.OSFile(path), codec)
+    return io.BufferedReader(source, PIECE)
+
+
 def lines(file: File, reading: ReadRequest) -> Iterator[tuple[str, str]]:
     """A line of JSON is a document; blank lines are none."""
-    with open(file.path, "rb") as source:
+    with opened(file.path) as source:
         for number, end, text in json_lines(source, file.path, reading.field, reading.most):
             if isinstance(text, Unread):
                 reading.report.fault(*text)

@@ -45,15 +45,21 @@ class PackedStream(Stream):
         lanes: bool = False,
     ):
         self.tokenizer = source.tokenizer()
-        self.corpus: Corpus = corpus_of(source, self.tokenizer)
+        self.endless = split == "train"
+        apart = source.apart()
+        self.corpus: Corpus = corpus_of(
+            source if apart is None or self.endless else apart, self.tokenizer
+        )
         self.report = ReadReport.of(self.corpus.facts["report"])
         self.context_length = context_length
         self.rows = rows
         self.seed = seed
         self.lanes = lanes
-        self.endless = split == "train"
-        train, held_out = divide(self.corpus.hashes, source.held_out)
-        self.documents = train if self.endless else held_out
+        if apart is None:
+            train, held_out = divide(self.corpus.hashes, source.held_out)
+            self.documents = train if self.endless else held_out
+        else:
+            self.documents = np.arange(len(self.corpus.hashes))
         if not len(self.documents):
             raise DataError(ONE_DOCUMENT if source.held_out else NONE_HELD_OUT, BAD_CONFIG)
         self.tokens = int(self.corpus.lengths[self.documents].sum())
@@ -64,7 +70,8 @@ class PackedStream(Stream):
         # data.
         order_seed = seed if self.endless else None
         lane_count = rows if lanes else None
-        shape = (split, source.held_out, context_length, order_seed, lane_count)
+        fraction = source.held_out if apart is None else None
+        shape = (split, fraction, context_length, order_seed, lane_count)
         identity = f"{self.corpus.facts['fingerprint']} {shape}"
         self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
         self._epochs: dict[int, Concatenation] = {}

@@ -237,7 +237,7 @@ def test_the_check_sees_that_one_document_cannot_be_held_out(files, texts):
         ({"data": {"on_error": "ignore"}}, r"data\.on_error=ignore is unknown"),
         (
             {"data": {"text_filed": "x"}},
-            r"data\.text_filed is not a setting of .* it takes path, text_field",
+            r"data\.text_filed is not a setting of .* it takes path, held_out_path, text_field",
         ),
         ({"data": {"_target_": "trainer.data.none.None"}}, "cannot be imported"),
         ({"data": {"_target_": "trainer.data.batch.Batch"}}, "is no source of documents"),
