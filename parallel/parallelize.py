@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +17,8 @@ from models.primitives.attention_tape import tapes
 from models.primitives.softmax import Softmax
 from parallel.activation_offload import ActivationOffload
 from parallel.collectives import Communicator
-from parallel.context_parallel import OPAQUE, apply_context_parallel
+from parallel.compilation import compile_block
+from parallel.context_parallel import apply_context_parallel
 from parallel.engines.base import Engine, blocks_of
 
 
@@ -59,20 +59,11 @@ def parallelize(
         elif engine.checkpointing == "selective":
             block.forward = compute_all_but_attention_again(block, offload)
         if engine.compile:
-            hide(block)
-            # Compiling the function rather than the module keeps parameter names as they are.
-            block.forward = torch.compile(block.forward)
+            engine.compiled_blocks.append(compile_block(block))
         if offload is not None:
             block.forward = offload.around(block)
     engine.wrap(model)
     return communicator
-
-
-def hide(block: nn.Module) -> None:
-    """Excludes a block's primitives and their drivers from compilation."""
-    for module in block.modules():
-        if isinstance(module, OPAQUE):
-            module.forward = torch.compiler.disable(module.forward)
 
 
 def compute_again(forward: Callable) -> Callable:

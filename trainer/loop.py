@@ -16,6 +16,7 @@ from parallel.engines.base import Engine
 from parallel.mesh import Mesh
 from trainer.agreement import mark
 from trainer.checkpoint.writer import CheckpointWriter
+from trainer.compile_trial import choose_compilation
 from trainer.config.schema import Config
 from trainer.data.batch import Batch
 from trainer.data.batch_sharding import BatchSharder, MicroBatch
@@ -52,6 +53,7 @@ class Loop:
         heartbeat: receives (phase, step) when this rank enters a phase.
         lanes: the carried state; None where rows carry nothing.
         saved: step of the last checkpoint; -1 where there is none.
+        uncount: forgets the bytes that were counted as sent so far.
     """
 
     config: Config
@@ -71,6 +73,7 @@ class Loop:
     heartbeat: Callable[[str, int], None] = lambda phase, step: None
     lanes: Lanes | None = None
     saved: int = -1
+    uncount: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self.guard = SkipStepGuard(self.mesh, self.share, self.config.optim)
@@ -81,6 +84,7 @@ class Loop:
         with self.meter.pause():
             # A resumed run first does the evaluation that its checkpoint still owed.
             self._evaluate_owed(progress)
+            self._choose_compilation(progress)
         while progress.step < self.config.steps:
             self.heartbeat("reading the batch", progress.step + 1)
             batch, cursor = self.stream.read(progress.cursor)
@@ -122,6 +126,30 @@ class Loop:
         if progress.owed:
             self.heartbeat("evaluation", progress.step)
             self.evaluate(progress)
+
+    def _choose_compilation(self, progress: Progress) -> None:
+        """Keeps compiled blocks unless they are slower; a resumed run keeps what was chosen."""
+        blocks = self.engine.compiled_blocks
+        if not blocks or progress.step >= self.config.steps:
+            return
+        if progress.compiled is not None:
+            for block in blocks:
+                block.enabled = progress.compiled
+            return
+        batch, _ = self.stream.read(progress.cursor)
+        progress.compiled = choose_compilation(
+            blocks, lambda: self._rehearse(batch, progress.step + 1), self.mesh, self.say
+        )
+
+    def _rehearse(self, batch: Batch, step: int) -> None:
+        """Runs the passes of a step and undoes what they leave behind."""
+        carried_before = None if self.lanes is None else self.lanes.held()
+        self._accumulate_gradients(batch, step, self.share.valid(batch))
+        self.engine.skip()
+        self.guard.forget()
+        self.uncount()
+        if self.lanes is not None and carried_before is not None:
+            self.lanes.put_back(carried_before)
 
     def save(self, progress: Progress) -> None:
         """Writes a checkpoint of the engine, the carried state and the progress."""

@@ -43,7 +43,8 @@ class Progress:
         (trainer/skip_step.py). norms: gradient norms of the last steps, for optim.skip_above. owed:
         parts of this step's evaluation that are due and not done
         (trainer/evaluation/assessment.py). lengths: how long the run was to be, and from which step
-        on (trainer/optim/lengthening.py).
+        on (trainer/optim/lengthening.py). compiled: whether compiled blocks serve; None where that
+        was not measured (trainer/compile_trial.py).
     """
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
@@ -57,6 +58,7 @@ class Progress:
     norms: Annotated[list[Norm], Field(max_length=WINDOW)] = field(default_factory=list)
     owed: list[Part] = field(default_factory=list)
     lengths: list[Stretch] = field(default_factory=list)
+    compiled: bool | None = None
 
     def extra(self) -> dict[str, Any]:
         """Returns the dict that a checkpoint holds, without best values that are not finite."""

@@ -270,6 +270,7 @@ class Run:
             heartbeat=self.heartbeat,
             lanes=self.lanes,
             saved=progress.step,
+            uncount=self._uncount,
         )
         try:
             loop.train(progress)
@@ -319,6 +320,10 @@ class Run:
             "flops_per_token": self.flops.training(Span.line(1, length)) / length,
             "ranks": self.mesh.world.size,
         }
+
+    def _uncount(self) -> None:
+        if self.communicator is not None:
+            self.communicator.bytes_sent.clear()
 
     def _sent(self) -> int:
         """Returns the bytes that the busiest rank has sent for sharing. Collective."""

@@ -67,6 +67,10 @@ class SkipStepGuard:
         """Notes the rows of a micro-batch whose loss is not finite; losses: [rows, tokens]."""
         self.flags.append(~losses.detach().isfinite().all(1))
 
+    def forget(self) -> None:
+        """Drops what `look` noted, of passes that belong to no step."""
+        self.flags = []
+
     def verdict(
         self, progress: Progress, loss: float, norm: float, *, predicts: bool = True
     ) -> SkippedStep | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from parallel.compilation import CompiledForward
 from parallel.engines.gradients import clip_gradients
 from parallel.engines.materialize import copy_into, named
 from parallel.mesh import Mesh
@@ -95,6 +96,7 @@ class Engine:
         self.how: dict[str, str] = {}
         self.checkpointing = checkpointing
         self.compile = compile
+        self.compiled_blocks: list[CompiledForward] = []  # parallelize fills it
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Place the parameters and build the optimiser; what is on the meta device gets its initial
