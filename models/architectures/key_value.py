@@ -83,10 +83,9 @@ class KeyValue(Layer):
             key = self._bag(self.before, words, span, 1, max(1, self.fact - 1))
             value = self.value(tokens)
         q = question
+        slots = key[:, :, None], value[:, :, None]
         for turn in self.hops:
-            found = self.read((q[:, :, None],), (key[:, :, None], value[:, :, None]), span=span)[
-                :, :, 0
-            ]
+            found = self.read((q[:, :, None],), slots, span=span)[:, :, 0]
             q = turn(q + found)
         return self.head(q) if targets is None else token_losses(q, self.head.weight, targets)
 

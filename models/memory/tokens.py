@@ -20,7 +20,7 @@ from models.carried_state import StatefulModule
 from models.init import Rule, ScaledNormal
 from models.layer import hook
 from models.masks.algebra import And
-from models.masks.basic import SameDocument
+from models.masks.basic import Causal, SameChunk, SameDocument
 from models.masks.roles import RoleKey, RoleQuery
 from models.memory.base import LayerStack, Memory
 from models.primitives.sequential import SequentialScan, segments_by_document
@@ -29,6 +29,7 @@ from models.ranges import Few, Piece
 from models.same_graph import tied
 from models.span import PADDING, READ, WRITE, Span
 
+CAUSAL = Causal() & SameDocument()
 MEMORY = SameDocument() & (
     RoleKey(READ) | RoleQuery(WRITE)
 )  # all see what is read; what is written sees all
@@ -157,16 +158,14 @@ class RecurrentMemory(StatefulModule):
         if self.settings.curriculum:
             self.depth = 1 + sum(step >= grown for grown in self.settings.curriculum)
 
-    def decodes(self) -> str | None:
-        """See Layer."""
-        return "reads whole segments, and an open one would have to be read again with each token"
-
     def sequential_parts(self, parent: Any) -> Iterable[nn.Module]:
         """The layers of the decoder that this stands in."""
         return [parent.blocks]
 
     def forward(self, x: Tensor, span: Span, through: LayerStack) -> Tensor:
         """[B, T, width] -> [B, T, width], 0 at padding."""
+        if span.past is not None and span.past.continues_rows:
+            return self._continued(x, span, through)
         found = None if span.past is None else span.past.state(self.place)
         state = self._fresh(x) if found is None else found.to(x.dtype)
         step = partial(self._step, through)
@@ -178,6 +177,36 @@ class RecurrentMemory(StatefulModule):
         return tied(
             y, self.norm.weight
         )  # else a rank with one segment a row would not use what it writes
+
+    def _continued(self, x: Tensor, span: Span, through: LayerStack) -> Tensor:
+        """Continues rows: their open segments are read again, with the tokens at hand behind them.
+
+        What is written depends on all of a segment, so a token costs what its segment costs so far.
+        """
+        size = self.settings.segment
+        past = span.past
+        segment = CAUSAL if size is None else CAUSAL & SameChunk(size)
+        (held,), held_span = past.extend(self.place, (x,), span, segment, shared=True)
+        rows, rows_span, skipped = opened_segments(held, held_span, span, size)
+        before = past.state(f"{self.place}.before")
+        after = past.state(f"{self.place}.after")
+        state = self._fresh(x)
+        if before is not None:
+            state = torch.where(skipped[:, None, None] > 0, before, after).to(x.dtype)
+        begins = [state]
+
+        def step(xs: tuple[Tensor, ...], part: Span, memory: tuple[Tensor, ...]) -> Any:
+            alive = part.valid().any(1)[:, None, None]
+            begins[0] = torch.where(alive, memory[0], begins[0])
+            return self._step(through, xs, part, memory)
+
+        y, (last,) = self.relay(step, (rows,), (state,), span=rows_span, size=size)
+        some = span.valid().any(1)[:, None, None]
+        past.store(f"{self.place}.before", kept_rows(some, begins[0], before))
+        past.store(f"{self.place}.after", kept_rows(some, last, after))
+        line = torch.arange(span.shape[1], device=x.device)
+        index = (skipped[:, None] + line).clamp_max(y.shape[1] - 1)
+        return y.gather(1, index[..., None].expand(*index.shape, y.shape[2]))
 
     def _fresh(self, x: Tensor) -> Tensor:
         """[B, m, width]: what a document starts from."""
@@ -212,6 +241,39 @@ class RecurrentMemory(StatefulModule):
         back = out.gather(1, order.argsort(1)[..., None].expand_as(out))
         _, y, written = back.split([read.shape[1], x.shape[1], read.shape[1]], 1)
         return y, self.norm(written)
+
+
+def opened_segments(
+    held: Tensor, held_span: Span, span: Span, size: int | None
+) -> tuple[Tensor, Span, Tensor]:
+    """Takes from what is held the tokens at hand and, before them, those of the same segment.
+
+    Args:
+        held: [B, S, width] all tokens that may be needed, those at hand the last of each row.
+        held_span: their addresses.
+        span: addresses [B, T] of the tokens at hand, padded on the right.
+
+    Returns:
+        (tokens [B, N, width], their addresses, the number [B] of those before the tokens at hand).
+    """
+    pos = span.pos[:, :1]
+    doc = span.doc[:, :1]
+    start = torch.zeros_like(pos) if size is None else pos // size * size
+    earlier = (held_span.doc == doc) & (held_span.pos >= start) & (held_span.pos < pos)
+    at_hand = (held_span.doc > doc) | ((held_span.doc == doc) & (held_span.pos >= pos))
+    wanted = (earlier | at_hand) & held_span.valid() & (doc != PADDING)
+    order = (~wanted).to(torch.int8).argsort(dim=1, stable=True)
+    order = order[:, : max(1, int(wanted.sum(1).max()))]
+    rows_span = held_span.map(lambda addresses: addresses.gather(1, order))
+    empty = ~wanted.gather(1, order)
+    rows_span = Span(rows_span.pos, rows_span.doc.masked_fill(empty, PADDING), rows_span.role)
+    index = order[..., None].expand(*order.shape, held.shape[2])
+    return held.gather(1, index), rows_span, (earlier & wanted).sum(1)
+
+
+def kept_rows(some: Tensor, new: Tensor, old: Tensor | None) -> Tensor:
+    """Returns the new state where a row had tokens, the old one elsewhere."""
+    return new if old is None else torch.where(some, new, old.to(new.dtype))
 
 
 def enclosed(span: Span, length: int) -> tuple[Span, Tensor]:

@@ -4,9 +4,12 @@ out."""
 import pytest
 import torch
 
+from models.cache.contiguous import Contiguous
+from models.cache.decoding_state import DecodingState
 from models.primitives.segment_sum import SegmentSum
 from models.span import Span
 from tests.support.parity import packed
+from tests.support.pieces import addresses, cut, piece_span, taken
 
 SPAN = packed([[4, 1, 3], [2, 5, 1, 1], [9]], 11)
 HOLED = Span.of(  # padding before, inside and after documents, as a rank may hold it
@@ -64,3 +67,19 @@ def test_gradients_are_those_of_a_loop(over):
 def test_sums_over_something_else_are_refused():
     with pytest.raises(ValueError, match="choose one of row, document"):
         SegmentSum().total(numbers(SPAN), SPAN, "sentence")
+
+
+def test_running_sums_continue_their_rows():
+    span = addresses()
+    x = torch.arange(span.pos.numel()).view(span.shape) % 7
+    for over in ("row", "document"):
+        leaf = SegmentSum()
+        truth = leaf.before(x, span, over)
+        state = DecodingState(Contiguous())
+        for index in cut(span):
+            part = leaf.before(taken(x, index, 99), state.attach(piece_span(span, index)), over)
+            state.advance()
+            there = index >= 0
+            assert torch.equal(part[there], taken(truth, index, 0)[there])
+        with pytest.raises(ValueError, match="later tokens"):
+            leaf.total(x, state.attach(span), over)
