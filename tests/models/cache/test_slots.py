@@ -83,5 +83,5 @@ def test_reads_of_one_payload_are_held_once():
     model(torch.zeros(1, 4, dtype=torch.long), state.attach(Span.line(1, 4)))
     state.advance()
     assert list(state.caches) == ["read#0"]
-    # Two parts of one head of 24 channels, 4 tokens, in float64, and two tails of 2 tokens.
-    assert state.bytes() == 8 * 24 * (2 * 4 + 2 * 2)
+    # Two parts of one head of 24 channels, 4 tokens, in float64, and tails of 1 and of 2 tokens.
+    assert state.bytes() == 8 * 24 * (2 * 4 + 1 + 2)
