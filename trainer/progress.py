@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +20,9 @@ from trainer.errors import BAD_RUN, UserError
 
 WINDOW = 128  # finite gradient norms that the median is taken of
 Norm = Annotated[FiniteFloat, Field(ge=0)]
-Part = Literal["held_out", "sample", "maps"]  # of an evaluation
+# Of an evaluation: held_out, sample, maps, or the name of a further one.
+PART = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+Part = Annotated[str, Field(pattern=f"^{PART.pattern}$")]
 
 
 class Stretch(TypedDict):

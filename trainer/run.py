@@ -139,7 +139,7 @@ class Run:
             prefix=self.prefix,
         )
         console.say(f"share: {self.share.describe()}")
-        self.lanes = self._lanes()
+        self.lanes = self._lanes(self.share)
         self.checkpoints = CheckpointWriter(
             directory / "checkpoints",
             keep=config.checkpoint.keep,
@@ -188,11 +188,9 @@ class Run:
         )
         return engine
 
-    def _lanes(self) -> Lanes | None:
+    def _lanes(self, share: BatchSharder) -> Lanes | None:
         """Builds empty lanes where `memory=` carries a state; None elsewhere."""
-        return (
-            Lanes(self.mesh, self.share, self.config.rows) if self.config.memory.carries else None
-        )
+        return Lanes(self.mesh, share, self.config.rows) if self.config.memory.carries else None
 
     def _resume(self) -> Progress:
         """Returns the progress to go on from.
@@ -354,6 +352,8 @@ class Run:
         """Closes the logs, draws the plots, prints the last screen; returns the exit status."""
         unfinished = progress.step < self.config.steps or bool(progress.owed)
         caught = signal.Signals(self.stop.caught) if self.stop.caught and unfinished else None
+        if (cost := assessment.cost()) is not None:
+            self.console.say(cost)
         where = self.logs.close(progress.step, progress.tokens, progress.best)
         if self.first:
             self.console.finish(

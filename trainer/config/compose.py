@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from yaml import YAMLError
 
 from trainer.config import groups
-from trainer.config.explain import errors_by_key, explain, value_at
+from trainer.config.explain import errors_by_key, explain, unchosen, value_at
 from trainer.config.groups import choices, is_group
 from trainer.config.node_checks import normalise_node
 from trainer.config.overrides import sort_words
@@ -104,7 +104,7 @@ def _mend_all(
                 )
         else:
             default = value_at(defaults, key)
-            faults.append(explain(key, errors, default, tree))
+            faults.append(unchosen(key, kind, tree) or explain(key, errors, default, tree))
             if kind == "missing" and key.endswith("._target_"):
                 # Settings of a class that was not named: the whole node is put back.
                 key = key.removesuffix("._target_")

@@ -54,10 +54,12 @@ def _keys(part: BaseModel, prefix: str) -> list[str]:
             lines += _keys(value, f"{prefix}{name}.")
         else:
             lines.append(_line(f"{prefix}{name}", value, info.description or ""))
+    extra = part.model_extra or {}
+    if not isinstance(part, ComponentConfig):
+        for name, node in extra.items():
+            lines += _keys(node, f"{prefix}{name}.")
     if isinstance(part, ComponentConfig):
-        lines += [
-            _line(f"{prefix}{key}", value, "") for key, value in (part.model_extra or {}).items()
-        ]
+        lines += [_line(f"{prefix}{key}", value, "") for key, value in extra.items()]
     return lines
 
 

@@ -15,6 +15,7 @@ from trainer.texts import Texts, for_shell, quoted
 
 MULTIRUN_WORDS = ("-m", "--multirun")
 MAY_BE_NULL = ("mixer", "experiment")
+MAY_BE_SEVERAL = ("evaluation",)
 SWEEP_KEYS = (
     "hydra.sweep.",
     "hydra.sweeper.",
@@ -151,19 +152,25 @@ def _misuse_of_group(override: Override, word: str) -> str | None:
     """Returns the message about GROUP=NAME where the group has no such name."""
     group = override.key_or_group
     value = override.value()
-    if isinstance(value, list) and not override.is_sweep_override():
+    is_list = isinstance(value, list) and not override.is_sweep_override()
+    if is_list and group not in MAY_BE_SEVERAL:
         hint = ""
         if group == "mixer":
             hint = "; layers of several kinds are model.pattern=[A,B], as in model=hybrid"
         return f"{word}: choose one {group}, not a list{hint}"
+    if value == []:
+        return f"{word}: the list is empty; name some, or write evaluation.every=0"
     if value is None and group not in MAY_BE_NULL:
         return f"{word}: one has to be chosen; known: {', '.join(choices(group))}"
     if not override.is_sweep_override():
-        names = [value]
+        choices_made = [value]
     elif override.is_discrete_sweep():
-        names = list(override.sweep_iterator())
+        choices_made = list(override.sweep_iterator())
     else:
-        names = []
+        choices_made = []
+    names = []
+    for choice in choices_made:
+        names += choice if isinstance(choice, list) else [choice]
     for name in names:
         if name is None or (groups.CONF / group / f"{name}.yaml").is_file():
             continue

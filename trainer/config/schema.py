@@ -5,7 +5,7 @@ A *node* names a class by `_target_`; instantiate.py binds its further keys to t
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from trainer.config.machine_schema import WORD, EngineConfig, LaunchConfig, ParallelConfig
 from trainer.config.nodes import ComponentConfig, ConfigGroup
@@ -23,6 +23,9 @@ from trainer.config.scalars import (
     Size,
     Vocabulary,
 )
+
+HELD_OUT = "heldout"  # the evaluation whose figures bear no prefix
+HELD_OUT_CLASS = "trainer.evaluation.held_out.HeldOut"
 
 
 class ModelConfig(ComponentConfig):
@@ -216,7 +219,10 @@ class CheckpointConfig(ConfigGroup):
 
 
 class EvaluationConfig(ConfigGroup):
-    """Held-out loss, a generated sample and attention maps."""
+    """What is evaluated while training; every further key is a node, by the name of its figures."""
+
+    model_config = ConfigDict(extra="allow", serialize_by_alias=True)
+    __pydantic_extra__: dict[str, ComponentConfig]
 
     every: Natural = Field(description="steps between two; 0 = never, not at the end either")
     batches: Size = Field(default=4, description="held-out batches each time")
@@ -238,6 +244,15 @@ class EvaluationConfig(ConfigGroup):
                 " evaluation.every too"
             )
         return tokens
+
+    @property
+    def nodes(self) -> dict[str, ComponentConfig]:
+        """Returns the chosen evaluations by name; of a config that names none, the held-out loss.
+
+        Runs that were recorded before evaluations had names evaluated just that.
+        """
+        chosen = dict(self.__pydantic_extra__ or {})
+        return chosen or {HELD_OUT: ComponentConfig(_target_=HELD_OUT_CLASS)}  # pyright: ignore[reportCallIssue]
 
 
 class Config(ConfigGroup):

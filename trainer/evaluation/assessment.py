@@ -1,13 +1,15 @@
 """Schedules and runs the evaluations of a run, and completes them after a resume.
 
-The checkpoint of a step is saved before its evaluation and names the parts that are owed. A run
-that resumes there does those parts that have no result yet. A part that fails is reported, and
-training continues.
+A part is an evaluation that the config names, the sample, or the attention maps. The checkpoint of
+a step is saved before its evaluation and names the parts that are owed. A run that resumes there
+does those parts that have no result yet. A part that fails is reported, and training continues.
 """
 
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,18 @@ from trainer.data.batch_sharding import BatchSharder
 from trainer.data.lanes import Lanes
 from trainer.data.streams.base import Stream
 from trainer.evaluation.attention_maps import attention_maps
+from trainer.evaluation.base import (
+    HELD_OUT_PART,
+    Evaluation,
+    EvaluationContext,
+    Figure,
+    Interrupted,
+    build_evaluations,
+    figure_name,
+    part_of,
+)
 from trainer.evaluation.generate import generate
-from trainer.evaluation.held_out import evaluate
+from trainer.evaluation.held_out import LOSS
 from trainer.logs import summary
 from trainer.logs.console import Console
 from trainer.logs.jsonl import EVALUATION, read
@@ -32,11 +44,8 @@ from trainer.progress import Part, Progress
 from trainer.safe_files import replace_inside
 from trainer.watchdog import limit
 
-HELD_OUT: Part = "held_out"
 SAMPLE: Part = "sample"
 MAPS: Part = "maps"
-PARTS = (HELD_OUT, SAMPLE, MAPS)
-LOSS = "held_out_loss"
 # Keys of summary.json that hold the step of the last sample and of the last maps.
 MARKS = {SAMPLE: "sample_step", MAPS: "maps_step"}
 MEETING_S = 60.0  # that a rank whose evaluation failed waits for the others to report the same
@@ -52,7 +61,7 @@ class Assessment:
         engine: holds the model.
         share: cuts batches for this rank.
         stream: held-out text; None under evaluation.every=0.
-        lanes: makes new ones where `memory=` carries a state, else returns None.
+        lanes: makes new ones for a sharder where `memory=` carries a state, else returns None.
         logs, console: receive the results.
         stopped: collective; True where a signal asked the run to stop.
     """
@@ -66,7 +75,7 @@ class Assessment:
         engine: Engine,
         share: BatchSharder,
         stream: Stream | None,
-        lanes: Callable[[], Lanes | None],
+        lanes: Callable[[BatchSharder], Lanes | None],
         logs: RunLogger,
         console: Console,
         stopped: Callable[..., bool],
@@ -81,6 +90,14 @@ class Assessment:
         self.logs = logs
         self.console = console
         self.stopped = stopped
+        self.evaluations: dict[str, Evaluation] = {}
+        self.names: dict[str, str] = {}  # in the config, by part
+        if config.evaluation.every:
+            for name, evaluation in build_evaluations(config).items():
+                self.evaluations[part_of(name)] = evaluation
+                self.names[part_of(name)] = name
+        self.seconds: dict[str, float] = {}  # spent on each part
+        self.began = time.monotonic()
         self.broken: list[str] = []  # "part of step N", for the last screen
         self.meeting = _meeting(mesh, config.launch.timeout_s)
 
@@ -88,12 +105,14 @@ class Assessment:
         """Returns the parts of an evaluation that are due after a step."""
         settings = self.config.evaluation
         is_last = step == self.config.steps
-        if not settings.every or not (is_last or step % settings.every == 0):
-            return []
-        parts: list[Part] = [HELD_OUT]
-        if is_last and settings.sample_tokens:
+        parts: list[Part] = []
+        for part, evaluation in self.evaluations.items():
+            every = evaluation.every or settings.every
+            if is_last or step % every == 0:
+                parts.append(part)
+        if is_last and settings.every and settings.sample_tokens:
             parts.append(SAMPLE)
-        if is_last and settings.attention_maps:
+        if is_last and settings.every and settings.attention_maps:
             parts.append(MAPS)
         return parts
 
@@ -113,69 +132,85 @@ class Assessment:
         progress.owed = [
             part for part in progress.owed if part not in done and self._is_wanted(part)
         ]
-        if HELD_OUT in done:
+        if HELD_OUT_PART in done:
             _note_best(progress, loss)
         # Rows of an evaluation that was interrupted would otherwise be in the log twice.
-        if HELD_OUT in progress.owed:
-            self.logs.drop_evaluation(progress.step)
+        self.logs.drop_evaluation(progress.step, progress.owed)
         if progress.owed:
             self.console.say(f"step {progress.step}: owed from before: {', '.join(progress.owed)}")
 
     def run(self, progress: Progress) -> None:
         """Does the owed parts; a part that a signal interrupts, or that fails, stays owed."""
-        functions = {HELD_OUT: self._held_out, SAMPLE: self._sample, MAPS: self._maps}
+        functions = {SAMPLE: self._sample, MAPS: self._maps}
         self.engine.model.eval()
         try:
             for part in list(progress.owed):
                 if self.stopped():
                     return
-                if self._try(part, progress, functions[part]):
+                function = functions.get(part) or partial(self._evaluation, part)
+                if self._try(part, progress, function):
                     progress.owed.remove(part)
                 elif not self.stopped():
                     self.broken.append(f"{part} of step {progress.step}")
         finally:
             self.engine.model.train()
 
+    def cost(self) -> str | None:
+        """Returns one line about the time that evaluations took; None where there were none."""
+        spent = sum(self.seconds.values())
+        if not spent:
+            return None
+        share = spent / max(time.monotonic() - self.began, spent)
+        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.seconds.items())
+        return f"evaluation: {spent:.1f} s, {share:.0%} of this run's time ({parts})"
+
     def _is_wanted(self, part: str) -> bool:
         settings = self.config.evaluation
-        if part == HELD_OUT:
-            return True
         if part == SAMPLE:
             return settings.sample_tokens > 0
-        return part == MAPS and settings.attention_maps > 0
+        if part == MAPS:
+            return settings.attention_maps > 0
+        return part in self.evaluations
 
     def _done(self, step: int) -> tuple[set[str], float]:
         """Returns (parts that have a result for this step, the held-out loss) on every rank."""
-        answers = torch.zeros(len(PARTS) + 1, dtype=torch.float64, device=self.mesh.device)
+        parts = [*self.evaluations, SAMPLE, MAPS]
+        answers = torch.zeros(len(parts) + 1, dtype=torch.float64, device=self.mesh.device)
         # Rank 0 alone has the files; the sum over ranks is then a broadcast.
         if self.mesh.world.rank == 0:
-            losses = []
+            done = set()
             for row in read(self.directory / EVALUATION):
                 if _is_loss(row, step):
-                    losses.append(row["value"])
+                    done.add(HELD_OUT_PART)
+                    answers[-1] = row["value"]
+                elif row["step"] == step and row.get("done"):
+                    done.add(row["part"])
             facts = _facts(self.directory)
-            has_sample = facts.get(MARKS[SAMPLE]) == step
-            has_maps = facts.get(MARKS[MAPS]) == step
-            loss = losses[-1] if losses else 0.0
-            own_answers = [float(bool(losses)), float(has_sample), float(has_maps), loss]
-            answers[:] = torch.tensor(own_answers, dtype=torch.float64)
+            done |= {part for part, key in MARKS.items() if facts.get(key) == step}
+            for index, part in enumerate(parts):
+                answers[index] = float(part in done)
         if self.mesh.world.group is not None:
             dist.all_reduce(answers, group=self.mesh.world.group)
         *flags, loss = answers.tolist()
-        return {part for part, flag in zip(PARTS, flags) if flag}, loss
+        return {part for part, flag in zip(parts, flags) if flag}, loss
 
     def _try(self, part: str, progress: Progress, function: Callable[[Progress], bool]) -> bool:
         """Runs a part, and returns True if it was done; an error on every rank is only reported."""
         trouble = None
         begun_before = _collectives_begun(self.mesh)
+        began = time.monotonic()
         try:
             done = function(progress)
+        except Interrupted:
+            # On every rank, so there is no trouble to compare.
+            done = False
         except Exception as error:
             # Ranks that read other data, or cannot reach one another, cannot train on either.
             if isinstance(error, Disagreement) or _is_lost_contact(error):
                 raise
             trouble = error
             done = False
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - began
         if self._any_failed(trouble, begun_before):
             reason = _reason(trouble) if trouble is not None else "another rank says why"
             self.console.say(
@@ -215,34 +250,64 @@ class Assessment:
             raise trouble or RuntimeError("an evaluation broke on another rank, which says why")
         return failed > 0
 
-    def _held_out(self, progress: Progress) -> bool:
-        """Computes and logs the held-out loss; False when a signal interrupts it."""
+    def context(self, step: int) -> EvaluationContext:
+        """Returns what an evaluation works with at a step."""
         assert self.stream is not None
-        batches = self.config.evaluation.batches
-        result = evaluate(
-            self.engine.model, self.share, self.stream, batches, self.stopped, self.lanes()
+        return EvaluationContext(
+            config=self.config,
+            model=self.engine.model,
+            share=self.share,
+            stream=self.stream,
+            lanes=self.lanes,
+            step=step,
+            stopped=self.stopped,
         )
-        if result is None:
-            return False
+
+    def _evaluation(self, part: str, progress: Progress) -> bool:
+        """Runs an evaluation of the config and logs its figures."""
         step = progress.step
-        if result.loss is None:
+        figures = self.evaluations[part].run(self.context(step))
+        if not figures:
+            what = "held-out loss" if part == HELD_OUT_PART else f"figure of {part}"
             self.console.say(
-                f"step {step}: no held-out loss, for the held-out data has no token to predict;"
+                f"step {step}: no {what}, for the held-out data has no token to predict;"
                 " raise data.held_out, or give other data"
             )
             return True
-        _note_best(progress, result.loss)
-        self.console.say(
-            f"step {step}: held-out loss {result.loss:.4f} over {result.tokens} tokens"
-        )
-        for name, value in result.graded.items():
-            self.console.say(f"step {step}: held-out {name} {value:.4f}")
-            self.logs.evaluation(step, name, value)
-        # Last, because `resume` takes a step whose loss is on disk for done.
-        self.logs.evaluation(
-            step, LOSS, result.loss, tokens=result.tokens, by_position=result.by_position
-        )
+        first, *others = figures
+        for figure in others:
+            self._log(part, step, figure)
+        # Last, because `resume` takes a step whose first figure is on disk for done.
+        self._log(part, step, first, done=True)
+        if part == HELD_OUT_PART:
+            _note_best(progress, first.value)
         return True
+
+    def _log(self, part: str, step: int, figure: Figure, done: bool = False) -> None:
+        """Logs a figure; those of the held-out loss as they were before others had names."""
+        name = figure_name(self.names[part], figure.name)
+        if part == HELD_OUT_PART:
+            if figure.name != LOSS:
+                self.console.say(f"step {step}: held-out {name} {figure.value:.4f}")
+                self.logs.evaluation(step, name, figure.value)
+                return
+            tokens = sum(cell["tokens"] for cell in figure.cells)
+            self.console.say(f"step {step}: held-out loss {figure.value:.4f} over {tokens} tokens")
+            self.logs.evaluation(
+                step, name, figure.value, tokens=tokens, by_position=list(figure.cells)
+            )
+            return
+        row: dict[str, Any] = {"part": part}
+        chance = ""
+        if figure.chance is not None:
+            row["chance"] = figure.chance
+            chance = f" (chance {figure.chance:.4f})"
+        if figure.cells:
+            row["cells"] = list(figure.cells)
+        if done:
+            row["done"] = True
+        self.console.say(f"step {step}: {name} {figure.value:.4f}{chance}")
+        self.logs.evaluation(step, name, figure.value, **row)
 
     def _sample(self, progress: Progress) -> bool:
         """Writes the model's continuation of the prompt; False when a signal interrupts it."""

@@ -3,20 +3,38 @@
 Letters: m rows of a micro-batch, c tokens of a row on this rank.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.loss import IGNORE
+from models.ranges import Range
 from trainer.agreement import mark
+from trainer.config.finding import Finding
+from trainer.config.node_checks import as_node
+from trainer.config.schema import Config
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.lanes import Lanes
+from trainer.data.open import open_stream
+from trainer.data.sources.base import Source, build_source
 from trainer.data.streams.base import Stream
 from trainer.data.tasks.base import Grades, SyntheticTask
+from trainer.evaluation.base import (
+    Evaluation,
+    EvaluationContext,
+    Every,
+    Figure,
+    Interrupted,
+    RunFacts,
+    uniform_loss,
+)
+from trainer.objectives.stream import ObjectiveStream, objective_of
 
+LOSS = "held_out_loss"
+Length = Annotated[int, Range(1, 2**24)]
 BUCKETS = 48  # positions 0, 1, 2 to 3, 4 to 7, ...: enough for any row
 
 
@@ -36,6 +54,109 @@ class HeldOutResult(NamedTuple):
     tokens: int
     by_position: list[dict[str, Any]]
     graded: dict[str, float] = {}  # never written to
+
+
+class HeldOut(Evaluation):
+    """Loss over held-out batches, and the grades of data that is a task.
+
+    Args:
+        data: a source of its own, such as another domain; None = the held-out data of the run.
+            Where it holds nothing out, all of its documents count.
+        length: tokens in a row; None = as in training.
+        batches: to read at most; None = evaluation.batches.
+        every: as in Evaluation.
+    """
+
+    needs_next_token = False
+
+    def __init__(
+        self,
+        *,
+        data: Source | None = None,
+        length: Length | None = None,
+        batches: Length | None = None,
+        every: Every = None,
+    ):
+        super().__init__(every=every)
+        self.data = data
+        self.length = length
+        self.batches = batches
+        self._stream: Stream | None = None
+
+    def check(self, facts: RunFacts) -> Iterator[Finding]:
+        yield from check_rows(facts, self.data, self.length)
+
+    def run(self, context: EvaluationContext) -> list[Figure]:
+        stream = self.opened(context)
+        share = context.share
+        if self.length is not None:
+            share = context.sharder(context.config.rows, self.length)
+        batches = self.batches or context.config.evaluation.batches
+        lanes = context.lanes(share)
+        result = evaluate(context.model, share, stream, batches, context.stopped, lanes)
+        if result is None:
+            raise Interrupted
+        if result.loss is None:
+            return []
+        chance = uniform_loss(context.vocabulary)
+        figures = [Figure(LOSS, result.loss, chance, result.by_position)]
+        for name, value in result.graded.items():
+            figures.append(Figure(name, value))
+        return figures
+
+    def opened(self, context: EvaluationContext) -> Stream:
+        """Returns the rows to read, opened once for all evaluations of a run."""
+        if self._stream is None:
+            self._stream = held_out_rows(context, self.data, self.length)
+        return self._stream
+
+
+def check_rows(facts: RunFacts, data: Source | None, length: int | None) -> Iterator[Finding]:
+    """Checks an evaluation's own data and its own length of rows."""
+    if length is not None:
+        yield from facts.check_length("length", length, length)
+    if data is None:
+        return
+    try:
+        tokenizer = data.tokenizer()
+    except ValueError as error:
+        yield Finding(sentence=f"{facts.key('data')}: {error}")
+        return
+    known = facts.tokenizer.vocabulary
+    if tokenizer.vocabulary > facts.vocabulary or (
+        not isinstance(data, SyntheticTask) and tokenizer.fingerprint != facts.tokenizer.fingerprint
+    ):
+        yield Finding(
+            facts.key("data"),
+            type(data).__name__,
+            f"its tokens are not those of the run's data ({tokenizer.vocabulary} tokens, the run's"
+            f" data has {known} and the model {facts.vocabulary})",
+            "give both the same tokenizer",
+        )
+
+
+def held_out_rows(context: EvaluationContext, data: Source | None, length: int | None) -> Stream:
+    """Opens rows of another source or another length; the run's own where neither is given."""
+    if data is None and length is None:
+        return context.stream
+    config: Config = context.config
+    source = data
+    if source is None:
+        source = build_source(as_node(config.data))
+    objective = objective_of(config)
+    tokens = length or config.context_length
+    text = open_stream(
+        source,
+        context_length=objective.reads(tokens),
+        rows=config.rows,
+        # Of the order of documents, which is to be the same under every seed of a run.
+        seed=0,
+        split="held_out" if source.held_out else "train",
+        lanes=config.memory.carries,
+    )
+    if not objective.rewrites:
+        return text
+    return ObjectiveStream(text, objective, context_length=tokens, seed=0)
 
 
 def position_bucket(pos: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
 """Rows of a run on disk, an object a line: metrics.jsonl and evaluation.jsonl.
 
 Evaluations have rows {"step", "name", "value"} and whatever the value is made of, for example
-`by_position`.
+`by_position`. Rows of a named evaluation also have `part`, its name; `chance`, what a model that
+knows nothing would get; `cells`, what the value is made of; and the last of a step has `done`.
 """
 
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -83,10 +84,13 @@ class Lines:
         rows = list(read(self.path))
         kept = [row for row in rows if row["step"] <= step]
         if len(kept) < len(rows):
-            self.file.close()
-            _rewrite(self.path, kept)
-            self._open()
+            self._replace(kept)
         return len(rows) - len(kept)
+
+    def _replace(self, rows: list[dict[str, Any]]) -> None:
+        self.file.close()
+        _rewrite(self.path, rows)
+        self._open()
 
     def close(self) -> None:
         """Flush to the disk."""
@@ -122,6 +126,17 @@ class Evaluations(Lines):
     def add(self, step: int, name: str, value: float, **made_of: Any) -> None:
         """Append one value and what it is made of (JSON)."""
         self.write({"step": step, "name": name, "value": value, **made_of})
+
+    def drop(self, step: int, parts: Sequence[str]) -> None:
+        """Removes what is written of some parts of an evaluation; a row without a part is of the
+        held-out loss."""
+        rows = list(read(self.path))
+        remaining = []
+        for row in rows:
+            if row["step"] != step or row.get("part", "held_out") not in parts:
+                remaining.append(row)
+        if len(remaining) < len(rows):
+            self._replace(remaining)
 
 
 def read(path: Path | str) -> Iterator[dict[str, Any]]:

@@ -147,12 +147,18 @@ class RunLogger:
         if self.writes:
             self.evaluations.add(step, name, value, **made_of)
         if self.wandb is not None:
-            self.wandb.evaluation(step, name, value, by_position=made_of.get("by_position"))
+            self.wandb.evaluation(
+                step,
+                name,
+                value,
+                by_position=made_of.get("by_position"),
+                cells=made_of.get("cells"),
+            )
 
-    def drop_evaluation(self, step: int) -> None:
-        """Drop what is written of this step's evaluation, which was cut short and is done again."""
+    def drop_evaluation(self, step: int, parts: Sequence[str]) -> None:
+        """Drop what is written of parts of this step's evaluation, which are done again."""
         if self.writes:
-            self.evaluations.truncate_after(step - 1)
+            self.evaluations.drop(step, parts)
 
     def maps(self, step: int, maps: Sequence[AttentionMap], left_out: int) -> None:
         """Draw attention maps, of all softmaxes but so many; W&B gets the picture at the end, with

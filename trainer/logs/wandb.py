@@ -198,10 +198,12 @@ class WandbLogger:
         name: str,
         value: float,
         by_position: Sequence[dict[str, Any]] | None = None,
+        cells: Sequence[dict[str, Any]] | None = None,
     ) -> None:
-        """Send one value of an evaluation; its parts by position are a table at the end, the last
-        ones only."""
+        """Send one value of an evaluation; its parts by position, or its cells, are a table at the
+        end, the last ones only."""
         self.tables |= {f"report/{name}_by_position": by_position} if by_position else {}
+        self.tables |= {f"report/{name}": cells} if cells else {}
         self._log(step, {f"evaluation/{name}": value})
 
     def alert(self, title: str, text: str) -> None:

@@ -23,6 +23,7 @@ from trainer.foreign import check_foreign_layers
 from trainer.init_from.fit import check_init_from
 from trainer.objectives.contradictions import check_objective_model, vocabulary
 from trainer.preflight.check_engine import check_deepspeed_model
+from trainer.preflight.check_evaluation import check_evaluation_nodes, check_evaluations
 from trainer.preflight.check_model import (
     check_block_settings,
     check_layer_settings,
@@ -51,6 +52,7 @@ def check_nodes(config: Config) -> Iterator[Finding | str]:
     yield from _check_by_building(config.schedule, {}, "schedule")
     yield from _check_by_building(config.objective, {}, "objective")
     yield from _check_by_building(build_model.memory_node(config), sizes, "memory")
+    yield from check_evaluation_nodes(config)
 
 
 def _check_layer_nodes(config: Config, offers: Mapping[str, Any]) -> Iterator[str]:
@@ -129,6 +131,7 @@ def check_built_model(config: Config, given: Collection[str]) -> Iterator[Findin
     yield from check_init_from(config, model)
     yield from _check_max_length(config, position, model)
     yield from check_sample_length(config, model)
+    yield from check_evaluations(config, model, position, tokens)
     yield from _check_takers(config, position, model, tokens)
     yield from unreached(config, given, tokens).values()
 

@@ -61,6 +61,8 @@ def trees() -> Iterator[tuple[str, str, dict[str, Any]]]:
             assert isinstance(node, dict)
             if "defaults" in node or node.get("name") == "auto":
                 continue
+            if group == "evaluation":  # a file of it is one node beside the common keys
+                node = {**base[group], **node}
             yield group, path.stem, {**copy.deepcopy(base), group: node}
     for model in ("decoder", "switch", "moe_topk", "hybrid"):
         yield (

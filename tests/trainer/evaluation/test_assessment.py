@@ -16,7 +16,7 @@ import torch.distributed as dist
 from parallel.mesh import build_mesh
 from tests.support.pool import ranks
 from trainer.errors import BAD_RUN, DONE, UserError
-from trainer.evaluation import assessment
+from trainer.evaluation import assessment, held_out
 from trainer.evaluation.assessment import Assessment
 from trainer.launch.elastic import RankInfo
 from trainer.preflight.prepare import load_config
@@ -54,17 +54,19 @@ def breaks(*args, **kwargs):
 
 
 def in_rank(env, words, directory, name, instead):
-    """A whole run, in which a name of trainer.evaluation.assessment may do something else: its exit
+    """A whole run, in which a name of assessment or held_out may do something else: its exit
     status, and what was printed."""
     config = load_config(words, started=env.size)
-    real = getattr(assessment, name or "evaluate")
-    setattr(assessment, name or "evaluate", instead or real)
+    home = assessment if name not in (None, "evaluate") else held_out
+    name = name or "evaluate"
+    real = getattr(home, name)
+    setattr(home, name, instead or real)
     try:
         place = RankInfo(env.rank, env.size, env.rank, env.size, torch.device("cpu"), "gloo")
         with redirect_stdout(io.StringIO()) as printed:
             return run(config, place, Path(directory)), printed.getvalue()
     finally:
-        setattr(assessment, name or "evaluate", real)
+        setattr(home, name, real)
 
 
 def disagreeing(env):
