@@ -194,7 +194,7 @@ def _vet(folder: Path) -> None:
 
 
 def _reworded(message: str) -> str:
-    """Returns Hydra's message about GROUP@PLACE=NAME with a remedy; any other message unchanged."""
+    """Returns Hydra's message in our words and with a remedy; an unknown message unchanged."""
     occupied = re.match(r"Multiple values for (\S+@\S+?)\. ", message)
     if occupied:
         return (
@@ -207,4 +207,15 @@ def _reworded(message: str) -> str:
     absent = re.match(r"Could not override '(\S+@\S+)'", message)
     if absent:
         return f"{absent[1]}: nothing is in that place yet; write +{absent[1]}=NAME"
+    unknown = re.match(r"Could not delete from config\. '(\S+?)' does not exist", message)
+    if unknown:
+        return f"~{unknown[1]}: no setting of that name is there to take away; leave it out"
+    other = re.match(
+        r"Could not delete from config\. The value of '(\S+?)' is (.*) and not", message
+    )
+    if other:
+        return (
+            f"~{other[1]}: its value is {other[2]}; write ~{other[1]} to take it away, or"
+            f" {other[1]}=VALUE to change it"
+        )
     return message

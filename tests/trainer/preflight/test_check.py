@@ -81,6 +81,8 @@ WRONG = [
     ("hydra.run.dir=x", ["hydra.run.dir=x", "run_dir=PATH"]),
     ("steps", ["steps", "KEY=VALUE"]),
     ("~steps", ["steps is not set", "for example steps="]),
+    ("~nosuch", ["~nosuch: no setting of that name"]),
+    ("~steps=3", ["~steps: its value is 100", "steps=VALUE"]),
     ("batch_tokens=100", ["batch_tokens=100", "context_length=64", "batch_tokens=64"]),
     ("model.heads=3", ["model.width=128", "model.heads=3", "model.width=129"]),
     ("model.kv_heads=3", ["model.kv_heads=3", "model.heads=4"]),
