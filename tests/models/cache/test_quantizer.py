@@ -129,7 +129,7 @@ def test_outlier_channels_cost_keys_per_token_several_times_the_error():
 def test_settings_that_fill_no_bytes_are_refused():
     with pytest.raises(ValueError, match="3 bits cannot be packed"):
         Quantizer(3, TOKENS, 32)
-    with pytest.raises(ValueError, match="cache.group=3 numbers of 2 bits do not fill bytes"):
+    with pytest.raises(ValueError, match=r"cache\.group=3 numbers of 2 bits do not fill bytes"):
         Quantizer(2, TOKENS, 3)
     with pytest.raises(ValueError, match="does not divide a head of 12 channels"):
         Quantizer(4, CHANNELS, 8).check(12)
