@@ -85,6 +85,9 @@ class KVCache(ABC):
 class KVCacheFactory(ABC):
     """Makes the cache of each attention; one for the whole model, built from `cache=`."""
 
+    def prepare(self, model: nn.Module) -> None:  # noqa: B027
+        """Is told the model whose caches it will make, before the first of them."""
+
     @abstractmethod
     def create(self, place: str, mask: Mask, slots: SlotTable) -> KVCache:
         """Returns an empty cache.
