@@ -10,31 +10,55 @@ No pickle: any safetensors reader opens the weights, and opening them runs no co
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from models.lora import merged
 from parallel.engines.base import STORED
 from parallel.engines.materialize import materialize
 from trainer import run_dir
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.wholeness import LARGEST
 from trainer.config.build_model import build_model
-from trainer.config.schema import Config
+from trainer.config.schema import Config, LoraConfig
+from trainer.config.stages import config_at
 from trainer.config.trust import demand_own
 from trainer.errors import BAD_RUN, UserError
 from trainer.limited_reader import json_object
 from trainer.logs.redact import without_secrets
 from trainer.objectives.stream import vocabulary_of
+from trainer.optim.lengthening import steps_taken
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
 
+class SavedModel(NamedTuple):
+    """A model as a checkpoint holds it.
+
+    Attributes:
+        config: the effective settings of the stage that the checkpoint is of.
+        vocabulary: of the model.
+        step: of the run.
+        model: on the meta device.
+        tensors: its parameters and buffers, whole.
+    """
+
+    config: Config
+    vocabulary: int
+    step: int
+    model: nn.Module
+    tensors: dict[str, Tensor]
+
+
 def export(source: Path, output: Path, trust: bool = False) -> int:
     """Writes the model of a checkpoint to a folder and returns its step, in one process.
+
+    Adapters are merged into the weights that they stand beside.
 
     Args:
         source: a run directory (its newest whole checkpoint), or a checkpoint
@@ -47,37 +71,49 @@ def export(source: Path, output: Path, trust: bool = False) -> int:
         UserError: a class that is not Longspan's, without trust; no run, no checkpoint or a damaged
             one, or a folder that holds a model already.
     """
+    if taken := [name for name in (WEIGHTS, CONFIG) if os.path.lexists(output / name)]:
+        raise UserError(f"{output} holds {' and '.join(taken)} already; name another folder")
+    saved = read_model(source, trust)
+    config = saved.config.model_copy(update={"lora": LoraConfig()})
+    about = {
+        "step": saved.step,
+        "vocabulary": saved.vocabulary,
+        "config": without_secrets(run_dir.plain_config(config)),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    save_file(
+        merged(saved.model, saved.tensors),
+        output / WEIGHTS,
+        metadata={"format": "pt", "step": str(saved.step)},
+    )
+    (output / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    return saved.step
+
+
+def read_model(source: Path, trust: bool = False) -> SavedModel:
+    """Reads the model of a checkpoint, whatever ranks and engine wrote it; see `export`."""
     run = source if run_dir.holds_run(source) else source.parent.parent
     if not run_dir.holds_run(run):
         raise UserError(
             f"{source} is no run directory and no checkpoint of one; name RUN_DIR or"
             " RUN_DIR/checkpoints/step_N"
         )
-    if taken := [name for name in (WEIGHTS, CONFIG) if os.path.lexists(output / name)]:
-        raise UserError(f"{output} holds {' and '.join(taken)} already; name another folder")
     config = _config(run)
     if not trust:
         demand_own(config, str(run / run_dir.CONFIG))
-    vocabulary = _vocabulary(config)
     archive = CheckpointReader(run / "checkpoints")
     try:
         place = archive.latest() if source == run else source
         if place is None:
             raise UserError(f"{run} holds no checkpoint yet; train on, or set checkpoint.every")
-        saved = archive.load(place, {"model": _blank(config, vocabulary)})
+        config = config_at(config, steps_taken(place))
+        vocabulary = _vocabulary(config)
+        with torch.device("meta"):
+            model = build_model(config, vocabulary).to(STORED[config.precision])
+        saved = archive.load(place, {"model": _blank(model)})
     finally:
         archive.close()
-    about = {
-        "step": saved.step,
-        "vocabulary": vocabulary,
-        "config": without_secrets(run_dir.plain_config(config)),
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    save_file(
-        saved.state["model"], output / WEIGHTS, metadata={"format": "pt", "step": str(saved.step)}
-    )
-    (output / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    return saved.step
+    return SavedModel(config, vocabulary, saved.step, model, saved.state["model"])
 
 
 def reopen(folder: Path, trust: bool = False) -> nn.Module:
@@ -145,11 +181,9 @@ def _fit(model: nn.Module, weights: dict[str, Tensor]) -> None:
         )
 
 
-def _blank(config: Config, vocabulary: int) -> dict[str, Tensor]:
-    """Tensors of the names, shapes and types that the config's model has, for a checkpoint to fill;
-    it must have just these."""
-    with torch.device("meta"):
-        model = build_model(config, vocabulary).to(STORED[config.precision])
+def _blank(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the names, shapes and types that the model has, for a checkpoint to fill; it must
+    have just these."""
     return {name: torch.empty(t.shape, dtype=t.dtype) for name, t in model.state_dict().items()}
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from models.lora import adapter_names
 from parallel.engines.materialize import named
 from trainer.config.finding import Finding
 from trainer.config.schema import Config
@@ -27,10 +28,12 @@ class Slots:
     Attributes:
         shapes: of every parameter and every buffer that is saved; tied ones once.
         aliases: {other name of a tied parameter: its first name}.
+        optional: names of adapters, which begin by themselves where a source has none.
     """
 
     shapes: dict[str, torch.Size]
     aliases: dict[str, str]
+    optional: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -73,7 +76,7 @@ def slots_of(model: nn.Module) -> Slots:
     for name, tensor in model.state_dict().items():
         if name not in aliases:
             shapes[name] = tensor.shape
-    return Slots(shapes, aliases)
+    return Slots(shapes, aliases, frozenset(adapter_names(model)))
 
 
 def compare(source: WeightSource, slots: Slots) -> Fit:
@@ -82,7 +85,8 @@ def compare(source: WeightSource, slots: Slots) -> Fit:
     for name, shape in slots.shapes.items():
         where = _place(name, source, slots)
         if where is None:
-            fit.missing.append(name)
+            if name not in slots.optional:
+                fit.missing.append(name)
         elif source.shapes[where] != shape:
             fit.other_shape.append(f"{name} is {[*source.shapes[where]]} there and {[*shape]} here")
         else:

@@ -5,14 +5,16 @@ that weight decay acts on although they belong to no linear layer of torch), `no
 (names that it leaves alone) and `lr_scale` ({name: factor of the learning rate}); models/layer.py.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from models.layer import hook
+from trainer.optim.selection import group_settings
 
 LINEAR = (nn.Linear, nn.Bilinear, _ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -31,6 +33,8 @@ class AdamW:
         weight_decay: per step, times the learning rate; `decayed_parameters` says what it acts on.
         max_grad_norm: largest global norm of the gradient; 0 = no clipping.
         auxiliary_weight: of the losses that layers add to the language loss (models/auxiliary.py).
+        groups: {"match": patterns, "learning_rate", "weight_decay"} of parameters that have their
+            own (trainer/optim/selection.py); None = as all others.
 
     Raises:
         ValueError: a number out of its range.
@@ -42,6 +46,7 @@ class AdamW:
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     auxiliary_weight: float = 1.0
+    groups: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps"):
@@ -95,30 +100,39 @@ class AdamW:
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter]
     ) -> list[dict[str, object]]:
         """Builds the parameter groups of equal learning rate and weight decay, in a fixed order."""
-        groups = grouped(model, parameters)
+        groups = self.grouped(model, parameters)
         # Not in the order of the parameters: group 0 is the main one whatever comes first in the
         # model.
         keys = sorted(groups, key=lambda key: (key[0] != 1, not key[1]))
         return [self.group(groups[key], key) for key in keys]
 
-    def group(self, parameters: list[nn.Parameter], key: tuple[float, bool]) -> dict[str, object]:
+    def group(self, parameters: list[nn.Parameter], key: tuple[float, float]) -> dict[str, object]:
         """Builds one parameter group of torch from a key of `grouped`."""
-        rate, decays = key
-        weight_decay = self.weight_decay if decays else 0.0
+        rate, weight_decay = key
         return {"params": parameters, "rate": rate, "weight_decay": weight_decay}
 
+    def grouped(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter]
+    ) -> dict[tuple[float, float], list[nn.Parameter]]:
+        """Sorts parameters by (factor of the learning rate, weight decay).
 
-def grouped(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter]
-) -> dict[tuple[float, bool], list[nn.Parameter]]:
-    """Sorts parameters by (factor of the learning rate, weight decay acts on them)."""
-    decayed = decayed_parameters(model)
-    scales = lr_scales(model)
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        key = (scales.get(name, 1.0), name in decayed)
-        groups.setdefault(key, []).append(parameter)
-    return groups
+        A group's own learning rate counts beside the factor that a layer asks for.
+        """
+        decayed = decayed_parameters(model)
+        scales = lr_scales(model)
+        own = group_settings(model, self.groups)
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in parameters.items():
+            settings = own.get(name, {})
+            rate = scales.get(name, 1.0)
+            if settings.get("learning_rate") is not None:
+                rate *= settings["learning_rate"] / self.learning_rate
+            weight_decay = 0.0
+            if name in decayed:
+                asked = settings.get("weight_decay")
+                weight_decay = self.weight_decay if asked is None else asked
+            groups.setdefault((rate, weight_decay), []).append(parameter)
+        return groups
 
 
 def decayed_parameters(model: nn.Module) -> set[str]:

@@ -15,6 +15,7 @@ import yaml
 from trainer import run_dir
 from trainer.config.instantiate import instantiate
 from trainer.config.schema import Config
+from trainer.config.stages import schedule_over, total_steps
 from trainer.errors import UserError
 from trainer.progress import Stretch
 
@@ -125,29 +126,30 @@ def check_lengthening(config: Config) -> Iterator[str]:
 
     Only names of folders and the run's config are read, so this can run before any rank starts.
     """
-    place = _resumed_from(config)
+    place = resumed_from(config)
     if place is None:
         return
     taken = steps_taken(place)
     run = place.parent.parent if place.name.startswith("step_") else place
     try:
-        before = run_dir.read_config(run).steps
-        schedule = instantiate(config.schedule, {}, "schedule")
+        before = total_steps(run_dir.read_config(run))
+        schedule = schedule_over(config, instantiate(config.schedule, {}, "schedule"))
     # Other checks report these; a second message would only hide the first.
     except (UserError, OSError, ValueError, yaml.YAMLError):
         return
-    if taken > config.steps:
+    steps = total_steps(config)
+    if taken > steps:
         yield (
-            f"steps={config.steps}: the run in {run} has taken {taken} already; use steps={taken}"
+            f"steps={steps}: the run in {run} has taken {taken} already; use steps={taken}"
             " or more, another run_dir, or resume=PATH of an earlier checkpoint"
         )
         return
-    changes = taken > 0 and before != config.steps and config.schedule.extend is None
-    if changes and not agrees(schedule, taken, before, config.steps):
-        yield refusal(schedule, taken, before, config.steps)
+    changes = taken > 0 and before != steps and config.schedule.extend is None
+    if changes and not agrees(schedule, taken, before, steps):
+        yield refusal(schedule, taken, before, steps)
 
 
-def _resumed_from(config: Config) -> Path | None:
+def resumed_from(config: Config) -> Path | None:
     """Returns the run directory or checkpoint to resume from; None for a new run."""
     if config.run_dir is not None and steps_taken(Path(config.run_dir)):
         return Path(config.run_dir)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from trainer.optim.adamw import AdamW, decayed_parameters, empty_moment, grouped
+from trainer.optim.adamw import AdamW, decayed_parameters, empty_moment
 
 # Jordan's: they bring every singular value near 1 in 5 iterations.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -68,7 +68,7 @@ class Muon(AdamW):
         # torch refuses an optimizer without parameters.
         if not matrix_parameters:
             return adamw
-        groups = grouped(model, matrix_parameters)
+        groups = self.grouped(model, matrix_parameters)
         return _MuonAndAdamW(
             [self.group(group_parameters, key) for key, group_parameters in groups.items()],
             adamw,
