@@ -12,24 +12,23 @@ import tempfile
 from collections.abc import Sequence
 
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 from torch.multiprocessing.spawn import spawn
 
 from parallel.mesh import build_mesh
 from trainer.config.schema import Config
+from trainer.config.stages import Stage, plan_of
 from trainer.entry import run_command
 from trainer.errors import BAD_CONFIG, UserError
 from trainer.preflight.prepare import load_config
 from trainer.run_dir import plain_config
-from trainer.verify.doctor import Diagnosis, Examination
+from trainer.verify.diagnosis_table import show
+from trainer.verify.doctor import Examination
 from trainer.verify.sabotage import BREAKS
 
 BREAK = "doctor.break="
 # For a config that does not share its sequence. With two ranks, left and right are the same
 # neighbour, and a wrong direction would go unnoticed.
 RANKS = 3
-COLUMNS = ("check", "what", "figure", "bound", "", "note")
 
 
 def examine(
@@ -44,27 +43,6 @@ def examine(
     if rank == 0:
         results.put(findings)  # type: ignore[attr-defined]
     dist.destroy_process_group()
-
-
-def show(findings: Sequence[Diagnosis], title: str) -> None:
-    """Prints the table."""
-    table = Table(title=title, title_justify="left")
-    for name in COLUMNS:
-        is_number = name in ("figure", "bound")
-        table.add_column(name, justify="right" if is_number else "left")
-    for finding in findings:
-        sign = ">" if finding.check == "reach" else "<"
-        table.add_row(
-            finding.check,
-            finding.subject,
-            f"{finding.figure:.1e}",
-            f"{sign} {finding.bound:.0e}",
-            "ok" if finding.passed else "FAULT",
-            finding.note,
-        )
-    # Without a terminal rich assumes 80 columns, and would wrap every line.
-    width = None if sys.stdout.isatty() else 132
-    Console(width=width).print(table)
 
 
 def main(words: Sequence[str]) -> int:
@@ -83,6 +61,13 @@ def main(words: Sequence[str]) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return BAD_CONFIG
+    passed = [diagnose(stage, sabotage) for stage in plan_of(config)]
+    return int(not all(passed))
+
+
+def diagnose(stage: Stage, sabotage: str | None) -> bool:
+    """Examines the settings of one stage and prints the table; returns whether all is well."""
+    config = stage.config
     ranks = config.parallel.context if config.parallel.context > 1 else RANKS
     results = multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
@@ -91,9 +76,9 @@ def main(words: Sequence[str]) -> int:
         spawn(examine, arguments, nprocs=ranks)
     findings = results.get()
     method = f"{config.parallel.method}, {config.parallel.layout}"
-    show(findings, f"{config.name}: one device against {ranks} ranks ({method}), float64")
-    failed = [finding for finding in findings if not finding.passed]
-    return int(bool(failed))
+    name = config.name if stage.count == 1 else f"{config.name}, {stage.label}"
+    show(findings, f"{name}: one device against {ranks} ranks ({method}), float64")
+    return all(finding.passed for finding in findings)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,8 @@ NOT_COMPOSED = {
     "python -m scripts.export runs/mine exported": "needs a run; tests/trainer/test_export.py",
     "python -m scripts.export runs/mine exported trust=true": "needs a run; test_export.py",
     "python -m scripts.fuzz seed=1 many=300": "300 runs; tests/trainer/verify/test_fuzz.py",
+    "python -m scripts.export runs/mine adapter format=peft": "needs a run; test_adapters.py",
+    "python -m scripts.lengths runs/extend": "needs a run; evaluation/test_by_length.py",
     "python -m scripts.offload": "needs a GPU",
     "python -m scripts.parity": "the full product; tests/parallel/drivers/test_parity.py",
     "python -m scripts.parity quick": "minutes; tests/parallel/drivers/test_parity.py",

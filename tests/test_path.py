@@ -11,7 +11,8 @@ def leads(here, there):
 
 
 def test_each_file_of_the_road_imports_the_next():
-    assert '"trainer.run"' in (ROOT / "trainer/__main__.py").read_text()
+    assert '"trainer.stages"' in (ROOT / "trainer/__main__.py").read_text()
+    assert leads("trainer/stages.py", "trainer/run.py")
     assert leads("trainer/run.py", "trainer/loop.py")
     assert leads("trainer/run.py", "trainer/config/instantiate.py")
     assert "models.architectures.decoder.Decoder" in (ROOT / "conf/model/decoder.yaml").read_text()

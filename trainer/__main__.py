@@ -3,7 +3,7 @@
 the command        compose -> check -> run directory -> ranks (trainer/launch/elastic.py) -> status
 launch=slurm       a batch job gives the command on each of its machines (trainer/launch/slurm.py)
 with -m            every combination of settings is a command of its own (trainer/sweep/sweep.py)
-each rank          read the directory's config.yaml -> join the others -> trainer/run.py
+each rank          read the directory's config.yaml -> join the others -> trainer/stages.py
 under torchrun, srun, mpirun or deepspeed (trainer/launch/starters.py)
                    every process is a rank already: rank 0 checks and makes the directory, and
                    tells the others
@@ -26,6 +26,7 @@ from trainer import run_dir
 from trainer.config.help import text
 from trainer.config.overrides import MULTIRUN_WORDS
 from trainer.config.schema import Config
+from trainer.config.stages import plan_of
 from trainer.entry import asks_for_help, run_command
 from trainer.errors import BAD_RUN, BUG, DONE, UserError
 from trainer.launch import elastic, exit_report, slurm, starters
@@ -34,6 +35,7 @@ from trainer.launch.parent_death import die_with_parent
 from trainer.logs.streams import plain
 from trainer.preflight import prepare
 from trainer.secret import shared_secret
+from trainer.stage_state import present_stage
 from trainer.sweep.batch import JOB_OF
 from trainer.sweep.sweep import run_sweep
 
@@ -44,7 +46,7 @@ MULTINODE_WORDS = ("launch=multinode", "launch.name=multinode")
 DECISION_KEY = "wish"
 HEARD_KEY = "heard"
 # Imported by name in the ranks alone: its imports take seconds, and a refusal should be quick.
-RUN_MODULE = "trainer.run"
+RUN_MODULE = "trainer.stages"
 
 
 def main(words: Sequence[str]) -> int:
@@ -115,30 +117,48 @@ def command(
     """
     config = prepare.load_config(words, here=here, dropped=dropped)
     if config.launch.name == "slurm":
-        return job(config, words)
+        return job(plan_of(config)[0].config, words)
     arguments = ["-u", "-m", "trainer", RANK_OF]
     if config.launch.dry_run:
         print(prepare.dry_run(config, [*arguments, "RUN_DIR", "LAUNCHER"]))
         return DONE
     config, path = prepare.create_run_dir(config)
     launch = config.launch
-    nodes = prepare.rendezvous_of(config, path)
     with ExitStack() as stack:
         # The first of several machines does this for all; their ranks start after its own.
         if not launch.node_rank:
             stack.enter_context(run_dir.lock(path))
             prepare.write_record(config, path)
-        report = elastic.start_ranks(
-            [*arguments, str(path), str(os.getpid())],
-            ranks=config.parallel.ranks // launch.nodes,
-            scratch=path / f"{run_dir.SCRATCH}{launch.node_rank or ''}",
-            max_restarts=launch.max_restarts,
-            grace_s=launch.grace_s,
-            nodes=nodes,
-        )
+        report = start_stages(config, path, [*arguments, str(path), str(os.getpid())])
     if report.message:
         print(plain(report.message), file=sys.stderr)
     return report.code
+
+
+def start_stages(config: Config, path: Path, command: Sequence[str]) -> exit_report.ExitReport:
+    """Starts ranks, and others where a later stage takes another number; returns the last report.
+
+    Args:
+        config: of the whole run.
+        path: its directory.
+        command: arguments of the interpreter, the same for all ranks.
+    """
+    launch = config.launch
+    stage = present_stage(config, path)
+    while True:
+        report = elastic.start_ranks(
+            command,
+            ranks=stage.config.parallel.ranks // launch.nodes,
+            scratch=path / f"{run_dir.SCRATCH}{launch.node_rank or ''}",
+            max_restarts=launch.max_restarts,
+            grace_s=launch.grace_s,
+            nodes=prepare.rendezvous_of(config, path),
+        )
+        started = stage.config.parallel.ranks
+        stage = present_stage(config, path)
+        # The ranks went on through all stages that take as many, so these were other ones.
+        if report.code != DONE or stage.config.parallel.ranks == started:
+            return report
 
 
 def job(config: Config, words: Sequence[str]) -> int:

@@ -4,6 +4,7 @@ Every rank takes the same steps and every decision together with the others.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +19,14 @@ from trainer.agreement import mark
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.compile_trial import choose_compilation
 from trainer.config.schema import Config
+from trainer.config.stages import Stage
 from trainer.data.batch import Batch
 from trainer.data.batch_sharding import BatchSharder, MicroBatch
 from trainer.data.lanes import Held, Lanes
 from trainer.data.streams.base import Cursor, Stream
 from trainer.logs.jsonl import MetricsRow
 from trainer.logs.meters import Meter, peak_memory_bytes
+from trainer.logs.profile import StepProfiler
 from trainer.optim.lengthening import Factor, factor, go_on
 from trainer.progress import Part, Progress
 from trainer.skip_step import SkippedStep, SkipStepGuard
@@ -54,6 +57,8 @@ class Loop:
         lanes: the carried state; None where rows carry nothing.
         saved: step of the last checkpoint; -1 where there is none.
         uncount: forgets the bytes that were counted as sent so far.
+        stage: whose steps are taken; None = the run has one.
+        profiler: traces the steps that log.profile names; None = no step.
     """
 
     config: Config
@@ -74,6 +79,8 @@ class Loop:
     lanes: Lanes | None = None
     saved: int = -1
     uncount: Callable[[], None] = lambda: None
+    stage: Stage | None = None
+    profiler: StepProfiler | None = None
 
     def __post_init__(self) -> None:
         self.guard = SkipStepGuard(self.mesh, self.share, self.config.optim)
@@ -92,7 +99,8 @@ class Loop:
             batch_mark = mark(batch, self.stream.fingerprint)
             if self.stop.asked(batch_mark, f"step {progress.step + 1}"):
                 break
-            self._step(progress, batch, cursor)
+            with self.profiler.around(progress.step + 1) if self.profiler else nullcontext():
+                self._step(progress, batch, cursor)
             with self.meter.pause():
                 self._after_step(progress)
         with self.meter.pause():
@@ -117,10 +125,15 @@ class Loop:
         """Notes the number of steps, which may differ from that of an earlier start."""
         extend = self.config.schedule.extend
         progress.lengths, change = go_on(
-            self.schedule, progress.lengths, progress.step, self.config.steps, extend
+            self.schedule, progress.lengths, progress.step, self._run_steps, extend
         )
         if change:
             self.say(change)
+
+    @property
+    def _run_steps(self) -> int:
+        """Steps of the whole run, which the schedule lasts for."""
+        return self.config.steps if self.stage is None else self.stage.run_steps
 
     def _evaluate_owed(self, progress: Progress) -> None:
         if progress.owed:
@@ -273,6 +286,7 @@ class Loop:
             learning_rate=learning_rate,
             peak_memory_bytes=int(memory.item()),
             mfu=reading.mfu,
+            stage=None if self.stage is None else self.stage.number,
         )
 
 

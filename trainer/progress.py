@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 from parallel.engines.base import Engine
 from trainer.checkpoint.reader import CheckpointReader, LoadedCheckpoint
 from trainer.checkpoint.wholeness import LARGEST, STEPS
+from trainer.config.stages import Stage
 from trainer.data.cursors import misfit
 from trainer.data.lanes import Lanes
 from trainer.data.streams.base import Stream
@@ -47,7 +48,9 @@ class Progress:
         parts of this step's evaluation that are due and not done
         (trainer/evaluation/assessment.py). lengths: how long the run was to be, and from which step
         on (trainer/optim/lengthening.py). compiled: whether compiled blocks serve; None where that
-        was not measured (trainer/compile_trial.py).
+        was not measured (trainer/compile_trial.py). stage: number of the stage, from 1 on.
+        data_after: the step behind which the present data began; a stage with other rows begins at
+        their first.
     """
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
@@ -62,6 +65,21 @@ class Progress:
     owed: list[Part] = field(default_factory=list)
     lengths: list[Stretch] = field(default_factory=list)
     compiled: bool | None = None
+    stage: Annotated[int, Field(ge=1, le=STEPS)] = 1
+    data_after: Annotated[int, Field(ge=0, le=STEPS)] = 0
+
+    def begin_stage(self, number: int, stream: Stream) -> None:
+        """Goes on into the next stage; other rows than those of the stage before begin anew."""
+        self.stage = number
+        # The stage before was not over until its evaluation was done, or had failed.
+        self.owed = []
+        if _of_other_data(self.cursor, stream):
+            self.cursor = stream.start()
+            self.data_after = self.step
+            # Losses of rows of another length or kind are no measure for these.
+            self.best = {}
+            # Whether compiled blocks are faster depends on the length of rows.
+            self.compiled = None
 
     def extra(self) -> dict[str, Any]:
         """Returns the dict that a checkpoint holds, without best values that are not finite."""
@@ -110,22 +128,38 @@ def restore_progress(
     engine: Engine,
     stream: Stream,
     lanes: Lanes | None = None,
+    stage: Stage | None = None,
 ) -> Progress:
     """Loads a checkpoint, written by any number of ranks, and returns its progress.
+
+    Args:
+        archive: reads it.
+        place: its folder.
+        engine: takes over its tensors.
+        stream: of the training data.
+        lanes: the carried state; None where rows carry nothing.
+        stage: that goes on from it; None = the run has one.
 
     Raises:
         UserError: the checkpoint is of another run; raised before the engine takes over any of
             it.
     """
-    cursor = archive.extra(place).get("cursor")
-    if isinstance(cursor, dict) and (
-        reason := _of_other_data(cursor, stream)
-    ):  # before tensors that do not fit are told of
+    extra = archive.extra(place)
+    begins = stage is not None and stage.number > 1 and extra.get("step") == stage.after
+    cursor = extra.get("cursor")
+    reason = _of_other_data(cursor, stream) if isinstance(cursor, dict) else None
+    if reason and not begins:  # before tensors that do not fit are told of
         raise UserError(f"cannot resume from {place}: {reason}", BAD_RUN)
+    if reason:
+        lanes = None  # rows that begin anew carry nothing over
     carried = {} if lanes is None else {"past": archive.blank(place, "past")}
     state = engine.state()
     saved: LoadedCheckpoint = archive.load(place, state | carried)
     progress = progress_of(saved.extra, saved.step, place)
+    if stage is not None:
+        _enter(progress, stage, place)
+        if begins:
+            progress.begin_stage(stage.number, stream)
     problem = _astray(progress, stream)
     if problem is None and lanes is not None:
         problem = lanes.misfit(saved.state["past"])
@@ -139,6 +173,18 @@ def restore_progress(
     except ValueError as error:
         raise UserError(f"cannot resume from {place}: {error}", BAD_RUN) from error
     return progress
+
+
+def _enter(progress: Progress, stage: Stage, place: Path) -> None:
+    """Refuses a checkpoint that another stage saved, other than the end of the one before."""
+    expected = stage.number - 1 if progress.step == stage.after else stage.number
+    if progress.stage != max(expected, 1):
+        raise UserError(
+            f"cannot resume from {place}: stage {progress.stage} saved it, but its step"
+            f" {progress.step} lies in {stage.label}; give the stages that the run began with, or"
+            " name another checkpoint",
+            BAD_RUN,
+        )
 
 
 def _of_other_data(cursor: dict[str, Any], stream: Stream) -> str | None:
@@ -158,10 +204,11 @@ def _astray(progress: Progress, stream: Stream) -> str | None:
     if problem := misfit(beginning, progress.cursor):
         return problem
     rows = progress.cursor["rows"]
-    wanted = progress.step * stream.rows
+    steps = progress.step - progress.data_after
+    wanted = steps * stream.rows
     if rows != wanted:
         return (
-            f"after {progress.step} steps of {stream.rows} rows its data would be at row {wanted},"
+            f"after {steps} steps of {stream.rows} rows its data would be at row {wanted},"
             f" not {rows}"
         )
     return None

@@ -1,7 +1,6 @@
-"""A run on one rank: builds the parts, resumes from a checkpoint, trains, and closes the logs."""
+"""A stage of a run on one rank: builds the parts, resumes, trains, and closes the logs."""
 
 import errno
-import shlex
 import signal
 from collections import Counter
 from datetime import timedelta
@@ -17,44 +16,38 @@ from models.cost.parameters import count_parameters
 from models.span import Span
 from parallel.activation_offload import ActivationOffload
 from parallel.engines.base import Engine
-from parallel.mesh import Mesh, build_mesh
+from parallel.mesh import Mesh
 from parallel.parallelize import parallelize
 from trainer import run_dir as directories
-from trainer.agreement import agree_on_resumed, agree_on_run, agree_on_weights
-from trainer.checkpoint.reader import CheckpointReader
+from trainer.agreement import agree_on_run
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.build_model import build_model, sizes_taken
 from trainer.config.instantiate import find_class, instantiate
 from trainer.config.schema import Config
+from trainer.config.stages import Stage, describe_stage
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.lanes import Lanes
 from trainer.errors import BAD_RUN, DONE, UserError
 from trainer.evaluation.assessment import Assessment
 from trainer.init_from.fit import slots_of
-from trainer.init_from.load import load_initial_weights
-from trainer.launch.elastic import RankInfo, restart_count
+from trainer.launch.elastic import restart_count
 from trainer.launch.exit_report import SAVED
 from trainer.logs.console import Console
 from trainer.logs.jsonl import MetricsRow
 from trainer.logs.meters import Meter, Peak, peak
+from trainer.logs.profile import StepProfiler
 from trainer.logs.run_logger import RunLogger
 from trainer.loop import Loop
+from trainer.next_commands import next_commands
 from trainer.objectives.contradictions import remarks
 from trainer.objectives.stream import open_rows
-from trainer.progress import Progress, restore_progress
-from trainer.started_from import weight_lines
+from trainer.optim.selection import count_trained
+from trainer.progress import Progress
+from trainer.starting_point import starting_point
 from trainer.stop_signal import StopSignal
 from trainer.watchdog import EnterPhase, limit, watching
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-QUICKSTART_NEXT = (  # commands that the last screen of a first run proposes
-    "python -m trainer experiment=quickstart mixer=sliding mixer.window=256   another architecture",
-    (
-        "python -m trainer experiment=quickstart parallel.context=4              the same losses"
-        " over four ranks"
-    ),
-    "python -m trainer --help                                                every setting",
-)
 SETTLE_S = 30.0  # how long a failing run waits for a pending checkpoint
 APART = (
     "name",
@@ -68,28 +61,30 @@ OWNED = {
 }  # those that only one takes
 
 
-def run(config: Config, ranks: RankInfo, directory: Path) -> int:
-    """Trains as the config says; returns the exit status."""
-    parallel = config.parallel
-    mesh = build_mesh(
-        parallel.context,
-        parallel.data,
-        ulysses=parallel.ulysses,
-        ring=parallel.ring,
-        experts=parallel.experts,
-        replicas=config.engine.replicate or 1,
-        device=ranks.device,
-    )
+def run_stage(
+    config: Config, stage: Stage, mesh: Mesh, directory: Path, stop: StopSignal
+) -> tuple[int, bool]:
+    """Trains one stage; returns the exit status, and whether the run goes on with the next.
+
+    Args:
+        config: of the whole run, for its logs.
+        stage: with its effective settings.
+        mesh: the ranks.
+        directory: of the run.
+        stop: tells when a signal asked the run to stop.
+
+    Raises:
+        OtherStage: the checkpoint to go on from is of another stage.
+    """
     console = Console(config.steps, speaks=mesh.world.rank == 0)
     notes = directory / directories.SCRATCH / f"watch_{restart_count()[0]}"
     logs = RunLogger(directory, config, console, writes=mesh.world.rank == 0)
     with (
         logs.alerting(),
-        StopSignal(mesh, SAVED).listening() as stop,
         watching(notes, mesh, config.launch.timeout_s) as heartbeat,
     ):
         try:
-            return Run(config, mesh, directory, console, stop, heartbeat, logs).whole()
+            return Run(stage, mesh, directory, console, stop, heartbeat, logs).whole()
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             what = (
@@ -110,7 +105,7 @@ class Run:
 
     def __init__(
         self,
-        config: Config,
+        stage: Stage,
         mesh: Mesh,
         directory: Path,
         console: Console,
@@ -118,6 +113,8 @@ class Run:
         heartbeat: EnterPhase,
         logs: RunLogger,
     ):
+        config = stage.config
+        self.stage = stage
         self.config = config
         self.mesh = mesh
         self.directory = directory
@@ -128,7 +125,9 @@ class Run:
         self.logs = logs
         self.stream = open_rows(config, "train")
         self.held_out = open_rows(config, "held_out") if config.evaluation.every else None
-        console.say(f"data: {self.stream.describe(config.steps)}")
+        for line in describe_stage(stage):
+            console.say(line)
+        console.say(f"data: {self.stream.describe(config.steps - stage.after)}")
         self.engine = self._engine()
         self.share = BatchSharder(
             mesh,
@@ -143,6 +142,7 @@ class Run:
         self.checkpoints = CheckpointWriter(
             directory / "checkpoints",
             keep=config.checkpoint.keep,
+            ends=stage.ends,
             group=mesh.world.group,
             asynchronous=config.checkpoint.asynchronous,
             say=console.say,
@@ -158,6 +158,7 @@ class Run:
         with torch.device("meta"):
             model = build_model(config, self.stream.vocabulary)
         self.parameters = count_parameters(model)
+        trained = count_trained(model, config.optim.freeze)
         self.flops = count_flops(model)
         self.prefix = plain_sight(model)
         self.slots = slots_of(model)
@@ -182,8 +183,9 @@ class Run:
         )
         if self.communicator is not None:
             self.communicator.timeout = timedelta(seconds=config.launch.timeout_s)
+        of_them = f", {trained:,} of them trained" if trained < self.parameters.total else ""
         self.console.say(
-            f"model: {self.parameters.total:,} parameters; engine {config.engine.name},"
+            f"model: {self.parameters.total:,} parameters{of_them}; engine {config.engine.name},"
             f" {config.precision}"
         )
         return engine
@@ -192,52 +194,24 @@ class Run:
         """Builds empty lanes where `memory=` carries a state; None elsewhere."""
         return Lanes(self.mesh, share, self.config.rows) if self.config.memory.carries else None
 
-    def _resume(self) -> Progress:
-        """Returns the progress to go on from.
+    def whole(self) -> tuple[int, bool]:
+        """Trains from the first step that is left, and closes.
 
-        That is the newest whole checkpoint of the directory, the one that resume= names, or the
-        beginning.
+        Returns:
+            the exit status, and whether the run goes on with the next stage.
         """
-        place = self.checkpoints.latest()
-        if place is None and self.config.resume not in ("auto", "never"):
-            place = self._named(Path(self.config.resume))
-        if place is None:
-            if self.config.init_from is not None:
-                load_initial_weights(self.config, self.engine, self.slots, self.console.say)
-                agree_on_weights(
-                    self.mesh, self.engine, f"after init_from={self.config.init_from} was read"
-                )
-            for line in weight_lines(self.engine.how):
-                self.console.say(line)
-            return Progress(self.stream.start())
-        progress = restore_progress(self.checkpoints, place, self.engine, self.stream, self.lanes)
-        agree_on_resumed(mesh=self.mesh, engine=self.engine, progress=progress.extra(), place=place)
-        self.checkpoints.forget_after(progress.step)
-        self.console.say(f"resumed from {place} at step {progress.step}")
-        return progress
-
-    def _named(self, source: Path) -> Path:
-        """Returns the checkpoint that resume=PATH names, of a run directory the newest one."""
-        if not (source / "checkpoints").is_dir():
-            return source
-        archive = CheckpointReader(
-            source / "checkpoints", group=self.mesh.world.group, say=self.console.say
-        )
-        try:
-            place = archive.latest()
-        finally:
-            archive.close()
-        if place is None:
-            raise UserError(
-                f"resume={source}: it holds no checkpoint yet; name another run, or resume=auto",
-                BAD_RUN,
-            )
-        return place
-
-    def whole(self) -> int:
-        """Trains from the first step that is left, and closes; returns the exit status."""
         config = self.config
-        progress = self._resume()
+        progress = starting_point(
+            config,
+            self.stage,
+            mesh=self.mesh,
+            engine=self.engine,
+            stream=self.stream,
+            lanes=self.lanes,
+            checkpoints=self.checkpoints,
+            slots=self.slots,
+            say=self.console.say,
+        )
         self.console.go_on_from(progress.step)
         if (times := restart_count()[0]) > 0:
             self.console.say(
@@ -257,7 +231,7 @@ class Run:
             stream=self.stream,
             share=self.share,
             checkpoints=self.checkpoints,
-            schedule=instantiate(config.schedule, {}, "schedule"),
+            schedule=self.stage.schedule(instantiate(config.schedule, {}, "schedule")),
             flops=self.flops.training,
             meter=meter,
             stop=self.stop,
@@ -269,6 +243,8 @@ class Run:
             lanes=self.lanes,
             saved=progress.step,
             uncount=self._uncount,
+            stage=self.stage if self.stage.count > 1 else None,
+            profiler=StepProfiler(self.directory, config.log.profile, self.mesh, self.console.say),
         )
         try:
             loop.train(progress)
@@ -348,32 +324,31 @@ class Run:
             self.logs.note(sent_bytes_per_step=self._sent())
         self.logs.step(row)
 
-    def _close(self, progress: Progress, assessment: Assessment) -> int:
-        """Closes the logs, draws the plots, prints the last screen; returns the exit status."""
-        unfinished = progress.step < self.config.steps or bool(progress.owed)
+    def _close(self, progress: Progress, assessment: Assessment) -> tuple[int, bool]:
+        """Closes the logs, draws the plots, prints the last screen; see `whole`."""
+        if not self.stage.is_last:
+            self.stop.asked()  # all ranks go on, or none
+        unfinished = progress.step < self.stage.run_steps or bool(progress.owed)
         caught = signal.Signals(self.stop.caught) if self.stop.caught and unfinished else None
         if (cost := assessment.cost()) is not None:
             self.console.say(cost)
-        where = self.logs.close(progress.step, progress.tokens, progress.best)
-        if self.first:
+        goes_on = progress.step == self.config.steps and not self.stage.is_last and caught is None
+        where = self.logs.close(progress.step, progress.tokens, progress.best, goes_on=goes_on)
+        if goes_on:
+            self.console.say(f"{self.stage.label} ended at step {progress.step}")
+        elif self.first:
             self.console.finish(
                 self.directory,
                 stopped=caught.name if caught else None,
                 owed=[f"{part} of step {progress.step}" for part in progress.owed],
                 broken=assessment.broken,
                 wandb=where,
-                more=self._next(),
+                more=next_commands(self.config, self.directory),
             )
         if self.mesh.world.group is not None:
             dist.barrier(group=self.mesh.world.group)
+        if goes_on:
+            return DONE, True
         if caught:
-            return SAVED[caught]
-        return BAD_RUN if progress.owed else DONE
-
-    def _next(self) -> tuple[str, ...]:
-        """Returns the commands that the last screen proposes."""
-        if self.config.name == "quickstart":
-            return QUICKSTART_NEXT
-        return (
-            f"python -m scripts.report {shlex.quote(str(self.directory))}   this run as one page",
-        )
+            return SAVED[caught], False
+        return BAD_RUN if progress.owed else DONE, False

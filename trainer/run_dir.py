@@ -5,22 +5,19 @@ import itertools
 import json
 import os
 import platform
-import subprocess
-import sys
 import time
 import unicodedata
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from pydantic import ValidationError
 
 from trainer.config.schema import Config
 from trainer.data.sources.base import kind_of
+from trainer.environment import environment
 from trainer.errors import BAD_RUN, UserError
 from trainer.limited_reader import yaml_file
 from trainer.locks import flocked, held, say_lacking
@@ -45,18 +42,7 @@ FREE = (
     "steps",
 )
 FREE += ("schedule.extend",)
-PACKAGES = (
-    "torch",
-    "numpy",
-    "hydra-core",
-    "omegaconf",
-    "pydantic",
-    "datasets",
-    "pyarrow",
-    "tokenizers",
-    "wandb",
-)
-PACKAGES += ("deepspeed", "flash-attn", "flash-linear-attention", "triton", "liger-kernel")
+STAGE_FREE = ("name", "parallel", "checkpointing")
 HELD = ".lock.held"
 DYING_S = 6.0  # ranks whose launcher was killed are gone within this time
 
@@ -209,12 +195,34 @@ def other_run(config: Config, directory: Path) -> list[str]:
     # What a run began from is of no use to one that goes on; another beginning is another run.
     if config.init_from is None or config.resume not in ("auto", "never"):
         free += ("init_from", "init_from_strict")
-    return [
-        f"{key}={_word(new)}: the run in {directory} has {key}={_word(was)}; use that value, or"
-        " another run_dir"
-        for key, was, new in differences(old, plain_config(config))
-        if key.partition(".")[0] not in free and key not in free
-    ]
+    new = plain_config(config)
+    begun = len(old["stages"])
+    for tree in (old, new):
+        tree["stages"] = {str(index): stage for index, stage in enumerate(tree["stages"])}
+    faults = []
+    for key, was, value in differences(old, new):
+        if key.partition(".")[0] in free or key in free or _is_free_in_stage(key, begun):
+            continue
+        faults.append(
+            f"{key}={_word(value)}: the run in {directory} has {key}={_word(was)}; use that value,"
+            " or another run_dir"
+        )
+    return faults
+
+
+def _is_free_in_stage(key: str, begun: int) -> bool:
+    """Tells whether a setting of a stage may differ; whole stages may be added behind the last.
+
+    Args:
+        key: stages.N, or stages.N.KEY.
+        begun: number of stages that the run was begun with.
+    """
+    group, _, rest = key.partition(".")
+    index, _, inner = rest.partition(".")
+    if group != "stages" or not index:
+        return False
+    added = not inner and 0 < begun <= int(index)
+    return added or inner.partition(".")[0] in STAGE_FREE
 
 
 def _decided_by_content(old: dict[str, Any], config: Config) -> list[str]:
@@ -350,44 +358,3 @@ def record(directory: Path, config: Config) -> None:
             " another",
             BAD_RUN,
         ) from error
-
-
-def environment() -> dict[str, Any]:
-    """Returns what a run depends on besides its config.
-
-    Environment variables are left out, because some hold secrets.
-    """
-    installed = {}
-    for name in PACKAGES:
-        try:
-            installed[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            installed[name] = None
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [
-        platform.processor() or "cpu"
-    ]
-    return {
-        "commit": _git("rev-parse", "HEAD"),
-        "diff": _git("diff", "HEAD"),
-        "python": sys.version.split()[0],
-        "packages": installed,
-        "platform": platform.platform(),
-        "host": platform.node(),
-        "cores": os.cpu_count(),
-        "devices": devices,
-        "command": sys.argv,
-    }
-
-
-def _git(*words: str) -> str | None:
-    """Returns the output of git about the code that runs; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -21,8 +21,8 @@ from trainer.logs import run_logger
 from trainer.logs.jsonl import METRICS, read
 from trainer.preflight.prepare import load_config
 from trainer.reach import fitting
-from trainer.run import run
 from trainer.run_dir import make_run_dir
+from trainer.stages import run
 from trainer.verify.whole_runs import write_documents
 
 CONF = Path(__file__).parents[2] / "conf"

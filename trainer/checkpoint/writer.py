@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +59,7 @@ class CheckpointWriter(CheckpointReader):
 
     Args:
         keep: number of checkpoints that stay, the newest included; None = all.
+        ends: steps whose checkpoints stay beyond `keep`: those between stages.
         asynchronous: `save` returns once the state is copied to CPU memory, and a thread writes
             it. The copy, as large as the state on this rank, stays allocated from save to save.
             Where the state lies in CPU memory anyway, training computes on the same cores, and the
@@ -74,6 +75,7 @@ class CheckpointWriter(CheckpointReader):
         directory: Path | str,
         *,
         keep: int | None = 2,
+        ends: Collection[int] = (),
         group: dist.ProcessGroup | None = None,
         asynchronous: bool = False,
         say: Callable[[str], None] = print,
@@ -85,6 +87,7 @@ class CheckpointWriter(CheckpointReader):
             )
         super().__init__(directory, group=group, say=say)
         self.keep = keep
+        self.ends = frozenset(ends)
         self.asynchronous = asynchronous
         # A second group, because the saving thread's collectives run at the same time as those of
         # `poll` in the main thread.
@@ -260,7 +263,8 @@ class CheckpointWriter(CheckpointReader):
         # Later steps are not counted: they belong to a run that this one will overwrite.
         up_to_this = [path for path in self._list() if _step(path) <= _step(final)]
         for checkpoint in up_to_this[self.keep :]:
-            self._delete(checkpoint)
+            if _step(checkpoint) not in self.ends:
+                self._delete(checkpoint)
 
     def _delete(self, checkpoint: Path) -> None:
         """Deletes a checkpoint; an error is reported and not raised."""

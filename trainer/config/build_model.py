@@ -10,6 +10,7 @@ from torch import nn
 
 from models.carried_state import name_stateful_modules
 from models.construction import Origin
+from models.lora import add_adapters
 from models.memory.base import Memory
 from models.primitives.sequential import misfits
 from trainer.config.instantiate import instantiate, taken_offers
@@ -134,6 +135,12 @@ def build_model(config: Config, vocabulary: int) -> nn.Module:
     Origin(
         partial(_assembled_model, config, vocabulary, layers_on="meta"), _is_foreign(others)
     ).hang_on(model)
+    if config.lora.rank:
+        lora = config.lora
+        try:
+            add_adapters(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     if faults := misfits(model):
         raise UserError("\n".join(faults))
     name_stateful_modules(model)

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from yaml import YAMLError
 
 from trainer.config import groups
-from trainer.config.explain import errors_by_key, explain, unchosen, value_at
+from trainer.config.explain import errors_by_key, explain, list_around, unchosen, value_at
 from trainer.config.groups import choices, is_group
 from trainer.config.node_checks import normalise_node
 from trainer.config.overrides import sort_words
@@ -29,6 +29,8 @@ from trainer.config.schema import Config
 from trainer.errors import UserError
 from trainer.limited_reader import vet_yaml
 from trainer.texts import Texts
+
+AXES = ("context", "data")  # whose product is the number of ranks
 
 
 @dataclass
@@ -91,6 +93,7 @@ def _mend_all(
     """
     defaults = _defaults(tuple(word for word in chosen if not word.startswith("~")))
     mended = set()
+    lists_at_fault: set[str] = set()
     for key, errors in errors_by_key(refused, tree).items():
         kind = errors[0]["type"]
         if key == "mixer._target_":
@@ -102,6 +105,10 @@ def _mend_all(
                     f"mixer={tree['mixer']}: no mixer is chosen; write mixer=NAME as well, one of"
                     f" {', '.join(choices('mixer'))}"
                 )
+        elif (list_key := list_around(key)) is not None:
+            faults.append(explain(key, errors, None, tree))
+            lists_at_fault.add(list_key)
+            continue
         else:
             default = value_at(defaults, key)
             faults.append(unchosen(key, kind, tree) or explain(key, errors, default, tree))
@@ -112,6 +119,10 @@ def _mend_all(
         if kind != "extra_forbidden":
             mended.add(key)
         _mend(tree, key, default)
+    # Last and as a whole: the messages above show what stands in the lists.
+    for list_key in lists_at_fault:
+        mended.add(list_key)
+        _mend(tree, list_key, value_at(defaults, list_key))
     return frozenset(mended)
 
 
@@ -176,11 +187,21 @@ def _choose_engine(tree: DictConfig) -> None:
         return
     context = OmegaConf.select(tree, "parallel.context")
     data = OmegaConf.select(tree, "parallel.data")
-    one_rank = context in (None, 1) and data in (None, 1)
+    one_rank = context in (None, 1) and data in (None, 1) and not _stages_share(tree)
     engine = "single" if one_rank else "fsdp"
     set_by_hand = {key: value for key, value in tree.engine.items() if key != "name"}
     settings = OmegaConf.load(groups.CONF / "engine" / f"{engine}.yaml")
     tree.engine = OmegaConf.merge(settings, set_by_hand)
+
+
+def _stages_share(tree: DictConfig) -> bool:
+    """Tells whether a stage asks for several ranks; one engine serves all stages."""
+    stages = OmegaConf.to_container(tree, resolve=True).get("stages")  # pyright: ignore
+    for stage in stages if isinstance(stages, list) else []:
+        ranks = stage.get("parallel") if isinstance(stage, dict) else None
+        if isinstance(ranks, dict) and any(ranks.get(axis) not in (None, 1) for axis in AXES):
+            return True
+    return False
 
 
 @cache

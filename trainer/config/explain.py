@@ -10,7 +10,8 @@ from trainer.config.finding import Finding, render
 from trainer.config.groups import choices
 from trainer.config.node_checks import ALIKE, nearest_key
 from trainer.config.renamed import new_key, new_value
-from trainer.config.schema import ComponentConfig, Config
+from trainer.config.schema import ComponentConfig, Config, OptimGroup
+from trainer.config.stage_schema import StageConfig
 from trainer.config.values import quoted_value
 
 # By kind of error of pydantic; a kind such as int_parsing counts as int.
@@ -34,6 +35,18 @@ BOUNDS = {
 }
 
 
+# Lists whose members are groups of settings, with the model of a member.
+LISTED: dict[str, type[BaseModel]] = {"stages": StageConfig, "optim.groups": OptimGroup}
+
+
+def list_around(key: str) -> str | None:
+    """Returns the list of groups that a key lies in, or is; None elsewhere."""
+    for list_key in LISTED:
+        if key == list_key or key.startswith(f"{list_key}."):
+            return list_key
+    return None
+
+
 def errors_by_key(error: ValidationError, tree: Any) -> dict[str, list[Any]]:
     """Groups the errors of a validation by the dotted key that each concerns.
 
@@ -50,6 +63,9 @@ def errors_by_key(error: ValidationError, tree: Any) -> dict[str, list[Any]]:
             if isinstance(subtree, dict) and (part in subtree or detail["type"] == "missing"):
                 path.append(str(part))
                 subtree = subtree.get(part)
+            elif isinstance(part, int) and isinstance(subtree, list) and ".".join(path) in LISTED:
+                path.append(str(part))
+                subtree = subtree[part]
             elif isinstance(part, int) and detail["type"] == "missing":
                 # A place of a list that has too few members.
                 detail["type"] = "tuple"
@@ -117,6 +133,9 @@ def explain(key: str, errors: list[Any], default: Any, tree: Any) -> str:
 def value_at(tree: Any, key: str) -> Any:
     """Returns what stands at a dotted key of a plain config; None where nothing does."""
     for part in key.split("."):
+        if isinstance(tree, list) and part.isdigit() and int(part) < len(tree):
+            tree = tree[int(part)]
+            continue
         if not isinstance(tree, dict):
             return None
         tree = tree.get(part)
@@ -149,6 +168,9 @@ def known_keys(part: type[BaseModel] = Config, prefix: str = "") -> Iterator[str
     for name, field in part.model_fields.items():
         key = f"{prefix}{field.alias or name}"
         yield key
+        # Keys of a member are named like others and have a message of their own.
+        if key in LISTED:
+            continue
         for kind in (field.annotation, *get_args(field.annotation)):
             if not isinstance(kind, type) or not issubclass(kind, BaseModel):
                 continue
@@ -162,6 +184,11 @@ def _nearest_key(key: str) -> str:
     A key of another meaning is never proposed: it must be the same but for its spelling or for a
     group that was left out.
     """
+    list_key = list_around(key)
+    if list_key is not None and key != list_key:
+        place = key.removeprefix(f"{list_key}.").partition(".")[0]
+        own = known_keys(LISTED[list_key], f"{list_key}.{place}.")
+        return nearest_key(key, _members(own, key.rpartition(".")[0]))
     known = [name for name in known_keys() if not name.endswith("_target_")]
     renamed = new_key(key, known)
     if renamed is not None:

@@ -23,6 +23,7 @@ from trainer.config.scalars import (
     Size,
     Vocabulary,
 )
+from trainer.config.stage_schema import StageConfig
 
 HELD_OUT = "heldout"  # the evaluation whose figures bear no prefix
 HELD_OUT_CLASS = "trainer.evaluation.held_out.HeldOut"
@@ -100,6 +101,33 @@ class Objective(ComponentConfig):
     )
 
 
+class LoraConfig(ConfigGroup):
+    """Adapters of low rank beside linear layers; they alone are trained."""
+
+    rank: Natural = Field(default=0, description="of the adapters; 0 = none, all is trained")
+    alpha: Positive = Field(default=16.0, description="their output is scaled by alpha / rank")
+    targets: Annotated[list[str], Field(min_length=1)] = Field(
+        default=["blocks.*"], description="patterns of the names of linear layers"
+    )
+    adapter: str | None = Field(
+        default=None, min_length=1, description="folder in peft's format that they begin with"
+    )
+
+
+class OptimGroup(ConfigGroup):
+    """Parameters with settings of their own in the optimiser."""
+
+    match: Annotated[list[str], Field(min_length=1)] = Field(
+        description="patterns of their names, as blocks.*.mixer.*"
+    )
+    learning_rate: Positive | None = Field(
+        default=None, description="their peak, which the schedule scales; null = the run's"
+    )
+    weight_decay: Annotated[Real, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="of those among them that decay; null = the run's"
+    )
+
+
 class OptimConfig(ComponentConfig):
     """The optimiser, and the limits of its gradient."""
 
@@ -125,18 +153,28 @@ class OptimConfig(ComponentConfig):
         0.0, description="skip a step whose gradient norm is so many times the usual one; 0 = never"
     )
     max_skipped: Count = Field(default=3, description="steps skipped in a row that end the run")
+    freeze: list[str] = Field(
+        default=[], description="patterns of the names of parameters that stay as they are"
+    )
+    groups: list[OptimGroup] = Field(
+        default=[], description="parameters with a learning rate or weight decay of their own"
+    )
 
     def settings(self) -> dict[str, Any]:
-        """Without what is the loop's to know (trainer/skip_step.py), not the optimiser's."""
-        return {
-            key: value
-            for key, value in super().settings().items()
-            if key not in ("skip_above", "max_skipped")
-        }
+        """Without what is the run's to know (trainer/skip_step.py), not the optimiser's."""
+        apart = {"skip_above", "max_skipped", "freeze"}
+        # A class of the user's own need not take what is not asked for.
+        if not self.groups:
+            apart.add("groups")
+        return {key: value for key, value in super().settings().items() if key not in apart}
 
 
 class ScheduleConfig(ComponentConfig):
     """Learning rate over steps."""
+
+    over: Literal["run", "stage"] = Field(
+        default="run", description="what it lasts for: the whole run, or each of stages anew"
+    )
 
     extend: Literal["hold", "restart", "stretch"] | None = Field(
         default=None,
@@ -147,15 +185,27 @@ class ScheduleConfig(ComponentConfig):
 
     def settings(self) -> dict[str, Any]:
         """Without what is the loop's to know (trainer/optim/lengthening.py), not the schedule's."""
-        return {key: value for key, value in super().settings().items() if key != "extend"}
+        settings = super().settings()
+        return {key: value for key, value in settings.items() if key not in ("extend", "over")}
+
+
+class ProfileConfig(ConfigGroup):
+    """Traces of steps by torch's profiler."""
+
+    steps: list[Count] = Field(default=[], description="steps to trace; [] = none")
+    ranks: list[Natural] = Field(default=[0], description="ranks that trace them")
+    memory: Flag = Field(
+        default=False, description="allocations too, and on an accelerator a memory snapshot"
+    )
 
 
 class LogConfig(ConfigGroup):
-    """The console and metrics.jsonl."""
+    """The console, metrics.jsonl and traces."""
 
     every: Count = Field(
         default=1, description="steps between two rows; the first and last are always logged"
     )
+    profile: ProfileConfig = ProfileConfig()
 
 
 class WandbConfig(ConfigGroup):
@@ -293,6 +343,7 @@ class Config(ConfigGroup):
     memory: MemoryConfig = Field(default_factory=lambda: MemoryConfig.model_validate({}))
     data: DataConfig
     objective: Objective = Field(default_factory=lambda: Objective.model_validate({}))
+    lora: LoraConfig = LoraConfig()
     optim: OptimConfig
     schedule: ScheduleConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -302,6 +353,9 @@ class Config(ConfigGroup):
     wandb: WandbConfig = WandbConfig()
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig
+    stages: list[StageConfig] = Field(
+        default=[], description="parts of the run, one after another; [] = one, the run itself"
+    )
 
     @property
     def rows(self) -> int:

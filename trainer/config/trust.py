@@ -6,6 +6,7 @@ what it names is to run code of the stranger's choice. A user's own parts are bu
 """
 
 import importlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -47,6 +48,9 @@ KINDS: dict[
 }
 
 
+STAGE = re.compile(r"stages\.\d+\.")  # a stage names parts at the places of the run
+
+
 def demand_own(config: Config, file: str) -> None:
     """Refuses every class that the config in `file` must not name; nothing foreign is imported.
 
@@ -84,6 +88,7 @@ def targets(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 def stranger(place: str, target: Any) -> str | None:
     """Returns why a class may not be named at a place; None where it may."""
     shown = f"{place}.{TARGET}={target}"
+    place = STAGE.sub("", place)
     home, _, name = str(target).rpartition(".")
     if home.partition(".")[0] not in PACKAGES or not all(
         part.isidentifier() for part in home.split(".")

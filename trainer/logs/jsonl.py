@@ -33,8 +33,8 @@ class MetricsRow(NamedTuple):
     of the fullest rank; mfu a share of 1 (trainer/logs/meters.py), None where the peak of the
     device is not known; auxiliary: losses of layers beside the language loss; statistics: figures
     of layers, "layer/figure" and their mean "figure"; skipped: why the step was not taken, the
-    cursor of its batch and the rows whose loss is not finite. They are left out where there are
-    none.
+    cursor of its batch and the rows whose loss is not finite; stage: its number from 1 on, of a run
+    in stages. They are left out where there are none.
     """
 
     step: int
@@ -49,6 +49,7 @@ class MetricsRow(NamedTuple):
     auxiliary: dict[str, float] | None = None
     statistics: dict[str, float] | None = None
     skipped: dict[str, Any] | None = None
+    stage: int | None = None
 
 
 class Lines:
@@ -112,7 +113,7 @@ class Metrics(Lines):
             {
                 key: value
                 for key, value in row._asdict().items()
-                if value is not None or key not in BESIDE
+                if value is not None or key not in (*BESIDE, "stage")
             }
         )
 

@@ -172,8 +172,15 @@ class RunLogger:
                 )
             ]
 
-    def close(self, step: int, tokens: int, best: dict[str, float]) -> str | None:
-        """Close everything and draw the pictures; where the W&B run is."""
+    def close(
+        self, step: int, tokens: int, best: dict[str, float], *, goes_on: bool = False
+    ) -> str | None:
+        """Close everything and draw the pictures; where the W&B run is.
+
+        Args:
+            step: the last one that was taken. tokens: trained on. best: values by name.
+            goes_on: another stage follows, which draws the pictures and sends them.
+        """
         if not self.writes:
             return None
         self.metrics.close()
@@ -186,10 +193,10 @@ class RunLogger:
         }
         came_to = {"step": step, "tokens": tokens, **self._came_to(best), **lasts}
         summary.note(self.directory, **came_to)
-        images = [*plots(self.directory, title=self.config.name), *self.drawn]
+        images = [] if goes_on else [*plots(self.directory, title=self.config.name), *self.drawn]
         if self.wandb is None:
             return None
-        if self.alerts is not None:
+        if self.alerts is not None and not goes_on:
             head = (
                 "finished"
                 if step >= self.config.steps
@@ -201,7 +208,7 @@ class RunLogger:
         where = self.wandb.place
         saved = (
             sorted((self.directory / "checkpoints").glob("step_*"))
-            if self.config.wandb.artifacts
+            if self.config.wandb.artifacts and not goes_on
             else []
         )
         self.wandb.finish(

@@ -4,22 +4,25 @@ Each check is a function `check_*` that yields a `Finding` for every setting tha
 honoured. The cheap checks all run; the model is built only where none of them found a fault.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from parallel.mesh import shape_errors
 from trainer import run_dir
 from trainer.config.finding import Finding, as_finding, render
 from trainer.config.schema import Config
 from trainer.config.size_limits import check_step_memory
+from trainer.config.stages import Stage, plan_of
 from trainer.errors import UserError
 from trainer.init_from.fit import check_one_beginning
 from trainer.logs.labels import check_labels
+from trainer.logs.profile import check_profile
 from trainer.objectives.contradictions import check_objective
 from trainer.optim.lengthening import check_lengthening
 from trainer.preflight.check_data import check_data
 from trainer.preflight.check_engine import check_engine_settings
 from trainer.preflight.check_launch import check_machine, check_outer_launcher, check_paths
 from trainer.preflight.check_parts import check_built_model, check_nodes, context_too_long
+from trainer.preflight.check_stages import check_handover, check_stages, in_stage
 
 
 def check_config(
@@ -48,11 +51,27 @@ def check_config(
     if path_messages:
         return [*known, *path_messages]
 
-    messages = [render(finding) for finding in _check_settings(config, mended, started, starter)]
+    plan = plan_of(config)
+    messages = [
+        render(finding) for finding in _check_settings(config, plan, mended, started, starter)
+    ]
     if not messages:
         # Building a model from settings that are known to be wrong would only repeat the fault.
-        messages = [render(as_finding(fault)) for fault in check_built_model(config, given)]
+        messages = [render(finding) for finding in _check_models(config, plan, given)]
     return list(dict.fromkeys([*known, *messages]))
+
+
+def _check_models(
+    config: Config, plan: Sequence[Stage], given: Collection[str]
+) -> Iterator[Finding]:
+    """Yields the findings about the model of each stage."""
+    clean = True
+    for stage in plan:
+        for fault in check_built_model(stage.config, given):
+            clean = False
+            yield in_stage(as_finding(fault), config.stages, stage.number)
+    if clean and len(plan) > 1:
+        yield from check_handover(plan)
 
 
 def require_valid(config: Config) -> None:
@@ -63,33 +82,52 @@ def require_valid(config: Config) -> None:
 
 
 def _check_settings(
-    config: Config, mended: Collection[str], started: int | None, starter: str
+    config: Config,
+    plan: Sequence[Stage],
+    mended: Collection[str],
+    started: int | None,
+    starter: str,
 ) -> Iterator[Finding]:
     """Yields the findings of all checks that need no model, except those about mended keys."""
-    answers: list[Iterable[Finding | str]] = []
-    if started is None:
-        answers.append(check_machine(config))
-    else:
-        answers.append(check_outer_launcher(config, started, starter))
-    answers += [
-        check_sizes(config),
-        check_step_memory(config),
-        check_scope(config),
-        check_parallel(config),
-        check_engine_settings(config),
+    together = list(check_stages(config, plan, started, starter))
+    for stage in plan:
+        if together and started is not None:
+            break  # other ranks than were started are said once, for all stages
+        for fault in _check_stage_settings(stage.config, started, starter):
+            finding = as_finding(fault)
+            if not finding.depends_on(mended):
+                yield in_stage(finding, config.stages, stage.number)
+    answers: list[Iterable[Finding | str]] = [
+        together,
         run_dir.check_run_dir(config),
         check_one_beginning(config),
         check_lengthening(config),
         check_labels(config),
-        check_nodes(config),
-        check_data(config),
-        check_objective(config),
+        check_profile(config),
     ]
     for answer in answers:
         for fault in answer:
             finding = as_finding(fault)
             if not finding.depends_on(mended):
                 yield finding
+
+
+def _check_stage_settings(
+    config: Config, started: int | None, starter: str
+) -> Iterator[Finding | str]:
+    """Yields the findings about the effective settings of one stage."""
+    if started is None:
+        yield from check_machine(config)
+    else:
+        yield from check_outer_launcher(config, started, starter)
+    yield from check_sizes(config)
+    yield from check_step_memory(config)
+    yield from check_scope(config)
+    yield from check_parallel(config)
+    yield from check_engine_settings(config)
+    yield from check_nodes(config)
+    yield from check_data(config)
+    yield from check_objective(config)
 
 
 def check_sizes(config: Config) -> Iterator[Finding]:

@@ -81,6 +81,7 @@ def check_paths(config: Config) -> Iterator[Finding]:
         "run_dir": config.run_dir,
         "resume": config.resume,
         "init_from": config.init_from,
+        "lora.adapter": config.lora.adapter,
     }
     for key, value in config.data.settings().items():
         settings[f"data.{key}"] = value

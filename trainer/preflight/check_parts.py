@@ -11,6 +11,7 @@ from models.construction import never_filled
 from models.layer import hook
 from parallel.context_parallel import refusals, unreachable
 from parallel.engines.expert_sharding import unshared
+from trainer.adapters import check_adapters
 from trainer.config import build_model, instantiate
 from trainer.config.finding import Finding
 from trainer.config.groups import CONF
@@ -22,6 +23,7 @@ from trainer.errors import UserError
 from trainer.foreign import check_foreign_layers
 from trainer.init_from.fit import check_init_from
 from trainer.objectives.contradictions import check_objective_model, vocabulary
+from trainer.optim.selection import check_selection
 from trainer.preflight.check_engine import check_deepspeed_model
 from trainer.preflight.check_evaluation import check_evaluation_nodes, check_evaluations
 from trainer.preflight.check_model import (
@@ -129,6 +131,8 @@ def check_built_model(config: Config, given: Collection[str]) -> Iterator[Findin
         yield from unshared(model, config.parallel.experts)
         yield from unreachable(model)
     yield from check_init_from(config, model)
+    yield from check_selection(config, model)
+    yield from check_adapters(config, model)
     yield from _check_max_length(config, position, model)
     yield from check_sample_length(config, model)
     yield from check_evaluations(config, model, position, tokens)

@@ -7,6 +7,7 @@ from pathlib import Path
 from trainer import run_dir
 from trainer.config.compose import compose
 from trainer.config.schema import Config
+from trainer.config.stages import describe_stage, plan_of
 from trainer.errors import UserError
 from trainer.launch.nodes import Nodes
 from trainer.preflight.check import check_config
@@ -119,12 +120,18 @@ def dry_run(config: Config, command: Sequence[str]) -> str:
     if config.launch.nodes > 1:
         ranks += f", {config.launch.nodes} machines that meet at {config.launch.rdzv_endpoint}"
     path = config.run_dir or f"{run_dir.fresh_path(config.name)} (a fresh one)"
+    tokens = f"{config.batch_tokens} tokens"
     rows = f"{config.rows} rows of {config.context_length}"
     lines = [
         f"ranks    {ranks}",
         f"command  {' '.join([sys.executable, *command])}",
         f"run_dir  {path}",
-        f"steps    {config.steps}, each of {config.batch_tokens} tokens in {rows}",
+        *(_stage_lines(config) or [f"steps    {config.steps}, each of {tokens} in {rows}"]),
         "nothing was started (launch.dry_run=true)",
     ]
     return "\n".join(lines)
+
+
+def _stage_lines(config: Config) -> list[str]:
+    """Returns a line for each stage; none where the run has one."""
+    return [line for stage in plan_of(config) for line in describe_stage(stage)]

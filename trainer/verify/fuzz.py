@@ -35,7 +35,7 @@ from trainer.logs.plots import plots
 from trainer.preflight.check import check_config
 from trainer.preflight.prepare import create_run_dir, dry_run, load_config, write_record
 from trainer.reach import fitting
-from trainer.run import run
+from trainer.stages import run
 from trainer.verify.crew import Crews
 from trainer.verify.draw import LARGEST_CREW, SMALL, draw_run, import_parts
 from trainer.verify.mistype import draw_mistakes

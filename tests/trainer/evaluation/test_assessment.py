@@ -20,8 +20,8 @@ from trainer.evaluation import assessment, held_out
 from trainer.evaluation.assessment import Assessment
 from trainer.launch.elastic import RankInfo
 from trainer.preflight.prepare import load_config
-from trainer.run import run
 from trainer.run_dir import make_run_dir
+from trainer.stages import run
 from trainer.verify.whole_runs import write_documents
 
 COMMON = (

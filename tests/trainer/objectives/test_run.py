@@ -12,8 +12,8 @@ from trainer.export import export, reopen
 from trainer.launch.elastic import RankInfo
 from trainer.objectives.contradictions import vocabulary
 from trainer.preflight.prepare import load_config
-from trainer.run import run
 from trainer.run_dir import make_run_dir, record
+from trainer.stages import run
 from trainer.verify.whole_runs import write_documents
 
 COMMON = (

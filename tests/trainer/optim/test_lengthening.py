@@ -16,8 +16,8 @@ from trainer.launch.elastic import RankInfo
 from trainer.optim.lengthening import factor, go_on
 from trainer.optim.schedules import Constant, Cosine, LinearSchedule, WarmupStableDecay
 from trainer.preflight.prepare import load_config
-from trainer.run import run
 from trainer.run_dir import make_run_dir, plain_config
+from trainer.stages import run
 from trainer.verify.whole_runs import write_documents
 
 COMMON = (

@@ -24,9 +24,9 @@ from trainer.logs.jsonl import METRICS, read
 from trainer.loop import Loop
 from trainer.preflight.prepare import load_config
 from trainer.progress import Progress
-from trainer.run import run
 from trainer.run_dir import make_run_dir
 from trainer.skip_step import LEAST, WINDOW, SkipStepGuard
+from trainer.stages import run
 from trainer.verify.whole_runs import write_documents
 
 COMMON = (

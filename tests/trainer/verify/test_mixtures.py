@@ -11,8 +11,8 @@ from tests.trainer.verify.test_doctor import examine
 from trainer.launch.elastic import RankInfo
 from trainer.logs.jsonl import METRICS, read
 from trainer.preflight.prepare import load_config
-from trainer.run import run
 from trainer.run_dir import make_run_dir
+from trainer.stages import run
 from trainer.verify.whole_runs import write_documents
 
 COMMON = (

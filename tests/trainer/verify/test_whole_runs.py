@@ -9,8 +9,8 @@ import torch
 from tests.support.pool import ranks
 from trainer.launch.elastic import RankInfo
 from trainer.preflight.prepare import load_config
-from trainer.run import run
 from trainer.run_dir import make_run_dir
+from trainer.stages import run
 from trainer.verify.whole_runs import PLANS, REFERENCE, compare
 
 
