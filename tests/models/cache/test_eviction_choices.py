@@ -54,7 +54,7 @@ def test_h2o_evicts_the_lightest_token_outside_the_recent_ones_at_each_step(budg
     """Algorithm 1 of the paper, token by token, with sets and dictionaries."""
     generator = torch.Generator().manual_seed(0)
     cache = HeavyHitterCache(budget, recent)
-    truth = [dict() for _ in range(ROWS * GROUPS)]
+    truth = [{} for _ in range(ROWS * GROUPS)]
     for token in range(14):
         payload, span = piece(token, 1)
         cache.append(payload, span)
@@ -83,7 +83,7 @@ def test_h2o_cuts_a_prompt_to_recent_tokens_and_the_heaviest_others():
     for history, positions in enumerate(held(cache)):
         scores = weights[history].sum((0, 1))[:10]
         heavy = scores.topk(4).indices.tolist()
-        assert positions == sorted(heavy) + [10, 11]
+        assert positions == [*sorted(heavy), 10, 11]
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max"])
