@@ -241,8 +241,11 @@ def count_flops(model: nn.Module) -> FlopCount:
     twin = meta_twin(model, torch.float32)
     noted = CostTrace()
     trace_cost(twin, noted)
+    limits = [hook(module, "max_length") for module in model.modules()]
+    # Two tokens, of which one sees the other, unless a layer takes documents of a single one.
+    tokens = min([2, *(limit for limit in limits if limit is not None)])
     with torch.no_grad():
-        twin(*meta_row(2))
+        twin(*meta_row(tokens))
     return FlopCount(
         2 * (each + noted.products), tuple(noted.pairs), tuple(noted.convolutions), 2 * once
     )

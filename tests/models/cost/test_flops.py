@@ -92,6 +92,11 @@ def test_products_with_matrices_that_are_no_weights_are_counted_where_a_module_n
     assert flops(lambda: Featured(WIDTH, HEADS)).token_flops == plain.token_flops + 2 * 77
 
 
+def test_documents_of_a_single_token_are_counted():
+    """A layer that takes no longer ones is traced with one token, not with two."""
+    assert flops(lambda: Hyena(WIDTH, context_length=1)).forward(Span.line(1, 1)) > 0
+
+
 def test_eight_times_the_row_is_eight_times_the_work_of_a_recurrence():
     found = flops(lambda: Retention(WIDTH, HEADS))
     assert found.training(Span.line(1, 800)) == 8 * found.training(Span.line(1, 100))
