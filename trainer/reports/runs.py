@@ -276,11 +276,17 @@ def _read_end(directory: Path, run: RunRecord) -> dict[str, Any]:
         return {"state": "no step yet" if has_config else "not started"}
     steps = None
     if has_config:
-        steps = yaml_file(directory / CONFIG, follow=False)["steps"]
+        steps = _run_steps(yaml_file(directory / CONFIG, follow=False))
     if run.state == f"step {steps}":
         return {"state": DONE, "finished": True}
     state = f"unfinished, {run.state} of {steps or 'an unknown number'}"
     return {"state": state, "finished": False}
+
+
+def _run_steps(config: dict[str, Any]) -> int:
+    """Returns the steps of a recorded run: those of all its stages, where it has some."""
+    stages = config.get("stages") or [{}]
+    return sum(stage.get("steps") or config["steps"] for stage in stages)
 
 
 def _number(value: Any) -> float:

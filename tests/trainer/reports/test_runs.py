@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.support.run_folders import TOKENS, lines, sweep, trained
 from trainer.errors import UserError
@@ -157,3 +158,11 @@ def test_the_frontier_is_what_no_other_beats_in_both() -> None:
 def test_a_spread_leaves_out_what_is_not_known() -> None:
     assert spread([1.0, math.nan, 3.0]) == (2.0, pytest.approx(2**0.5))
     assert all(map(math.isnan, spread([math.nan])))
+
+
+@pytest.mark.parametrize(("until", "state"), [(40, "done"), (25, "unfinished, step 25 of 40")])
+def test_a_run_in_stages_has_the_steps_of_all(tmp_path: Path, until: int, state: str) -> None:
+    trained(tmp_path / "run", 2.0, until=until)
+    config = {"name": "staged", "steps": 15, "stages": [{"steps": 25}, {"steps": None}]}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    assert [run.state for run in collect(tmp_path / "run")] == [state]
