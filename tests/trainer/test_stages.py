@@ -338,3 +338,19 @@ def test_a_record_of_a_run_keeps_what_a_stage_left_out(words, tmp_path):
     assert again == config
     assert [stage.config for stage in plan_of(again)] == [stage.config for stage in plan_of(config)]
     assert plan_of(again)[1].config.parallel.layout == "contiguous"
+
+
+def test_a_carried_state_begins_empty_with_longer_rows_on_any_ranks(data, tmp_path):
+    losses = []
+    for context in (1, 3):
+        stages = (
+            "stages=[{steps:2,context_length:30,batch_tokens:60},{steps:3,context_length:62,"
+            f"batch_tokens:124,parallel:{{context:{context}}}}}]"
+        )
+        run = [*SMALL, *data, stages, "memory=segments", "memory.length=16", "evaluation.every=0"]
+        directory = tmp_path / str(context)
+        assert drive([*run, f"run_dir={directory}"], directory)[0] == 0
+        losses.append([row["loss"] for row in rows_of(directory)])
+    assert len(losses[0]) == 5
+    for here, there in zip(*losses, strict=True):
+        assert abs(here / there - 1) < 1e-9
