@@ -9,7 +9,7 @@ from pathlib import Path
 from trainer.launch.elastic import init_process_group
 from trainer.logs.jsonl import METRICS, read
 from trainer.preflight.prepare import create_run_dir, load_config, write_record
-from trainer.run import run
+from trainer.stages import run
 
 SETTINGS = (
     "model=hybrid",

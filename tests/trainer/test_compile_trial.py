@@ -17,8 +17,8 @@ from trainer.compile_trial import choose_compilation
 from trainer.launch.elastic import RankInfo
 from trainer.logs.jsonl import METRICS, read
 from trainer.preflight.prepare import load_config
-from trainer.run import run
 from trainer.run_dir import make_run_dir
+from trainer.stages import run
 
 
 class Slow(CompiledForward):
