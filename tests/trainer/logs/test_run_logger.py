@@ -33,7 +33,9 @@ class Recorder:
     def alert(self, title: str, text: str) -> None:
         self.alerts = [*getattr(self, "alerts", []), title]
 
-    def evaluation(self, step: int, name: str, value: float, by_position: Any = None) -> None:
+    def evaluation(
+        self, step: int, name: str, value: float, by_position: Any = None, cells: Any = None
+    ) -> None:
         self.given.append((step, name, value, by_position))
 
     def finish(
