@@ -269,12 +269,19 @@ def test_the_config_lines_of_the_catalogue_have_no_fault():
         assert compose(words).faults == []
 
 
-def test_the_page_on_own_layers_names_hooks():
-    text = (ROOT / "docs" / "own_layers.md").read_text(encoding="utf-8")
-    table = text.partition("| attribute | meaning |")[2].partition("\n\n")[0]
-    named = re.findall(r"^\| `(\w+)", table, re.MULTILINE)
-    assert named
-    assert set(named) <= HOOKS
+def test_tables_of_attributes_name_hooks():
+    unknown = []
+    tables = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for rows in re.findall(r"^\| attribute \|.*\n((?:\|.*\n)+)", text, re.MULTILINE):
+            tables += 1
+            for row in rows.splitlines():
+                for name in re.findall(r"`(\w+)(?:\(\))?`", row.split("|")[1]):
+                    if name not in HOOKS:
+                        unknown.append(f"{name_of(page)}: {name}")
+    assert tables >= 2
+    assert not unknown, "\n".join(unknown)
 
 
 def test_the_readme_fits_on_few_screens():

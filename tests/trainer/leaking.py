@@ -89,3 +89,23 @@ class Local(Centred):
 
     def forward(self, x: Tensor, span: Span | None = None) -> Tensor:
         return self.inner(x).relu()
+
+
+class Branching(nn.Module):
+    """A layer whose second matrix serves documents of several tokens alone."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        y = self.first(x)
+        return y + self.second(x) if (span.pos > 0).any() else y
+
+
+class Tied(Branching):
+    """The same with a gradient of zero where the second matrix does not serve."""
+
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        several = (span.pos > 0).any(1)[:, None, None]
+        return self.first(x) + torch.where(several, self.second(x), 0)

@@ -96,3 +96,23 @@ def test_the_page_that_a_message_names_is_there_and_its_layer_can_be_shared(
     assert faults(*words, "parallel.context=2") == []
     for primitive in re.findall(r"`(models\.mixing\.[a-z]+)\.([A-Z]\w+)", page):
         assert hasattr(importlib.import_module(primitive[0]), primitive[1]), primitive
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "refused"),
+    [
+        ("Branching", "deepspeed", True),
+        ("Branching", "fsdp", False),
+        ("Tied", "deepspeed", False),
+        ("Scaled", "deepspeed", False),
+    ],
+)
+def test_what_uses_other_parameters_for_other_rows_is_refused_under_deepspeed(
+    name: str, engine: str, refused: bool
+) -> None:
+    words = (f"engine={engine}", "parallel.data=2", "precision=float32")
+    told = faults(*mixer(name), *words)
+    assert len(told) == refused, told
+    for line in told:
+        assert line.startswith("engine=deepspeed: whether ") and "mixer.second" in line
+        assert f"of {name} is used depends on the rows" in line and "same_graph.tied" in line

@@ -32,6 +32,7 @@ from trainer.preflight.check_model import (
     check_sample_length,
 )
 from trainer.reach import unreached
+from trainer.same_gradients import check_same_gradients
 
 
 def check_nodes(config: Config) -> Iterator[Finding | str]:
@@ -123,6 +124,7 @@ def check_built_model(config: Config, given: Collection[str]) -> Iterator[Findin
     yield from check_block_settings(config, model)
     yield from check_objective_model(config, model)
     yield from check_foreign_layers(config)
+    yield from check_same_gradients(config)
     if config.engine.name == "deepspeed":
         yield from check_deepspeed_model(config, model)
     if config.parallel.context > 1:

@@ -1,4 +1,4 @@
-"""init_from= takes weights and nothing else, from a run, a checkpoint or an export, on any ranks."""
+"""init_from= takes weights and nothing else: of a run, a checkpoint or an export, on any ranks."""
 
 import os
 from pathlib import Path
