@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.adapters import CONFIG as ADAPTER_CONFIG
-from trainer.adapters import WEIGHTS as ADAPTER
-from trainer.adapters import export_adapter
 from trainer.entry import run_command
 from trainer.errors import BAD_CONFIG, BAD_RUN, UserError
 from trainer.export import CONFIG, WEIGHTS, export
+from trainer.init_from.adapters import CONFIG as ADAPTER_CONFIG
+from trainer.init_from.adapters import WEIGHTS as ADAPTER
+from trainer.init_from.adapters import export_adapter
 
 PEFT = "format=peft"
 TRUST = {"trust=true": True, "trust=false": False}

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from trainer import run_dir
+from trainer.checkpoint.stage_state import present_stage
 from trainer.config.help import text
 from trainer.config.overrides import MULTIRUN_WORDS
 from trainer.config.schema import Config
@@ -35,7 +36,6 @@ from trainer.launch.parent_death import die_with_parent
 from trainer.logs.streams import plain
 from trainer.preflight import prepare
 from trainer.secret import shared_secret
-from trainer.stage_state import present_stage
 from trainer.sweep.batch import JOB_OF
 from trainer.sweep.sweep import run_sweep
 

@@ -30,20 +30,20 @@ from trainer.data.lanes import Lanes
 from trainer.errors import BAD_RUN, DONE, UserError
 from trainer.evaluation.assessment import Assessment
 from trainer.init_from.fit import slots_of
+from trainer.init_from.starting_point import starting_point
 from trainer.launch.elastic import restart_count
 from trainer.launch.exit_report import SAVED
 from trainer.logs.console import Console
 from trainer.logs.jsonl import MetricsRow
 from trainer.logs.meters import Meter, Peak, peak
+from trainer.logs.next_commands import next_commands
 from trainer.logs.profile import StepProfiler
 from trainer.logs.run_logger import RunLogger
 from trainer.loop import Loop
-from trainer.next_commands import next_commands
 from trainer.objectives.contradictions import remarks
 from trainer.objectives.stream import open_rows
 from trainer.optim.selection import count_trained
 from trainer.progress import Progress
-from trainer.starting_point import starting_point
 from trainer.stop_signal import StopSignal
 from trainer.watchdog import EnterPhase, limit, watching
 

@@ -4,13 +4,13 @@ import gc
 from pathlib import Path
 
 from parallel.mesh import Mesh, build_mesh
+from trainer.checkpoint.stage_state import OtherStage, agreed_stage, note_stage
 from trainer.config.schema import Config
 from trainer.config.stages import plan_of, stage_of_step, whole_run
 from trainer.errors import DONE
 from trainer.launch.elastic import RankInfo
 from trainer.launch.exit_report import SAVED
 from trainer.run import run_stage
-from trainer.stage_state import OtherStage, agreed_stage, note_stage
 from trainer.stop_signal import StopSignal
 
 

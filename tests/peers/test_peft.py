@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from tests.trainer.test_adapters import LORA, TARGETS, built, run_on
+from tests.trainer.init_from.test_adapters import LORA, TARGETS, built, run_on
 from tests.trainer.test_stages import SMALL
-from trainer.adapters import export_adapter, read_adapter
 from trainer.export import export, reopen
+from trainer.init_from.adapters import export_adapter, read_adapter
 from trainer.verify.whole_runs import write_documents
 
 peft = pytest.importorskip("peft")

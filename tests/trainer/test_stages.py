@@ -12,6 +12,7 @@ from tests.support.pool import ranks
 from trainer import __main__ as command
 from trainer import stages as stages_run
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.stage_state import STATE
 from trainer.config.build_model import build_model, offered_sizes
 from trainer.config.compose import compose
 from trainer.config.instantiate import instantiate
@@ -26,7 +27,6 @@ from trainer.objectives.stream import open_rows
 from trainer.preflight.check import check_config
 from trainer.progress import Progress
 from trainer.run_dir import make_run_dir, other_run, read_config, record
-from trainer.stage_state import STATE
 from trainer.verify.whole_runs import write_documents
 
 # Three stages on 1, 2 and 3 ranks that share a row: longer rows, another theta, then YaRN; the
@@ -354,3 +354,18 @@ def test_a_carried_state_begins_empty_with_longer_rows_on_any_ranks(data, tmp_pa
     assert len(losses[0]) == 5
     for here, there in zip(*losses, strict=True):
         assert abs(here / there - 1) < 1e-9
+
+
+def test_a_stage_sets_single_settings_of_a_node_or_another_class(data):
+    stages = (
+        "stages=[{data:{path:'/other/*.txt'},position:{theta:50}},"
+        "{data:{_target_:trainer.data.tasks.copy.CopyTask},"
+        "position:{_target_:models.positions.ntk.Ntk,factor:2}}]"
+    )
+    first, second = (stage.config for stage in plan_of(config_of([*SMALL, *data, stages])))
+    assert first.data.settings()["path"] == "/other/*.txt"
+    assert first.data.settings()["cache"] == data[2].removeprefix("data.cache=")
+    assert first.position.settings() == {"theta": 50.0}
+    # Settings of another class are not taken over.
+    assert second.data.settings() == {}
+    assert second.position.settings() == {"factor": 2.0}

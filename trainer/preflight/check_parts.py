@@ -11,7 +11,6 @@ from models.construction import never_filled
 from models.layer import hook
 from parallel.context_parallel import refusals, unreachable
 from parallel.engines.expert_sharding import unshared
-from trainer.adapters import check_adapters
 from trainer.config import build_model, instantiate
 from trainer.config.finding import Finding
 from trainer.config.groups import CONF
@@ -21,6 +20,7 @@ from trainer.config.size_limits import check_model_memory
 from trainer.config.values import TARGET
 from trainer.errors import UserError
 from trainer.foreign import check_foreign_layers
+from trainer.init_from.adapters import check_adapters
 from trainer.init_from.fit import check_init_from
 from trainer.objectives.contradictions import check_objective_model, vocabulary
 from trainer.optim.selection import check_selection

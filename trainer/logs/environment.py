@@ -53,7 +53,7 @@ def environment() -> dict[str, Any]:
 
 def _git(*words: str) -> str | None:
     """Returns the output of git about the code that runs; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:

@@ -11,11 +11,11 @@ from models.lora import LoraLinear, adapters, merged
 from parallel.engines.materialize import materialize
 from tests.support.pool import ranks
 from tests.trainer.test_stages import SMALL, config_of, faults_of, in_rank, saved_weights
-from trainer.adapters import export_adapter, read_adapter
 from trainer.config.build_model import build_model
 from trainer.config.instantiate import instantiate
 from trainer.errors import UserError
 from trainer.export import export, reopen
+from trainer.init_from.adapters import export_adapter, read_adapter
 from trainer.logs.jsonl import METRICS, read
 from trainer.objectives.stream import open_rows
 from trainer.run_dir import make_run_dir, record

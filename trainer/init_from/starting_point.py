@@ -5,20 +5,20 @@ from pathlib import Path
 
 from parallel.engines.base import Engine
 from parallel.mesh import Mesh
-from trainer.adapters import read_adapter
 from trainer.agreement import agree_on_resumed, agree_on_weights
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.stage_state import OtherStage
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.schema import Config
 from trainer.config.stages import Stage
 from trainer.data.lanes import Lanes
 from trainer.data.streams.base import Stream
 from trainer.errors import BAD_RUN, UserError
+from trainer.init_from.adapters import read_adapter
 from trainer.init_from.fit import Slots
 from trainer.init_from.load import load_initial_weights
 from trainer.optim.lengthening import steps_taken
 from trainer.progress import Progress, restore_progress
-from trainer.stage_state import OtherStage
 from trainer.started_from import weight_lines
 
 
