@@ -49,16 +49,6 @@ from trainer.watchdog import EnterPhase, limit, watching
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 SETTLE_S = 30.0  # how long a failing run waits for a pending checkpoint
-APART = (
-    "name",
-    "replicate",
-    "offload_activations",
-)  # settings of an engine that no constructor takes
-OWNED = {
-    "zero_stage": "deepspeed",
-    "offload": "deepspeed",
-    "reshard_after_forward": "fsdp",
-}  # those that only one takes
 
 
 def run_stage(
@@ -170,9 +160,7 @@ class Run:
                     f"{where}: {', '.join(f'{key}={value}' for key, value in taken.items())}"
                 )
         kind = find_class(config.engine.target, "engine")
-        name = config.engine.name
-        asked = {key: value for key, value in config.engine.settings().items() if key not in APART}
-        settings = {key: value for key, value in asked.items() if OWNED.get(key, name) == name}
+        settings = config.engine.arguments()
         optimiser = instantiate(config.optim, {}, "optim")
         engine = kind(
             self.mesh, optimiser, precision=config.precision, seed=config.seed, **settings

@@ -1,9 +1,11 @@
 """Schema of the machines of a run: ranks, engine, launcher. A part of trainer/config/schema.py."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
+from pydantic_core import PydanticKnownError
 
+from trainer.config.groups import choices
 from trainer.config.nodes import ComponentConfig, ConfigGroup
 from trainer.config.scalars import Count, Flag, Grace, Integer, Natural, Ranks, Seconds
 
@@ -41,21 +43,40 @@ class ParallelConfig(ConfigGroup):
         return self.context * self.data
 
 
+def _engine_name(name: str) -> str:
+    """Raises an error of pydantic unless conf/engine/ has a file of that name."""
+    names = [choice for choice in choices("engine") if choice != "auto"]
+    if name not in names:
+        raise PydanticKnownError("literal_error", {"expected": " or ".join(map(repr, names))})
+    return name
+
+
 class EngineConfig(ComponentConfig):
-    """Placement of parameters, gradients and optimiser state; all keys of all engines."""
+    """Placement of parameters, gradients and optimiser state.
+
+    The one table of what engines take. A setting goes to the constructor of the engine, unless it
+    says `constructor: False`; one that says `engine: NAME` belongs to that engine alone.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
-    name: Literal["single", "fsdp", "deepspeed"] = Field(description="single, fsdp or deepspeed")
+    name: Annotated[str, AfterValidator(_engine_name)] = Field(
+        description="a file of conf/engine", json_schema_extra={"constructor": False}
+    )
     zero_stage: Annotated[Integer, Field(ge=0, le=3)] | None = Field(
-        default=None, description="DeepSpeed's stage; only engine=deepspeed"
+        default=None,
+        description="DeepSpeed's stage; only engine=deepspeed",
+        json_schema_extra={"engine": "deepspeed"},
     )
     offload: Literal["none", "optimizer", "parameters"] | None = Field(
         default=None,
         description="what lies in the host's memory (optimizer: its state); only engine=deepspeed",
+        json_schema_extra={"engine": "deepspeed"},
     )
     reshard_after_forward: Flag | None = Field(
-        default=None, description="free gathered weights at once; only engine=fsdp"
+        default=None,
+        description="free gathered weights at once; only engine=fsdp",
+        json_schema_extra={"engine": "fsdp"},
     )
     replicate: Ranks | None = Field(
         default=None,
@@ -63,6 +84,7 @@ class EngineConfig(ComponentConfig):
             "times that parameters are held, each time sharded over ranks of its own; only"
             " engine=fsdp"
         ),
+        json_schema_extra={"engine": "fsdp", "constructor": False},
     )
     checkpointing: Literal["none", "full", "selective"] = Field(
         default="none",
@@ -73,8 +95,28 @@ class EngineConfig(ComponentConfig):
         description=(
             "what blocks save for backward waits in the host's memory; only with an accelerator"
         ),
+        json_schema_extra={"constructor": False},
     )
     compile: Flag = Field(default=False, description="torch.compile, block by block")
+
+    @classmethod
+    def owner(cls, key: str) -> str | None:
+        """Returns the engine that alone takes a setting; None where all do."""
+        return cls._remarks(key).get("engine")
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the settings that the constructor of this engine takes."""
+        taken = {}
+        for key, value in self.settings().items():
+            remarks = self._remarks(key)
+            if remarks.get("constructor", True) and remarks.get("engine", self.name) == self.name:
+                taken[key] = value
+        return taken
+
+    @classmethod
+    def _remarks(cls, key: str) -> dict[str, Any]:
+        remarks = cls.model_fields[key].json_schema_extra
+        return remarks if isinstance(remarks, dict) else {}
 
 
 class LaunchConfig(ConfigGroup):

@@ -13,15 +13,12 @@ from parallel.engines.base import SELECTIVE, Engine
 from parallel.engines.deepspeed_limits import STAGE, misfits, unstepped
 from trainer.config import instantiate
 from trainer.config.finding import Finding, as_finding
+from trainer.config.groups import CONF
 from trainer.config.schema import Config
 from trainer.errors import UserError
 from trainer.launch.elastic import machine_limits
+from trainer.limited_reader import yaml_file
 
-ENGINES = {
-    "single": "parallel.engines.single.Single",
-    "fsdp": "parallel.engines.fsdp.Fsdp",
-    "deepspeed": "parallel.engines.deepspeed.Deepspeed",
-}
 MUON = "trainer.optim.muon.Muon"
 
 
@@ -31,7 +28,7 @@ def check_engine_settings(config: Config) -> Iterator[Finding]:
     module = engine.target.rpartition(".")[0] or engine.target
     if importlib.util.find_spec(module) is None:
         yield Finding("engine", engine.name, f"there is no module {module}", "use engine=fsdp")
-    elif engine.target != ENGINES[engine.name]:
+    elif engine.target != _own_class(engine.name):
         # Only a user's own class is imported here; ours are known and may be slow to import.
         yield from check_engine_class(engine.target)
     if engine.checkpointing == "selective" and engine.compile:
@@ -39,13 +36,9 @@ def check_engine_settings(config: Config) -> Iterator[Finding]:
     yield from check_activation_offload(config)
     if engine.name == "deepspeed":
         yield from check_deepspeed(config)
-    for key, value, owner in (
-        ("zero_stage", engine.zero_stage, "deepspeed"),
-        ("offload", engine.offload, "deepspeed"),
-        ("reshard_after_forward", engine.reshard_after_forward, "fsdp"),
-        ("replicate", engine.replicate, "fsdp"),
-    ):
-        if value is not None and engine.name != owner:
+    for key, value in engine.settings().items():
+        owner = engine.owner(key)
+        if value is not None and owner not in (None, engine.name):
             yield Finding(
                 f"engine.{key}",
                 value,
@@ -53,6 +46,11 @@ def check_engine_settings(config: Config) -> Iterator[Finding]:
                 f"use engine={owner}",
                 causes=("engine.name",),
             )
+
+
+def _own_class(name: str) -> str:
+    """Returns the class that conf/engine/NAME.yaml names."""
+    return yaml_file(CONF / "engine" / f"{name}.yaml")["_target_"]
 
 
 def check_engine_class(target: str) -> Iterator[Finding]:
