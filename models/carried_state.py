@@ -107,6 +107,17 @@ class CarriedState:
         """
         return payload, span
 
+    def hold(self, softmax: Any, payload: Tensors, kv_span: Span) -> tuple[Tensors, Span]:
+        """Extends the rows of an attention, as `extend` does.
+
+        Args:
+            softmax: the primitive (models.primitives.softmax.Softmax) that reads.
+            payload, kv_span: as in Softmax.forward.
+        """
+        if not softmax.extends:
+            return payload, kv_span
+        return self.extend(softmax.place, payload, kv_span, softmax.mask)
+
     def attend(
         self,
         softmax: Any,
@@ -124,8 +135,7 @@ class CarriedState:
             softmax: the primitive (models.primitives.softmax.Softmax) that reads.
             query, payload, params, span, kv_span, heads: as in Softmax.forward.
         """
-        if softmax.extends:
-            payload, kv_span = self.extend(softmax.place, payload, kv_span, softmax.mask)
+        payload, kv_span = self.hold(softmax, payload, kv_span)
         mean, _ = softmax.partial(
             query, payload, params, span=span, kv_span=kv_span, heads=heads, lse=False
         )

@@ -1,10 +1,12 @@
-"""python -m scripts.bench attention|cache|experts|memory|mixers [key=value ...]: what each of them
-costs; JSON and a table.
+"""python -m scripts.bench NAME [key=value ...]: what something costs; JSON and a table.
+NAME is one of attention, cache, decode, experts, memory, mixers.
 
 attention: forward and backward over ranks, beside one device with as many threads. Words: tokens,
 heads, kv_heads, width, ranks, threads (of a rank), repeats, seed, device.
 cache: what paged and contiguous caches waste on one mix of requests. Words: requests, limit (tokens
 of a request), memory (tokens), page_tokens, samples, seed.
+decode: tokens/s beside transformers' generate with the same weights; the step of a recurrent model.
+Words: tokens, repeats, threads, longest and recurrent (contexts), most (tokens of all prompts).
 mixers: the linear-time family: growth with the row, speed beside softmax, state while decoding,
 bytes between ranks; minutes on 2 cores. Words: tokens, heads, width (of a head), layer_heads,
 layer_width, ranks, threads, repeats, seed, device.
@@ -23,7 +25,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from scripts.benchmarks import attention, cache, experts, memory, mixers
+from scripts.benchmarks import attention, cache, decode, experts, memory, mixers
 from trainer.entry import run_command
 from trainer.launch.elastic import init_process_group, start_ranks
 from trainer.launch.starters import Incomplete, adopt, started
@@ -31,6 +33,7 @@ from trainer.launch.starters import Incomplete, adopt, started
 BENCHES = {
     "attention": attention,
     "cache": cache,
+    "decode": decode,
     "experts": experts,
     "memory": memory,
     "mixers": mixers,

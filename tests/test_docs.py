@@ -39,6 +39,7 @@ NOT_COMPOSED = {
     "python -m scripts.agree engines": "trains 52 runs; tests/trainer/verify/test_whole_runs.py",
     "python -m scripts.bench attention": "a measurement of minutes",
     "python -m scripts.bench experts": "a measurement of minutes",
+    "python -m scripts.bench decode": "a measurement of minutes",
     "python -m scripts.bench memory repeats=11": "a measurement of minutes",
     "python -m scripts.bench mixers": "a measurement of minutes",
     "python -m scripts.chaos": "many launches; tests/trainer/verify/test_killed.py, test_faults.py",
@@ -52,6 +53,14 @@ NOT_COMPOSED = {
     "python -m scripts.fuzz seed=1 many=300": "300 runs; tests/trainer/verify/test_fuzz.py",
     "python -m scripts.export runs/mine adapter format=peft": "needs a run; test_adapters.py",
     "python -m scripts.lengths runs/extend": "needs a run; evaluation/test_by_length.py",
+    "python -m scripts.generate --help": "takes no settings",
+    'python -m scripts.generate runs/mine prompt="def " tokens=200': "needs a run; test_command.py",
+    "python -m scripts.generate runs/mine prompts=prompts.txt output=texts.jsonl samples=4": (
+        "needs a run; tests/trainer/decoding/test_command.py"
+    ),
+    'python -m scripts.generate exported prompt="class " stop=class temperature=0': (
+        "needs an export; tests/trainer/decoding/test_command.py"
+    ),
     "python -m scripts.offload": "needs a GPU",
     "python -m scripts.parity": "the full product; tests/parallel/drivers/test_parity.py",
     "python -m scripts.parity quick": "minutes; tests/parallel/drivers/test_parity.py",

@@ -85,8 +85,11 @@ class ContiguousCache(KVCache):
         return self.read()
 
     def import_state(self, payload: Tensors, span: Span) -> None:
-        """See KVCache; the table is told by its owner, before."""
-        self.tensors = [resized(came, self.slots.capacity).clone() for came in payload]
+        """See KVCache; the table is told by its owner, before.
+
+        As wide as it comes: the table may have placed the next tokens already, for another layer.
+        """
+        self.tensors = [came.clone() for came in payload]
 
 
 def resized(held: Tensor, capacity: int) -> Tensor:

@@ -35,8 +35,12 @@ def cannot_decode(model: nn.Module) -> list[str]:
 
 def _unread(model: nn.Module, path: str, primitive: Primitive) -> list[str]:
     """Says so where nobody reads what came before the tokens at hand of this primitive."""
-    owner = model.get_submodule(path.rpartition(".")[0])
-    carried = isinstance(owner, StatefulModule) or not isinstance(primitive, SequentialScan)
+    carried = True
+    if isinstance(primitive, SequentialScan):
+        # Its owner carries the state; over ranks a driver stands between the two.
+        names = path.split(".")
+        owners = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names))]
+        carried = any(isinstance(owner, StatefulModule) for owner in owners)
     if primitive.continues_rows and carried:
         return []
     return [

@@ -41,6 +41,7 @@ class DecodingState(CarriedState):
 
     Attributes:
         caches: by the name of the primitive, and the number of its call in a pass.
+        shared: names of caches that all ranks have alike.
         tails: the last tokens of each row, for primitives that read no further back.
     """
 
@@ -51,6 +52,7 @@ class DecodingState(CarriedState):
         self.factory = factory
         self.caches: dict[str, KVCache] = {}
         self.slots: dict[str, SlotTable] = {}
+        self.shared: set[str] = set()
         self.tails: dict[str, tuple[int, Tensor]] = {}
         self._new_tails: dict[str, tuple[int, Tensor]] = {}
         # What was imported waits for the first call of its primitive, which knows the mask.
@@ -74,7 +76,16 @@ class DecodingState(CarriedState):
         self, place: str, payload: Tensors, span: Span, mask: Mask, *, shared: bool = False
     ) -> tuple[Tensors, Span]:
         """See CarriedState; what is held here is exact, whatever `cache=` says."""
-        return self._extended(place, payload, span, mask, None).read()
+        return self._extended(place, payload, span, mask, None, shared).read()
+
+    def hold(self, softmax: Any, payload: Tensors, kv_span: Span) -> tuple[Tensors, Span]:
+        """See CarriedState; what is held lies in a cache that `cache=` chose."""
+        if not softmax.extends:
+            return payload, kv_span
+        return self._held(softmax, payload, kv_span).read()
+
+    def _held(self, softmax: Any, payload: Tensors, kv_span: Span) -> KVCache:
+        return self._extended(softmax.place, payload, kv_span, softmax.mask, self.factory, False)
 
     def attend(
         self,
@@ -94,7 +105,7 @@ class DecodingState(CarriedState):
             total = attend(spec, query, payload, params, span=span, kv_span=kv_span, width=width)
             add_sink(softmax.score, params, total)
             return total[0].to(query[0].dtype)
-        cache = self._extended(softmax.place, payload, kv_span, softmax.mask, self.factory)
+        cache = self._held(softmax, payload, kv_span)
         held, held_span = cache.read()
         dtype = query[0].dtype
         groups = 1
@@ -126,7 +137,7 @@ class DecodingState(CarriedState):
             self._spans[length] = self._addresses(length)
         index = self._last(length)
         both = torch.cat([held, x], 1)
-        self._new_tails[name] = length, _taken(both, index)
+        self._new_tails[name] = length, taken(both, index)
         return held, self._spans[length]
 
     def store(self, name: str, state: Tensor, kind: str = REPLICATED) -> None:
@@ -142,9 +153,8 @@ class DecodingState(CarriedState):
     def advance(self) -> None:
         """Makes what the tokens at hand left the state that the next ones find."""
         assert self._row is not None, "attach() comes before the forward pass"
-        row = self._row
         for length in {length for length, _ in self._new_tails.values()}:
-            both = self._addresses(length).join(Span(*row.addresses()))
+            both = self._addresses(length).join(self._piece())
             index = self._last(length)
             self.addresses[length] = both.map(lambda tensor, index=index: tensor.gather(1, index))
         self.tails |= self._new_tails
@@ -193,8 +203,9 @@ class DecodingState(CarriedState):
             number = numbers.setdefault(id(span), len(numbers))
             for field, tensor in zip(("pos", "doc", "role"), span.addresses(), strict=True):
                 found[f"slots/{number}/{field}"] = tensor
+            kind = "shared" if name in self.shared else "cache"
             for index, tensor in enumerate(payload):
-                found[f"cache/{number}/{index}/{name}"] = tensor
+                found[f"{kind}/{number}/{index}/{name}"] = tensor
         for length, span in self.addresses.items():
             for field, tensor in zip(("pos", "doc", "role"), span.addresses(), strict=True):
                 found[f"tails/{length}/{field}"] = tensor
@@ -206,9 +217,16 @@ class DecodingState(CarriedState):
 
     def import_state(self, found: Mapping[str, Tensor]) -> None:
         """Takes over what `export_state` gave, on any number of ranks."""
-        self.__init__(self.factory)
+        self.caches = {}
+        self.slots = {}
+        self.shared = set()
+        self.tails = {}
+        self.addresses = {}
+        self.states = {}
+        self._imported = {}
+        self._restored = {}
         self.rows = len(next(iter(found.values()), ()))
-        spans: dict[str, Span] = {}
+        orders: dict[str, tuple[Tensor, Span]] = {}
         for path, x in found.items():
             kind, rest = path.split("/", 1)
             if kind in (REPLICATED, SHARDED):
@@ -219,12 +237,17 @@ class DecodingState(CarriedState):
                 self.tails[name] = int(number), x
             elif kind == "tails" and name == "pos":
                 self.addresses[int(number)] = _found_span(found, f"tails/{number}")
-            elif kind == "cache":
-                if number not in spans:
-                    spans[number] = self._own(_found_span(found, f"slots/{number}"))
+            elif kind in ("cache", "shared"):
+                key = f"{kind}/{number}"
+                if key not in orders:
+                    whole = _found_span(found, f"slots/{number}")
+                    orders[key] = packed(whole if kind == "shared" else self._own(whole))
+                order, span = orders[key]
                 _, name = name.split("/", 1)
-                payload, _ = self._imported.setdefault(name, ([], spans[number]))
-                payload.append(x)
+                payload, _ = self._imported.setdefault(name, ([], span))
+                payload.append(taken(x, order))
+                if kind == "shared":
+                    self.shared.add(name)
 
     def _own(self, span: Span) -> Span:
         """Returns the addresses of tokens that are held here; padding for all others."""
@@ -257,6 +280,11 @@ class DecodingState(CarriedState):
             return state[rows]
         return state.unflatten(0, (self.rows, -1))[rows].flatten(0, 1)
 
+    def _piece(self) -> Span:
+        """Returns the addresses of the tokens at hand, those of all ranks in their global order."""
+        assert self._row is not None, "attach() comes before the forward pass"
+        return self._row.map(lambda addresses: addresses)
+
     def _tail(self, name: str, x: Tensor, length: int) -> Tensor:
         """[B, M, ...] as it was left; zeros at the beginning."""
         if name not in self.tails:
@@ -266,8 +294,7 @@ class DecodingState(CarriedState):
     def _last(self, length: int) -> Tensor:
         """Returns the index [B, M] of each row's last tokens among (tail, tokens at hand)."""
         if length not in self._tail_index:
-            assert self._row is not None
-            valid = torch.cat([self._addresses(length).valid(), self._row.valid()], 1)
+            valid = torch.cat([self._addresses(length).valid(), self._piece().valid()], 1)
             # A stable sort puts what is missing first and keeps the order of the rest.
             order = valid.to(torch.int8).argsort(dim=1, stable=True)
             self._tail_index[length] = order[:, order.shape[1] - length :]
@@ -280,6 +307,7 @@ class DecodingState(CarriedState):
         span: Span,
         mask: Mask,
         factory: KVCacheFactory | None,
+        shared: bool,
     ) -> KVCache:
         """Returns the cache of this primitive, after it took the tokens at hand."""
         calls = self._calls.setdefault(place, [])
@@ -291,6 +319,8 @@ class DecodingState(CarriedState):
         calls.append(payload)
         if name not in self.caches:
             self.caches[name] = self._create(name, place, span, mask, factory)
+            if shared:
+                self.shared.add(name)
         self.caches[name].append(payload, span)
         return self.caches[name]
 
@@ -325,7 +355,15 @@ class DecodingState(CarriedState):
         return self._tables[key][1]
 
 
-def _taken(x: Tensor, index: Tensor) -> Tensor:
+def packed(span: Span) -> tuple[Tensor, Span]:
+    """Returns (index [B, N] that puts the tokens of each row first, their addresses)."""
+    valid = span.valid()
+    order = (~valid).to(torch.int8).argsort(dim=1, stable=True)
+    order = order[:, : max(1, int(valid.sum(1).max()))]
+    return order, span.map(lambda tensor: tensor.gather(1, order))
+
+
+def taken(x: Tensor, index: Tensor) -> Tensor:
     """[B, N, ...] at [B, M] -> [B, M, ...]."""
     index = index.view(*index.shape, *[1] * (x.dim() - 2))
     return x.gather(1, index.expand(*index.shape[:2], *x.shape[2:]))

@@ -104,7 +104,13 @@ class LongConv(Primitive, StatefulModule):
         )
 
     def widened(self, payload: Tensors, params: Tensors, *, span: Span) -> tuple[Tensor, Span, int]:
-        """Prepends the tokens carried from earlier rows; see `with_tail`."""
+        """Prepends the tokens carried from earlier rows; see `with_tail`.
+
+        Where a piece begins its rows, it is only held for those that follow.
+        """
+        if span.past is not None and span.past.continues_rows:
+            span.past.extend(self.place, payload, span, CAUSAL)
+            return payload[0], span, 0
         return with_tail(self.place, payload[0], len(params[0]) - 1, span)
 
     def partial(self, payload: Tensors, params: Tensors, *, span: Span, kv_span: Span) -> Tensor:

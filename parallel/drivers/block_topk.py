@@ -47,6 +47,8 @@ class ShardedBlockTopK(BlockTopK):
 
     def pick(self, span: Span, choose: BlockEnds) -> PickedBlocks:
         """Runs BlockTopK.pick; all ranks get the same number, so that a ring is possible."""
+        if span.sharding is None:  # every rank has these tokens: one step of decoding
+            return self.core.pick(span, choose)
         kept = span.sharding.kept
         if ("pick", choose) not in kept:
             chosen = [choose(inner_span) for inner_span in span.sharding.spans]
@@ -69,6 +71,11 @@ class ShardedBlockTopK(BlockTopK):
 
         `span.sharding` and `kv_span.sharding` say which rank holds which tokens.
         """
+        past = span.past or kv_span.past
+        if past is not None and past.continues_rows:
+            if kv_span.sharding is None:  # every rank has these tokens: one step of decoding
+                return self.core.bring(payload, mask, span=span, kv_span=kv_span)
+            past.extend(self.core.place, payload, kv_span, mask, shared=True)
         plan = gather_plan(
             mask, span, kv_span, torch.zeros(1, dtype=torch.long, device=span.pos.device)
         )

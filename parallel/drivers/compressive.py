@@ -37,6 +37,8 @@ class ShardedCompressive(nn.Module):
 
         `span.sharding` says which rank holds which tokens.
         """
+        if span.sharding is None:  # every rank has these tokens: one step of decoding
+            return self.core(query, payload, params, span=span)
         if ("compressing",) not in span.plans:
             span.plans["compressing",] = _run_order(span.sharding)
         order: RunOrder = span.plans["compressing",]
@@ -75,7 +77,9 @@ class ShardedCompressive(nn.Module):
             start.to(ordered_gain.dtype),
         )
         if past is not None:
-            past.store(self.core.place, self.core.carried(last_state), SHARDED)
+            if not past.continues_rows:
+                last_state = self.core.carried(last_state)
+            past.store(self.core.place, last_state, SHARDED)
         by_rank = _pick(states.flatten(2), global_order.argsort(1))
         by_rank = by_rank.unflatten(1, (size, runs)).transpose(0, 1).flatten(0, 1)
         incoming = all_to_all_rows(by_rank, self.communicator, taken, given, "states")

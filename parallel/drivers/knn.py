@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.kernels.knn import KeyValueStore, Neighbors, no_neighbors, search
 from models.primitives.knn import KNN, distinct, taken
+from models.scores import Tensors
 from models.span import Span
 from parallel.collectives import Communicator
 
@@ -28,7 +29,16 @@ class ShardedKNN(KNN):
     def __init__(self, core: KNN, communicator: Communicator):
         super().__init__(core.mask, core.count)
         self.core = core
+        self.place = core.place
         self.communicator = communicator
+
+    def forward(
+        self, query: Tensors, stores: Sequence[KeyValueStore], params: Tensors, *, span: Span
+    ) -> tuple[Tensor, Tensor]:
+        """Runs KNN.forward over every rank's store."""
+        if span.sharding is None:  # every rank has these queries and all entries
+            return self.core(query, stores, params, span=span)
+        return super().forward(query, stores, params, span=span)
 
     def search(self, q: Tensor, stores: Sequence[KeyValueStore], span: Span) -> Neighbors:
         """Runs KNN.search over every rank's store; entries are numbered rank by rank."""

@@ -32,6 +32,8 @@ class ChannelAllToAll(nn.Module):
 
         `span.sharding` says which rank holds which tokens.
         """
+        if span.sharding is None:  # every rank has these tokens: one step of decoding
+            return self.core(payload, params, span=span)
         (taps,) = params
         if payload[0].shape[2] < self.communicator.size:
             return RingLongConv(self.core, self.communicator)(payload, params, span=span)

@@ -59,6 +59,8 @@ class StatePassing(nn.Module):
 
         `span.sharding` says which rank holds which tokens.
         """
+        if span.sharding is None:  # every rank has these tokens: one step of decoding
+            return self.core(query, payload, params, span=span)
         if ("passing",) not in span.plans:
             span.plans["passing",] = _run_order(span.sharding)
         order: RunOrder = span.plans["passing",]

@@ -59,6 +59,8 @@ class ShardedSegmentSum(SegmentSum):
 
         Every rank gets bit-identical row sums.
         """
+        if span.sharding is None:  # every rank has these tokens: one step of decoding
+            return self.core.total(x, span, over)
         ends, x, told = self._told(x, span, over)
         if over == "row":
             return told.sum(1, keepdim=True)
@@ -66,6 +68,13 @@ class ShardedSegmentSum(SegmentSum):
 
     def before(self, x: Tensor, span: Span, over: str = "row") -> Tensor:
         """Runs SegmentSum.before over the ranks."""
+        if span.sharding is None:  # every rank has these tokens: one step of decoding
+            return self.core.before(x, span, over)
+        if span.past is not None and span.past.continues_rows:
+            raise ValueError(
+                f"{self.core.place}: sums over tokens go on from a prompt that is whole on every"
+                " rank, not from a sharded one"
+            )
         ends, x, told = self._told(x, span, over)
         return (exclusive_cumsum(x, ends.start) + _summed(ends.earlier, told)).to(x.dtype)
 

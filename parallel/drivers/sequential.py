@@ -83,6 +83,8 @@ class Wavefront(nn.Module):
 
         Both `state` and the returned last state are whole on every rank.
         """
+        if span.sharding is None:  # every rank has these tokens: one step of decoding
+            return self.core(step, xs, state, span=span, size=size, depth=depth)
         plan = self._plan(span, size, xs[0].device)
         inputs = [_to_sections(x, plan, self.communicator) for x in xs]
         rows = span.shape[0]

@@ -210,10 +210,13 @@ class AllGather(nn.Module):
 
         `span.sharding` (and `kv_span.sharding`) say which rank holds which tokens.
         """
+        if span.sharding is None:  # every rank has these tokens: one step of decoding
+            return self.core(query, payload, params, span=span, kv_span=kv_span, heads=heads)
         spec = attention_spec(self.core.mask, self.core.score, query, heads)
-        if kv_span is None:
-            kv_span = span
-        plan = gather_plan(spec.mask, span, kv_span, spec.heads)
+        key_span = span if kv_span is None else kv_span
+        if span.past is not None:
+            payload, key_span = span.past.hold(self.core, payload, key_span)
+        plan = gather_plan(spec.mask, span, key_span, spec.heads)
         return _AllGather.apply(
             spec,
             self.core.kept,

@@ -49,6 +49,8 @@ class Auto(nn.Module):
 
         `span.sharding` (and `kv_span.sharding`) say which rank holds which tokens.
         """
+        if span.sharding is None:  # every rank has these tokens: one step of decoding
+            return self.core(query, payload, params, span=span, kv_span=kv_span, heads=heads)
         if self.driver is None:
             self.driver = self._decide(
                 query, payload, params, span, span if kv_span is None else kv_span

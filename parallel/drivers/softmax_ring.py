@@ -57,9 +57,13 @@ class Ring(nn.Module):
 
         `span.sharding` (and `kv_span.sharding`) say which rank holds which tokens.
         """
+        if span.sharding is None:  # every rank has these tokens: one step of decoding
+            return self.core(query, payload, params, span=span, kv_span=kv_span, heads=heads)
         spec = attention_spec(self.core.mask, self.core.score, query, heads)
         if kv_span is None:
             kv_span = span
+        if span.past is not None:
+            payload, kv_span = span.past.hold(self.core, payload, kv_span)
         return _Ring.apply(
             spec,
             self.core.kept,

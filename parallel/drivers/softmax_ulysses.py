@@ -52,6 +52,11 @@ class Ulysses(nn.Module):
         Raises:
             ValueError: the score's queries have no heads to trade.
         """
+        if span.sharding is None:  # every rank has these tokens: one step of decoding
+            return self.core(query, payload, params, span=span, kv_span=kv_span, heads=heads)
+        if span.past is not None:
+            leaf = self.core.core if isinstance(self.core, Ring) else self.core
+            payload, kv_span = span.past.hold(leaf, payload, span if kv_span is None else kv_span)
         score = self.core.score
         query_row = self.row(span)
         key_row = query_row if kv_span is None else self.row(kv_span)

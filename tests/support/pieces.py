@@ -12,7 +12,7 @@ from models.span import PADDING, Span
 LENGTHS = ((13, 1, 11), (3, 20, 1, 2), (9,))
 # For each row the tokens of its pieces; then steps of one token until the row ends. The third row
 # ends long before the others and has no token in their steps.
-PIECES = ((6, 3, 13, 26), (9, 3, 3, 12), (2, 7, 0, 0))
+PIECES = ((6, 7, 9), (9, 3, 3), (2, 7))
 
 
 def addresses(lengths: Sequence[Sequence[int]] = LENGTHS) -> Span:

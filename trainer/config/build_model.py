@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from models.cache.base import KVCacheFactory
 from models.carried_state import name_stateful_modules
 from models.construction import Origin
 from models.lora import add_adapters
@@ -237,6 +238,11 @@ def memory_node(config: Config) -> dict[str, Any]:
 def build_memory(config: Config, offers: Mapping[str, Any]) -> Memory:
     """Builds the memory that `memory=` names, one for the whole model."""
     return instantiate(memory_node(config), offers, "memory")
+
+
+def build_cache(config: Config) -> KVCacheFactory:
+    """Builds what holds keys and values while the model generates, which `cache=` names."""
+    return instantiate(config.cache, {}, "cache")
 
 
 def _with_memory(memory: Memory, mixer: nn.Module, sizes: Mapping[str, Any]) -> nn.Module:

@@ -86,6 +86,17 @@ class MemoryConfig(ComponentConfig):
         return self.name != "none"
 
 
+class CacheConfig(ComponentConfig):
+    """What holds the keys and values of earlier tokens while a model generates."""
+
+    target: str = Field(
+        "models.cache.contiguous.Contiguous",
+        alias="_target_",
+        min_length=3,
+        description="the class to build",
+    )
+
+
 class DataConfig(ComponentConfig):
     """Documents and tokens; further keys belong to the source that `_target_` names."""
 
@@ -341,6 +352,7 @@ class Config(ConfigGroup):
     )
     position: ComponentConfig
     memory: MemoryConfig = Field(default_factory=lambda: MemoryConfig.model_validate({}))
+    cache: CacheConfig = Field(default_factory=lambda: CacheConfig.model_validate({}))
     data: DataConfig
     objective: Objective = Field(default_factory=lambda: Objective.model_validate({}))
     lora: LoraConfig = LoraConfig()

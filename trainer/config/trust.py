@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from models.cache.base import KVCacheFactory
 from models.masks.algebra import Mask
 from models.memory.base import Memory
 from models.positions.base import Position
@@ -41,6 +42,7 @@ KINDS: dict[
     "mixer": (nn.Module,),
     "position": (Position,),
     "memory": (Memory,),
+    "cache": (KVCacheFactory,),
     "data": (Source,),
     "objective": (Objective,),
     "optim": (AdamW,),

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from parallel.engines.base import Engine
 from parallel.mesh import Mesh
 from trainer.agreement import Disagreement
+from trainer.config.build_model import build_cache
 from trainer.config.schema import Config
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.lanes import Lanes
@@ -322,6 +323,7 @@ class Assessment:
             seed=self.config.seed,
             step=progress.step,
             stop=self.stopped,
+            cache=build_cache(self.config),
         )
         if text is None:
             return False

@@ -1,18 +1,23 @@
 """Samples text from the sharded model in training.
 
-Every token is a forward pass over all tokens before it: slow and exact, without a cache. All ranks
-call it together and get the same text.
+All ranks call it together and get the same text. Where the model continues rows token by token, a
+new token costs one token; elsewhere (experts with a capacity, layers that see ahead) it is a pass
+over all tokens before it.
 """
 
-import hashlib
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from models.cache.base import KVCacheFactory
+from models.cache.decodable import cannot_decode, shortest_piece
+from parallel.collectives import Communicator
 from trainer.data.batch_sharding import BatchSharder, single_row
 from trainer.data.tokenizers import Tokenizer
+from trainer.decoding.sampling import Sampling
+from trainer.decoding.scheduler import Scheduler, TextRequest
 
 TEMPERATURE = 0.8
 
@@ -28,6 +33,7 @@ def generate(
     seed: int,
     step: int,
     stop: Callable[[], bool] | None = None,
+    cache: KVCacheFactory | None = None,
 ) -> str | None:
     """Continues a prompt until the model ends its document.
 
@@ -43,25 +49,23 @@ def generate(
         seed: of the run.
         step: of the run.
         stop: collective; called before every token.
+        cache: what holds keys and values meanwhile; contiguous by default.
 
     Returns:
         The text with its prompt; None where `stop` returned True, on all ranks.
     """
-    tokens = beginning(tokenizer, prompt)
-    for index in range(count):
-        if stop is not None and stop():
-            return None
-        logits = _last_logits(model, share, tokens)
-        name = f"{seed}/sample/{step}/{index}"
-        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-        # Shifted, because manual_seed takes a signed number.
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        weights = (logits / TEMPERATURE).softmax(-1)
-        token = int(torch.multinomial(weights, 1, generator=generator))
-        if token == tokenizer.end_of_text:
-            break
-        tokens.append(token)
-    return tokenizer.decode(tokens)
+    request = TextRequest(
+        beginning(tokenizer, prompt),
+        count,
+        Sampling(TEMPERATURE),
+        seed=(seed, "sample", step),
+        end=tokenizer.end_of_text,
+    )
+    one_by_one = not cannot_decode(model) and len(request.prompt) >= shortest_piece(model)
+    grow = _continued if one_by_one else _from_scratch
+    if count and not grow(model, share, request, stop, cache):
+        return None
+    return tokenizer.decode([*request.prompt, *request.tokens])
 
 
 def beginning(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -69,6 +73,41 @@ def beginning(tokenizer: Tokenizer, prompt: str) -> list[int]:
     tokens = [int(token) for token in tokenizer.encode(prompt)]
     # The end of one document is what stands before the next.
     return tokens or [tokenizer.end_of_text]
+
+
+def _continued(
+    model: nn.Module,
+    share: BatchSharder,
+    request: TextRequest,
+    stop: Callable[[], bool] | None,
+    cache: KVCacheFactory | None,
+) -> bool:
+    """Completes the request token by token; False where `stop` returned True."""
+    group = share.mesh.context.group
+    communicator = None if group is None else Communicator(group)
+    scheduler = Scheduler(model, cache, rows=1, communicator=communicator)
+    scheduler.submit(request)
+    while scheduler.busy():
+        if stop is not None and stop():
+            return False
+        scheduler.step()
+    return True
+
+
+def _from_scratch(
+    model: nn.Module,
+    share: BatchSharder,
+    request: TextRequest,
+    stop: Callable[[], bool] | None,
+    cache: KVCacheFactory | None,
+) -> bool:
+    """Completes the request by passes over all tokens; False where `stop` returned True."""
+    while request.finished is None:
+        if stop is not None and stop():
+            return False
+        logits = _last_logits(model, share, [*request.prompt, *request.tokens])
+        request.append(request.take(logits))
+    return True
 
 
 def _last_logits(model: nn.Module, share: BatchSharder, tokens: list[int]) -> Tensor:

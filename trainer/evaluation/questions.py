@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from trainer.config.build_model import build_cache
 from trainer.data.tokenizers import Tokenizer
 from trainer.evaluation.base import EvaluationContext, Figure, Interrupted, mean
 from trainer.evaluation.generate import generate
@@ -116,6 +117,7 @@ def _generated(context: EvaluationContext, question: Question, count: int) -> fl
         seed=context.config.seed,
         step=context.step,
         stop=context.stopped,
+        cache=build_cache(context.config),
     )
     if text is None:
         raise Interrupted

@@ -55,6 +55,7 @@ def check_nodes(config: Config) -> Iterator[Finding | str]:
     yield from _check_by_building(config.schedule, {}, "schedule")
     yield from _check_by_building(config.objective, {}, "objective")
     yield from _check_by_building(build_model.memory_node(config), sizes, "memory")
+    yield from _check_by_building(config.cache, {}, "cache")
     yield from check_evaluation_nodes(config)
 
 

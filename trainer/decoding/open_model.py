@@ -1,0 +1,91 @@
+"""Opens a model to generate with: from a run, a checkpoint or an exported folder."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+from models.cache.base import KVCacheFactory
+from trainer.config.groups import CONF
+from trainer.config.instantiate import instantiate
+from trainer.config.node_checks import as_node
+from trainer.config.schema import Config
+from trainer.config.trust import stranger
+from trainer.config.values import TARGET
+from trainer.data.sources.base import build_source
+from trainer.data.tokenizers import Tokenizer
+from trainer.errors import UserError
+from trainer.export import CONFIG, WEIGHTS, export, reopen
+from trainer.limited_reader import json_object
+
+
+@dataclass
+class OpenModel:
+    """A model and what belongs to it.
+
+    Attributes:
+        model: on the CPU, in evaluation mode.
+        tokenizer: of its training data.
+        config: of its run.
+    """
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    config: Config
+
+
+def open_model(source: Path, trust: bool = False) -> OpenModel:
+    """Opens the newest whole checkpoint of a run, a checkpoint, or an exported folder.
+
+    Args:
+        source: RUN_DIR, RUN_DIR/checkpoints/step_N, or the folder of scripts.export.
+        trust: build classes of other packages too, which the config names. That runs the code of
+            whoever wrote them.
+
+    Raises:
+        UserError: nothing there, damaged, or not whole.
+    """
+    if (source / WEIGHTS).exists() or (source / CONFIG).exists():
+        return _opened(source, trust)
+    with tempfile.TemporaryDirectory() as folder:
+        export(source, Path(folder), trust)
+        return _opened(Path(folder), trust)
+
+
+def _opened(folder: Path, trust: bool) -> OpenModel:
+    model = reopen(folder, trust).eval()
+    config = Config.model_validate(json_object(folder / CONFIG)["config"])
+    return OpenModel(model, build_source(as_node(config.data)).tokenizer(), config)
+
+
+def named_cache(config: Config, name: str | None, settings: Mapping[str, Any]) -> KVCacheFactory:
+    """Builds the cache of a config, or the one of another name.
+
+    Args:
+        config: of the run.
+        name: of a file in conf/cache; None: that of the config.
+        settings: values of single keys, in place of those there.
+
+    Raises:
+        UserError: no such name, or a setting that it does not take.
+    """
+    node = as_node(config.cache)
+    if name is not None:
+        names = sorted(path.stem for path in (CONF / "cache").glob("*.yaml"))
+        if name not in names:
+            raise UserError(f"unknown cache={name}; choose one of {', '.join(names)}")
+        try:
+            loaded = OmegaConf.to_container(OmegaConf.load(CONF / "cache" / f"{name}.yaml"))
+        except (OSError, OmegaConfBaseException) as error:
+            raise UserError(f"cache={name}: {error}") from error
+        assert isinstance(loaded, dict)
+        node = {str(key): value for key, value in loaded.items()}
+    node = {**node, **settings}
+    if fault := stranger("cache", node[TARGET]):
+        raise UserError(fault)
+    return instantiate(node, {}, "cache")

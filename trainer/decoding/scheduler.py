@@ -1,0 +1,194 @@
+"""Continuous batching: requests join and leave between the steps of one model.
+
+A step feeds one token of every running request. A request whose text is complete leaves at once,
+and a waiting one takes its row: its prompt is read by itself and its state joins the others. A text
+does not depend on what runs beside it, up to the rounding of the kernels.
+
+Source: Yu et al. 2022, Orca (OSDI), scheduling by iteration. Theirs mixes prompts and single tokens
+in one pass; ours reads prompts in a pass of their own.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from models.cache.base import KVCacheFactory
+from parallel.collectives import Communicator
+from trainer.decoding.sampling import GREEDY, Sampling, choose, uniform
+from trainer.decoding.token_decoder import TokenDecoder
+
+END = "end"
+STOP = "stop"
+LENGTH = "length"
+
+
+@dataclass(eq=False)
+class TextRequest:
+    """A prompt and what is wanted after it.
+
+    Args:
+        prompt: tokens, one or more.
+        count: new tokens at most.
+        sampling: how they are chosen.
+        seed: names from which the random numbers are made, besides the index of the token.
+        end: the token that ends a text; it is not part of it. None: none does.
+        stop: called with the new tokens so far; True ends the text.
+
+    Attributes:
+        tokens: new tokens so far.
+        finished: END, STOP or LENGTH; None while it runs.
+    """
+
+    prompt: Sequence[int]
+    count: int
+    sampling: Sampling = GREEDY
+    seed: tuple[object, ...] = (0,)
+    end: int | None = None
+    stop: Callable[[list[int]], bool] | None = None
+    tokens: list[int] = field(default_factory=list)
+    finished: str | None = None
+
+    def take(self, logits: Tensor) -> int:
+        """Chooses the next token from logits [V]."""
+        number = uniform(*self.seed, len(self.tokens))
+        seen = [*self.prompt, *self.tokens] if self.sampling.repetition_penalty != 1 else ()
+        return choose(logits, self.sampling, seen, number)
+
+    def append(self, token: int) -> bool:
+        """Adds a token and notes whether the text is complete; False where it is no part of it."""
+        if token == self.end:
+            self.finished = END
+            return False
+        self.tokens.append(token)
+        if self.stop is not None and self.stop(self.tokens):
+            self.finished = STOP
+        elif len(self.tokens) >= self.count:
+            self.finished = LENGTH
+        return True
+
+
+class Scheduler:
+    """Runs requests, at most `rows` at a time.
+
+    Args:
+        model, cache, communicator, policy: as in TokenDecoder.
+        rows: requests that run at once.
+
+    Attributes:
+        most_bytes: the largest number of bytes that the state took.
+        counters: what caches report (evicted tokens, ...), the largest of each.
+        decoder: of the running requests; None while there is none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cache: KVCacheFactory | None = None,
+        *,
+        rows: int = 8,
+        communicator: Communicator | None = None,
+        policy: str | None = None,
+    ):
+        if rows < 1:
+            raise ValueError(f"rows={rows} is how many texts run at once; use 1 or more")
+        self.rows = rows
+        self.communicator = communicator
+        self.waiting: deque[TextRequest] = deque()
+        self.running: list[TextRequest] = []
+        self.decoder: TokenDecoder | None = None
+        self.most_bytes = 0
+        self.counters: dict[str, int] = {}
+        self._logits: Tensor | None = None
+        self._blank = lambda: TokenDecoder(model, cache, communicator=communicator, policy=policy)
+        self._blank()  # refuses a model that cannot decode before any request comes
+
+    def submit(self, request: TextRequest) -> None:
+        """Queues a request."""
+        if request.count < 1:
+            raise ValueError(f"{request.count} new tokens are none; ask for 1 or more")
+        self.waiting.append(request)
+
+    def busy(self) -> bool:
+        """Tells whether a request runs or waits."""
+        return bool(self.waiting or self.running)
+
+    def step(self) -> list[tuple[TextRequest, int | None]]:
+        """Lets requests join, and gives every running one its next token.
+
+        Returns:
+            The requests that ran, each with its new token; None where its text ended without one.
+        """
+        self._admit()
+        if self._logits is None:
+            return []
+        drawn = self._drawn(self._logits)
+        results: list[tuple[TextRequest, int | None]] = []
+        for request, token in zip(self.running, drawn, strict=True):
+            results.append((request, token if request.append(token) else None))
+        self._leave()
+        if self.decoder is not None:
+            self._logits = self.decoder.feed([[request.tokens[-1]] for request in self.running])
+            self._note(self.decoder)
+        return results
+
+    def run(self) -> Iterator[tuple[TextRequest, int | None]]:
+        """Yields what `step` returns until all requests are complete."""
+        while self.busy():
+            yield from self.step()
+
+    def _drawn(self, logits: Tensor) -> list[int]:
+        """Returns the next token of each running request, the same on all ranks."""
+        wide = logits.to("cpu", torch.float64)
+        tokens = [request.take(row) for request, row in zip(self.running, wide, strict=True)]
+        if self.communicator is None:
+            return tokens
+        # Ranks of different machines may round differently: that of rank 0 counts for all.
+        size = self.communicator.size
+        mine = torch.tensor(tokens, device=logits.device)
+        parts = self.communicator.all_to_all([mine] * size, [len(tokens)] * size, "decode tokens")
+        return parts[0].tolist()
+
+    def _admit(self) -> None:
+        """Reads the prompts of as many waiting requests as there are free rows."""
+        free = self.rows - len(self.running)
+        admitted = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
+        if not admitted:
+            return
+        # Samples of one prompt read it once.
+        prompts: dict[tuple[int, ...], int] = {}
+        rows = [prompts.setdefault(tuple(request.prompt), len(prompts)) for request in admitted]
+        newcomers = self._blank()
+        logits = newcomers.feed(list(prompts))
+        if rows != list(range(len(prompts))):
+            newcomers.select(rows)
+            logits = logits[rows]
+        if self.decoder is None:
+            self.decoder = newcomers
+            self._logits = logits
+        else:
+            assert self._logits is not None
+            self.decoder.join(newcomers)
+            self._logits = torch.cat([self._logits, logits])
+        self.running += admitted
+        self._note(self.decoder)
+
+    def _note(self, decoder: TokenDecoder) -> None:
+        self.most_bytes = max(self.most_bytes, decoder.bytes())
+        for name, number in decoder.state.counters().items():
+            self.counters[name] = max(number, self.counters.get(name, 0))
+
+    def _leave(self) -> None:
+        """Drops the rows whose texts are complete."""
+        rows = [row for row, request in enumerate(self.running) if request.finished is None]
+        if len(rows) == len(self.running):
+            return
+        self.running = [self.running[row] for row in rows]
+        if not rows:
+            self.decoder = None
+            self._logits = None
+            return
+        assert self.decoder is not None
+        self.decoder.select(rows)
