@@ -69,12 +69,15 @@ class Progress:
     data_after: Annotated[int, Field(ge=0, le=STEPS)] = 0
 
     def begin_stage(self, number: int, stream: Stream) -> None:
-        """Goes on into the next stage; other rows than those of the stage before begin anew."""
+        """Goes on into the next stage; other rows than those of the stage before begin anew.
+
+        Sources of a mixture whose rows are the same go on where they were.
+        """
         self.stage = number
         # The stage before was not over until its evaluation was done, or had failed.
         self.owed = []
         if _of_other_data(self.cursor, stream):
-            self.cursor = stream.start()
+            self.cursor = stream.follow(self.cursor)
             self.data_after = self.step
             # Losses of rows of another length or kind are no measure for these.
             self.best = {}

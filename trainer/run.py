@@ -320,6 +320,8 @@ class Run:
         caught = signal.Signals(self.stop.caught) if self.stop.caught and unfinished else None
         if (cost := assessment.cost()) is not None:
             self.console.say(cost)
+        if (read := self.stream.progress(progress.cursor)) != "":
+            self.console.say(f"data: {read}")
         goes_on = progress.step == self.config.steps and not self.stage.is_last and caught is None
         where = self.logs.close(progress.step, progress.tokens, progress.best, goes_on=goes_on)
         if goes_on:

@@ -227,13 +227,26 @@ def _is_free_in_stage(key: str, begun: int) -> bool:
 
 def _decided_by_content(old: dict[str, Any], config: Config) -> list[str]:
     """Returns the settings of the data that may differ, because its content is compared later."""
-    if old["data"].get("_target_") != config.data.target:
+    return _settings_of_place(old["data"], plain_config(config)["data"], "data")
+
+
+def _settings_of_place(old: Any, new: Any, where: str) -> list[str]:
+    """Returns the settings of a source, and of those that it mixes, that its content decides."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return []
+    if old.get("_target_") != new.get("_target_"):
         return []
     try:
-        kind = kind_of(config.data.target)
+        kind = kind_of(new.get("_target_"))
     except ValueError:  # said elsewhere
         return []
-    return [f"data.{key}" for key in kind.content_decides]
+    keys = [f"{where}.{key}" for key in kind.content_decides]
+    mixed = old.get("sources")
+    for name, node in mixed.items() if isinstance(mixed, dict) else []:
+        keys += _settings_of_place(
+            node, (new.get("sources") or {}).get(name), f"{where}.sources.{name}"
+        )
+    return keys
 
 
 def _word(value: Any) -> str:

@@ -141,6 +141,20 @@ def texts(tmp_path_factory):
         "data=files": paths,
         "data=stdlib": (f"data.cache={folder / 'cache'}",),
         "data=hub": (f"data.name={hub}",),
+        "data=conversations": (
+            f"data.path={hub / 'train.jsonl'}",
+            f"data.cache={folder / 'cache'}",
+            "data.chat_template=chatml",
+        ),
+        "data=mixture": (
+            "+data@data.sources.near=files",
+            "+data@data.sources.far=hub",
+            f"data.sources.near.path={glob}",
+            f"data.sources.near.cache={folder / 'cache'}",
+            f"data.sources.far.name={hub}",
+            "data.weights.near=3",
+            "data.weights.far=[[0,1],[2,4]]",
+        ),
     }
 
 

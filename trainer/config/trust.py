@@ -100,6 +100,8 @@ def stranger(place: str, target: Any) -> str | None:
         return None if f"{home}.".startswith(ENGINES) else f"{shown} is no engine"
     layers = place.startswith(LAYERS) and place.count(".") <= 2
     kinds = (nn.Module,) if layers else KINDS.get(place, PARTS)
+    if place.startswith("data.sources."):
+        kinds = (Source,)
     try:
         found = getattr(importlib.import_module(home), name, None)
     except ImportError:

@@ -23,7 +23,8 @@ TELL_S = 10  # seconds between two lines of progress
 
 def place(source: Local, files: list[File], tokenizer: Tokenizer) -> Path:
     """Returns the folder for the corpus of these files and this tokenizer; it need not exist."""
-    identity = f"{FORMAT} {source.key(files)} {tokenizer.fingerprint}"
+    encoder = source.encoder(tokenizer)
+    identity = f"{FORMAT} {source.key(files)} {encoder.fingerprint}"
     key = hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
     name = f"{type(source).__name__.lower()}-{key}"
     root = os.path.expanduser(source.cache) if source.cache else _user_cache(name)
@@ -111,7 +112,7 @@ def _build(folder: Path, source: Local, files: list[File], tokenizer: Tokenizer)
     part.mkdir()
     try:
         documents = _with_progress(source.documents(files, report))
-        facts = write(part, documents, tokenizer, report)
+        facts = write(part, documents, tokenizer, report, source.encoder(tokenizer))
         if not facts["documents"]:
             raise DataError(nothing(len(files), report))
         with open(part / FACTS, "w", encoding="utf-8") as out:

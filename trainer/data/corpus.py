@@ -1,7 +1,8 @@
 """Tokenized documents on disk: written once as Arrow record batches, read through a memory map.
 
 A corpus is a folder: tokens.arrow (an IPC file; a row is a document: hash uint64, tokens list of
-uint16 or uint32, the end-of-text token among them) and facts.json (counts, checksums, a fingerprint
+uint16 or uint32, the end-of-text token among them; of conversations also given list of uint8, 1 for
+a token that is no target, and turns list of int64) and facts.json (counts, checksums, a fingerprint
 of the content). It is independent of the context length.
 """
 
@@ -15,9 +16,10 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 
+from trainer.data.documents import DocumentEncoder, EncodedDocument, PlainText
 from trainer.data.errors import DataError, ReadReport
 from trainer.data.split import digest
-from trainer.data.tokenizers import Tokenizer, ended
+from trainer.data.tokenizers import Tokenizer
 from trainer.limited_reader import json_object
 
 FORMAT = 2
@@ -34,7 +36,11 @@ class Damaged(Exception):
 
 
 def write(
-    folder: Path, named: Iterable[tuple[str, str]], tokenizer: Tokenizer, report: ReadReport
+    folder: Path,
+    named: Iterable[tuple[str, str]],
+    tokenizer: Tokenizer,
+    report: ReadReport,
+    encoder: DocumentEncoder | None = None,
 ) -> dict[str, Any]:
     """Tokenizes documents into tokens.arrow of a folder.
 
@@ -46,35 +52,44 @@ def write(
         named: (name, text) of each document.
         tokenizer: turns texts into tokens.
         report: counts what is left out.
+        encoder: makes documents of the texts; None = each text is one.
 
     Returns:
         The facts, which the caller writes.
     """
+    encoder = PlainText(tokenizer) if encoder is None else encoder
     dtype = np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.uint32
-    token_type = pa.from_numpy_dtype(dtype)
-    schema = pa.schema([("hash", pa.uint64()), ("tokens", pa.large_list(token_type))])
+    fields = [("hash", pa.uint64()), ("tokens", pa.large_list(pa.from_numpy_dtype(dtype)))]
+    if encoder.learns_part:
+        fields += [("given", pa.large_list(pa.uint8())), ("turns", pa.large_list(pa.int64()))]
+    schema = pa.schema(fields)
     content = hashlib.blake2b(digest_size=16)
     sums = []
     document_count = 0
     token_count = 0
     with pa.OSFile(str(folder / TOKENS), "wb") as sink, pa.ipc.new_file(sink, schema) as out:
-        for hashes, documents in _blocks(named, tokenizer, dtype, report):
-            # A large document is a block of its own and must not be copied.
-            flat = documents[0] if len(documents) == 1 else np.concatenate(documents)
-            lengths = np.array([len(document) for document in documents], np.int64)
-            ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-            lists = pa.LargeListArray.from_arrays(pa.array(ends), pa.array(flat, token_type))
-            columns = [pa.array(hashes, pa.uint64()), lists]
-            out.write_batch(pa.record_batch(columns, schema=schema))
+        for hashes, documents in _blocks(named, encoder, dtype, report):
+            flat, tokens = _lists([document.tokens for document in documents], dtype)
+            lengths = np.array([len(document.tokens) for document in documents], np.int64)
+            columns = [pa.array(hashes, pa.uint64()), tokens]
             content.update(np.array(hashes, np.uint64).data)
             content.update(lengths.data)
             content.update(flat.data)
-            sums.append(zlib.crc32(flat.data))
+            checksum = zlib.crc32(flat.data)
+            if encoder.learns_part:
+                given, given_lists = _lists([_given(document) for document in documents], np.uint8)
+                turns, turn_lists = _lists([_turns(document) for document in documents], np.int64)
+                columns += [given_lists, turn_lists]
+                for array in (given, turns):
+                    content.update(array.data)
+                    checksum = zlib.crc32(array.data, checksum)
+            out.write_batch(pa.record_batch(columns, schema=schema))
+            sums.append(checksum)
             document_count += len(documents)
             token_count += len(flat)
     with open(folder / TOKENS, "rb") as written:
         os.fsync(written.fileno())
-    content.update(tokenizer.fingerprint.encode())
+    content.update(encoder.fingerprint.encode())
     return {
         "format": FORMAT,
         "documents": document_count,
@@ -85,27 +100,47 @@ def write(
     }
 
 
+def _lists(arrays: list[np.ndarray], dtype: Any) -> tuple[np.ndarray, pa.Array]:
+    """Returns arrays end to end, and as a column of lists."""
+    # A large document is a block of its own and must not be copied.
+    flat = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    lengths = np.array([len(array) for array in arrays], np.int64)
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    values = pa.array(flat, pa.from_numpy_dtype(dtype))
+    return flat, pa.LargeListArray.from_arrays(pa.array(ends), values)
+
+
+def _given(document: EncodedDocument) -> np.ndarray:
+    assert document.given is not None, "an encoder that learns a part says which"
+    return document.given.astype(np.uint8)
+
+
+def _turns(document: EncodedDocument) -> np.ndarray:
+    assert document.turns is not None, "an encoder that learns a part says where turns begin"
+    return document.turns.astype(np.int64)
+
+
 def _blocks(
-    named: Iterable[tuple[str, str]], tokenizer: Tokenizer, dtype: Any, report: ReadReport
-) -> Iterator[tuple[list[int], list[np.ndarray]]]:
-    """Yields (hashes, token arrays) of the whole documents that make up a record batch."""
-    hashes = []
-    documents = []
+    named: Iterable[tuple[str, str]], encoder: DocumentEncoder, dtype: Any, report: ReadReport
+) -> Iterator[tuple[list[int], list[EncodedDocument]]]:
+    """Yields (hashes, documents) of the whole documents that make up a record batch."""
+    hashes: list[int] = []
+    documents: list[EncodedDocument] = []
     block_tokens = 0
     for names, texts in _text_batches(named):
-        for name, tokens in zip(names, tokenizer.encode_many(texts)):
-            if not len(tokens):
-                report.silent += 1
+        for name, document in zip(names, encoder.encode_all(names, texts, report)):
+            if document is None:
                 continue
             # Concatenating a large document with others would copy it.
-            if documents and len(tokens) >= BLOCK:
+            if documents and len(document.tokens) >= BLOCK:
                 yield hashes, documents
                 hashes = []
                 documents = []
                 block_tokens = 0
             hashes.append(digest(name))
-            documents.append(ended(tokens.astype(dtype, copy=False), tokenizer.end_of_text))
-            block_tokens += len(documents[-1])
+            tokens = document.tokens.astype(dtype, copy=False)
+            documents.append(document._replace(tokens=tokens))
+            block_tokens += len(tokens)
         if block_tokens >= BLOCK:
             yield hashes, documents
             hashes = []
@@ -143,6 +178,7 @@ class Corpus:
         facts: contents of facts.json.
         hashes: [documents] uint64, of the documents' names.
         lengths: [documents] int64, tokens with the end of text.
+        learns_part: whether it tells which tokens are given.
 
     Raises:
         Damaged: the files are not whole.
@@ -158,6 +194,9 @@ class Corpus:
             self.file = pa.ipc.open_file(pa.memory_map(str(folder / TOKENS)))
             self.flats: list[np.ndarray] = []
             self.ends: list[np.ndarray] = []
+            self.givens: list[np.ndarray] = []
+            self.turn_lists: list[tuple[np.ndarray, np.ndarray]] = []
+            self.learns_part = "given" in self.file.schema.names
             hashes: list[np.ndarray] = []
             for number in range(self.file.num_record_batches):
                 block = self.file.get_batch(number)
@@ -166,6 +205,10 @@ class Corpus:
                 self.flats.append(tokens.values.to_numpy(zero_copy_only=True))
                 self.ends.append(tokens.offsets.to_numpy(zero_copy_only=True))
                 hashes.append(block.column(0).to_numpy())
+                if self.learns_part:
+                    self.givens.append(block.column(2).values.to_numpy(zero_copy_only=True))
+                    turns = block.column(3)
+                    self.turn_lists.append((turns.values.to_numpy(), turns.offsets.to_numpy()))
         except (
             ValueError,
             KeyError,
@@ -190,6 +233,10 @@ class Corpus:
         counts = (len(self.flats), len(self.lengths), int(self.lengths.sum()))
         if counts != (len(self.sums), self.facts.get("documents"), self.facts.get("tokens")):
             raise Damaged("the counts differ from those written")
+        if self.learns_part:
+            sizes = [len(flat) for flat in self.flats]
+            if [len(given) for given in self.givens] != sizes:
+                raise Damaged("not every token tells if it is given")
         # A large corpus would take minutes; `tokens` checks its later blocks.
         total = 0
         for block, flat in enumerate(self.flats):
@@ -199,7 +246,11 @@ class Corpus:
 
     def _check(self, block: int) -> None:
         """Compares the checksum of one block with the one that was written."""
-        if zlib.crc32(cast(Any, self.flats[block])) != self.sums[block]:
+        checksum = zlib.crc32(cast(Any, self.flats[block]))
+        if self.learns_part:
+            checksum = zlib.crc32(cast(Any, self.givens[block]), checksum)
+            checksum = zlib.crc32(cast(Any, self.turn_lists[block][0]), checksum)
+        if checksum != self.sums[block]:
             raise Damaged(f"block {block} of the tokens differs from what was written")
         self.checked[block] = True
 
@@ -209,6 +260,31 @@ class Corpus:
         Raises:
             DataError: the tokens differ from what was written.
         """
+        block, first, end = self._place(document)
+        return self.flats[block][first + start : min(first + stop, end)]
+
+    def given(self, document: int, start: int, stop: int) -> np.ndarray | None:
+        """Returns which of the same tokens are no targets, [n] bool; None where all are targets.
+
+        Raises:
+            DataError: the tokens differ from what was written.
+        """
+        if not self.learns_part:
+            return None
+        block, first, end = self._place(document)
+        return self.givens[block][first + start : min(first + stop, end)].astype(bool)
+
+    def turns(self, document: int) -> np.ndarray:
+        """Returns the tokens of a document before which it may be cut, by number."""
+        if not self.learns_part:
+            return np.zeros(0, np.int64)
+        block = int(np.searchsorted(self.firsts, document, "right")) - 1
+        values, ends = self.turn_lists[block]
+        first, end = ends[document - self.firsts[block] :][:2]
+        return values[first:end]
+
+    def _place(self, document: int) -> tuple[int, int, int]:
+        """Returns (block, first token, end) of a document, once its block was checked."""
         block = int(np.searchsorted(self.firsts, document, "right")) - 1
         if not self.checked[block]:
             try:
@@ -219,4 +295,4 @@ class Corpus:
                 ) from error
         number_in_block = document - self.firsts[block]
         first, end = self.ends[block][number_in_block : number_in_block + 2]
-        return self.flats[block][first + start : min(first + stop, end)]
+        return block, int(first), int(end)

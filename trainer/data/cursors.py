@@ -1,5 +1,6 @@
 """Validation of a cursor that comes from a file: every field of its type and in its range."""
 
+import math
 from typing import Any
 
 LARGEST = 2**62  # of any number in a cursor: sums of two must not overflow int64
@@ -32,6 +33,8 @@ def misfit(beginning: Any, cursor: Any, where: str = "cursor") -> str | None:
     else:
         if isinstance(cursor, int) and not 0 <= cursor <= LARGEST:
             return f"{where}={cursor} is out of range"
+        if isinstance(cursor, float) and not math.isfinite(cursor):
+            return f"{where}={cursor} is no finite number"
         return None
     for field in fields:
         message = misfit(beginning[field], cursor[field], f"{where}.{field}")

@@ -7,22 +7,29 @@ from typing import Any
 
 from trainer.data.cache import nothing, place
 from trainer.data.corpus import FACTS
-from trainer.data.errors import NONE_HELD_OUT, ONE_DOCUMENT, ReadReport
+from trainer.data.errors import NONE_HELD_OUT, ONE_DOCUMENT, DataError, ReadReport
 from trainer.data.folders import writable
 from trainer.data.sources.base import Local, Source, build_source
+from trainer.data.sources.mixture import Mixture, placed
 from trainer.data.sources.readers import File, suffix_of
 from trainer.data.sources.streaming import SAMPLED, StreamingSource
 from trainer.data.split import SPLITS
 from trainer.data.streams.base import Stream
+from trainer.data.streams.mixture import MixtureStream
 from trainer.data.streams.packed import PackedStream
 from trainer.data.streams.streaming import NOTHING, StreamingStream
 from trainer.data.streams.synthetic import SyntheticStream
 from trainer.data.tasks.base import SyntheticTask
 from trainer.data.tokenizers import Tokenizer
+from trainer.errors import BAD_CONFIG
 from trainer.limited_reader import json_object
 
 LOOK = 64 << 20  # bytes read by `check`
 SLICE = 4096  # characters tokenized at once in search of a token
+NO_LANES = (
+    "memory: rows go on from row to row under it, and those of data=mixture come from different"
+    " sources; use memory=none, or one source"
+)
 GLANCE = 4  # documents of a streamed source read by `check`
 
 
@@ -70,10 +77,38 @@ def open_stream(
         return PackedStream(source, **settings)
     if isinstance(source, SyntheticTask):
         return SyntheticStream(source, **settings)
+    if isinstance(source, Mixture):
+        return _open_mixture(source, settings)
     assert isinstance(source, StreamingSource), (
         f"{type(source).__name__} is neither Local nor Endless"
     )
     return StreamingStream(source, **settings)
+
+
+def _open_mixture(source: Mixture, settings: dict[str, Any]) -> MixtureStream:
+    """Opens the batches of a mixture."""
+    if settings["lanes"]:
+        raise DataError(NO_LANES, BAD_CONFIG)
+    split = settings["split"]
+    streams: dict[str, Stream] = {}
+    by_source: dict[str, Stream] = {}
+    for name, part in source.sources.items():
+        if split == "held_out" and not part.holds_out:
+            continue
+        try:
+            streams[name] = open_stream(part, **(settings | {"rows": 1}))
+            if split == "held_out":
+                by_source[name] = open_stream(part, **settings)
+        except ValueError as error:
+            raise DataError(placed(str(error), name, part)) from error
+    return MixtureStream(
+        source,
+        streams,
+        context_length=settings["context_length"],
+        rows=settings["rows"],
+        split=split,
+        by_source=by_source,
+    )
 
 
 def check(
@@ -115,6 +150,8 @@ def check(
     try:
         if isinstance(source, Local):
             _check_local(source, tokenizer, evaluates, errors)
+        elif isinstance(source, Mixture):
+            errors += _check_mixture(source, evaluates, context_length, lanes)
         elif isinstance(source, StreamingSource):
             errors += _glance(source, tokenizer)
         elif isinstance(source, SyntheticTask) and context_length is not None:
@@ -125,6 +162,24 @@ def check(
                 )
     except ValueError as error:
         errors.append(str(error))
+    return errors
+
+
+def _check_mixture(
+    source: Mixture, evaluates: bool, context_length: int | None, lanes: bool
+) -> list[str]:
+    """Returns the faults of every source of a mixture, without those of their tokenizers."""
+    if lanes:
+        return [NO_LANES]
+    errors: list[str] = []
+    for name, part in source.sources.items():
+        try:
+            part.tokenizer()
+        except ValueError:
+            continue  # reported with the mixture's
+        wishes = evaluates and part.holds_out
+        faults = check(part, evaluates=wishes, context_length=context_length)
+        errors += [placed(fault, name, part) for fault in faults]
     return errors
 
 
@@ -198,13 +253,16 @@ def _look(
     left = LOOK
     documents = 0
     has_tokens = False
+    encoder = None if tokenizer is None else source.encoder(tokenizer)
     for file in files:
         # A fault that stat shows costs no reading, so it is reported however far in it lies.
         fault_without_reading = file.unreadable or file.size > source.max_document_bytes
         if file.folder or (left <= 0 and not fault_without_reading):
             continue
-        for _, text in source.documents([file], report, limit=max(left, 1)):
+        for name, text in source.documents([file], report, limit=max(left, 1)):
             documents += 1
+            if encoder is not None:
+                encoder.inspect(name, text, report)
             has_tokens = has_tokens or _has_tokens(tokenizer, text)
         # What is compressed may hold more than its file has bytes.
         left = 0 if report.cut_short else left - file.size

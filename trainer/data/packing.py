@@ -9,17 +9,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from models.span import PADDING, TEXT
+from models.span import GIVEN, PADDING, TEXT
 from trainer.data.batch import Batch
 from trainer.data.corpus import Corpus
 
 
 class PackedRow(NamedTuple):
-    """One packed row: three [T+1] int64 arrays; `doc` is PADDING where there is no token."""
+    """One packed row: four [T+1] int64 arrays; `doc` is PADDING where there is no token."""
 
     tokens: np.ndarray
     doc: np.ndarray
     pos: np.ndarray
+    role: np.ndarray
 
 
 class DocumentSlice(NamedTuple):
@@ -29,11 +30,13 @@ class DocumentSlice(NamedTuple):
         document: its number.
         start: position of the first of the tokens in it.
         tokens: [n].
+        given: [n] bool, True = the token is not a target; None = every token is one.
     """
 
     document: int
     start: int
     tokens: np.ndarray
+    given: np.ndarray | None = None
 
 
 def lay_out(pieces: Sequence[DocumentSlice], length: int, *, goes_on: bool) -> PackedRow:
@@ -50,6 +53,7 @@ def lay_out(pieces: Sequence[DocumentSlice], length: int, *, goes_on: bool) -> P
         tokens=np.zeros(length, np.int64),
         doc=np.full(length, PADDING, np.int64),
         pos=np.zeros(length, np.int64),
+        role=np.full(length, TEXT, np.int64),
     )
     # numpy cannot concatenate an empty list.
     if not pieces:
@@ -67,6 +71,12 @@ def lay_out(pieces: Sequence[DocumentSlice], length: int, *, goes_on: bool) -> P
     row.tokens[:filled] = np.concatenate([piece.tokens for piece in pieces])
     row.doc[:filled] = np.repeat(np.array(numbers, np.int64), counts)
     row.pos[:filled] = np.arange(filled) - np.repeat(offsets, counts)
+    start = 0
+    for piece in pieces:
+        stop = start + len(piece.tokens)
+        if piece.given is not None:
+            row.role[start:stop] = np.where(piece.given, GIVEN, TEXT)
+        start = stop
     return row
 
 
@@ -75,7 +85,8 @@ def stack(rows: Sequence[PackedRow]) -> Batch:
     tokens = torch.from_numpy(np.stack([row.tokens for row in rows]))
     doc = torch.from_numpy(np.stack([row.doc for row in rows]))
     pos = torch.from_numpy(np.stack([row.pos for row in rows]))
-    return Batch(tokens, doc, pos, torch.full_like(tokens, TEXT))
+    role = torch.from_numpy(np.stack([row.role for row in rows]))
+    return Batch(tokens, doc, pos, role)
 
 
 class Concatenation:
@@ -117,7 +128,8 @@ class Concatenation:
             until = min(stop, document_end)
             start = position - document_begin
             tokens = self.corpus.tokens(document, start, until - document_begin)
-            pieces.append(DocumentSlice(self.first_number + index, start, tokens))
+            given = self.corpus.given(document, start, until - document_begin)
+            pieces.append(DocumentSlice(self.first_number + index, start, tokens, given))
             position = until
             index += 1
         return lay_out(pieces, length, goes_on=goes_on)

@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 
 from trainer.data.errors import DataError
-from trainer.limited_reader import json_file
+from trainer.data.tokenizer_settings import TokenizerSettings, read_settings
 
 # How known models call the token that ends a text; the first that the tokenizer has is taken.
 ENDINGS = (
@@ -28,16 +28,22 @@ ENDINGS = (
 # Unigram's sampling.
 RANDOM_SETTINGS = ("dropout", "alpha", "nbest_size")
 LARGEST_FILE = 256 << 20  # bytes of a tokenizer.json; the largest that are in use have some 40 MB
-LARGEST_SETTINGS = 16 << 20  # bytes of a tokenizer_config.json
 LARGEST_GAP = 1 << 16  # numbers that no token has, beyond as many as there are tokens
 SHOWN = 60  # characters of a text that a message quotes
 PIECE = 1 << 18  # characters of a long text that are turned to bytes at a time
 
 
 class Tokenizer(Protocol):
-    """Interface of tokenizers; token numbers are below `vocabulary`."""
+    """Interface of tokenizers; token numbers are below `vocabulary`.
+
+    Attributes:
+        vocabulary: rows that a model has for the tokens, further ones for padding included.
+        tokens: numbers below it are tokens; less than `vocabulary` where that is padded.
+        end_of_text: the number that ends a document.
+    """
 
     vocabulary: int
+    tokens: int
     end_of_text: int
     fingerprint: str
     remark: str  # for the log: what of its settings does not count here; empty where all do
@@ -49,6 +55,26 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
 
 
+class ChatTokenizer(Tokenizer, Protocol):
+    """A tokenizer that can read the text of a chat template.
+
+    Attributes:
+        settings: special tokens and chat templates.
+        endings: texts of its special tokens.
+    """
+
+    settings: TokenizerSettings
+    endings: tuple[str, ...]
+
+    def encode_markup(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the tokens of a text, special ones where it spells them.
+
+        Returns:
+            (token numbers [n], place in the text where each begins [n]).
+        """
+        ...
+
+
 class Bytes:
     """One token a byte of UTF-8: no file, no training, any language.
 
@@ -57,9 +83,12 @@ class Bytes:
     """
 
     vocabulary = 257
+    tokens = 257
     end_of_text = 256
     fingerprint = "bytes/1"
     remark = ""
+    settings = TokenizerSettings()
+    endings = ()
 
     def encode(self, text: str) -> np.ndarray:
         if len(text) <= PIECE:
@@ -80,6 +109,11 @@ class Bytes:
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
 
+    def encode_markup(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """See ChatTokenizer.encode_markup; no byte is special."""
+        widths = [len(character.encode("utf-8")) for character in text]
+        return self.encode(text), np.repeat(np.arange(len(text)), widths)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Bytes that are no UTF-8 (a character cut in two) are shown as U+FFFD; ends of documents
         are left out."""
@@ -97,22 +131,34 @@ class HuggingFace:
 
     Args:
         backend: the library's tokenizer; it is changed.
-        ending: the token that ends a text, where somebody says so.
+        settings: special tokens, of which eos_token ends a text, and chat templates.
         name: what messages call it.
 
     Raises:
         DataError: its numbers run far beyond its tokens, or it has none.
     """
 
-    def __init__(self, backend: Backend, ending: str | None = None, name: str = "tokenizer"):
+    def __init__(
+        self,
+        backend: Backend,
+        settings: TokenizerSettings | None = None,
+        name: str = "tokenizer",
+    ):
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
         self.remark = _without_chance(backend)
         self.backend = backend
         self.name = name
+        self.settings = TokenizerSettings() if settings is None else settings
+        added = backend.get_added_tokens_decoder().values()
+        self.endings = tuple(token.content for token in added if token.special)
         words = backend.get_vocab(with_added_tokens=True)
-        known = [word for word in (ending, *ENDINGS) if word is not None and word in words]
+        known = [
+            word
+            for word in (self.settings.special.get("eos_token"), *ENDINGS)
+            if word is not None and word in words
+        ]
         self.vocabulary = (
             max(words.values(), default=-1) + 1
         )  # not the number of words: there may be gaps
@@ -130,6 +176,7 @@ class HuggingFace:
         else:
             self.end_of_text = self.vocabulary
             self.vocabulary += 1
+        self.tokens = self.vocabulary
         said = f"{backend.to_str()} {self.end_of_text}"
         self.fingerprint = (
             "tokenizers/" + hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
@@ -150,6 +197,18 @@ class HuggingFace:
         except BaseException as error:
             raise self._refused(texts, error) from error
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
+
+    def encode_markup(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """See ChatTokenizer.encode_markup."""
+        self.backend.encode_special_tokens = False
+        try:
+            encoding = self.backend.encode(text, add_special_tokens=False)
+        except BaseException as error:
+            raise self._refused([text], error) from error
+        finally:
+            self.backend.encode_special_tokens = True
+        begins = [begin for begin, _ in encoding.offsets]
+        return np.asarray(encoding.ids, np.uint32), np.asarray(begins, np.int64)
 
     def _refused(self, texts: Sequence[str], error: BaseException) -> BaseException:
         """The fault of the first text that cannot be encoded; `error` itself where that is not the
@@ -174,6 +233,19 @@ class HuggingFace:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = [int(i) for i in ids if 0 <= i != self.end_of_text]
         return self.backend.decode(ids, skip_special_tokens=True)
+
+
+def padded_to(tokenizer: Tokenizer, multiple: int) -> Tokenizer:
+    """Raises a tokenizer's vocabulary to a multiple, and says so in its remark.
+
+    The further numbers are never read; matrices of such a size are what kernels like.
+    """
+    tokens = tokenizer.tokens
+    tokenizer.vocabulary = -(-tokens // multiple) * multiple
+    if tokenizer.vocabulary > tokens:
+        words = f"vocabulary {tokens} padded to {tokenizer.vocabulary}, a multiple of {multiple}"
+        tokenizer.remark = "; ".join(part for part in (tokenizer.remark, words) if part)
+    return tokenizer
 
 
 def ended(tokens: np.ndarray, end: int) -> np.ndarray:
@@ -244,29 +316,7 @@ def _local(name: str, path: Path) -> HuggingFace:
         raise ValueError(
             f"data.tokenizer={name}: {file} is no tokenizer ({reason}); give a tokenizer.json"
         ) from error
-    return HuggingFace(backend, _ending(file.with_name("tokenizer_config.json")), name)
-
-
-def _ending(file: Path) -> str | None:
-    """The word that a saved model's settings name as its end of text."""
-    if not file.is_file():
-        return None
-    try:
-        settings = json_file(file, LARGEST_SETTINGS)
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"{file} is not JSON settings of a tokenizer ({error}); mend or remove it"
-        ) from error
-    if not isinstance(settings, dict):
-        raise ValueError(
-            f"{file} is not JSON settings of a tokenizer (it is no object); mend or remove it"
-        )
-    word = settings.get("eos_token")
-    if isinstance(word, dict):
-        word = word.get("content")
-    if word is not None and not isinstance(word, str):
-        raise ValueError(f"{file}: eos_token={word!r:.{SHOWN}} is no text; mend or remove it")
-    return word
+    return HuggingFace(backend, read_settings(file.parent), name)
 
 
 def _without_chance(backend: Backend) -> str:

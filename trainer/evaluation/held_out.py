@@ -102,6 +102,14 @@ class HeldOut(Evaluation):
         figures = [Figure(LOSS, result.loss, chance, result.by_position)]
         for name, value in result.graded.items():
             figures.append(Figure(name, value))
+        for name, source in stream.by_source.items():
+            part = evaluate(
+                context.model, share, source, batches, context.stopped, context.lanes(share)
+            )
+            if part is None:
+                raise Interrupted
+            if part.loss is not None:
+                figures.append(Figure(f"{LOSS}/{name}", part.loss, chance, part.by_position))
         return figures
 
     def opened(self, context: EvaluationContext) -> Stream:
@@ -151,7 +159,7 @@ def held_out_rows(context: EvaluationContext, data: Source | None, length: int |
         rows=config.rows,
         # Of the order of documents, which is to be the same under every seed of a run.
         seed=0,
-        split="held_out" if source.held_out else "train",
+        split="held_out" if source.holds_out else "train",
         lanes=config.memory.carries,
     )
     if not objective.rewrites:

@@ -38,8 +38,8 @@ class Symbols(NamedTuple):
 
     @property
     def added(self) -> int:
-        """Number of tokens beyond the tokenizer's."""
-        return self.vocabulary - self.text
+        """Number of special tokens beyond the tokenizer's."""
+        return sum(number >= self.text for number in self.special)
 
 
 class Objective:
@@ -71,7 +71,7 @@ class Objective:
         Special tokens are the tokenizer's own if it has all of them, else further numbers.
         """
         words = self.words(context_length)
-        text = tokenizer.vocabulary
+        text = tokenizer.tokens
         # The byte tokenizer has no named tokens, and so no such method.
         lookup: Callable[[str], int | None] | None = getattr(tokenizer, "number", None)
         own: list[int] = []
@@ -82,9 +82,11 @@ class Objective:
                     own.append(number)
         # All or none: a mixture would give sentinels an order that no tokenizer has.
         if words and len(own) == len(words):
-            return Symbols(text, tokenizer.end_of_text, tuple(own), text)
+            return Symbols(text, tokenizer.end_of_text, tuple(own), tokenizer.vocabulary)
         special = tuple(range(text, text + len(words)))
-        return Symbols(text, tokenizer.end_of_text, special, text + len(words))
+        # Numbers that pad the vocabulary are free for them.
+        vocabulary = max(text + len(words), tokenizer.vocabulary)
+        return Symbols(text, tokenizer.end_of_text, special, vocabulary)
 
     def reads(self, context_length: int) -> int:
         """Returns the number of tokens of text that make a row of `context_length` tokens.

@@ -12,8 +12,7 @@ from models.masks.algebra import FAR
 from trainer.config import build_model
 from trainer.config.node_checks import as_node
 from trainer.config.schema import Config
-from trainer.data.sources.base import build_source
-from trainer.data.tasks.base import SyntheticTask
+from trainer.data.sources.base import Source, build_source
 from trainer.errors import UserError
 from trainer.objectives.base import Objective
 from trainer.objectives.stream import objective_of
@@ -39,10 +38,10 @@ def check_objective(config: Config) -> Iterator[str]:
         yield str(error)
     if not objective.rewrites:
         return
-    task = _task(config)
-    if task is not None:
+    source = _source(config)
+    if source is not None and source.sets_targets:
         yield (
-            f"{key} hides parts of plain text, but {type(task).__name__} says itself what is "
+            f"{key} hides parts of plain text, but {type(source).__name__} says itself what is "
             "to be said; use objective=next_token"
         )
     if config.memory.carries and not objective.carries:
@@ -77,8 +76,8 @@ def vocabulary(config: Config) -> tuple[int, list[str]]:
 
 def learns_next(config: Config) -> bool:
     """Tells if targets are later tokens of the row itself, which no layer may show."""
-    task = _task(config)
-    return objective_of(config).predicts_next and (task is None or not task.aimed)
+    source = _source(config)
+    return objective_of(config).predicts_next and (source is None or not source.aimed)
 
 
 def check_objective_model(config: Config, model: nn.Module) -> Iterator[str]:
@@ -158,14 +157,13 @@ def _name(config: Config) -> str:
     return objective.name if is_built_in else config.objective.target
 
 
-def _task(config: Config) -> SyntheticTask | None:
-    """Returns the synthetic task of the data; None for text, or for data with faults."""
+def _source(config: Config) -> Source | None:
+    """Returns the source of the data; None for data with faults."""
     # The check of the data reports the faults.
     try:
-        source = build_source(as_node(config.data))
+        return build_source(as_node(config.data))
     except ValueError:
         return None
-    return source if isinstance(source, SyntheticTask) else None
 
 
 def _named(layers: list[Ahead]) -> str:

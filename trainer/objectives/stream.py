@@ -35,6 +35,10 @@ class ObjectiveStream(Stream):
         self.vocabulary = self.symbols.vocabulary
         self.batches = text.batches
         self.rows = text.rows
+        self.by_source = {
+            name: ObjectiveStream(part, objective, context_length=context_length, seed=seed)
+            for name, part in text.by_source.items()
+        }
         # Everything that the rows depend on, so that a resume under other settings is refused.
         settings = f"{type(objective).__name__} {sorted(vars(objective).items())}"
         identity = f"{text.fingerprint} {settings} {context_length} {seed} {self.symbols}"
@@ -52,6 +56,14 @@ class ObjectiveStream(Stream):
         rows = cursor["rows"] + torch.arange(len(text.tokens))
         batch = self.objective.apply(text, rows, self.seed, self.symbols, self.context_length)
         return batch, next_cursor | {"fingerprint": self.fingerprint}
+
+    def follow(self, cursor: Cursor) -> Cursor:
+        """See Stream.follow."""
+        return self.text.follow(cursor) | {"fingerprint": self.fingerprint}
+
+    def progress(self, cursor: Cursor) -> str:
+        """See Stream.progress."""
+        return self.text.progress(cursor)
 
     def describe(self, steps: int | None = None) -> str:
         """See Stream.describe."""

@@ -7,17 +7,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from trainer.data.documents import DocumentEncoder, PlainText
 from trainer.data.errors import ON_ERROR, ReadReport
 from trainer.data.sources.readers import MOST, File, Reader, ReadRequest, documents
-from trainer.data.tokenizers import Tokenizer, load
+from trainer.data.tokenizers import Tokenizer, load, padded_to
+
+LARGEST_MULTIPLE = 1 << 16  # of data.pad_vocabulary_to
 
 
 class Source:
     """Documents in a fixed order, and the settings that every source takes.
 
-    Attributes: content_decides: settings that say where the data lies or how it is read. A run that
-        goes on may spell them
-            otherwise: the fingerprint of what is read tells whether it is the same data.
+    Attributes:
+        content_decides: settings that say where the data lies or how it is read. A run that goes on
+            may spell them otherwise: the fingerprint of what is read tells whether it is the same
+            data.
+        aimed: whether examples have targets that are no tokens of the row.
 
     Args:
         tokenizer: bytes, the path of a tokenizer.json or of a folder with one, or a name on the
@@ -27,12 +32,20 @@ class Source:
             out.
         max_document_bytes: of a text, a line of JSON, or a page of a Parquet file; a larger one
             cannot be read.
+        pad_vocabulary_to: the tokenizer's vocabulary is rounded up to a multiple of it.
     """
 
     content_decides: tuple[str, ...] = ("tokenizer", "on_error", "max_document_bytes")
+    aimed: bool = False
 
     def __init__(
-        self, *, tokenizer: str, held_out: float, on_error: str, max_document_bytes: int = MOST
+        self,
+        *,
+        tokenizer: str,
+        held_out: float,
+        on_error: str,
+        max_document_bytes: int = MOST,
+        pad_vocabulary_to: int = 1,
     ):
         if (
             isinstance(max_document_bytes, bool)
@@ -43,6 +56,16 @@ class Source:
                 f"data.max_document_bytes={max_document_bytes} is no number of bytes; give 1 or"
                 f" more, such as {MOST}"
             )
+        if (
+            isinstance(pad_vocabulary_to, bool)
+            or not isinstance(pad_vocabulary_to, int)
+            or not 1 <= pad_vocabulary_to <= LARGEST_MULTIPLE
+        ):
+            raise ValueError(
+                f"data.pad_vocabulary_to={pad_vocabulary_to} is no number of tokens from 1 to"
+                f" {LARGEST_MULTIPLE}; give 1 for none, or a multiple such as 64"
+            )
+        self.pad_vocabulary_to = pad_vocabulary_to
         self.max_document_bytes = max_document_bytes
         if not isinstance(tokenizer, str) or not tokenizer:
             raise ValueError(
@@ -70,7 +93,12 @@ class Source:
 
     def tokenizer(self) -> Tokenizer:
         """Returns the tokenizer of the documents."""
-        return load(self.tokenizer_name)
+        return padded_to(load(self.tokenizer_name), self.pad_vocabulary_to)
+
+    @property
+    def sets_targets(self) -> bool:
+        """Tells if the data says what is to be learned of it; of plain text that is every token."""
+        return False
 
 
 class Local(Source, ABC):
@@ -92,8 +120,10 @@ class Local(Source, ABC):
         on_error: str,
         cache: str | None,
         max_document_bytes: int = MOST,
+        pad_vocabulary_to: int = 1,
     ):
         super().__init__(
+            pad_vocabulary_to=pad_vocabulary_to,
             tokenizer=tokenizer,
             held_out=held_out,
             on_error=on_error,
@@ -117,6 +147,10 @@ class Local(Source, ABC):
         None = a fraction of the documents is held out.
         """
         return None
+
+    def encoder(self, tokenizer: Tokenizer) -> DocumentEncoder:
+        """Returns what makes documents of the texts: each text is one."""
+        return PlainText(tokenizer)
 
     @abstractmethod
     def files(self) -> list[File]:

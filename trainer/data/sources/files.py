@@ -42,6 +42,7 @@ class Files(Local):
         held_out_path: str | None = None,
         text_field: str = "text",
         tokenizer: str = "bytes",
+        pad_vocabulary_to: int = 1,
         held_out: float = 0.01,
         on_error: str = "raise",
         cache: str | None = None,
@@ -49,6 +50,7 @@ class Files(Local):
     ):
         super().__init__(
             tokenizer=tokenizer,
+            pad_vocabulary_to=pad_vocabulary_to,
             held_out=held_out,
             on_error=on_error,
             cache=cache,

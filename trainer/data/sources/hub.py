@@ -40,12 +40,14 @@ class Hub(StreamingSource):
         revision: str | None = None,
         text_field: str = "text",
         tokenizer: str = "bytes",
+        pad_vocabulary_to: int = 1,
         held_out: float = 0.001,
         on_error: str = "raise",
         max_document_bytes: int = MOST,
     ):
         super().__init__(
             tokenizer=tokenizer,
+            pad_vocabulary_to=pad_vocabulary_to,
             held_out=held_out,
             on_error=on_error,
             max_document_bytes=max_document_bytes,

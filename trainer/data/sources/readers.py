@@ -221,6 +221,32 @@ def json_lines(
         name: of the file, for messages.
         most: bytes of a line. A longer one is passed over in pieces, none of which is kept.
     """
+    objects = json_objects(source, name, most, number, end, spares_numbers=True)
+    for line, after, value in objects:
+        text = value
+        if not isinstance(value, Unread):
+            text = field_of(value, f"{name} line {line}", field)
+        # The other fields are not held while the text is used.
+        del value
+        yield Line(line, after, text)
+        del text
+
+
+def json_objects(
+    source: BinaryIO,
+    name: str,
+    most: int,
+    number: int = 0,
+    end: int = 0,
+    *,
+    spares_numbers: bool = False,
+) -> Iterator[tuple[int, int, Any]]:
+    """Yields (number, end, value) of the lines that are not blank; the value may be an Unread.
+
+    Args:
+        source, name, most, number, end: as for json_lines.
+        spares_numbers: leaves numbers as they are written, so that none is made for nothing.
+    """
     while raw := source.readline(most + 1):
         number += 1
         start = end
@@ -229,7 +255,7 @@ def json_lines(
         if len(raw) > most and not (len(raw) == most + 1 and raw.endswith(b"\n")):
             del raw
             end += _rest_of_line(source)
-            yield Line(number, end, too_large(place, end - start, most))
+            yield number, end, too_large(place, end - start, most)
             continue
         if number == 1:
             raw = raw.removeprefix(codecs.BOM_UTF8)
@@ -237,9 +263,7 @@ def json_lines(
             continue
         holder = [raw]
         del raw
-        text = _text_of(holder, place, start, field)
-        yield Line(number, end, text)
-        del text
+        yield number, end, _value_of(holder, place, start, spares_numbers)
 
 
 def _rest_of_line(source: BinaryIO) -> int:
@@ -256,8 +280,8 @@ class _Number(str):
     """A number as it is written: those of fields that nobody asked for are never made."""
 
 
-def _text_of(holder: list[bytes], place: str, start: int, field: str) -> str | Unread:
-    """The text of one line of JSON, which is taken out of its holder so that it is not held
+def _value_of(holder: list[bytes], place: str, start: int, spares_numbers: bool) -> Any:
+    """The value of one line of JSON, which is taken out of its holder so that it is not held
     twice."""
     try:
         words = holder.pop().decode("utf-8")
@@ -266,7 +290,9 @@ def _text_of(holder: list[bytes], place: str, start: int, field: str) -> str | U
             "lines not in UTF-8", f"{place} is not UTF-8 text at byte {start + error.start}"
         )
     try:
-        value = json.loads(words, parse_int=_Number, parse_float=_Number)
+        if spares_numbers:
+            return json.loads(words, parse_int=_Number, parse_float=_Number)
+        return json.loads(words)
     except ValueError as error:
         return Unread("malformed lines", f"{place} is not JSON ({error})")
     except RecursionError:
@@ -274,8 +300,6 @@ def _text_of(holder: list[bytes], place: str, start: int, field: str) -> str | U
             "malformed lines",
             f"{place} is not JSON that can be read (lists within lists without end)",
         )
-    del words
-    return field_of(value, place, field)
 
 
 def field_of(value: Any, place: str, field: str) -> str | Unread:

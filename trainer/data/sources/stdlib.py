@@ -22,6 +22,7 @@ class Stdlib(Local):
         self,
         *,
         tokenizer: str = "bytes",
+        pad_vocabulary_to: int = 1,
         held_out: float = 0.02,
         on_error: str = "skip",
         cache: str | None = None,
@@ -29,6 +30,7 @@ class Stdlib(Local):
     ):
         super().__init__(
             tokenizer=tokenizer,
+            pad_vocabulary_to=pad_vocabulary_to,
             held_out=held_out,
             on_error=on_error,
             cache=cache,

@@ -1,6 +1,8 @@
 """Interface of all streams of batches."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from trainer.data.batch import Batch
@@ -23,6 +25,7 @@ class Stream(ABC):
         tokenizer: of the data.
         batches: number of batches before padding (held-out data) or in an epoch (training data);
             None if unknown.
+        by_source: of held-out data that is mixed, the same documents by the name of their source.
         pauses: True if a whole batch may have nothing to predict, because examples extend over
             several rows.
     """
@@ -33,6 +36,7 @@ class Stream(ABC):
     tokenizer: Tokenizer
     batches: int | None
     pauses: bool = False
+    by_source: Mapping[str, "Stream"] = MappingProxyType({})
 
     @abstractmethod
     def start(self) -> Cursor:
@@ -53,6 +57,18 @@ class Stream(ABC):
         Args:
             steps: of the run, for the number of epochs; None leaves it out.
         """
+
+    def follow(self, cursor: Cursor) -> Cursor:
+        """Returns the cursor of the first batch behind rows of another stream.
+
+        Args:
+            cursor: where the other stream ended.
+        """
+        return self.start()
+
+    def progress(self, cursor: Cursor) -> str:
+        """Returns one line for the log about what was read up to a cursor; empty for none."""
+        return ""
 
     def admit(self, cursor: Cursor) -> None:
         """Checks that a cursor belongs to this stream.

@@ -13,7 +13,13 @@ from trainer.data.packing import Concatenation, PackedRow, rows_of, stack
 from trainer.data.sources.base import Local
 from trainer.data.split import arrange, divide
 from trainer.data.streams.base import Cursor, Stream
+from trainer.data.whole_documents import Cuts, WholeDocuments, cut_at_turns
 from trainer.errors import BAD_CONFIG
+
+NOTHING_LEARNED = (
+    "context_length={}: no row of the conversations holds a token of an answer; use a larger"
+    " context_length"
+)
 
 
 class PackedStream(Stream):
@@ -21,7 +27,8 @@ class PackedStream(Stream):
 
     Documents are laid end to end in the epoch's order, and the rows of that are read in a second
     order of the epoch: otherwise the rows of one long document would fill whole batches. Under
-    `lanes` rows continue where rows ended instead.
+    `lanes` rows continue where rows ended instead. Documents of which a part is given, such as
+    conversations, are packed whole.
 
     Held-out documents keep one order under every seed, are read once, and are followed by rows of
     padding: the first N batches are the same in every evaluation of every run.
@@ -63,8 +70,16 @@ class PackedStream(Stream):
         if not len(self.documents):
             raise DataError(ONE_DOCUMENT if source.held_out else NONE_HELD_OUT, BAD_CONFIG)
         self.tokens = int(self.corpus.lengths[self.documents].sum())
-        self.epoch_rows = rows_of(self.tokens, context_length)
+        # A memory has read what came before in the document, so its rows need no whole ones.
+        self.cuts: Cuts | None = None
+        if self.corpus.learns_part and not lanes:
+            self.cuts = cut_at_turns(self.corpus, self.documents, context_length)
+            self.epoch_rows = len(self._whole(0).bins)
+        else:
+            self.epoch_rows = rows_of(self.tokens, context_length)
         self.batches = -(-self.epoch_rows // rows)
+        if not self.epoch_rows:
+            raise DataError(NOTHING_LEARNED.format(context_length), BAD_CONFIG)
         self.vocabulary = self.tokenizer.vocabulary
         # None for settings without influence on the rows, so that a change of them is no other
         # data.
@@ -74,7 +89,7 @@ class PackedStream(Stream):
         shape = (split, fraction, context_length, order_seed, lane_count)
         identity = f"{self.corpus.facts['fingerprint']} {shape}"
         self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
-        self._epochs: dict[int, Concatenation] = {}
+        self._epochs: dict[int, Concatenation | WholeDocuments] = {}
         self._orders: dict[int, np.ndarray] = {}
 
     def start(self) -> Cursor:
@@ -128,9 +143,22 @@ class PackedStream(Stream):
             row = self.epoch_rows + 1
         return self._epoch(epoch).row(row, goes_on=True)
 
-    def _epoch(self, epoch: int) -> Concatenation:
+    def _whole(self, epoch: int) -> WholeDocuments:
+        """Returns whole documents in the rows of an epoch."""
+        assert self.cuts is not None, "only such documents are cut"
+        return WholeDocuments(
+            self.corpus,
+            self.cuts.extents,
+            self.context_length,
+            seed=self._order_seed,
+            epoch=epoch,
+        )
+
+    def _epoch(self, epoch: int) -> Concatenation | WholeDocuments:
         """Returns the documents in the epoch's order."""
-        if epoch not in self._epochs:
+        if epoch not in self._epochs and self.cuts is not None:
+            self._epochs = _with_epoch(self._epochs, epoch, self._whole(epoch))
+        elif epoch not in self._epochs:
             order = arrange(self.corpus.hashes[self.documents], self._order_seed, epoch)
             # Numbers continue from epoch to epoch: a memory must not take a document that is read
             # again for the same one.
@@ -153,7 +181,11 @@ class PackedStream(Stream):
         )
         if steps is not None and self.endless:
             words.append(f"{steps} steps read them {steps * self.rows / self.epoch_rows:.2f} times")
-        words += [remark for remark in (self.report.text(), self.tokenizer.remark) if remark]
+        if self.cuts is not None:
+            words.append("whole documents in every row")
+            words.append(self.cuts.text())
+        words += [self.report.text(), self.tokenizer.remark]
+        words = [word for word in words if word]
         return "; ".join(words)
 
 

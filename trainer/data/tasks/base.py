@@ -53,13 +53,17 @@ class SyntheticTask(Source, ABC):
     longest: int
     opens: int = 0
     words: Sequence[str] | None = None
-    aimed: bool = False
 
     def __init__(self, *, held_out: float, per_row: int | None):
         super().__init__(tokenizer="numbers", held_out=held_out, on_error="raise")
         if per_row is not None:
             whole("per_row", per_row, 1)
         self.per_row = per_row
+
+    @property
+    def sets_targets(self) -> bool:
+        """See Source.sets_targets."""
+        return True
 
     @abstractmethod
     def example(self, random: np.random.Generator) -> Example:
@@ -96,6 +100,7 @@ class Numbers:
 
     def __init__(self, vocabulary: int, opens: int, words: Sequence[str] | None = None):
         self.vocabulary = vocabulary
+        self.tokens = vocabulary
         self.end_of_text = opens
         self.words = [str(number) for number in range(vocabulary)] if words is None else list(words)
         self.fingerprint = f"numbers/{vocabulary}"

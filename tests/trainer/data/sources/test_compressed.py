@@ -139,7 +139,8 @@ def test_compressed_or_damaged_bodies_are_refused_before_they_are_used(tmp_path)
     plain = stream_file(tmp_path / "b.arrow", pa.table({"text": ["abcd", "efgh"]}))
     raw = plain.read_bytes()
     offsets = raw.index(bytes([0, 0, 0, 0, 4, 0, 0, 0, 8, 0, 0, 0]))
-    plain.write_bytes(raw[: offsets + 8] + b"\xff\xff\xff\x7f" + raw[offsets + 12 :])
+    # The end of the first text, which no summary of the batch shows.
+    plain.write_bytes(raw[: offsets + 4] + b"\xff\xff\xff\x7f" + raw[offsets + 8 :])
     ((_, fault),) = arrow_cells(str(plain), "text", 1 << 20)
     assert "is not a whole Arrow stream" in fault.message
 
