@@ -47,7 +47,32 @@ def attend(
         )
     q, k, v = spec.score.operands(query, payload, params)
     add = _added(spec, span, kv_span, q.dtype)
-    return kernel.forward(q, k, v, spec.score.scale(q), False, add)
+    repeats = q.shape[2] // k.shape[2]
+    if repeats == 1:
+        return kernel.forward(q, k, v, spec.score.scale(q), False, add)
+    # A kernel reads the keys once for each query head. As queries of one head they read them once.
+    folded = folded_queries(q, repeats)
+    if add is not None:
+        add = _folded_addend(add, repeats)
+    mean, lse = kernel.forward(folded, k, v, spec.score.scale(q), False, add)
+    return unfolded_queries(mean, repeats), unfolded_queries(lse, repeats)
+
+
+def folded_queries(q: Tensor, repeats: int) -> Tensor:
+    """[B, T, G R, D] -> [B, T R, G, D]: the R query heads of a key head become queries."""
+    return q.unflatten(2, (-1, repeats)).transpose(2, 3).flatten(1, 2)
+
+
+def unfolded_queries(x: Tensor, repeats: int) -> Tensor:
+    """[B, T R, G, ...] -> [B, T, G R, ...]: the reverse of `folded_queries`."""
+    return x.unflatten(1, (-1, repeats)).transpose(2, 3).flatten(2, 3)
+
+
+def _folded_addend(add: Tensor, repeats: int) -> Tensor:
+    """[B, 1 or G R, T, S] -> [B, 1 or G, T R, S], for queries that were folded."""
+    if add.shape[1] == 1:
+        return add.repeat_interleave(repeats, 2)
+    return add.unflatten(1, (-1, repeats)).transpose(2, 3).flatten(2, 3)
 
 
 def _added(
