@@ -16,7 +16,7 @@ from models.masks.algebra import Mask
 from models.span import Span
 from parallel.load_balance import assign_chunks, chunk_tokens, chunk_work, visible_keys
 
-Run = tuple[int, int]  # start and stop on the global token axis
+Interval = tuple[int, int]  # start and stop on the global token axis
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Layout:
         tokens: length of the row before padding.
     """
 
-    runs: tuple[tuple[Run, ...], ...]
+    runs: tuple[tuple[Interval, ...], ...]
     tokens: int
 
     @property
@@ -130,9 +130,9 @@ def balanced(tokens: int, ranks: int, step: int = 1, keys: Tensor | None = None)
     return Layout(tuple(tuple(_joined(runs)) for runs in held), tokens)
 
 
-def _slice(runs: Sequence[Run], skip: int, size: int) -> tuple[Run, ...]:
+def _slice(runs: Sequence[Interval], skip: int, size: int) -> tuple[Interval, ...]:
     """The runs of `size` tokens after the first `skip`."""
-    out: list[Run] = []
+    out: list[Interval] = []
     for start, stop in runs:
         a = start + min(skip, stop - start)
         b = stop
@@ -144,9 +144,9 @@ def _slice(runs: Sequence[Run], skip: int, size: int) -> tuple[Run, ...]:
     return tuple(out)
 
 
-def _placed(runs: Sequence[Run], tokens: int, first: int, spare: int) -> list[Run]:
+def _placed(runs: Sequence[Interval], tokens: int, first: int, spare: int) -> list[Interval]:
     """Runs of a row of `tokens` that now begins at `first`, with its padding from `spare` on."""
-    out: list[Run] = []
+    out: list[Interval] = []
     for start, stop in runs:
         edge = min(max(start, tokens), stop)
         both = (start + first, edge + first), (edge - tokens + spare, stop - tokens + spare)
@@ -159,9 +159,9 @@ def _up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-def _joined(runs: Sequence[Run]) -> list[Run]:
+def _joined(runs: Sequence[Interval]) -> list[Interval]:
     """Runs with neighbours made one."""
-    out: list[Run] = []
+    out: list[Interval] = []
     for start, stop in runs:
         if out and out[-1][1] == start:
             out[-1] = out[-1][0], stop

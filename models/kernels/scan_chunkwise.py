@@ -93,10 +93,10 @@ def affine_chunks(query: Tensor, payload: tuple[Tensor, ...], *, before: bool) -
 
 
 # (tensor [..., C, D], whether it reads the state before the token's own update)
-Rows = list[tuple[Tensor, bool]]
+TileRows = list[tuple[Tensor, bool]]
 
 
-def _by_sums(rows: Rows, columns: list[Tensor], decay: Tensor) -> list[list[Tensor]]:
+def _by_sums(rows: TileRows, columns: list[Tensor], decay: Tensor) -> list[list[Tensor]]:
     """Returns [..., C, C] for each of rows and columns, with one decay per head.
 
     Entry (i, j) is row_i column_j exp(sum of the log decays between j and i).
@@ -115,7 +115,7 @@ def _by_sums(rows: Rows, columns: list[Tensor], decay: Tensor) -> list[list[Tens
     return near
 
 
-def _by_halves(rows: Rows, columns: list[Tensor], log: Tensor) -> list[list[Tensor]]:
+def _by_halves(rows: TileRows, columns: list[Tensor], log: Tensor) -> list[list[Tensor]]:
     """As `_by_sums` with a decay for each channel.
 
     A product of matrices cannot weigh every channel of every pair, but the decay between two halves

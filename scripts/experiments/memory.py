@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from scripts.experiments.runner import Budget, run_trials
-from scripts.experiments.table import Figure, table
+from scripts.experiments.table import TableColumn, table
 from scripts.experiments.trial import Trial, TrialResult
 
 NONE = "memory=none"
@@ -214,7 +214,7 @@ def _parameters(learned: TrialResult) -> str:
 
 
 SHOWN: dict[
-    str, tuple[str, Mapping[str, Figure], int]
+    str, tuple[str, Mapping[str, TableColumn], int]
 ] = {  # part -> (what is shown, its columns, digits behind the point)
     "text": (
         (

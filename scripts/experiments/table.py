@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from scripts.experiments.trial import TrialResult
 from trainer.reports.markdown import markdown
 
-Figure = Callable[[TrialResult], float | str]  # words must be the same for all seeds
+TableColumn = Callable[[TrialResult], float | str]  # words must be the same for all seeds
 
 
 def table(
     learned: Sequence[TrialResult],
-    columns: Mapping[str, Figure],
+    columns: Mapping[str, TableColumn],
     *,
     head: str = "model",
     digits: int = 3,

@@ -58,7 +58,7 @@ SMALLEST_SCALE = 1e-6  # of a figure: below it differences count absolutely
 TRACE_CHARACTERS = 700
 
 
-class Finding(NamedTuple):
+class FuzzFinding(NamedTuple):
     """A case that breaks the promise.
 
     Attributes:
@@ -101,7 +101,7 @@ class Fuzz:
         """Ends the ranks."""
         self.crews.close()
 
-    def runs(self, numbers: Iterable[int]) -> Iterator[Finding]:
+    def runs(self, numbers: Iterable[int]) -> Iterator[FuzzFinding]:
         """Compares random runs on several ranks with the same runs on one rank."""
         for number in numbers:
             valid = False
@@ -117,7 +117,7 @@ class Fuzz:
                 else:
                     problem = self._refusal(checked)
                 if problem:
-                    yield Finding(number, words, problem)
+                    yield FuzzFinding(number, words, problem)
                 if problem or valid:
                     break
             else:
@@ -184,7 +184,7 @@ class Fuzz:
         self.outcomes[f"equal in {config.precision}"] += 1
         return None
 
-    def mistakes(self, numbers: Iterable[int]) -> Iterator[Finding]:
+    def mistakes(self, numbers: Iterable[int]) -> Iterator[FuzzFinding]:
         """Checks mistyped settings and runs those that pass; some are started as a command."""
         base = [
             *SMALL,
@@ -207,7 +207,7 @@ class Fuzz:
             else:
                 problem = self._try_mistake(words, directory)
             if problem:
-                yield Finding(number, words[len(base) + 1 :], problem)
+                yield FuzzFinding(number, words[len(base) + 1 :], problem)
 
     def _try_mistake(self, words: list[str], directory: Path) -> str | None:
         """Checks mistyped settings and, where they pass, runs them; returns a problem or None."""

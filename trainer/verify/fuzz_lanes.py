@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from trainer.verify.crew import Crews, run_in_lanes
-from trainer.verify.fuzz import Finding, Fuzz
+from trainer.verify.fuzz import Fuzz, FuzzFinding
 
 Say = Callable[[str], None]
 
 
 def fuzz(
     folder: Path, seed: int, runs: int, mistakes: int, say: Say, lanes: int = 2
-) -> list[Finding]:
+) -> list[FuzzFinding]:
     """Tries random runs and mistyped settings; says each finding as it comes, then the counts.
 
     Args:
@@ -27,7 +27,7 @@ def fuzz(
     session = Fuzz(folder, seed)
     cases = [("run", number) for number in range(runs)]
     cases += [("mistake", number) for number in range(mistakes)]
-    findings: list[Finding] = []
+    findings: list[FuzzFinding] = []
     outcomes: Counter[str] = Counter()
     worst: dict[tuple[str, str], float] = {}
     for message in run_in_lanes(lanes, _lane, session, cases):
