@@ -92,11 +92,12 @@ def _open_mixture(source: Mixture, settings: dict[str, Any]) -> MixtureStream:
     split = settings["split"]
     streams: dict[str, Stream] = {}
     by_source: dict[str, Stream] = {}
+    of_one_row: dict[str, Any] = {**settings, "rows": 1}
     for name, part in source.sources.items():
         if split == "held_out" and not part.holds_out:
             continue
         try:
-            streams[name] = open_stream(part, **(settings | {"rows": 1}))
+            streams[name] = open_stream(part, **of_one_row)
             if split == "held_out":
                 by_source[name] = open_stream(part, **settings)
         except ValueError as error:
