@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 CATALOGUE = (ROOT / "docs" / "catalogue.md").read_text(encoding="utf-8")
 # Groups whose settings are all fields of the schema; the others also take those of a class.
-CLOSED = ("parallel", "engine", "launch", "log", "wandb", "checkpoint", "evaluation")
+CLOSED = ("parallel", "engine", "launch", "log", "wandb", "checkpoint")
 NOT_SETTINGS = ("jsonl", "_target_")
 # Commands whose words are settings of a run, in addition to `python -m trainer`.
 OF_SETTINGS = ("trainer", "scripts.doctor", "scripts.wandb_sweep")
@@ -44,6 +44,13 @@ NOT_COMPOSED = {
     "python -m scripts.bench mixers": "a measurement of minutes",
     "python -m scripts.chaos": "many launches; tests/trainer/verify/test_killed.py, test_faults.py",
     "python -m scripts.chaos only=saves": "a measurement that needs quiet cores",
+    (
+        "python -m scripts.evaluate exported parallel.context=3 evaluation=heldout"
+    ): "needs an export; tests/trainer/evaluation/test_offline.py",
+    (
+        "python -m scripts.evaluate runs/full runs/sliding evaluation=[needle,recall]"
+        " evaluation.needle.lengths=[512,2048] json=rows.jsonl"
+    ): "needs two runs; tests/trainer/evaluation/test_offline.py",
     "python -m scripts.experiments experts": "an experiment of minutes",
     "python -m scripts.experiments memory first=3": "an experiment of 50 minutes",
     "python -m scripts.experiments recall only=queries seeds=2": "an experiment of minutes",
@@ -226,7 +233,7 @@ def test_links_lead_to_files_and_headings():
 def test_files_that_the_pages_name_exist():
     rooms = "models|parallel|trainer|scripts|tests|conf|examples"
     path = re.compile(rf"\b((?:{rooms})/[\w/.-]*\.(?:py|yaml|sh))\b")
-    made_up = {"NAME", "every_nth", "notes"}  # files that a how-to page tells the reader to add
+    made_up = {"NAME", "every_nth", "notes", "accuracy"}  # files that a how-to page tells the reader to add
     missing = [
         f"{name_of(page)}: {name}"
         for page in PAGES

@@ -25,7 +25,8 @@ from trainer.config.values import is_node
 from trainer.errors import UserError
 from trainer.objectives.contradictions import learns_next
 from trainer.run_dir import plain_config as as_tree
-from trainer.verify.doctor import VOCABULARY, build_noisy_model, packed_rows, small_twin
+from trainer.verify.diagnosis import packed_rows
+from trainer.verify.doctor import VOCABULARY, build_noisy_model, small_twin
 
 OURS = ("models", "parallel", "trainer")
 PAGE = "read docs/own_layers.md"

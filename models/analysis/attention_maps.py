@@ -37,6 +37,9 @@ class AttentionMap(NamedTuple):
         at: [1, T] addresses of the queries. of: [1, S] of the keys: those of the row first, then
             what stands for several of its tokens or repeats them (block summaries, what a memory
             holds), each part in order. No padding among them.
+        value_norm: [H, S] length of what each key would add to the residual stream with a weight of
+            1: of its value after the output projection where the layer has one, else of the value;
+            None where it was not asked for.
     """
 
     name: str
@@ -44,6 +47,7 @@ class AttentionMap(NamedTuple):
     heads: int
     span: Span
     kv_span: Span
+    value_norm: Tensor | None = None
 
 
 def attention_weights(
@@ -103,6 +107,7 @@ def collect(
     *,
     whole: GatherWhole | None = None,
     heads: int | None = None,
+    norms: bool = False,
 ) -> list[AttentionMap]:
     """The maps of one row, in the order in which the leaves are called.
 
@@ -113,6 +118,7 @@ def collect(
         whole: brings together what lies on several ranks, called once for each call of a leaf, in
             the same order everywhere; None: the row is at hand.
         heads: keep the first so many of each leaf; None: all.
+        norms: whether maps hold the norms of values.
     """
     found: list[AttentionMap] = []
 
@@ -139,7 +145,12 @@ def collect(
             each.map(lambda t, some=some: t[:, some].cpu())
             for each, some in ((inner_span, here), (kv_span, there))
         )
-        found.append(AttentionMap(label, kept, len(weight), *addresses))
+        norm = None
+        if norms:
+            projection = output_projection(model, name)
+            norm = value_norms(leaf, query, payload, params, len(weight), projection)
+            norm = norm[:heads].index_select(1, there).cpu()
+        found.append(AttentionMap(label, kept, len(weight), *addresses, value_norm=norm))
 
     def hook(name: str, leaf: Softmax) -> Callable[..., None]:
         return lambda _, args, kwargs: note(name, leaf, *args, **kwargs)
@@ -149,12 +160,39 @@ def collect(
         for name, module in watched.items()
     ]
     try:
-        with _uncompiled():
+        with uncompiled():
             model(tokens, span)
     finally:
         for handle in handles:
             handle.remove()
     return found
+
+
+def value_norms(
+    leaf: Softmax,
+    query: Tensors,
+    payload: Tensors,
+    params: Tensors,
+    heads: int,
+    projection: nn.Linear | None,
+) -> Tensor:
+    """[H, S]: the norm of each key's value in the first row, after the output projection.
+
+    Source: Kobayashi et al. 2020 (arXiv:2004.10102); a bias of the output counts to no key.
+    """
+    _, _, value = leaf.score.operands(query, payload, params)
+    value = value[0].to(reference.accumulation_dtype(value.dtype))
+    value = value.repeat_interleave(heads // value.shape[1], 1)  # [S, H, E]
+    if projection is None or projection.in_features != heads * value.shape[2]:
+        return value.norm(dim=-1).T
+    weight = projection.weight.to(value.dtype).unflatten(1, (heads, value.shape[2]))
+    return torch.einsum("she,whe->hsw", value, weight).norm(dim=-1)
+
+
+def output_projection(model: nn.Module, name: str) -> nn.Linear | None:
+    """The layer `out` beside a leaf, which takes what its heads give; None where there is none."""
+    found = getattr(model.get_submodule(name.rpartition(".")[0]), "out", None)
+    return found if isinstance(found, nn.Linear) else None
 
 
 def _numbered(name: str, maps: list[AttentionMap]) -> str:
@@ -163,7 +201,7 @@ def _numbered(name: str, maps: list[AttentionMap]) -> str:
     return f"{name} ({times + 1})" if times else name
 
 
-def _uncompiled() -> AbstractContextManager:
+def uncompiled() -> AbstractContextManager:
     """Compiled blocks run as they were written: they may not see hooks that came later, and one row
     is not worth compiling."""
     compiles = (

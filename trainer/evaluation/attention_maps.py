@@ -5,9 +5,14 @@ weighed, so that maps are those of one device whatever the method and the layout
 has all of them.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from torch import Tensor, nn
 
 from models.analysis.attention_maps import AttentionMap, GatherWhole, collect, leaves
+from models.analysis.page import attention_page
+from models.primitive import Primitive
 from models.primitives.softmax import Softmax
 from models.scores import Tensors
 from models.span import Span
@@ -19,12 +24,15 @@ from parallel.drivers.softmax_ulysses import Ulysses
 from trainer.data.batch import Batch
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.streams.base import Stream
+from trainer.safe_files import replace_inside
 
 # The primitive and the drivers that replace it under any parallel.method.
 KINDS = (Softmax, Ring, Ulysses, AllGather, Auto)
 # A picture cannot show more.
 LAYERS = 12
 HEADS = 8
+REPORT = "report"  # folder of a run directory
+PAGE = "attention.html"
 
 
 def attention_maps(
@@ -55,8 +63,52 @@ def attention_maps(
     gather = None
     if share.mesh.context.size > 1:
         gather = together(Communicator(share.mesh.context.group))
-    maps = collect(model, chosen, micro_batch.tokens, micro_batch.span, whole=gather, heads=HEADS)
+    maps = collect(
+        model,
+        chosen,
+        micro_batch.tokens,
+        micro_batch.span,
+        whole=gather,
+        heads=HEADS,
+        norms=True,
+    )
     return maps, len(softmaxes) - len(chosen)
+
+
+def write_page(
+    directory: Path, title: str, maps: Sequence[AttentionMap], model: nn.Module, stream: Stream
+) -> Path:
+    """Writes report/attention.html of a run directory and returns its path.
+
+    Args:
+        directory: of the run.
+        title: of the page.
+        maps: what `attention_maps` returned.
+        model, stream: that it was given.
+    """
+    texts = token_texts(stream, maps[0].weight.shape[1])
+    page = attention_page(title, maps, texts, without_map(model))
+    (directory / REPORT).mkdir(parents=True, exist_ok=True)
+    return replace_inside(directory, f"{REPORT}/{PAGE}", page)
+
+
+def token_texts(stream: Stream, tokens: int) -> list[str]:
+    """Returns the texts of the tokens that `attention_maps` shows, in the order of its queries."""
+    batch = beginning(stream, tokens)
+    is_token = batch.doc[0, :-1] >= 0
+    numbers = batch.tokens[0, :-1][is_token].tolist()
+    return [stream.tokenizer.decode([number]) or f"<{number}>" for number in numbers]
+
+
+def without_map(model: nn.Module) -> list[str]:
+    """Returns the parts through which tokens reach one another that have no map of weights."""
+    softmaxes = leaves(model, KINDS)
+    covered = {inner for module in softmaxes.values() for inner in module.modules()}
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, Primitive) and module not in covered and module.needs_driver:
+            names.append(f"{name} ({type(module).__name__})")
+    return names
 
 
 def spread_out(count: int, most: int) -> list[int]:

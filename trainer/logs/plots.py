@@ -15,6 +15,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
 from models.analysis.attention_maps import AttentionMap
 from trainer.logs.caption import caption
+from trainer.logs.evaluation_plots import evaluation_figures
 from trainer.logs.jsonl import EVALUATION, METRICS, read
 from trainer.safe_files import replace_inside
 
@@ -45,6 +46,7 @@ def plots(directory: Path | str, title: str | None = None) -> list[Path]:
         drawn["loss_by_position"] = _by_position(evaluations, f"{title}: held-out loss by position")
     if graded := grades(directory):
         drawn["grades"] = _grades(graded, f"{title}: how held-out answers are graded")
+    drawn |= dict(evaluation_figures(directory, title))
     return [_save(figure, directory / "report" / f"{name}.png") for name, figure in drawn.items()]
 
 
@@ -53,7 +55,8 @@ def grades(directory: Path) -> list[dict[str, Any]]:
     the data is no task."""
     found: dict[int, dict[str, Any]] = {}
     for row in read(directory / EVALUATION):
-        if "by_position" not in row and row.get("value") is not None:
+        is_graded = "by_position" not in row and "part" not in row
+        if is_graded and row.get("value") is not None:
             found.setdefault(row["step"], {"step": row["step"]})[row["name"]] = row["value"]
     return list(found.values())
 

@@ -17,7 +17,7 @@ from trainer.logs import scratch, summary
 from trainer.logs.alerts import Alerts
 from trainer.logs.console import Console
 from trainer.logs.figures import read_figures
-from trainer.logs.jsonl import METRICS, Evaluations, Metrics, MetricsRow, read
+from trainer.logs.jsonl import EVALUATION, METRICS, Evaluations, Metrics, MetricsRow, read
 from trainer.logs.labels import labels
 from trainer.logs.plots import attention, grades, plots
 from trainer.logs.redact import without_secrets, word_without_secrets
@@ -190,7 +190,7 @@ class RunLogger:
             f"held_out_{name}": value
             for name, value in (graded[-1] if graded else {}).items()
             if name != "step"
-        }
+        } | _named_figures(self.directory)
         came_to = {"step": step, "tokens": tokens, **self._came_to(best), **lasts}
         summary.note(self.directory, **came_to)
         images = [] if goes_on else [*plots(self.directory, title=self.config.name), *self.drawn]
@@ -232,3 +232,12 @@ class RunLogger:
             "peak_memory_bytes": found.peak_bytes,
         }
         return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def _named_figures(directory: Path) -> dict[str, float]:
+    """Returns the last value of every figure of the named evaluations."""
+    last = {}
+    for row in read(directory / EVALUATION):
+        if row.get("part") and row.get("value") is not None:
+            last[row["name"]] = row["value"]
+    return last

@@ -5,7 +5,8 @@ document as long as a row, models/cost/flops.py); `ranks`; `sent_bytes_per_step`
 sends most, by the moves that share a sequence or its experts (parallel/collectives.py), in the
 first step since the last start, null where that one was not logged; and at the end `step`,
 `tokens`, the lowest training loss and the best of held-out loss, the middle step's tokens a second,
-peak memory, and of a task the last grades, as held_out_NAME.
+peak memory, of a task the last grades, as held_out_NAME, and the last figures of the named
+evaluations, as needle/accuracy.
 """
 
 import json

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 from trainer.logs.console import count
+from trainer.reports.evaluation_plots import draw_evaluations
 from trainer.reports.markdown import markdown
 from trainer.reports.plots import by_position, draw
 from trainer.reports.runs import RunRecord, collect
@@ -100,6 +101,10 @@ def write(directory: Path) -> Path:
         parts.append(f'<img alt="{TITLES[name]}" src="data:image/png;base64,{data}">')
         if name == "by_position":
             parts.append(_position_table(rows))
+    for name, path in draw_evaluations(rows, folder).items():
+        data = base64.b64encode(path.read_bytes()).decode()
+        parts.append(f"<h2>{escape(name)}</h2>")
+        parts.append(f'<img alt="{escape(name)}" src="data:image/png;base64,{data}">')
     parts.append("<h2>Runs and their commands</h2>")
     parts.append(_table(["run", "loss", "held out", "state", "command"], _run_rows(runs)))
     top = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'

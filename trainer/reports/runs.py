@@ -59,6 +59,7 @@ class RunRecord:
         by_position: loss of the last evaluation by (begin, end).
         graded: the last value of every other evaluation.
         grades: all values of every other evaluation, as (tokens, value).
+        cells: what the last value of a named evaluation is made of, by the name of the figure.
     """
 
     name: str
@@ -82,6 +83,7 @@ class RunRecord:
     by_position: dict[tuple[int, int], float] = field(default_factory=dict)
     graded: dict[str, float] = field(default_factory=dict)
     grades: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    cells: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
 def collect(directory: Path) -> list[RunRecord]:
@@ -230,6 +232,7 @@ def _read_evaluations(directory: Path, run: RunRecord) -> dict[str, Any]:
     tokens_at_step = {row["step"]: row["tokens"] for row in read(directory / METRICS)}
     held_out = []
     graded: dict[str, float] = {}
+    cells: dict[str, list[dict[str, Any]]] = {}
     grades: dict[str, list[tuple[float, float]]] = {}
     for row in read(directory / EVALUATION):
         if row.get("value") is None:
@@ -239,10 +242,12 @@ def _read_evaluations(directory: Path, run: RunRecord) -> dict[str, Any]:
             continue
         value = float(row["value"])
         graded[row["name"]] = value
+        if row.get("cells"):
+            cells[row["name"]] = [dict(cell) for cell in row["cells"]]
         if row["step"] in tokens_at_step:
             point = (tokens_at_step[row["step"]], value)
             grades.setdefault(row["name"], []).append(point)
-    fields: dict[str, Any] = {"graded": graded, "grades": grades}
+    fields: dict[str, Any] = {"graded": graded, "grades": grades, "cells": cells}
     if held_out:
         last = held_out[-1]
         checks = []

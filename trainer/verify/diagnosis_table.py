@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from trainer.verify.doctor import Diagnosis
+from trainer.verify.diagnosis import Diagnosis
 
 COLUMNS = ("check", "what", "figure", "bound", "", "note")
 

@@ -6,7 +6,11 @@ The model keeps its kinds of layers, heads and method, but is made small.
     causality   a changed token moves nothing before it
     documents   a changed document moves nothing in another document
     padding     changed padding moves nothing
-    reach       a changed token moves something after it (else the three above prove nothing)
+    reach       a changed token moves something after it (else the three above prove nothing); in
+                each layer the last token of a document depends on the first, or the layer says why
+                not
+    evaluation  the held-out loss on the ranks is that of one device
+    padding     a rank that holds only padding changes nothing
 
 `scripts/doctor.py` prints the table. The checks are themselves tested: `doctor.break=` sabotages
 one driver, which must be noticed.
@@ -14,8 +18,7 @@ one driver, which must be noticed.
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,12 +43,19 @@ from trainer.config.schema import Config
 from trainer.objectives.stream import objective_of
 from trainer.objectives.trial import trial, trial_symbols
 from trainer.run_dir import plain_config
+from trainer.verify.diagnosis import (
+    BOUND,
+    LANES,
+    TOKENS,
+    Diagnosis,
+    packed_rows,
+    relative_error,
+)
+from trainer.verify.doctor_checks import check_evaluation, check_padding_rank, check_reach
 from trainer.verify.sabotage import sabotage_driver
 
-TOKENS = 121
 VOCABULARY = 29
 HEAD_WIDTH = 8
-BOUND = 1e-11  # of a tensor's largest magnitude, in float64
 LEAST_MOVE = 1e-9  # of the largest logit, that a changed token must move a later one by
 CHANGED_POSITION = 20  # in its document, of the token that is changed
 # Settings that count tokens, and shrink with the row.
@@ -59,27 +69,6 @@ COUNTS_TOKENS = (
     "top",
     "segment",
 )
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """One line of the table.
-
-    Attributes:
-        check: name of the check.
-        subject: what is compared or observed.
-        figure: relative error; must stay below `bound`, or above it for `reach`.
-        bound: of the figure.
-        passed: the figure is on the right side.
-        note: a remark, or an empty string.
-    """
-
-    check: str
-    subject: str
-    figure: float
-    bound: float
-    passed: bool
-    note: str = ""
 
 
 def small_twin(config: Config) -> Config:
@@ -117,34 +106,6 @@ def _scaled(value: Any, ratio: float) -> Any:
     if isinstance(value, list):
         return [_scaled(item, ratio) for item in value]
     return max(2, round(value * ratio))
-
-
-# Document lengths of two rows; the rest of each row is padding.
-SEPARATE_ROWS = ([37, 1, 52, 23], [5, 90, 19])
-# Document lengths of two lanes, for a memory: two rows each, cut inside a document.
-LANES = ([37, 1, 52, 60, 1, 80], [5, 90, 147])
-
-
-def packed_rows(lengths: Sequence[Sequence[int]] = SEPARATE_ROWS, first: int = 0) -> Span:
-    """Packs uneven documents, one of them a single token, with some padding.
-
-    Args:
-        lengths: of the documents of each lane.
-        first: token of each lane at which its row begins.
-
-    Returns:
-        Addresses [2, TOKENS].
-    """
-    pos = torch.zeros(2, first + TOKENS, dtype=torch.long)
-    doc = torch.full((2, first + TOKENS), -1)
-    for row, lane in enumerate(lengths):
-        start = 0
-        for number, length in enumerate(lane):
-            stop = min(start + length, first + TOKENS)
-            pos[row, start:stop] = torch.arange(stop - start)
-            doc[row, start:stop] = number
-            start = stop
-    return Span.of(pos[:, first:], doc[:, first:])
 
 
 def build_noisy_model(config: Config) -> nn.Module:
@@ -202,6 +163,14 @@ class Examination:
         yield from self._check_parity()
         before = self._logits(self.tokens)
         yield from self._check_changes(before)
+        yield from check_reach(self.shared, self.tokens, self._local_span(), self.mesh)
+        row = self._training_row(self.span)
+        yield check_evaluation(self.reference, self.shared, row, self.mesh, self.config)
+        yield check_padding_rank(self.reference, self.shared, row, self.mesh)
+
+    def _local_span(self) -> Span:
+        """Returns this rank's addresses of the packed rows."""
+        return shard_span(self.span, self.layouts, self.mesh.context.rank)
 
     def _check_parity(self) -> Iterator[Diagnosis]:
         """Compares losses and gradients; with a memory, of two rows that follow each other."""
@@ -243,7 +212,7 @@ class Examination:
         for carried in (state, sharded_state):
             if carried is not None:
                 carried.advance()
-        return _relative_error(losses.detach(), sharding.shard(expected.detach(), 0))
+        return relative_error(losses.detach(), sharding.shard(expected.detach(), 0))
 
     def _training_row(self, span: Span) -> tuple[Tensor, Span, Tensor]:
         """Returns tokens, addresses and targets [B, T] as the run's objective makes them."""
@@ -271,7 +240,7 @@ class Examination:
             expected_gradient = expected.grad
             if expected_gradient is None:
                 expected_gradient = torch.zeros_like(expected)
-            error = _relative_error(gradient, expected_gradient)
+            error = relative_error(gradient, expected_gradient)
             largest_error, worst_name = max((largest_error, worst_name), (error, name))
         note = f"worst: {worst_name}" if largest_error else ""
         return self._line("parity", f"gradients of {count} parameters", largest_error, note=note)
@@ -279,7 +248,7 @@ class Examination:
     @torch.no_grad()
     def _logits(self, tokens: Tensor) -> Tensor:
         """Returns the shared model's logits [B, T, V] of the whole rows, on every rank."""
-        local_span = shard_span(self.span, self.layouts, self.mesh.context.rank)
+        local_span = self._local_span()
         sharding = local_span.sharding
         logits = self.shared(sharding.shard(tokens, 0), local_span)
         parts = [torch.zeros_like(logits) for _ in range(self.mesh.context.size)]
@@ -365,15 +334,6 @@ class Examination:
 def _total_loss(model: nn.Module, losses: Tensor) -> Tensor:
     """Returns the sum [] of the losses and of the auxiliary losses of layers."""
     return losses.sum() + sum(auxiliary_loss(model).values())
-
-
-def _relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Returns the largest difference in units of the largest expected magnitude."""
-    # A rank may have no tokens at all.
-    if not actual.numel():
-        return 0.0
-    largest = expected.abs().max().clamp_min(1e-12)
-    return ((actual - expected).abs().max() / largest).item()
 
 
 def _next_tokens(tokens: Tensor, span: Span) -> Tensor:

@@ -25,8 +25,10 @@ from trainer.evaluation.by_position import ByPosition
 from trainer.evaluation.copy import Copy
 from trainer.evaluation.held_out import HeldOut
 from trainer.evaluation.in_context import InContext
+from trainer.evaluation.induction import Induction
 from trainer.evaluation.needle import Needle, insert
 from trainer.evaluation.recall import Recall
+from trainer.evaluation.ruler import Ruler
 from trainer.evaluation.scoring import next_tokens, score_rows
 from trainer.evaluation.tasks import Tasks
 from trainer.verify.whole_runs import write_documents
@@ -55,6 +57,8 @@ SMALL = {
     "needle": lambda: Needle(lengths=[260], depths=[0.0, 1.0], examples=1, distractors=2),
     "recall": lambda: Recall(lengths=[17, 40], pairs=4, examples=5),
     "copy": lambda: Copy(lengths=[3, 20], examples=5),
+    "induction": lambda: Induction(length=9, examples=2, threshold=0.12, most=2),
+    "ruler": lambda: Ruler(tasks=["vt"], lengths=[700], examples=1, distractors=2),
     "tasks": lambda: Tasks(
         task="recall",
         settings={"pairs": 3, "keys": 8, "values": 8},

@@ -2,12 +2,15 @@
 on purpose."""
 
 import pytest
+import torch
 
-from parallel.mesh import build_mesh
+from parallel.mesh import Mesh, build_mesh
 from tests.support.pool import ranks
 from trainer.preflight.prepare import load_config
 from trainer.reach import fitting
-from trainer.verify.doctor import TOKENS, Examination, small_twin
+from trainer.verify.diagnosis import TOKENS, packed_rows
+from trainer.verify.doctor import Examination, build_noisy_model, small_twin
+from trainer.verify.doctor_checks import check_reach
 from trainer.verify.sabotage import BREAKS
 
 QUICK = (
@@ -60,7 +63,14 @@ def examine(env, words, sabotage):
 def test_a_sound_config_passes(words):
     findings = ranks(3, examine, words, None)[0]
     assert [f for f in findings if not f.passed] == []
-    assert {f.check for f in findings} == {"parity", "causality", "documents", "padding", "reach"}
+    assert {f.check for f in findings} == {
+        "parity",
+        "causality",
+        "documents",
+        "padding",
+        "reach",
+        "evaluation",
+    }
 
 
 @pytest.mark.parametrize("sabotage", BREAKS)
@@ -98,3 +108,63 @@ def test_the_small_model_keeps_the_kind():
     assert window.mixer is not None and window.mixer.settings()["window"] == round(
         1024 * TOKENS / 2048
     )
+
+
+def test_a_layer_that_does_not_reach_says_why():
+    def figures(*words):
+        config = small_twin(load_config(fitting((*QUICK, *words))))
+        model = build_noisy_model(config)
+        tokens = torch.arange(2 * TOKENS).reshape(2, TOKENS) % 29
+        return list(check_reach(model, tokens, packed_rows(), Mesh.alone()))
+
+    for words, reason in (
+        (("mixer=sliding", "mixer.window=100"), "its mask hides the first token"),
+        (("mixer=short_conv",), "its filter is short"),
+    ):
+        lines = figures(*words)
+        assert [line.passed for line in lines] == [True, True]
+        assert all(line.figure == 0 and reason in line.note for line in lines)
+    assert all(line.figure > 0 for line in figures("mixer=gated_delta"))
+
+
+class Forgetful(torch.nn.Module):
+    """A layer that passes nothing on from token to token, and has no reason for it."""
+
+    def forward(self, hidden, span):
+        return hidden * 2
+
+
+def test_a_layer_without_reach_and_reason_is_a_fault():
+    config = small_twin(load_config(fitting(QUICK)))
+    model = build_noisy_model(config)
+    model.blocks[1].mixer = Forgetful()
+    tokens = torch.arange(2 * TOKENS).reshape(2, TOKENS) % 29
+    first, second = check_reach(model, tokens, packed_rows(), Mesh.alone())
+    assert first.passed and not second.passed and "no part says why" in second.note
+
+
+def with_fault(env, place):
+    """A driver that is right but for one fault: what the doctor then finds."""
+    config = load_config(fitting((*QUICK, f"parallel.context={env.size}", "parallel.method=ring")))
+    mesh = build_mesh(env.size, 1)
+    examination = Examination(config, mesh)
+    layer = examination.shared.blocks[0].mixer
+
+    def spoil(module, args, output):
+        alone = int((args[1].valid()).any()) == 0
+        if place == "padding" and not alone:
+            # The ranks that hold no token lend their first neighbour something.
+            few = bool(args[1].sharding.whole.valid().sum() < 20)
+            return output * (1.001 if few else 1.0)
+        if place == "evaluation" and not torch.is_grad_enabled():
+            return output * 1.001
+        return output
+
+    layer.register_forward_hook(spoil)
+    return [line for line in examination.findings() if not line.passed]
+
+
+@pytest.mark.parametrize("place", ["padding", "evaluation"])
+def test_a_fault_of_evaluation_or_of_empty_ranks_alone_is_seen(place):
+    lines = ranks(3, with_fault, place)[0]
+    assert place in {line.check for line in lines}

@@ -1,0 +1,94 @@
+"""One HTML page of attention maps: heads as heat maps, tokens and lines on hover, no network.
+
+Texts of tokens come from data: they reach the page as JSON without a "<", and the script writes
+them with textContent alone, so that no text becomes markup.
+"""
+
+import base64
+import json
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.analysis.attention_maps import AttentionMap
+from models.analysis.heads import head_scores
+from models.analysis.page_script import SCRIPT, STYLE
+from models.analysis.rollout import rollout, weighted_by_values
+
+NOTE = (
+    "A weight says where a head looks, not why the model answers: a key with a small value may hold"
+    " a large weight, which is why weights times the norms of values stand beside them, and later"
+    " layers may undo what a head brings. Weights are shown in steps of 1/255."
+)
+
+
+def attention_page(
+    title: str, maps: Sequence[AttentionMap], texts: Sequence[str], without: Sequence[str] = ()
+) -> str:
+    """Returns the page of the maps of one row.
+
+    Args:
+        title: of the page.
+        maps: in the order of the layers.
+        texts: of the tokens of the row, without padding, in the order of the maps' queries.
+        without: layers that mix tokens and have no map of weights, such as recurrent ones.
+    """
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    tokens = [numbers[text] for text in texts]
+    # A softmax over summaries, or one that is called again, has other queries than the row.
+    whole = [attention for attention in maps if attention.weight.shape[1] == len(tokens)]
+    without = [*without, *(each.name for each in maps if each.weight.shape[1] != len(tokens))]
+    layers = []
+    for attention, flow in zip(whole, rollout(whole)):
+        layers.append(_layer(attention, flow, tokens))
+    data = json.dumps({"tokens": list(texts), "layers": layers})
+    # Inside <script> only "<" could end the script or open a comment.
+    safe = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    absent = ""
+    if without:
+        listed = ", ".join(escape(name) for name in without)
+        absent = (
+            f"<p>These layers have no weights of the row's tokens, and so no map: {listed}.</p>"
+        )
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}'
+        f"</title><style>{STYLE}</style></head><body>\n<h1>{escape(title)}</h1>\n"
+        f"<p>{escape(NOTE)}</p>\n{absent}\n"
+        '<p><label>layer <select id="layer"></select></label> '
+        '<label>show <select id="mode"></select></label></p>\n'
+        '<div id="heads"></div>\n<div id="detail"></div>\n'
+        f'<h2>Heads by pattern</h2>\n<div id="patterns"></div>\n'
+        f'<script type="application/json" id="data">{safe}</script>\n'
+        f"<script>{SCRIPT}</script>\n</body></html>\n"
+    )
+
+
+def _layer(attention: AttentionMap, flow: Tensor, tokens: list[int]) -> dict[str, Any]:
+    """Returns the data of one softmax: its maps in each mode, and the scores of its heads."""
+    queries = attention.weight.shape[1]
+    modes = {"weights": attention.weight}
+    if attention.value_norm is not None:
+        modes["weights x value norms"] = weighted_by_values(attention)
+    heads = []
+    for score in head_scores(attention, tokens):
+        shown = {mode: _packed(weight[score.head]) for mode, weight in modes.items()}
+        figures = score._asdict()
+        del figures["layer"]
+        heads.append({"maps": shown, **figures})
+    return {
+        "name": attention.name,
+        "queries": queries,
+        "keys": attention.weight.shape[2],
+        "hidden": attention.heads - len(attention.weight),
+        "rollout": _packed(flow),
+        "heads": heads,
+    }
+
+
+def _packed(weight: Tensor) -> str:
+    """Returns weights from 0 to 1 as bytes in base64, row after row."""
+    steps = (weight.double().clamp(0, 1) * 255).round().to(torch.uint8)
+    return base64.b64encode(steps.numpy().tobytes()).decode()

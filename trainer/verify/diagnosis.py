@@ -1,0 +1,70 @@
+"""A line of the doctor's table, and the rows that the doctor examines a model with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.span import Span
+
+TOKENS = 121
+BOUND = 1e-11  # of a tensor's largest magnitude, in float64
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One line of the table.
+
+    Attributes:
+        check: name of the check.
+        subject: what is compared or observed.
+        figure: relative error; must stay below `bound`, or above it for `reach`.
+        bound: of the figure.
+        passed: the figure is on the right side.
+        note: a remark, or an empty string.
+    """
+
+    check: str
+    subject: str
+    figure: float
+    bound: float
+    passed: bool
+    note: str = ""
+
+
+# Document lengths of two rows; the rest of each row is padding.
+SEPARATE_ROWS = ([37, 1, 52, 23], [5, 90, 19])
+# Document lengths of two lanes, for a memory: two rows each, cut inside a document.
+LANES = ([37, 1, 52, 60, 1, 80], [5, 90, 147])
+
+
+def packed_rows(lengths: Sequence[Sequence[int]] = SEPARATE_ROWS, first: int = 0) -> Span:
+    """Packs uneven documents, one of them a single token, with some padding.
+
+    Args:
+        lengths: of the documents of each lane.
+        first: token of each lane at which its row begins.
+
+    Returns:
+        Addresses [2, TOKENS].
+    """
+    pos = torch.zeros(2, first + TOKENS, dtype=torch.long)
+    doc = torch.full((2, first + TOKENS), -1)
+    for row, lane in enumerate(lengths):
+        start = 0
+        for number, length in enumerate(lane):
+            stop = min(start + length, first + TOKENS)
+            pos[row, start:stop] = torch.arange(stop - start)
+            doc[row, start:stop] = number
+            start = stop
+    return Span.of(pos[:, first:], doc[:, first:])
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Returns the largest difference in units of the largest expected magnitude."""
+    # A rank may have no tokens at all.
+    if not actual.numel():
+        return 0.0
+    largest = expected.abs().max().clamp_min(1e-12)
+    return ((actual - expected).abs().max() / largest).item()
