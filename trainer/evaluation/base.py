@@ -5,7 +5,6 @@ names it; `evaluation=[NAME,NAME]` chooses some. Every rank calls the same metho
 order.
 """
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -258,8 +257,3 @@ def mean(values: Sequence[float]) -> float:
 def on_device(context: EvaluationContext, *shape: int) -> Tensor:
     """Returns zeros of float64 to add up in, on this rank's device."""
     return torch.zeros(*shape, dtype=torch.float64, device=context.mesh.device)
-
-
-def with_step(context: EvaluationContext, step: int) -> EvaluationContext:
-    """Returns the same context at another step."""
-    return dataclasses.replace(context, step=step)

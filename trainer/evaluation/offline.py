@@ -3,7 +3,6 @@
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,15 +23,8 @@ from trainer.config.instantiate import instantiate
 from trainer.config.schema import Config
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.lanes import Lanes
-from trainer.data.streams.base import Stream
 from trainer.errors import BAD_CONFIG, UserError
-from trainer.evaluation.base import (
-    Evaluation,
-    EvaluationContext,
-    Figure,
-    build_evaluations,
-    figure_name,
-)
+from trainer.evaluation.base import EvaluationContext, build_evaluations, figure_name
 from trainer.export import CONFIG, WEIGHTS, export, reopen
 from trainer.limited_reader import json_object
 from trainer.objectives.stream import open_rows
@@ -196,22 +188,15 @@ def _rank(rank: int, subjects: list[Subject], ranks: int, meeting: str, results:
 
 
 def _evaluate_all(subjects: Sequence[Subject], rank: int, ranks: int) -> list[Row]:
+    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= ranks
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     rows = []
     for subject in subjects:
-        with _on_device(rank, ranks) as device:
-            rows += _evaluate(subject, device)
+        rows += _evaluate(subject, device)
     return rows
 
 
-@contextmanager
-def _on_device(rank: int, ranks: int) -> Iterator[torch.device]:
-    """Chooses the device of a rank; frees its memory between two models."""
-    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= ranks
-    yield torch.device("cuda", rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.empty_cache()
-
-
+@torch.no_grad()
 def _evaluate(subject: Subject, device: torch.device) -> list[Row]:
     """Builds one model on the ranks and runs every evaluation."""
     config = subject.config
@@ -249,16 +234,11 @@ def _evaluate(subject: Subject, device: torch.device) -> list[Row]:
     )
     rows = []
     for name, evaluation in build_evaluations(config).items():
-        for figure in _figures(evaluation, context, stream):
+        for figure in evaluation.run(context):
             full_name = figure_name(name, figure.name)
             values = (full_name, figure.value, figure.chance, figure.cells)
             rows.append(Row(subject.name, subject.step, *values))
     return rows
-
-
-def _figures(evaluation: Evaluation, context: EvaluationContext, stream: Stream) -> list[Figure]:
-    with torch.no_grad():
-        return evaluation.run(context)
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:

@@ -7,6 +7,7 @@ layer and head         a heat map of the induction score, and its growth over st
 """
 
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ Cells = Sequence[dict[str, Any]]
 GREY = "#4a5568"
 PALE = "#e2e8f0"
 COLOURS = "viridis"
+TITLE = 36  # letters of a panel's title
+LINE = 110  # letters of a line of a legend
 JUMP = 0.5  # an induction score from which on the heads count as there
 NOT_PLACES = ("accuracy", "exact", "loss", "whole", "generated", "examples", "tokens", "pairs")
 
@@ -106,7 +109,9 @@ def draw_cells(figure: Figure, variants: Sequence[tuple[str, Cells]], title: str
             _draw_lines(axes, label, cells)
     handles, labels = axes.get_legend_handles_labels()
     if any(labels):
-        axes.legend(handles, labels, frameon=False, fontsize=8)
+        # Below the panel, because the settings that name a variant may be long.
+        wrapped = [textwrap.fill(label, LINE) for label in labels]
+        figure.legend(handles, wrapped, loc="outside lower left", frameon=False, fontsize=8)
     return True
 
 
@@ -132,7 +137,8 @@ def _heat_maps(figure: Figure, variants: Sequence[tuple[str, Cells]], kind: str)
         panel.set_yticks(range(len(down)), [caption(str(place)) for place in down], fontsize=7)
         panel.tick_params(colors=GREY)
         if label:
-            panel.set_title(caption(label), fontsize=9, color=GREY)
+            short = textwrap.shorten(label, TITLE, placeholder=" ...")
+            panel.set_title(caption(short), fontsize=9, color=GREY)
         if values.size <= 100:
             _write_values(panel, values)
     assert image is not None, "there is a variant"

@@ -74,6 +74,38 @@ def test_an_old_record_evaluates_the_held_out_loss():
         ("evaluation.heldout.lenth=3", "did you mean evaluation.heldout.length?"),
         ("evaluation.sample._target_=a.B", "evaluation.sample: this name is taken"),
         (
+            "evaluation=[heldout,needle] evaluation.needle.lengths=[100]",
+            "evaluation.needle.lengths=[100]: a row of 100 tokens has no room for needles",
+        ),
+        (
+            "evaluation=[heldout,needle] evaluation.needle.lengths=[4096] position=learned",
+            "a row of 4096 tokens is longer than Learned (max_length=2048) allows",
+        ),
+        (
+            "evaluation=[heldout,needle] evaluation.needle.generate=8 data=recall",
+            "evaluation=needle: it reads and writes text, but the run's data is a task",
+        ),
+        (
+            "evaluation=[heldout,recall] data=recall",
+            "evaluation=recall: it scores the next token, but the answers",
+        ),
+        (
+            "evaluation=[heldout,copy] objective=masked mixer=bidirectional",
+            "evaluation=copy: it scores the next token, which objective=masked does not teach",
+        ),
+        (
+            "evaluation=[heldout,tasks] evaluation.tasks.task=recal",
+            "evaluation.tasks.task=recal: there is no task of that name; did you mean recall?",
+        ),
+        (
+            "evaluation=[heldout,tasks]",
+            "evaluation.tasks.task=null: StandardLibrary is text",
+        ),
+        (
+            "evaluation=[heldout,in_context] evaluation.in_context.late=3000",
+            "evaluation.in_context.late=3000: a row holds the tokens 0 to 2047",
+        ),
+        (
             "evaluation.mine._target_=trainer.progress.Progress +evaluation.mine.cursor={}",
             "it is no evaluation",
         ),
