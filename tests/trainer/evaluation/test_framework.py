@@ -99,7 +99,7 @@ def test_an_old_record_evaluates_the_held_out_loss():
         ),
         (
             "evaluation=[heldout,tasks]",
-            "evaluation.tasks.task=null: StandardLibrary is text",
+            "evaluation.tasks.task=null: Stdlib is text",
         ),
         (
             "evaluation=[heldout,in_context] evaluation.in_context.late=3000",
