@@ -88,6 +88,9 @@ class KVCacheFactory(ABC):
     def prepare(self, model: nn.Module) -> None:  # noqa: B027
         """Is told the model whose caches it will make, before the first of them."""
 
+    def announce(self, tokens: Tensor | None) -> None:  # noqa: B027
+        """Is told the tokens [B, T] of the piece that comes next; None: nobody says them."""
+
     @abstractmethod
     def create(self, place: str, mask: Mask, slots: SlotTable) -> KVCache:
         """Returns an empty cache.

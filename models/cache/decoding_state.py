@@ -62,8 +62,13 @@ class DecodingState(CarriedState):
         self._calls: dict[str, list[Tensors]] = {}
         self._tail_index: dict[int, Tensor] = {}
 
-    def attach(self, span: Span) -> Span:
-        """Returns the addresses of the next piece of each row, with this state in it."""
+    def attach(self, span: Span, tokens: Tensor | None = None) -> Span:
+        """Returns the addresses of the next piece of each row, with this state in it.
+
+        Args:
+            tokens: [B, T] of the piece; caches that share equal tokens between rows want them.
+        """
+        self.factory.announce(tokens)
         attached = super().attach(span)
         self._tables = {}
         self._calls = {}
@@ -259,6 +264,18 @@ class DecodingState(CarriedState):
         for name, cache in self.caches.items():
             held[name] = cache.export_state()
         return held
+
+    def restore(self, like: "DecodingState") -> None:
+        """Makes the caches of what was imported, as another state of the same model has them.
+
+        Without it they are made by the next pass, and until then no other state can join.
+        """
+        for name, (_, span) in list(self._imported.items()):
+            exact = isinstance(like.caches[name], ContiguousCache)
+            place, _, _ = name.rpartition("#")
+            mask = like.slots[name].mask
+            factory = None if exact else self.factory
+            self.caches[name] = self._create(name, place, span, mask, factory)
 
     def bytes(self) -> int:
         """Returns the bytes that are reserved, without addresses."""

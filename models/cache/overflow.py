@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
-from models.ranges import Piece, Some
+from models.ranges import Some
 
 
 class ContextFull(ValueError):
@@ -202,7 +202,7 @@ POLICIES: dict[str, type[Overflow]] = {
 }
 
 
-def policy_of(name: str, n_keep: Piece | int = 4) -> Overflow:
+def policy_of(name: str, n_keep: int = 4) -> Overflow:
     """Returns the policy of `overflow=NAME`.
 
     Raises:

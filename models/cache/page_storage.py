@@ -34,6 +34,22 @@ class PageStorage:
         index = torch.tensor(slots, dtype=torch.long, device=self.tensors[0].device)
         return tuple(stored.flatten(0, 1)[index] for stored in self.tensors)
 
+    def grow(self, pages: int) -> None:
+        """Adds pages behind the others."""
+        self.pages += pages
+        grown = []
+        for stored in self.tensors:
+            grown.append(torch.cat([stored, stored.new_zeros(pages, *stored.shape[1:])]))
+        self.tensors = tuple(grown)
+
+    def gather(self, pages: Tensor) -> tuple[Tensor, ...]:
+        """Returns whole pages [B, n] as tokens, [B, n N, ...]."""
+        return tuple(stored[pages].flatten(1, 2) for stored in self.tensors)
+
+    def page_bytes(self) -> int:
+        """Returns the bytes of a page."""
+        return self.bytes() // self.pages
+
     def copy(self, source: int, target: int) -> None:
         """Copies a page onto another."""
         for stored in self.tensors:

@@ -189,6 +189,13 @@ class PagePool:
         """Returns the number of sequences whose table holds a page."""
         return self._readers[page]
 
+    def grow(self, pages: int) -> None:
+        """Adds free pages behind the others."""
+        for page in range(self.pages, self.pages + pages):
+            heappush(self._free, page)
+        self._readers += [0] * pages
+        self.pages += pages
+
     def free_pages(self) -> int:
         """Returns the number of pages that no sequence holds."""
         return len(self._free)

@@ -177,19 +177,15 @@ class QuantizedCache(KVCache):
         return sum(part.bytes() for part in self.parts)
 
     def export_state(self) -> tuple[Tensors, Span]:
-        """See KVCache: codes, scales, minima, newest tokens and the number of tokens in codes, for
-        keys and then for values."""
-        tensors = []
-        for part in self.parts:
-            tensors += part.export()
-        return tensors, self.slots.read()
+        """See KVCache: numbers, not codes, so any cache takes them.
+
+        Quantised again they give the same codes, because each group holds its own extremes.
+        """
+        return self.read()
 
     def import_state(self, payload: Tensors, span: Span) -> None:
         """See KVCache."""
-        self.slots.restore(span)
-        half = len(payload) // 2
-        self.parts[0].take(payload[:half])
-        self.parts[1].take(payload[half:])
+        self.append(payload, span)
 
 
 class QuantizedPart:
@@ -277,19 +273,6 @@ class QuantizedPart:
         if self.codes is not None:
             held += self.codes.bytes()
         return held
-
-    def export(self) -> list[Tensor]:
-        """Returns everything, rows first."""
-        assert self.recent is not None, "nothing was appended yet"
-        codes = self._with_units(self.codes, self.recent.shape[0], _units(self.codes))
-        return [*codes, self.recent, self.coded]
-
-    def take(self, exported: Tensors) -> None:
-        """Takes over what `export` gave."""
-        codes, scale, minimum, recent, coded = [tensor.clone() for tensor in exported]
-        self.codes = Quantized(codes, scale, minimum) if codes.shape[1] else None
-        self.recent = recent
-        self.coded = coded
 
     def _places(self, came: Tensor, placement: Placement) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the row, the place in the piece and the slot of each token."""

@@ -26,8 +26,8 @@ def cannot_shift(model: nn.Module, factory: KVCacheFactory) -> list[str]:
     if not isinstance(factory, Contiguous):
         kind = type(factory).__name__
         return [
-            f"overflow=shift turns cached keys, but {kind} does not hold them as they were computed,"
-            " each at its place in the text; use cache=contiguous, or overflow=recompute"
+            f"overflow=shift turns cached keys, but {kind} does not hold all of them as they were"
+            " computed; use cache=contiguous, or overflow=recompute"
         ]
     sentences = []
     for path, module in model.named_modules():

@@ -22,6 +22,16 @@ RECIPES = {  # name -> (module and function, its parts, what it shows)
         ("queries", "tracking", "decoding"),
         "associative recall and state tracking of every linear-time layer",
     ),
+    "eviction": (
+        "scripts.experiments.eviction.eviction",
+        (),
+        "which caches still answer when most of the text is gone",
+    ),
+    "quantized": (
+        "scripts.experiments.quantized.quantized",
+        (),
+        "what fewer bits of cached keys and values cost",
+    ),
     "experts": (
         "scripts.experiments.experts.experts",
         (),
