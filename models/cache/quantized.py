@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.cache.base import KVCache, KVCacheFactory
-from models.cache.eviction import cached_attentions, taken, widened
+from models.cache.eviction.base import cached_attentions, taken, widened
 from models.cache.quantizer import CHANNELS, TOKENS, Quantized, Quantizer
 from models.cache.slots import Placement, SlotTable
 from models.cache.turning import Turn, cannot_turn, turns

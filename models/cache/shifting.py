@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.cache.base import KVCacheFactory
 from models.cache.contiguous import Contiguous
 from models.cache.decoding_state import DecodingState
-from models.cache.eviction import blanked, taken
+from models.cache.eviction.base import blanked, taken
 from models.cache.turning import Turn, cannot_turn
 from models.primitive import Primitive
 from models.primitives.causal_conv import CausalConv

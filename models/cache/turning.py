@@ -13,7 +13,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from models.attention.latent import LatentScore
-from models.cache.eviction import cached_attentions, innermost
+from models.cache.eviction.base import cached_attentions, innermost
 from models.positions.rope import Rope
 from models.scores import Score, Tensors
 from models.span import Span

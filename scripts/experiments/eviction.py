@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from models.cache.base import KVCacheFactory
 from models.cache.contiguous import Contiguous
 from models.cache.decoding_state import DecodingState
-from models.cache.h2o import H2O
-from models.cache.snapkv import SnapKV
-from models.cache.streaming import Streaming
-from models.cache.tova import Tova
-from models.cache.window import Window
+from models.cache.eviction.h2o import H2O
+from models.cache.eviction.snapkv import SnapKV
+from models.cache.eviction.streaming import Streaming
+from models.cache.eviction.tova import Tova
+from models.cache.eviction.window import Window
 from models.init import initialise
 from models.loss import IGNORE
 from models.span import Span

@@ -9,11 +9,11 @@ from models.attention.latent import LatentAttention
 from models.attention.sliding import Sliding
 from models.cache.contiguous import Contiguous
 from models.cache.decoding_state import DecodingState
+from models.cache.eviction.window import Window
 from models.cache.overflow import POLICIES, ContextFull, Cut, Shift, TruncateMiddle, policy_of
 from models.cache.quantized import QuantizedKV
 from models.cache.shifting import cannot_shift, shift
 from models.cache.turning import turns
-from models.cache.window import Window
 from models.carried_state import name_stateful_modules
 from models.convolution.short_conv import ShortConv
 from models.init import initialise
@@ -24,7 +24,7 @@ from models.positions.rope import Rope
 from models.positions.yarn import Yarn
 from models.recurrent.linear import LinearAttention
 from models.span import Span
-from tests.models.cache.test_eviction_in_models import Two
+from tests.models.cache.eviction.test_eviction_in_models import Two
 
 WIDTH, HEADS, GROUPS, VOCABULARY = 24, 6, 3, 11
 TEXT = list(range(100, 120))

@@ -12,7 +12,7 @@ from models.cache.paged import Paged
 from models.cache.paged_pool import PoolFull
 from models.positions.rope import Rope
 from models.span import PADDING, Span
-from tests.models.cache.test_eviction_in_models import decoded, error, made
+from tests.models.cache.eviction.test_eviction_in_models import decoded, error, made
 from tests.support.pieces import addresses, cut, piece_span, put, taken
 
 WIDTH, HEADS, GROUPS = 24, 6, 3

@@ -6,7 +6,7 @@ import torch
 from models.attention.full import Attention
 from models.cache.contiguous import Contiguous
 from models.cache.decoding_state import DecodingState
-from models.cache.h2o import H2O
+from models.cache.eviction.h2o import H2O
 from models.cache.paged import Paged
 from models.cache.preemption import swap_in, swap_out
 from models.cache.quantized import QuantizedKV

@@ -14,7 +14,7 @@ from models.positions.rope import Rope
 from models.positions.yarn import Yarn
 from models.recurrent.linear import LinearAttention
 from models.span import Span
-from tests.models.cache.test_eviction_in_models import Two, decoded, error, made
+from tests.models.cache.eviction.test_eviction_in_models import Two, decoded, error, made
 from tests.support.pieces import addresses, cut, piece_span, put, taken
 
 WIDTH, HEADS, GROUPS, HEAD = 32, 4, 2, 8

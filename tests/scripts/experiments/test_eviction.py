@@ -3,7 +3,7 @@
 import torch
 
 from models.cache.contiguous import Contiguous
-from models.cache.window import Window
+from models.cache.eviction.window import Window
 from models.loss import IGNORE
 from models.span import Span
 from scripts.experiments import eviction, quantized

@@ -1,6 +1,6 @@
 """Recency: the newest tokens of each row, whatever the mask would still show."""
 
-from models.cache.eviction import EvictingCache, Eviction
+from models.cache.eviction.base import EvictingCache, Eviction
 from models.cache.slots import SlotTable
 from models.masks.algebra import Mask
 from models.ranges import Piece

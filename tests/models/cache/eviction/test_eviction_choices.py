@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from models.cache.h2o import HeavyHitterCache
-from models.cache.snapkv import SnapCache, SnapKV
-from models.cache.streaming import StreamingCache
-from models.cache.tova import TovaCache
-from models.cache.window import WindowCache
+from models.cache.eviction.h2o import HeavyHitterCache
+from models.cache.eviction.snapkv import SnapCache, SnapKV
+from models.cache.eviction.streaming import StreamingCache
+from models.cache.eviction.tova import TovaCache
+from models.cache.eviction.window import WindowCache
 from models.span import PADDING, Span
 
 ROWS, GROUPS, QUERIES_PER_KEY = 2, 3, 2

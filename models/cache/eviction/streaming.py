@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.cache.eviction import EvictingCache, Eviction
+from models.cache.eviction.base import EvictingCache, Eviction
 from models.cache.slots import SlotTable
 from models.cache.turning import Turn, cannot_turn, turns
 from models.masks.algebra import Mask

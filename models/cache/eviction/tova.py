@@ -6,7 +6,7 @@ Letters: B rows, T queries, S slots, H query heads.
 import torch
 from torch import Tensor
 
-from models.cache.eviction import Eviction, ScoredCache, best
+from models.cache.eviction.base import Eviction, ScoredCache, best
 from models.cache.slots import SlotTable
 from models.masks.algebra import Mask
 from models.ranges import Piece

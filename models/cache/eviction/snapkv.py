@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.cache.eviction import Eviction, ScoredCache, best, newest
+from models.cache.eviction.base import Eviction, ScoredCache, best, newest
 from models.cache.slots import SlotTable
 from models.masks.algebra import Mask
 from models.ranges import Piece

@@ -12,11 +12,11 @@ from models.attention.latent import LatentAttention
 from models.attention.sink_logit import SinkLogit
 from models.cache.contiguous import Contiguous
 from models.cache.decoding_state import DecodingState
-from models.cache.h2o import H2O
-from models.cache.snapkv import SnapKV
-from models.cache.streaming import Streaming
-from models.cache.tova import Tova
-from models.cache.window import Window
+from models.cache.eviction.h2o import H2O
+from models.cache.eviction.snapkv import SnapKV
+from models.cache.eviction.streaming import Streaming
+from models.cache.eviction.tova import Tova
+from models.cache.eviction.window import Window
 from models.carried_state import name_stateful_modules
 from models.init import initialise
 from models.masks.algebra import visible

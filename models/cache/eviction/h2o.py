@@ -5,7 +5,7 @@ Letters: B rows, T queries, S slots, H query heads, G key heads.
 
 from torch import Tensor
 
-from models.cache.eviction import Eviction, ScoredCache, best, newest
+from models.cache.eviction.base import Eviction, ScoredCache, best, newest
 from models.cache.slots import SlotTable
 from models.masks.algebra import Mask
 from models.ranges import Piece
