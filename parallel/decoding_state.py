@@ -43,10 +43,10 @@ class ShardedDecodingState(DecodingState):
         self.communicator = communicator
         self._owned: dict[int, tuple[Span, Span]] = {}
 
-    def attach(self, span: Span) -> Span:
+    def attach(self, span: Span, tokens: Tensor | None = None) -> Span:
         """See DecodingState."""
         self._owned = {}
-        return super().attach(span)
+        return super().attach(span, tokens)
 
     def extend(
         self, place: str, payload: Tensors, span: Span, mask: Mask, *, shared: bool = False
@@ -69,12 +69,14 @@ class ShardedDecodingState(DecodingState):
         return held if kv_span.sharding is None else (payload, kv_span)
 
     def _held(self, softmax: Any, payload: Tensors, kv_span: Span) -> KVCache:
-        if kv_span.sharding is None:
+        if kv_span.sharding is None and not self.factory.replicated:
             kv_span = self._own(kv_span)
         return super()._held(softmax, payload, kv_span)
 
     def merged(self, part: Partial) -> Partial:
         """Joins the attention over this rank's tokens with that of all others, in rank order."""
+        if self.factory.replicated:
+            return part
         mean, lse = part
         packed = torch.cat([mean, lse[..., None]], -1)
         total = None

@@ -83,7 +83,14 @@ class KVCache(ABC):
 
 
 class KVCacheFactory(ABC):
-    """Makes the cache of each attention; one for the whole model, built from `cache=`."""
+    """Makes the cache of each attention; one for the whole model, built from `cache=`.
+
+    Attributes:
+        replicated: every rank holds all that the cache holds, and reads prompts whole. For caches
+            that are small, and whose choices need the weights of all tokens.
+    """
+
+    replicated: ClassVar[bool] = False
 
     def prepare(self, model: nn.Module) -> None:  # noqa: B027
         """Is told the model whose caches it will make, before the first of them."""

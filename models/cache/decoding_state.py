@@ -63,11 +63,8 @@ class DecodingState(CarriedState):
         self._tail_index: dict[int, Tensor] = {}
 
     def attach(self, span: Span, tokens: Tensor | None = None) -> Span:
-        """Returns the addresses of the next piece of each row, with this state in it.
-
-        Args:
-            tokens: [B, T] of the piece; caches that share equal tokens between rows want them.
-        """
+        """Returns the addresses of the next piece of each row, with this state in it; `tokens`
+        [B, T] are those of the piece, for caches that share equal ones between rows."""
         self.factory.announce(tokens)
         attached = super().attach(span)
         self._tables = {}
@@ -90,7 +87,8 @@ class DecodingState(CarriedState):
         return self._held(softmax, payload, kv_span).read()
 
     def _held(self, softmax: Any, payload: Tensors, kv_span: Span) -> KVCache:
-        return self._extended(softmax.place, payload, kv_span, softmax.mask, self.factory, False)
+        shared = self.factory.replicated
+        return self._extended(softmax.place, payload, kv_span, softmax.mask, self.factory, shared)
 
     def attend(
         self,
@@ -266,10 +264,7 @@ class DecodingState(CarriedState):
         return held
 
     def restore(self, like: "DecodingState") -> None:
-        """Makes the caches of what was imported, as another state of the same model has them.
-
-        Without it they are made by the next pass, and until then no other state can join.
-        """
+        """Makes the caches of what was imported, as another state has them, so that it can join."""
         for name, (_, span) in list(self._imported.items()):
             exact = isinstance(like.caches[name], ContiguousCache)
             place, _, _ = name.rpartition("#")

@@ -202,16 +202,26 @@ POLICIES: dict[str, type[Overflow]] = {
 }
 
 
-def policy_of(name: str, n_keep: int = 4) -> Overflow:
+def policy_of(name: str, n_keep: int | None = None) -> Overflow:
     """Returns the policy of `overflow=NAME`.
 
+    Args:
+        n_keep: first tokens that stay; None: the policy's own number.
+
     Raises:
-        ValueError: there is no policy of this name.
+        ValueError: there is no policy of this name, or it keeps no first tokens.
     """
     if name not in POLICIES:
         raise ValueError(f"overflow={name} is unknown; use {', '.join(POLICIES)}")
     policy = POLICIES[name]
-    return policy(n_keep) if issubclass(policy, Keeping) else policy()
+    if n_keep is None:
+        return policy()
+    if not issubclass(policy, Keeping):
+        raise ValueError(
+            f"n_keep={n_keep}: overflow={name} keeps no first tokens; leave it out, or use"
+            " overflow=truncate_middle, overflow=shift or overflow=recompute"
+        )
+    return policy(n_keep)
 
 
 def prompt_room(limit: int, answer: int) -> int:
@@ -220,14 +230,15 @@ def prompt_room(limit: int, answer: int) -> int:
 
 
 def whole_prompt(tokens: Sequence[int], limit: int, name: str) -> list[int]:
-    """Returns the tokens if they fit.
+    """Returns the tokens if they and one more fit.
 
     Raises:
-        ContextFull: there are more than the limit.
+        ContextFull: they leave no room for an answer.
     """
-    if len(tokens) > limit:
+    if len(tokens) >= limit:
         raise ContextFull(
-            f"overflow={name}: the prompt has {len(tokens)} tokens, but the context holds {limit};"
-            " use overflow=truncate_start or overflow=truncate_middle, or a shorter prompt"
+            f"overflow={name}: the prompt has {len(tokens)} tokens, and a context of {limit} has no"
+            " room for more; use overflow=truncate_start or overflow=truncate_middle, or a shorter"
+            " prompt"
         )
     return list(tokens)

@@ -57,12 +57,14 @@ class TokenDecoder:
         reasons = cannot_decode(model) + cache.misfits(model)
         if reasons:
             raise ValueError("\n".join(reasons))
+        cache.prepare(model)
         self.model = model
         self.cache = cache
         self.communicator = communicator
         # What is strictly sequential gains nothing by a prompt that lies over ranks.
         sequential = any(isinstance(module, SequentialScan) for module in model.modules())
-        self.policy = None if communicator is None or sequential else policy
+        read_whole = communicator is None or sequential or cache.replicated
+        self.policy = None if read_whole else policy
         self.lengths: list[int] = []
         self.longest = longest_document(model)
         self.whole = shortest_piece(model)
@@ -112,7 +114,7 @@ class TokenDecoder:
 
     def select(self, rows: Sequence[int]) -> None:
         """Keeps these rows, in this order; a row may come several times."""
-        index = torch.tensor(list(rows), device=self._device())
+        index = torch.tensor(list(rows), device=self.device())
         self.state.select(index)
         self.lengths = [self.lengths[row] for row in rows]
 
@@ -135,7 +137,8 @@ class TokenDecoder:
                     " document see one another; give as many or more"
                 )
 
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Returns the device of the model."""
         return next(self.model.parameters()).device
 
     def _rows(self, pieces: Sequence[Sequence[int]]) -> tuple[Tensor, Span]:
@@ -149,12 +152,12 @@ class TokenDecoder:
             tokens[row, : len(piece)] = torch.as_tensor(piece, dtype=torch.long)
             pos[row, : len(piece)] = torch.arange(first, first + len(piece))
             doc[row, : len(piece)] = 0
-        device = self._device()
+        device = self.device()
         return tokens.to(device), Span.of(pos.to(device), doc.to(device))
 
     def _feed(self, pieces: Sequence[Sequence[int]]) -> Tensor:
         tokens, span = self._rows(pieces)
-        logits = self.model(tokens, self.state.attach(span))
+        logits = self.model(tokens, self.state.attach(span, tokens))
         self.state.advance()
         self.lengths = [have + len(more) for have, more in zip(self.lengths, pieces, strict=True)]
         last = torch.tensor([len(piece) - 1 for piece in pieces], device=logits.device)

@@ -28,6 +28,7 @@ class Eviction(KVCacheFactory):
     """
 
     per_head = False
+    replicated = True
 
     def __init__(self, budget: int):
         if budget < 1:

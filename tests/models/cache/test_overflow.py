@@ -37,9 +37,9 @@ def test_a_prompt_that_fits_is_read_whole_under_every_policy():
 
 @pytest.mark.parametrize("name", ["raise", "stop"])
 def test_a_prompt_that_is_too_long_is_an_error(name):
-    assert policy_of(name).prompt(TEXT, 20, 5) == TEXT
-    with pytest.raises(ContextFull, match=f"overflow={name}: the prompt has 20 tokens, but the"):
-        policy_of(name).prompt(TEXT, 19, 5)
+    assert policy_of(name).prompt(TEXT, 21, 5) == TEXT
+    with pytest.raises(ContextFull, match=f"overflow={name}: the prompt has 20 tokens, and a"):
+        policy_of(name).prompt(TEXT, 20, 5)
 
 
 def test_a_prompt_that_is_too_long_is_cut_and_leaves_room_for_its_answer():
@@ -64,6 +64,8 @@ def test_what_happens_at_the_limit():
 def test_settings_without_meaning_are_refused():
     with pytest.raises(ValueError, match="overflow=slide is unknown; use raise, stop"):
         policy_of("slide")
+    with pytest.raises(ValueError, match="n_keep=3: overflow=stop keeps no first tokens"):
+        policy_of("stop", 3)
     with pytest.raises(ValueError, match=r"overflow\.n_keep=-1"):
         Shift(-1)
     with pytest.raises(ValueError, match=r"overflow\.n_keep=8 leaves no token .*; use 7 or less"):
