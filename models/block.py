@@ -5,24 +5,53 @@ from torch import Tensor, nn
 
 from models.attention.base import SplitAttention
 from models.layer import Layer, hook
+from models.norms import NormStyle
 from models.span import Span
+
+PRE_NORMS = NormStyle()
 
 
 class Block(Layer):
     """x + mixer(norm(x)), then x + feedforward(norm(x)); Xiong et al. 2020 (arXiv:2002.04745), with
-    RMS norms."""
+    RMS norms unless another style is given."""
 
-    def __init__(self, width: int, mixer: nn.Module, feedforward: nn.Module):
+    mixer_post_norm: nn.Module | None
+    feedforward_post_norm: nn.Module | None
+
+    def __init__(
+        self,
+        width: int,
+        mixer: nn.Module,
+        feedforward: nn.Module,
+        norms: NormStyle = PRE_NORMS,
+    ):
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(width)
+        self.mixer_norm = norms.make(width)
         self.mixer = mixer
-        self.feedforward_norm = nn.RMSNorm(width)
+        self.feedforward_norm = norms.make(width)
         self.feedforward = feedforward
+        both = norms.place == "both"
+        self.register_module("mixer_post_norm", norms.make(width) if both else None)
+        self.register_module("feedforward_post_norm", norms.make(width) if both else None)
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]."""
-        x = x + self.mixer(self.mixer_norm(x), span)
-        return x + self.feedforward(self.feedforward_norm(x), span)
+        return self._finish(x, self.mixer(self.mixer_norm(x), span), span)
+
+    def _finish(self, x: Tensor, mixed: Tensor, span: Span) -> Tensor:
+        """Adds what the mixer gave, and the feed-forward layer's part."""
+        x = x + _normed(self.mixer_post_norm, mixed)
+        transformed = self.feedforward(self.feedforward_norm(x), span)
+        return x + _normed(self.feedforward_post_norm, transformed)
+
+
+class PostNormBlock(Block):
+    """norm(x + mixer(x)), then norm(x + feedforward(x)); Vaswani et al. 2017 (arXiv:1706.03762)."""
+
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        """[B, T, width] -> [B, T, width]."""
+        x = self.mixer_norm(x + self.mixer(x, span))
+        return self.feedforward_norm(x + self.feedforward(x, span))
 
 
 class ValueBlock(Block):
@@ -35,9 +64,8 @@ class ValueBlock(Block):
 
     def forward(self, x: Tensor, span: Span, first: Tensor | None = None) -> tuple[Tensor, Tensor]:  # pyright: ignore
         """([B, T, width], first [B, T, width] or None) -> the same pair for the next such block."""
-        y, first = self.mixer.values(self.mixer_norm(x), span, first)  # pyright: ignore
-        x = x + y
-        return x + self.feedforward(self.feedforward_norm(x), span), first  # pyright: ignore
+        mixed, first = self.mixer.values(self.mixer_norm(x), span, first)  # pyright: ignore
+        return self._finish(x, mixed, span), first  # pyright: ignore
 
 
 class RecallBlock(Block):
@@ -46,13 +74,31 @@ class RecallBlock(Block):
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]."""
-        x = x + self.mixer(x, span, self.mixer_norm)
-        return x + self.feedforward(self.feedforward_norm(x), span)
+        return self._finish(x, self.mixer(x, span, self.mixer_norm), span)
 
 
-def block(width: int, mixer: nn.Module, feedforward: nn.Module) -> Block:
-    """The block that a mixer asks for: it shares values, or it recalls."""
-    if hook(mixer, "shares_values"):
-        return ValueBlock(width, mixer, feedforward)
+def block(
+    width: int, mixer: nn.Module, feedforward: nn.Module, norms: NormStyle = PRE_NORMS
+) -> Block:
+    """The block that a mixer asks for: it shares values, or it recalls.
+
+    Raises:
+        ValueError: norms behind the sum, around a mixer that takes its norm apart or has values of
+            the first layer.
+    """
     recalls = isinstance(mixer, SplitAttention) and mixer.recall is not None
-    return (RecallBlock if recalls else Block)(width, mixer, feedforward)
+    shares = hook(mixer, "shares_values")
+    if norms.place == "after":
+        if recalls or shares:
+            raise ValueError(
+                f"model.norm_place=after: {type(mixer).__name__} needs a norm before it; use"
+                " model.norm_place=before"
+            )
+        return PostNormBlock(width, mixer, feedforward, norms)
+    if shares:
+        return ValueBlock(width, mixer, feedforward, norms)
+    return (RecallBlock if recalls else Block)(width, mixer, feedforward, norms)
+
+
+def _normed(norm: nn.Module | None, hidden: Tensor) -> Tensor:
+    return hidden if norm is None else norm(hidden)

@@ -14,23 +14,35 @@ IGNORE = -100  # the target of a token that has none
 CHUNK_SCORES = 1 << 22  # logits held at once
 
 
-def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """cap tanh(logits / cap) (Gemma 2, arXiv:2408.00118); None: the logits as they are."""
+    if cap is None:
+        return logits
+    return (logits / cap).tanh() * cap
+
+
+def token_losses(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, cap: float | None = None
+) -> Tensor:
     """[B, T] nats per token, 0 where the target is IGNORE; float32, or float64 where `hidden` is.
 
     Args:
         hidden: [B, T, W] what the last layer gives.
         weight: [V, W] of the output head.
         targets: [B, T] int64.
+        cap: see `capped`.
 
     The gradient is computed with the loss, chunk by chunk, and scaled in backward: every token's
     loss must therefore get the same upstream gradient (a sum or a mean), which is checked.
     """
-    return _TokenLosses.apply(hidden, weight, targets)
+    return _TokenLosses.apply(hidden, weight, targets, cap)
 
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None
+    ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         # what is handed out is no view: FSDP2 hooks it
@@ -46,7 +58,8 @@ class _TokenLosses(torch.autograd.Function):
             part = slice(start, start + step)
             valid = targets[part] != IGNORE
             target = targets[part].clamp_min(0)[:, None]
-            logits = (hidden[part] @ weight.T).to(wide)
+            logits = capped((hidden[part] @ weight.T).to(wide), cap)
+            bent = None if cap is None or not wanted else 1 - (logits / cap).square()
             lse = logits.logsumexp(-1)
             losses[part] = (lse - logits.gather(1, target)[:, 0]) * valid
             if d_hidden is not None and d_weight is not None:
@@ -55,6 +68,8 @@ class _TokenLosses(torch.autograd.Function):
                     .exp_()
                     .scatter_add_(1, target, torch.full_like(lse, -1.0)[:, None])
                 )
+                if bent is not None:
+                    slope = slope * bent
                 slope = (slope * valid[:, None]).to(hidden.dtype)
                 d_hidden[part] = slope @ weight
                 d_weight += (slope.T @ hidden[part]).to(wide)
@@ -73,5 +88,6 @@ class _TokenLosses(torch.autograd.Function):
         return (
             (d_hidden * scale.to(d_hidden.dtype)).view(ctx.shape),
             (d_weight * scale).to(ctx.dtype),
+            None,
             None,
         )

@@ -48,5 +48,8 @@ Many = Annotated[int, Range(1, 2**20)]
 Shares = Annotated[float, Range(above=0, high=1e6)]
 """A factor of what there is: a million times as much is a slip of the keyboard."""
 
+Share = Annotated[float, Range(above=0, high=1)]
+"""A part of a whole, up to all of it."""
+
 Positive = Annotated[float, Range(above=0)]
 """A factor, a scale or a rate that leaves nothing where it is 0."""

@@ -31,6 +31,19 @@ NOT_COMPOSED = {
     "python -m examples.train_in_python runs/example": "tests/test_examples.py",
     "python -m scripts.export runs/example exported": "tests/test_examples.py",
     "torchrun --nproc-per-node=3 examples/shard_a_layer.py": "tests/test_examples.py",
+    "python -m scripts.export runs/tuned exported format=huggingface dtype=bfloat16": (
+        "tests/trainer/test_export_huggingface.py"
+    ),
+    (
+        "python -m trainer model=hub model.path=models/llama init_from=hf:models/llama data=files"
+        " data.path=texts/*.txt data.tokenizer=models/llama run_dir=runs/tuned"
+        " context_length=8192 batch_tokens=65536 parallel.context=4 precision=bfloat16"
+    ): "needs a model; tests/trainer/init_from/test_huggingface.py",
+    (
+        "python -m trainer model=hub model.path=models/llama init_from=hf:models/llama"
+        " position=yarn position.factor=4 position.original_length=8192 position.theta=500000"
+        " context_length=32768 batch_tokens=131072 parallel.context=8"
+    ): "needs a model; tests/trainer/init_from/test_huggingface.py",
     "python -m scripts.doctor": "names the command; the settings stand in other places",
     "python -m scripts.doctor mixer._target_=mine.Averaged parallel.context=2": (
         "mine.Averaged is the reader's own module; tests/trainer/test_foreign.py has such layers"

@@ -28,13 +28,11 @@ from trainer.config.schema import Config, LoraConfig
 from trainer.config.stages import config_at
 from trainer.config.trust import demand_own
 from trainer.errors import BAD_RUN, UserError
+from trainer.init_from.weights import CONFIG, WEIGHTS
 from trainer.limited_reader import json_object
 from trainer.logs.redact import without_secrets
 from trainer.objectives.stream import vocabulary_of
 from trainer.optim.lengthening import steps_taken
-
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
 
 
 class SavedModel(NamedTuple):

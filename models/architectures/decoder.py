@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from models.block import ValueBlock, block
 from models.init import INIT_STD, Rule, ScaledNormal
 from models.layer import Layer
-from models.loss import token_losses
+from models.loss import capped, token_losses
 from models.memory.base import Memory
+from models.norms import Kind, NormStyle, Place
 from models.positions.base import Position
+from models.ranges import Positive
 from models.span import Span
 
 
@@ -28,6 +30,12 @@ class Decoder(Layer):
             width^-0.5.
         memory: what stands around all layers, if it has anything that does; the mixers have theirs
             in them already.
+        norm: rms, rms_offset (gain 1 + weight, as Gemma) or layer (with a bias); models/norms.py.
+        norm_eps: added to the mean square under the root; null: the smallest step of the type.
+        norm_place: before a layer, after its sum with the input, or both before and behind it.
+        embedding_scale: factor of the token embeddings, rounded to the type that is computed in.
+        logit_cap: bends logits into (-cap, cap) by cap tanh(logits / cap) (Gemma 2,
+            arXiv:2408.00118); null: they are not bent.
     """
 
     def __init__(
@@ -41,6 +49,11 @@ class Decoder(Layer):
         tie_embeddings: bool = False,
         init_std: float = INIT_STD,
         memory: Memory | None = None,
+        norm: Kind = "rms",
+        norm_eps: Positive | None = None,
+        norm_place: Place = "before",
+        embedding_scale: Positive = 1.0,
+        logit_cap: Positive | None = None,
     ):
         super().__init__()
         if init_std <= 0:
@@ -48,14 +61,18 @@ class Decoder(Layer):
                 f"init_std={init_std} starts no weight anywhere; choose one above 0, for example"
                 f" {INIT_STD}"
             )
+        norms = NormStyle(norm, norm_eps, norm_place)
         self.init_std = init_std
+        self.embedding_scale = embedding_scale
+        self.logit_cap = logit_cap
         self.embed = nn.Embedding(vocabulary, width)
         self.position = position.embedding(width) if position else None
         self.blocks = nn.ModuleList(
-            block(width, *parts) for parts in zip(mixers, feedforwards, strict=True)
+            block(width, *parts, norms) for parts in zip(mixers, feedforwards, strict=True)
         )
         self.memory = memory.stack(width) if memory else None
-        self.norm = nn.RMSNorm(width)
+        # Where norms stand behind every layer, the last one is the stack's own.
+        self.norm = nn.Identity() if norm_place == "after" else norms.make(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         if tie_embeddings:
             self.head.weight = self.embed.weight
@@ -72,11 +89,15 @@ class Decoder(Layer):
         """[B, T] int64 -> logits [B, T, vocabulary], or with targets the losses [B, T] in nats (0
         where IGNORE)."""
         x = self.embed(tokens)
+        if self.embedding_scale != 1:
+            x = x * x.new_tensor(self.embedding_scale)
         if self.position is not None:
             x = x + self.position(span)
         x = self._through(x, span) if self.memory is None else self.memory(x, span, self._through)
         x = self.norm(x)
-        return self.head(x) if targets is None else token_losses(x, self.head.weight, targets)
+        if targets is None:
+            return capped(self.head(x), self.logit_cap)
+        return token_losses(x, self.head.weight, targets, cap=self.logit_cap)
 
     def _through(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]: all layers."""

@@ -10,6 +10,7 @@ from models.masks.algebra import Mask
 from models.masks.basic import Causal, SameDocument
 from models.positions.base import Position
 from models.primitives.softmax import Softmax
+from models.ranges import Count
 from models.span import Span
 
 CAUSAL = Causal() & SameDocument()
@@ -25,22 +26,33 @@ class Attention(SplitAttention):
             attention.
         position: how queries and keys learn their positions.
         mask: which keys a query sees.
+        head_width: channels of a head; null: width / heads.
+        bias: of the projections to queries, keys and values.
+        out_bias: of the projection back.
 
     Attributes:
         beside: a memory that adds what it remembers to the output: (q [B, T, H, D], k and v
             [B, T, G, D], all without positions, output [B, T, H, D], span) -> output; or None.
 
-    Source: Ainslie et al. 2023 (arXiv:2305.13245); multi-query Shazeer 2019 (arXiv:1911.02150). No
-    biases.
+    Source: Ainslie et al. 2023 (arXiv:2305.13245); multi-query Shazeer 2019 (arXiv:1911.02150).
     """
 
     beside: nn.Module | None
 
     def __init__(
-        self, width: int, heads: int, kv_heads: int, position: Position, *, mask: Mask = CAUSAL
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        position: Position,
+        *,
+        mask: Mask = CAUSAL,
+        head_width: Count | None = None,
+        bias: bool = False,
+        out_bias: bool = False,
     ):
         super().__init__()
-        if width % heads:
+        if head_width is None and width % heads:
             raise ValueError(
                 f"model.width={width} does not divide among model.heads={heads}; choose a multiple"
                 f" of {heads}"
@@ -50,12 +62,12 @@ class Attention(SplitAttention):
                 f"model.kv_heads={kv_heads} does not divide model.heads={heads}; choose a divisor"
                 f" of {heads}"
             )
-        self.head_width = width // heads
+        self.head_width = width // heads if head_width is None else head_width
         self.position = position
-        self.q = nn.Linear(width, heads * self.head_width, bias=False)
-        self.k = nn.Linear(width, kv_heads * self.head_width, bias=False)
-        self.v = nn.Linear(width, kv_heads * self.head_width, bias=False)
-        self.out = nn.Linear(heads * self.head_width, width, bias=False)
+        self.q = nn.Linear(width, heads * self.head_width, bias=bias)
+        self.k = nn.Linear(width, kv_heads * self.head_width, bias=bias)
+        self.v = nn.Linear(width, kv_heads * self.head_width, bias=bias)
+        self.out = nn.Linear(heads * self.head_width, width, bias=out_bias)
         score, self.tables = position.score(heads, self.head_width)
         self.mix = Softmax(mask, score)
         # registered as a module so that a memory set later joins the state dict

@@ -12,7 +12,7 @@ from models.primitives.softmax import Softmax
 from models.scores import SinkScore
 
 
-class _TablesWithSink(Layer):
+class TablesWithSink(Layer):
     """Gives the params of the score: a position's tables, if it has any, then the sink logits."""
 
     def __init__(self, tables: nn.Module | None, heads: int):
@@ -54,4 +54,4 @@ class SinkLogit(Attention):
         mask = CAUSAL if window is None else CAUSAL & SlidingWindow(window)
         super().__init__(width, heads, kv_heads, position, mask=mask)
         self.mix = Softmax(mask, SinkScore(self.mix.score))
-        self.tables = _TablesWithSink(self.tables, heads)
+        self.tables = TablesWithSink(self.tables, heads)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.positions.base import Position
+from models.ranges import Share
 from models.scores import Score
 from models.span import Span
 
@@ -16,16 +17,19 @@ class Rope(Position):
 
     Args:
         theta: the slowest pair takes about 2 pi theta tokens for one turn.
+        rotated_share: share of a head's channels that are rotated, the first ones; the others have
+            no position (GPT-NeoX, arXiv:2204.06745).
 
     Source: Su et al. 2021 (arXiv:2104.09864).
     """
 
-    def __init__(self, theta: float = 10_000.0):
+    def __init__(self, theta: float = 10_000.0, *, rotated_share: Share = 1.0):
         if theta <= 1:
             raise ValueError(
                 f"position.theta is a wavelength in tokens and must be above 1; got {theta}"
             )
         self.theta = theta
+        self.rotated_share = rotated_share
 
     def inv_freq(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[width / 2] radians per token, fastest first."""
@@ -43,11 +47,22 @@ class Rope(Position):
             ValueError: heads of this width cannot be rotated.
         """
         # called for its checks: a width that does not fit is refused when the layer is built
-        self.inv_freq(head_width, torch.device("meta"), torch.float32)
+        self.inv_freq(self.rotated_width(head_width), torch.device("meta"), torch.float32)
         return super().score(heads, head_width)
+
+    def rotated_width(self, head_width: int) -> int:
+        """Channels of a head that are rotated."""
+        return int(head_width * self.rotated_share)
 
     def rotate(self, hidden: Tensor, span: Span) -> Tensor:
         """Rotates [B, T, H, D] by each token's position, in at least float32."""
+        rotated_width = self.rotated_width(hidden.shape[-1])
+        if rotated_width < hidden.shape[-1]:
+            rotated = self._rotate(hidden[..., :rotated_width], span)
+            return torch.cat([rotated, hidden[..., rotated_width:]], -1)
+        return self._rotate(hidden, span)
+
+    def _rotate(self, hidden: Tensor, span: Span) -> Tensor:
         # an angle of 1e5 radians in bfloat16 would be off by whole turns
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         inv_freq = self.inv_freq(hidden.shape[-1], hidden.device, dtype)

@@ -23,6 +23,7 @@ class Yarn(Rope):
         theta: as in the rotary positions that were trained.
         beta_fast: turns within L0 above which a pair keeps its speed.
         beta_slow: turns within L0 below which a pair is slowed in full.
+        truncate: let the ramp begin and end at whole pairs, as in the paper's code.
         attention_factor: m, by which rotated queries and keys are multiplied (logits by m^2); null:
             0.1 ln(s) + 1.
 
@@ -39,6 +40,7 @@ class Yarn(Rope):
         beta_fast: float = 32.0,
         beta_slow: float = 1.0,
         attention_factor: Shares | None = None,
+        truncate: bool = True,
     ):
         super().__init__(theta)
         if not beta_fast > beta_slow > 0:
@@ -59,6 +61,7 @@ class Yarn(Rope):
         self.factor = stretch(factor)
         self.original_length = original_length
         self.turns = (beta_fast, beta_slow)
+        self.truncate = truncate
         if attention_factor is None:
             attention_factor = 0.1 * log(factor) + 1
         self.attention_factor = attention_factor
@@ -66,8 +69,13 @@ class Yarn(Rope):
     def ramp(self, width: int) -> tuple[float, float]:
         """The pair up to which speeds are kept, and the one from which they are slowed in full."""
         beta_fast, beta_slow = self.turns
-        low = max(floor(self._pair_with_turns(beta_fast, width)), 0)
-        high = min(ceil(self._pair_with_turns(beta_slow, width)), width - 1)
+        low = self._pair_with_turns(beta_fast, width)
+        high = self._pair_with_turns(beta_slow, width)
+        if self.truncate:
+            low = floor(low)
+            high = ceil(high)
+        low = max(low, 0)
+        high = min(high, width - 1)
         # a ramp of no length would divide by zero
         return low, max(high, low + 1e-3)
 

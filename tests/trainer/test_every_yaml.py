@@ -59,6 +59,9 @@ SHARED = ("parallel.context=2", "parallel.data=1", "engine=fsdp")
 APART = ("parallel.context=1", "parallel.data=2", "engine=fsdp")
 
 
+BASES = ("decoder", "hub")  # the one has no mixers, the other needs a folder
+
+
 def only_names_a_mixer(path):
     """Whether a yaml of conf/model says no more than mixer=NAME does."""
     return (
@@ -72,7 +75,8 @@ def yamls(group):
     return sorted(
         f"{group}={path.stem}"
         for path in (CONF / group).glob("*.yaml")
-        if path.stem != "decoder" and not (group == "model" and only_names_a_mixer(path))
+        if path.stem not in ("decoder", "hub")
+        and not (group == "model" and only_names_a_mixer(path))
     )
 
 

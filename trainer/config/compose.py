@@ -23,6 +23,7 @@ from yaml import YAMLError
 from trainer.config import groups
 from trainer.config.explain import errors_by_key, explain, list_around, unchosen, value_at
 from trainer.config.groups import choices, is_group
+from trainer.config.hub import expand_hub
 from trainer.config.node_checks import normalise_node
 from trainer.config.overrides import sort_words
 from trainer.config.schema import Config
@@ -174,6 +175,7 @@ def _plain(overrides: list[str]) -> dict[str, Any]:
         raise UserError(_reworded(one_line)) from error
     assert isinstance(plain, dict)
     plain.pop("experiment", None)
+    expand_hub(plain, overrides)
     for key, node in plain.items():
         # The engine is typed in Config, and its module may be slow to import.
         if key != "engine":

@@ -119,7 +119,7 @@ def node_errors(
     ]
     faults = [
         f"{where}.{key}={quoted_value(value)}: {kind.__name__} has no such"
-        f" setting{nearest_key(f'{where}.{key}', free)}"
+        f" setting{_hint(key, where, free, known)}"
         for key, value in asked.items()
         if key not in known
     ]
@@ -142,6 +142,15 @@ def node_errors(
                 inner, hints.get(key, Any), place
             )
     return faults
+
+
+def _hint(key: str, where: str, free: Iterable[str], known: Iterable[str]) -> str:
+    """Returns the hint about an unknown setting: one that may be set, or a size that is alike."""
+    hint = nearest_key(f"{where}.{key}", free)
+    if "did you mean" in hint or "it is called" in hint:
+        return hint
+    offered = nearest_key(f"{where}.{key}", [f"{where}.{each}" for each in known])
+    return offered if "did you mean" in offered else hint
 
 
 def _other_kind(node: Mapping[str, Any], wanted: Any, where: str) -> list[str]:

@@ -32,6 +32,11 @@ HELD_OUT_CLASS = "trainer.evaluation.held_out.HeldOut"
 class ModelConfig(ComponentConfig):
     """The whole model; a pattern lists labels of nodes and is repeated or cut to `layers`."""
 
+    path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder of a Hugging Face model whose config.json gives the rest; model=hub",
+    )
     width: Size = Field(description="features of the residual stream")
     layers: Layers = Field(description="blocks")
     heads: Heads = Field(description="query heads, offered to every mixer")

@@ -82,6 +82,7 @@ def check_paths(config: Config) -> Iterator[Finding]:
         "resume": config.resume,
         "init_from": config.init_from,
         "lora.adapter": config.lora.adapter,
+        "model.path": config.model.path,
     }
     for key, value in config.data.settings().items():
         settings[f"data.{key}"] = value

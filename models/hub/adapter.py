@@ -1,0 +1,76 @@
+"""Base of the adapters: what a kind of Hugging Face model is in ours, setting by setting."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from models.hub.description import Description
+from models.hub.keys import Keys
+from models.hub.tensors import Piece
+
+SWIGLU = "models.feedforward.SwiGLU"
+
+
+@dataclass
+class Architecture:
+    """A model as our config describes it.
+
+    Attributes:
+        model: the node `model`.
+        position: the node `position`.
+        notes: sentences about what trains otherwise than there.
+    """
+
+    model: dict[str, Any]
+    position: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+class Adapter:
+    """Translates the config.json and the names of tensors of one model_type.
+
+    Attributes:
+        model_type: as config.json has it.
+        model_class: whose weights and names these are, in transformers.
+        without_effect: keys of its config.json that change nothing.
+        unused: parts of names of tensors that hold nothing of the model, in older files.
+    """
+
+    model_type: str
+    model_class: str
+    without_effect: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+    def architecture(self, content: Mapping[str, Any]) -> Architecture:
+        """Translates a config.json.
+
+        Raises:
+            ValueError: a key with a value that cannot be honoured, or a key that is not known.
+        """
+        keys = Keys(content)
+        result = self.read(keys)
+        keys.finish(self.without_effect)
+        result.notes += keys.notes
+        return result
+
+    def read(self, keys: Keys) -> Architecture:
+        """Reads every key that has a part in the model."""
+        raise NotImplementedError(f"{type(self).__name__} must define `read`")
+
+    def write(self, model: Description) -> dict[str, Any]:
+        """Returns the config.json that comes nearest to a model of ours.
+
+        Whether it is that model exactly is found out by reading it again.
+
+        Raises:
+            ValueError: there is nothing near.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `write`")
+
+    def pieces(self, content: Mapping[str, Any]) -> Iterator[Piece]:
+        """Yields the names of all tensors, in the order of the model."""
+        raise NotImplementedError(f"{type(self).__name__} must define `pieces`")
+
+    def ties(self, content: Mapping[str, Any]) -> dict[str, str]:
+        """Returns names of ours that share the tensor of another."""
+        return {}

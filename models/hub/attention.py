@@ -1,0 +1,98 @@
+"""Grouped-query attention with every option of the field's decoders, in any combination.
+
+Letters: B rows, T queries, S keys, H query heads, G key heads, D head width.
+"""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from models.attention.full import CAUSAL, Attention
+from models.attention.sink_logit import TablesWithSink
+from models.masks.basic import SlidingWindow
+from models.norms import OffsetRMSNorm
+from models.positions.base import Position
+from models.primitives.softmax import Softmax
+from models.ranges import Count, Positive
+from models.scores import Score, SinkScore, SoftcapScore
+
+
+class HubAttention(Attention):
+    """Causal attention within a document, as a config.json describes it.
+
+    The options are those of the catalogue's mixers, and so are the names of the parameters: with
+    none set this is `full`, with `window` it is `sliding`, with `qk_norm` it is `qk_norm`.
+
+    Args:
+        width, heads, kv_heads, position, head_width, bias, out_bias: as in Attention.
+        window: see only the last `window` tokens, oneself among them; null: all earlier ones.
+        scale: factor of the dot products; null: 1 / sqrt(head width).
+        cap: bends logits into (-cap, cap); null: they are not bent.
+        qk_norm: norm of each head's queries and keys before rotation: rms, or rms_offset with a
+            gain of 1 + weight; null: none.
+        qk_norm_eps: added to their mean square.
+        sink: a learned logit per head for a key without a value.
+
+    Source: Mistral 7B (arXiv:2310.06825), Gemma 2 and 3 (arXiv:2408.00118, arXiv:2503.19786),
+    Qwen 3 (arXiv:2505.09388), gpt-oss (arXiv:2508.10925).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        position: Position,
+        *,
+        head_width: Count | None = None,
+        bias: bool = False,
+        out_bias: bool = False,
+        window: Count | None = None,
+        scale: Positive | None = None,
+        cap: Positive | None = None,
+        qk_norm: Literal["rms", "rms_offset"] | None = None,
+        qk_norm_eps: Positive = 1e-6,
+        sink: bool = False,
+    ):
+        mask = CAUSAL if window is None else CAUSAL & SlidingWindow(window)
+        super().__init__(
+            width,
+            heads,
+            kv_heads,
+            position,
+            mask=mask,
+            head_width=head_width,
+            bias=bias,
+            out_bias=out_bias,
+        )
+        score = self.mix.score
+        if scale is not None:
+            # An exact type: every subclass of Score adds something to the dot products.
+            if type(score) is not Score:
+                raise ValueError(
+                    f"scale={scale} is for plain dot products, but {type(position).__name__} shapes"
+                    " the scores; use position=rope"
+                )
+            score = Score(scale)
+        if cap is not None:
+            score = SoftcapScore(score, cap)
+        if sink:
+            score = SinkScore(score)
+            self.tables = TablesWithSink(self.tables, heads)
+        self.mix = Softmax(mask, score)
+        self.register_module("q_norm", None)
+        self.register_module("k_norm", None)
+        if qk_norm is not None:
+            kind = nn.RMSNorm if qk_norm == "rms" else OffsetRMSNorm
+            self.q_norm = kind(self.head_width, eps=qk_norm_eps)
+            self.k_norm = kind(self.head_width, eps=qk_norm_eps)
+
+    def project_query(self, hidden: Tensor) -> Tensor:
+        """[B, T, width] -> [B, T, H, D], normed where that was asked for."""
+        query = super().project_query(hidden)
+        return query if self.q_norm is None else self.q_norm(query)
+
+    def project_payload(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys, normed where that was asked for, and values [B, S, G, D]."""
+        key, value = super().project_payload(hidden)
+        return (key if self.k_norm is None else self.k_norm(key)), value

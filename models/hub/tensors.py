@@ -1,0 +1,104 @@
+"""How tensors of a Hugging Face model and of ours become each other: views that lose no bit.
+
+A `Piece` covers tensors of one side and of the other that hold the same numbers. One of the two
+sides has a single tensor, so at most one tensor of either model is whole in memory at a time.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Move = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors that hold the same numbers in both models.
+
+    Attributes:
+        ours, theirs: names of the tensors on each side.
+        read: theirs -> ours, in the order of the names.
+        write: ours -> theirs; the exact inverse.
+    """
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    read: Move
+    write: Move
+
+
+def same(ours: str, theirs: str) -> Piece:
+    """Pairs two tensors that are equal."""
+    return Piece((ours,), (theirs,), list, list)
+
+
+def transposed(ours: str, theirs: str) -> Piece:
+    """Pairs two tensors of which one is the other with its last two dims exchanged."""
+    return Piece((ours,), (theirs,), _transpose, _transpose)
+
+
+def stacked(ours: str, theirs: Sequence[str]) -> Piece:
+    """Pairs [E, ...] with E tensors [...]."""
+
+    def write(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return list(tensors[0].unbind(0))
+
+    return Piece((ours,), tuple(theirs), lambda tensors: [torch.stack(list(tensors))], write)
+
+
+def split(ours: Sequence[str], theirs: str, dim: int, *, transpose: bool = False) -> Piece:
+    """Pairs one tensor with several of equal size that lie behind each other along a dim of it.
+
+    Args:
+        dim: of their tensor; counted before its dims are exchanged.
+        transpose: exchange the last two dims of each part.
+    """
+
+    def read(tensors: Sequence[Tensor]) -> list[Tensor]:
+        length, rest = divmod(tensors[0].shape[dim], len(ours))
+        if rest:
+            raise ValueError(f"{theirs} does not divide into {len(ours)} parts along dim {dim}")
+        parts = list(tensors[0].split(length, dim))
+        return _transpose(parts) if transpose else parts
+
+    def write(tensors: Sequence[Tensor]) -> list[Tensor]:
+        parts = _transpose(tensors) if transpose else tensors
+        return [torch.cat(list(parts), dim)]
+
+    return Piece(tuple(ours), (theirs,), read, write)
+
+
+def interleaved(ours: Sequence[str], theirs: str, *, transpose: bool = False) -> Piece:
+    """Pairs one tensor with several whose last dims alternate in it, as 0, 1, 0, 1, ...
+
+    Args:
+        transpose: exchange the last two dims of each part.
+    """
+
+    def read(tensors: Sequence[Tensor]) -> list[Tensor]:
+        parts = [tensors[0][..., offset :: len(ours)] for offset in range(len(ours))]
+        return _transpose(parts) if transpose else parts
+
+    def write(tensors: Sequence[Tensor]) -> list[Tensor]:
+        parts = _transpose(tensors) if transpose else tensors
+        return [torch.stack(list(parts), -1).flatten(-2)]
+
+    return Piece(tuple(ours), (theirs,), read, write)
+
+
+def reordered(ours: str, theirs: str, order: Sequence[int]) -> Piece:
+    """Pairs two tensors with rows in another order: row i of ours is row order[i] of theirs."""
+    inverse = [0] * len(order)
+    for row, source in enumerate(order):
+        inverse[source] = row
+
+    def pick(rows: Sequence[int]) -> Move:
+        return lambda tensors: [tensors[0][list(rows)]]
+
+    return Piece((ours,), (theirs,), pick(order), pick(inverse))
+
+
+def _transpose(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.transpose(-1, -2) for tensor in tensors]

@@ -1,0 +1,67 @@
+"""Thirty steps of fine-tuning here are thirty steps of transformers and torch's AdamW by hand."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from models.loss import IGNORE
+from parallel.engines.single import Single
+from parallel.mesh import Mesh
+from tests.support import hub
+from tests.support.hub import SMALL
+from trainer.optim.adamw import AdamW
+
+RATE = 1e-3
+
+
+class ExactRotary(nn.Module):
+    """Their rotary angles in float64; their own module computes in float32."""
+
+    def forward(self, hidden, position_ids):
+        pair = torch.arange(4, dtype=torch.float64) / 4
+        angle = position_ids[..., None].double() * 10_000.0**-pair
+        angle = torch.cat([angle, angle], -1)
+        return angle.cos(), angle.sin()
+
+
+def exact(theirs):
+    """Replaces what they compute in float32: norms and rotary angles."""
+    theirs.model.rotary_emb = ExactRotary()
+    for module in list(theirs.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__ == "LlamaRMSNorm":
+                norm = nn.RMSNorm(len(child.weight), eps=child.variance_epsilon)
+                norm.weight = child.weight
+                setattr(module, name, norm)
+    return theirs
+
+
+def test_thirty_steps_equal_those_by_hand(tmp_path):
+    theirs = exact(hub.make("LlamaConfig", SMALL, tmp_path))
+    engine = Single(
+        Mesh.alone(), AdamW(RATE, weight_decay=0.0, max_grad_norm=0.0), precision="float64"
+    )
+    engine.wrap(hub.ours(tmp_path).train())
+    by_hand = torch.optim.AdamW(
+        theirs.parameters(), lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
+    )
+    tokens, span, targets = hub.rows()
+    valid = int((targets != IGNORE).sum())
+    losses = []
+    wanted = []
+    for _ in range(30):
+        loss = engine.model(tokens, span, targets).sum() / valid
+        engine.backward(loss)
+        engine.step(RATE)
+        losses.append(loss.item())
+        total = torch.zeros((), dtype=torch.float64)
+        for _, _, document in hub.documents():
+            if document.shape[1] > 1:
+                logits = theirs(document, use_cache=False).logits[0, :-1]
+                total = total + F.cross_entropy(logits, document[0, 1:], reduction="sum") / valid
+        total.backward()
+        by_hand.step()
+        by_hand.zero_grad()
+        wanted.append(total.item())
+    assert losses[-1] < losses[0] - 0.3
+    torch.testing.assert_close(losses, wanted, rtol=1e-6, atol=0)

@@ -1,0 +1,186 @@
+"""Tiny random models of transformers on disk, and ours with their weights beside them."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
+
+from models.hub.registry import adapter_of
+from models.loss import IGNORE
+from models.span import Span
+from parallel.engines.materialize import materialize, named
+from parallel.engines.single import Single
+from parallel.layout import layout
+from parallel.mesh import build_mesh
+from parallel.parallelize import parallelize
+from parallel.sharding import shard_span
+from tests.support.parity import packed
+from trainer.config.build_model import build_model
+from trainer.config.compose import compose
+from trainer.config.schema import Config
+from trainer.init_from.fit import compare, slots_of
+from trainer.init_from.huggingface import read_config
+from trainer.init_from.sources import open_weights
+from trainer.optim.adamw import AdamW
+
+WORDS = 61
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": WORDS,
+    "max_position_embeddings": 128,
+}
+LENGTHS = [[13, 1, 24, 9], [3, 40, 1, 1]]  # documents of the two rows; the rest is padding
+
+
+def make(name: str, settings: dict[str, Any], folder: Path, **save: Any) -> nn.Module:
+    """Saves a random model of transformers and returns it, in float64.
+
+    Args:
+        name: of the config's class.
+    """
+    config = getattr(transformers, name)(**settings)
+    config._attn_implementation = "eager"
+    torch.manual_seed(7)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point() and "inv_freq" not in _name_of(model, tensor):
+                tensor.add_(torch.randn_like(tensor) * 0.1)
+    model.save_pretrained(folder, **save)
+    # What it computes with is set up by its own loader, as a user would.
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager"
+    )
+    return loaded.eval()
+
+
+def _name_of(model: nn.Module, tensor: Tensor) -> str:
+    for name, buffer in model.named_buffers():
+        if buffer is tensor:
+            return name
+    return ""
+
+
+def config_of(folder: Path | str, *words: str) -> Config:
+    """The config of a run that takes its model from a folder."""
+    asked = compose(["model=hub", f"model.path={folder}", "context_length=64", *words])
+    assert not asked.faults, asked.faults
+    assert asked.config is not None
+    return asked.config
+
+
+def blank(folder: Path | str, *words: str) -> nn.Module:
+    """Our model of a folder, without memory."""
+    with torch.device("meta"):
+        return build_model(config_of(folder, *words), WORDS)
+
+
+def ours(folder: Path | str, *words: str) -> nn.Module:
+    """Our model of a folder in float64, on this device."""
+    model = blank(folder, *words).double()
+    source = open_weights(f"hf:{folder}")
+    fit = compare(source, slots_of(model))
+    assert not fit.text(), fit.text()
+    materialize(model, torch.device("cpu"), 0)
+    slots = model.state_dict()
+    with torch.no_grad():
+        for name, where in fit.fitting.items():
+            slots[name].copy_(source.read(where))
+    return model.eval()
+
+
+@lru_cache(maxsize=1)
+def rows() -> tuple[Tensor, Span, Tensor]:
+    """(tokens, span, targets) of packed documents."""
+    span = packed(LENGTHS, 51)
+    # Not 0: where that is pad_token_id, transformers gives the embedding of it no gradient.
+    tokens = torch.randint(1, WORDS, span.shape, generator=torch.Generator().manual_seed(3))
+    same = torch.zeros_like(tokens, dtype=torch.bool)
+    same[:, :-1] = (span.doc[:, 1:] == span.doc[:, :-1]) & (span.doc[:, 1:] >= 0)
+    return tokens, span, torch.where(same, tokens.roll(-1, 1), IGNORE)
+
+
+def documents() -> list[tuple[int, slice, Tensor]]:
+    """The documents of `rows`: (row, place in it, tokens [1, T] by themselves)."""
+    tokens, _, _ = rows()
+    found = []
+    for row, sizes in enumerate(LENGTHS):
+        start = 0
+        for size in sizes:
+            place = slice(start, start + size)
+            found.append((row, place, tokens[row : row + 1, place]))
+            start += size
+    return found
+
+
+def their_gradients(theirs: nn.Module, folder: Path | str) -> dict[str, Tensor]:
+    """Gradients of a model of transformers by our names, through the pieces of its adapter."""
+    content = read_config(Path(folder))
+    model_gradients = saved_form(theirs, {n: p.grad for n, p in theirs.named_parameters()})
+    found = {}
+    for piece in adapter_of(content).pieces(content):
+        if all(name in model_gradients for name in piece.theirs):
+            parts = piece.read([model_gradients[name] for name in piece.theirs])
+            found.update(zip(piece.ours, parts, strict=True))
+    return found
+
+
+def saved_form(theirs: nn.Module, tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """Tensors by the names of the parameters in memory, in the form in which they are saved."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return revert_weight_conversion(theirs, given)
+
+
+def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    """Largest difference of any tensor, in units of its largest magnitude."""
+    assert got.keys() == want.keys(), got.keys() ^ want.keys()
+    found = [0.0]
+    for name, tensor in want.items():
+        scale = tensor.abs().max().clamp_min(1e-6)
+        found.append(((got[name] - tensor).abs().max() / scale).item())
+    return max(found)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients of our parameters, tied ones under their first name."""
+    firsts = {first for _, first in named(model)}
+    found = {}
+    for name, parameter in model.named_parameters():
+        if name in firsts and parameter.grad is not None:
+            found[name] = parameter.grad
+    return found
+
+
+def on_ranks(env: Any, folder: str, method: str) -> tuple[float, dict[str, Tensor]]:
+    """(loss, gradients) of the packed rows, each shared by all ranks; the mean over targets."""
+    tokens, span, targets = rows()
+    model = blank(folder)
+    engine = Single(build_mesh(env.size, 1), AdamW(1e-3), precision="float64", seed=5)
+    source = open_weights(f"hf:{folder}")
+    fit = compare(source, slots_of(model))
+    parallelize(model, engine, method=method)
+    engine.load_weights((name, source.read(where)) for name, where in fit.fitting.items())
+    valid = (targets != IGNORE).sum()
+    loss = torch.zeros((), dtype=torch.float64)
+    for row in range(2):
+        here = shard_span(
+            span.map(lambda x, r=row: x[r : r + 1]),
+            [layout("zigzag", span.shape[1], env.size)],
+            env.rank,
+        )
+        shard = here.sharding.shard
+        mine = shard(tokens[row : row + 1], 0)
+        part = engine.model(mine, here, shard(targets[row : row + 1], IGNORE)).sum() / valid
+        engine.backward(part, last=row == 1)
+        loss += part.detach()
+    dist.all_reduce(loss)
+    return loss.item(), gradients(engine.model)
