@@ -47,6 +47,8 @@ NEEDED = {  # what a yaml cannot do without, or would make a run of this size lo
     "data=repeat_copy": ("data.max_length=4", "data.max_repeats=3"),
     "mixer=bidirectional": ("objective=masked", "data=files"),
     "mixer=mamba2": ("mixer.state=4",),
+    # Documents longer than its prefix, which holds no target.
+    "mixer=prefix": ("data=files",),
     "memory=compressive": ("memory.segment=16", "data=files"),
     "memory=lookup": ("memory.length=32", "memory.layers=[0]", "data=files"),
     "memory=segments": ("memory.length=32", "data=files"),
