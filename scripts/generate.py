@@ -13,6 +13,10 @@ scripts.export wrote. Keys, with their defaults:
     stop=TEXT               ends a text; several as stop=["a","b"]
     seed=0                  a text is a function of it and of the numbers of prompt and sample
     rows=8                  texts that run at once
+    overflow=stop           at the end of the context: raise, stop, truncate_start, truncate_middle,
+                            shift or recompute (docs/caches.md)
+    context=N               tokens of the context; those of a row in training, if overflow= is set
+    n_keep=4                first tokens that stay, where a policy keeps some
     cache=NAME              a file of conf/cache, by default that of the run; cache.KEY=VALUE too
     device=cpu              cuda: the first GPU
     trust=false             true: build classes of other packages that the config names

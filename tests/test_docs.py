@@ -52,6 +52,17 @@ NOT_COMPOSED = {
     "python -m scripts.agree engines": "trains 52 runs; tests/trainer/verify/test_whole_runs.py",
     "python -m scripts.bench attention": "a measurement of minutes",
     "python -m scripts.bench experts": "a measurement of minutes",
+    "python -m scripts.bench cache": "tests/scripts/benchmarks/test_cache.py",
+    "python -m scripts.experiments eviction": "an experiment of minutes",
+    "python -m scripts.experiments quantized": "an experiment of minutes",
+    (
+        'python -m scripts.generate runs/mine prompt="def " tokens=5000 overflow=shift context=512'
+        " n_keep=4"
+    ): "needs a run; tests/trainer/decoding/test_context_limit.py",
+    (
+        'python -m scripts.generate runs/mine prompt="def " tokens=5000 cache=streaming'
+        " cache.budget=256"
+    ): "needs a run; tests/trainer/decoding/test_context_limit.py",
     "python -m scripts.bench decode": "a measurement of minutes",
     "python -m scripts.bench memory repeats=11": "a measurement of minutes",
     "python -m scripts.bench mixers": "a measurement of minutes",
@@ -246,7 +257,12 @@ def test_links_lead_to_files_and_headings():
 def test_files_that_the_pages_name_exist():
     rooms = "models|parallel|trainer|scripts|tests|conf|examples"
     path = re.compile(rf"\b((?:{rooms})/[\w/.-]*\.(?:py|yaml|sh))\b")
-    made_up = {"NAME", "every_nth", "notes", "accuracy"}  # files that a how-to page tells the reader to add
+    made_up = {
+        "NAME",
+        "every_nth",
+        "notes",
+        "accuracy",
+    }  # files that a how-to page tells the reader to add
     missing = [
         f"{name_of(page)}: {name}"
         for page in PAGES

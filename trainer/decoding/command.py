@@ -13,6 +13,8 @@ from typing import Any, TextIO
 import torch
 import yaml
 
+from models.cache.overflow import policy_of
+from trainer.decoding.context_limit import ContextLimit
 from trainer.decoding.open_model import OpenModel, named_cache, open_model
 from trainer.decoding.sampling import Sampling
 from trainer.decoding.scheduler import Scheduler
@@ -36,6 +38,9 @@ KINDS: dict[str, type] = {
     "device": str,
     "trust": bool,
     "cache": str,
+    "overflow": str,
+    "context": int,
+    "n_keep": int,
 }
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -132,12 +137,21 @@ def run(words: Sequence[str], shown: TextIO | None = None) -> int:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={wishes.get('device', 'cpu')}: {error}") from error
     try:
+        limit = _limit(wishes, opened)
         with ExitStack() as stack:
             lines = _output(wishes, stack)
-            _generate(opened, wishes, prompts, sampling, cache, lines, screen)
+            _generate(opened, wishes, prompts, sampling, cache, lines, screen, limit)
     except ValueError as error:
         raise UserError(str(error)) from error
     return 0
+
+
+def _limit(wishes: Wishes, opened: OpenModel) -> ContextLimit | None:
+    """Returns what texts do at the end of their context; None where nothing was said of it."""
+    if not {"overflow", "context", "n_keep"} & wishes.settings.keys():
+        return None
+    policy = policy_of(wishes.get("overflow", "stop"), wishes.get("n_keep", None))
+    return ContextLimit(policy, wishes.get("context", opened.config.context_length))
 
 
 def read_prompts(wishes: Wishes) -> list[str]:
@@ -195,6 +209,7 @@ def _generate(
     cache: Any,
     lines: TextIO | None,
     shown: TextIO,
+    limit: ContextLimit | None,
 ) -> None:
     """Writes texts as they come: a single one to the screen, several one after the other."""
     samples = wishes.get("samples", 1)
@@ -219,6 +234,7 @@ def _generate(
         seed=wishes.get("seed", 0),
         cache=cache,
         rows=wishes.get("rows", 8),
+        limit=limit,
         on_text=stream if alone else None,
         on_end=ended.append,
     )

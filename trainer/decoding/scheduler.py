@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from models.cache.base import KVCacheFactory
 from parallel.collectives import Communicator
+from trainer.decoding.context_limit import ContextLimit
 from trainer.decoding.sampling import GREEDY, Sampling, choose, uniform
 from trainer.decoding.token_decoder import TokenDecoder
 
 END = "end"
 STOP = "stop"
 LENGTH = "length"
+LIMIT = "limit"
 
 
 @dataclass(eq=False)
@@ -39,7 +41,8 @@ class TextRequest:
 
     Attributes:
         tokens: new tokens so far.
-        finished: END, STOP or LENGTH; None while it runs.
+        context: tokens that the model reads: prompt and new tokens, but for what a limit cut.
+        finished: END, STOP, LENGTH or LIMIT; None while it runs.
     """
 
     prompt: Sequence[int]
@@ -49,6 +52,7 @@ class TextRequest:
     end: int | None = None
     stop: Callable[[list[int]], bool] | None = None
     tokens: list[int] = field(default_factory=list)
+    context: list[int] = field(default_factory=list)
     finished: str | None = None
 
     def take(self, logits: Tensor) -> int:
@@ -63,6 +67,7 @@ class TextRequest:
             self.finished = END
             return False
         self.tokens.append(token)
+        self.context.append(token)
         if self.stop is not None and self.stop(self.tokens):
             self.finished = STOP
         elif len(self.tokens) >= self.count:
@@ -76,6 +81,8 @@ class Scheduler:
     Args:
         model, cache, communicator, policy: as in TokenDecoder.
         rows: requests that run at once.
+        limit: what texts do at the end of their context; None: they have no end but that of the
+            model's positions.
 
     Attributes:
         most_bytes: the largest number of bytes that the state took.
@@ -91,6 +98,7 @@ class Scheduler:
         rows: int = 8,
         communicator: Communicator | None = None,
         policy: str | None = None,
+        limit: ContextLimit | None = None,
     ):
         if rows < 1:
             raise ValueError(f"rows={rows} is how many texts run at once; use 1 or more")
@@ -103,12 +111,21 @@ class Scheduler:
         self.counters: dict[str, int] = {}
         self._logits: Tensor | None = None
         self._blank = lambda: TokenDecoder(model, cache, communicator=communicator, policy=policy)
-        self._blank()  # refuses a model that cannot decode before any request comes
+        blank = self._blank()  # refuses a model that cannot decode before any request comes
+        self.limit = limit
+        if limit is not None:
+            reasons = limit.misfits(model, blank.cache)
+            if reasons:
+                raise ValueError("\n".join(reasons))
+            limit.prepare(model)
 
     def submit(self, request: TextRequest) -> None:
         """Queues a request."""
         if request.count < 1:
             raise ValueError(f"{request.count} new tokens are none; ask for 1 or more")
+        request.context = list(request.prompt)
+        if self.limit is not None:
+            request.context = self.limit.read(request.prompt, request.count)
         self.waiting.append(request)
 
     def busy(self) -> bool:
@@ -128,8 +145,13 @@ class Scheduler:
         results: list[tuple[TextRequest, int | None]] = []
         for request, token in zip(self.running, drawn, strict=True):
             results.append((request, token if request.append(token) else None))
+            if self.limit is not None and request.finished is None:
+                request.finished = LIMIT if self.limit.ends(request.context) else None
         self._leave()
         if self.decoder is not None:
+            if self.limit is not None:
+                contexts = [request.context for request in self.running]
+                self.decoder = self.limit.make_room(self.decoder, contexts, self._blank)
             self._logits = self.decoder.feed([[request.tokens[-1]] for request in self.running])
             self._note(self.decoder)
         return results
@@ -159,7 +181,7 @@ class Scheduler:
             return
         # Samples of one prompt read it once.
         prompts: dict[tuple[int, ...], int] = {}
-        rows = [prompts.setdefault(tuple(request.prompt), len(prompts)) for request in admitted]
+        rows = [prompts.setdefault(tuple(request.context), len(prompts)) for request in admitted]
         newcomers = self._blank()
         logits = newcomers.feed(list(prompts))
         if rows != list(range(len(prompts))):

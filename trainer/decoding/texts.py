@@ -14,6 +14,7 @@ from torch import nn
 from models.cache.base import KVCacheFactory
 from parallel.collectives import Communicator
 from trainer.data.tokenizers import Tokenizer
+from trainer.decoding.context_limit import ContextLimit
 from trainer.decoding.sampling import Sampling
 from trainer.decoding.scheduler import STOP, Scheduler, TextRequest
 
@@ -29,7 +30,8 @@ class Completion:
         sample: number among the samples of the prompt.
         text: what follows the prompt; a stop string is not part of it.
         tokens: new tokens.
-        finished: end (the model ended the text), stop (a stop string) or length.
+        finished: end (the model ended the text), stop (a stop string), length or limit (the context
+            is full).
     """
 
     prompt: int
@@ -100,6 +102,7 @@ def complete(
     rows: int = 8,
     communicator: Communicator | None = None,
     policy: str | None = None,
+    limit: ContextLimit | None = None,
     on_text: Callable[[int, int, str], None] | None = None,
     on_end: Callable[[Scheduler], None] | None = None,
 ) -> Iterator[Completion]:
@@ -117,6 +120,7 @@ def complete(
         cache: what holds keys and values; contiguous by default.
         rows: texts that run at once.
         communicator, policy: as in TokenDecoder.
+        limit: as in Scheduler.
         on_text: called with (prompt, sample, new characters) as they come.
         on_end: called with the scheduler when all is done, for what it counted.
 
@@ -126,7 +130,9 @@ def complete(
     """
     if samples < 1:
         raise ValueError(f"samples={samples} texts are none; ask for 1 or more")
-    scheduler = Scheduler(model, cache, rows=rows, communicator=communicator, policy=policy)
+    scheduler = Scheduler(
+        model, cache, rows=rows, communicator=communicator, policy=policy, limit=limit
+    )
     streams: dict[TextRequest, tuple[int, int, TextStream]] = {}
     for number, prompt in enumerate(prompts):
         # The end of one document is what stands before the next.

@@ -114,3 +114,12 @@ def check_sample_length(config: Config, model: nn.Module) -> Iterator[Finding]:
 def _longest_document(module: nn.Module) -> int | None:
     """Returns the number of tokens that a layer is limited to; None where it has no limit."""
     return hook(module, "max_length")
+
+
+def check_cache(config: Config, model: nn.Module) -> Iterator[Finding]:
+    """Refuses a cache that the model cannot generate with, where a run generates."""
+    evaluation = config.evaluation
+    if not evaluation.every or not evaluation.sample_tokens:
+        return
+    for sentence in build_model.build_cache(config).misfits(model):
+        yield Finding(sentence=sentence)

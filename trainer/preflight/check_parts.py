@@ -28,6 +28,7 @@ from trainer.preflight.check_engine import check_deepspeed_model
 from trainer.preflight.check_evaluation import check_evaluation_nodes, check_evaluations
 from trainer.preflight.check_model import (
     check_block_settings,
+    check_cache,
     check_layer_settings,
     check_sample_length,
 )
@@ -138,6 +139,7 @@ def check_built_model(config: Config, given: Collection[str]) -> Iterator[Findin
     yield from check_adapters(config, model)
     yield from _check_max_length(config, position, model)
     yield from check_sample_length(config, model)
+    yield from check_cache(config, model)
     yield from check_evaluations(config, model, position, tokens)
     yield from _check_takers(config, position, model, tokens)
     yield from unreached(config, given, tokens).values()
