@@ -3,9 +3,10 @@
 A CarriedState travels with a Span, as its `past`. A layer asks it for what was left under its name
 and leaves what comes next; whether that lies on this device or over ranks is not the layer's
 business. The class here carries state from row to row of a lane (memory=); nothing that it keeps
-carries a gradient. A subclass whose `continues_rows` is true carries what came before in the same
-row: models.cache.decoding_state.DecodingState while a model decodes. Then everything that a
-primitive reads of earlier tokens it finds here:
+carries a gradient. A subclass whose `continues_rows` is true carries what came before in the
+same row: models.cache.decoding_state.DecodingState while a model decodes, and with gradients
+models.pieces.piece_state.PieceState. Then everything that a primitive reads of earlier tokens it
+finds here:
 
     # all tokens of the row that a mask may still show, with their addresses
     payload, kv_span = span.past.extend(self.place, payload, span, mask)
@@ -67,6 +68,13 @@ class CarriedState:
     """
 
     continues_rows: ClassVar[bool] = False
+    # Whether what is stored is handed on with its gradient; then it must be computed with one.
+    carries_gradient: ClassVar[bool] = False
+
+    @property
+    def closes_row(self) -> bool:
+        """Whether the row ends with the tokens at hand."""
+        return not self.continues_rows
 
     def __init__(self):
         self.kept: dict[str, tuple[int, Tensor]] = {}
@@ -163,6 +171,48 @@ class CarriedState:
                 renumbered(self._addresses(length), self._whole(self._row))
             )
         return self._kept(name, x, length), self._spans[length]
+
+    def earlier_rows(
+        self, name: str, x: Tensor, length: int, *, every_piece: bool = False
+    ) -> tuple[Tensor, Span] | None:
+        """Returns what `tokens` does of the rows before this one, for a memory of whole rows; None
+        where there is nothing to be read.
+
+        Args:
+            every_piece: whether every piece of a row asks for them; otherwise the primitive that
+                reads them with the first piece holds them for the others.
+        """
+        return None if self.continues_rows else self.tokens(name, x, length)
+
+    def note_row(self, row: Span, tokens: Mapping[str, Tensor]) -> None:
+        """Takes over, of rows that came in pieces, their last tokens: what `tokens` noted of the
+        first piece gives way.
+
+        Args:
+            row: addresses of the pieces that are long enough together.
+            tokens: by name, x of these pieces.
+        """
+        self._row = row
+        for name, x in tokens.items():
+            self._tokens[name] = x.detach(), self._tokens[name][1]
+
+    def row_sum(self, place: str, part: Tensor) -> Tensor:
+        """Returns the sum [B, 1, ...] over whole rows, given that over the tokens at hand.
+
+        Raises:
+            ValueError: later tokens of the rows are not known.
+        """
+        if self.continues_rows:
+            raise ValueError(
+                f"{place}: a sum over a whole row needs its later tokens, which decoding does not"
+                " know"
+            )
+        return part
+
+    def row_lengths(self, span: Span, over: str) -> Tensor | None:
+        """Returns the number of tokens of whole rows [B, 1], or of the document of each token at
+        hand [B, T]; None where the tokens at hand are all there are."""
+        return None
 
     def state(self, name: str) -> Tensor | None:
         """Returns the state that the rows before left, None at the beginning.

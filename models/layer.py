@@ -119,6 +119,10 @@ class Layer(nn.Module):
 
     # Parallelism.
 
+    def cut_in_time(self) -> str | None:
+        """States why a row cannot be computed in pieces, one after another; None: it can."""
+        return None
+
     shares_values: bool = False
     """The layer has `values(x, span, first) -> (y, first)` and is built into a ValueBlock."""
 

@@ -57,6 +57,9 @@ class _TokenLosses(torch.autograd.Function):
         for start in range(0, len(targets), step):
             part = slice(start, start + step)
             valid = targets[part] != IGNORE
+            if not wanted and not bool(valid.any()):
+                # The first pass over a row in pieces wants what layers leave, and no loss.
+                continue
             target = targets[part].clamp_min(0)[:, None]
             logits = capped((hidden[part] @ weight.T).to(wide), cap)
             bent = None if cap is None or not wanted else 1 - (logits / cap).square()

@@ -170,6 +170,11 @@ def shard_span(span: Span, layouts: Sequence[Layout], rank: int) -> Span:
             for x, fill in ((span.pos, 0), (span.doc, PADDING), (span.role, TEXT))
         )
         parts.append(Span(pos, doc, role))
-    cut = SequenceSharding(tuple(layouts), rank, tuple(parts), span)
-    cut = replace(cut, whole=_concatenated(parts).map(cut.to_global_order))
-    return replace(parts[rank], sharding=cut, plans={})
+    return sharded_from(parts, layouts, rank)
+
+
+def sharded_from(spans: Sequence[Span], layouts: Sequence[Layout], rank: int) -> Span:
+    """The addresses of this rank's tokens, carrying the Cut, given those of every rank."""
+    cut = SequenceSharding(tuple(layouts), rank, tuple(spans), spans[rank])
+    cut = replace(cut, whole=_concatenated(spans).map(cut.to_global_order))
+    return replace(spans[rank], sharding=cut, plans={})

@@ -1,5 +1,5 @@
 """python -m scripts.bench NAME [key=value ...]: what something costs; JSON and a table.
-NAME is one of attention, cache, decode, experts, memory, mixers.
+NAME is one of attention, cache, decode, experts, memory, mixers, time.
 
 attention: forward and backward over ranks, beside one device with as many threads. Words: tokens,
 heads, kv_heads, width, ranks, threads (of a rank), repeats, seed, device.
@@ -12,6 +12,8 @@ bytes between ranks; minutes on 2 cores. Words: tokens, heads, width (of a head)
 layer_width, ranks, threads, repeats, seed, device.
 experts: one device and shared, beside a dense layer of the same FLOPs. Words: tokens, width, ffn,
 experts, ranks, ...
+time: a row cut in time: its peak memory at two lengths, and its time beside full checkpointing.
+Words: tokens (of the shorter row), times, piece, compare, width, heads, layers, window, ...
 memory: what a longer Transformer-XL memory adds to a step, beside the attention that it adds.
 Words: tokens, repeats, ... `--device cuda` is device=cuda: each rank takes a GPU, and mixers on a
 single one want ranks=1. Medians of alternated runs.
@@ -25,7 +27,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from scripts.benchmarks import attention, cache, decode, experts, memory, mixers
+from scripts.benchmarks import attention, cache, decode, experts, memory, mixers, time_pieces
 from trainer.entry import run_command
 from trainer.launch.elastic import init_process_group, start_ranks
 from trainer.launch.starters import Incomplete, adopt, started
@@ -37,6 +39,7 @@ BENCHES = {
     "experts": experts,
     "memory": memory,
     "mixers": mixers,
+    "time": time_pieces,
 }
 
 

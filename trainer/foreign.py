@@ -73,7 +73,7 @@ def _outside(target: str) -> bool:
 def check_foreign_layers(config: Config) -> Iterator[Finding]:
     """Checks that layers which are not ours can be shared, and train without a leak."""
     class_names = strangers(config)
-    shared = config.parallel.context > 1
+    shared = _is_cut(config)
     if not class_names or (config.model.allow_leaks and not shared):
         return
     layers = " and ".join(class_names)
@@ -91,11 +91,18 @@ def check_foreign_layers(config: Config) -> Iterator[Finding]:
         )
         return
     if shared and moved.frozen > bound:
+        key = "parallel.context"
+        pieces = config.parallel.context
+        part = "each rank"
+        if pieces == 1:
+            key = "parallel.time"
+            pieces = config.parallel.time
+            part = "each piece"
         yield Finding(
-            "parallel.context",
-            config.parallel.context,
-            f"{layers} mixes tokens by itself, so each rank would see its own part of the row only",
-            f"put that into a primitive ({PAGE}), or use parallel.context=1",
+            key,
+            pieces,
+            f"{layers} mixes tokens by itself, so {part} would see its own part of the row only",
+            f"put that into a primitive ({PAGE}), or use {key}=1",
         )
     if moved.documents > bound:
         yield Finding(
@@ -115,9 +122,12 @@ def check_foreign_layers(config: Config) -> Iterator[Finding]:
 
 
 def _way_out(config: Config) -> str:
-    return (
-        "" if config.parallel.context > 1 else ", or train so knowingly with model.allow_leaks=true"
-    )
+    return "" if _is_cut(config) else ", or train so knowingly with model.allow_leaks=true"
+
+
+def _is_cut(config: Config) -> bool:
+    """Whether rows are cut, over ranks or in time."""
+    return config.parallel.context > 1 or config.parallel.time > 1
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.auxiliary import auxiliary_loss, on_step_begin, on_step_end, reset_auxiliary, statistics
+from models.carried_state import CarriedState
+from models.loss import IGNORE
 from models.span import Span
 from parallel.engines.base import Engine
 from parallel.mesh import Mesh
+from parallel.row_pieces import piece_state
+from parallel.rows_in_time import run_in_pieces
 from trainer.agreement import mark
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.compile_trial import choose_compilation
@@ -233,27 +237,62 @@ class Loop:
         rows = int(batch.span().valid().any(1).sum())
         sums = StepSums()
         on_step_begin(model, step)
-        for number, (micro_batch, last) in enumerate(self.share(batch)):
+
+        def learn(piece: MicroBatch, span: Span) -> Tensor:
             reset_auxiliary(model)
-            self.heartbeat(f"forward of micro-batch {number + 1}", step)
-            loss = self._forward(number, micro_batch)
+            loss = self._forward(piece, span)
             auxiliary = auxiliary_loss(model, tokens=valid_tokens, rows=rows)
             sums.add({"loss": loss.detach().double() / divisor})
             sums.add(auxiliary)
             sums.add(statistics(model))
             auxiliary_sum = sum(auxiliary.values(), torch.zeros_like(loss))
-            weighted_auxiliary = self.config.optim.auxiliary_weight * auxiliary_sum
-            self.heartbeat(f"backward of micro-batch {number + 1}", step)
-            self.engine.backward(loss / divisor + weighted_auxiliary, last=last)
+            return loss / divisor + self.config.optim.auxiliary_weight * auxiliary_sum
+
+        for number, (pieces, last) in enumerate(self.share.in_time(batch)):
+            span = pieces[0].span
+            if self.lanes is not None:
+                span = self.lanes.attach(number, span)
+            self.heartbeat(f"forward of micro-batch {number + 1}", step)
+            if len(pieces) > 1:
+                self._in_time(pieces, span.past, learn, last=last)
+            else:
+                loss = learn(pieces[0], span)
+                self.heartbeat(f"backward of micro-batch {number + 1}", step)
+                self.engine.backward(loss, last=last)
             if self.lanes is not None:
                 self.lanes.advance(number)
         return sums
 
-    def _forward(self, number: int, micro_batch: MicroBatch) -> Tensor:
-        """Returns the sum of the losses of a micro-batch."""
-        span = micro_batch.span
-        if self.lanes is not None:
-            span = self.lanes.attach(number, span)
+    def _in_time(
+        self,
+        pieces: list[MicroBatch],
+        outer: CarriedState | None,
+        learn: Callable[[MicroBatch, Span], Tensor],
+        *,
+        last: bool,
+    ) -> None:
+        """Runs forward and backward of rows in pieces, one piece after another.
+
+        Args:
+            outer: what the rows before left.
+            learn: returns the loss of a piece, with its gradient.
+            last: whether these are the last rows of the step.
+        """
+
+        def look_ahead(number: int, span: Span) -> None:
+            piece = pieces[number]
+            with self.engine.forward_precision():
+                self.engine.model(piece.tokens, span, torch.full_like(piece.targets, IGNORE))
+
+        run_in_pieces(
+            piece_state([piece.span for piece in pieces], outer),
+            look_ahead,
+            lambda number, span: learn(pieces[number], span),
+            lambda loss, done: self.engine.backward(loss, last=last and done),
+        )
+
+    def _forward(self, micro_batch: MicroBatch, span: Span) -> Tensor:
+        """Returns the sum of the losses of a micro-batch, or of a piece of one."""
         with self.engine.forward_precision():
             losses = self.engine.model(micro_batch.tokens, span, micro_batch.targets)
         self.guard.look(losses)

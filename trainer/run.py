@@ -126,6 +126,7 @@ class Run:
             micro_batch=config.parallel.micro_batch,
             policy=config.parallel.layout,
             prefix=self.prefix,
+            time=config.parallel.time,
         )
         console.say(f"share: {self.share.describe()}")
         self.lanes = self._lanes(self.share)

@@ -163,7 +163,9 @@ class Compressed(Layer):
         mean = output[..., :-1]
         summary_share = output[..., -1]
 
-        if torch.is_grad_enabled():
+        # Of a row in pieces the first pass too: it keeps the summaries that the loss brings.
+        ahead = span.past is not None and span.past.carries_gradient
+        if torch.is_grad_enabled() or ahead:
             scaled_query = query * query.shape[-1] ** -0.5
             self.auxiliary["indexer"] = indexer_loss(
                 index_query,

@@ -54,6 +54,8 @@ def activation_bytes(
     may need more.
 
     Args:
+        tokens: on the device at once: of a row over ranks those of a rank, of a row cut in time
+            (parallel.time) those of a piece. What pieces leave to each other comes on top.
         checkpointing: none; full = the inputs of all blocks and the inside of the largest one,
             which is computed again; selective = the mean and mass of every attention too.
         offload: what blocks save waits on the host (`host_bytes`): of the blocks the inside of the

@@ -82,9 +82,10 @@ class RecentTokens(StatefulModule):
     def forward(self, x: Tensor, span: Span) -> tuple[list[Tensor], Span]:
         """x [B, T, width] -> (pieces of [B, S, width], x the last of them, and their addresses)."""
         # Where tokens continue their row, attention itself holds what came before.
-        if span.past is None or span.past.continues_rows:
+        found = None if span.past is None else span.past.earlier_rows(self.place, x, self.length)
+        if found is None:
             return [x], span
-        kept, kv_span = span.past.tokens(self.place, x, self.length)
+        kept, kv_span = found
         key = "tail", id(kv_span)
         if (
             key not in span.plans

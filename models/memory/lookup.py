@@ -160,12 +160,18 @@ class ExternalMemory(StatefulModule):
         key = F.normalize(k.detach().to(wide), dim=-1).to(v.dtype)
         value = v.detach()
         stores = [KeyValueStore(key, value, span)] if self.segment is not None else []
-        # Where tokens continue their row, the search itself holds what came before.
-        if span.past is not None and not span.past.continues_rows:
+        # Where tokens continue their row, the search itself holds what came before in it.
+        found = None
+        if span.past is not None:
             both = torch.cat([key, value], -1)
-            kept, kv_span = span.past.tokens(
-                self.place, both if self.device is None else both.to(self.device), self.kept
+            found = span.past.earlier_rows(
+                self.place,
+                both if self.device is None else both.to(self.device),
+                self.kept,
+                every_piece=True,
             )
+        if found is not None:
+            kept, kv_span = found
             stores.append(
                 KeyValueStore(kept[..., : key.shape[-1]], kept[..., key.shape[-1] :], kv_span)
             )

@@ -133,8 +133,9 @@ class SegmentReader(StatefulModule):
         seen = [x.detach(), x] if self.segmented else [x]
         found = None
         # Where tokens continue their row, attention itself holds what came before.
-        if span.past is not None and not span.past.continues_rows:
-            tokens, found = span.past.tokens(self.place, x, self.kept)
+        before = None if span.past is None else span.past.earlier_rows(self.place, x, self.kept)
+        if before is not None:
+            tokens, found = before
             seen = [tokens.to(x.dtype), *seen]
         if len(seen) == 1:
             return seen, span

@@ -158,6 +158,10 @@ class RecurrentMemory(StatefulModule):
         if self.settings.curriculum:
             self.depth = 1 + sum(step >= grown for grown in self.settings.curriculum)
 
+    def cut_in_time(self) -> str | None:
+        """See Layer."""
+        return "reads segments that begin with the row, and a cut would begin another"
+
     def sequential_parts(self, parent: Any) -> Iterable[nn.Module]:
         """The layers of the decoder that this stands in."""
         return [parent.blocks]

@@ -116,7 +116,12 @@ class MixtureOfExperts(Layer):
             kept: [B, T, k] bool, whether a choice was honoured.
             span: addresses of the tokens.
         """
-        if not (self.training and torch.is_grad_enabled()):
+        if not self.training:
+            return
+        if not torch.is_grad_enabled():
+            # The first pass over a row in pieces: the loss of each needs the choices of all.
+            if self.balance and span.past is not None and span.past.carries_gradient:
+                self.tally.total(marks, span)
             return
         by_segment = not span.role.is_meta and bool((span.role == READ).any())
         if by_segment:
@@ -136,7 +141,7 @@ class MixtureOfExperts(Layer):
 
     def _add_balance(self, probs: Tensor, marks: Tensor, span: Span, by_segment: bool) -> None:
         """Adds the load-balancing loss: of each row, or of each segment weighted by its tokens."""
-        tokens = self.tally.total(span.valid().long(), span)
+        tokens = self.tally.count(span)
         loss = balance_loss(probs, marks, tokens, span, self.tally)
         # Every token carries its share of a row, so that the sum over ranks counts rows once.
         row_shares = torch.where(span.valid(), 1 / tokens.clamp_min(1).double(), 0)

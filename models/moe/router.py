@@ -84,6 +84,8 @@ def balance_loss(
 ) -> Tensor:
     """Returns [B, T] whose sum over a row is E sum_i f_i P_i: 1 where its choices are even.
 
+    It is linear in the tokens once f, which has no gradient, is known of the whole row.
+
     Args:
         probs: [B, T, E] of every expert; P is their mean over the row's tokens, and carries the
             gradient.
@@ -92,17 +94,15 @@ def balance_loss(
         span: addresses of the tokens.
         tally: sums over the whole row.
 
-    f and P are those of the whole row, on any number of ranks, before the product: a mean of
-    products over parts of a row is another number. Source: Fedus et al. 2021 (arXiv:2101.03961),
+    f is that of the whole row, on any number of ranks: a mean of products over parts of a row is
+    another number. Source: Fedus et al. 2021 (arXiv:2101.03961),
     equations 4 to 6; with k choices a token ours is divided by k (arXiv:2401.06066, equation 13, is
     the same up to their factor alpha).
     """
-    sums = tally.total(torch.cat([probs, marks.to(probs.dtype)], -1), span)
-    total, chosen = sums.chunk(2, -1)  # [B, 1, E]
+    chosen = tally.total(marks, span).to(probs.dtype)  # [B, 1, E]
     choices = chosen.sum(-1, keepdim=True).clamp_min(1)
-    tokens = tokens.clamp_min(1)
-    loss = probs.shape[-1] * (chosen / choices * total / tokens[..., None]).sum(-1)
-    return torch.where(span.valid(), loss / tokens, 0)
+    loss = probs.shape[-1] * (chosen / choices * probs).sum(-1) / tokens.clamp_min(1)
+    return torch.where(span.valid(), loss, 0)
 
 
 def z_loss(logits: Tensor, span: Span) -> Tensor:

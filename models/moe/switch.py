@@ -128,7 +128,7 @@ class Switch(MixtureOfExperts):
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         if factor is None:
             return torch.ones_like(choice, dtype=torch.bool)
-        tokens = self.tally.total(span.valid().long(), span, self.over)
+        tokens = self.tally.count(span, self.over)
         queue_length = self.tally.before(marks, span, self.over).gather(-1, choice)
         return queue_length < expert_capacity(tokens, self.count, factor)[..., None]
 

@@ -63,7 +63,7 @@ class CompressiveScan(Primitive, StatefulModule):
         if span.past is not None:
             final = work.final_states(states)
             # A piece of a row does not close the segment that the row is.
-            next_row = final if span.past.continues_rows else self.carried(final)
+            next_row = self.carried(final) if span.past.closes_row else final
             span.past.store(self.place, next_row.flatten(0, 2), SHARDED)
         return output
 

@@ -57,7 +57,11 @@ class KNN(Primitive):
         (q,) = query
         (scale,) = params
         if span.past is not None and span.past.continues_rows:
-            stores = [self._extended(store, span.past) for store in stores]
+            # A store of the rows before has no past, and needs none.
+            stores = [
+                store if store.span.past is None else self._extended(store, span.past)
+                for store in stores
+            ]
         with torch.no_grad():
             if stores and not q.is_meta:
                 entry = self.search(q, stores, span).entry

@@ -108,8 +108,9 @@ class LongConv(Primitive, StatefulModule):
 
         Where a piece begins its rows, it is only held for those that follow.
         """
-        if span.past is not None and span.past.continues_rows:
-            span.past.extend(self.place, payload, span, CAUSAL)
+        past = span.past
+        if past is not None and past.continues_rows and not past.carries_gradient:
+            past.extend(self.place, payload, span, CAUSAL)
             return payload[0], span, 0
         return with_tail(self.place, payload[0], len(params[0]) - 1, span)
 

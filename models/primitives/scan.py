@@ -6,7 +6,8 @@ The effect of a run of tokens on the state has a summary of fixed size. Three fo
 same: `forward` (in chunks, for training), `recur` (token by token, for decoding: only the state is
 kept), and `open`, which gives the summaries of runs and the output from any state (for drivers). A
 document that opens starts from an empty state; padding leaves the state alone, wherever it lies.
-Where rows continue earlier ones (Span.past), so does the state, and no gradient flows through it.
+Where rows continue earlier ones (Span.past), so does the state; a gradient flows through it only
+where one row came in pieces.
 
 The primitive has no parameters. Letters: B rows, T tokens, H heads, D key width, E value width, R
 runs; "h" is H or 1.
@@ -87,7 +88,8 @@ class Scan(Primitive, StatefulModule):
             carried = span.past.state(self.place)
             if carried is not None:
                 states = carried.view_as(states).to(states.dtype)
-            with torch.no_grad():
+            graph = span.past.carries_gradient and torch.is_grad_enabled()
+            with torch.set_grad_enabled(graph):
                 span.past.store(self.place, work.final_states(states).flatten(0, 2), SHARDED)
         return work.read(states)
 

@@ -28,18 +28,34 @@ class SegmentSum(Primitive):
         Differentiable.
 
         Raises:
-            ValueError: rows are read token by token, and their later tokens are not known.
+            ValueError: rows are read token by token, and their later tokens are not known; or in
+                pieces, and the sum is over a document or needs a gradient.
         """
         validate_scope(over)
-        if span.past is not None and span.past.continues_rows:
+        total = self._total(x, span, over)
+        if span.past is None or not span.past.continues_rows:
+            return total
+        if over != "row":
             raise ValueError(
-                f"{self.place}: a sum over a whole {over} needs its later tokens, which decoding"
-                " does not know"
+                f"{self.place}: a sum over a whole document needs its later tokens, which are not"
+                " known"
             )
+        return span.past.row_sum(self.place, total)
+
+    def _total(self, x: Tensor, span: Span, over: str) -> Tensor:
+        """Returns the sum over the tokens at hand."""
         x = _without_padding(x, span)
         if over == "row":
             return x.sum(1, keepdim=True)
         return within(x, starts(span, over))
+
+    def count(self, span: Span, over: str = "row") -> Tensor:
+        """Returns the tokens of the row [B, 1] or of each token's document [B, T], int64."""
+        if span.past is not None:
+            lengths = span.past.row_lengths(span, over)
+            if lengths is not None:
+                return lengths
+        return self.total(span.valid().long(), span, over)
 
     def before(self, x: Tensor, span: Span, over: str = "row") -> Tensor:
         """Returns the sum over the earlier tokens of the same row or document, [B, T, ...].
@@ -48,35 +64,49 @@ class SegmentSum(Primitive):
         document is exact to 1e-16 of the row's sum.
         """
         validate_scope(over)
-        x = _without_padding(x, span)
-        sums = exclusive_cumsum(x, starts(span, over))
+        sums = self._before(x, span, over)
         if span.past is None or not span.past.continues_rows:
             return sums
-        return sums + self._earlier(x, span, over)
+        return sums + self._earlier(_without_padding(x, span), span, over)
+
+    def _before(self, x: Tensor, span: Span, over: str) -> Tensor:
+        """Returns the sum over the earlier ones of the tokens at hand."""
+        return exclusive_cumsum(_without_padding(x, span), starts(span, over))
 
     def _earlier(self, x: Tensor, span: Span, over: str) -> Tensor:
         """Returns the sum over the tokens of earlier pieces, [B, T, ...], and stores the next."""
         wide = x.double() if x.is_floating_point() else x
         found = span.past.state(self.place)
         carried = torch.zeros_like(wide[:, 0]) if found is None else found
-        opened = span.opens().cumsum(1) > 0
+        before, after, some = self._openings(span)
         if over == "row":
-            opened = torch.zeros_like(opened)
-        per_feature = [1] * (x.dim() - 2)
-        opened = opened.view(*opened.shape, *per_feature)
+            before, after, some = (torch.zeros_like(number) for number in (before, after, some))
         # Of the last document that began in this piece, or of all where none did.
-        last = span.opens().flip(1).cumsum(1).flip(1) - span.opens().long() == 0
-        if over == "row":
-            last = torch.ones_like(last)
-        own = torch.where(last.view(*last.shape, *per_feature), wide, 0).sum(1)
-        span.past.store(self.place, own + torch.where(opened[:, -1], 0, carried))
-        return torch.where(opened, 0, carried[:, None]).to(x.dtype)
+        own = self._over_ranks(torch.where(_wide(after == 0, x), wide, 0).sum(1))
+        span.past.store(self.place, own + torch.where(_wide(some > 0, carried), 0, carried))
+        return torch.where(_wide(before > 0, x), 0, carried[:, None]).to(x.dtype)
+
+    def _openings(self, span: Span) -> tuple[Tensor, Tensor, Tensor]:
+        """Counts the documents that open up to a token [B, T], after it [B, T], and at all [B]."""
+        opens = span.opens().long()
+        before = opens.cumsum(1)
+        some = opens.sum(1)
+        return before, some[:, None] - before, some
+
+    def _over_ranks(self, part: Tensor) -> Tensor:
+        """Sums what each rank has of its own tokens."""
+        return part
 
 
 def validate_scope(over: str) -> None:
     """Raises ValueError where `over` is not one of SCOPES."""
     if over not in SCOPES:
         raise ValueError(f"unknown over={over}; choose one of {', '.join(SCOPES)}")
+
+
+def _wide(flags: Tensor, like: Tensor) -> Tensor:
+    """Adds dims of size 1 at the end, up to those of `like`."""
+    return flags.view(*flags.shape, *[1] * (like.dim() - flags.dim()))
 
 
 def _without_padding(x: Tensor, span: Span) -> Tensor:

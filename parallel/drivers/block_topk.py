@@ -75,7 +75,7 @@ class ShardedBlockTopK(BlockTopK):
         if past is not None and past.continues_rows:
             if kv_span.sharding is None:  # every rank has these tokens: one step of decoding
                 return self.core.bring(payload, mask, span=span, kv_span=kv_span)
-            past.extend(self.core.place, payload, kv_span, mask, shared=True)
+            payload, kv_span = past.extend(self.core.place, payload, kv_span, mask, shared=True)
         plan = gather_plan(
             mask, span, kv_span, torch.zeros(1, dtype=torch.long, device=span.pos.device)
         )

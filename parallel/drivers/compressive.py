@@ -77,9 +77,8 @@ class ShardedCompressive(nn.Module):
             start.to(ordered_gain.dtype),
         )
         if past is not None:
-            if not past.continues_rows:
-                last_state = self.core.carried(last_state)
-            past.store(self.core.place, last_state, SHARDED)
+            next_row = self.core.carried(last_state) if past.closes_row else last_state
+            past.store(self.core.place, next_row, SHARDED)
         by_rank = _pick(states.flatten(2), global_order.argsort(1))
         by_rank = by_rank.unflatten(1, (size, runs)).transpose(0, 1).flatten(0, 1)
         incoming = all_to_all_rows(by_rank, self.communicator, taken, given, "states")

@@ -52,31 +52,43 @@ class ShardedSegmentSum(SegmentSum):
     def __init__(self, core: SegmentSum, communicator: Communicator):
         super().__init__()
         self.core = core
+        self.place = core.place
         self.communicator = communicator
 
-    def total(self, x: Tensor, span: Span, over: str = "row") -> Tensor:
+    def _total(self, x: Tensor, span: Span, over: str) -> Tensor:
         """Runs SegmentSum.total; `span.sharding` says which rank holds which tokens.
 
         Every rank gets bit-identical row sums.
         """
         if span.sharding is None:  # every rank has these tokens: one step of decoding
-            return self.core.total(x, span, over)
+            return super()._total(x, span, over)
         ends, x, told = self._told(x, span, over)
         if over == "row":
             return told.sum(1, keepdim=True)
         return (within(x, ends.start) + _summed(ends.others, told)).to(x.dtype)
 
-    def before(self, x: Tensor, span: Span, over: str = "row") -> Tensor:
+    def _before(self, x: Tensor, span: Span, over: str) -> Tensor:
         """Runs SegmentSum.before over the ranks."""
         if span.sharding is None:  # every rank has these tokens: one step of decoding
-            return self.core.before(x, span, over)
-        if span.past is not None and span.past.continues_rows:
-            raise ValueError(
-                f"{self.core.place}: sums over tokens go on from a prompt that is whole on every"
-                " rank, not from a sharded one"
-            )
+            return super()._before(x, span, over)
         ends, x, told = self._told(x, span, over)
         return (exclusive_cumsum(x, ends.start) + _summed(ends.earlier, told)).to(x.dtype)
+
+    def _earlier(self, x: Tensor, span: Span, over: str) -> Tensor:
+        if span.sharding is None:
+            return self.core._earlier(x, span, over)
+        return super()._earlier(x, span, over)
+
+    def _openings(self, span: Span) -> tuple[Tensor, Tensor, Tensor]:
+        sharding: SequenceSharding = span.sharding
+        row = sharding.whole.map(lambda addresses: addresses[:, : sharding.layouts[0].tokens])
+        before, after, some = super()._openings(row)
+        return sharding.shard(before, 0), sharding.shard(after, 0), some
+
+    def _over_ranks(self, part: Tensor) -> Tensor:
+        ranks = self.communicator.size
+        parts = self.communicator.all_to_all([part] * ranks, [part.numel()] * ranks, "tally")
+        return torch.stack(parts).sum(0).view(part.shape)
 
     def _told(self, x: Tensor, span: Span, over: str) -> tuple[RunEnds, Tensor, Tensor]:
         """Returns the plan, x without padding, and [B, P 2R, ...] the sums of every rank's ends."""

@@ -17,6 +17,9 @@ class ParallelConfig(ConfigGroup):
 
     context: Ranks = Field(default=1, description="ranks that share one sequence")
     data: Ranks = Field(default=1, description="groups that read different rows")
+    time: Count = Field(
+        default=1, description="pieces of a row that its ranks compute one after another"
+    )
     experts: Ranks = Field(
         default=1, description="neighbouring ranks that hold all experts between them"
     )

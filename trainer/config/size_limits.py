@@ -42,14 +42,16 @@ def check_step_memory(config: Config) -> Iterator[Finding]:
     limit = machine_bytes(config)
     element_bytes = _element_bytes(config)
     token_state_bytes = config.model.width * element_bytes
-    stream_bytes = config.context_length * token_state_bytes * config.parallel.data
+    # Of a row that is cut in time, one piece is computed at once.
+    tokens = -(-config.context_length // config.parallel.time)
+    stream_bytes = tokens * token_state_bytes * config.parallel.data
     if stream_bytes > limit:
         yield Finding(
             "context_length",
             config.context_length,
             f"one residual stream of model.width={config.model.width} is {_gib(stream_bytes)} for"
             f" the rows of one forward, but there are {_gib(limit)} of memory",
-            "use a shorter context_length",
+            "use a shorter context_length, or more pieces (parallel.time)",
             causes=("model.width", "parallel.data", "precision"),
         )
     batch_bytes = config.batch_tokens * TOKEN_BYTES

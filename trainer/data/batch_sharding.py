@@ -44,6 +44,7 @@ class BatchSharder:
         policy: name of the layout.
         prefix: number of first tokens of each document that the model sees at once (a prefix-LM);
             they are never targets.
+        time: pieces of a row that are computed one after another.
 
     Attributes:
         each: rows of a data rank in a step, padding included.
@@ -59,13 +60,15 @@ class BatchSharder:
         micro_batch: int | str,
         policy: str,
         prefix: int = 0,
+        time: int = 1,
     ):
         self.mesh = mesh
         self.policy = policy
         self.prefix = prefix
+        self.time = time
         # Negated floor division rounds up.
         self.rows_per_rank = -(-rows // mesh.data.size)
-        tokens_per_rank = -(-context_length // mesh.context.size)
+        tokens_per_rank = -(-context_length // (mesh.context.size * time))
         if micro_batch == "auto":
             limit = AUTO_TOKENS.get(mesh.device.type, AUTO_TOKENS["cuda"])
             wanted_rows = max(1, limit // tokens_per_rank)
@@ -76,6 +79,16 @@ class BatchSharder:
 
     def __call__(self, batch: Batch) -> Iterator[tuple[MicroBatch, bool]]:
         """Yields this rank's micro-batches, each with True if it is the last of the step."""
+        for rows, last in self._rows(batch):
+            yield self.piece(rows), last
+
+    def in_time(self, batch: Batch) -> Iterator[tuple[list[MicroBatch], bool]]:
+        """Yields the same, each micro-batch as the pieces of its rows, in order."""
+        for rows, last in self._rows(batch):
+            yield self._cut(rows), last
+
+    def _rows(self, batch: Batch) -> Iterator[tuple[Batch, bool]]:
+        """Yields the rows of each micro-batch, with True for those of the last."""
         first = self.mesh.data.rank * self.rows_per_rank
         # Numbered over the whole batch before the cut: an address then means the same token on
         # every rank.
@@ -83,7 +96,7 @@ class BatchSharder:
         for number in range(self.pieces):
             start = number * self.micro_batch
             rows = own_rows.part(start, start + self.micro_batch)
-            yield self.piece(rows), number == self.pieces - 1
+            yield rows, number == self.pieces - 1
 
     def targets(self, batch: Batch) -> Tensor:
         """Returns the batch's targets, [R, T] int64, without tokens that the model sees already."""
@@ -99,16 +112,34 @@ class BatchSharder:
 
     def piece(self, batch: Batch) -> MicroBatch:
         """Returns this rank's tokens of all rows of a batch, on its device."""
+        return self._shard(batch.inputs(), batch.span(), self.targets(batch))
+
+    def _cut(self, batch: Batch) -> list[MicroBatch]:
+        """Returns this rank's tokens of each piece of all rows of a batch."""
+        tokens = batch.inputs()
+        targets = self.targets(batch)
+        span = batch.span()
+        count = min(self.time, tokens.shape[1])
+        pieces = []
+        for number in range(count):
+            start = number * tokens.shape[1] // count
+            stop = (number + 1) * tokens.shape[1] // count
+            part = span.map(lambda field, start=start, stop=stop: field[:, start:stop])
+            pieces.append(self._shard(tokens[:, start:stop], part, targets[:, start:stop]))
+        return pieces
+
+    def _shard(self, tokens: Tensor, addresses: Span, targets: Tensor) -> MicroBatch:
+        """Returns this rank's part of these tokens, on its device."""
         device = self.mesh.device
-        tokens = batch.inputs().to(device)
-        targets = self.targets(batch).to(device)
-        span = batch.span().map(lambda tensor: tensor.to(device))
+        tokens = tokens.to(device)
+        targets = targets.to(device)
+        span = addresses.map(lambda tensor: tensor.to(device))
         if self.mesh.context.size == 1:
             return MicroBatch(tokens, span, targets)
         # Layouts are computed from the CPU's copy, because every rank plans for all of them and a
         # device would have to be waited for.
         rank_layouts = layouts(
-            self.policy, batch.span(), self.mesh.context.size, heads=self.mesh.ulysses.size
+            self.policy, addresses, self.mesh.context.size, heads=self.mesh.ulysses.size
         )
         shard = shard_span(span, rank_layouts, self.mesh.context.rank)
         sharding = shard.sharding
@@ -120,6 +151,7 @@ class BatchSharder:
             f"each of {self.mesh.data.size} data ranks computes {self.rows_per_rank} rows a step,"
             f" {self.micro_batch} at once; each row is shared by {self.mesh.context.size} context"
             f" ranks ({self.policy})"
+            + (f" and cut into {self.time} pieces in time" if self.time > 1 else "")
         )
 
 

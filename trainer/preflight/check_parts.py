@@ -9,6 +9,7 @@ from torch import nn
 
 from models.construction import never_filled
 from models.layer import hook
+from models.pieces.cuttable import cannot_be_cut
 from parallel.context_parallel import refusals, unreachable
 from parallel.engines.expert_sharding import unshared
 from trainer.config import build_model, instantiate
@@ -131,6 +132,7 @@ def check_built_model(config: Config, given: Collection[str]) -> Iterator[Findin
         yield from check_deepspeed_model(config, model)
     if config.parallel.context > 1:
         yield from refusals(model, config.parallel.method)
+    yield from _check_time(config, model)
     if config.parallel.experts > 1:
         yield from unshared(model, config.parallel.experts)
         yield from unreachable(model)
@@ -143,6 +145,21 @@ def check_built_model(config: Config, given: Collection[str]) -> Iterator[Findin
     yield from check_evaluations(config, model, position, tokens)
     yield from _check_takers(config, position, model, tokens)
     yield from unreached(config, given, tokens).values()
+
+
+def _check_time(config: Config, model: nn.Module) -> Iterator[Finding]:
+    """Checks that the rows of this model can be cut in time."""
+    pieces = config.parallel.time
+    if pieces > config.context_length:
+        yield Finding(
+            "parallel.time",
+            pieces,
+            f"a row has {config.context_length} tokens, fewer than pieces",
+            f"use parallel.time={config.context_length} or less",
+            causes=("context_length",),
+        )
+    for sentence in cannot_be_cut(model) if pieces > 1 else ():
+        yield Finding("parallel.time", pieces, sentence, "use parallel.time=1")
 
 
 def _check_max_length(config: Config, position: Any, model: nn.Module) -> Iterator[Finding]:
