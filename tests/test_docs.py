@@ -66,6 +66,7 @@ NOT_COMPOSED = {
     "python -m scripts.bench decode": "a measurement of minutes",
     "python -m scripts.bench memory repeats=11": "a measurement of minutes",
     "python -m scripts.bench mixers": "a measurement of minutes",
+    "python -m scripts.bench time": "a measurement of minutes",
     "python -m scripts.chaos": "many launches; tests/trainer/verify/test_killed.py, test_faults.py",
     "python -m scripts.chaos only=saves": "a measurement that needs quiet cores",
     (
