@@ -25,6 +25,7 @@ from models.loss import IGNORE
 from models.positions.rope import Rope
 from models.recurrent.rwkv7 import Rwkv7
 from models.span import Span
+from parallel.engines.base import blocks_of
 from parallel.parallelize import compute_again
 from parallel.row_pieces import piece_state
 from parallel.rows_in_time import run_in_pieces
@@ -102,7 +103,7 @@ class TimeBenchmark:
         model = Decoder(VOCABULARY, sizes.width, mixers, feedforwards)
         model = initialise(model, seed=sizes.seed).to(sizes.device)
         name_stateful_modules(model)
-        for block in model.blocks if again else ():
+        for block in blocks_of(model) if again else ():
             block.forward = compute_again(block.forward)
         # The gradients are there before a step, as in all but the first of a run.
         for parameter in model.parameters():
