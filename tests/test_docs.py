@@ -46,7 +46,7 @@ NOT_COMPOSED = {
     ): "needs a model; tests/trainer/init_from/test_huggingface.py",
     "python -m scripts.doctor": "names the command; the settings stand in other places",
     "python -m scripts.doctor mixer._target_=mine.Averaged parallel.context=2": (
-        "mine.Averaged is the reader's own module; tests/trainer/test_foreign.py has such layers"
+        "mine.Averaged is the reader's own; tests/trainer/preflight/test_foreign.py has such layers"
     ),
     "python -m scripts.agree": "trains twenty runs; tests/trainer/verify/test_whole_runs.py",
     "python -m scripts.agree engines": "trains 52 runs; tests/trainer/verify/test_whole_runs.py",

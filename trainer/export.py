@@ -28,8 +28,8 @@ from trainer.config.schema import Config, LoraConfig
 from trainer.config.stages import config_at
 from trainer.config.trust import demand_own
 from trainer.errors import BAD_RUN, UserError
+from trainer.files.limited_reader import json_object
 from trainer.init_from.weights import CONFIG, WEIGHTS
-from trainer.limited_reader import json_object
 from trainer.logs.redact import without_secrets
 from trainer.objectives.stream import vocabulary_of
 from trainer.optim.lengthening import steps_taken

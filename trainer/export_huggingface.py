@@ -25,7 +25,7 @@ from models.hub.describe import describe, differences
 from models.hub.description import DECODER, Description
 from models.hub.keys import WITHOUT_EFFECT
 from models.hub.registry import KNOWN, adapter_of
-from models.hub.tensors import Piece
+from models.hub.tensors import TensorPiece
 from models.lora import merged
 from trainer.config.build_model import (
     feedforward_labels,
@@ -215,7 +215,7 @@ def _completed(
 
 def _write_weights(
     tensors: Mapping[str, Tensor],
-    pieces: list[Piece],
+    pieces: list[TensorPiece],
     output: Path,
     dtype: torch.dtype,
     max_shard_bytes: int,
@@ -240,10 +240,10 @@ def _write_weights(
 
 
 def _plan(
-    tensors: Mapping[str, Tensor], pieces: list[Piece], dtype: torch.dtype, most: int
-) -> list[list[Piece]]:
+    tensors: Mapping[str, Tensor], pieces: list[TensorPiece], dtype: torch.dtype, most: int
+) -> list[list[TensorPiece]]:
     """Divides the pieces into shards of at most `most` bytes."""
-    shards: list[list[Piece]] = [[]]
+    shards: list[list[TensorPiece]] = [[]]
     filled = 0
     for piece in pieces:
         size = sum(tensors[name].numel() for name in piece.ours) * dtype.itemsize

@@ -18,10 +18,10 @@ from pydantic import ValidationError
 from trainer.config.schema import Config
 from trainer.data.sources.base import kind_of
 from trainer.errors import BAD_RUN, UserError
-from trainer.limited_reader import yaml_file
-from trainer.locks import flocked, held, say_lacking
+from trainer.files.limited_reader import yaml_file
+from trainer.files.locks import flocked, held, say_lacking
+from trainer.files.safe_files import LINKED, links_inside, open_inside, replace_inside
 from trainer.logs.environment import environment
-from trainer.safe_files import LINKED, links_inside, open_inside, replace_inside
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"

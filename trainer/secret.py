@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from trainer.errors import BAD_RUN, UserError
-from trainer.safe_files import open_inside, read_inside
+from trainer.files.safe_files import open_inside, read_inside
 
 NAME = ".secret"
 

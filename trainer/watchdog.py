@@ -24,7 +24,7 @@ from torch.distributed import ProcessGroup
 from parallel import collectives
 from parallel.mesh import Mesh
 from trainer.errors import BAD_RUN, UserError
-from trainer.limited_reader import json_value
+from trainer.files.limited_reader import json_value
 
 BEAT_S = 1.0
 STILL_S = 5.0  # a rank without a beat for this long stands still

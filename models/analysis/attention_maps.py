@@ -8,8 +8,8 @@ Letters: B rows, H heads, T queries, S keys.
 """
 
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -152,20 +152,27 @@ def collect(
             norm = norm[:heads].index_select(1, there).cpu()
         found.append(AttentionMap(label, kept, len(weight), *addresses, value_norm=norm))
 
+    with _hooked(watched, note), uncompiled():
+        model(tokens, span)
+    return found
+
+
+@contextmanager
+def _hooked(watched: Mapping[str, nn.Module], note: Callable[..., None]) -> Iterator[None]:
+    """Calls `note` with the name, the leaf and the arguments of each call of a watched module."""
+
     def hook(name: str, leaf: Softmax) -> Callable[..., None]:
         return lambda _, args, kwargs: note(name, leaf, *args, **kwargs)
 
-    handles = [
-        module.register_forward_pre_hook(hook(name, _leaf(module)), with_kwargs=True)
-        for name, module in watched.items()
-    ]
+    handles = []
+    for name, module in watched.items():
+        before = hook(name, _leaf(module))
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
     try:
-        with uncompiled():
-            model(tokens, span)
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return found
 
 
 def value_norms(

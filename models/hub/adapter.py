@@ -6,7 +6,7 @@ from typing import Any
 
 from models.hub.description import Description
 from models.hub.keys import Keys
-from models.hub.tensors import Piece
+from models.hub.tensors import TensorPiece
 
 SWIGLU = "models.feedforward.SwiGLU"
 
@@ -67,7 +67,7 @@ class Adapter:
         """
         raise NotImplementedError(f"{type(self).__name__} must define `write`")
 
-    def pieces(self, content: Mapping[str, Any]) -> Iterator[Piece]:
+    def pieces(self, content: Mapping[str, Any]) -> Iterator[TensorPiece]:
         """Yields the names of all tensors, in the order of the model."""
         raise NotImplementedError(f"{type(self).__name__} must define `pieces`")
 

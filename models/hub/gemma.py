@@ -7,7 +7,7 @@ from models.hub.description import Description
 from models.hub.keys import Keys
 from models.hub.llama import FULL, SLIDING, Llama, windows
 from models.hub.rope import position_of, rope_entry, rope_parameters
-from models.hub.tensors import Piece, same
+from models.hub.tensors import TensorPiece, same
 
 NORMS = {
     "mixer_norm": "input_layernorm",
@@ -87,7 +87,7 @@ class Gemma2(Llama):
             "sliding_window": window or 4096,
         }
 
-    def norms(self, ours: str, theirs: str) -> Iterator[Piece]:
+    def norms(self, ours: str, theirs: str) -> Iterator[TensorPiece]:
         """See Llama.norms."""
         for mine, name in NORMS.items():
             yield same(f"{ours}{mine}.weight", f"{theirs}{name}.weight")
@@ -144,7 +144,7 @@ class Gemma3(Gemma2):
 
     def mixer(
         self, content: Mapping[str, Any], layer: int, ours: str, theirs: str
-    ) -> Iterator[Piece]:
+    ) -> Iterator[TensorPiece]:
         """See Llama.mixer."""
         yield from super().mixer(content, layer, ours, theirs)
         for name in ("q_norm", "k_norm"):

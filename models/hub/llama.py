@@ -7,7 +7,7 @@ from models.hub.adapter import SWIGLU, Adapter, Architecture
 from models.hub.description import DECODER, MIXER, TARGET, Description
 from models.hub.keys import Keys
 from models.hub.rope import position_of, rope_entry, rope_parameters
-from models.hub.tensors import Piece, same
+from models.hub.tensors import TensorPiece, same
 
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj"}
 FULL = "full_attention"
@@ -173,7 +173,7 @@ class Llama(Adapter):
         tied = content.get("tie_word_embeddings", self.tied)
         return {"head.weight": "embed.weight"} if tied else {}
 
-    def pieces(self, content: Mapping[str, Any]) -> Iterator[Piece]:
+    def pieces(self, content: Mapping[str, Any]) -> Iterator[TensorPiece]:
         """See Adapter.pieces."""
         yield same("embed.weight", "model.embed_tokens.weight")
         for layer in range(content["num_hidden_layers"]):
@@ -184,20 +184,20 @@ class Llama(Adapter):
 
     def layer(
         self, content: Mapping[str, Any], layer: int, ours: str, theirs: str
-    ) -> Iterator[Piece]:
+    ) -> Iterator[TensorPiece]:
         """Yields the pieces of one layer, given what its names begin with."""
         yield from self.norms(ours, theirs)
         yield from self.mixer(content, layer, f"{ours}mixer.", f"{theirs}self_attn.")
         yield from self.feedforward(content, layer, f"{ours}feedforward.", f"{theirs}mlp.")
 
-    def norms(self, ours: str, theirs: str) -> Iterator[Piece]:
+    def norms(self, ours: str, theirs: str) -> Iterator[TensorPiece]:
         """Yields the norms of a layer."""
         yield same(f"{ours}mixer_norm.weight", f"{theirs}input_layernorm.weight")
         yield same(f"{ours}feedforward_norm.weight", f"{theirs}post_attention_layernorm.weight")
 
     def mixer(
         self, content: Mapping[str, Any], layer: int, ours: str, theirs: str
-    ) -> Iterator[Piece]:
+    ) -> Iterator[TensorPiece]:
         """Yields the projections of attention."""
         bias, out_bias = self.biases(Keys(content))
         for mine, name in PROJECTIONS.items():
@@ -207,7 +207,7 @@ class Llama(Adapter):
 
     def feedforward(
         self, content: Mapping[str, Any], layer: int, ours: str, theirs: str
-    ) -> Iterator[Piece]:
+    ) -> Iterator[TensorPiece]:
         """Yields the matrices of the feed-forward layer."""
         for mine, name in MATRICES.items():
             yield same(f"{ours}{mine}.weight", f"{theirs}{name}.weight")

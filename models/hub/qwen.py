@@ -6,7 +6,7 @@ from typing import Any
 from models.hub.description import Description
 from models.hub.keys import Keys
 from models.hub.llama import FULL, SLIDING, Llama, windows
-from models.hub.tensors import Piece, same
+from models.hub.tensors import TensorPiece, same
 
 
 class Qwen2(Llama):
@@ -77,7 +77,7 @@ class Qwen3(Qwen2):
 
     def mixer(
         self, content: Mapping[str, Any], layer: int, ours: str, theirs: str
-    ) -> Iterator[Piece]:
+    ) -> Iterator[TensorPiece]:
         """See Llama.mixer."""
         yield from super().mixer(content, layer, ours, theirs)
         for name in ("q_norm", "k_norm"):

@@ -1,7 +1,7 @@
 """How tensors of a Hugging Face model and of ours become each other: views that lose no bit.
 
-A `Piece` covers tensors of one side and of the other that hold the same numbers. One of the two
-sides has a single tensor, so at most one tensor of either model is whole in memory at a time.
+A `TensorPiece` covers tensors of one side and of the other that hold the same numbers. One of the
+two sides has a single tensor, so at most one tensor of either model is whole in memory at a time.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ Move = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPiece:
     """Tensors that hold the same numbers in both models.
 
     Attributes:
@@ -29,26 +29,26 @@ class Piece:
     write: Move
 
 
-def same(ours: str, theirs: str) -> Piece:
+def same(ours: str, theirs: str) -> TensorPiece:
     """Pairs two tensors that are equal."""
-    return Piece((ours,), (theirs,), list, list)
+    return TensorPiece((ours,), (theirs,), list, list)
 
 
-def transposed(ours: str, theirs: str) -> Piece:
+def transposed(ours: str, theirs: str) -> TensorPiece:
     """Pairs two tensors of which one is the other with its last two dims exchanged."""
-    return Piece((ours,), (theirs,), _transpose, _transpose)
+    return TensorPiece((ours,), (theirs,), _transpose, _transpose)
 
 
-def stacked(ours: str, theirs: Sequence[str]) -> Piece:
+def stacked(ours: str, theirs: Sequence[str]) -> TensorPiece:
     """Pairs [E, ...] with E tensors [...]."""
 
     def write(tensors: Sequence[Tensor]) -> list[Tensor]:
         return list(tensors[0].unbind(0))
 
-    return Piece((ours,), tuple(theirs), lambda tensors: [torch.stack(list(tensors))], write)
+    return TensorPiece((ours,), tuple(theirs), lambda tensors: [torch.stack(list(tensors))], write)
 
 
-def split(ours: Sequence[str], theirs: str, dim: int, *, transpose: bool = False) -> Piece:
+def split(ours: Sequence[str], theirs: str, dim: int, *, transpose: bool = False) -> TensorPiece:
     """Pairs one tensor with several of equal size that lie behind each other along a dim of it.
 
     Args:
@@ -67,10 +67,10 @@ def split(ours: Sequence[str], theirs: str, dim: int, *, transpose: bool = False
         parts = _transpose(tensors) if transpose else tensors
         return [torch.cat(list(parts), dim)]
 
-    return Piece(tuple(ours), (theirs,), read, write)
+    return TensorPiece(tuple(ours), (theirs,), read, write)
 
 
-def interleaved(ours: Sequence[str], theirs: str, *, transpose: bool = False) -> Piece:
+def interleaved(ours: Sequence[str], theirs: str, *, transpose: bool = False) -> TensorPiece:
     """Pairs one tensor with several whose last dims alternate in it, as 0, 1, 0, 1, ...
 
     Args:
@@ -85,10 +85,10 @@ def interleaved(ours: Sequence[str], theirs: str, *, transpose: bool = False) ->
         parts = _transpose(tensors) if transpose else tensors
         return [torch.stack(list(parts), -1).flatten(-2)]
 
-    return Piece(tuple(ours), (theirs,), read, write)
+    return TensorPiece(tuple(ours), (theirs,), read, write)
 
 
-def reordered(ours: str, theirs: str, order: Sequence[int]) -> Piece:
+def reordered(ours: str, theirs: str, order: Sequence[int]) -> TensorPiece:
     """Pairs two tensors with rows in another order: row i of ours is row order[i] of theirs."""
     inverse = [0] * len(order)
     for row, source in enumerate(order):
@@ -97,7 +97,7 @@ def reordered(ours: str, theirs: str, order: Sequence[int]) -> Piece:
     def pick(rows: Sequence[int]) -> Move:
         return lambda tensors: [tensors[0][list(rows)]]
 
-    return Piece((ours,), (theirs,), pick(order), pick(inverse))
+    return TensorPiece((ours,), (theirs,), pick(order), pick(inverse))
 
 
 def _transpose(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -12,7 +12,7 @@ from models.primitives.softmax import Softmax
 from models.span import Span
 from trainer.config.build_model import build_model
 from trainer.preflight.prepare import load_config
-from trainer.reach import fitting
+from trainer.preflight.reach import fitting
 
 ROW = 512  # tokens read at once
 VOCABULARY = 32

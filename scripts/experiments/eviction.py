@@ -29,7 +29,7 @@ from scripts.experiments.runner import Budget
 from scripts.experiments.trial import TrialResult
 from trainer.config.build_model import build_model
 from trainer.preflight.prepare import load_config
-from trainer.reach import fitting
+from trainer.preflight.reach import fitting
 from trainer.reports.markdown import markdown
 
 KEYS = 32

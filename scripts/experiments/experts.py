@@ -14,7 +14,7 @@ from scripts.experiments.table import table
 from scripts.experiments.trial import Trial, TrialResult
 from trainer.config.build_model import build_model
 from trainer.preflight.prepare import load_config
-from trainer.reach import fitting
+from trainer.preflight.reach import fitting
 
 SIZES = ("model.width=64", "model.layers=4", "model.heads=2", "model.tie_embeddings=false")
 TEXT = (

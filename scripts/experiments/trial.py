@@ -33,8 +33,8 @@ from trainer.logs.meters import Meter, Peak
 from trainer.loop import Loop
 from trainer.objectives.stream import open_rows
 from trainer.preflight.prepare import load_config
+from trainer.preflight.reach import fitting
 from trainer.progress import Progress
-from trainer.reach import fitting
 from trainer.stop_signal import StopSignal
 
 COMMON = (  # before a lesson's own settings, which may say otherwise but for the first three

@@ -20,7 +20,7 @@ from trainer.launch.elastic import RankInfo
 from trainer.logs import run_logger
 from trainer.logs.jsonl import METRICS, read
 from trainer.preflight.prepare import load_config
-from trainer.reach import fitting
+from trainer.preflight.reach import fitting
 from trainer.run_dir import make_run_dir
 from trainer.stages import run
 from trainer.verify.whole_runs import write_documents

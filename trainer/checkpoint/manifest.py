@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from trainer.checkpoint.wholeness import DTYPES, check_manifest
-from trainer.limited_reader import MANIFEST_BYTES, contents, json_value
-from trainer.safe_files import LINKED
+from trainer.files.limited_reader import MANIFEST_BYTES, contents, json_value
+from trainer.files.safe_files import LINKED
 
 MANIFEST = "manifest.json"
 LABELS = {dtype: label for label, dtype in DTYPES.items()}

@@ -18,7 +18,7 @@ from trainer.checkpoint.manifest import LABELS, broken, ravel, read_manifest, un
 from trainer.checkpoint.storage import ShardReader
 from trainer.checkpoint.wholeness import DTYPES
 from trainer.errors import BAD_RUN, UserError
-from trainer.safe_files import LINKED
+from trainer.files.safe_files import LINKED
 
 NAME = re.compile(r"step_(\d{8,})")
 

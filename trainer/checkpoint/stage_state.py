@@ -12,9 +12,9 @@ import torch.distributed as dist
 from trainer.config.schema import Config
 from trainer.config.stages import Stage, plan_of, stage_of_step
 from trainer.errors import BAD_RUN, UserError
-from trainer.limited_reader import json_object
+from trainer.files.limited_reader import json_object
+from trainer.files.safe_files import replace_inside
 from trainer.optim.lengthening import resumed_from, steps_taken
-from trainer.safe_files import replace_inside
 
 STATE = "stage.json"
 

@@ -38,8 +38,8 @@ STEPS = 2**53  # more than any run takes; a float still holds the number exactly
 LARGEST = 2**62  # bytes or elements; torch's int64 products must not overflow
 MAX_DIMS = 12  # `tiles` visits the 2**dims corners of every chunk
 
-Extent = Annotated[int, Field(ge=0, le=LARGEST)]
-Box = Annotated[list[Extent], Field(max_length=MAX_DIMS)]
+StoredSize = Annotated[int, Field(ge=0, le=LARGEST)]
+Box = Annotated[list[StoredSize], Field(max_length=MAX_DIMS)]
 
 
 class Sheet(BaseModel):
@@ -51,7 +51,7 @@ class Sheet(BaseModel):
 class FileRecord(Sheet):
     """Size and SHA-256 of a shard."""
 
-    bytes: Extent
+    bytes: StoredSize
     sha256: str
 
 
@@ -62,7 +62,7 @@ class Chunk(Sheet):
     sizes: Box
     file: str
     start: int
-    bytes: Extent
+    bytes: StoredSize
 
 
 class TensorRecord(Sheet):

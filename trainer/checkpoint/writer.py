@@ -35,7 +35,7 @@ from trainer.checkpoint.storage import ShardWriter
 from trainer.checkpoint.throttle import Throttle
 from trainer.checkpoint.wholeness import STEPS
 from trainer.errors import BAD_RUN, UserError
-from trainer.safe_files import make_inside
+from trainer.files.safe_files import make_inside
 
 HIDDEN = re.compile(r"\.(step_\d{8,})\.(tmp|old|gone)-[0-9a-f]+")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

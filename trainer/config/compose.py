@@ -28,7 +28,7 @@ from trainer.config.node_checks import normalise_node
 from trainer.config.overrides import sort_words
 from trainer.config.schema import Config
 from trainer.errors import UserError
-from trainer.limited_reader import vet_yaml
+from trainer.files.limited_reader import vet_yaml
 from trainer.texts import Texts
 
 AXES = ("context", "data")  # whose product is the number of ranks

@@ -15,7 +15,7 @@ from trainer.data.folders import home, spare_folder, writable
 from trainer.data.sources.base import Local
 from trainer.data.sources.readers import File, reason
 from trainer.data.tokenizers import Tokenizer
-from trainer.locks import exclusive
+from trainer.files.locks import exclusive
 
 LOG = logging.getLogger("longspan.data")
 TELL_S = 10  # seconds between two lines of progress

@@ -44,7 +44,7 @@ class Conversation(NamedTuple):
     first: int
 
 
-class Completion(NamedTuple):
+class PromptPair(NamedTuple):
     """A row with texts: a prompt, which may be empty, and what is learned."""
 
     prompt: str
@@ -74,7 +74,7 @@ def row_of(value: Any, place: str) -> str | Unread:
     return text
 
 
-def parse(row: Mapping[str, Any], place: str) -> Conversation | Completion | Unread:
+def parse(row: Mapping[str, Any], place: str) -> Conversation | PromptPair | Unread:
     """Returns what a row holds, or why it cannot be read."""
     tools = row.get("tools")
     if tools is not None and not isinstance(tools, list):
@@ -87,11 +87,11 @@ def parse(row: Mapping[str, Any], place: str) -> Conversation | Completion | Unr
         if isinstance(prompt, str) and isinstance(completion, str):
             if not completion:
                 return Unread(NO_ANSWER, f"{place} has an empty completion")
-            return Completion(prompt, completion)
+            return PromptPair(prompt, completion)
         return _conversation(prompt, completion, tools, place)
     text = row.get("text")
     if isinstance(text, str):
-        return Completion("", text)
+        return PromptPair("", text)
     return Unread(
         MALFORMED,
         f"{place} has none of the fields messages, prompt with completion, or text",
@@ -158,7 +158,7 @@ class ConversationEncoder:
             row = self._row(name, text, report)
             if row is None:
                 yield None
-            elif isinstance(row, Completion):
+            elif isinstance(row, PromptPair):
                 yield self._completion(row, report)
             else:
                 yield self._learned(row, name, report)
@@ -181,14 +181,14 @@ class ConversationEncoder:
         turns = np.unique(np.searchsorted(begins, rendered.turns))
         return EncodedDocument(tokens, given, turns[(turns > 0) & (turns < len(tokens))])
 
-    def _row(self, name: str, text: str, report: ReadReport) -> Conversation | Completion | None:
+    def _row(self, name: str, text: str, report: ReadReport) -> Conversation | PromptPair | None:
         row = parse(json.loads(text), name)
         if isinstance(row, Unread):
             report.fault(*row)
             return None
         return row
 
-    def _completion(self, row: Completion, report: ReadReport) -> EncodedDocument | None:
+    def _completion(self, row: PromptPair, report: ReadReport) -> EncodedDocument | None:
         """Returns the tokens of two texts, which are encoded apart as they are when generating."""
         tokens = self.tokenizer.encode(row.completion)
         if not len(tokens):

@@ -20,7 +20,7 @@ from trainer.data.documents import DocumentEncoder, EncodedDocument, PlainText
 from trainer.data.errors import DataError, ReadReport
 from trainer.data.split import digest
 from trainer.data.tokenizers import Tokenizer
-from trainer.limited_reader import json_object
+from trainer.files.limited_reader import json_object
 
 FORMAT = 2
 TOKENS = "tokens.arrow"
@@ -59,10 +59,7 @@ def write(
     """
     encoder = PlainText(tokenizer) if encoder is None else encoder
     dtype = np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.uint32
-    fields = [("hash", pa.uint64()), ("tokens", pa.large_list(pa.from_numpy_dtype(dtype)))]
-    if encoder.learns_part:
-        fields += [("given", pa.large_list(pa.uint8())), ("turns", pa.large_list(pa.int64()))]
-    schema = pa.schema(fields)
+    schema = _schema(dtype, encoder)
     content = hashlib.blake2b(digest_size=16)
     sums = []
     document_count = 0
@@ -98,6 +95,14 @@ def write(
         "fingerprint": content.hexdigest(),
         "vocabulary": tokenizer.vocabulary,
     }
+
+
+def _schema(dtype: Any, encoder: DocumentEncoder) -> pa.Schema:
+    """Returns the columns of tokens.arrow; those of roles are there where a part is learned."""
+    fields = [("hash", pa.uint64()), ("tokens", pa.large_list(pa.from_numpy_dtype(dtype)))]
+    if encoder.learns_part:
+        fields += [("given", pa.large_list(pa.uint8())), ("turns", pa.large_list(pa.int64()))]
+    return pa.schema(fields)
 
 
 def _lists(arrays: list[np.ndarray], dtype: Any) -> tuple[np.ndarray, pa.Array]:

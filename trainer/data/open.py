@@ -22,7 +22,7 @@ from trainer.data.streams.synthetic import SyntheticStream
 from trainer.data.tasks.base import SyntheticTask
 from trainer.data.tokenizers import Tokenizer
 from trainer.errors import BAD_CONFIG
-from trainer.limited_reader import json_object
+from trainer.files.limited_reader import json_object
 
 LOOK = 64 << 20  # bytes read by `check`
 SLICE = 4096  # characters tokenized at once in search of a token

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.limited_reader import contents, json_file
+from trainer.files.limited_reader import contents, json_file
 
 LARGEST_SETTINGS = 16 << 20  # bytes of any of these files
 SETTINGS = "tokenizer_config.json"

@@ -21,7 +21,7 @@ from trainer.data.sources.base import build_source
 from trainer.data.tokenizers import Tokenizer
 from trainer.errors import UserError
 from trainer.export import CONFIG, WEIGHTS, export, reopen
-from trainer.limited_reader import json_object
+from trainer.files.limited_reader import json_object
 
 
 @dataclass

@@ -135,12 +135,10 @@ def complete(
     )
     streams: dict[TextRequest, tuple[int, int, TextStream]] = {}
     for number, prompt in enumerate(prompts):
-        # The end of one document is what stands before the next.
-        begins = [int(token) for token in tokenizer.encode(prompt)] or [tokenizer.end_of_text]
         for sample in range(samples):
             stream = TextStream(tokenizer, stops)
             request = TextRequest(
-                begins,
+                _begins(tokenizer, prompt),
                 tokens,
                 sampling or Sampling(),
                 seed=(seed, "text", number, sample),
@@ -149,6 +147,24 @@ def complete(
             )
             streams[request] = number, sample, stream
             scheduler.submit(request)
+    yield from _completions(scheduler, tokenizer, streams, on_text)
+    if on_end is not None:
+        on_end(scheduler)
+
+
+def _begins(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Returns the tokens of a prompt, at least one."""
+    # The end of one document is what stands before the next.
+    return [int(token) for token in tokenizer.encode(prompt)] or [tokenizer.end_of_text]
+
+
+def _completions(
+    scheduler: Scheduler,
+    tokenizer: Tokenizer,
+    streams: dict[TextRequest, tuple[int, int, TextStream]],
+    on_text: Callable[[int, int, str], None] | None,
+) -> Iterator[Completion]:
+    """Runs the scheduler to its end and yields each text when it is complete."""
     for request, _ in scheduler.run():
         number, sample, stream = streams[request]
         done = request.finished is not None
@@ -159,5 +175,3 @@ def complete(
             if request.finished != STOP:
                 text = tokenizer.decode(request.tokens)
             yield Completion(number, sample, text, len(request.tokens), str(request.finished))
-    if on_end is not None:
-        on_end(scheduler)

@@ -37,12 +37,12 @@ from trainer.evaluation.base import (
 )
 from trainer.evaluation.generate import generate
 from trainer.evaluation.held_out import LOSS
+from trainer.files.safe_files import replace_inside
 from trainer.logs import summary
 from trainer.logs.console import Console
 from trainer.logs.jsonl import EVALUATION, read
 from trainer.logs.run_logger import RunLogger
 from trainer.progress import Part, Progress
-from trainer.safe_files import replace_inside
 from trainer.watchdog import limit
 
 SAMPLE: Part = "sample"

@@ -24,7 +24,7 @@ from parallel.drivers.softmax_ulysses import Ulysses
 from trainer.data.batch import Batch
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.streams.base import Stream
-from trainer.safe_files import replace_inside
+from trainer.files.safe_files import replace_inside
 
 # The primitive and the drivers that replace it under any parallel.method.
 KINDS = (Softmax, Ring, Ulysses, AllGather, Auto)

@@ -1,13 +1,13 @@
 """Held-out loss by position in the document, in ranges of equal width, at any length of rows."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.loss import IGNORE
-from models.ranges import Range
+from models.ranges import Piece
 from trainer.config.finding import Finding
 from trainer.data.sources.base import Source
 from trainer.data.streams.base import Stream
@@ -21,8 +21,6 @@ from trainer.evaluation.base import (
     uniform_loss,
 )
 from trainer.evaluation.held_out import check_rows, held_out_rows
-
-Length = Annotated[int, Range(1, 2**24)]
 
 
 class ByPosition(Evaluation):
@@ -42,9 +40,9 @@ class ByPosition(Evaluation):
         self,
         *,
         data: Source | None = None,
-        length: Length | None = None,
-        width: Length | None = None,
-        batches: Length | None = None,
+        length: Piece | None = None,
+        width: Piece | None = None,
+        batches: Piece | None = None,
         every: Every = None,
     ):
         super().__init__(every=every)

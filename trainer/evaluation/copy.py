@@ -12,7 +12,7 @@ from trainer.evaluation.base import Evaluation, EvaluationContext, Every, Figure
 from trainer.evaluation.recall import check_vocabulary, text_tokens
 from trainer.evaluation.scoring import ScoredRow, score_rows
 
-Length = Annotated[int, Range(1, 2**23)]
+CopyLength = Annotated[int, Range(1, 2**23)]
 
 
 class Copy(Evaluation):
@@ -33,7 +33,7 @@ class Copy(Evaluation):
     def __init__(
         self,
         *,
-        lengths: list[Length] | None = None,
+        lengths: list[CopyLength] | None = None,
         alphabet: Annotated[int, Range(2, 2**16)] = 16,
         examples: Annotated[int, Range(1, 4096)] = 16,
         every: Every = None,

@@ -4,14 +4,14 @@ Letters: m rows of a micro-batch, c tokens of a row on this rank.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.loss import IGNORE
-from models.ranges import Range
+from models.ranges import Piece
 from trainer.agreement import mark
 from trainer.config.finding import Finding
 from trainer.config.node_checks import as_node
@@ -34,7 +34,6 @@ from trainer.evaluation.base import (
 from trainer.objectives.stream import ObjectiveStream, objective_of
 
 LOSS = "held_out_loss"
-Length = Annotated[int, Range(1, 2**24)]
 BUCKETS = 48  # positions 0, 1, 2 to 3, 4 to 7, ...: enough for any row
 
 
@@ -73,8 +72,8 @@ class HeldOut(Evaluation):
         self,
         *,
         data: Source | None = None,
-        length: Length | None = None,
-        batches: Length | None = None,
+        length: Piece | None = None,
+        batches: Piece | None = None,
         every: Every = None,
     ):
         super().__init__(every=every)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models.loss import IGNORE
-from models.ranges import Range
+from models.ranges import Piece, Range, Share
 from models.span import PADDING
 from trainer.config.finding import Finding
 from trainer.data.batch import Batch
@@ -20,9 +20,6 @@ from trainer.evaluation.base import (
     RunFacts,
     on_device,
 )
-
-Position = Annotated[int, Range(1, 2**24)]
-Share = Annotated[float, Range(above=0.0, high=1.0)]
 
 
 class InContext(Evaluation):
@@ -49,11 +46,11 @@ class InContext(Evaluation):
     def __init__(
         self,
         *,
-        early: Position = 50,
-        late: Position = 500,
+        early: Piece = 50,
+        late: Piece = 500,
         shares: list[Share] = [1.0, 0.5, 0.25, 0.125],  # noqa: B006 - never written to
         slack: Annotated[float, Range(0.0, 100.0)] = 0.01,
-        batches: Position | None = None,
+        batches: Piece | None = None,
         every: Every = None,
     ):
         super().__init__(every=every)

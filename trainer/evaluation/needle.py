@@ -11,12 +11,12 @@ from trainer.config.finding import Finding
 from trainer.data.tokenizers import Tokenizer
 from trainer.evaluation.base import Evaluation, EvaluationContext, Every, Figure, RunFacts
 from trainer.evaluation.questions import Question, ask, cell_of, figures, length_of
-from trainer.evaluation.words import REPEATED, Kind, draw_distinct, held_out_tokens
+from trainer.evaluation.words import REPEATED, WordKind, draw_distinct, held_out_tokens
 
-Variant = Literal["single", "multi_key", "multi_value", "multi_query"]
-Length = Annotated[int, Range(8, 2**24)]
+NeedleKind = Literal["single", "multi_key", "multi_value", "multi_query"]
+NeedleLength = Annotated[int, Range(8, 2**24)]
 Depth = Annotated[float, Range(0.0, 1.0)]
-Few = Annotated[int, Range(1, 64)]
+Repeats = Annotated[int, Range(1, 64)]
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 ONE = (
     "\nWhat is the special magic {kind} for {keys} mentioned in the provided text? The special"
@@ -70,15 +70,15 @@ class Needle(Evaluation):
     def __init__(
         self,
         *,
-        lengths: list[Length] | None = None,
+        lengths: list[NeedleLength] | None = None,
         depths: list[Depth] = [0.0, 0.25, 0.5, 0.75, 1.0],  # noqa: B006 - never written to
-        variant: Variant = "single",
-        needles: Few = 4,
-        keys: Kind = "words",
-        values: Kind = "numbers",
+        variant: NeedleKind = "single",
+        needles: Repeats = 4,
+        keys: WordKind = "words",
+        values: WordKind = "numbers",
         filler: Literal["held_out", "repeated"] = "held_out",
-        examples: Few = 8,
-        distractors: Few = 7,
+        examples: Repeats = 8,
+        distractors: Repeats = 7,
         generate: Annotated[int, Range(0, 4096)] = 0,
         every: Every = None,
     ):
@@ -89,8 +89,8 @@ class Needle(Evaluation):
         self.depths = depths
         self.variant = variant
         self.needles = 1 if variant == "single" else needles
-        self.keys: Kind = keys
-        self.values: Kind = values
+        self.keys: WordKind = keys
+        self.values: WordKind = values
         self.filler = filler
         self.examples = examples
         self.distractors = distractors

@@ -26,7 +26,7 @@ from trainer.data.lanes import Lanes
 from trainer.errors import BAD_CONFIG, UserError
 from trainer.evaluation.base import EvaluationContext, build_evaluations, figure_name
 from trainer.export import CONFIG, WEIGHTS, export, reopen
-from trainer.limited_reader import json_object
+from trainer.files.limited_reader import json_object
 from trainer.objectives.stream import open_rows
 from trainer.preflight.check_evaluation import check_evaluation_nodes, check_evaluations
 

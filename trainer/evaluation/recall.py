@@ -11,7 +11,7 @@ from trainer.config.finding import Finding
 from trainer.evaluation.base import Evaluation, EvaluationContext, Every, Figure, RunFacts, mean
 from trainer.evaluation.scoring import ScoredRow, score_rows
 
-Length = Annotated[int, Range(4, 2**24)]
+RecallLength = Annotated[int, Range(4, 2**24)]
 
 
 class Recall(Evaluation):
@@ -33,7 +33,7 @@ class Recall(Evaluation):
     def __init__(
         self,
         *,
-        lengths: list[Length] | None = None,
+        lengths: list[RecallLength] | None = None,
         pairs: Annotated[int, Range(2, 2**16)] = 8,
         examples: Annotated[int, Range(1, 4096)] = 16,
         every: Every = None,

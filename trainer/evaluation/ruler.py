@@ -15,7 +15,7 @@ from trainer.evaluation.ruler_questions import QuestionAnswer, read_questions
 from trainer.evaluation.ruler_tasks import ANSWER_TOKENS, QUESTION_TASKS, TASKS, RulerWriter
 from trainer.evaluation.words import REPEATED, held_out_tokens
 
-Length = Annotated[int, Range(64, 2**24)]
+RulerLength = Annotated[int, Range(64, 2**24)]
 
 
 class Ruler(Evaluation):
@@ -40,7 +40,7 @@ class Ruler(Evaluation):
         self,
         *,
         tasks: list[str] | None = None,
-        lengths: list[Length] | None = None,
+        lengths: list[RulerLength] | None = None,
         examples: Annotated[int, Range(1, 4096)] = 4,
         distractors: Annotated[int, Range(1, 64)] = 7,
         generate: bool = False,

@@ -20,7 +20,7 @@ from trainer.data.tokenizers import Tokenizer
 from trainer.evaluation.needle import NEEDLE, listed
 from trainer.evaluation.questions import length_of
 from trainer.evaluation.ruler_questions import QuestionAnswer
-from trainer.evaluation.words import REPEATED, Kind, draw, draw_distinct, plain_words
+from trainer.evaluation.words import REPEATED, WordKind, draw, draw_distinct, plain_words
 
 NIAH = (
     "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I"
@@ -86,8 +86,8 @@ class Haystack:
     """
 
     kind: str
-    keys: Kind = "words"
-    values: Kind = "numbers"
+    keys: WordKind = "words"
+    values: WordKind = "numbers"
     key_count: int = 1
     value_count: int = 1
     query_count: int = 1

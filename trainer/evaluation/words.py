@@ -8,7 +8,7 @@ import numpy as np
 
 from trainer.evaluation.base import EvaluationContext
 
-Kind = Literal["numbers", "words", "uuids"]
+WordKind = Literal["numbers", "words", "uuids"]
 REPEATED = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 )
@@ -44,7 +44,7 @@ CONSONANTS = "".join(letter for letter in string.ascii_lowercase if letter not i
 BATCHES = 256  # of held-out data that are read for filler at most
 
 
-def draw(kind: Kind, rng: np.random.Generator) -> str:
+def draw(kind: WordKind, rng: np.random.Generator) -> str:
     """Draws a number of seven digits, an adjective with a noun, or a uuid, as RULER does."""
     if kind == "numbers":
         return str(rng.integers(10**6, 10**7))
@@ -54,7 +54,7 @@ def draw(kind: Kind, rng: np.random.Generator) -> str:
 
 
 def draw_distinct(
-    kind: Kind, count: int, rng: np.random.Generator, taken: set[str] | None = None
+    kind: WordKind, count: int, rng: np.random.Generator, taken: set[str] | None = None
 ) -> list[str]:
     """Draws `count` different ones, none of them in `taken`, to which they are added."""
     used = set() if taken is None else taken

@@ -24,7 +24,7 @@ from trainer.config.finding import Finding
 from trainer.config.schema import Config
 from trainer.errors import BAD_RUN, UserError
 from trainer.export import read_model
-from trainer.limited_reader import json_object
+from trainer.files.limited_reader import json_object
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -22,7 +22,7 @@ REMEDY = (
 
 
 @dataclass(frozen=True)
-class Slots:
+class ParameterSlots:
     """The tensors of a model that weights can be put into.
 
     Attributes:
@@ -69,17 +69,17 @@ class Fit:
         return "; ".join(parts)
 
 
-def slots_of(model: nn.Module) -> Slots:
+def slots_of(model: nn.Module) -> ParameterSlots:
     """Returns the tensors of a model, which may lie on the meta device."""
     aliases = {name: first for name, first in named(model) if name != first}
     shapes = {}
     for name, tensor in model.state_dict().items():
         if name not in aliases:
             shapes[name] = tensor.shape
-    return Slots(shapes, aliases, frozenset(adapter_names(model)))
+    return ParameterSlots(shapes, aliases, frozenset(adapter_names(model)))
 
 
-def compare(source: WeightSource, slots: Slots) -> Fit:
+def compare(source: WeightSource, slots: ParameterSlots) -> Fit:
     """Returns which tensors of a source fit a model."""
     fit = Fit()
     for name, shape in slots.shapes.items():
@@ -96,7 +96,7 @@ def compare(source: WeightSource, slots: Slots) -> Fit:
     return fit
 
 
-def _place(name: str, source: WeightSource, slots: Slots) -> str | None:
+def _place(name: str, source: WeightSource, slots: ParameterSlots) -> str | None:
     """Returns the name that a source has for a tensor of the model; None where it has none."""
     names = [name, *(alias for alias, first in slots.aliases.items() if first == name)]
     for candidate in names:
@@ -105,7 +105,7 @@ def _place(name: str, source: WeightSource, slots: Slots) -> str | None:
     return source.ties.get(name)
 
 
-def _left_over(source: WeightSource, slots: Slots, used: Collection[str]) -> Iterator[str]:
+def _left_over(source: WeightSource, slots: ParameterSlots, used: Collection[str]) -> Iterator[str]:
     for name in source.shapes:
         if name not in slots.shapes and name not in slots.aliases and name not in used:
             yield f"{name} {[*source.shapes[name]]}"

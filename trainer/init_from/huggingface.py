@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from models.hub.registry import adapter_of
-from models.hub.tensors import Piece
+from models.hub.tensors import TensorPiece
 from trainer.errors import BAD_RUN, UserError
+from trainer.files.limited_reader import MANIFEST_BYTES, Unreadable, json_object
 from trainer.init_from.weights import PICKLED, SafetensorsFile, WeightSource
-from trainer.limited_reader import MANIFEST_BYTES, Unreadable, json_object
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -60,7 +60,7 @@ class HuggingFaceWeights(WeightSource):
             raise UserError(f"{folder}: {refusal(error)}") from error
         self.files = dict(_tensors(folder))
         self.shapes = {}
-        self.pieces: dict[str, tuple[Piece, int]] = {}
+        self.pieces: dict[str, tuple[TensorPiece, int]] = {}
         used: set[str] = set()
         for piece in pieces:
             if all(name in self.files for name in piece.theirs):
@@ -72,7 +72,7 @@ class HuggingFaceWeights(WeightSource):
             if name not in used and not unused and not (self.ties and name == "lm_head.weight"):
                 self.shapes[name] = self.files[name].shapes[name]
 
-    def _add(self, piece: Piece) -> None:
+    def _add(self, piece: TensorPiece) -> None:
         """Notes the names and shapes of a piece, from tensors without values."""
         blank = [torch.empty(self.files[name].shapes[name], device="meta") for name in piece.theirs]
         try:

@@ -7,12 +7,12 @@ from torch import Tensor
 from parallel.engines.base import Engine
 from trainer.config.schema import Config
 from trainer.errors import BAD_RUN, UserError
-from trainer.init_from.fit import Fit, Slots, compare
+from trainer.init_from.fit import Fit, ParameterSlots, compare
 from trainer.init_from.sources import WeightSource, open_weights
 
 
 def load_initial_weights(
-    config: Config, engine: Engine, slots: Slots, say: Callable[[str], None]
+    config: Config, engine: Engine, slots: ParameterSlots, say: Callable[[str], None]
 ) -> None:
     """Fills the engine's weights from init_from=; all ranks must call it.
 

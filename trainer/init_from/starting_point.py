@@ -15,7 +15,7 @@ from trainer.data.lanes import Lanes
 from trainer.data.streams.base import Stream
 from trainer.errors import BAD_RUN, UserError
 from trainer.init_from.adapters import read_adapter
-from trainer.init_from.fit import Slots
+from trainer.init_from.fit import ParameterSlots
 from trainer.init_from.load import load_initial_weights
 from trainer.optim.lengthening import steps_taken
 from trainer.progress import Progress, restore_progress
@@ -31,7 +31,7 @@ def starting_point(
     stream: Stream,
     lanes: Lanes | None,
     checkpoints: CheckpointWriter,
-    slots: Slots,
+    slots: ParameterSlots,
     say: Callable[[str], None],
 ) -> Progress:
     """Fills the engine and the lanes, and returns the progress to go on from. Collective.
@@ -60,7 +60,7 @@ def starting_point(
 
 
 def _begin(
-    config: Config, mesh: Mesh, engine: Engine, slots: Slots, say: Callable[[str], None]
+    config: Config, mesh: Mesh, engine: Engine, slots: ParameterSlots, say: Callable[[str], None]
 ) -> None:
     """Gives the model the weights that a setting names, and says what every layer begins with."""
     if config.init_from is not None:

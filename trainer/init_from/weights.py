@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer.errors import BAD_RUN, UserError
-from trainer.safe_files import LINKED
+from trainer.files.safe_files import LINKED
 
 WEIGHTS = "model.safetensors"  # what scripts.export writes
 CONFIG = "config.json"

@@ -22,7 +22,7 @@ from pathlib import Path
 from trainer.config.finding import Finding
 from trainer.config.schema import Config, LaunchConfig
 from trainer.errors import UserError
-from trainer.safe_files import replace_inside
+from trainer.files.safe_files import replace_inside
 
 IN_JOB = "--in-job"  # hidden: number of the machine, HOST:PORT of the first, then a run's settings
 SCRIPT = "slurm.sh"

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from trainer.limited_reader import Unreadable, json_value, lines
-from trainer.safe_files import open_inside, replace_inside
+from trainer.files.limited_reader import Unreadable, json_value, lines
+from trainer.files.safe_files import open_inside, replace_inside
 
 BESIDE = (
     "auxiliary",

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
 from models.analysis.attention_maps import AttentionMap
+from trainer.files.safe_files import replace_inside
 from trainer.logs.caption import caption
 from trainer.logs.evaluation_plots import evaluation_figures
 from trainer.logs.jsonl import EVALUATION, METRICS, read
-from trainer.safe_files import replace_inside
 
 BLUE = "#2b6cb0"
 ORANGE = "#dd6b20"

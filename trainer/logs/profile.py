@@ -18,7 +18,7 @@ from parallel.mesh import Mesh
 from trainer.config.finding import Finding
 from trainer.config.schema import Config, ProfileConfig
 from trainer.config.stages import plan_of
-from trainer.safe_files import make_inside
+from trainer.files.safe_files import make_inside
 
 FOLDER = "profile"
 

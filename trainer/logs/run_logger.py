@@ -12,7 +12,7 @@ from models.analysis.attention_maps import AttentionMap
 from trainer import run_dir as directories
 from trainer.config.schema import Config
 from trainer.errors import UserError
-from trainer.limited_reader import json_object
+from trainer.files.limited_reader import json_object
 from trainer.logs import scratch, summary
 from trainer.logs.alerts import Alerts
 from trainer.logs.console import Console

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainer.safe_files import make_inside
+from trainer.files.safe_files import make_inside
 
 FOLDER = Path("wandb") / "tmp"
 

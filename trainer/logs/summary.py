@@ -14,8 +14,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from trainer.limited_reader import json_object
-from trainer.safe_files import replace_inside
+from trainer.files.limited_reader import json_object
+from trainer.files.safe_files import replace_inside
 
 SUMMARY = "summary.json"
 

@@ -23,10 +23,10 @@ from urllib.parse import urlsplit
 
 import wandb
 
+from trainer.files.safe_files import make_inside, read_inside, replace_inside
 from trainer.logs.jsonl import BESIDE, MetricsRow
 from trainer.logs.labels import Labels, variable
 from trainer.logs.redact import without_secrets, word_without_secrets
-from trainer.safe_files import make_inside, read_inside, replace_inside
 
 PROBE_S = 3.0
 FINISH_S = 30.0

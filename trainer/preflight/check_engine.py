@@ -16,8 +16,8 @@ from trainer.config.finding import Finding, as_finding
 from trainer.config.groups import CONF
 from trainer.config.schema import Config
 from trainer.errors import UserError
+from trainer.files.limited_reader import yaml_file
 from trainer.launch.elastic import machine_limits
-from trainer.limited_reader import yaml_file
 
 MUON = "trainer.optim.muon.Muon"
 

@@ -20,7 +20,6 @@ from trainer.config.schema import ComponentConfig, Config
 from trainer.config.size_limits import check_model_memory
 from trainer.config.values import TARGET
 from trainer.errors import UserError
-from trainer.foreign import check_foreign_layers
 from trainer.init_from.adapters import check_adapters
 from trainer.init_from.fit import check_init_from
 from trainer.objectives.contradictions import check_objective_model, vocabulary
@@ -33,8 +32,9 @@ from trainer.preflight.check_model import (
     check_layer_settings,
     check_sample_length,
 )
-from trainer.reach import unreached
-from trainer.same_gradients import check_same_gradients
+from trainer.preflight.foreign import check_foreign_layers
+from trainer.preflight.reach import unreached
+from trainer.preflight.same_gradients import check_same_gradients
 
 
 def check_nodes(config: Config) -> Iterator[Finding | str]:

@@ -12,7 +12,7 @@ from trainer.errors import UserError
 from trainer.launch.nodes import Nodes
 from trainer.preflight.check import check_config
 from trainer.preflight.match import match_sizes
-from trainer.reach import unreached
+from trainer.preflight.reach import unreached
 from trainer.secret import shared_secret
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from trainer.files.safe_files import replace_inside
 from trainer.logs.evaluation_plots import Cells, draw_cells, kind_of
 from trainer.reports.variants import Variant
-from trainer.safe_files import replace_inside
 
 
 def draw_evaluations(variants: Sequence[Variant], directory: Path) -> dict[str, Path]:

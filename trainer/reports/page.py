@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
+from trainer.files.safe_files import make_inside, replace_inside
 from trainer.logs.console import count
 from trainer.reports.evaluation_plots import draw_evaluations
 from trainer.reports.markdown import markdown
 from trainer.reports.plots import by_position, draw
 from trainer.reports.runs import RunRecord, collect
 from trainer.reports.variants import Spread, Variant, variants
-from trainer.safe_files import make_inside, replace_inside
 
 WIDEST = 12  # columns of figures that fit a page of 1,280 pixels
 PLACE = "report"

@@ -14,10 +14,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
+from trainer.files.safe_files import replace_inside
 from trainer.logs.caption import caption
 from trainer.reports.runs import RunRecord
 from trainer.reports.variants import Variant, frontier, quality
-from trainer.safe_files import replace_inside
 
 GREY = "#4a5568"
 PALE = "#e2e8f0"

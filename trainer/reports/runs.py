@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.limited_reader import json_object, yaml_file
+from trainer.files.limited_reader import json_object, yaml_file
 from trainer.logs import summary
 from trainer.logs.jsonl import EVALUATION, METRICS, read
 from trainer.logs.redact import redacted, word_without_secrets

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trainer.errors import UserError
-from trainer.limited_reader import json_object
+from trainer.files.limited_reader import json_object
+from trainer.files.safe_files import replace_inside
 from trainer.logs.figures import read_figures
 from trainer.logs.redact import word_without_secrets
-from trainer.safe_files import replace_inside
 
 OUTCOME = "outcome.json"
 OUTPUT = "output.txt"

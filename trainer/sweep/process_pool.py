@@ -17,9 +17,9 @@ from time import monotonic
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.files.safe_files import open_inside
 from trainer.launch.elastic import machine_limits
 from trainer.launch.exit_report import SAVED, handling
-from trainer.safe_files import open_inside
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ from trainer.config.overrides import MULTIRUN_WORDS
 from trainer.config.schema import Config
 from trainer.errors import BUG, UserError
 from trainer.errors import DONE as WELL
+from trainer.files.limited_reader import json_object
+from trainer.files.safe_files import replace_inside
 from trainer.launch.exit_report import SAVED
-from trainer.limited_reader import json_object
 from trainer.logs.figures import read_figures
-from trainer.safe_files import replace_inside
 from trainer.sweep import hydra_launcher
 from trainer.sweep.batch import JobBatch, arguments, check_jobs, told_again, twins
 from trainer.sweep.hydra_launcher import SweepPlan

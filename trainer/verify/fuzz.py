@@ -34,7 +34,7 @@ from trainer.logs.jsonl import METRICS, read
 from trainer.logs.plots import plots
 from trainer.preflight.check import check_config
 from trainer.preflight.prepare import create_run_dir, dry_run, load_config, write_record
-from trainer.reach import fitting
+from trainer.preflight.reach import fitting
 from trainer.stages import run
 from trainer.verify.crew import Crews
 from trainer.verify.draw import LARGEST_CREW, SMALL, draw_run, import_parts

@@ -6,7 +6,7 @@ from scripts.experiments.trial import HELD_OUT, TrialResult
 from trainer.evaluation.held_out import HeldOutResult
 from trainer.logs.jsonl import MetricsRow
 from trainer.preflight.prepare import load_config
-from trainer.reach import fitting
+from trainer.preflight.reach import fitting
 
 
 def taught(jobs, effort, say):

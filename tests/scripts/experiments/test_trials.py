@@ -16,7 +16,7 @@ from trainer.errors import UserError
 from trainer.evaluation.held_out import HeldOutResult
 from trainer.logs.jsonl import MetricsRow
 from trainer.preflight.prepare import load_config
-from trainer.reach import fitting
+from trainer.preflight.reach import fitting
 
 TINY = (
     "model=decoder",

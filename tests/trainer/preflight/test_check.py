@@ -13,7 +13,7 @@ from trainer.config.groups import choices
 from trainer.preflight import check_engine, check_launch
 from trainer.preflight.check import check_config
 from trainer.preflight.prepare import load_config
-from trainer.reach import fitting
+from trainer.preflight.reach import fitting
 
 SMALL = ["context_length=64", "batch_tokens=128"]
 

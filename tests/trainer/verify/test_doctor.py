@@ -7,7 +7,7 @@ import torch
 from parallel.mesh import Mesh, build_mesh
 from tests.support.pool import ranks
 from trainer.preflight.prepare import load_config
-from trainer.reach import fitting
+from trainer.preflight.reach import fitting
 from trainer.verify.diagnosis import TOKENS, packed_rows
 from trainer.verify.doctor import Examination, build_noisy_model, small_twin
 from trainer.verify.doctor_checks import check_reach

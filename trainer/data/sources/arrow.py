@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from trainer.data.sources.parquet import FAULTS, cells_of, unfit
 from trainer.data.sources.readers import DataError, File, ReadRequest, Unread, reason
-from trainer.limited_reader import json_file
+from trainer.files.limited_reader import json_file
 
 STATE = "state.json"  # lists the files of a saved data set
 SPLITS = "dataset_dict.json"  # lists the folders of a saved DatasetDict

@@ -27,7 +27,7 @@ from trainer.data.sources.readers import (
     too_large,
 )
 from trainer.data.tokenizers import ChatTokenizer, Tokenizer
-from trainer.limited_reader import contents
+from trainer.files.limited_reader import contents
 
 LARGEST_TEMPLATE = 1 << 20  # bytes of a file of data.chat_template
 ROWS = 64  # of a Parquet file decoded at a time, at most

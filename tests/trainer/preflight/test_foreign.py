@@ -88,7 +88,7 @@ def test_the_page_that_a_message_names_is_there_and_its_layer_can_be_shared(
     [told] = faults(*mixer("Careful"), "parallel.context=2")
     named = re.search(r"read (\S+\.md)", told)
     assert named is not None, told
-    page = (Path(__file__).parents[2] / named[1]).read_text("utf-8")
+    page = (Path(__file__).parents[3] / named[1]).read_text("utf-8")
     code = page.split("```python\n")[1].partition("```")[0]
     (tmp_path / "averaged_of_the_page.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.span import PADDING, Span
 from trainer.config.finding import Finding
 from trainer.config.schema import Config
-from trainer.foreign import PAGE, strangers
+from trainer.preflight.foreign import PAGE, strangers
 from trainer.verify.doctor import VOCABULARY, build_noisy_model, packed_rows, small_twin
 
 
@@ -26,7 +26,7 @@ def check_same_gradients(config: Config) -> Iterator[Finding]:
     model = build_noisy_model(small_twin(config)).double()
     try:
         used = [_used(model, span) for span in _unlike_rows()]
-    # A layer of the user's own may raise anything; trainer/foreign.py reports it.
+    # A layer of the user's own may raise anything; trainer/preflight/foreign.py reports it.
     except Exception:
         return
     everywhere = set.intersection(*used)

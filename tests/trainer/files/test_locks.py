@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from trainer import entry, locks, run_dir
+from trainer import entry, run_dir
 from trainer.data import cache, folders
 from trainer.data.cache import place
 from trainer.data.open import check, open_stream
 from trainer.data.sources.base import build_source
 from trainer.errors import UserError
-from trainer.locks import exclusive, held
+from trainer.files import locks
+from trainer.files.locks import exclusive, held
 from trainer.watchdog import HeartbeatNote, describe_hang
 
 SETTINGS = {"context_length": 8, "rows": 1, "seed": 0}
@@ -97,7 +98,7 @@ def test_an_error_of_another_kind_is_not_taken_for_missing_locks(tmp_path, monke
 HOLD = """
 import sys, time
 from pathlib import Path
-from trainer.locks import held
+from trainer.files.locks import held
 with held(Path(sys.argv[1]), lambda: None):
     print("held", flush=True)
     time.sleep(60)

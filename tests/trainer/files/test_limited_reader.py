@@ -11,13 +11,14 @@ import pytest
 import yaml
 from matplotlib.figure import Figure
 
-from trainer import limited_reader, run_dir
+from trainer import run_dir
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import compose, groups
 from trainer.errors import UserError
 from trainer.export import reopen
+from trainer.files import limited_reader
+from trainer.files.limited_reader import Unreadable, json_file, json_value, yaml_file, yaml_value
 from trainer.launch.exit_report import ExitReport, read_report
-from trainer.limited_reader import Unreadable, json_file, json_value, yaml_file, yaml_value
 from trainer.logs import jsonl, summary
 from trainer.logs.caption import caption
 from trainer.reports.plots import draw

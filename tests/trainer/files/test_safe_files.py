@@ -10,10 +10,11 @@ import torch
 
 from scripts import report as report_command
 from tests.trainer.verify.test_killed import words
-from trainer import run_dir, safe_files
+from trainer import run_dir
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.errors import UserError
+from trainer.files import safe_files
 from trainer.logs import plots, summary
 from trainer.logs.jsonl import METRICS, Lines, read
 from trainer.logs.wandb import identity_of
