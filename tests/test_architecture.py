@@ -4,6 +4,7 @@ Each test lists every offender.
 """
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +57,23 @@ def test_files_have_at_most_400_lines():
         f"{path.relative_to(ROOT)}: {length}" for path, length in lengths.items() if length > 400
     ]
     assert not offenders, "\n".join(offenders)
+
+
+def test_functions_have_at_most_60_lines():
+    offenders = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                if length > 60:
+                    offenders.append(f"{path.relative_to(ROOT)}: {node.name} {length}")
+    assert not offenders, "\n".join(offenders)
+
+
+def test_folders_have_at_most_21_files():
+    counts = Counter(path.parent for path in FILES if path.name != "__init__.py")
+    crowded = {folder: count for folder, count in counts.items() if count > 21}
+    assert not crowded
 
 
 def test_commands_are_thin_and_init_files_are_empty():

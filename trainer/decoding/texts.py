@@ -119,14 +119,12 @@ def complete(
         seed: a text is a function of (seed, number of the prompt, number of the sample).
         cache: what holds keys and values; contiguous by default.
         rows: texts that run at once.
-        communicator, policy: as in TokenDecoder.
-        limit: as in Scheduler.
+        communicator, policy, limit: as in TokenDecoder and Scheduler.
         on_text: called with (prompt, sample, new characters) as they come.
         on_end: called with the scheduler when all is done, for what it counted.
 
     Raises:
-        ValueError: the model cannot continue rows, a setting out of its range, or a prompt that is
-            too long.
+        ValueError: the model cannot continue rows; a setting or a prompt is out of its range.
     """
     if samples < 1:
         raise ValueError(f"samples={samples} texts are none; ask for 1 or more")
