@@ -4,7 +4,11 @@ Each test lists every offender.
 """
 
 import ast
+import re
+import sys
+import tomllib
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +22,8 @@ NOT_IN_MODELS = {"hydra", "omegaconf", "wandb", "deepspeed", "datasets"}
 NOT_IN_PARALLEL = {"hydra", "omegaconf", "wandb", "datasets"}
 FILES = sorted(path for folder in MAY_IMPORT for path in (ROOT / folder).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
+# Packages whose module has another name than their distribution.
+DISTRIBUTIONS = {"yaml": "pyyaml", "hydra": "hydra_core", "pydantic_core": "pydantic"}
 FORBIDDEN_ROOMS = {"utils", "common", "core", "helpers", "misc"}
 LAZY_IMPORTS = {Path("models/kernels/backends.py")}  # an optional kernel is imported when chosen
 
@@ -49,6 +55,22 @@ def test_imports_point_one_way():
         if forbidden_import(path.relative_to(ROOT).parts[0], name)
     ]
     assert not offenders, "\n".join(offenders)
+
+
+def test_packages_that_are_imported_are_named_in_pyproject():
+    """A package that only comes with another one is missing on the day when that one drops it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = chain.from_iterable(project["optional-dependencies"].values())
+    words = (re.split(r"[<>=\[]", word)[0] for word in chain(project["dependencies"], extras))
+    named = {word.lower().replace("-", "_") for word in words}
+    ours = {*MAY_IMPORT, *sys.stdlib_module_names}
+    offenders = set()
+    for path in FILES:
+        for name in imported_names(path):
+            top = name.split(".")[0]
+            if top not in ours and DISTRIBUTIONS.get(top, top) not in named:
+                offenders.add(f"{path.relative_to(ROOT)} imports {top}")
+    assert not offenders, "\n".join(sorted(offenders))
 
 
 def test_files_have_at_most_400_lines():
