@@ -19,6 +19,7 @@ from trainer.config.node_checks import find_class, parameters
 from trainer.config.schema import ParallelConfig
 from trainer.config.values import TARGET
 from trainer.data.sources.base import build_source
+from trainer.data.tasks.base import SyntheticTask
 
 SMALL = (
     "steps=3",
@@ -39,7 +40,6 @@ LOCAL = ("segments", "lookup", "compressive")  # memories that attention layers 
 DISCRETE = ("switch", "moe_topk", "compressed", "lsh", "lookup")
 # With a large epsilon Adam's steps are not signs, which the last bit of a small gradient flips.
 SMOOTH = "optim.eps=0.001"
-TEXT = ("files", "hub", "stdlib")
 # Settings of a boolean kind that decide which model it is, and not how it is computed.
 FIXED_FLAGS = ("symmetric", "both")
 GROUPS = (
@@ -81,6 +81,17 @@ class Draw(NamedTuple):
 def options(group: str) -> list[str]:
     """Returns the options of a config group."""
     return [name for name in choices(group) if name]
+
+
+def complete(group: str) -> list[str]:
+    """Returns the options that need nothing from the user, such as a folder of weights."""
+    return [name for name in options(group) if "???" not in part(group, name).values()]
+
+
+@cache
+def tasks() -> list[str]:
+    """Returns the sources that make their own data."""
+    return [name for name in options("data") if issubclass(class_of("data", name), SyntheticTask)]
 
 
 def import_parts() -> None:
@@ -151,7 +162,7 @@ def draw_run(random: Random, folder: Path, documents: str) -> Draw:
         source = "files"
         length = random.choice(LENGTHS)
     else:
-        source = random.choice([name for name in options("data") if name not in TEXT])
+        source = random.choice(tasks())
         length = longest(source) + random.choice((0, 1, 5))
     rows = random.choice((1, 2, 3, 5)) if length < LONG else data
     heads = random.choice((1, 2, 4))
@@ -208,7 +219,7 @@ def longest(source: str) -> int:
 def _layers(random: Random, memory: str, precision: str) -> list[str]:
     """Draws a whole model, or a mixer with a position when it takes one."""
     if memory == "none" and random.random() < 0.2:
-        models = [name for name in options("model") if is_comparable(name, precision)]
+        models = [name for name in complete("model") if is_comparable(name, precision)]
         return [f"model={random.choice(models)}"]
     mixers = [name for name in options("mixer") if is_comparable(name, precision)]
     if memory in LOCAL:
