@@ -36,8 +36,12 @@ MORE = {
 }
 
 
+# Of a hub model the layers are the catalogue's; it takes their sizes from a folder.
+WITHOUT_LAYERS_OF_THEIR_OWN = {"decoder", "hub"}
+
+
 def yamls(group):
-    names = {path.stem for path in (CONF / group).glob("*.yaml")} - {"decoder"}
+    names = {path.stem for path in (CONF / group).glob("*.yaml")} - WITHOUT_LAYERS_OF_THEIR_OWN
     mixers = {path.stem for path in (CONF / "mixer").glob("*.yaml")}
     return sorted(f"{group}={name}" for name in (names - mixers if group == "model" else names))
 
