@@ -98,7 +98,7 @@ def test_every_bad_value_of_every_node_of_conf_is_refused() -> None:
         assert (
             group == "data"
             or not refused(copy.deepcopy(tree))
-            or name in ("decoder", "slurm", "multinode")
+            or name in ("decoder", "hub", "slurm", "multinode")
         ), (group, name)
         for road, value in leaves(tree[group]):
             for bad in WRONG[float if road[-1] in REAL else type(value)]:
