@@ -57,7 +57,7 @@ class _TokenLosses(torch.autograd.Function):
         for start in range(0, len(targets), step):
             part = slice(start, start + step)
             valid = targets[part] != IGNORE
-            if not wanted and not bool(valid.any()):
+            if not (wanted or valid.is_meta or valid.any()):
                 # The first pass over a row in pieces wants what layers leave, and no loss.
                 continue
             target = targets[part].clamp_min(0)[:, None]
