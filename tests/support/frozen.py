@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from tests.support.pool import ranks
-from trainer import run as running
+from trainer import stages
 from trainer.config.compose import compose
 from trainer.launch.elastic import RankInfo
 from trainer.logs.jsonl import METRICS, read
@@ -88,7 +88,7 @@ def train(env, words: tuple[str, ...], directory: str) -> None:
     composed = compose(words)
     assert composed.config is not None and not composed.faults, composed.faults
     rank = RankInfo(env.rank, env.size, env.rank, env.size, torch.device("cpu"), "gloo")
-    assert running.run(composed.config, rank, Path(directory)) == 0
+    assert stages.run(composed.config, rank, Path(directory)) == 0
 
 
 def losses(name: str, folder: Path) -> dict[str, list[float]]:

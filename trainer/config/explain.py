@@ -7,7 +7,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from trainer.config.finding import Finding, render
-from trainer.config.groups import choices
+from trainer.config.groups import choices, is_group
 from trainer.config.node_checks import ALIKE, nearest_key
 from trainer.config.renamed import new_key, new_value
 from trainer.config.schema import ComponentConfig, Config, OptimGroup
@@ -197,7 +197,11 @@ def _nearest_key(key: str) -> str:
     if without_group:
         return f"; did you mean {' or '.join(without_group)}?"
     leaf = key.rpartition(".")[2]
-    in_other_groups = [name for name in known if name.rpartition(".")[2] == leaf]
+    settings = [name for name in known if not is_group(name)]
+    group = key.partition(".")[0]
+    if leaf in settings and not any(name.startswith(f"{group}.") for name in known):
+        return f"; did you mean {leaf}?"
+    in_other_groups = [name for name in settings if name.rpartition(".")[2] == leaf]
     if len(in_other_groups) == 1:
         return f"; did you mean {in_other_groups[0]}?"
     alike = [name for name in known if _is_alike(name, key)]

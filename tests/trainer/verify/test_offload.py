@@ -10,6 +10,7 @@ import torch
 from parallel.activation_offload import ActivationOffload
 from tests.support.pool import ranks
 from trainer import run as running
+from trainer import stages
 from trainer.config.compose import compose
 from trainer.launch.elastic import RankInfo
 from trainer.logs.jsonl import METRICS, read
@@ -33,7 +34,7 @@ def in_rank(env, words, directory):
     there, running.ActivationOffload = running.ActivationOffload, to_host
     try:
         whereabouts = RankInfo(env.rank, env.size, env.rank, env.size, torch.device("cpu"), "gloo")
-        assert running.run(asked.config, whereabouts, Path(directory)) == 0
+        assert stages.run(asked.config, whereabouts, Path(directory)) == 0
     finally:
         running.ActivationOffload = there
     return made[0].sent if made else None
