@@ -109,3 +109,21 @@ class Tied(Branching):
     def forward(self, x: Tensor, span: Span) -> Tensor:
         several = (span.pos > 0).any(1)[:, None, None]
         return self.first(x) + torch.where(several, self.second(x), 0)
+
+
+class Choking(Branching):
+    """A layer that cannot read a row of padding."""
+
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        if not span.valid().any():
+            raise ValueError("there is nothing to read")
+        return self.first(x) + self.second(x)
+
+
+class SingleOnly(Branching):
+    """The branching layer, for those who compute in float32 alone."""
+
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        if x.dtype != torch.float32:
+            raise TypeError("float32 is needed")
+        return super().forward(x, span)

@@ -23,11 +23,19 @@ def check_same_gradients(config: Config) -> Iterator[Finding]:
     class_names = strangers(config)
     if config.engine.name != "deepspeed" or config.parallel.ranks == 1 or not class_names:
         return
-    model = build_noisy_model(small_twin(config)).double()
+    layers = " and ".join(class_names)
     try:
-        used = [_used(model, span) for span in _unlike_rows()]
-    # A layer of the user's own may raise anything; trainer/preflight/foreign.py reports it.
-    except Exception:
+        used = _tried(config)
+    # A layer of the user's own may raise anything.
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        yield Finding(
+            "engine",
+            "deepspeed",
+            f"{layers} could not be tried on unlike rows ({type(error).__name__}: {first_line}), so"
+            " it is not known whether ranks would exchange the same gradients",
+            "let it read documents of one token and rows of padding, or use engine=fsdp",
+        )
         return
     everywhere = set.intersection(*used)
     only_some = sorted(set.union(*used) - everywhere)
@@ -35,11 +43,22 @@ def check_same_gradients(config: Config) -> Iterator[Finding]:
         yield Finding(
             "engine",
             "deepspeed",
-            f"whether {only_some[0]} of {' and '.join(class_names)} is used depends on the rows, so"
+            f"whether {only_some[0]} of {layers} is used depends on the rows, so"
             " ranks would exchange different gradients",
             f"give it a gradient in every row with models.same_graph.tied ({PAGE}), or use"
             " engine=fsdp",
         )
+
+
+def _tried(config: Config) -> list[set[str]]:
+    """Returns what each kind of row uses, in float64, or float32 where a layer knows no other."""
+    twin = small_twin(config)
+    try:
+        model = build_noisy_model(twin).double()
+        return [_used(model, span) for span in _unlike_rows()]
+    except (RuntimeError, TypeError):
+        model = build_noisy_model(twin).float()
+        return [_used(model, span) for span in _unlike_rows()]
 
 
 def _unlike_rows() -> list[Span]:

@@ -103,6 +103,7 @@ def test_the_page_that_a_message_names_is_there_and_its_layer_can_be_shared(
     [
         ("Branching", "deepspeed", True),
         ("Branching", "fsdp", False),
+        ("SingleOnly", "deepspeed", True),
         ("Tied", "deepspeed", False),
         ("Scaled", "deepspeed", False),
     ],
@@ -116,3 +117,12 @@ def test_what_uses_other_parameters_for_other_rows_is_refused_under_deepspeed(
     for line in told:
         assert line.startswith("engine=deepspeed: whether ") and "mixer.second" in line
         assert f"of {name} is used depends on the rows" in line and "same_graph.tied" in line
+
+
+def test_what_cannot_be_tried_on_unlike_rows_is_refused_under_deepspeed() -> None:
+    words = ("parallel.data=2", "precision=float32")
+    (told,) = faults(*mixer("Choking"), "engine=deepspeed", *words)
+    assert (
+        "Choking could not be tried on unlike rows (ValueError: there is nothing to read)" in told
+    )
+    assert faults(*mixer("Choking"), "engine=fsdp", *words) == []
