@@ -171,9 +171,10 @@ def description_of(config: Config, vocabulary: int) -> Description:
     sizes = offered_sizes(config, vocabulary)
     stack = model_node(config)
     if stack.get("norm_eps") is None:
-        # torch's own eps, which transformers has to be told.
+        # The eps that models/norms.py gives it, which transformers has to be told.
         precision = torch.float64 if config.precision == "float64" else torch.float32
-        stack["norm_eps"] = torch.finfo(precision).eps
+        layer_norm = stack.get("norm") == "layer"
+        stack["norm_eps"] = 1e-5 if layer_norm else torch.finfo(precision).eps
     return describe(
         sizes,
         stack,
@@ -208,9 +209,11 @@ def _completed(
         return content
     free = (*WITHOUT_EFFECT, *adapter.without_effect)
     kept = {key: value for key, value in original.items() if key in free}
-    longest = original.get("max_position_embeddings", 0)
-    content["max_position_embeddings"] = max(longest, content["max_position_embeddings"])
-    return {**kept, **content}
+    shares = {key: value for key, value in original.items() if key in adapter.dropouts}
+    if "max_position_embeddings" in content:
+        longest = original.get("max_position_embeddings", 0)
+        content["max_position_embeddings"] = max(longest, content["max_position_embeddings"])
+    return {**kept, **content, **shares}
 
 
 def _write_weights(

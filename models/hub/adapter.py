@@ -33,13 +33,18 @@ class Adapter:
         model_type: as config.json has it.
         model_class: whose weights and names these are, in transformers.
         without_effect: keys of its config.json that change nothing.
+        dropouts: keys with shares of dropout, which a run here does without.
         unused: parts of names of tensors that hold nothing of the model, in older files.
+        base_prefix: what names of all tensors but the head's begin with; a folder of the model
+            without its head leaves it out.
     """
 
     model_type: str
     model_class: str
     without_effect: tuple[str, ...] = ()
+    dropouts: tuple[str, ...] = ("attention_dropout",)
     unused: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    base_prefix = "model."
 
     def architecture(self, content: Mapping[str, Any]) -> Architecture:
         """Translates a config.json.

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from models.hub.description import MIXER, TARGET, Description
+from models.hub.description import LEARNED, MIXER, TARGET, Description
 
 MIXERS: dict[str, dict[str, Any]] = {  # what HubAttention needs to be a mixer of the catalogue
     "models.attention.full.Attention": {},
@@ -45,6 +45,8 @@ def describe(
     for key in (*PLACED, *SIZES):
         settings.pop(key, None)
     place = with_defaults(position)
+    if place[TARGET] == LEARNED and place["max_length"] is None:
+        place["max_length"] = kept["context_length"]
     return Description(
         kept,
         settings,

@@ -5,6 +5,7 @@ from typing import Any
 
 TARGET = "_target_"
 DECODER = "models.architectures.decoder.Decoder"
+LEARNED = "models.positions.learned.Learned"
 MIXER = "models.hub.attention.HubAttention"
 
 

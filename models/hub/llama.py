@@ -50,7 +50,7 @@ class Llama(Adapter):
         keys.demand(
             "pretraining_tp", 1, reason="matrices cut for tensor parallelism are not offered"
         )
-        keys.dropout("attention_dropout")
+        keys.dropout(*self.dropouts)
         model = {
             TARGET: DECODER,
             "width": keys.size("hidden_size"),

@@ -6,6 +6,7 @@ from typing import Any
 
 from models.hub.adapter import Adapter
 from models.hub.gemma import Gemma2, Gemma3
+from models.hub.gpt2 import GPT2
 from models.hub.llama import Llama
 from models.hub.mistral import Mistral
 from models.hub.qwen import Qwen2, Qwen3
@@ -17,6 +18,7 @@ KNOWN: tuple[Adapter, ...] = (
     Qwen3(),
     Gemma2(),
     Gemma3(),
+    GPT2(),
 )
 ADAPTERS = {adapter.model_type: adapter for adapter in KNOWN}
 

@@ -38,6 +38,7 @@ SMALL: dict[str, Any] = {
     "vocab_size": WORDS,
     "max_position_embeddings": 128,
 }
+SMALL_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": WORDS}
 LENGTHS = [[13, 1, 24, 9], [3, 40, 1, 1]]  # documents of the two rows; the rest is padding
 
 

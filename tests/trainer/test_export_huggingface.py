@@ -9,7 +9,7 @@ import transformers
 from models.span import Span
 from scripts.export import main
 from tests.support import hub
-from tests.support.hub import SMALL
+from tests.support.hub import SMALL, SMALL_GPT2
 from tests.trainer.verify.test_whole_runs import in_pool
 from trainer.config.compose import compose
 from trainer.errors import UserError
@@ -106,9 +106,12 @@ def test_a_model_born_here_is_opened_by_transformers(runs, tmp_path):
     ("Qwen3Config", {"head_dim": 16}, ("position=yarn", "position.factor=4")),
     ("Gemma2Config", {"head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 9}, ()),
     ("Gemma3TextConfig", {"head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 9}, ()),
+    ("GPT2Config", {"n_inner": 40, "scale_attn_by_inverse_layer_idx": True}, ()),
+    ("GPT2Config", {"n_inner": 40, "scale_attn_weights": False}, ()),
 ])  # fmt: skip
 def test_every_config_comes_back_as_it_went_in(name, settings, words, tmp_path):
-    config = getattr(transformers, name)(**{**SMALL, **settings})
+    small = SMALL_GPT2 if name == "GPT2Config" else SMALL
+    config = getattr(transformers, name)(**{**small, **settings})
     config.save_pretrained(tmp_path)
     run = hub.config_of(tmp_path, *words)
     adapter, content = translated(run, 61, read_config(tmp_path))

@@ -1,7 +1,7 @@
 """Reads the folder of a Hugging Face model: its config.json, and its safetensors shard by shard."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,9 @@ class HuggingFaceWeights(WeightSource):
             pieces = list(adapter.pieces(content))
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{folder}: {refusal(error)}") from error
-        self.files = dict(_tensors(folder))
+        found = dict(_tensors(folder))
+        self.stored = _full_names(found, adapter.base_prefix)
+        self.files = {name: found[stored] for name, stored in self.stored.items()}
         self.shapes = {}
         self.pieces: dict[str, tuple[TensorPiece, int]] = {}
         used: set[str] = set()
@@ -70,11 +72,11 @@ class HuggingFaceWeights(WeightSource):
             unused = any(part in name for part in adapter.unused)
             # a head that is tied is written by some programs all the same
             if name not in used and not unused and not (self.ties and name == "lm_head.weight"):
-                self.shapes[name] = self.files[name].shapes[name]
+                self.shapes[name] = self.their_shape(name)
 
     def _add(self, piece: TensorPiece) -> None:
         """Notes the names and shapes of a piece, from tensors without values."""
-        blank = [torch.empty(self.files[name].shapes[name], device="meta") for name in piece.theirs]
+        blank = [torch.empty(self.their_shape(name), device="meta") for name in piece.theirs]
         try:
             parts = piece.read(blank)
         except (RuntimeError, ValueError, IndexError) as error:
@@ -87,7 +89,27 @@ class HuggingFaceWeights(WeightSource):
     def read(self, name: str) -> Tensor:
         """See WeightSource.read."""
         piece, index = self.pieces[name]
-        return piece.read([self.files[theirs].read(theirs) for theirs in piece.theirs])[index]
+        return piece.read([self.read_theirs(theirs) for theirs in piece.theirs])[index]
+
+    def read_theirs(self, name: str) -> Tensor:
+        """Returns a tensor by the name that transformers gives it."""
+        return self.files[name].read(self.stored[name])
+
+    def their_shape(self, name: str) -> torch.Size:
+        """Returns the shape of a tensor by the name that transformers gives it."""
+        return self.files[name].shapes[self.stored[name]]
+
+
+def _full_names(stored: Iterable[str], prefix: str) -> dict[str, str]:
+    """Returns {name in transformers: name in the file}; a model without its head has shorter ones.
+
+    Args:
+        prefix: see Adapter.base_prefix.
+    """
+    names = list(stored)
+    if any(name.startswith(prefix) for name in names):
+        return {name: name for name in names}
+    return {prefix + name: name for name in names}
 
 
 def refusal(error: Exception) -> str:

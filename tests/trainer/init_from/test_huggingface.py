@@ -9,8 +9,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.support import hub
-from tests.support.hub import SMALL
+from tests.support.hub import SMALL, SMALL_GPT2
 from trainer.errors import UserError
+from trainer.init_from.fit import compare, slots_of
+from trainer.init_from.sources import open_weights
 from trainer.preflight.prepare import load_config
 
 WORDS = (
@@ -128,3 +130,15 @@ def test_the_keys_of_older_files_mean_what_they_meant(folder):
     position = hub.config_of(folder).position
     assert position.target.endswith("Interpolated")
     assert position.settings() == {"factor": 2.0, "theta": 5e5}
+
+
+def test_a_folder_of_a_model_without_its_head_is_read(tmp_path):
+    config = transformers.GPT2Config(**SMALL_GPT2)
+    model = transformers.GPT2Model(config)
+    # Older files also hold the causal mask.
+    tensors = {**model.state_dict(), "h.0.attn.bias": torch.ones(1, 1, 128, 128)}
+    config.save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors")
+    source = open_weights(f"hf:{tmp_path}")
+    assert compare(source, slots_of(hub.blank(tmp_path))).text() == ""
+    assert torch.equal(source.read("blocks.1.mixer.k.bias"), model.h[1].attn.c_attn.bias[32:64])
