@@ -13,6 +13,8 @@ from models.primitives.compressive import CompressiveScan
 from models.primitives.expert_dispatch import ExpertDispatch
 from models.primitives.knn import KNN
 from models.primitives.long_conv import LongConv
+from models.primitives.neighbors import Neighbors
+from models.primitives.pooled_attention import PooledAttention
 from models.primitives.scan import Scan
 from models.primitives.segment_sum import SegmentSum
 from models.primitives.sequential import SequentialScan, misfits, sequential_modules
@@ -24,6 +26,8 @@ from parallel.drivers.compressive import ShardedCompressive
 from parallel.drivers.expert_dispatch import ExpertAllToAll
 from parallel.drivers.knn import ShardedKNN
 from parallel.drivers.long_conv import ChannelAllToAll
+from parallel.drivers.neighbors import NeighborExchange
+from parallel.drivers.pooled_attention import MergedPooledAttention
 from parallel.drivers.scan import StatePassing
 from parallel.drivers.segment_sum import ShardedSegmentSum
 from parallel.drivers.sequential import Wavefront
@@ -59,6 +63,8 @@ DRIVERS: Drivers = {  # primitive -> (core, communicator, method) -> driver
     CompressiveScan: lambda leaf, communicator, method: ShardedCompressive(leaf, communicator),
     KNN: lambda leaf, communicator, method: ShardedKNN(leaf, communicator),
     LongConv: lambda leaf, communicator, method: ChannelAllToAll(leaf, communicator),
+    Neighbors: lambda leaf, communicator, method: NeighborExchange(leaf, communicator),
+    PooledAttention: lambda leaf, communicator, method: MergedPooledAttention(leaf, communicator),
     SegmentSum: lambda leaf, communicator, method: ShardedSegmentSum(leaf, communicator),
     SequentialScan: lambda leaf, communicator, method: Wavefront(leaf, communicator),
 }

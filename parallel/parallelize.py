@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from models.primitives.attention_tape import tapes
+from models.primitives.pooled_attention import PointAttention, PooledAttention
 from models.primitives.softmax import Softmax
 from parallel.activation_offload import ActivationOffload
 from parallel.collectives import Communicator
@@ -87,7 +88,10 @@ def compute_all_but_attention_again(
     round the ring a third time. Under Ulysses attention is not recomputed, but heads and tokens are
     traded again.
     """
-    leaves = [leaf.kept for leaf in block.modules() if isinstance(leaf, Softmax)]
+    leaves = []
+    for leaf in block.modules():
+        if isinstance(leaf, Softmax | PooledAttention | PointAttention):
+            leaves.append(leaf.kept)
 
     def contexts() -> tuple[Any, Any]:
         pair = tapes(leaves)

@@ -9,6 +9,8 @@ Convention, printed with every MFU:
 * A pair is visible if the mask says so on the packed row: causal, document by document, inside the
   window. PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) counts every pair of the row,
   12 L H Q T a token in training; one causal document gives half of that, many short ones far less.
+* Attention of points that stand for a document: 2 M (D + E) for every head and token, M points. The
+  weights that see points count once for every token.
 * Scan: the recurrence. Writing k v into the state and reading it with q are D E multiply-adds each,
   for every head and token; a low-rank term reads once more and writes once more.
 * Causal convolution: a multiply-add for every tap, channel and token.
@@ -39,6 +41,7 @@ from models.masks.algebra import Mask
 from models.primitive import Primitive
 from models.primitives.causal_conv import CausalConv
 from models.primitives.long_conv import LongConv
+from models.primitives.pooled_attention import PointAttention, PooledAttention
 from models.primitives.scan import Scan
 from models.primitives.sequential import SequentialScan
 from models.primitives.softmax import Softmax, value_width
@@ -116,6 +119,19 @@ def _softmax(leaf: Softmax, noted: CostTrace) -> Any:
     return forward
 
 
+def _points(leaf: PooledAttention | PointAttention, noted: CostTrace) -> Any:
+    def forward(query: Any, payload: Any, *, span: Span, kv_span: Span) -> Tensor:
+        key, value = payload
+        # The trace has one document a row, so one side has the points of one document.
+        points = query[0] if isinstance(leaf, PooledAttention) else key
+        widths = key.shape[-1] + value.shape[-1]
+        noted.products += points.shape[1] * query[0].shape[2] * widths
+        shape = (*query[0].shape[:3], value.shape[-1])
+        return _EmptyOutput.apply(shape, *query, *payload)
+
+    return forward
+
+
 def _scan(leaf: Scan, noted: CostTrace) -> Any:
     compute = leaf.forward
 
@@ -158,6 +174,8 @@ def _relay(leaf: SequentialScan, noted: CostTrace) -> Any:
 
 WATCHES = {
     Softmax: _softmax,
+    PooledAttention: _points,
+    PointAttention: _points,
     Scan: _scan,
     CausalConv: _window,
     LongConv: _convolution,

@@ -19,7 +19,7 @@ from models.primitives.attention_tape import AttentionReplay
 from models.scores import Score, Tensors
 from models.span import Span
 
-# Arguments of `_LocalAttention.forward` before its tensors; they get no gradient.
+# Arguments of `LocalAttention.forward` before its tensors; they get no gradient.
 UNDIFFERENTIATED = 6
 
 
@@ -99,7 +99,7 @@ class Softmax(Primitive):
         """
         spec = attention_spec(self.mask, self.score, query, heads, general=lse)
         kv_span = span if kv_span is None else kv_span
-        return _LocalAttention.apply(
+        return LocalAttention.apply(
             spec, self.kept, span, kv_span, len(query), len(payload), *query, *payload, *params
         )
 
@@ -158,7 +158,7 @@ def sink_gradient(
             accumulator += gradient
 
 
-class _LocalAttention(torch.autograd.Function):
+class LocalAttention(torch.autograd.Function):
     """Attention on one device. Saves inputs, mean and lse; never a matrix of scores."""
 
     @staticmethod

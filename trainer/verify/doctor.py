@@ -27,10 +27,9 @@ from torch import Tensor, nn
 
 from models.auxiliary import auxiliary_loss, reset_auxiliary
 from models.carried_state import CarriedState
+from models.causality import layers_ahead
 from models.init import init_rules, initial_tensor
 from models.loss import IGNORE
-from models.masks.algebra import visible
-from models.primitives.softmax import Softmax
 from models.span import Span
 from parallel.carried_state import ShardedCarriedState
 from parallel.collectives import Communicator
@@ -309,17 +308,8 @@ class Examination:
         return distance / before.abs().max()
 
     def _mixers_that_look_ahead(self) -> str:
-        """Names the mixers whose own mask shows a later token of the same document."""
-        span = Span.line(1, 64)
-        later = span.pos[:, None, :, None] < span.pos[:, None, None, :]
-        heads = torch.arange(self.config.model.heads)
-        names = set()
-        for path, module in self.reference.named_modules():
-            if not isinstance(module, Softmax):
-                continue
-            if (visible(module.mask, span, span, heads) & later).any():
-                mixer = self.reference.get_submodule(path.rpartition(".")[0])
-                names.add(type(mixer).__name__)
+        """Names the layers that show a later token of the same document."""
+        names = {layer.kind for layer in layers_ahead(self.reference)}
         return ", ".join(sorted(names))
 
     def _line(self, check: str, subject: str, figure: float, note: str = "") -> Diagnosis:
