@@ -23,6 +23,7 @@ class Router(Layer, nn.Linear):
         jitter: in training every channel of the input is multiplied by a uniform number in [1 -
             jitter, 1 + jitter].
         scale: deviation of the initial weights, in units of the usual one.
+        bias: add a learned one to the logits (gpt-oss, arXiv:2508.10925).
         layer, seed: what the jitter is drawn from, besides the step and the token's address.
 
     Source: Fedus et al. 2021 (arXiv:2101.03961), section 2.4 and appendix C. Their jitter is drawn
@@ -36,10 +37,11 @@ class Router(Layer, nn.Linear):
         *,
         jitter: float = 0.0,
         scale: float = 1.0,
+        bias: bool = False,
         layer: int = 0,
         seed: int = 0,
     ):
-        super().__init__(width, experts, bias=False)
+        super().__init__(width, experts, bias=bias)
         if not 0 <= jitter < 1:
             raise ValueError(f"jitter={jitter}: must be 0 or more and below 1; 0.01 is usual")
         if scale <= 0:
@@ -63,7 +65,8 @@ class Router(Layer, nn.Linear):
         if self.training and self.chance is not None:
             noise = 2 * self.chance(address(span), x.shape[-1]) - 1
             x = x * (1 + self.jitter * noise).to(wide)
-        return F.linear(x, self.weight.to(wide))
+        bias = None if self.bias is None else self.bias.to(wide)
+        return F.linear(x, self.weight.to(wide), bias)
 
 
 def top_experts(scores: Tensor, count: int) -> Tensor:

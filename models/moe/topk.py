@@ -6,9 +6,10 @@ from torch import Tensor
 from models.feedforward import SwiGLU
 from models.init import Rule, ScaledNormal
 from models.moe.base import MixtureOfExperts
+from models.moe.choice import ExpertChoice
 from models.moe.experts import Experts
-from models.moe.router import Router, choice_mask, routing_metrics, top_experts
-from models.ranges import Few, Many, Some
+from models.moe.router import Router, choice_mask, routing_metrics
+from models.ranges import Few, Many, Positive, Some
 from models.span import Span
 
 
@@ -24,10 +25,17 @@ class TopKMixture(MixtureOfExperts):
             the dense layer costs.
         score: softmax, weights are the softmax over the chosen logits (Mixtral); sigmoid, they are
             the chosen sigmoids in units of their sum (DeepSeek-V3).
+        normalised: false: weights are the softmax over all logits, or the sigmoids, as they are.
         scaling: factor of the weights.
         bias_speed: added after every step to the choice (not to the weight) of experts with less
             than the mean load, and subtracted from those with more: balance without a loss
-            (arXiv:2408.15664). 0: no bias.
+            (arXiv:2408.15664). 0: the bias stays as it is.
+        choice_bias: have that bias also where its speed is 0, for weights that bring one.
+        groups: the experts lie in so many groups of neighbours, on machines of their own.
+        top_groups: of those a token visits so many, the ones whose best two experts are the best.
+        router_bias, expert_bias: learned biases of the logits and of the experts' products.
+        swiglu_alpha, swiglu_limit: of activation=clamped_swiglu alone (models/moe/experts.py);
+            null: 1.702 and 7.
 
     Raises:
         ValueError: a setting out of its range.
@@ -51,18 +59,25 @@ class TopKMixture(MixtureOfExperts):
         shared: Some = 0,
         hidden: int | None = None,
         score: str = "softmax",
+        normalised: bool = True,
         scaling: float = 1.0,
         bias_speed: float = 0.0,
+        choice_bias: bool = False,
+        groups: Few = 1,
+        top_groups: Few = 1,
+        router_bias: bool = False,
+        expert_bias: bool = False,
         jitter: float = 0.0,
         router_scale: float = 1.0,
         expert_dropout: float = 0.0,
         balance: float = 0.0,
         z: float = 0.0,
         activation: str = "swiglu",
+        swiglu_alpha: Positive | None = None,
+        swiglu_limit: Positive | None = None,
     ):
         validate_experts(experts, top, hidden)
-        if score not in ("softmax", "sigmoid"):
-            raise ValueError(f"unknown score={score}; choose softmax or sigmoid")
+        rule = ExpertChoice(experts, top, score, normalised, groups, top_groups)
         for name, value in (("shared", shared), ("bias_speed", bias_speed)):
             if value < 0:
                 raise ValueError(f"{name}={value}: must be 0 or more; use 0 to leave it out")
@@ -72,27 +87,26 @@ class TopKMixture(MixtureOfExperts):
             width,
             hidden,
             activation=activation,
+            bias=expert_bias,
+            alpha=swiglu_alpha,
+            limit=swiglu_limit,
             dropout=expert_dropout,
             layers=layers,
             visited=top,
         )
-        router = Router(width, experts, jitter=jitter, scale=router_scale, layer=layer, seed=seed)
-        super().__init__(
-            stacks,
-            router,
-            expert_dropout=expert_dropout,
-            balance=balance,
-            z=z,
-            layer=layer,
-            seed=seed,
+        drawn = {"layer": layer, "seed": seed}
+        router = Router(
+            width, experts, jitter=jitter, scale=router_scale, bias=router_bias, **drawn
         )
-        self.top = top
-        self.score = score
+        super().__init__(
+            stacks, router, expert_dropout=expert_dropout, balance=balance, z=z, **drawn
+        )
+        self.rule = rule
         self.scaling = scaling
         self.bias_speed = bias_speed
         self.layers = layers
         self.shared = SwiGLU(width, shared * hidden) if shared else None
-        self.register_buffer("bias", torch.zeros(experts) if bias_speed else None)
+        self.register_buffer("bias", torch.zeros(experts) if bias_speed or choice_bias else None)
 
     def init_rules(self) -> dict[str, Rule]:
         """Starts the shared experts' `down` as that of the others."""
@@ -107,7 +121,7 @@ class TopKMixture(MixtureOfExperts):
 
     def on_step_end(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Moves the bias by the choices of all ranks and returns the routing metrics."""
-        if self.bias is not None:
+        if self.bias is not None and self.bias_speed:
             load = sums["load"].to(self.bias.device)
             self.bias += self.bias_speed * (load.mean() - load).sign().to(self.bias.dtype)
         return routing_metrics(sums)
@@ -116,19 +130,14 @@ class TopKMixture(MixtureOfExperts):
         """[B, T, width] -> [B, T, width]."""
         x = torch.where(span.valid()[..., None], x, 0)
         logits = self.router(x, span)
-        scores = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
-        choice = top_experts(logits if self.bias is None else scores + self.bias, self.top)
-        if self.score == "softmax":
-            gate = logits.gather(-1, choice).softmax(-1)
-            probs = scores
-        else:
-            gate = scores.gather(-1, choice)
-            probs = scores / scores.sum(-1, keepdim=True)
-            gate = gate / gate.sum(-1, keepdim=True)
+        scores = self.rule.scores(logits)
+        probs = self.rule.probabilities(scores)
+        choice = self.rule.choose(logits, scores, self.bias)
         # Without a capacity, only visits of padding are dropped.
         kept = span.valid()[..., None].expand_as(choice)
         self._leave(logits, probs, choice_mask(choice, span, self.count), kept, span)
-        out = self._mixed(x, span, choice, self.scaling * gate, kept)
+        gate = self.scaling * self.rule.weights(logits, scores, choice)
+        out = self._mixed(x, span, choice, gate, kept)
         if self.shared is not None:
             out = out + self.shared(x, span)
         return out

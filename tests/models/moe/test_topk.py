@@ -53,6 +53,75 @@ def test_a_token_gets_its_best_experts_by_weight_and_the_shared_ones(
     assert statistics(made)["/dropped"] == 0
 
 
+def spelled_choice(made, logits, top):
+    """({expert: weight}) of one token with every option of the choice."""
+    scores = logits.softmax(-1) if made.rule.score == "softmax" else logits.sigmoid()
+    ranked = scores if made.bias is None else scores + made.bias
+    size = len(ranked) // made.rule.groups
+    strengths = []
+    for group in range(made.rule.groups):
+        members = sorted(ranked[group * size : (group + 1) * size].tolist(), reverse=True)
+        strengths.append(sum(members[:2]))
+    best = sorted(range(made.rule.groups), key=lambda group: -strengths[group])[
+        : made.rule.top_groups
+    ]
+    allowed = [e for e in range(len(ranked)) if e // size in best]
+    chosen = sorted(allowed, key=lambda e: -ranked[e].item())[:top]
+    total = scores[chosen].sum() if made.rule.normalised else 1
+    return {e: scores[e] / total for e in chosen}
+
+
+OSS = {"activation": "clamped_swiglu", "expert_bias": True, "router_bias": True, "top": 2}
+OSS = {**OSS, "swiglu_alpha": 1.3, "swiglu_limit": 0.4}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"score": "sigmoid", "groups": 3, "top_groups": 2, "top": 3, "choice_bias": True},
+        {"score": "sigmoid", "groups": 2, "top_groups": 1, "normalised": False, "scaling": 2.5},
+        {"normalised": False, "activation": "relu", "expert_bias": True},
+        OSS,
+    ],
+    ids=["groups and a bias", "groups", "softmax over all", "biases and clamps"],
+)
+def test_options_of_the_choice_and_of_the_experts(settings):
+    made, x = layer(**{**settings, "experts": 6})
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
+            if "bias" in name:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype))
+    if made.bias is not None:
+        before = made.bias.clone()
+    out = torch.zeros_like(x)
+    experts = made.experts
+    for b, t in SPAN.valid().nonzero().tolist():
+        logits = made.router.weight @ x[b, t]
+        if made.router.bias is not None:
+            logits = logits + made.router.bias
+        for e, weight in spelled_choice(made, logits, made.rule.top).items():
+            up = experts.up[e] @ x[b, t]
+            gate = experts.gate[e] @ x[b, t] if experts.gate is not None else None
+            if experts.up_bias is not None:
+                up = up + experts.up_bias[e]
+            if gate is None:
+                inner = up.clamp(min=0)
+            elif experts.gate_bias is None:
+                inner = F.silu(gate) * up
+            else:
+                gate = (gate + experts.gate_bias[e]).clamp(max=0.4)
+                inner = gate * torch.sigmoid(1.3 * gate) * (up.clamp(-0.4, 0.4) + 1)
+            down = experts.down[e] @ inner
+            if experts.down_bias is not None:
+                down = down + experts.down_bias[e]
+            out[b, t] += made.scaling * weight * down
+    torch.testing.assert_close(made(x, SPAN), out, rtol=0, atol=1e-12)
+    on_step_end(made, statistics(made))
+    if made.bias is not None:
+        assert torch.equal(made.bias, before)  # its speed is 0
+
+
 def test_the_bias_moves_towards_an_even_load_and_takes_part_in_the_choice_alone():
     made, x = layer(top=2, score="sigmoid", bias_speed=0.05)
     x = x + 1  # tokens that are like each other choose alike
@@ -146,6 +215,9 @@ def test_even_choices_of_several_experts_cost_one():
         ({"score": "tanh"}, "softmax or sigmoid"),
         ({"shared": -1}, "0 or more"),
         ({"bias_speed": -0.1}, "0 or more"),
+        ({"groups": 2, "top_groups": 1}, "must lie in groups of the same size"),
+        ({"experts": 6, "groups": 3, "top_groups": 1, "top": 3}, "3 experts of a token"),
+        ({"swiglu_limit": 3.0}, "activation=clamped_swiglu"),
     ],
     ids=str,
 )
