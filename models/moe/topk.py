@@ -78,9 +78,7 @@ class TopKMixture(MixtureOfExperts):
     ):
         validate_experts(experts, top, hidden)
         rule = ExpertChoice(experts, top, score, normalised, groups, top_groups)
-        for name, value in (("shared", shared), ("bias_speed", bias_speed)):
-            if value < 0:
-                raise ValueError(f"{name}={value}: must be 0 or more; use 0 to leave it out")
+        _validate_not_negative(shared=shared, bias_speed=bias_speed)
         hidden = hidden or max(1, ffn // (top + shared))
         stacks = Experts(
             experts,
@@ -141,6 +139,12 @@ class TopKMixture(MixtureOfExperts):
         if self.shared is not None:
             out = out + self.shared(x, span)
         return out
+
+
+def _validate_not_negative(**settings: float) -> None:
+    for name, value in settings.items():
+        if value < 0:
+            raise ValueError(f"{name}={value}: must be 0 or more; use 0 to leave it out")
 
 
 def validate_experts(experts: int, top: int, hidden: int | None) -> None:
