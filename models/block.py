@@ -4,6 +4,7 @@ each in turn."""
 from torch import Tensor, nn
 
 from models.attention.base import SplitAttention
+from models.feedforward import NoFeedForward
 from models.layer import Layer, hook
 from models.norms import NormStyle
 from models.span import Span
@@ -13,8 +14,10 @@ PRE_NORMS = NormStyle()
 
 class Block(Layer):
     """x + mixer(norm(x)), then x + feedforward(norm(x)); Xiong et al. 2020 (arXiv:2002.04745), with
-    RMS norms unless another style is given."""
+    RMS norms unless another style is given. Without a feed-forward layer the second half is left
+    out."""
 
+    feedforward_norm: nn.Module | None
     mixer_post_norm: nn.Module | None
     feedforward_post_norm: nn.Module | None
 
@@ -28,11 +31,14 @@ class Block(Layer):
         super().__init__()
         self.mixer_norm = norms.make(width)
         self.mixer = mixer
-        self.feedforward_norm = norms.make(width)
+        alone = isinstance(feedforward, NoFeedForward)
+        self.register_module("feedforward_norm", None if alone else norms.make(width))
         self.feedforward = feedforward
         both = norms.place == "both"
         self.register_module("mixer_post_norm", norms.make(width) if both else None)
-        self.register_module("feedforward_post_norm", norms.make(width) if both else None)
+        self.register_module(
+            "feedforward_post_norm", norms.make(width) if both and not alone else None
+        )
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]."""
@@ -41,6 +47,8 @@ class Block(Layer):
     def _finish(self, x: Tensor, mixed: Tensor, span: Span) -> Tensor:
         """Adds what the mixer gave, and the feed-forward layer's part."""
         x = x + _normed(self.mixer_post_norm, mixed)
+        if self.feedforward_norm is None:
+            return x
         transformed = self.feedforward(self.feedforward_norm(x), span)
         return x + _normed(self.feedforward_post_norm, transformed)
 
@@ -51,6 +59,8 @@ class PostNormBlock(Block):
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]."""
         x = self.mixer_norm(x + self.mixer(x, span))
+        if self.feedforward_norm is None:
+            return x
         return self.feedforward_norm(x + self.feedforward(x, span))
 
 

@@ -4,6 +4,7 @@ their neighbours."""
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -68,3 +69,14 @@ class FeedForward(Layer):
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]; the addresses make no difference."""
         return self.down(self.activation(self.up(x)))
+
+
+class NoFeedForward(Layer):
+    """Stands where a layer of a decoder has no feed-forward part, as in Mamba (arXiv:2312.00752).
+
+    Its block is x + mixer(norm(x)) and no more: models/block.py leaves the second norm out.
+    """
+
+    def forward(self, x: Tensor, span: Span) -> Tensor:
+        """Returns zeros, [B, T, width] -> [B, T, width]."""
+        return torch.zeros_like(x)

@@ -41,6 +41,38 @@ class OffsetRMSNorm(Layer):
         return F.rms_norm(hidden.to(wide), (self.width,), gain, self.eps).to(hidden.dtype)
 
 
+class GroupedRMSNorm(Layer):
+    """RMS norm of equal parts of the channels, each by itself, with one gain per channel.
+
+    Args:
+        width: channels of the last dim.
+        groups: parts; they divide width. 1: the norm of all channels.
+        eps: added to the mean square.
+
+    Source: Zhang & Sennrich 2019 (arXiv:1910.07467), by groups as in Mamba-2 (arXiv:2405.21060).
+    """
+
+    def __init__(self, width: int, groups: int, *, eps: float):
+        super().__init__()
+        if width % groups:
+            raise ValueError(f"groups={groups} does not divide {width} channels")
+        self.groups = groups
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def init_rules(self) -> dict[str, Rule]:
+        """Starts at a gain of 1."""
+        return {"weight": constant(1.0)}
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        gain = self.weight.to(hidden.dtype)
+        if self.groups == 1:
+            return F.rms_norm(hidden, gain.shape, gain, self.eps)
+        parts = hidden.unflatten(-1, (self.groups, -1))
+        return F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2) * gain
+
+
 @dataclass(frozen=True)
 class NormStyle:
     """The norms of a decoder.

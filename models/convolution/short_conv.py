@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.init import Described, Rule
+from models.init import Described, Rule, constant
 from models.layer import Layer
 from models.primitives.causal_conv import CausalConv
 from models.span import Span
@@ -25,27 +25,33 @@ class DepthwiseConv(Layer):
     Args:
         width: channels.
         conv_kernel: tokens that it reads, the newest among them.
+        bias: added to each channel; it starts at 0.
 
     Its weights decay as those of nn.Conv1d do: a convolution is a linear map of activations.
     """
 
     weight_decay = ("weight",)
 
-    def __init__(self, width: int, conv_kernel: int):
+    def __init__(self, width: int, conv_kernel: int, *, bias: bool = False):
         super().__init__()
         if conv_kernel < 1:
             raise ValueError(
                 f"conv_kernel={conv_kernel} must be 1 or more tokens; the token itself counts"
             )
         self.weight = nn.Parameter(torch.empty(conv_kernel, width))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
         self.mix = CausalConv()
 
     def init_rules(self) -> dict[str, Rule]:
-        return {"weight": uniform(len(self.weight) ** -0.5)}
+        rules: dict[str, Rule] = {"weight": uniform(len(self.weight) ** -0.5)}
+        if self.bias is not None:
+            rules["bias"] = constant(0.0)
+        return rules
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]."""
-        return self.mix((x,), (self.weight.to(x.dtype),), span=span)
+        filtered = self.mix((x,), (self.weight.to(x.dtype),), span=span)
+        return filtered if self.bias is None else filtered + self.bias.to(x.dtype)
 
 
 class SiluDepthwiseConv(DepthwiseConv):

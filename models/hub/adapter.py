@@ -9,6 +9,8 @@ from models.hub.keys import Keys
 from models.hub.tensors import TensorPiece
 
 SWIGLU = "models.feedforward.SwiGLU"
+NO_FEED_FORWARD = "models.feedforward.NoFeedForward"
+NO_POSITION = "models.positions.none.NoPosition"
 
 
 @dataclass

@@ -80,9 +80,10 @@ def _mixer(
         settings = {RENAMED.get(key, key): value for key, value in with_defaults(node).items()}
         settings.pop("mask", None)
         node = {**settings, **known, TARGET: MIXER}
-    filled = with_defaults(node, sizes)
+    filled = with_defaults(node, {**sizes, "position": dict(position)})
     own = filled.get("position")
-    filled["position"] = with_defaults(own) if isinstance(own, Mapping) else dict(position)
+    if isinstance(own, Mapping):
+        filled["position"] = with_defaults(own)
     width = sizes["width"] // sizes["heads"]
     if filled.get("head_width") is None and filled[TARGET] == MIXER:
         filled["head_width"] = width

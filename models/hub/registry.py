@@ -8,6 +8,7 @@ from models.hub.adapter import Adapter
 from models.hub.gemma import Gemma2, Gemma3
 from models.hub.gpt2 import GPT2
 from models.hub.llama import Llama
+from models.hub.mamba import Mamba2Hub
 from models.hub.mistral import Mistral
 from models.hub.qwen import Qwen2, Qwen3
 
@@ -19,6 +20,7 @@ KNOWN: tuple[Adapter, ...] = (
     Gemma2(),
     Gemma3(),
     GPT2(),
+    Mamba2Hub(),
 )
 ADAPTERS = {adapter.model_type: adapter for adapter in KNOWN}
 

@@ -100,5 +100,17 @@ def reordered(ours: str, theirs: str, order: Sequence[int]) -> TensorPiece:
     return TensorPiece((ours,), (theirs,), pick(order), pick(inverse))
 
 
+def conv_taps(ours: str, theirs: str) -> TensorPiece:
+    """Pairs taps [J, C], newest token first, with the weight [C, 1, J] of a causal nn.Conv1d."""
+
+    def read(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [tensors[0].squeeze(1).flip(-1).T]
+
+    def write(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [tensors[0].T.flip(-1).unsqueeze(1)]
+
+    return TensorPiece((ours,), (theirs,), read, write)
+
+
 def _transpose(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.transpose(-1, -2) for tensor in tensors]

@@ -39,6 +39,14 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 SMALL_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": WORDS}
+SMALL_MAMBA2: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_heads": 4,
+    "head_dim": 16,
+    "state_size": 8,
+    "num_hidden_layers": 2,
+    "vocab_size": WORDS,
+}
 LENGTHS = [[13, 1, 24, 9], [3, 40, 1, 1]]  # documents of the two rows; the rest is padding
 
 

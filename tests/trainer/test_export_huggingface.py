@@ -9,7 +9,7 @@ import transformers
 from models.span import Span
 from scripts.export import main
 from tests.support import hub
-from tests.support.hub import SMALL, SMALL_GPT2
+from tests.support.hub import SMALL, SMALL_GPT2, SMALL_MAMBA2
 from tests.trainer.verify.test_whole_runs import in_pool
 from trainer.config.compose import compose
 from trainer.errors import UserError
@@ -31,6 +31,14 @@ STEADY = (
     "evaluation.every=0",
     "wandb.mode=disabled",
 )
+MAMBA2 = {
+    "num_heads": 8,
+    "head_dim": 8,
+    "n_groups": 2,
+    "use_bias": True,
+    "residual_in_fp32": False,
+    "time_step_limit": (0.0, 2.0),
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10_000.0,
@@ -108,9 +116,10 @@ def test_a_model_born_here_is_opened_by_transformers(runs, tmp_path):
     ("Gemma3TextConfig", {"head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 9}, ()),
     ("GPT2Config", {"n_inner": 40, "scale_attn_by_inverse_layer_idx": True}, ()),
     ("GPT2Config", {"n_inner": 40, "scale_attn_weights": False}, ()),
+    ("Mamba2Config", MAMBA2, ()),
 ])  # fmt: skip
 def test_every_config_comes_back_as_it_went_in(name, settings, words, tmp_path):
-    small = SMALL_GPT2 if name == "GPT2Config" else SMALL
+    small = {"GPT2Config": SMALL_GPT2, "Mamba2Config": SMALL_MAMBA2}.get(name, SMALL)
     config = getattr(transformers, name)(**{**small, **settings})
     config.save_pretrained(tmp_path)
     run = hub.config_of(tmp_path, *words)

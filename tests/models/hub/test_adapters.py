@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from models.hub.registry import adapter_of
 from tests.support import hub
-from tests.support.hub import SMALL, SMALL_GPT2
+from tests.support.hub import SMALL, SMALL_GPT2, SMALL_MAMBA2
 from tests.support.parity import relative
 from tests.support.pool import ranks
 from trainer.init_from.huggingface import read_config
@@ -42,6 +42,7 @@ GEMMA3 = {
     "layer_types": ["sliding_attention", "full_attention"],
     "final_logit_softcapping": 4.0,
 }
+STEPS = {"time_step_limit": (0.3, 1.1), "use_bias": True, "n_groups": 2}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {**SMALL, "attention_bias": True, "mlp_bias": True}),
     "llama_3.1": ("LlamaConfig", {**SMALL, "rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -51,6 +52,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", {**SMALL, "head_dim": 16, "query_pre_attn_scalar": 20, **WINDOW}),
     "gemma3": ("Gemma3TextConfig", {**SMALL, **GEMMA3, **WINDOW}),
     "gpt2": ("GPT2Config", {**SMALL_GPT2, "scale_attn_by_inverse_layer_idx": True}),
+    "mamba2": ("Mamba2Config", {**SMALL_MAMBA2, "n_groups": 1, "use_conv_bias": False}),
+    "mamba2_groups": ("Mamba2Config", {**SMALL_MAMBA2, **STEPS, "tie_word_embeddings": True}),
 }
 SHARED = {
     "llama": "ring",
@@ -58,6 +61,7 @@ SHARED = {
     "gemma2": "allgather",
     "gemma3": "ring",
     "gpt2": "ulysses",
+    "mamba2_groups": "ring",
 }
 
 
