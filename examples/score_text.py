@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from models.span import Span
 from trainer.export import reopen
 
 
@@ -23,9 +22,8 @@ def surprise(folder: Path, text: str) -> list[float]:
     """
     model = reopen(folder).eval()
     tokens = torch.tensor([list(text.encode())])
-    # One unbroken document: the model learns of positions and documents from the span alone.
-    span = Span.line(rows=1, tokens=tokens.shape[1])
-    logits = model(tokens, span)[0, :-1]
+    # Bare tokens are one document a row; a MicroBatch says otherwise.
+    logits = model(tokens)[0, :-1]
     nats = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
     return (nats / torch.log(torch.tensor(2.0))).tolist()
 

@@ -21,7 +21,6 @@ Letters: B rows, T tokens of a row, M tokens kept, m of them at hand (all, on on
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -94,7 +93,7 @@ class CarriedState:
         self._spans = {}
         self._tokens = {}
         self._left = {}
-        return replace(span, past=self)
+        return span.with_past(self)
 
     def extend(
         self, place: str, payload: Tensors, span: Span, mask: Mask, *, shared: bool = False

@@ -3,23 +3,52 @@
 Letters: B rows, T tokens.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Derived = TypeVar("Derived")
 
 # Roles of tokens. GIVEN marks tokens that are not predicted; only batches use it.
 TEXT, PREFIX, GLOBAL, READ, WRITE, GIVEN = range(6)
 PADDING = -1  # the document number of padding
 
 
-@dataclass(frozen=True)
+class DerivedCache:
+    """Results that follow from addresses, built once and shared by the layers of a pass.
+
+    The only place that knows about ids: an entry holds the objects that it was derived from, so
+    that no id can be given to another object while the entry lives.
+    """
+
+    def __init__(self):
+        self._entries: dict[Hashable, tuple[tuple[object, ...], Any]] = {}
+
+    def get(self, key: Hashable, build: Callable[[], Derived], *sources: object) -> Derived:
+        """Returns the result under a key, built when it is first asked for.
+
+        Args:
+            key: says what is derived, and with which settings.
+            build: computes it.
+            sources: objects beside the key that the result depends on, told apart by identity.
+        """
+        full_key = key, *map(id, sources)
+        entry = self._entries.get(full_key)
+        if entry is None:
+            entry = sources, build()
+            self._entries[full_key] = entry
+        return entry[1]
+
+
 class Span:
     """The addresses of the tokens a module computes, however the sequence was sharded.
 
     Model code reads addresses from here and never derives them from a rank, so the same forward
     pass is right for a whole sequence, a shard, several pieces of a sequence, or one decoded token.
+    A span is never changed; methods return others. It is no dataclass, because FSDP2 rebuilds the
+    dataclasses among a module's arguments, and a copy would lose what layers share.
 
     Attributes:
         pos: [B, T] int64, index of the token in its own document; 0 opens one.
@@ -28,18 +57,31 @@ class Span:
         role: [B, T] int64, TEXT, PREFIX, GLOBAL, READ or WRITE.
         sharding: how the row was sharded over ranks (a parallel.sharding.SequenceSharding); None if
             it was not. Opaque in models/.
-        plans: results that models.kernels.block_plan computed for these queries, stored so that
-            layers with equal masks share them.
         past: the state carried from earlier rows of these lanes (a
             models.carried_state.CarriedState); None if nothing is carried.
+        cache: what layers derive from these addresses, such as the blocks that a mask needs.
     """
 
-    pos: Tensor
-    doc: Tensor
-    role: Tensor
-    sharding: Any = None
-    plans: dict = field(default_factory=dict, compare=False, repr=False)
-    past: Any = field(default=None, compare=False, repr=False)
+    def __init__(
+        self,
+        pos: Tensor,
+        doc: Tensor,
+        role: Tensor,
+        sharding: Any = None,
+        *,
+        past: Any = None,
+        cache: DerivedCache | None = None,
+    ):
+        self.pos = pos
+        self.doc = doc
+        self.role = role
+        # Any: drivers use all of a SequenceSharding, and parallel/ is not known here.
+        self.sharding = sharding
+        self.past = past
+        self.cache = DerivedCache() if cache is None else cache
+
+    def __repr__(self) -> str:
+        return f"Span(pos={self.pos}, doc={self.doc}, role={self.role})"
 
     @staticmethod
     def of(pos: Tensor, doc: Tensor, role: Tensor | None = None) -> "Span":
@@ -61,6 +103,26 @@ class Span:
         the original ones.
         """
         return Span(move(self.pos), move(self.doc), move(self.role))
+
+    def with_pos(self, pos: Tensor) -> "Span":
+        """The same tokens at other positions, in the same sharding."""
+        return Span(pos, self.doc, self.role, self.sharding, past=self.past)
+
+    def with_doc(self, doc: Tensor) -> "Span":
+        """The same tokens in other documents, in the same sharding."""
+        return Span(self.pos, doc, self.role, self.sharding, past=self.past)
+
+    def with_sharding(self, sharding: Any) -> "Span":
+        """The same addresses with another sharding, and nothing derived yet."""
+        return Span(self.pos, self.doc, self.role, sharding, past=self.past)
+
+    def with_past(self, past: Any) -> "Span":
+        """The same addresses with another past; what was derived from them stays."""
+        return Span(self.pos, self.doc, self.role, self.sharding, past=past, cache=self.cache)
+
+    def fresh(self) -> "Span":
+        """The same addresses, with nothing derived from them yet."""
+        return self.with_sharding(self.sharding)
 
     def join(self, other: "Span") -> "Span":
         """Concatenates these addresses and others of the same rows, and their shardings too."""

@@ -166,12 +166,13 @@ class ShardedDecodingState(DecodingState):
     def _span_of_all(self, span: Span) -> Span:
         """Returns the addresses of all ranks' tokens, rank by rank; the same object when asked
         again."""
-        key = "of all ranks", id(span)
-        if key not in span.plans:
+
+        def build() -> Span:
             name = "decode gather"
             fields = [self._end_to_end(tensor, name) for tensor in span.addresses()]
-            span.plans[key] = Span(fields[0], fields[1], fields[2])
-        return span.plans[key]
+            return Span(fields[0], fields[1], fields[2])
+
+        return span.cache.get("of all ranks", build)
 
     def _everything(self) -> dict[str, tuple[Tensors, Span]]:
         """See DecodingState; what lies on all ranks, in the order of its addresses."""

@@ -37,7 +37,7 @@ class ShardedPieceState(PieceState):
     def _fresh(self, span: Span) -> Span:
         # What drivers worked out in the first pass need not last until the second.
         sharding = replace(span.sharding, orders=[], kept={})
-        return replace(span, plans={}, sharding=sharding)
+        return span.with_sharding(sharding)
 
     def _parts(self, span: Span) -> Sequence[Span]:
         return span.sharding.spans

@@ -69,7 +69,7 @@ class SequenceSharding:
             layouts = tuple(row.grouped(parts) for row in self.layouts)
             rank = self.rank // parts
             cut = SequenceSharding(layouts, rank, spans, self.whole)
-            self.kept["group", parts] = RankGroup(replace(spans[rank], sharding=cut, plans={}))
+            self.kept["group", parts] = RankGroup(spans[rank].with_sharding(cut))
         return self.kept["group", parts]
 
     def join(self, other: "SequenceSharding") -> "SequenceSharding":
@@ -105,7 +105,7 @@ class SequenceSharding:
             return tuple(a.join(b) for a, b in zip(*(part.line(first) for part in self.parts)))
         tokens = self.layouts[0].tokens
         span = Span.line(1, tokens) if self.role is None else Span.line(1, tokens).cast(self.role)
-        span = replace(span, pos=span.pos + (first - tokens if self.role == READ else first))
+        span = span.with_pos(span.pos + (first - tokens if self.role == READ else first))
         return shard_span(span, self.layouts[:1], 0).sharding.spans
 
     def before(self) -> int:
@@ -177,4 +177,4 @@ def sharded_from(spans: Sequence[Span], layouts: Sequence[Layout], rank: int) ->
     """The addresses of this rank's tokens, carrying the Cut, given those of every rank."""
     cut = SequenceSharding(tuple(layouts), rank, tuple(spans), spans[rank])
     cut = replace(cut, whole=_concatenated(spans).map(cut.to_global_order))
-    return replace(spans[rank], sharding=cut, plans={})
+    return spans[rank].with_sharding(cut)

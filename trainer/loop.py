@@ -14,6 +14,7 @@ from torch import Tensor
 from models.auxiliary import auxiliary_loss, on_step_begin, on_step_end, reset_auxiliary, statistics
 from models.carried_state import CarriedState
 from models.loss import IGNORE
+from models.micro_batch import MicroBatch
 from models.span import Span
 from parallel.engines.base import Engine
 from parallel.mesh import Mesh
@@ -25,7 +26,7 @@ from trainer.compile_trial import choose_compilation
 from trainer.config.schema import Config
 from trainer.config.stages import Stage
 from trainer.data.batch import Batch
-from trainer.data.batch_sharding import BatchSharder, MicroBatch
+from trainer.data.batch_sharding import BatchSharder
 from trainer.data.lanes import Held, Lanes
 from trainer.data.streams.base import Cursor, Stream
 from trainer.logs.jsonl import MetricsRow
@@ -238,9 +239,9 @@ class Loop:
         sums = StepSums()
         on_step_begin(model, step)
 
-        def learn(piece: MicroBatch, span: Span) -> Tensor:
+        def learn(piece: MicroBatch) -> Tensor:
             reset_auxiliary(model)
-            loss = self._forward(piece, span)
+            loss = self._forward(piece)
             auxiliary = auxiliary_loss(model, tokens=valid_tokens, rows=rows)
             sums.add({"loss": loss.detach().double() / divisor})
             sums.add(auxiliary)
@@ -249,14 +250,14 @@ class Loop:
             return loss / divisor + self.config.optim.auxiliary_weight * auxiliary_sum
 
         for number, (pieces, last) in enumerate(self.share.in_time(batch)):
-            span = pieces[0].span
+            first = pieces[0]
             if self.lanes is not None:
-                span = self.lanes.attach(number, span)
+                first = first.with_span(self.lanes.attach(number, first.span))
             self.heartbeat(f"forward of micro-batch {number + 1}", step)
             if len(pieces) > 1:
-                self._in_time(pieces, span.past, learn, last=last)
+                self._in_time(pieces, first.span.past, learn, last=last)
             else:
-                loss = learn(pieces[0], span)
+                loss = learn(first)
                 self.heartbeat(f"backward of micro-batch {number + 1}", step)
                 self.engine.backward(loss, last=last)
             if self.lanes is not None:
@@ -267,7 +268,7 @@ class Loop:
         self,
         pieces: list[MicroBatch],
         outer: CarriedState | None,
-        learn: Callable[[MicroBatch, Span], Tensor],
+        learn: Callable[[MicroBatch], Tensor],
         *,
         last: bool,
     ) -> None:
@@ -280,21 +281,22 @@ class Loop:
         """
 
         def look_ahead(number: int, span: Span) -> None:
-            piece = pieces[number]
+            piece = pieces[number].with_span(span)
+            untaught = piece._replace(targets=torch.full_like(piece.tokens, IGNORE))
             with self.engine.forward_precision():
-                self.engine.model(piece.tokens, span, torch.full_like(piece.targets, IGNORE))
+                self.engine.model(untaught)
 
         run_in_pieces(
             piece_state([piece.span for piece in pieces], outer),
             look_ahead,
-            lambda number, span: learn(pieces[number], span),
+            lambda number, span: learn(pieces[number].with_span(span)),
             lambda loss, done: self.engine.backward(loss, last=last and done),
         )
 
-    def _forward(self, micro_batch: MicroBatch, span: Span) -> Tensor:
+    def _forward(self, micro_batch: MicroBatch) -> Tensor:
         """Returns the sum of the losses of a micro-batch, or of a piece of one."""
         with self.engine.forward_precision():
-            losses = self.engine.model(micro_batch.tokens, span, micro_batch.targets)
+            losses = self.engine.model(micro_batch)
         self.guard.look(losses)
         return losses.sum()
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.kernels import reference
 from models.masks.algebra import visible
+from models.micro_batch import MicroBatch
 from models.primitives.sequential import sequential_modules
 from models.primitives.softmax import Softmax, add_sink, attention_spec
 from models.scores import Tensors
@@ -153,7 +154,7 @@ def collect(
         found.append(AttentionMap(label, kept, len(weight), *addresses, value_norm=norm))
 
     with _hooked(watched, note), uncompiled():
-        model(tokens, span)
+        model(MicroBatch(tokens, span))
     return found
 
 

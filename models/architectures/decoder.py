@@ -10,6 +10,7 @@ from models.init import INIT_STD, Rule, ScaledNormal
 from models.layer import Layer
 from models.loss import capped, token_losses
 from models.memory.base import Memory
+from models.micro_batch import MicroBatch
 from models.norms import Kind, NormStyle, Place
 from models.positions.base import Position
 from models.ranges import Positive
@@ -85,9 +86,10 @@ class Decoder(Layer):
         there = {name for name, _ in self.named_parameters()}
         return {name: small for name in names if name in there}
 
-    def forward(self, tokens: Tensor, span: Span, targets: Tensor | None = None) -> Tensor:
+    def forward(self, batch: MicroBatch | Tensor) -> Tensor:
         """[B, T] int64 -> logits [B, T, vocabulary], or with targets the losses [B, T] in nats (0
         where IGNORE)."""
+        tokens, span, targets, _ = MicroBatch.of(batch)
         x = self.embed(tokens)
         if self.embedding_scale != 1:
             x = x * x.new_tensor(self.embedding_scale)

@@ -8,6 +8,7 @@ from models.attention.full import CAUSAL
 from models.layer import Layer
 from models.loss import token_losses
 from models.masks.roles import GlobalKey
+from models.micro_batch import MicroBatch
 from models.primitives.causal_conv import CausalConv
 from models.primitives.softmax import Softmax
 from models.ranges import Few
@@ -72,9 +73,10 @@ class KeyValue(Layer):
 
         return dict.fromkeys((name for name, _ in self.named_parameters()), unit)
 
-    def forward(self, tokens: Tensor, span: Span, targets: Tensor | None = None) -> Tensor:
+    def forward(self, batch: MicroBatch | Tensor) -> Tensor:
         """[B, T] int64 -> logits [B, T, vocabulary], or with targets the losses [B, T] in nats (0
         where IGNORE)."""
+        tokens, span, targets, _ = MicroBatch.of(batch)
         words = self.embed(tokens)
         question = self._bag(self.bag, words, span, 0, max(1, self.fact - 1))
         if self.value is None:

@@ -15,6 +15,7 @@ from models.layer import Layer
 from models.loss import IGNORE
 from models.memory.base import Memory
 from models.memory.segments import SegmentMemory
+from models.micro_batch import MicroBatch
 from models.primitives.sequential import SequentialScan
 from models.same_graph import tied
 from models.span import Span
@@ -60,9 +61,10 @@ class TokenByTokenModel(StatefulModule, ABC):
     def token(self, x: Tensor, state: StateTuple) -> tuple[Tensor, StateTuple]:
         """One token [B, C] from a state: (logits [B, C], the state after it)."""
 
-    def forward(self, tokens: Tensor, span: Span, targets: Tensor | None = None) -> Tensor:
+    def forward(self, batch: MicroBatch | Tensor) -> Tensor:
         """[B, T] int64 -> log-probabilities [B, T, V], or with targets the losses [B, T] in nats (0
         where IGNORE)."""
+        tokens, span, targets, _ = MicroBatch.of(batch)
         weight = next(p for p in self.parameters())
         wide = torch.promote_types(weight.dtype, torch.float32)
         blank = self.blank(len(tokens), weight.new_zeros((), dtype=wide))

@@ -91,21 +91,18 @@ def _added(
         return torch.where(seen[0], bias, -torch.inf)
     if seen[1]:
         return None
-    key = ("added", spec.mask, id(kv_span), len(spec.heads), dtype)
-    if key not in span.plans:
-        hidden = torch.where(seen[0], 0.0, -torch.inf).to(dtype)
-        span.plans[key] = kv_span, hidden
-    return span.plans[key][1]
+    key = ("added", spec.mask, len(spec.heads), dtype)
+    return span.cache.get(key, lambda: torch.where(seen[0], 0.0, -torch.inf).to(dtype), kv_span)
 
 
 def seen_keys(spec: blockwise.AttentionSpec, span: Span, kv_span: Span) -> tuple[Tensor, bool]:
     """Returns ([B, 1 or H, T, S] bool, whether all of it is true); kept for other layers."""
-    key = ("seen", spec.mask, id(kv_span), len(spec.heads))
-    if key not in span.plans:
+
+    def build() -> tuple[Tensor, bool]:
         seen = visible(spec.mask, span, kv_span, spec.heads)
-        # Holding `kv_span` keeps its id from being given to another object.
-        span.plans[key] = kv_span, (seen, bool(seen.all()))
-    return span.plans[key][1]
+        return seen, bool(seen.all())
+
+    return span.cache.get(("seen", spec.mask, len(spec.heads)), build, kv_span)
 
 
 def weights(
@@ -155,7 +152,8 @@ def joined_heads(x: Tensor, groups: int) -> Tensor:
 def repeated_rows(span: Span, groups: int) -> Span:
     """Returns the addresses with every row `groups` times, [B G, T]; the same object when asked
     again."""
-    key = ("split heads", groups)
-    if key not in span.plans:
-        span.plans[key] = span.map(lambda addresses: addresses.repeat_interleave(groups, 0))
-    return span.plans[key]
+
+    def build() -> Span:
+        return span.map(lambda addresses: addresses.repeat_interleave(groups, 0))
+
+    return span.cache.get(("split heads", groups), build)

@@ -15,7 +15,7 @@ Letters: B rows, T tokens at hand, S tokens held, M tokens of a tail.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from models.kernels.reference import Partial
 from models.masks.algebra import Mask
 from models.primitives.softmax import add_sink, attention_spec, value_width
 from models.scores import Tensors
-from models.span import Span
+from models.span import DerivedCache, Span
 
 
 class DecodingState(CarriedState):
@@ -57,8 +57,8 @@ class DecodingState(CarriedState):
         self._new_tails: dict[str, tuple[int, Tensor]] = {}
         # What was imported waits for the first call of its primitive, which knows the mask.
         self._imported: dict[str, tuple[list[Tensor], Span]] = {}
-        self._restored: dict[tuple[int, Mask], tuple[Span, SlotTable]] = {}
-        self._tables: dict[tuple[int, Mask], tuple[Span, SlotTable]] = {}
+        self._restored = DerivedCache()
+        self._tables = DerivedCache()
         self._calls: dict[str, list[Tensors]] = {}
         self._tail_index: dict[int, Tensor] = {}
 
@@ -67,12 +67,12 @@ class DecodingState(CarriedState):
         [B, T] are those of the piece, for caches that share equal ones between rows."""
         self.factory.announce(tokens)
         attached = super().attach(span)
-        self._tables = {}
+        self._tables = DerivedCache()
         self._calls = {}
         self._tail_index = {}
         self._new_tails = {}
-        # A pass of its own: plans of another one may be found by the ids of objects that are gone.
-        return replace(attached, plans={})
+        # A pass of its own: what was derived from a cache's slots is not true of later ones.
+        return attached.fresh()
 
     def extend(
         self, place: str, payload: Tensors, span: Span, mask: Mask, *, shared: bool = False
@@ -164,7 +164,7 @@ class DecodingState(CarriedState):
         self.states |= self._left
         self._row = None
         self._calls = {}
-        self._tables = {}
+        self._tables = DerivedCache()
 
     def select(self, rows: Tensor) -> None:
         """Keeps these rows, [N] int64, in this order; a row may come several times."""
@@ -227,7 +227,7 @@ class DecodingState(CarriedState):
         self.addresses = {}
         self.states = {}
         self._imported = {}
-        self._restored = {}
+        self._restored = DerivedCache()
         self.rows = len(next(iter(found.values()), ()))
         orders: dict[str, tuple[Tensor, Span]] = {}
         for path, x in found.items():
@@ -352,19 +352,16 @@ class DecodingState(CarriedState):
         return cache
 
     def _restored_table(self, addresses: Span, mask: Mask) -> SlotTable:
-        key = id(addresses), mask
-        if key not in self._restored:
+        def build() -> SlotTable:
             table = SlotTable(mask)
             table.restore(addresses)
-            self._restored[key] = addresses, table
-        return self._restored[key][1]
+            return table
+
+        return self._restored.get(mask, build, addresses)
 
     def _table(self, span: Span, mask: Mask) -> SlotTable:
         """Returns the table of all places that are first given these tokens under this mask."""
-        key = id(span), mask
-        if key not in self._tables:
-            self._tables[key] = span, SlotTable(mask)
-        return self._tables[key][1]
+        return self._tables.get(mask, lambda: SlotTable(mask), span)
 
 
 def packed(span: Span) -> tuple[Tensor, Span]:
@@ -385,12 +382,11 @@ def _selected(
     imported: dict[str, tuple[list[Tensor], Span]], rows: Tensor
 ) -> dict[str, tuple[list[Tensor], Span]]:
     """Keeps these rows; places that had the same addresses still share them."""
-    spans: dict[int, Span] = {}
+    spans = DerivedCache()
     selected = {}
     for name, (payload, span) in imported.items():
-        if id(span) not in spans:
-            spans[id(span)] = span.map(lambda tensor: tensor[rows])
-        selected[name] = [tensor[rows] for tensor in payload], spans[id(span)]
+        kept = spans.get("rows", partial(span.map, lambda tensor: tensor[rows]), span)
+        selected[name] = [tensor[rows] for tensor in payload], kept
     return selected
 
 

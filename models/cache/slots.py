@@ -73,7 +73,7 @@ class SlotTable:
     def read(self) -> Span:
         """Returns the addresses [B, S'] of the slots in use; padding where a row has fewer.
 
-        The same object until tokens come: layers find each other's plans by it.
+        The same object until tokens come: layers find by it what others derived.
         """
         if self._visible is None:
             assert self.addresses is not None, "nothing was placed yet"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from models.cost.flops import CostTrace, trace_cost
 from models.cost.parameters import BYTES, DTYPES, meta_row, meta_twin
 from models.declared import declared
+from models.micro_batch import MicroBatch
 from models.primitives.softmax import Softmax
 
 
@@ -185,7 +186,7 @@ def _saved_bytes(model: nn.Module, tokens: int) -> _SavedBytes:
         if isinstance(leaf, Softmax):
             leaf.register_forward_hook(tape)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        model(sequence, span, sequence)
+        model(MicroBatch(sequence, span, sequence))
     found.outside = sums[-1]
     found.inside = sums[:-1]
     return found

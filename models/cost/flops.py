@@ -38,6 +38,7 @@ from models.cost.parameters import active_shares, meta_row, meta_twin
 from models.cost.visible_pairs import visible_triples
 from models.layer import hook
 from models.masks.algebra import Mask
+from models.micro_batch import MicroBatch
 from models.primitive import Primitive
 from models.primitives.causal_conv import CausalConv
 from models.primitives.long_conv import LongConv
@@ -263,7 +264,7 @@ def count_flops(model: nn.Module) -> FlopCount:
     # Two tokens, of which one sees the other, unless a layer takes documents of a single one.
     tokens = min([2, *(limit for limit in limits if limit is not None)])
     with torch.no_grad():
-        twin(*meta_row(tokens))
+        twin(MicroBatch(*meta_row(tokens)))
     return FlopCount(
         2 * (each + noted.products), tuple(noted.pairs), tuple(noted.convolutions), 2 * once
     )

@@ -156,11 +156,11 @@ class AddressedDropout(Layer):
 
 def edges_at(leaf: Neighbors, neighbors: Tensor, span: Span, *, self_loops: bool) -> Edges:
     """Returns the edges into the tokens at hand, listed once for all layers that share them."""
-    key = "edges", id(neighbors), self_loops
-    if key not in span.plans:
-        # Holding the lists keeps their id from being given to another tensor.
-        span.plans[key] = neighbors, leaf.edges(neighbors, span, self_loops=self_loops)
-    return span.plans[key][1]
+
+    def build() -> Edges:
+        return leaf.edges(neighbors, span, self_loops=self_loops)
+
+    return span.cache.get(("edges", self_loops), build, neighbors)
 
 
 def edge_softmax(logits: Tensor, destination: Tensor, nodes: int) -> Tensor:

@@ -189,11 +189,7 @@ def _host(span: Span) -> list[np.ndarray]:
 
 def plan_tiles(mask: Mask, span: Span, kv_span: Span) -> list[Tile]:
     """Returns the blocks that queries need of keys; cached on `span` for other layers."""
-    key = (mask, id(kv_span))
-    if key not in span.plans:
-        # Holding `kv_span` keeps its id from being given to another object.
-        span.plans[key] = kv_span, _plan(mask, span, kv_span)
-    return span.plans[key][1]
+    return span.cache.get(("tiles", mask), lambda: _plan(mask, span, kv_span), kv_span)
 
 
 def plan_rows(mask: Mask, span: Span, kv_span: Span) -> list[Tile]:
@@ -205,11 +201,12 @@ def plan_rows(mask: Mask, span: Span, kv_span: Span) -> list[Tile]:
     keys = kv_span.shape[1]
     if rows < MANY or not 0 < max(queries, keys) <= SHORT:
         return plan_tiles(mask, span, kv_span)
-    key = (plan_rows, mask, id(kv_span))
-    if key not in span.plans:
+
+    def build() -> list[Tile]:
         most_rows = max(1, LEAF * LEAF // max(1, queries * keys))
-        span.plans[key] = kv_span, _stack(plan_tiles(mask, span, kv_span), most_rows)
-    return span.plans[key][1]
+        return _stack(plan_tiles(mask, span, kv_span), most_rows)
+
+    return span.cache.get(("stacked tiles", mask), build, kv_span)
 
 
 def _stack(blocks: list[Tile], most: int) -> list[Tile]:

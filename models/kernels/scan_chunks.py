@@ -2,7 +2,7 @@
 
 So a chunk needs only the causal mask, documents cannot touch each other (not even by a NaN), and
 padding is the identity of a scan wherever it lies. Computed on the host once for all layers of a
-step (Span.plans).
+step (Span.cache).
 
 Letters: B rows, T tokens, N chunks of a row, C slots of a chunk, R runs.
 """
@@ -75,10 +75,7 @@ def chunk_layout(span: Span, size: int, runs: Runs | None = None) -> ChunkLayout
             of runs; a run may be empty.
     """
     lengths = run_lengths(span, runs)
-    key = ("chunks", size, lengths)
-    if key not in span.plans:
-        span.plans[key] = _build(span, size, lengths)
-    return span.plans[key]
+    return span.cache.get(("chunks", size, lengths), lambda: _build(span, size, lengths))
 
 
 def run_lengths(span: Span, runs: Runs | None) -> tuple[tuple[int, ...], ...]:

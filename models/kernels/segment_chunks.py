@@ -4,7 +4,7 @@ A piece is the part of one segment of one document that lies in one run. Its eff
 up over its tokens, so pieces may have any size: their tokens lie in chunks, and the sum over the
 chunks of a piece is its own. Consecutive pieces of a document in a run form a chain, along which a
 memory passes; the d-th pieces of all chains are computed together. Computed on the host once for
-all layers of a step (Span.plans).
+all layers of a step (Span.cache).
 
 Letters: B rows, T tokens, N chunks of all rows, C slots of a chunk, P pieces, Q chains, R runs.
 """
@@ -89,10 +89,7 @@ def segment_chunks(span: Span, segment: int | None, runs: Runs | None = None) ->
             of runs; a run may be empty.
     """
     lengths = run_lengths(span, runs)
-    key = ("pieces", segment, lengths)
-    if key not in span.plans:
-        span.plans[key] = _build(span, segment, lengths)
-    return span.plans[key]
+    return span.cache.get(("pieces", segment, lengths), lambda: _build(span, segment, lengths))
 
 
 class _ChunkChain(NamedTuple):

@@ -59,10 +59,7 @@ def varlen_layout(span: Span, runs: Runs | None = None) -> VarlenLayout:
         runs: as in `chunk_layout`.
     """
     lengths = run_lengths(span, runs)
-    key = ("stretches", lengths)
-    if key not in span.plans:
-        span.plans[key] = _build(span, lengths)
-    return span.plans[key]
+    return span.cache.get(("stretches", lengths), lambda: _build(span, lengths))
 
 
 def _build(span: Span, lengths: tuple[tuple[int, ...], ...]) -> VarlenLayout:

@@ -86,9 +86,6 @@ class RecentTokens(StatefulModule):
         if found is None:
             return [x], span
         kept, kv_span = found
-        key = "tail", id(kv_span)
-        if (
-            key not in span.plans
-        ):  # layers share the object, by which plans of what is seen are found again
-            span.plans[key] = kv_span, kv_span.join(span)
-        return [kept.to(x.dtype), x], span.plans[key][1]
+        # Layers share the object, by which they find what others derived from it.
+        joined = span.cache.get("tail", lambda: kv_span.join(span), kv_span)
+        return [kept.to(x.dtype), x], joined

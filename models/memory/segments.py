@@ -139,12 +139,9 @@ class SegmentReader(StatefulModule):
             seen = [tokens.to(x.dtype), *seen]
         if len(seen) == 1:
             return seen, span
-        key = "recalled", self.segmented, id(found)
-        if (
-            key not in span.plans
-        ):  # layers share the object, by which plans of what is seen are found again
-            span.plans[key] = found, self._join(span, found)
-        return seen, span.plans[key][1]
+        # Layers share the object, by which they find what others derived from it.
+        key = "recalled", self.segmented
+        return seen, span.cache.get(key, lambda: self._join(span, found), found)
 
     def _join(self, span: Span, found: Span | None) -> Span:
         row = span.cast(STALE).join(span) if self.segmented else span

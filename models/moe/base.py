@@ -3,8 +3,6 @@
 Letters: B rows, T tokens, W width, E experts, k experts of a token, N = B T k visits.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -160,5 +158,4 @@ def _with_text(span: Span) -> Span:
     """Returns the addresses with rows that hold memory tokens only turned into padding."""
     text = span.valid() & (span.role != READ) & (span.role != WRITE)
     empty = ~text.any(1, keepdim=True)
-    # The copy has plans of its own: those of `span` are for other documents.
-    return replace(span, doc=span.doc.masked_fill(empty, PADDING), plans={})
+    return span.with_doc(span.doc.masked_fill(empty, PADDING))

@@ -4,7 +4,7 @@ Letters: B rows, S tokens, m of them that are kept.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from models.masks.algebra import Bounds, Mask
 from models.masks.later import bounds_of
 from models.scores import Tensors
-from models.span import PADDING, Span
+from models.span import PADDING, DerivedCache, Span
 
 # What of a piece later pieces read: keys that a mask still shows, or so many of the last tokens.
 Rule = Mask | int
@@ -71,8 +71,7 @@ class PassRecord:
     states: dict[str, Tensor] = field(default_factory=dict)
     stored: set[str] = field(default_factory=set)
     given: list[tuple[Tensor, Tensor | None, Tensor | None]] = field(default_factory=list)
-    selections: dict[tuple[int, Rule], tuple[Span, Selection | None]] = field(default_factory=dict)
-    joined: dict[tuple[int, ...], tuple[list[Span], Span]] = field(default_factory=dict)
+    derived: DerivedCache = field(default_factory=DerivedCache)
     over: bool = False
 
 
@@ -87,7 +86,7 @@ def kept_first(keep: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def kept_addresses(span: Span, index: Tensor, filled: Tensor) -> Span:
     """The addresses at an index; padding where it is not filled."""
     taken = span.map(lambda addresses: addresses.gather(1, index))
-    return replace(taken, doc=taken.doc.masked_fill(~filled, PADDING))
+    return taken.with_doc(taken.doc.masked_fill(~filled, PADDING))
 
 
 def bounds_after(row: Span, tokens: Sequence[int]) -> list[list[list[Bounds]]]:

@@ -23,7 +23,6 @@ Letters: B rows, T tokens of a piece, S tokens held, m of the S slots of one ran
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import reduce
 
 import numpy as np
@@ -109,7 +108,7 @@ class PieceState(CarriedState):
         self.learning = learning
         span = self._fresh(self.pieces[number])
         self._pass = PassRecord(span)
-        return replace(span, past=self)
+        return span.with_past(self)
 
     def handed(self, loss: Tensor) -> Tensor:
         """Returns the loss [], whose backward pass also begins at what this piece left.
@@ -324,12 +323,9 @@ class PieceState(CarriedState):
         return [torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)]
 
     def _join(self, *spans: Span) -> Span:
-        """Joins addresses; the same object for the same ones, so that layers share plans."""
-        key = tuple(id(span) for span in spans)
-        if key not in self._pass.joined:
-            # Holding the spans keeps their ids from being given to other objects.
-            self._pass.joined[key] = list(spans), reduce(Span.join, spans)
-        return self._pass.joined[key][1]
+        """Joins addresses; the same object for the same ones, so that layers find what others
+        derived from it."""
+        return self._pass.derived.get("joined", lambda: reduce(Span.join, spans), *spans)
 
     def _kept_by_outer(self, name: str, x: Tensor, length: int) -> tuple[Tensor, Span] | None:
         """Returns what the rows before left under a name, and notes x for the rows to come."""
@@ -350,20 +346,19 @@ class PieceState(CarriedState):
 
     def _selection(self, span: Span, rule: Rule) -> Selection | None:
         """Returns those of the tokens that later pieces read; None where there are none."""
-        key = id(span), rule
-        if key not in self._pass.selections:
+
+        def build() -> Selection | None:
             if isinstance(rule, int):
                 keeps = self._last_tokens(span, rule)
             else:
                 keeps = [self._keep(part, rule, self.number) for part in self._parts(span)]
             if not any(bool(keep.any()) for keep in keeps):
-                selection = None
-            elif all(bool(keep.all()) for keep in keeps):
-                selection = Selection(None, replace(self._fresh(span), past=None))
-            else:
-                selection = self._selected(span, keeps)
-            self._pass.selections[key] = span, selection
-        return self._pass.selections[key][1]
+                return None
+            if all(bool(keep.all()) for keep in keeps):
+                return Selection(None, self._fresh(span).with_past(None))
+            return self._selected(span, keeps)
+
+        return self._pass.derived.get(("selection", rule), build, span)
 
     def _keep(self, span: Span, mask: Mask, number: int) -> Tensor:
         """[B, S] bool on the CPU: what queries after piece `number` may see of these tokens."""
@@ -378,8 +373,8 @@ class PieceState(CarriedState):
     # What differs where rows are sharded (parallel.row_pieces).
 
     def _fresh(self, span: Span) -> Span:
-        """The same addresses without plans: those of the first pass need not last."""
-        return replace(span, plans={})
+        """The same addresses; what the first pass derived from them need not last."""
+        return span.fresh()
 
     def _parts(self, span: Span) -> Sequence[Span]:
         """Returns the addresses on every rank."""

@@ -8,7 +8,7 @@ Letters: B rows, T queries, S entries of the store, K results for each query.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -65,13 +65,15 @@ class BlockTopK(Primitive):
 
     def pick(self, span: Span, choose: BlockEnds) -> PickedBlocks:
         """Returns the tokens for which `choose` is true, as a store."""
-        if ("pick", choose) not in span.plans:
+
+        def build() -> PickedBlocks:
             size = None
             if span.pos.is_meta:
                 # Without numbers the block ends cannot be counted; cost estimates take the maximum.
                 size = choose.most(span.shape[1])
-            span.plans["pick", choose] = picked_blocks(span, choose(span), size)
-        return span.plans["pick", choose]
+            return picked_blocks(span, choose(span), size)
+
+        return span.cache.get(("pick", choose), build)
 
     def bring(
         self, payload: Tensors, mask: Mask, *, span: Span, kv_span: Span
@@ -212,4 +214,4 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 def moved(span: Span, by: Tensor | int) -> Span:
     """Returns the addresses `by` positions later in the same documents."""
-    return replace(span, pos=span.pos + by, sharding=None, plans={})
+    return span.with_pos(span.pos + by).with_sharding(None)

@@ -69,11 +69,7 @@ def with_tail(place: str, x: Tensor, reach: int, span: Span) -> tuple[Tensor, Sp
     tail, tail_span = span.past.tokens(place, x, reach)
     if not tail.shape[1]:
         return x, span, 0
-    key = "widened", id(tail_span)
-    if key not in span.plans:
-        # Holding `tail_span` keeps its id from being given to another object.
-        span.plans[key] = tail_span, tail_span.join(span)
-    _, whole_span = span.plans[key]
+    whole_span = span.cache.get("widened", lambda: tail_span.join(span), tail_span)
     return torch.cat([tail.to(x.dtype), x], 1), whole_span, tail.shape[1]
 
 

@@ -126,11 +126,7 @@ class LongConv(Primitive, StatefulModule):
         (x,) = payload
         (taps,) = params
         wide = torch.promote_types(x.dtype, torch.float32)
-        key = ("convolution", id(kv_span))
-        if key not in span.plans:
-            # Holding `kv_span` keeps its id from being given to another object.
-            span.plans[key] = kv_span, _pairs(span, kv_span)
-        _, pairs = span.plans[key]
+        pairs = span.cache.get("convolution", lambda: _pairs(span, kv_span), kv_span)
         x_flat = x.flatten(0, 1).to(wide)
         taps = taps.to(wide)
         targets = []

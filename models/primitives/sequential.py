@@ -139,10 +139,11 @@ class SequentialScan(Primitive):
         """Cuts these rows into segments, a multiple of `parts`; cached on `span`."""
         if size is not None and size < 1:
             raise ValueError(f"a segment of {size} tokens is empty; use 1 or more, or null")
-        key = ("relay", self.cutter, size, parts)
-        if key not in span.plans:
-            span.plans[key] = _segments(span, self.cutter(span, size, parts), parts)
-        return span.plans[key]
+
+        def build() -> Segments:
+            return _segments(span, self.cutter(span, size, parts), parts)
+
+        return span.cache.get(("relay", self.cutter, size, parts), build)
 
 
 def _segments(span: Span, index: Tensor, parts: int) -> Segments:

@@ -184,7 +184,4 @@ def points_at(block: MultiheadAttentionBlock, span: Span, count: int) -> Points:
     """Returns the points of the rows for a block that pools, computed once for all layers."""
     pool = block.attention
     assert isinstance(pool, PooledAttention), "the block pools"
-    key = "points", count
-    if key not in span.plans:
-        span.plans[key] = pool.points(span, count)
-    return span.plans[key]
+    return span.cache.get(("points", count), lambda: pool.points(span, count))

@@ -5,7 +5,6 @@ local and finds what one device finds, because entries arrive in order of addres
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,7 +92,7 @@ def _cut(spans: Sequence[Span], rank: int) -> Span:
     for span in spans[1:]:
         whole = joint(whole, span)
     cut = SequenceSharding((contiguous(whole.shape[1], len(spans)),), rank, tuple(spans), whole)
-    return replace(spans[rank], sharding=cut, plans={})
+    return spans[rank].with_sharding(cut)
 
 
 class _GatherBlocks(torch.autograd.Function):

@@ -59,10 +59,7 @@ class Halo(nn.Module):
             return self.core(payload, params, span=span)
         reach = len(params[0]) - 1
         x, span, skip = with_tail(self.core.place, payload[0], reach, span)
-        key = ("halo", reach)
-        if key not in span.plans:
-            span.plans[key] = _halo_plan(span.sharding, reach, x.device)
-        plan: HaloPlan = span.plans[key]
+        plan = span.cache.get(("halo", reach), lambda: _halo_plan(span.sharding, reach, x.device))
         flat = x.flatten(0, 1)
         borrowed = all_to_all_rows(
             flat[plan.lent], self.communicator, plan.given, plan.taken, "halo"

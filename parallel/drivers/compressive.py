@@ -39,9 +39,7 @@ class ShardedCompressive(nn.Module):
         """
         if span.sharding is None:  # every rank has these tokens: one step of decoding
             return self.core(query, payload, params, span=span)
-        if ("compressing",) not in span.plans:
-            span.plans["compressing",] = _run_order(span.sharding)
-        order: RunOrder = span.plans["compressing",]
+        order = span.cache.get("compressing", lambda: _run_order(span.sharding))
         work = self.core.open(query, payload, span=span, runs=order.lengths)
         keep, gain, _ = work.summarise()
         return work.read(self._incoming(keep, gain, order, span.past))

@@ -61,9 +61,7 @@ class StatePassing(nn.Module):
         """
         if span.sharding is None:  # every rank has these tokens: one step of decoding
             return self.core(query, payload, params, span=span)
-        if ("passing",) not in span.plans:
-            span.plans["passing",] = _run_order(span.sharding)
-        order: RunOrder = span.plans["passing",]
+        order = span.cache.get("passing", lambda: _run_order(span.sharding))
         work = self.core.open(query, payload, span=span, runs=order.lengths)
         keep, gain, _ = work.summarise()
         return work.read(self._incoming(keep, gain, order, span.past))

@@ -93,9 +93,7 @@ class ShardedSegmentSum(SegmentSum):
     def _told(self, x: Tensor, span: Span, over: str) -> tuple[RunEnds, Tensor, Tensor]:
         """Returns the plan, x without padding, and [B, P 2R, ...] the sums of every rank's ends."""
         validate_scope(over)
-        if ("tally", over) not in span.plans:
-            span.plans["tally", over] = _ends(span, over)
-        ends: RunEnds = span.plans["tally", over]
+        ends = span.cache.get(("tally", over), lambda: _ends(span, over))
         index = (...,) + (None,) * (x.dim() - 2)
         x = torch.where(span.valid()[index], x, 0)
         slots = ends.others.shape[2] // self.communicator.size

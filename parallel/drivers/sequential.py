@@ -117,11 +117,12 @@ class Wavefront(nn.Module):
 
     def _plan(self, span: Span, size: int | None, device: torch.device) -> WavefrontPlan:
         """Returns the plan of these addresses, built at the first call."""
-        key = ("hand on", self.core.cutter, size)
-        if key not in span.plans:
+
+        def build() -> WavefrontPlan:
             pieces = self.core.pieces(span.sharding.whole, size, self.communicator.size)
-            span.plans[key] = _wavefront_plan(span.sharding, pieces, device)
-        return span.plans[key]
+            return _wavefront_plan(span.sharding, pieces, device)
+
+        return span.cache.get(("hand on", self.core.cutter, size), build)
 
     def _log_bubble(self, groups: int) -> None:
         """Records the size of the bubble when it has changed."""

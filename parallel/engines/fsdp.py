@@ -19,7 +19,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from models.primitives.sequential import sequential_modules
-from models.span import Span
 from parallel.engines.base import BuildOptimiser, Engine, blocks_of
 from parallel.engines.expert_sharding import even_dim, share_experts
 from parallel.engines.gradients import all_reduce_gradients, used_anywhere
@@ -90,7 +89,7 @@ class Fsdp(Engine):
         self.used = Used(model)
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                _seal_spans(module, self.used.watch(module))
+                _look_before_forward(module, self.used.watch(module))
                 reduce_unused(module)  # ranks may need other parameters: the exchange is the same
                 # a sum, not a mean: gloo has no pre-multiplied sum, so the plain one is forced
                 # before the factor of 1
@@ -192,45 +191,18 @@ class Used:
         return look
 
 
-class _Sealed:
-    """A Span that FSDP2 does not look into.
+def _look_before_forward(module: nn.Module, look: Callable[[], None]) -> None:
+    """Calls `look` right before a module's own forward, while its parameters are whole.
 
-    It would: FSDP2 walks through dataclasses among a module's arguments in search of tensors, and
-    hands on rebuilt copies. A Span keeps the plans of its layers and knows its cut: walking it is
-    long or circular, and a copy's plans are lost.
-    """
-
-    def __init__(self, span: Span):
-        self.span = span
-
-
-def _seal_spans(module: nn.Module, look: Callable[[], None]) -> None:
-    """Seal every Span before FSDP2's hooks see it, and open it again around the module's own
-    forward.
-
-    Args:
-        look: called before that forward, while the parameters are whole.
+    A hook of the module would run before FSDP2 has gathered them.
     """
     forward = module.forward
 
-    def opened(*args: Any, **kwargs: Any) -> Any:
+    def looked_at(*args: Any, **kwargs: Any) -> Any:
         look()
-        return forward(*map(_open, args), **{key: _open(value) for key, value in kwargs.items()})
+        return forward(*args, **kwargs)
 
-    module.forward = opened
-    module.register_forward_pre_hook(_seal, prepend=True, with_kwargs=True)
-
-
-def _seal(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    return tuple(map(_close, args)), {key: _close(value) for key, value in kwargs.items()}
-
-
-def _close(value: Any) -> Any:
-    return _Sealed(value) if isinstance(value, Span) else value
-
-
-def _open(value: Any) -> Any:
-    return value.span if isinstance(value, _Sealed) else value
+    module.forward = looked_at
 
 
 def _separable(model: nn.Module) -> list[nn.Module]:

@@ -9,7 +9,7 @@ Letters: T tokens of a row.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ class MemoryBenchmark:
         def step() -> None:
             nonlocal row
             span = Span.line(1, self.sizes.tokens, self.sizes.device)
-            span = past.attach(replace(span, pos=span.pos + row * self.sizes.tokens))
+            span = past.attach(span.with_pos(span.pos + row * self.sizes.tokens))
             x.grad = None
             made.zero_grad()
             made(x, span).backward(weight)
@@ -118,7 +118,7 @@ class MemoryBenchmark:
         tokens = self.sizes.tokens
         span = Span.line(1, tokens, self.sizes.device)
         kv_span = Span.line(1, more, self.sizes.device)
-        span = replace(span, pos=span.pos + more)
+        span = span.with_pos(span.pos + more)
         leaf = Softmax(Mask(), mixer.mix.score)
         kept = self.noise(more)
         q = self.noise(tokens).unflatten(-1, (self.sizes.heads, -1)).requires_grad_()

@@ -18,6 +18,7 @@ from models.architectures.decoder import Decoder
 from models.attention.full import Attention
 from models.cost.activation_memory import activation_bytes, host_bytes
 from models.feedforward import SwiGLU
+from models.micro_batch import MicroBatch
 from models.positions.rope import Rope
 from models.span import Span
 from parallel.activation_offload import ActivationOffload
@@ -125,7 +126,7 @@ def _step(
             parameter.grad = (
                 torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
             )
-        loss = engine.model(tokens, span, tokens).sum() / sizes.tokens
+        loss = engine.model(MicroBatch(tokens, span, tokens)).sum() / sizes.tokens
         loss.backward()
         losses.append(loss.item())  # waits for the device
 

@@ -22,6 +22,7 @@ from models.carried_state import name_stateful_modules
 from models.feedforward import SwiGLU
 from models.init import initialise
 from models.loss import IGNORE
+from models.micro_batch import MicroBatch
 from models.positions.rope import Rope
 from models.recurrent.rwkv7 import Rwkv7
 from models.span import Span
@@ -121,7 +122,7 @@ class TimeBenchmark:
         row, span = self.row(tokens)
 
         def step() -> None:
-            model(row, Span.of(span.pos, span.doc), row).sum().backward()
+            model(MicroBatch(row, Span.of(span.pos, span.doc), row)).sum().backward()
 
         return step
 
@@ -131,12 +132,13 @@ class TimeBenchmark:
         parts = row.split(self.sizes.piece, 1)
         positions = zip(span.pos.split(self.sizes.piece, 1), span.doc.split(self.sizes.piece, 1))
         spans = [Span.of(pos, doc) for pos, doc in positions]
+        untaught = [torch.full_like(part, IGNORE) for part in parts]
 
         def step() -> None:
             run_in_pieces(
                 piece_state(spans),
-                lambda number, at: model(parts[number], at, torch.full_like(parts[number], IGNORE)),
-                lambda number, at: model(parts[number], at, parts[number]).sum(),
+                lambda number, at: model(MicroBatch(parts[number], at, untaught[number])),
+                lambda number, at: model(MicroBatch(parts[number], at, parts[number])).sum(),
                 lambda loss, last: loss.backward(),
             )
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from models.carried_state import CarriedState
 from models.init import initialise
+from models.micro_batch import MicroBatch
 from models.primitives.softmax import Softmax
 from models.span import Span
 from trainer.config.build_model import build_model
@@ -41,7 +42,7 @@ def held_bytes(overrides: Sequence[str], lengths: Sequence[int]) -> list[int]:
         for start in range(0, max(lengths), ROW):
             tokens = torch.randint(0, VOCABULARY, (1, ROW), generator=generator)
             pos = torch.arange(start, start + ROW)[None]
-            model(tokens, past.attach(Span.of(pos, torch.zeros_like(pos))))
+            model(MicroBatch(tokens, past.attach(Span.of(pos, torch.zeros_like(pos)))))
             past.advance()
             if start + ROW in lengths:
                 found.append(past.bytes())
@@ -60,5 +61,5 @@ def _payload_bytes(model: nn.Module, tokens: int) -> int:
         if isinstance(leaf, Softmax):
             leaf.forward = note
     with torch.device("meta"):
-        model(torch.zeros(1, tokens, dtype=torch.long), Span.line(1, tokens))
+        model(torch.zeros(1, tokens, dtype=torch.long))
     return sum(held)

@@ -24,6 +24,7 @@ from models.cache.eviction.tova import Tova
 from models.cache.eviction.window import Window
 from models.init import initialise
 from models.loss import IGNORE
+from models.micro_batch import MicroBatch
 from models.span import Span
 from scripts.experiments.runner import Budget
 from scripts.experiments.trial import TrialResult
@@ -158,7 +159,7 @@ def fit(
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * warm * (1 - step / steps)
         tokens, targets = batch()
-        losses = model(tokens, Span.line(*tokens.shape), targets)
+        losses = model(MicroBatch(tokens, Span.line(*tokens.shape), targets))
         loss = losses.sum() / (targets != IGNORE).sum()
         optimiser.zero_grad()
         loss.backward()
@@ -227,7 +228,7 @@ def accuracy(
 def _feed(model: nn.Module, state: DecodingState, tokens: Tensor, begin: int) -> Tensor:
     """Returns the logits [B, T, V] of a piece that begins at a position of its documents."""
     pos = torch.arange(begin, begin + tokens.shape[1]).expand_as(tokens)
-    logits = model(tokens, state.attach(Span.of(pos, torch.zeros_like(pos))))
+    logits = model(MicroBatch(tokens, state.attach(Span.of(pos, torch.zeros_like(pos)))))
     state.advance()
     return logits
 

@@ -17,6 +17,7 @@ from models.cache.base import KVCacheFactory
 from models.cache.contiguous import Contiguous
 from models.cache.decoding_state import DecodingState
 from models.cache.quantized import QuantizedKV
+from models.micro_batch import MicroBatch
 from models.span import Span
 from scripts.experiments.eviction import fit, small_model
 from scripts.experiments.runner import Budget
@@ -113,7 +114,7 @@ def perplexity(model: nn.Module, rows: Tensor, factory: KVCacheFactory) -> tuple
         tokens = rows[:, start : start + PIECE]
         pos = torch.arange(start, start + PIECE).expand_as(tokens)
         span = state.attach(Span.of(pos, torch.zeros_like(pos)))
-        losses = model(tokens, span, rows[:, start + 1 : start + PIECE + 1])
+        losses = model(MicroBatch(tokens, span, rows[:, start + 1 : start + PIECE + 1]))
         state.advance()
         if start >= SKIPPED:
             total += float(losses.double().sum())

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from models.init import initialise
+from models.micro_batch import MicroBatch
 from models.same_graph import tied
 from tests.support.parity import packed
 from trainer.config.build_model import build_model
@@ -61,7 +62,7 @@ def with_gradient(config, span):
         if hasattr(module, "reset_buffers"):
             module.reset_buffers()
     tokens = torch.randint(0, WORDS, span.shape)
-    loss = model(tokens, span, tokens.masked_fill(~span.valid(), -100)).sum()
+    loss = model(MicroBatch(tokens, span, tokens.masked_fill(~span.valid(), -100))).sum()
     for module in model.modules():
         for extra in (getattr(module, "auxiliary", None) or {}).values():
             loss = loss + extra.sum()

@@ -12,6 +12,7 @@ from models.attention.full import Attention
 from models.attention.sliding import Sliding
 from models.cost.activation_memory import activation_bytes, host_bytes, state_bytes
 from models.feedforward import SwiGLU
+from models.micro_batch import MicroBatch
 from models.positions.rope import Rope
 from models.span import Span
 from parallel.activation_offload import ActivationOffload
@@ -53,7 +54,7 @@ def held(env, name, sizes):
     engine.wrap(decoder(**sizes))
     tokens = torch.arange(9)[None] * (1 + env.rank)
     for _ in range(2):
-        engine.backward(engine.model(tokens, Span.line(1, 9), tokens).sum() / 36)
+        engine.backward(engine.model(MicroBatch(tokens, Span.line(1, 9), tokens)).sum() / 36)
         gradients = storages(p.grad for p in engine.parameters.values() if p.grad is not None)
         gathered = everything() - before
         engine.step(1e-3)
@@ -102,11 +103,11 @@ def measured(checkpointing, sizes, offload=None):
         parameter.grad = torch.zeros_like(parameter)
     tokens, span = torch.arange(TOKENS)[None] % WORDS, Span.line(1, TOKENS)
     engine.model(
-        tokens, span, tokens
+        MicroBatch(tokens, span, tokens)
     ).sum().backward()  # the span keeps its masks: they are no activations
     gc.collect()
     with Live() as live:
-        loss = engine.model(tokens, span, tokens).sum()
+        loss = engine.model(MicroBatch(tokens, span, tokens)).sum()
         kept = live.now
         loss.backward()
     return kept, live.peak
@@ -178,9 +179,9 @@ def test_other_layers_hold_between_forward_and_backward_what_is_predicted(one_th
     told = activation_bytes(built, 256)
     materialize(built, torch.device("cpu"), seed=0)
     tokens, span = torch.arange(256)[None], Span.line(1, 256)
-    built(tokens, span, tokens)
+    built(MicroBatch(tokens, span, tokens))
     with Live() as live:
-        losses = built(tokens, span, tokens)
+        losses = built(MicroBatch(tokens, span, tokens))
         assert live.now == pytest.approx(told, rel=0.1), losses.shape
 
 

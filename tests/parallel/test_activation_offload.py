@@ -16,6 +16,7 @@ from models.auxiliary import auxiliary_loss
 from models.cost.activation_memory import host_bytes
 from models.init import initialise
 from models.loss import IGNORE
+from models.micro_batch import MicroBatch
 from models.span import Span
 from parallel.activation_offload import SMALL, ActivationOffload
 from parallel.engines.base import Engine
@@ -83,7 +84,9 @@ def test_losses_and_gradients_are_the_same_bits_and_what_left_is_what_was_predic
     def step(offload):
         engine = Single(Mesh.alone(), AdamW(), checkpointing=checkpointing)
         parallelize(named_model(name), engine, offload=offload)
-        losses = engine.model(tokens := torch.arange(256)[None], Span.line(1, 256), tokens)
+        losses = engine.model(
+            MicroBatch(tokens := torch.arange(256)[None], Span.line(1, 256), tokens)
+        )
         sum((each.sum() for each in auxiliary_loss(engine.model).values()), losses.sum()).backward()
         return losses.detach(), {
             key: p.grad for key, p in engine.parameters.items() if p.grad is not None
@@ -115,7 +118,9 @@ def trained(engine: Engine, model: nn.Module, offload, method="auto", rank=0, si
                 here.sharding.shard(tokens[row : row + 1], 0),
                 here.sharding.shard(targets[row : row + 1], IGNORE),
             )
-            engine.backward(engine.model(mine[0], here, mine[1]).sum() / valid, last=row == 1)
+            engine.backward(
+                engine.model(MicroBatch(mine[0], here, mine[1])).sum() / valid, last=row == 1
+            )
         norms.append(engine.clip(0.1))
         engine.step(0.01)
     state = engine.state()["model"].items()

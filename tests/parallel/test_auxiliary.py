@@ -11,6 +11,7 @@ from models.auxiliary import auxiliary_loss
 from models.feedforward import SwiGLU
 from models.init import initialise
 from models.loss import IGNORE
+from models.micro_batch import MicroBatch
 from models.positions.rope import Rope
 from parallel.engines.fsdp import Fsdp
 from parallel.engines.single import Single
@@ -49,7 +50,7 @@ def _given() -> tuple[Tensor, Tensor]:
 
 
 def _loss(model: nn.Module, tokens: Tensor, span, targets: Tensor) -> Tensor:
-    losses = model(tokens, span, targets).sum()
+    losses = model(MicroBatch(tokens, span, targets)).sum()
     return losses + 0.5 * auxiliary_loss(model)["indexer"]
 
 

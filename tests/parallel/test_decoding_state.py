@@ -7,6 +7,7 @@ import parallel.decoding_state as sharded
 from models.cache.contiguous import Contiguous
 from models.cache.decodable import shortest_piece
 from models.cache.decoding_state import DecodingState
+from models.micro_batch import MicroBatch
 from models.primitives.sequential import SequentialScan
 from parallel.collectives import Communicator
 from parallel.context_parallel import apply_context_parallel
@@ -34,15 +35,20 @@ def build(name):
     return built(name) if name in MODELS else made(name)
 
 
+def called(model, x, span):
+    """What a whole model gives to tokens, or a layer to vectors."""
+    return model(x, span) if x.is_floating_point() else model(MicroBatch(x, span))
+
+
 def piece(model, x, state, index, env, policy, heads):
     """The piece whole on every rank, or sharded by a layout."""
     span = piece_span(SPAN, index)
     part = taken(x, index, 0)
     if policy is None:
-        return model(part, state.attach(span))
+        return called(model, part, state.attach(span))
     rows = layouts(policy, span, env.size, heads=heads)
     span = shard_span(span, rows, env.rank)
-    y = model(span.sharding.shard(part, 0), state.attach(span))
+    y = called(model, span.sharding.shard(part, 0), state.attach(span))
     size = env.size
     every = state.communicator.all_to_all([y] * size, [y.numel()] * size)
     whole = span.sharding.to_global_order(torch.cat([one.view(y.shape) for one in every], 1))
@@ -62,7 +68,7 @@ def worker(env, cases, policies):
     for number, (name, method) in enumerate(cases):
         one = build(name)
         x = given(one)
-        truth = one(x, SPAN)
+        truth = called(one, x, SPAN)
         model = build(name)
         side = GRID_HEADS[env.size] if method == "usp" else 1
         sides = grid(env, side) if method == "usp" else None
@@ -87,7 +93,7 @@ def worker(env, cases, policies):
                 alone.import_state(whole)
                 next_index = pieces[turn + 1]
                 span = piece_span(SPAN, next_index)
-                again = one(taken(x, next_index, 0), alone.attach(span))
+                again = called(one, taken(x, next_index, 0), alone.attach(span))
                 held = next_index >= 0
                 exact = taken(truth, next_index, 0)
                 moved = float((again[held] - exact[held]).abs().max())

@@ -110,7 +110,7 @@ def test_joined_rows_lie_one_behind_the_other_with_all_padding_at_the_end(policy
     first = shard_span(before, layouts("contiguous", before, size), 0)
     for rank in range(size):
         here = first.sharding.spans[rank]
-        held = replace(here, sharding=replace(first.sharding, rank=rank)).join(
+        held = here.with_sharding(replace(first.sharding, rank=rank)).join(
             shard_span(row, layouts(policy, row, size), rank)
         )
         assert torch.equal(held.pos[:, : here.shape[1]], here.pos), (

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models.micro_batch import MicroBatch
 from tests.trainer.init_from.test_adapters import LORA, TARGETS, built, run_on
 from tests.trainer.test_stages import SMALL
 from trainer.export import export, reopen
@@ -23,7 +24,7 @@ def words(tmp_path_factory) -> list[str]:
 
 def loss_of(model, stream) -> float:
     batch, _ = stream.read(stream.start())
-    return model(batch.inputs(), batch.span(), batch.targets()).sum().item()
+    return model(MicroBatch(batch.inputs(), batch.span(), batch.targets())).sum().item()
 
 
 def test_peft_computes_with_our_adapters_what_our_export_does(words, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.loss import IGNORE
-from models.span import Span
+from models.micro_batch import MicroBatch
 from parallel.mesh import Mesh
 from trainer.config.schema import Config
 from trainer.data.batch_sharding import BatchSharder
@@ -55,7 +55,8 @@ class Uniform(nn.Module):
         super().__init__()
         self.vocabulary = vocabulary
 
-    def forward(self, tokens: Tensor, span: Span, targets: Tensor | None = None) -> Tensor:
+    def forward(self, batch: MicroBatch) -> Tensor:
+        tokens, _, targets, _ = batch
         if targets is not None:
             return torch.where(targets != IGNORE, math.log(self.vocabulary), 0.0).double()
         return torch.zeros(*tokens.shape, self.vocabulary, dtype=torch.float64)
@@ -74,8 +75,9 @@ class Reader(Uniform):
         self.solve = solve
         self.ending = re.compile(ending)
 
-    def forward(self, tokens: Tensor, span: Span, targets: Tensor | None = None) -> Tensor:
-        logits = super().forward(tokens, span)
+    def forward(self, batch: MicroBatch) -> Tensor:
+        logits = super().forward(batch.without_targets())
+        tokens, span, *_ = batch
         for row_index, row in enumerate(tokens.tolist()):
             length = int(span.valid()[row_index].sum())
             # One character a byte, so that places in the text are places in the row.
@@ -106,9 +108,9 @@ class Teachable(Uniform):
                 if target != IGNORE:
                     self.known[tuple(tokens[: place + 1])] = target
 
-    def forward(self, tokens: Tensor, span: Span, targets: Tensor | None = None) -> Tensor:
-        logits = super().forward(tokens, span)
-        for row_index, row in enumerate(tokens.tolist()):
+    def forward(self, batch: MicroBatch) -> Tensor:
+        logits = super().forward(batch.without_targets())
+        for row_index, row in enumerate(batch.tokens.tolist()):
             for place in range(len(row)):
                 target = self.known.get(tuple(row[: place + 1]))
                 if target is not None:

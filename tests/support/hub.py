@@ -12,6 +12,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from models.hub.registry import adapter_of
 from models.loss import IGNORE
+from models.micro_batch import MicroBatch
 from models.span import Span
 from parallel.engines.materialize import materialize, named
 from parallel.engines.single import Single
@@ -188,7 +189,10 @@ def on_ranks(env: Any, folder: str, method: str) -> tuple[float, dict[str, Tenso
         )
         shard = here.sharding.shard
         mine = shard(tokens[row : row + 1], 0)
-        part = engine.model(mine, here, shard(targets[row : row + 1], IGNORE)).sum() / valid
+        part = (
+            engine.model(MicroBatch(mine, here, shard(targets[row : row + 1], IGNORE))).sum()
+            / valid
+        )
         engine.backward(part, last=row == 1)
         loss += part.detach()
     dist.all_reduce(loss)

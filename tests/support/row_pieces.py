@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from models.auxiliary import auxiliary_loss, on_step_begin, reset_auxiliary, statistics
 from models.carried_state import CarriedState
 from models.loss import IGNORE
+from models.micro_batch import MicroBatch
 from models.span import Span
 from parallel.carried_state import ShardedCarriedState
 from parallel.collectives import Communicator
@@ -89,13 +90,13 @@ def run_steps(
 
         def learn(number: int, at: Span, parts=parts, count=count) -> Tensor:
             reset_auxiliary(model)
-            loss = model(parts[number][0], at, parts[number][1]).sum() / count
+            loss = model(MicroBatch(parts[number][0], at, parts[number][1])).sum() / count
             auxiliary = auxiliary_loss(model, tokens=count, rows=2)
             add({"loss": loss, **auxiliary, **statistics(model)})
             return loss + sum(auxiliary.values(), torch.zeros_like(loss))
 
         def look_ahead(number: int, at: Span, parts=parts) -> None:
-            model(parts[number][0], at, torch.full_like(parts[number][1], IGNORE))
+            model(MicroBatch(parts[number][0], at, torch.full_like(parts[number][1], IGNORE)))
 
         if len(spans) == 1:
             learn(0, first).backward()

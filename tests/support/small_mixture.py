@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.attention.full import Attention
 from models.init import normal
 from models.loss import IGNORE, token_losses
+from models.micro_batch import MicroBatch
 from models.positions.rope import Rope
 from models.span import Span
 from parallel.collectives import Communicator, all_to_all_rows
@@ -118,7 +119,8 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(hidden) for _ in range(2))
         self.norm, self.head = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, WORDS, bias=False)
 
-    def forward(self, tokens: Tensor, span: Span, targets: Tensor) -> Tensor:
+    def forward(self, batch: MicroBatch) -> Tensor:
+        tokens, span, targets, _ = batch
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x, span)
@@ -177,7 +179,7 @@ def train(engine, steps: range) -> tuple[list[float], list[float], dict[str, Ten
                     here, [layout("zigzag", span.shape[1], mesh.context.size)], mesh.context.rank
                 )
                 words, wanted = here.sharding.shard(words, 0), here.sharding.shard(wanted, IGNORE)
-            loss = engine.model(words, here, wanted).sum() / valid
+            loss = engine.model(MicroBatch(words, here, wanted)).sum() / valid
             engine.backward(loss, last=row == mine[-1])
             total += loss.detach()
         if mesh.world.group is not None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from models.micro_batch import MicroBatch
 from models.span import Span
 from scripts.export import main
 from tests.trainer.verify.test_whole_runs import in_pool
@@ -62,7 +63,9 @@ def test_what_two_ranks_sharded_is_the_model_of_one_device(runs, tmp_path):
         torch.zeros(1, 12, dtype=torch.int64),
         torch.zeros(1, 12, dtype=torch.int64),
     )
-    torch.testing.assert_close(one(tokens, span), other(tokens, span), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        one(MicroBatch(tokens, span)), other(MicroBatch(tokens, span)), rtol=0, atol=1e-9
+    )
 
 
 def test_the_file_holds_every_tensor_of_the_checkpoint_bit_for_bit(runs, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from models.micro_batch import MicroBatch
 from models.span import Span
 from scripts.export import main
 from tests.support import hub
@@ -102,7 +103,7 @@ def test_a_model_born_here_is_opened_by_transformers(runs, tmp_path):
     assert type(theirs).__name__ == "MistralForCausalLM" and theirs.config.sliding_window == 20
     tokens = torch.randint(0, 257, (1, 50), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        want = reopen(tmp_path / "ours")(tokens, Span.line(1, 50))
+        want = reopen(tmp_path / "ours")(MicroBatch(tokens, Span.line(1, 50)))
         got = theirs(tokens, use_cache=False).logits
     assert ((got - want).abs().max() / want.abs().max()) < 1e-5
 

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
+from models.micro_batch import MicroBatch
 from parallel.engines.materialize import materialize
 from tests.support.pool import ranks
 from trainer import __main__ as command
@@ -162,7 +163,7 @@ def by_hand(words):
         while step < stage.config.steps:
             step += 1
             batch, cursor = stream.read(cursor)
-            token_losses = model(batch.inputs(), batch.span(), batch.targets())
+            token_losses = model(MicroBatch(batch.inputs(), batch.span(), batch.targets()))
             valid = batch.predictions()
             loss = token_losses.sum() / valid
             loss.backward()

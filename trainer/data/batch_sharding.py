@@ -9,12 +9,12 @@ rank.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from models.loss import IGNORE
+from models.micro_batch import MicroBatch
 from models.span import PREFIX, Span
 from parallel.layout import layouts
 from parallel.mesh import Mesh
@@ -23,14 +23,6 @@ from trainer.data.batch import Batch
 
 # Tokens that a rank computes at once under parallel.micro_batch=auto.
 AUTO_TOKENS = {"cpu": 8192, "cuda": 32768}
-
-
-class MicroBatch(NamedTuple):
-    """Tokens, addresses and targets of a micro-batch on this rank, all [m, c]."""
-
-    tokens: Tensor
-    span: Span
-    targets: Tensor
 
 
 class BatchSharder:

@@ -18,6 +18,7 @@ from models.cache.contiguous import Contiguous
 from models.cache.decodable import cannot_decode, shortest_piece
 from models.cache.decoding_state import DecodingState
 from models.layer import hook
+from models.micro_batch import MicroBatch
 from models.primitives.sequential import SequentialScan
 from models.span import PADDING, Span
 from parallel.collectives import Communicator
@@ -157,7 +158,7 @@ class TokenDecoder:
 
     def _feed(self, pieces: Sequence[Sequence[int]]) -> Tensor:
         tokens, span = self._rows(pieces)
-        logits = self.model(tokens, self.state.attach(span, tokens))
+        logits = self.model(MicroBatch(tokens, self.state.attach(span, tokens)))
         self.state.advance()
         self.lengths = [have + len(more) for have, more in zip(self.lengths, pieces, strict=True)]
         last = torch.tensor([len(piece) - 1 for piece in pieces], device=logits.device)
@@ -172,14 +173,16 @@ class TokenDecoder:
         tokens, span = self._rows(pieces)
         rows = layouts(self.policy, span, size, heads=self.communicator.heads or 1)
         sharded = shard_span(span, rows, self.communicator.rank)
-        logits = self.model(sharded.sharding.shard(tokens, 0), self.state.attach(sharded))
+        own = sharded.sharding.shard(tokens, 0)
+        logits = self.model(MicroBatch(own, self.state.attach(sharded)))
         self.state.advance()
         self.lengths = [len(piece) for piece in pieces]
         last = torch.tensor([len(piece) - 1 for piece in pieces], device=logits.device)
         is_last = sharded.valid() & (sharded.pos == last[:, None])
         # One rank has the last token of a row, wherever the layout put it; the others add zeros.
-        own = torch.where(is_last[..., None], logits, 0).sum(1)
-        parts = self.communicator.all_to_all([own] * size, [own.numel()] * size, "decode logits")
+        last_logits = torch.where(is_last[..., None], logits, 0).sum(1)
+        sizes = [last_logits.numel()] * size
+        parts = self.communicator.all_to_all([last_logits] * size, sizes, "decode logits")
         return torch.stack([part.view(own.shape) for part in parts]).sum(0)
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from models.micro_batch import MicroBatch
 from models.ranges import Range
 from parallel.mesh import Mesh
 from trainer.agreement import mark
@@ -22,7 +23,7 @@ from trainer.config.finding import Finding
 from trainer.config.instantiate import instantiate
 from trainer.config.schema import HELD_OUT, Config
 from trainer.data.batch import Batch
-from trainer.data.batch_sharding import BatchSharder, MicroBatch
+from trainer.data.batch_sharding import BatchSharder
 from trainer.data.lanes import Lanes
 from trainer.data.streams.base import Stream
 from trainer.data.tasks.base import Numbers

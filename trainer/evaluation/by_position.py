@@ -76,10 +76,9 @@ class ByPosition(Evaluation):
             batch, cursor = stream.read(cursor)
             context.check_signal(batch, "held-out batch by position")
             for number, (micro_batch, _) in enumerate(share(batch)):
-                span = micro_batch.span
                 if lanes is not None:
-                    span = lanes.attach(number, span)
-                losses = context.model(micro_batch.tokens, span, micro_batch.targets)
+                    micro_batch = micro_batch.with_span(lanes.attach(number, micro_batch.span))
+                losses = context.model(micro_batch)
                 if lanes is not None:
                     lanes.advance(number)
                 is_counted = (micro_batch.targets != IGNORE) & (micro_batch.span.pos < tokens)

@@ -114,7 +114,7 @@ def _last_logits(model: nn.Module, share: BatchSharder, tokens: list[int]) -> Te
     """Returns the logits of the next token, [V] float64 on the CPU, on every rank."""
     micro_batch = share.piece(single_row(tokens, share.mesh.device))
     span = micro_batch.span
-    logits = model(micro_batch.tokens, span).to(torch.float64)
+    logits = model(micro_batch.without_targets()).to(torch.float64)
     # One rank has the last token, wherever the layout put it; the others add zeros.
     is_last = span.valid() & (span.pos == len(tokens) - 1)
     last_logits = torch.where(is_last[..., None], logits, 0.0).sum((0, 1))

@@ -207,15 +207,15 @@ def evaluate(
         if stop(mark(batch, stream.fingerprint), f"held-out batch {batch_index + 1}"):
             return None
         for number, (micro_batch, _) in enumerate(share(batch)):
-            span = micro_batch.span
             if lanes is not None:
-                span = lanes.attach(number, span)
+                micro_batch = micro_batch.with_span(lanes.attach(number, micro_batch.span))
             targets = micro_batch.targets
-            losses = model(micro_batch.tokens, span, targets).to(torch.float64)
+            assert targets is not None, "held-out rows come with targets"
+            losses = model(micro_batch).to(torch.float64)
             valid = targets != IGNORE
             if task is not None:
                 # A second forward pass: with targets, the model returns losses and no logits.
-                predicted = model(micro_batch.tokens, span).argmax(-1)
+                predicted = model(micro_batch.without_targets()).argmax(-1)
                 new_grades = task.grade(
                     predicted[valid].cpu().numpy(), targets[valid].cpu().numpy()
                 )

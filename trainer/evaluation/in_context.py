@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from models.loss import IGNORE
+from models.micro_batch import MicroBatch
 from models.ranges import Piece, Range, Share
 from models.span import PADDING
 from trainer.config.finding import Finding
 from trainer.data.batch import Batch
-from trainer.data.batch_sharding import MicroBatch
 from trainer.evaluation.base import (
     Evaluation,
     EvaluationContext,
@@ -97,9 +97,7 @@ class InContext(Evaluation):
             for index, length in enumerate(kept):
                 piece = _last(batch, length, scored)
                 for micro_batch in context.pieces(piece, "the end of held-out rows"):
-                    losses = context.model(
-                        micro_batch.tokens, micro_batch.span, micro_batch.targets
-                    )
+                    losses = context.model(micro_batch)
                     valid = micro_batch.targets != IGNORE
                     sums[0, index] += losses[valid].sum()
                     sums[1, index] += valid.sum()
@@ -140,7 +138,7 @@ class InContext(Evaluation):
 
 def _losses(context: EvaluationContext, micro_batch: MicroBatch) -> Tensor:
     """Returns the losses of a micro-batch, float64, 0 where there is no target."""
-    return context.model(micro_batch.tokens, micro_batch.span, micro_batch.targets).double()
+    return context.model(micro_batch).double()
 
 
 def _last(batch: Batch, length: int, scored: int) -> Batch:

@@ -76,9 +76,11 @@ def score_rows(context: EvaluationContext, rows: Sequence[ScoredRow], what: str)
         table = np.stack([row.choices for row in rows if row.choices is not None])
         choices = torch.from_numpy(table).to(context.mesh.device)
     for micro_batch in context.pieces(rows_batch(rows), what):
-        logits = context.model(micro_batch.tokens, micro_batch.span)
-        valid = micro_batch.targets != IGNORE
-        targets = micro_batch.targets[valid]
+        logits = context.model(micro_batch.without_targets())
+        all_targets = micro_batch.targets
+        assert all_targets is not None, "rows to score come with targets"
+        valid = all_targets != IGNORE
+        targets = all_targets[valid]
         # One document a row, so after numbering a document's number is that of its row.
         row_index = micro_batch.span.doc[valid]
         picked = logits[valid].to(torch.float64)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from models.cost.flops import CostTrace, trace_cost
 from models.cost.parameters import meta_row, meta_twin
 from models.lora import LEAVES, adapters
+from models.micro_batch import MicroBatch
 from trainer.config.finding import Finding
 from trainer.config.schema import Config
 from trainer.errors import BAD_RUN, UserError
@@ -131,7 +132,7 @@ def _never_called(model: nn.Module) -> list[str]:
     tokens, span = meta_row(2)
     with torch.no_grad():
         # A pass with targets, because a head is called as a layer only without them.
-        twin(tokens, span, torch.zeros_like(tokens))
+        twin(MicroBatch(tokens, span, torch.zeros_like(tokens)))
     return [name for name, _ in adapters(model) if name not in called]
 
 

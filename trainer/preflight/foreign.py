@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.micro_batch import MicroBatch
 from models.primitive import Primitive
 from models.span import Span
 from trainer.config.finding import NO_VALUE_SHOWN, Finding
@@ -204,7 +205,7 @@ def _difference(
     seen = []
     for tokens in both:
         with _same_chance():
-            seen.append(model(tokens, span.map(torch.clone)))
+            seen.append(model(MicroBatch(tokens, span.map(torch.clone))))
         if tape is not None:
             tape.again = True
     scale = seen[0].abs().max().clamp_min(1e-12)

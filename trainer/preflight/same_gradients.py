@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from models.micro_batch import MicroBatch
 from models.span import PADDING, Span
 from trainer.config.finding import Finding
 from trainer.config.schema import Config
@@ -81,7 +82,7 @@ def _used(model: nn.Module, span: Span) -> set[str]:
 
             handles.append(module.register_forward_pre_hook(note))
     tokens = torch.randint(VOCABULARY, span.shape, generator=torch.Generator().manual_seed(3))
-    outputs: Tensor = model(tokens, span)
+    outputs: Tensor = model(MicroBatch(tokens, span))
     outputs.sum().backward()
     for handle in handles:
         handle.remove()

@@ -30,6 +30,7 @@ from models.carried_state import CarriedState
 from models.causality import layers_ahead
 from models.init import init_rules, initial_tensor
 from models.loss import IGNORE
+from models.micro_batch import MicroBatch
 from models.span import Span
 from parallel.carried_state import ShardedCarriedState
 from parallel.collectives import Communicator
@@ -199,13 +200,13 @@ class Examination:
         reset_auxiliary(self.shared)
 
         attached = state.attach(span) if state else span
-        expected = self.reference(tokens, attached, targets)
+        expected = self.reference(MicroBatch(tokens, attached, targets))
         _total_loss(self.reference, expected).backward()
 
         local_tokens = sharding.shard(tokens, 0)
         local_targets = sharding.shard(targets, IGNORE)
         attached = sharded_state.attach(local_span) if sharded_state else local_span
-        losses = self.shared(local_tokens, attached, local_targets)
+        losses = self.shared(MicroBatch(local_tokens, attached, local_targets))
         _total_loss(self.shared, losses).backward()
 
         for carried in (state, sharded_state):

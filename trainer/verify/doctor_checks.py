@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.loss import IGNORE
 from models.masks.algebra import visible
+from models.micro_batch import MicroBatch
 from models.primitives.block_topk import BlockTopK
 from models.primitives.causal_conv import CausalConv
 from models.primitives.knn import KNN
@@ -54,7 +55,7 @@ def check_reach(model: nn.Module, tokens: Tensor, span: Span, mesh: Mesh) -> Ite
         handles.append(layer.register_forward_hook(_note(name, outputs)))
     local_tokens = tokens if span.sharding is None else span.sharding.shard(tokens, 0)
     try:
-        model(local_tokens, span)
+        model(MicroBatch(local_tokens, span))
     finally:
         for handle in handles:
             handle.remove()
@@ -170,10 +171,11 @@ def check_padding_rank(
     empty = mesh.context.size - int(counts)
     reference.zero_grad()
     shared.zero_grad()
-    expected = reference(tokens, short, aims)
+    expected = reference(MicroBatch(tokens, short, aims))
     expected.sum().backward()
     sharding = local.sharding
-    losses = shared(sharding.shard(tokens, 0), local, sharding.shard(aims, IGNORE))
+    own = MicroBatch(sharding.shard(tokens, 0), local, sharding.shard(aims, IGNORE))
+    losses = shared(own)
     losses.sum().backward()
     figure = relative_error(losses.detach(), sharding.shard(expected.detach(), 0))
     for wanted, parameter in zip(reference.parameters(), shared.parameters(), strict=True):

@@ -49,13 +49,13 @@ def _falsified(value: Any, kind: str) -> Any:
         for layout in sharding.layouts:
             rotated.append(replace(layout, runs=(*layout.runs[1:], layout.runs[0])))
         spans = (*sharding.spans[1:], sharding.spans[0])
-        # Cached orders and plans belong to the true layout, and would hide the exchange.
+        # Cached orders belong to the true layout, and would hide the exchange.
         sharding = replace(sharding, layouts=tuple(rotated), orders=[], spans=spans)
-        return replace(value, sharding=sharding, plans={})
+        return value.with_sharding(sharding)
     falsify = _equal_positions if kind == "mask" else _one_document
     spans = tuple(falsify(span) for span in sharding.spans)
     sharding = replace(sharding, spans=spans, whole=falsify(sharding.whole))
-    return replace(falsify(value), sharding=sharding)
+    return falsify(value).with_sharding(sharding)
 
 
 def _equal_positions(span: Span) -> Span:

@@ -14,6 +14,7 @@ from models.feedforward import SwiGLU
 from models.init import initialise
 from models.memory.segments import SegmentMemory
 from models.memory.tokens import MemoryTokens
+from models.micro_batch import MicroBatch
 from models.positions.rope import Rope
 from models.primitives.softmax import Softmax
 from models.span import Span
@@ -170,13 +171,13 @@ def test_layers_that_see_no_row_are_left_out():
 
 def test_the_model_is_left_as_it_was_and_few_heads_may_be_kept():
     model, tokens, span = decoder(), torch.arange(9)[None], Span.line(1, 9)
-    before = model(tokens, span)
+    before = model(MicroBatch(tokens, span))
     every = collect(model, leaves(model), tokens, span)
     few = collect(model, leaves(model), tokens, span, heads=2)
     assert few[0].weight.shape == (2, 9, 9) and few[0].heads == HEADS
     assert torch.equal(few[1].weight, every[1].weight[:2])
     assert all(not module._forward_pre_hooks for module in model.modules())
-    assert torch.equal(model(tokens, span), before)
+    assert torch.equal(model(MicroBatch(tokens, span)), before)
 
 
 def test_compiled_blocks_are_looked_into_and_not_compiled_again_for_it():
@@ -191,7 +192,7 @@ def test_compiled_blocks_are_looked_into_and_not_compiled_again_for_it():
     for block in model.get_submodule("blocks").children():
         block.forward = torch.compile(block.forward, backend=compiled)
     with torch.no_grad():
-        model(tokens, span)
+        model(MicroBatch(tokens, span))
     before = len(graphs)
     got = collect(model, leaves(model), tokens[:, :5], Span.line(1, 5))
     assert len(got) == 2 and all(torch.equal(a.weight, b.weight) for a, b in zip(got, want))

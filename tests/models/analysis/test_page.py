@@ -25,7 +25,8 @@ class TwoLayers(torch.nn.Module):
         self.embed = torch.nn.Embedding(10, 16)
         self.layers = torch.nn.ModuleList(Attention(16, 4, 2, Rope()) for _ in range(2))
 
-    def forward(self, tokens, span):
+    def forward(self, batch):
+        tokens, span, *_ = batch
         hidden = self.embed(tokens)
         for layer in self.layers:
             hidden = hidden + layer(hidden, span)

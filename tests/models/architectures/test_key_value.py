@@ -7,6 +7,7 @@ import torch
 from models.architectures.key_value import KeyValue
 from models.init import initialise
 from models.loss import IGNORE
+from models.micro_batch import MicroBatch
 from models.span import PADDING, Span
 
 VOCABULARY = 11
@@ -52,7 +53,7 @@ def spelled(model, words, span):
 @pytest.mark.parametrize(("hops", "fact"), [(1, 3), (3, 3), (2, 1), (2, 2), (1, 4)])
 def test_it_is_its_equations(hops, fact, shared):
     model, (tokens, span) = made(hops=hops, fact=fact, shared=shared), row()
-    got = model(tokens, span)
+    got = model(MicroBatch(tokens, span))
     for begin, length in ((0, 8), (8, 4)):
         words = tokens[0, begin : begin + length].tolist()
         for q_span in range(length):
@@ -65,9 +66,9 @@ def test_losses_are_those_of_its_logits():
     model, (tokens, span) = made(), row()
     targets = torch.roll(tokens, -1, 1)
     targets[0, [3, 12]] = IGNORE
-    losses = model(tokens, span, targets)
+    losses = model(MicroBatch(tokens, span, targets))
     want = torch.nn.functional.cross_entropy(
-        model(tokens, span)[0], targets[0], reduction="none", ignore_index=IGNORE
+        model(MicroBatch(tokens, span))[0], targets[0], reduction="none", ignore_index=IGNORE
     )
     assert torch.allclose(losses[0], want, atol=1e-12)
 
@@ -85,7 +86,7 @@ def test_a_fact_is_read_in_its_direction():
     )  # a is followed by b, b by c; and b by?
     found = []
     model.hops[0].register_forward_hook(lambda _, args, out: found.append(out))
-    model(tokens, Span.line(1, 9))
+    model(MicroBatch(tokens, Span.line(1, 9)))
     assert found[0][0, -1, c] > 3.9 and found[0][0, -1, a] < 0.1
 
 

@@ -14,6 +14,7 @@ from models.init import initialise
 from models.loss import IGNORE
 from models.memory.lookup import Memorizing
 from models.memory.segments import SegmentMemory
+from models.micro_batch import MicroBatch
 from models.span import PADDING, Span
 
 VOCABULARY = 19
@@ -116,7 +117,7 @@ def test_losses_are_those_of_independent_bits_and_log_probabilities_agree(name):
     model, tokens = made(name), tokens_of(2, 6)
     span, targets = Span.line(2, 6), tokens_of(2, 6, seed=1)
     targets[0, 2] = IGNORE
-    losses, every = model(tokens, span, targets), model(tokens, span)
+    losses, every = model(MicroBatch(tokens, span, targets)), model(MicroBatch(tokens, span))
     assert losses[0, 2] == 0
     valid = targets != IGNORE
     assert torch.allclose(
@@ -127,7 +128,8 @@ def test_losses_are_those_of_independent_bits_and_log_probabilities_agree(name):
         type(model)(32, 6, 1) if name == "lstm" else type(model)(32, 6, 1, slots=5)
     )  # every code is a token
     assert torch.allclose(
-        initialise(whole, 0).double()(tokens, span).exp().sum(-1), torch.ones(2, 6).double()
+        initialise(whole, 0).double()(MicroBatch(tokens, span)).exp().sum(-1),
+        torch.ones(2, 6).double(),
     )
 
 
@@ -151,18 +153,18 @@ def packed(*lengths, total):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_document_in_a_row_is_what_it_is_alone(name):
     model, tokens = made(name), tokens_of(1, 14)
-    together = model(tokens, packed(5, 1, 6, total=14))
+    together = model(MicroBatch(tokens, packed(5, 1, 6, total=14)))
     for begin, length in ((0, 5), (5, 1), (6, 6)):
         part = slice(begin, begin + length)
         assert torch.allclose(
-            model(tokens[:, part], Span.line(1, length)), together[:, part], atol=1e-12
+            model(MicroBatch(tokens[:, part], Span.line(1, length))), together[:, part], atol=1e-12
         )
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_rows_of_a_lane_with_their_past_are_the_whole_at_once(name):
     model, tokens = made(name, SegmentMemory(0)), tokens_of(1, 13)
-    whole, past, found = model(tokens, packed(9, 4, total=13)), CarriedState(), []
+    whole, past, found = model(MicroBatch(tokens, packed(9, 4, total=13))), CarriedState(), []
     for first, last in (
         (0, 4),
         (4, 5),
@@ -170,11 +172,11 @@ def test_rows_of_a_lane_with_their_past_are_the_whole_at_once(name):
         (11, 13),
     ):  # cuts in documents; the second begins at 9
         span = packed(9, 4, total=13).map(lambda t, first=first, last=last: t[:, first:last])
-        found.append(model(tokens[:, first:last], past.attach(span)))
+        found.append(model(MicroBatch(tokens[:, first:last], past.attach(span))))
         past.advance()
     assert torch.allclose(torch.cat(found, 1), whole, atol=1e-12)
     assert past.bytes() == sum(t.numel() * 8 for t in model.blank(1, torch.zeros(())))
-    alone = model(tokens[:, 4:9], packed(9, 4, total=13).map(lambda t: t[:, 4:9]))
+    alone = model(MicroBatch(tokens[:, 4:9], packed(9, 4, total=13).map(lambda t: t[:, 4:9])))
     assert not torch.allclose(alone, whole[:, 4:9], atol=1e-3), (
         "without a past a row starts from nothing"
     )
@@ -185,7 +187,11 @@ def test_no_token_sees_a_later_one(name):
     model, x = made(name), tokens_of(1, 8)
     changed = x.clone()
     changed[0, 5] = (changed[0, 5] + 7) % VOCABULARY
-    moved = (model(x, Span.line(1, 8)) - model(changed, Span.line(1, 8))).abs().amax(-1)[0]
+    moved = (
+        (model(MicroBatch(x, Span.line(1, 8))) - model(MicroBatch(changed, Span.line(1, 8))))
+        .abs()
+        .amax(-1)[0]
+    )
     assert (moved[:5] == 0).all() and (moved[5:] > 0).all()
 
 

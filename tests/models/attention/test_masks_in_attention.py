@@ -1,7 +1,5 @@
 """Layers that differ from full attention in what they see: who touches whom, and the numbers."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -12,7 +10,7 @@ from models.attention.sinks import Sinks
 from models.masks.basic import Causal, FirstTokens, SameChunk, SameDocument, SlidingWindow
 from models.positions.alibi import Alibi
 from models.positions.rope import Rope
-from models.span import PREFIX, TEXT
+from models.span import PREFIX, TEXT, Span
 from tests.support.spelled_out_attention import HEADS, KV, WIDTH, furthest, given, spelled, touched
 
 # Row 0 holds documents at tokens 0..12, 13, 14..37 and 38..46, then padding.
@@ -36,7 +34,7 @@ def test_a_prefix_is_seen_by_all_of_its_document_and_the_rest_is_causal():
 def test_a_prefix_told_by_roles_is_one_told_by_length():
     by_length, x, span = given(PrefixAttention(WIDTH, HEADS, KV, Rope(), length=5))
     by_role, _, _ = given(PrefixAttention(WIDTH, HEADS, KV, Rope(), length=0))
-    marked = replace(span, role=torch.where(span.pos < 5, PREFIX, TEXT), plans={})
+    marked = Span(span.pos, span.doc, torch.where(span.pos < 5, PREFIX, TEXT))
     assert furthest(by_role(x, marked), by_length(x, span), span) < 1e-12
     assert touched(by_role, x, span, START + 1) == {START, START + 1}
 

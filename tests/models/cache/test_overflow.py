@@ -17,6 +17,7 @@ from models.cache.turning import turns
 from models.carried_state import name_stateful_modules
 from models.convolution.short_conv import ShortConv
 from models.init import initialise
+from models.micro_batch import MicroBatch
 from models.positions.alibi import Alibi
 from models.positions.learned import Learned
 from models.positions.none import NoPosition
@@ -84,7 +85,8 @@ class Small(nn.Module):
         self.second = mixer()
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
-    def forward(self, tokens, span):
+    def forward(self, batch):
+        tokens, span, *_ = batch
         hidden = self.embed(tokens)
         hidden = hidden + self.first(hidden, span)
         return self.head(hidden + self.second(hidden, span))
@@ -151,7 +153,7 @@ def generate(model, policy, limit, prompt, count):
     def feed(tokens, begin):
         pos = torch.arange(begin, begin + len(tokens))[None]
         span = Span.of(pos, torch.zeros_like(pos))
-        logits = model(torch.tensor([tokens]), state.attach(span))
+        logits = model(MicroBatch(torch.tensor([tokens]), state.attach(span)))
         state.advance()
         return logits[0, -1]
 
@@ -188,7 +190,7 @@ def test_ten_times_the_context_without_growth(name, policy):
     assert text[:2] == [1, 2]
     if policy == "recompute":
         # the last state is that of a fresh text
-        fresh = model(torch.tensor([text]), Span.line(1, len(text)))[0, -1]
+        fresh = model(MicroBatch(torch.tensor([text]), Span.line(1, len(text))))[0, -1]
         assert torch.allclose(logits, fresh, atol=1e-4)
 
 

@@ -11,6 +11,7 @@ from models.cache.paged import Paged
 from models.cache.preemption import swap_in, swap_out
 from models.cache.quantized import QuantizedKV
 from models.convolution.short_conv import ShortConv
+from models.micro_batch import MicroBatch
 from models.positions.rope import Rope
 from models.recurrent.linear import LinearAttention
 from models.span import PADDING, Span
@@ -37,7 +38,9 @@ def feed(model, state, pieces, begin):
     tokens = torch.tensor([[*piece, *[0] * (most - len(piece))] for piece in pieces])
     pos = torch.tensor(begin)[:, None] + torch.arange(most)
     there = torch.arange(most) < torch.tensor([len(piece) for piece in pieces])[:, None]
-    logits = model(tokens, state.attach(Span.of(pos, torch.where(there, 0, PADDING)), tokens))
+    logits = model(
+        MicroBatch(tokens, state.attach(Span.of(pos, torch.where(there, 0, PADDING)), tokens))
+    )
     state.advance()
     last = torch.tensor([len(piece) - 1 for piece in pieces])
     return logits[torch.arange(len(pieces)), last].argmax(-1).tolist()

@@ -6,6 +6,7 @@ from models.cache.contiguous import Contiguous
 from models.cache.decoding_state import DecodingState
 from models.cache.slots import SlotTable
 from models.masks.basic import Causal, FirstTokens, SameDocument, SlidingWindow
+from models.micro_batch import MicroBatch
 from models.span import PADDING, Span
 from tests.support.decoders import built
 from tests.support.pieces import addresses, cut, piece_span
@@ -80,7 +81,7 @@ def test_reads_of_one_payload_are_held_once():
     """Key-value memory reads the same slots at each hop."""
     model = built("key_value")
     state = DecodingState(Contiguous(block=4))
-    model(torch.zeros(1, 4, dtype=torch.long), state.attach(Span.line(1, 4)))
+    model(MicroBatch(torch.zeros(1, 4, dtype=torch.long), state.attach(Span.line(1, 4))))
     state.advance()
     assert list(state.caches) == ["read#0"]
     # Two parts of one head of 24 channels, 4 tokens, in float64, and tails of 1 and of 2 tokens.

@@ -6,6 +6,7 @@ import torch
 from models.cache.contiguous import Contiguous
 from models.cache.decodable import cannot_decode
 from models.cache.decoding_state import DecodingState
+from models.micro_batch import MicroBatch
 from models.moe.switch import Switch
 from models.primitive import Primitive
 from tests.support.decoders import MODELS, WORDS, attention, built, stack
@@ -25,7 +26,7 @@ def worst(y, truth, span):
 
 def continued(model, state, tokens, span, y, pieces):
     for index in pieces:
-        part = model(taken(tokens, index, 0), state.attach(piece_span(span, index)))
+        part = model(MicroBatch(taken(tokens, index, 0), state.attach(piece_span(span, index))))
         state.advance()
         put(y, index, part)
 
@@ -37,7 +38,7 @@ def test_pieces_equal_whole_rows(name):
     assert not cannot_decode(model)
     span = addresses()
     tokens = tokens_of(span)
-    truth = model(tokens, span)
+    truth = model(MicroBatch(tokens, span))
     y = torch.full_like(truth, torch.nan)
     continued(model, DecodingState(Contiguous(block=4)), tokens, span, y, cut(span))
     assert worst(y, truth, span) < 1e-11
@@ -51,7 +52,7 @@ def test_rows_leave_join_and_are_exported(name):
     model = built(name)
     span = addresses()
     tokens = tokens_of(span)
-    truth = model(tokens, span)
+    truth = model(MicroBatch(tokens, span))
     pieces = list(cut(span))
     y = torch.full_like(truth, torch.nan)
     state = DecodingState(Contiguous(block=4))

@@ -17,6 +17,7 @@ from models.feedforward import SwiGLU
 from models.init import initialise
 from models.masks.algebra import Mask, visible
 from models.masks.basic import Causal, SameDocument, SlidingWindow
+from models.micro_batch import MicroBatch
 from models.positions.rope import Rope
 from models.span import Span
 from tests.support.parity import packed
@@ -118,7 +119,11 @@ def test_on_one_document_that_sees_everything_torch_counts_the_same():
             swiglu(LAYERS),
         )
     with FlopCounterMode(display=False) as counter:
-        seen(torch.zeros(1, 33, dtype=torch.long, device="meta"), Span.line(1, 33, device="meta"))
+        seen(
+            MicroBatch(
+                torch.zeros(1, 33, dtype=torch.long, device="meta"), Span.line(1, 33, device="meta")
+            )
+        )
     assert counter.get_total_flops() == count_flops(ours).forward(Span.line(1, 33))
 
 
@@ -165,7 +170,7 @@ def test_activation_bytes_are_what_autograd_keeps(precision, dtype):
 
     tokens = torch.zeros(1, size, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        model(tokens, Span.line(1, size), tokens)
+        model(MicroBatch(tokens, Span.line(1, size), tokens))
     kept = sum(storage.nbytes() for storage in list(storages.values())[own:])
     assert activation_bytes(model, size, precision) == pytest.approx(kept, rel=0.02)
 

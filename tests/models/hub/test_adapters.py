@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from models.hub.registry import adapter_of
+from models.micro_batch import MicroBatch
 from tests.support import hub
 from tests.support.hub import SMALL, SMALL_GPT2, SMALL_MAMBA2
 from tests.support.parity import relative
@@ -82,7 +83,7 @@ def made(tmp_path_factory):
 def test_packed_documents_give_the_logits_losses_and_gradients_of_transformers(case, made):
     folder, theirs, ours = made(case)
     tokens, span, targets = hub.rows()
-    logits = ours(tokens, span).detach()
+    logits = ours(MicroBatch(tokens, span)).detach()
     theirs.zero_grad()
     total = 0.0
     for row, here, document in hub.documents():
@@ -93,7 +94,7 @@ def test_packed_documents_give_the_logits_losses_and_gradients_of_transformers(c
             loss.backward()
             total += loss.item()
     ours.zero_grad()
-    losses = ours(tokens, span, targets)
+    losses = ours(MicroBatch(tokens, span, targets))
     losses.sum().backward()
     assert losses.sum().item() == pytest.approx(total, rel=CLOSE)
     assert hub.worst(hub.gradients(ours), hub.their_gradients(theirs, folder)) < CLOSE
@@ -105,7 +106,7 @@ def test_ranks_that_share_a_row_give_the_same(case, size, made):
     folder, _, ours = made(case)
     tokens, span, targets = hub.rows()
     ours.zero_grad()
-    loss = ours(tokens, span, targets).sum() / (targets >= 0).sum()
+    loss = ours(MicroBatch(tokens, span, targets)).sum() / (targets >= 0).sum()
     loss.backward()
     want = hub.gradients(ours)
     for got, gradients in ranks(size, hub.on_ranks, str(folder), SHARED[case]):

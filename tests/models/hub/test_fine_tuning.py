@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.loss import IGNORE
+from models.micro_batch import MicroBatch
 from parallel.engines.single import Single
 from parallel.mesh import Mesh
 from tests.support import hub
@@ -50,7 +51,7 @@ def test_thirty_steps_equal_those_by_hand(tmp_path):
     losses = []
     wanted = []
     for _ in range(30):
-        loss = engine.model(tokens, span, targets).sum() / valid
+        loss = engine.model(MicroBatch(tokens, span, targets)).sum() / valid
         engine.backward(loss)
         engine.step(RATE)
         losses.append(loss.item())

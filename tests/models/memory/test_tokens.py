@@ -10,6 +10,7 @@ from models.carried_state import CarriedState
 from models.masks.algebra import Bounds, visible
 from models.masks.roles import RoleQuery
 from models.memory.tokens import MEMORY, MemoryTokens, RecurrentMemory, enclosed
+from models.micro_batch import MicroBatch
 from models.positions.rope import Rope
 from models.primitives.sequential import SequentialScan
 from models.span import READ, TEXT, WRITE, Span
@@ -53,7 +54,7 @@ def spelled_out(model, tokens, span, carried):
 def test_packed_rows_are_documents_read_segment_by_segment(mixer, segment):
     model, span = decoder(mixer, segment=segment), packed([[13, 1, 24, 9], [3, 40, 1, 1]])
     tokens = torch.randint(VOCABULARY, span.shape, generator=torch.Generator().manual_seed(3))
-    got, want = model(tokens, span), spelled_out(model, tokens, span, {})
+    got, want = model(MicroBatch(tokens, span)), spelled_out(model, tokens, span, {})
     assert relative(got * span.valid()[..., None], want) < 1e-12
 
 
@@ -124,9 +125,9 @@ def test_every_mixer_reads_as_if_its_document_were_alone(mixer):
     """Packed between others, and by itself."""
     model, span = decoder(mixer, layers=1, segment=6), packed([[13, 1, 24, 9]])
     tokens = torch.randint(VOCABULARY, span.shape, generator=torch.Generator().manual_seed(3))
-    whole, start = model(tokens, span), 0
+    whole, start = model(MicroBatch(tokens, span)), 0
     for length in (13, 1, 24, 9):
-        alone = model(tokens[:, start : start + length], Span.line(1, length))
+        alone = model(MicroBatch(tokens[:, start : start + length], Span.line(1, length)))
         assert relative(whole[:, start : start + length], alone) < 1e-11
         start += length
 
@@ -149,7 +150,7 @@ def run(model, steps, past):
     """Logits of consecutive rows of the same lanes."""
     found = []
     for tokens, span, _ in steps:
-        found.append(model(tokens, past.attach(span) if past else span))
+        found.append(model(MicroBatch(tokens, past.attach(span) if past else span)))
         if past:
             past.advance()
     return found
@@ -161,7 +162,7 @@ def test_rows_with_their_past_are_the_whole_at_once(mixer):
     model = decoder(mixer, segment=6)
     whole = packed([[96, 24, 24], [144]], 144)
     tokens = torch.randint(VOCABULARY, whole.shape, generator=torch.Generator().manual_seed(3))
-    want = model(tokens, whole)
+    want = model(MicroBatch(tokens, whole))
     rows = [
         (tokens[:, i : i + 48], whole.map(lambda t, i=i: t[:, i : i + 48]), None)
         for i in (0, 48, 96)
@@ -180,7 +181,10 @@ def test_documents_that_end_and_begin_in_lanes_are_read_as_one_row_would_be():
     no further."""
     model, past, carried = decoder(segment=7), CarriedState(), {}
     for tokens, span, _ in lanes():
-        got, want = model(tokens, past.attach(span)), spelled_out(model, tokens, span, carried)
+        got, want = (
+            model(MicroBatch(tokens, past.attach(span))),
+            spelled_out(model, tokens, span, carried),
+        )
         assert relative(got * span.valid()[..., None], want) < 1e-12
         past.advance()
         assert all(
@@ -242,14 +246,13 @@ def test_a_gradient_that_is_cut_is_the_same_where_it_is_not():
         torch.randint(VOCABULARY, (1, 16), generator=torch.Generator().manual_seed(3)),
     )
     span, past = Span.line(1, 16), CarriedState()
-    model(x, span).square().sum().backward()
+    model(MicroBatch(x, span)).square().sum().backward()
     want = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     model.memory.depth = None
     for i in (0, 8):
-        model(
-            x[:, i : i + 8], past.attach(span.map(lambda t, i=i: t[:, i : i + 8]))
-        ).square().sum().backward()
+        part = past.attach(span.map(lambda t, i=i: t[:, i : i + 8]))
+        model(MicroBatch(x[:, i : i + 8], part)).square().sum().backward()
         past.advance()
     assert max(relative(p.grad, want[name]) for name, p in model.named_parameters()) < 1e-12
 
@@ -278,7 +281,7 @@ def test_recomputation_changes_nothing_but_what_is_kept():
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-            loss = model(tokens, span).square().sum()
+            loss = model(MicroBatch(tokens, span)).square().sum()
         loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
         kept.append(saved)
@@ -288,7 +291,9 @@ def test_recomputation_changes_nothing_but_what_is_kept():
 
 def test_memory_tokens_learn_and_are_what_a_document_starts_from():
     model = decoder(segment=4)
-    model(torch.zeros(1, 8, dtype=torch.long), Span.line(1, 8)).square().sum().backward()
+    model(
+        MicroBatch(torch.zeros(1, 8, dtype=torch.long), Span.line(1, 8))
+    ).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.memory.parameters())
     assert isinstance(model.memory, RecurrentMemory) and model.memory.memory.shape == (3, WIDTH)
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from models.attention.full import Attention
 from models.carried_state import CarriedState
+from models.micro_batch import MicroBatch
 from models.positions.rope import Rope
 from models.primitives.segment_sum import SegmentSum
 from models.primitives.softmax import Softmax
@@ -33,7 +34,7 @@ def read(model, past, move):
     found = []
     for tokens, span, targets in lanes():
         tokens, span, targets = move(tokens, span, targets)
-        losses = model(tokens, past.attach(span), targets)
+        losses = model(MicroBatch(tokens, past.attach(span), targets))
         losses.sum().backward()
         past.advance()
         found.append(losses.detach())
@@ -109,7 +110,9 @@ def train(env, name, checkpointing):
     for tokens, span, targets in lanes():
         here = dealt.attach(shard_span(span, layouts("zigzag", span, env.size), env.rank))
         shard = here.sharding.shard
-        engine.backward(engine.model(shard(tokens, 0), here, shard(targets, -100)).sum() / 100)
+        engine.backward(
+            engine.model(MicroBatch(shard(tokens, 0), here, shard(targets, -100))).sum() / 100
+        )
         dealt.advance()
         norms.append(engine.clip(1.0))
         engine.step(1e-2)
@@ -126,7 +129,7 @@ def truth():
     parallelize(decoder(segment=6), engine)
     past, norms = CarriedState(), []
     for tokens, span, targets in lanes():
-        engine.backward(engine.model(tokens, past.attach(span), targets).sum() / 100)
+        engine.backward(engine.model(MicroBatch(tokens, past.attach(span), targets)).sum() / 100)
         past.advance()
         norms.append(engine.clip(1.0))
         engine.step(1e-2)

@@ -13,6 +13,7 @@ from models.attention.full import Attention
 from models.block import ValueBlock
 from models.init import initialise, normal
 from models.loss import IGNORE
+from models.micro_batch import MicroBatch
 from models.positions.rope import Rope
 from models.recurrent.rwkv7 import Rwkv7
 from models.recurrent.rwkv_layers import ChannelMix
@@ -56,7 +57,7 @@ def trained(engine, tokens, span, targets, valid):
     """(parameters, gradient norms) after some steps."""
     norms = []
     for _ in range(STEPS):
-        engine.backward(engine.model(tokens, span, targets).sum() / valid)
+        engine.backward(engine.model(MicroBatch(tokens, span, targets)).sum() / valid)
         norms.append(engine.clip(0.1))
         engine.step(0.01)
     state = engine.state()["model"]
@@ -123,7 +124,7 @@ def test_the_first_values_matter_to_the_layers_above_and_to_no_other():
     model.blocks[3].mixer.values = lambda x, span, first: (
         heard.append(first) or forward(x, span, first)
     )
-    model(tokens, span).square().sum().backward()
+    model(MicroBatch(tokens, span)).square().sum().backward()
     assert heard[0].grad_fn is not None
     want = model.blocks[1].mixer
     assert torch.equal(

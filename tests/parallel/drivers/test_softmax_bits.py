@@ -14,6 +14,7 @@ from models.carried_state import CarriedState, name_stateful_modules
 from models.init import initialise
 from models.loss import IGNORE
 from models.memory.segments import SegmentMemory
+from models.micro_batch import MicroBatch
 from parallel.carried_state import ShardedCarriedState
 from parallel.collectives import Communicator
 from parallel.context_parallel import METHODS, apply_context_parallel
@@ -68,10 +69,10 @@ def truth(name, dtype):
         tokens, targets = given(step)
         model.zero_grad()
         here = past.attach(span(step))
-        losses = model(tokens, here, targets)
+        losses = model(MicroBatch(tokens, here, targets))
         losses.sum().backward()
         with torch.no_grad():
-            logits = model(tokens, here)
+            logits = model(MicroBatch(tokens, here))
         past.advance()
         found.append(
             (losses.detach(), logits, {key: p.grad.clone() for key, p in model.named_parameters()})
@@ -94,10 +95,10 @@ def compare(env, name, method, policy, dtype):
         )
         shard, valid = here.sharding.shard, here.valid()
         model.zero_grad()
-        got = model(shard(tokens, 0), here, shard(targets, IGNORE))
+        got = model(MicroBatch(shard(tokens, 0), here, shard(targets, IGNORE)))
         got.sum().backward()
         with torch.no_grad():
-            said = model(shard(tokens, 0), here)
+            said = model(MicroBatch(shard(tokens, 0), here))
         past.advance()
         worst[step, "losses"] = relative(got.detach(), shard(losses, 0))
         worst[step, "logits"] = relative(

@@ -10,6 +10,7 @@ from models.architectures.decoder import Decoder
 from models.attention.full import Attention
 from models.auxiliary import auxiliary_loss, on_step_begin, reset_auxiliary
 from models.loss import IGNORE
+from models.micro_batch import MicroBatch
 from models.moe.switch import Switch
 from models.moe.topk import TopKMixture
 from models.positions.rope import Rope
@@ -68,7 +69,7 @@ def trained(env, name, shape, settings):
                 )
                 words, wanted = here.sharding.shard(words, 0), here.sharding.shard(wanted, IGNORE)
             reset_auxiliary(engine.model)
-            loss = engine.model(words, here, wanted).sum() / valid
+            loss = engine.model(MicroBatch(words, here, wanted)).sum() / valid
             beside = sum(auxiliary_loss(engine.model, tokens=valid, rows=len(tokens)).values())
             engine.backward(loss + beside, last=row == mine[-1])
             total += torch.stack([loss.detach(), beside.detach()])

@@ -5,6 +5,7 @@ import torch
 from models.cache.contiguous import Contiguous
 from models.cache.eviction.window import Window
 from models.loss import IGNORE
+from models.micro_batch import MicroBatch
 from models.span import Span
 from scripts.experiments import eviction, quantized
 
@@ -23,7 +24,7 @@ def test_questions_are_about_few_keys_and_answers_are_not_in_the_text():
 def test_an_exam_token_by_token_equals_one_of_whole_rows():
     model = eviction.small_model(eviction.SIZES, eviction.VOCABULARY, 0).double().eval()
     tokens, _ = eviction.rows_of(4, (2, 2), torch.Generator().manual_seed(0))
-    logits = model(tokens, Span.line(*tokens.shape))
+    logits = model(MicroBatch(tokens, Span.line(*tokens.shape)))
     # the answers of the model itself, but for those to one key
     targets = logits.argmax(-1)
     targets[:, 40:] = -1
@@ -47,7 +48,7 @@ def test_perplexity_in_pieces_is_that_of_whole_rows():
     model = quantized.small_model(quantized.SIZES, 256, 0).double().eval()
     text = torch.randint(256, (3000,), generator=torch.Generator().manual_seed(0))
     rows = quantized.crops(text, 2, quantized.LENGTH + 1, torch.Generator().manual_seed(0))
-    losses = model(rows[:, :-1], Span.line(2, quantized.LENGTH), rows[:, 1:])
+    losses = model(MicroBatch(rows[:, :-1], Span.line(2, quantized.LENGTH), rows[:, 1:]))
     whole = losses[:, quantized.SKIPPED :].mean().exp().item()
     found, held = quantized.perplexity(model, rows, Contiguous())
     assert abs(found - whole) < 1e-9

@@ -17,6 +17,7 @@ from models.attention.full import Attention
 from models.feedforward import SwiGLU
 from models.init import initialise
 from models.loss import IGNORE
+from models.micro_batch import MicroBatch
 from models.positions.rope import Rope
 from models.span import GIVEN
 from parallel.mesh import Axis, Mesh
@@ -208,7 +209,7 @@ def tiny(vocabulary):
 
 def gradient(model, batch):
     model.zero_grad()
-    model(batch.inputs(), batch.span(), batch.targets()).sum().backward()
+    model(MicroBatch(batch.inputs(), batch.span(), batch.targets())).sum().backward()
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
@@ -225,7 +226,7 @@ def test_targets_of_prompts_have_exactly_no_influence(node):
     seen = []
     plain = batch._replace(tokens=torch.where(batch.role == GIVEN, 0, batch.tokens))
     assert torch.equal(plain.targets(), targets)
-    logits = model(batch.inputs(), batch.span())
+    logits = model(MicroBatch(batch.inputs(), batch.span()))
     for chosen in (batch.tokens[:, 1:], torch.where(given, spoilt, batch.tokens[:, 1:])):
         losses = F.cross_entropy(logits.flatten(0, 1), chosen.flatten(), reduction="none")
         model.zero_grad()

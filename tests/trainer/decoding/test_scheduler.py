@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from models.micro_batch import MicroBatch
 from models.span import Span
 from parallel.collectives import Communicator
 from parallel.context_parallel import apply_context_parallel
@@ -25,7 +26,7 @@ def spelled(model, request):
     tokens = []
     while len(tokens) < request.count:
         row = [*request.prompt, *tokens]
-        logits = model(torch.tensor([row]), Span.line(1, len(row)))[0, -1]
+        logits = model(MicroBatch(torch.tensor([row]), Span.line(1, len(row))))[0, -1]
         token = choose(logits, request.sampling, row, uniform(*request.seed, len(tokens)))
         if token == request.end:
             return tokens, END

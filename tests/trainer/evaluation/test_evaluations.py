@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from models.loss import IGNORE
+from models.micro_batch import MicroBatch
 from models.span import Span
 from parallel.context_parallel import apply_context_parallel
 from parallel.mesh import Mesh, build_mesh
@@ -214,7 +215,7 @@ def test_scores_are_those_of_the_model(config):
     row = next_tokens(np.array([5, 6, 7, 8]), 2)
     with torch.no_grad():
         from_model = model(
-            torch.tensor([[5, 6, 7]]), Span.line(1, 3), torch.tensor([[IGNORE, 7, 8]])
+            MicroBatch(torch.tensor([[5, 6, 7]]), Span.line(1, 3), torch.tensor([[IGNORE, 7, 8]]))
         ).sum()
     context = context_of(model, Mesh.alone(), _NoStream(), config)
     scores = score_rows(context, [row], "rows")
@@ -235,7 +236,7 @@ def test_the_gain_is_the_late_loss_less_the_early_one(folder, config):
     for _ in range(2):
         batch, cursor = held_out.read(cursor)
         with torch.no_grad():
-            losses = model(batch.inputs(), batch.span(), batch.targets())
+            losses = model(MicroBatch(batch.inputs(), batch.span(), batch.targets()))
         for position, found in sums.items():
             chosen = (batch.targets() != IGNORE) & (batch.span().pos == position)
             found += losses[chosen].tolist()

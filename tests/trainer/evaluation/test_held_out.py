@@ -11,6 +11,7 @@ from models.attention.full import Attention
 from models.feedforward import SwiGLU
 from models.init import initialise
 from models.loss import IGNORE
+from models.micro_batch import MicroBatch
 from models.positions.rope import Rope
 from parallel.context_parallel import apply_context_parallel
 from parallel.mesh import Mesh, build_mesh
@@ -85,7 +86,7 @@ def test_it_is_the_plain_mean_over_valid_targets(folder):
     held_out, model = stream(folder), decoder()
     batch, _ = held_out.read(held_out.start())
     with torch.no_grad():
-        losses = model(batch.inputs(), batch.span(), batch.targets())
+        losses = model(MicroBatch(batch.inputs(), batch.span(), batch.targets()))
     valid = batch.targets() != IGNORE
     assert (
         abs(

@@ -7,6 +7,7 @@ from models.architectures.key_value import KeyValue
 from models.architectures.ntm import NeuralTuringMachine
 from models.init import initialise
 from models.loss import IGNORE
+from models.micro_batch import MicroBatch
 from parallel.context_parallel import apply_context_parallel
 from parallel.mesh import Mesh, build_mesh
 from tests.support.pool import ranks
@@ -60,7 +61,7 @@ def test_a_grade_is_the_share_of_targets_that_the_model_finds_likeliest():
     cursor = held_out.start()
     for _ in range(2):
         batch, cursor = held_out.read(cursor)
-        said, wanted = one(batch.inputs(), batch.span()).argmax(-1), batch.targets()
+        said, wanted = one(MicroBatch(batch.inputs(), batch.span())).argmax(-1), batch.targets()
         right, kv_span = (
             right + int((said == wanted).sum()),
             kv_span + int((wanted != IGNORE).sum()),

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 
 from models.lora import LoraLinear, adapters, merged
+from models.micro_batch import MicroBatch
 from parallel.engines.materialize import materialize
 from tests.support.pool import ranks
 from tests.trainer.test_stages import SMALL, config_of, faults_of, in_rank, saved_weights
@@ -81,8 +82,8 @@ def by_hand(words):
     cursor = stream.start()
     for step in range(1, STEPS + 1):
         batch, cursor = stream.read(cursor)
-        inputs = (batch.inputs(), batch.span(), batch.targets())
-        loss = functional_call(base, weights(), inputs).sum() / batch.predictions()
+        inputs = MicroBatch(batch.inputs(), batch.span(), batch.targets())
+        loss = functional_call(base, weights(), (inputs,)).sum() / batch.predictions()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(factors.values()), 1.0)
         for group in optimiser.param_groups:
@@ -144,8 +145,8 @@ def test_before_the_first_step_the_model_is_the_one_without_adapters(words):
     assert [name for name, _ in adapters(adapted)] == TARGETS
     assert sum(type(part) is LoraLinear for part in adapted.modules()) == len(TARGETS)
     batch, _ = stream.read(stream.start())
-    inputs = (batch.inputs(), batch.span(), batch.targets())
-    assert torch.equal(base(*inputs), adapted(*inputs))
+    inputs = MicroBatch(batch.inputs(), batch.span(), batch.targets())
+    assert torch.equal(base(inputs), adapted(inputs))
 
 
 def test_an_export_has_the_adapters_in_its_weights(words, hand, trained, tmp_path):
@@ -164,8 +165,8 @@ def test_merging_leaves_no_trace_of_adapters(words):
     _, stream, base = built(words)
     base.load_state_dict(merged(adapted, adapted.state_dict()))
     batch, _ = stream.read(stream.start())
-    inputs = (batch.inputs(), batch.span(), batch.targets())
-    assert torch.allclose(base(*inputs), adapted(*inputs), rtol=1e-12, atol=1e-12)
+    inputs = MicroBatch(batch.inputs(), batch.span(), batch.targets())
+    assert torch.allclose(base(inputs), adapted(inputs), rtol=1e-12, atol=1e-12)
 
 
 def test_adapters_in_peft_s_format_are_read_back(words, hand, trained, tmp_path):
@@ -187,8 +188,8 @@ def test_adapters_in_peft_s_format_are_read_back(words, hand, trained, tmp_path)
     losses = run_on(3, [*begun, "engine=fsdp"], tmp_path / "run")
     _, stream, base = built(words)
     batch, _ = stream.read(stream.start())
-    inputs = (batch.inputs(), batch.span(), batch.targets())
-    right = functional_call(base, weights, inputs).sum().item() / batch.predictions()
+    inputs = MicroBatch(batch.inputs(), batch.span(), batch.targets())
+    right = functional_call(base, weights, (inputs,)).sum().item() / batch.predictions()
     assert abs(losses[0] / right - 1) < 1e-9
     with pytest.raises(UserError, match="holds adapter_model"):
         export_adapter(trained, folder)

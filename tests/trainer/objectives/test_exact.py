@@ -12,6 +12,7 @@ from models.attention.prefix import PrefixAttention
 from models.feedforward import SwiGLU
 from models.init import initialise
 from models.loss import IGNORE
+from models.micro_batch import MicroBatch
 from models.positions.rope import Rope
 from models.positions.t5 import T5
 from models.recurrent.gated_linear import GatedLinear
@@ -97,7 +98,7 @@ def learned(name, mesh, policy, micro_batch, context):
     )
     valid, total = share.valid(batch(name)), torch.zeros((), dtype=torch.float64)
     for piece, _ in share(batch(name)):
-        loss = one(piece.tokens, piece.span, piece.targets).sum() / valid
+        loss = one(MicroBatch(piece.tokens, piece.span, piece.targets)).sum() / valid
         loss.backward()
         total += loss.detach()
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in one.parameters()]
@@ -144,7 +145,7 @@ def test_under_masked_a_token_learns_from_both_sides():
     moved[0, place + 2] = (moved[0, place + 2] + 1) % 256
     with torch.no_grad():
         before, after = (
-            one(given._replace(tokens=tokens).inputs(), given.span())
+            one(MicroBatch(given._replace(tokens=tokens).inputs(), given.span()))
             for tokens in (given.tokens, moved)
         )
     assert (before[0, place] - after[0, place]).abs().max() > 1e-9

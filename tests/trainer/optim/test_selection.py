@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models.micro_batch import MicroBatch
 from parallel.engines.materialize import materialize
 from tests.support.pool import ranks
 from tests.trainer.test_stages import SMALL, config_of, faults_of, in_rank, saved_weights
@@ -69,7 +70,10 @@ def hand(words):
     cursor = stream.start()
     for step in range(1, STEPS + 1):
         batch, cursor = stream.read(cursor)
-        loss = model(batch.inputs(), batch.span(), batch.targets()).sum() / batch.predictions()
+        loss = (
+            model(MicroBatch(batch.inputs(), batch.span(), batch.targets())).sum()
+            / batch.predictions()
+        )
         loss.backward()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
