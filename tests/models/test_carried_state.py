@@ -7,7 +7,6 @@ from torch import nn
 from models.carried_state import SHARDED, CarriedState
 from models.memory.base import Memory
 from models.memory.segments import SegmentMemory
-from models.micro_batch import MicroBatch
 from models.recurrent.rwkv_layers import ChannelMix, TokenShift
 from models.span import Span
 from tests.models.memory.test_segments import (
@@ -109,7 +108,7 @@ def test_a_state_has_one_size_whatever_was_read():
     sizes = set()
     for tokens in (10, 30):
         past, model = CarriedState(), carrying("rwkv7")
-        model(MicroBatch(content(2, tokens), past.attach(Span.line(2, tokens))))
+        model(content(2, tokens), past.attach(Span.line(2, tokens)))
         past.advance()
         sizes.add(past.bytes())
     assert len(sizes) == 1 and sizes.pop() > 0

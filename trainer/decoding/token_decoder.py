@@ -183,7 +183,7 @@ class TokenDecoder:
         last_logits = torch.where(is_last[..., None], logits, 0).sum(1)
         sizes = [last_logits.numel()] * size
         parts = self.communicator.all_to_all([last_logits] * size, sizes, "decode logits")
-        return torch.stack([part.view(own.shape) for part in parts]).sum(0)
+        return torch.stack([part.view(last_logits.shape) for part in parts]).sum(0)
 
 
 def longest_document(model: nn.Module) -> int | None:

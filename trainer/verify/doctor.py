@@ -250,7 +250,7 @@ class Examination:
         """Returns the shared model's logits [B, T, V] of the whole rows, on every rank."""
         local_span = self._local_span()
         sharding = local_span.sharding
-        logits = self.shared(sharding.shard(tokens, 0), local_span)
+        logits = self.shared(MicroBatch(sharding.shard(tokens, 0), local_span))
         parts = [torch.zeros_like(logits) for _ in range(self.mesh.context.size)]
         dist.all_gather(parts, logits.contiguous(), group=self.mesh.context.group)
         return sharding.to_global_order(torch.cat(parts, 1))[:, :TOKENS]

@@ -93,8 +93,8 @@ class Model(nn.Module):
         super().__init__()
         self.mixer = made(name)
 
-    def forward(self, x, span):
-        return self.mixer(x, span)
+    def forward(self, batch):
+        return self.mixer(batch.tokens, batch.span)
 
 
 def of(name, tokens=20):
@@ -205,7 +205,8 @@ def test_a_leaf_that_is_called_again_has_another_map():
             super().__init__()
             self.mixer = build("full")
 
-        def forward(self, x, span):
+        def forward(self, batch):
+            x, span, *_ = batch
             return self.mixer(self.mixer(x, span), span)
 
     (x, _), model = given(torch.float64), Twice()
