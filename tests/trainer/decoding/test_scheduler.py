@@ -76,7 +76,7 @@ def _first_step(asked):
 def test_samples_of_one_prompt_read_it_once_and_differ():
     model = built("full")
     passes = []
-    model.register_forward_hook(lambda module, args, out: passes.append(args[0].shape))
+    model.register_forward_hook(lambda module, args, out: passes.append(args[0].tokens.shape))
     scheduler = Scheduler(model, rows=4)
     asked = [TextRequest(PROMPTS[0], 8, WARM, seed=(1, sample)) for sample in range(4)]
     for request in asked:
