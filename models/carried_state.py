@@ -72,7 +72,7 @@ class CarriedState:
 
     @property
     def closes_row(self) -> bool:
-        """Whether the row ends with the tokens at hand."""
+        """True if the row ends with the tokens at hand."""
         return not self.continues_rows
 
     def __init__(self):

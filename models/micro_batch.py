@@ -1,4 +1,4 @@
-"""What a whole model is called with.
+"""The argument of a whole model: tokens, addresses, targets, and a second stream.
 
 Letters: m rows, c tokens of a row on this rank.
 """

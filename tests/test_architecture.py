@@ -73,6 +73,19 @@ def test_packages_that_are_imported_are_named_in_pyproject():
     assert not offenders, "\n".join(sorted(offenders))
 
 
+def test_docstrings_begin_with_a_thing_or_a_verb():
+    """ "What holds ..." is a clause: a reader looks for the noun or the verb that it hides."""
+    clause = re.compile(r"(What|Which|Who|Whose|How|Where|Whether|When)\b")
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    offenders = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = ast.get_docstring(node) if isinstance(node, documented) else None
+            if text and clause.match(text):
+                offenders.append(f"{path.relative_to(ROOT)}: {text.splitlines()[0]}")
+    assert not offenders, "\n".join(offenders)
+
+
 def test_files_have_at_most_400_lines():
     lengths = {path: len(path.read_text().splitlines()) for path in [*FILES, *TESTS]}
     offenders = [

@@ -1,4 +1,4 @@
-"""What each head of an attention map looks at: patterns, entropy, and the share of the sink.
+"""Measures of the heads of an attention map: patterns, entropy, and the share of the sink.
 
 Letters: H heads, T queries, S keys; the first T keys are the tokens of the row itself.
 """

@@ -1,4 +1,4 @@
-"""Which models decode: whether what a token reads never depends on tokens that come after it."""
+"""The check that a model decodes: what a token reads never depends on tokens that come after it."""
 
 from torch import nn
 

@@ -34,7 +34,7 @@ from models.span import DerivedCache, Span
 
 
 class DecodingState(CarriedState):
-    """What the tokens of some rows left for the tokens that follow them in the same rows.
+    """The state that tokens of some rows left for the tokens that follow them in the same rows.
 
     Args:
         factory: makes the caches of attention.

@@ -1,4 +1,4 @@
-"""What happens at the context limit: one small class for each policy of `overflow=`.
+"""The policies of `overflow=` at the context limit, a small class each.
 
 A policy decides twice: which tokens of a prompt that is too long are read, and which tokens of a
 text that has reached the limit go. It knows numbers of tokens alone; models/cache/shifting.py
@@ -123,7 +123,7 @@ class TruncateStart(Overflow):
 
 
 class Keeping(Overflow):
-    """What policies that keep the first tokens have in common.
+    """The common part of policies that keep the first tokens.
 
     Args:
         n_keep: first tokens that stay.

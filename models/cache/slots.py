@@ -21,7 +21,7 @@ BLOCK = 256  # slots that are added at once
 
 
 class Placement(NamedTuple):
-    """What a cache does to take the tokens at hand: keep, then grow, then write.
+    """The steps by which a cache takes the tokens at hand: keep, then grow, then write.
 
     Attributes:
         keep: [B, K] int64, the slots to keep, in their new order; None: all stay where they are.

@@ -1,4 +1,4 @@
-"""What a model is, layer by layer, in the words of our config."""
+"""The description of a model, layer by layer, in the words of our config."""
 
 from dataclasses import dataclass
 from typing import Any

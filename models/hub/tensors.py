@@ -1,4 +1,4 @@
-"""How tensors of a Hugging Face model and of ours become each other: views that lose no bit.
+"""Views by which tensors of a Hugging Face model and of ours become each other without a bit lost.
 
 A `TensorPiece` covers tensors of one side and of the other that hold the same numbers. One of the
 two sides has a single tensor, so at most one tensor of either model is whole in memory at a time.

@@ -1,4 +1,4 @@
-"""Which keys of a row queries that are still to come may see, decided by blocks of addresses.
+"""The keys of a row that queries still to come may see, decided by blocks of addresses.
 
 Letters: S keys of one row.
 """

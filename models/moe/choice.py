@@ -1,5 +1,7 @@
-"""Which experts a token visits, and with which weights. Letters: B rows, T tokens, E experts, k
-experts of a token."""
+"""The choice of the experts that a token visits, and of their weights.
+
+Letters: B rows, T tokens, E experts, k experts of a token.
+"""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What pieces of a row leave to each other, and the record of the piece at hand.
+"""The tensors that pieces of a row leave to each other, and the record of the piece at hand.
 
 Letters: B rows, S tokens, m of them that are kept.
 """
@@ -22,7 +22,7 @@ Rule = Mask | int
 
 @dataclass
 class Chunk:
-    """What one piece left under one name.
+    """The tensors that one piece left under one name.
 
     Attributes:
         piece: its number.
@@ -54,7 +54,7 @@ class Selection:
 
 @dataclass
 class PassRecord:
-    """What lasts as long as one piece is at hand.
+    """The record of one piece, which lasts as long as the piece is at hand.
 
     Attributes:
         calls: payloads that each primitive has brought, in order.

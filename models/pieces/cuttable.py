@@ -1,4 +1,4 @@
-"""Which models compute a row in pieces: whether what a token reads never lies in a later piece."""
+"""The check that a model computes rows in pieces: no token reads what lies in a later piece."""
 
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ def cannot_be_cut(model: nn.Module) -> list[str]:
 
 
 def _shows_prefix(mask: Mask) -> bool:
-    """Whether tokens of the role PREFIX see later ones, as an objective may have them."""
+    """True if tokens of the role PREFIX see later ones, as an objective may have them."""
     line = Span.line(1, PROBE, "cpu").cast(PREFIX)
     seen = mask.dense(line, line, torch.zeros(1, dtype=torch.long, device="cpu"))
     return bool(seen[0].triu(1).any())

@@ -53,7 +53,7 @@ from models.span import PADDING, Span
 
 
 class PieceState(CarriedState):
-    """What the pieces of some rows leave to the pieces after them, and are asked in return.
+    """The state that pieces of rows leave to later pieces, and the gradients that come back to it.
 
     Args:
         pieces: addresses of the pieces, [B, T] each, in order; together they are the rows.
@@ -95,7 +95,7 @@ class PieceState(CarriedState):
 
     @property
     def needs_last(self) -> bool:
-        """Whether the first pass over the last piece is needed."""
+        """True if the first pass over the last piece is needed."""
         return self.outer is not None or bool(self._sums)
 
     def enter(self, number: int, *, learning: bool = False) -> Span:

@@ -1,4 +1,4 @@
-"""What a node of a graph reads: the nodes at the other ends of its edges.
+"""The reading of a graph's node: the nodes at the other ends of its edges.
 
 The nodes of a graph are the tokens of a document. The edges into a node are given as a list of
 positions in the document, so they are sharded as tokens are: by destination. The primitive has no

@@ -48,7 +48,7 @@ class Request(NamedTuple):
 
 @dataclass
 class Account:
-    """What was held while requests ran, summed over steps, in tokens.
+    """The tokens that were held while requests ran, summed over steps.
 
     Attributes:
         held: tokens whose keys and values lie in memory.

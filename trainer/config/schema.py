@@ -92,7 +92,7 @@ class MemoryConfig(ComponentConfig):
 
 
 class CacheConfig(ComponentConfig):
-    """What holds the keys and values of earlier tokens while a model generates."""
+    """The store of keys and values of earlier tokens while a model generates."""
 
     target: str = Field(
         "models.cache.contiguous.Contiguous",
@@ -285,7 +285,7 @@ class CheckpointConfig(ConfigGroup):
 
 
 class EvaluationConfig(ConfigGroup):
-    """What is evaluated while training; every further key is a node, by the name of its figures."""
+    """Evaluations while training; every further key is a node, by the name of its figures."""
 
     model_config = ConfigDict(extra="allow", serialize_by_alias=True)
     __pydantic_extra__: dict[str, ComponentConfig]

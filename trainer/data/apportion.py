@@ -10,7 +10,7 @@ Weight = float | Sequence[tuple[int, float]]
 
 
 class Ledger(NamedTuple):
-    """What each source has given and should have given, in tokens, by its name."""
+    """The tokens that each source has given and should have given, by its name."""
 
     given: dict[str, int]
     wished: dict[str, float]

@@ -17,7 +17,7 @@ SHOWN = 60  # characters that a message quotes
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """What the files beside a tokenizer.json say.
+    """The statements of the files beside a tokenizer.json.
 
     Attributes:
         special: {name: text} of the special tokens, as chat templates call them: bos_token, ...

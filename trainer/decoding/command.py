@@ -47,7 +47,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 @dataclass
 class Wishes:
-    """What the command line asks for.
+    """The settings of the command line.
 
     Attributes:
         source: a run, a checkpoint or an exported folder.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """The rule by which the next token is chosen.
 
     Args:
         temperature: divides the logits; 0: the likeliest token, and nothing below counts.

@@ -1,4 +1,4 @@
-"""How much of the context a model uses: loss late in a document, and loss without the far past."""
+"""The use that a model makes of its context: loss late in a document, and without the far past."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any

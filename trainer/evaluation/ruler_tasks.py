@@ -77,7 +77,7 @@ class RulerExample(NamedTuple):
 
 @dataclass(frozen=True)
 class Haystack:
-    """What a needle task hides its needles in, and what they are.
+    """The text in which a needle task hides its needles, and the needles.
 
     Attributes:
         kind: repeat: five sentences again and again; essay: text; needle: other needles.

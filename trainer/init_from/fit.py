@@ -38,7 +38,7 @@ class ParameterSlots:
 
 @dataclass
 class Fit:
-    """What of some weights fits a model, and what does not.
+    """The account of some weights against a model: those that fit, and those that do not.
 
     Attributes:
         fitting: {name in the model: name in the source}.

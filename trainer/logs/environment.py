@@ -1,4 +1,4 @@
-"""What a run depends on besides its config: the code, the packages and the machine."""
+"""The things that a run depends on besides its config: the code, the packages and the machine."""
 
 import os
 import platform

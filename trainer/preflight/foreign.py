@@ -127,7 +127,7 @@ def _way_out(config: Config) -> str:
 
 
 def _is_cut(config: Config) -> bool:
-    """Whether rows are cut, over ranks or in time."""
+    """True if rows are cut, over ranks or in time."""
     return config.parallel.context > 1 or config.parallel.time > 1
 
 

@@ -21,7 +21,7 @@ from models.span import PADDING, Span
 
 
 class Eviction(KVCacheFactory):
-    """What the factories of evicting caches have in common.
+    """The common part of the factories of evicting caches.
 
     Args:
         budget: tokens that each history holds.
