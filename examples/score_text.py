@@ -1,33 +1,27 @@
-"""How well a trained model predicts a text, byte by byte:
+"""How well a trained model predicts a text, token by token:
 
-python -m scripts.export runs/example exported
-python -m examples.score_text exported 'the cat sat on the mat'
+python -m examples.score_text runs/example 'import torch'
 """
 
+import math
 import sys
 from pathlib import Path
 
-import torch
-
-from trainer.export import reopen
+import longspan
 
 
-@torch.no_grad()
-def surprise(folder: Path, text: str) -> list[float]:
-    """Returns the surprise of each byte of `text` but the first, in bits.
+def surprise(source: Path, text: str) -> list[float]:
+    """Returns the surprise of each token of `text` but the first, in bits.
 
     Args:
-        folder: as scripts.export wrote it, of a model that reads bytes.
+        source: a run, a checkpoint, or a folder of scripts.export.
         text: one document.
     """
-    model = reopen(folder).eval()
-    tokens = torch.tensor([list(text.encode())])
-    # Bare tokens are one document a row; a MicroBatch says otherwise.
-    logits = model(tokens)[0, :-1]
-    nats = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
-    return (nats / torch.log(torch.tensor(2.0))).tolist()
+    model = longspan.load(source)
+    nats = model.token_losses(model.encode(text))[0]
+    return (nats / math.log(2)).tolist()
 
 
 if __name__ == "__main__":
     bits = surprise(Path(sys.argv[1]), sys.argv[2])
-    print(f"{sum(bits) / len(bits):.2f} bits per byte over {len(bits)} bytes")
+    print(f"{sum(bits) / len(bits):.2f} bits per token over {len(bits)} tokens")

@@ -1,15 +1,15 @@
-"""A run that is started from Python, in this process, and read afterwards:
+"""A run that is started from Python, and its model afterwards:
 
 python -m examples.train_in_python runs/example
+torchrun --nproc-per-node=2 -m examples.train_in_python runs/shared parallel.context=2
+
+The first starts its rank itself; in the second every process is a rank.
 """
 
 import sys
 from pathlib import Path
 
-from trainer.launch.elastic import init_process_group
-from trainer.logs.jsonl import METRICS, read
-from trainer.preflight.prepare import create_run_dir, load_config, write_record
-from trainer.stages import run
+import longspan
 
 SETTINGS = (
     "model=hybrid",
@@ -25,15 +25,12 @@ SETTINGS = (
 
 def main(directory: Path, *more: str) -> list[float]:
     """Trains with SETTINGS and `more`, and returns the loss of every step in nats per token."""
-    words = (*SETTINGS, *more, f"run_dir={directory}")
     # The same checks as on the command line; what is wrong raises a UserError that says it.
-    config = load_config(words, started=1)
-    config, directory = create_run_dir(config)
-    write_record(config, directory)
-    run(config, init_process_group(), directory)
-    return [row["loss"] for row in read(directory / METRICS)]
+    return longspan.train([*SETTINGS, *more, f"run_dir={directory}"]).losses
 
 
 if __name__ == "__main__":
     losses = main(Path(sys.argv[1]), *sys.argv[2:])
     print(f"loss {losses[0]:.3f} at step 1, {losses[-1]:.3f} at step {len(losses)}")
+    model = longspan.load(sys.argv[1])
+    print(f"loss of a line: {model.loss('import os'):.3f}")

@@ -27,9 +27,11 @@ OF_SETTINGS = ("trainer", "scripts.doctor", "scripts.wandb_sweep")
 # Commands that are not composed here, each with the reason.
 NOT_COMPOSED = {
     "python -m trainer --help": "takes no settings",
-    "python -m examples.score_text exported 'the cat sat on the mat'": "tests/test_examples.py",
+    "python -m examples.score_text runs/example 'import torch'": "tests/test_examples.py",
     "python -m examples.train_in_python runs/example": "tests/test_examples.py",
-    "python -m scripts.export runs/example exported": "tests/test_examples.py",
+    (
+        "torchrun --nproc-per-node=2 -m examples.train_in_python runs/shared parallel.context=2"
+    ): "two ranks; tests/test_examples.py runs one",
     "torchrun --nproc-per-node=3 examples/shard_a_layer.py": "tests/test_examples.py",
     "python -m scripts.export runs/tuned exported format=huggingface dtype=bfloat16": (
         "tests/trainer/test_export_huggingface.py"

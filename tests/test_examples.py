@@ -1,5 +1,6 @@
 """Every script of examples/ does what it says."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from examples import own_mixer, score_text, shard_a_layer, train_in_python
 from tests.support.pool import ranks
-from trainer.export import export
+from tests.support.torchrun_here import as_only_rank
 from trainer.preflight.prepare import load_config
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -45,22 +46,24 @@ def test_a_layer_on_three_ranks_is_the_layer_on_one():
 
 
 @pytest.mark.slow
-def test_a_run_is_trained_exported_and_asked(tmp_path, monkeypatch):
-    losses = train_in_process(tmp_path / "run", monkeypatch)
+def test_a_run_is_trained_and_asked(tmp_path):
+    with as_only_rank():
+        losses = train_in_python.main(tmp_path / "run", "evaluation.every=0", "steps=6")
     assert len(losses) == 6
     assert losses[-1] < losses[0]
-    export(tmp_path / "run", tmp_path / "exported")
-    bits = score_text.surprise(tmp_path / "exported", "import torch")
+    bits = score_text.surprise(tmp_path / "run", "import torch")
     assert len(bits) == len("import torch") - 1
     # Untrained, a byte costs log2(257) bits.
     assert 0 < sum(bits) / len(bits) < 8.01
 
 
-def train_in_process(directory, monkeypatch):
-    """Runs the example here, with a process group of its own."""
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    try:
-        return train_in_python.main(directory, "evaluation.every=0", "steps=6")
-    finally:
-        torch.distributed.destroy_process_group()
+def test_the_notebook_runs_from_its_first_cell_to_its_last():
+    cells = json.loads((EXAMPLES / "tour.ipynb").read_text())["cells"]
+    names: dict = {}
+    for cell in cells:
+        assert not cell.get("outputs"), "a notebook is kept without its outputs"
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert names["losses"][-1] < 0.7 * names["losses"][0]
+    assert len(names["text"]) > 0
+    assert names["faults"]

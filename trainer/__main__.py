@@ -9,6 +9,9 @@ under torchrun, srun, mpirun or deepspeed (trainer/launch/starters.py)
                    tells the others
 """
 
+import longspan.at_start  # noqa: F401
+
+# isort: split
 import importlib
 import json
 import os
@@ -40,6 +43,7 @@ from trainer.sweep.batch import JOB_OF
 from trainer.sweep.sweep import run_sweep
 
 RANK_OF = "--rank-of"  # hidden: RUN_DIR, then the launcher's process number
+RANK_COMMAND = ("-u", "-m", "trainer", RANK_OF)  # of the interpreter, and two words more
 # srun may start one launcher on each machine, which is no rank itself.
 MULTINODE_WORDS = ("launch=multinode", "launch.name=multinode")
 # Keys of the store at which ranks meet that another launcher started.
@@ -118,21 +122,32 @@ def command(
     config = prepare.load_config(words, here=here, dropped=dropped)
     if config.launch.name == "slurm":
         return job(plan_of(config)[0].config, words)
-    arguments = ["-u", "-m", "trainer", RANK_OF]
     if config.launch.dry_run:
-        print(prepare.dry_run(config, [*arguments, "RUN_DIR", "LAUNCHER"]))
+        print(prepare.dry_run(config, [*RANK_COMMAND, "RUN_DIR", "LAUNCHER"]))
         return DONE
-    config, path = prepare.create_run_dir(config)
-    launch = config.launch
-    with ExitStack() as stack:
-        # The first of several machines does this for all; their ranks start after its own.
-        if not launch.node_rank:
-            stack.enter_context(run_dir.lock(path))
-            prepare.write_record(config, path)
-        report = start_stages(config, path, [*arguments, str(path), str(os.getpid())])
+    report, _ = launch_run(config)
     if report.message:
         print(plain(report.message), file=sys.stderr)
     return report.code
+
+
+def launch_run(config: Config) -> tuple[exit_report.ExitReport, Path]:
+    """Starts the ranks of this machine and waits for them.
+
+    Args:
+        config: checked.
+
+    Returns:
+        The report of the last ranks, and the run directory.
+    """
+    config, path = prepare.create_run_dir(config)
+    with ExitStack() as stack:
+        # The first of several machines does this for all; their ranks start after its own.
+        if not config.launch.node_rank:
+            stack.enter_context(run_dir.lock(path))
+            prepare.write_record(config, path)
+        report = start_stages(config, path, [*RANK_COMMAND, str(path), str(os.getpid())])
+    return report, path
 
 
 def start_stages(config: Config, path: Path, command: Sequence[str]) -> exit_report.ExitReport:
@@ -217,11 +232,17 @@ def confess(error: BaseException, code: int | None, again: bool = False) -> int:
 
 
 def within(words: Sequence[str], start: starters.Start) -> int:
-    """Runs as a rank that another launcher started.
+    """Runs as a rank that another launcher started; returns the exit status."""
+    die_with_parent(os.getppid())
+    code, _ = join_run(words, start)
+    return code
+
+
+def join_run(words: Sequence[str], start: starters.Start) -> tuple[int, Path]:
+    """Trains as a rank that another launcher started; returns the exit status and the directory.
 
     Rank 0 checks the settings before the process group exists, because they set its timeout.
     """
-    die_with_parent(os.getppid())
     try:
         starters.adopt(start)
         store = elastic.rendezvous_store()
@@ -245,7 +266,7 @@ def within(words: Sequence[str], start: starters.Start) -> int:
         os.environ[elastic.SECRET] = shared_secret(path)
         try:
             ranks = elastic.init_process_group(config.launch.timeout_s, store)
-            return run(config, ranks, path)
+            return run(config, ranks, path), path
         except BaseException as error:
             code = error.code if isinstance(error, UserError) else None
             elastic.report_failure(error, code)

@@ -9,8 +9,9 @@ No pickle: any safetensors reader opens the weights, and opening them runs no co
 
 import json
 import os
+import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -33,6 +34,7 @@ from trainer.init_from.weights import CONFIG, WEIGHTS
 from trainer.logs.redact import without_secrets
 from trainer.objectives.stream import vocabulary_of
 from trainer.optim.lengthening import steps_taken
+from trainer.version import VERSION
 
 
 class SavedModel(NamedTuple):
@@ -74,6 +76,7 @@ def export(source: Path, output: Path, trust: bool = False) -> int:
     saved = read_model(source, trust)
     config = saved.config.model_copy(update={"lora": LoraConfig()})
     about = {
+        "longspan": VERSION,
         "step": saved.step,
         "vocabulary": saved.vocabulary,
         "config": without_secrets(run_dir.plain_config(config)),
@@ -125,6 +128,7 @@ def reopen(folder: Path, trust: bool = False) -> nn.Module:
         UserError: a class that is not Longspan's, without trust; the folder holds no exported
             model, or one that does not fit its own config.
     """
+    about: dict[str, Any] = {}
     try:
         about = json_object(folder / CONFIG)
         config = Config.model_validate(about["config"])
@@ -146,12 +150,30 @@ def reopen(folder: Path, trust: bool = False) -> nn.Module:
         _fit(model, weights)
         materialize(model.to(next(iter(weights.values())).dtype), torch.device("cpu"), config.seed)
         model.load_state_dict(weights)
+    except UserError as error:
+        _refuse_newer(folder, about, error)
+        raise
     except (OSError, KeyError, StopIteration, ValueError, RuntimeError, SafetensorError) as error:
+        _refuse_newer(folder, about, error)
         raise UserError(
             f"{folder} holds no exported model that fits its config ({error}); export it again",
             BAD_RUN,
         ) from error
     return model
+
+
+def _refuse_newer(folder: Path, about: dict[str, Any], error: Exception) -> None:
+    """Raises UserError where an export that cannot be read is of a newer version of Longspan."""
+    version = str(about.get("longspan", ""))
+    if not re.fullmatch(r"\d+(\.\d+)*", version):
+        return
+    if [int(part) for part in version.split(".")] <= [int(part) for part in VERSION.split(".")]:
+        return
+    raise UserError(
+        f"{folder} was written by Longspan {version} and cannot be read by {VERSION}; install that"
+        " version, or export the run again with this one",
+        BAD_RUN,
+    ) from error
 
 
 def _config(run: Path) -> Config:

@@ -1,0 +1,3 @@
+"""The version of Longspan, which pyproject.toml reads from here."""
+
+VERSION = "0.1.0"
