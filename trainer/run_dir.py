@@ -34,6 +34,7 @@ FREE = (
     "launch",
     "log",
     "logs",
+    "prefetch",
     "wandb",
     "checkpoint",
     "evaluation",
@@ -71,7 +72,8 @@ def read_config(directory: Path) -> Config:
 
 
 def holds_run(directory: Path) -> bool:
-    return (directory / CONFIG).is_file()
+    # Unlike Path.is_file, it takes a name that is too long for one that is not there.
+    return os.path.isfile(directory / CONFIG)
 
 
 def has_checkpoint(directory: str) -> bool:
@@ -168,7 +170,7 @@ def linked(directory: Path) -> list[str]:
 def _judge_source(config: Config) -> list[str]:
     """Returns the faults of resume=PATH, a run directory or one of its checkpoints."""
     source = Path(config.resume)
-    if not source.is_dir():
+    if not os.path.isdir(source):
         return [
             f"resume={source}: there is no such directory; name a run directory or a checkpoint, or"
             " resume=auto"

@@ -22,7 +22,7 @@ from yaml import YAMLError
 
 from trainer.config import groups
 from trainer.config.explain import errors_by_key, explain, list_around, unchosen, value_at
-from trainer.config.groups import choices, is_group
+from trainer.config.groups import choices, has_choice
 from trainer.config.hub import expand_hub
 from trainer.config.node_checks import normalise_node
 from trainer.config.overrides import sort_words
@@ -145,7 +145,7 @@ def _texts(overrides: Sequence[str]) -> Texts:
     for word in overrides:
         key, _, value = word.lstrip("+").partition("=")
         values[key] = value
-        if is_group(key) and (groups.CONF / key / f"{value}.yaml").is_file():
+        if has_choice(key, value):
             chosen.append(f"{key}={value}")
     return Texts(values, lambda: _defaults(tuple(chosen)))
 

@@ -28,4 +28,18 @@ def is_group(key: str) -> bool:
     """Tells whether a key chooses a member of a group, also as GROUP@PLACE."""
     if not key or is_hydra_key(key):
         return False
-    return (CONF / key.partition("@")[0]).is_dir()
+    return is_folder(key.partition("@")[0])
+
+
+def is_folder(name: str) -> bool:
+    """Tells whether a name is that of a group.
+
+    Names are compared, never tried as paths: what a user types may be too long for one, or lead out
+    of the folder.
+    """
+    return name in groups()
+
+
+def has_choice(group: str, name: object) -> bool:
+    """Tells whether a group has a member of that name."""
+    return is_folder(group) and str(name) in choices(group)

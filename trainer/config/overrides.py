@@ -13,6 +13,7 @@ from trainer.config.groups import choices, is_group, is_hydra_key
 from trainer.errors import UserError
 from trainer.texts import Texts, for_shell, quoted
 
+LONGEST_KEY = 255  # the longest name of a file on the usual file systems
 MULTIRUN_WORDS = ("-m", "--multirun")
 MAY_BE_NULL = ("mixer", "experiment")
 MAY_BE_SEVERAL = ("evaluation",)
@@ -82,7 +83,7 @@ def _append(result: SortedWords, override: Override, spelled: str) -> None:
     result.given.add(override.package or key)
     if is_hydra_key(key) or override.package:
         result.chosen.append(spelled)
-    elif (groups.CONF / key).is_dir() or override.is_delete():
+    elif groups.is_folder(key) or override.is_delete():
         result.chosen.append(spelled.lstrip("+"))
     else:
         # Forced in by ++, so that one place alone judges whether a key is known: Config and the
@@ -112,6 +113,9 @@ def _spell_for_hydra(word: str, texts: Texts, sweeps: bool) -> str:
 def _misuse(override: Override, word: str, sweeps: bool, texts: Texts) -> str | None:
     """Returns the message about a word that can be read and not be used; None for a good one."""
     key = override.key_or_group
+    # Hydra looks for a folder of that name, and no file system takes one so long.
+    if len(key.encode("utf-8", "surrogatepass")) > LONGEST_KEY:
+        return f"{word}: a key has at most {LONGEST_KEY} bytes; see python -m trainer --help"
     if is_hydra_key(key):
         return _misuse_of_hydra(word, sweeps)
     if sweeps and key == "run_dir":
@@ -128,7 +132,7 @@ def _misuse(override: Override, word: str, sweeps: bool, texts: Texts) -> str | 
             f"{word}: one command starts one run; for one of each value give -m as well (a list is"
             f" [a,b]{one_text})"
         )
-    chooses = (groups.CONF / key).is_dir() and not override.is_delete() and not override.package
+    chooses = groups.is_folder(key) and not override.is_delete() and not override.package
     if chooses:
         return _misuse_of_group(override, word)
     return None
@@ -172,7 +176,7 @@ def _misuse_of_group(override: Override, word: str) -> str | None:
     for choice in choices_made:
         names += choice if isinstance(choice, list) else [choice]
     for name in names:
-        if name is None or (groups.CONF / group / f"{name}.yaml").is_file():
+        if name is None or groups.has_choice(group, name):
             continue
         known = choices(group)
         close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)

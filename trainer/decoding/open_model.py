@@ -1,5 +1,6 @@
 """Opens a model to generate with: from a run, a checkpoint or an exported folder."""
 
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ def open_model(source: Path, trust: bool = False) -> OpenModel:
     Raises:
         UserError: nothing there, damaged, or not whole.
     """
-    if (source / WEIGHTS).exists() or (source / CONFIG).exists():
+    # os.path takes a name that is too long for one that is not there; pathlib raises.
+    if os.path.exists(source / WEIGHTS) or os.path.exists(source / CONFIG):
         return _opened(source, trust)
     with tempfile.TemporaryDirectory() as folder:
         export(source, Path(folder), trust)

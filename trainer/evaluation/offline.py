@@ -99,7 +99,7 @@ def evaluate_models(sources: Sequence[str], words: Sequence[str], trust: bool) -
 def _subject(source: str, words: Sequence[str], scratch: Path, trust: bool) -> Subject:
     """Reads what a source holds; the weights of a run are exported to `scratch`."""
     folder = Path(source)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{source}: there is no such directory; name a run, a checkpoint or export")
     if not ((folder / WEIGHTS).is_file() and (folder / CONFIG).is_file()):
         # Raises where it is no run either.

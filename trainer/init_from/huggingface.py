@@ -1,5 +1,6 @@
 """Reads the folder of a Hugging Face model: its config.json, and its safetensors shard by shard."""
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,7 +27,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: there is no such folder or file, or it is no JSON object.
     """
-    if not folder.is_dir():
+    # Unlike Path.is_dir, it takes a name that is too long for one that is not there.
+    if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder}; download the model and name its folder")
     try:
         return json_object(folder / CONFIG, follow=False)

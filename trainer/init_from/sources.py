@@ -8,6 +8,7 @@
 Only safetensors and the shards of our own checkpoints are opened: no pickle, no links, no code.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def _opened(text: str, say: Callable[[str], None]) -> WeightSource:
         return HuggingFaceWeights(Path(text.removeprefix(HUGGINGFACE)))
     if folder.suffix in PICKLED:
         raise UserError(f"a pickled file can run code when it is opened; {KINDS}")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"there is no such folder; {KINDS}")
     if run_dir.holds_run(folder) or (folder / "checkpoints").is_dir():
         return CheckpointWeights(_newest(folder, say))

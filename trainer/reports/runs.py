@@ -1,6 +1,7 @@
 """Reads the directories of runs: each run of a folder as one record, however far it got."""
 
 import math
+import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -92,7 +93,7 @@ def collect(directory: Path) -> list[RunRecord]:
     Raises:
         UserError: the directory is missing, or holds no run.
     """
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise UserError(
             f"{directory}: there is no such directory; name that of a run, or of a sweep"
         )
