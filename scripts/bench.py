@@ -1,5 +1,5 @@
 """python -m scripts.bench NAME [key=value ...]: what something costs; JSON and a table.
-NAME is one of attention, cache, decode, experts, memory, mixers, time.
+NAME is one of attention, cache, decode, experts, memory, mixers, reading, time.
 
 attention: forward and backward over ranks, beside one device with as many threads. Words: tokens,
 heads, kv_heads, width, ranks, threads (of a rank), repeats, seed, device.
@@ -14,6 +14,8 @@ experts: one device and shared, beside a dense layer of the same FLOPs. Words: t
 experts, ranks, ...
 time: a row cut in time: its peak memory at two lengths, and its time beside full checkpointing.
 Words: tokens (of the shorter row), times, piece, compare, width, heads, layers, window, ...
+reading: what a step waits for its batch, with and without reading ahead. Words: tokens, context,
+steps, step_ms, seed.
 memory: what a longer Transformer-XL memory adds to a step, beside the attention that it adds.
 Words: tokens, repeats, ... `--device cuda` is device=cuda: each rank takes a GPU, and mixers on a
 single one want ranks=1. Medians of alternated runs.
@@ -23,24 +25,17 @@ import json
 import os
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 import torch.distributed as dist
 
-from scripts.benchmarks import attention, cache, decode, experts, memory, mixers, time_pieces
 from trainer.entry import run_command
 from trainer.launch.elastic import init_process_group, start_ranks
 from trainer.launch.starters import Incomplete, adopt, started
 
-BENCHES = {
-    "attention": attention,
-    "cache": cache,
-    "decode": decode,
-    "experts": experts,
-    "memory": memory,
-    "mixers": mixers,
-    "time": time_pieces,
-}
+BENCHES = ("attention", "cache", "decode", "experts", "memory", "mixers", "reading", "time")
+MODULES = {"time": "time_pieces"}  # where the module has another name than the word
 
 
 def main(words: list[str]) -> int:
@@ -50,7 +45,7 @@ def main(words: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    chosen = BENCHES[words[0]]
+    chosen = import_module(f"scripts.benchmarks.{MODULES.get(words[0], words[0])}")
     try:
         sizes = chosen.parse(
             " ".join(words[1:])

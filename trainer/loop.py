@@ -3,7 +3,7 @@
 Every rank takes the same steps and every decision together with the others.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -20,7 +20,6 @@ from parallel.engines.base import Engine
 from parallel.mesh import Mesh
 from parallel.row_pieces import piece_state
 from parallel.rows_in_time import run_in_pieces
-from trainer.agreement import mark
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.compile_trial import choose_compilation
 from trainer.config.schema import Config
@@ -28,7 +27,8 @@ from trainer.config.stages import Stage
 from trainer.data.batch import Batch
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.lanes import Held, Lanes
-from trainer.data.streams.base import Cursor, Stream
+from trainer.data.streams.base import Stream
+from trainer.data.streams.prefetch import Prefetcher, StepInput
 from trainer.logs.jsonl import MetricsRow
 from trainer.logs.meters import Meter, peak_memory_bytes
 from trainer.logs.profile import StepProfiler
@@ -89,6 +89,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.guard = SkipStepGuard(self.mesh, self.share, self.config.optim)
+        self.prefetcher = Prefetcher(self.stream, self.share, self.config.prefetch)
 
     def train(self, progress: Progress) -> Progress:
         """Trains to the last step or to a signal; `progress` is updated and returned."""
@@ -97,23 +98,29 @@ class Loop:
             # A resumed run first does the evaluation that its checkpoint still owed.
             self._evaluate_owed(progress)
             self._choose_compilation(progress)
-        while progress.step < self.config.steps:
-            self.heartbeat("reading the batch", progress.step + 1)
-            batch, cursor = self.stream.read(progress.cursor)
-            # One all-reduce for both: the signal, and whether all ranks read the same batch.
-            batch_mark = mark(batch, self.stream.fingerprint)
-            if self.stop.asked(batch_mark, f"step {progress.step + 1}"):
-                break
-            with self.profiler.around(progress.step + 1) if self.profiler else nullcontext():
-                self._step(progress, batch, cursor)
-            with self.meter.pause():
-                self._after_step(progress)
+        try:
+            self._take_steps(progress)
+        finally:
+            self.prefetcher.close()
         with self.meter.pause():
             unsaved = progress.step > max(self.saved, 0)
             if self.stop.caught and self.config.checkpoint.every and unsaved:
                 self.save(progress)
             self.checkpoints.finish()
         return progress
+
+    def _take_steps(self, progress: Progress) -> None:
+        """Takes steps to the last one or to a signal."""
+        while progress.step < self.config.steps:
+            self.heartbeat("reading the batch", progress.step + 1)
+            given = self.prefetcher.read(progress.cursor)
+            # One all-reduce for both: the signal, and whether all ranks read the same batch.
+            if self.stop.asked(given.mark, f"step {progress.step + 1}"):
+                break
+            with self.profiler.around(progress.step + 1) if self.profiler else nullcontext():
+                self._step(progress, given)
+            with self.meter.pause():
+                self._after_step(progress)
 
     def _after_step(self, progress: Progress) -> None:
         """Saves and evaluates where this step is due for it."""
@@ -154,6 +161,7 @@ class Loop:
             for block in blocks:
                 block.enabled = progress.compiled
             return
+        # Before anything is read ahead: a stream has one reader at a time.
         batch, _ = self.stream.read(progress.cursor)
         progress.compiled = choose_compilation(
             blocks, lambda: self._rehearse(batch, progress.step + 1), self.mesh, self.say
@@ -162,7 +170,8 @@ class Loop:
     def _rehearse(self, batch: Batch, step: int) -> None:
         """Runs the passes of a step and undoes what they leave behind."""
         carried_before = None if self.lanes is None else self.lanes.held()
-        self._accumulate_gradients(batch, step, self.share.valid(batch))
+        valid_tokens = self.share.valid(batch)
+        self._accumulate_gradients(batch, self.share.in_time(batch), step, valid_tokens)
         self.engine.skip()
         self.guard.forget()
         self.uncount()
@@ -178,15 +187,15 @@ class Loop:
         self.checkpoints.save(progress.step, state, progress.extra())
         self.saved = progress.step
 
-    def _step(self, progress: Progress, batch: Batch, cursor: Cursor) -> None:
+    def _step(self, progress: Progress, given: StepInput) -> None:
         """Takes one optimiser step, or leaves it out where the guard says so."""
         step = progress.step + 1
         optim = self.config.optim
         learning_rate = optim.learning_rate * factor(self.schedule, progress.lengths, step)
-        valid_tokens = self.share.valid(batch)
+        valid_tokens = given.valid_tokens
         # What rows left behind before this step, in case the step has to be undone.
         carried_before = None if self.lanes is None else self.lanes.held()
-        sums = self._accumulate_gradients(batch, step, valid_tokens)
+        sums = self._accumulate_gradients(given.batch, given.micro_batches(), step, valid_tokens)
         self.heartbeat("gradient norm and optimiser", step)
         norm = self.engine.clip(optim.max_grad_norm)
         totals = sums.over(self.mesh.world.group)
@@ -203,8 +212,8 @@ class Loop:
         else:
             self._leave_out(step, skip, carried_before)
         progress.step = step
-        progress.cursor = cursor
-        self.meter.add(valid_tokens, self.flops(batch.span()))
+        progress.cursor = given.cursor
+        self.meter.add(valid_tokens, self.flops(given.batch.span()))
         first_or_last = step in (1, self.config.steps)
         if skip is not None or _is_due(self.config.log.every, step, first_or_last):
             # A batch without a token to predict has no loss, and 0 would look like one.
@@ -221,11 +230,18 @@ class Loop:
             # After the row is written, because too many skipped steps end the run here.
             self.guard.bear(progress, skip)
 
-    def _accumulate_gradients(self, batch: Batch, step: int, valid_tokens: int) -> StepSums:
+    def _accumulate_gradients(
+        self,
+        batch: Batch,
+        micro_batches: Iterable[tuple[list[MicroBatch], bool]],
+        step: int,
+        valid_tokens: int,
+    ) -> StepSums:
         """Runs forward and backward of every micro-batch.
 
         Args:
             batch: the whole batch, the same on every rank.
+            micro_batches: this rank's part of it, each as pieces, with True for the last.
             step: number of the step.
             valid_tokens: tokens of the batch that are predicted, over all ranks; every loss is
                 divided by this number, so that micro-batches and ranks only add up.
@@ -249,7 +265,7 @@ class Loop:
             auxiliary_sum = sum(auxiliary.values(), torch.zeros_like(loss))
             return loss / divisor + self.config.optim.auxiliary_weight * auxiliary_sum
 
-        for number, (pieces, last) in enumerate(self.share.in_time(batch)):
+        for number, (pieces, last) in enumerate(micro_batches):
             first = pieces[0]
             if self.lanes is not None:
                 first = first.with_span(self.lanes.attach(number, first.span))

@@ -332,6 +332,9 @@ class Config(ConfigGroup):
     precision: Literal["float32", "float64", "bfloat16"] = Field(
         description="type of the arithmetic"
     )
+    prefetch: Natural = Field(
+        default=1, description="steps whose batches are read and cut ahead, on a thread; 0 = none"
+    )
     run_dir: str | None = Field(
         default=None, min_length=1, description="null = a fresh runs/NAME-DATE-TIME"
     )

@@ -67,10 +67,10 @@ def poisoned(env, words, directory, way, steps, victim):
         hit = now["step"] in steps and now["left"] == 0 and env.rank == victim
         return WAYS[way](out) if hit else out
 
-    def watched(self, progress, batch, cursor):
+    def watched(self, progress, given):
         now.update(step=progress.step + 1, left=self.share.pieces)
         before = bits(self)
-        step(self, progress, batch, cursor)
+        step(self, progress, given)
         if all(torch.equal(a, b) for a, b in zip(before, bits(self))):
             still.append(progress.step)
 
