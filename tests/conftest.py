@@ -4,8 +4,12 @@ idles while the last ends."""
 import pytest
 import torch
 
+from tests.support.case_cover import mark_what_is_covered
 
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_what_is_covered(items)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)  # files stay whole, and in their order
 

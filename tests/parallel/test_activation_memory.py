@@ -133,7 +133,9 @@ def test_the_peak_of_a_step_and_what_checkpointing_saves_of_it_are_as_predicted(
     )
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+@pytest.mark.parametrize(
+    "checkpointing", ["none", pytest.param("full", marks=pytest.mark.full), "selective"]
+)
 def test_offload_lowers_the_peak_by_what_is_predicted_and_the_host_holds_as_much(
     one_thread, checkpointing
 ):

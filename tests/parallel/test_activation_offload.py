@@ -145,7 +145,8 @@ def with_and_without(env, name, method, grid, settings):
 @pytest.mark.parametrize(
     "method, size, grid, checkpointing",
     [
-        *(("ring", 3, {}, way) for way in WAYS),
+        ("ring", 3, {}, "none"),
+        *(pytest.param("ring", 3, {}, way, marks=pytest.mark.full) for way in WAYS[1:]),
         ("ulysses", 3, {}, "none"),
         ("allgather", 3, {}, "selective"),
         ("usp", 2, {"ulysses": 1, "ring": 2}, "selective"),
@@ -167,7 +168,12 @@ def test_exchanges_and_engines_are_the_same_bits_and_gathered_parameters_stay(
 
 @pytest.mark.parametrize(
     "name, precision",
-    [("fsdp", "bfloat16"), ("zero1", "float32"), ("zero3", "float32"), ("zero3", "bfloat16")],
+    [
+        ("fsdp", "bfloat16"),
+        pytest.param("zero1", "float32", marks=pytest.mark.full),
+        ("zero3", "float32"),
+        pytest.param("zero3", "bfloat16", marks=pytest.mark.full),
+    ],
 )
 def test_other_precisions_and_engines(name, precision):
     left = [
@@ -188,7 +194,7 @@ def experts(env, name, checkpointing):
     return offload.sent
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", pytest.param("full", marks=pytest.mark.full)])
 def test_experts_that_are_gathered_inside_a_block_stay(checkpointing):
     left = {name: sorted(ranks(4, experts, name, checkpointing)) for name in ("single", "fsdp")}
     assert left["fsdp"] == left["single"] and left["single"][0] > 0

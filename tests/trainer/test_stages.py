@@ -216,7 +216,8 @@ def test_three_stages_on_one_two_and_three_ranks_equal_a_run_by_hand(words, hand
     [
         ("evaluation 4", [1, 2, 3]),  # the last step of a stage is saved and not evaluated
         ("before-note 2", [1, 2, 3]),  # evaluated, and stage.json does not say so
-        ("after-note 2", [2, 3]),  # between two stages
+        # Between two stages.
+        pytest.param("after-note 2", [2, 3], marks=pytest.mark.full),
         ("step 7", [2, 3]),  # within the second
     ],
 )

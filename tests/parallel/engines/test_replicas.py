@@ -89,7 +89,12 @@ def alone():
 
 @pytest.mark.parametrize(
     "experts, replicas, local",
-    [(2, 2, (2, 24, 16)), (4, 2, (1, 24, 16)), (2, 4, (2, 24, 16)), (1, 2, (2, 24, 16))],
+    [
+        pytest.param(2, 2, (2, 24, 16), marks=pytest.mark.full),
+        (4, 2, (1, 24, 16)),
+        (2, 4, (2, 24, 16)),
+        pytest.param(1, 2, (2, 24, 16), marks=pytest.mark.full),
+    ],
 )
 def test_experts_over_ranks_of_replicas_train_what_one_process_trains(experts, replicas, local):
     """A replica may have as many ranks as share the experts, or fewer; its stacks are then copies

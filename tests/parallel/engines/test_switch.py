@@ -94,10 +94,10 @@ def alone():
 @pytest.mark.parametrize(
     "name, shape, settings",
     [
-        ("single", {"context": 1, "data": 2, "experts": 2}, {}),
+        pytest.param("single", {"context": 1, "data": 2, "experts": 2}, {}, marks=pytest.mark.full),
         ("single", {"context": 2, "data": 2, "experts": 4}, {}),
         ("fsdp", {"context": 2, "data": 1, "experts": 2}, {"checkpointing": "full"}),
-        ("fsdp", {"context": 2, "data": 2, "experts": 2}, {}),
+        pytest.param("fsdp", {"context": 2, "data": 2, "experts": 2}, {}, marks=pytest.mark.full),
         ("fsdp", {"context": 1, "data": 4, "experts": 4, "replicas": 2}, {}),
         ("fsdp", {"context": 2, "data": 2}, {}),
     ],

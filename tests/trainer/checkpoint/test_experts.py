@@ -86,7 +86,17 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("place, then", WAYS)
+# Every place is left once and gone on in once.
+FIRST = (0, 4, 5, 6, 7, 9, 11)
+
+
+@pytest.mark.parametrize(
+    "place, then",
+    [
+        way if number in FIRST else pytest.param(*way, marks=pytest.mark.full)
+        for number, way in enumerate(WAYS)
+    ],
+)
 def test_a_checkpoint_goes_on_where_experts_lie_otherwise(place, then, tmp_path):
     (losses, norms), truth = alone()
     for before in on(place, write, str(tmp_path)):

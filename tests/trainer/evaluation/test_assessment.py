@@ -127,7 +127,9 @@ def checkpoints(directory):
     return [path.name for path in sorted((directory / "checkpoints").glob("step_*"))]
 
 
-@pytest.mark.parametrize(("size", "more"), [(1, ()), (3, ("parallel.context=3",))])
+@pytest.mark.parametrize(
+    ("size", "more"), [pytest.param(1, (), marks=pytest.mark.full), (3, ("parallel.context=3",))]
+)
 def test_what_a_signal_left_undone_is_owed_said_and_done_by_the_same_command(
     tmp_path, words, size, more
 ):

@@ -120,8 +120,18 @@ def trained(words, tmp_path_factory):
     [
         (1, ("engine=single",), 1e-9),
         (3, ("engine=fsdp", "parallel.context=3"), 1e-9),
-        (3, ("engine=single", "parallel.context=3", "parallel.layout=contiguous"), 1e-9),
-        (2, ("engine=fsdp", "parallel.data=2", "engine.checkpointing=selective"), 1e-9),
+        pytest.param(
+            3,
+            ("engine=single", "parallel.context=3", "parallel.layout=contiguous"),
+            1e-9,
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            2,
+            ("engine=fsdp", "parallel.data=2", "engine.checkpointing=selective"),
+            1e-9,
+            marks=pytest.mark.full,
+        ),
         (2, ("engine=deepspeed", "parallel.context=2", "precision=float32"), 1e-5),
     ],
 )

@@ -59,7 +59,7 @@ def rows(directory, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["masked", pytest.param("span", marks=pytest.mark.full)])
 def test_a_run_and_its_resumption_on_other_ranks_have_the_same_figures(kind, tmp_path):
     write_documents(tmp_path / "text")
     words = (

@@ -90,8 +90,18 @@ def hand(words):
     [
         (1, ("engine=single",), 1e-9),
         (3, ("engine=fsdp", "parallel.context=3"), 1e-9),
-        (2, ("engine=single", "parallel.data=2", "parallel.context=1"), 1e-9),
-        (2, ("engine=deepspeed", "engine.zero_stage=2", "parallel.context=2"), 1e-5),
+        pytest.param(
+            2,
+            ("engine=single", "parallel.data=2", "parallel.context=1"),
+            1e-9,
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            2,
+            ("engine=deepspeed", "engine.zero_stage=2", "parallel.context=2"),
+            1e-5,
+            marks=pytest.mark.full,
+        ),
         (2, ("engine=deepspeed", "engine.zero_stage=3", "parallel.context=2"), 1e-5),
     ],
 )

@@ -53,9 +53,7 @@ def losses(directory, name, key):
 @pytest.mark.parametrize(
     "memory",
     [
-        pytest.param(name, marks=pytest.mark.full)
-        if name in ("tokens", "lookup", "compressive")
-        else name
+        pytest.param(name, marks=pytest.mark.full) if name != "segments" else name
         for name in MEMORIES
     ],
 )

@@ -45,6 +45,11 @@ MODELS = {
     ),
 }
 
+FULL = pytest.mark.full
+# `make test` runs the one model from the start, the other from checkpoints.
+ONE = ("switch", pytest.param("moe_topk", marks=FULL))
+OTHER = ("moe_topk", pytest.param("switch", marks=FULL))
+
 
 def in_rank(env, words, directory):
     config = load_config(words, started=env.size)
@@ -64,7 +69,7 @@ def rows_of(words, directory):
     return list(read(directory / METRICS))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ONE)
 def test_a_run_is_the_same_however_tokens_and_experts_are_spread(name, tmp_path):
     data = (
         f"data.path={write_documents(tmp_path / 'text')}",
@@ -94,7 +99,7 @@ def test_a_run_is_the_same_however_tokens_and_experts_are_spread(name, tmp_path)
                 assert b[part] == pytest.approx(a[part], rel=1e-10), words
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ONE)
 def test_a_run_with_a_memory_that_hands_segments_on_is_the_same_over_ranks(name, tmp_path):
     data = (
         f"data.path={write_documents(tmp_path / 'text')}",
@@ -118,7 +123,7 @@ def test_a_run_with_a_memory_that_hands_segments_on_is_the_same_over_ranks(name,
             assert b["statistics"] == pytest.approx(a["statistics"], rel=1e-10)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", OTHER)
 def test_a_checkpoint_of_four_expert_ranks_goes_on_on_one_and_two_and_back(name, tmp_path):
     """The bias of the choice, too, is what it was."""
     data = (
