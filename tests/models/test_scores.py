@@ -120,6 +120,7 @@ def test_relative_scores_of_a_later_stretch_are_those_of_an_earlier_one():
     assert torch.equal(*results)
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 7), (5, 1), (5, 7), (7, 5)])
 @pytest.mark.parametrize("clamp", [None, 3])
 @pytest.mark.parametrize("strip", [2, 128])

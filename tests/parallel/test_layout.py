@@ -63,6 +63,7 @@ def test_ranks_that_trade_heads_hold_what_the_ring_says():
             assert torch.equal(parts.grouped(2).index(rank), whole.index(rank)), policy
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("heads", [1, 2, 3])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_token_has_one_place_and_ranks_hold_equally_many(policy, heads):
@@ -103,6 +104,7 @@ def test_wishes_that_cannot_be_met_are_refused():
         layouts("balanced", Span.line(1, 8), 4, heads=3)
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_joined_rows_lie_one_behind_the_other_with_all_padding_at_the_end(policy, size):

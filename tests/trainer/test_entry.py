@@ -11,6 +11,7 @@ SCRIPTS = sorted(
 )
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("word", ["--help", "-h"])
 def test_a_script_says_what_it_does(name: str, word: str, monkeypatch, capfd) -> None:

@@ -49,6 +49,7 @@ def spelled(model, words, span):
     return model.head.weight @ q
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("hops", "fact"), [(1, 3), (3, 3), (2, 1), (2, 2), (1, 4)])
 def test_it_is_its_equations(hops, fact, shared):

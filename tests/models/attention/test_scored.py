@@ -84,6 +84,7 @@ def test_a_gate_stands_between_the_means_and_the_projection():
     assert furthest(got, want @ out.T, span) < 1e-12
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("kv_heads", [2, 6])
 @pytest.mark.parametrize("position", [NoPosition, Rope, Alibi, lambda: T5(8, 20)])
 def test_differential_attention_is_two_softmaxes_a_pair(position, kv_heads):

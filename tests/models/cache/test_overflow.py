@@ -111,6 +111,7 @@ MIXERS = {
 }
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("name", MIXERS)
 @torch.no_grad()

@@ -64,6 +64,7 @@ def test_values_are_quantised_per_token_over_groups_of_channels(bits):
         assert found.minimum[here].item() == low
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("along", "group"), [(TOKENS, 8), (CHANNELS, 4), (CHANNELS, None)])
 def test_no_number_moves_by_more_than_half_a_step(bits, along, group):
@@ -80,6 +81,7 @@ def test_no_number_moves_by_more_than_half_a_step(bits, along, group):
     assert (returned != given).any()
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("along", "group"), [(TOKENS, 8), (CHANNELS, 4), (CHANNELS, None)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

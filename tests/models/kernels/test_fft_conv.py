@@ -21,6 +21,7 @@ def direct(x, taps, shift):
 CASES = [(1, 1, 0), (1, 4, 3), (6, 6, 0), (6, 9, 2), (6, 30, 6), (6, 30, 17), (8, 10, 4)]
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("block", [3, 4096])
 @pytest.mark.parametrize(
     "length, taps, shift",

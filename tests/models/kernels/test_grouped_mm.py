@@ -24,6 +24,7 @@ def spelled(x, weight, counts):
     )
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize("way", [one_by_one, padded])
 def test_a_row_meets_the_matrix_of_its_expert(way, counts):

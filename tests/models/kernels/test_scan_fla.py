@@ -236,6 +236,7 @@ def test_a_package_that_is_not_there_is_no_fault(monkeypatch):
         load_kernel.cache_clear()
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind, before", CASES)

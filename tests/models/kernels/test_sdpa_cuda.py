@@ -287,6 +287,7 @@ def test_a_block_goes_to_a_kernel_that_can_compute_it(dtypes, width, generation,
     assert found.key % 8 == found.value % 8 == 0 and found.key >= width and found.value >= width - 3
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("triangle", [False, True])
 @pytest.mark.parametrize("dtype, who", [(torch.bfloat16, "flash"), (torch.float32, "efficient")])
@@ -336,6 +337,7 @@ def test_an_empty_side_is_refused(queries, keys):
         sdpa_cuda.forward(*tensors(queries, keys), SCALE, False, None)
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("added", [False, True])
 def test_the_real_kernels_take_what_they_are_given_and_return_what_is_said(dtype, added):

@@ -95,6 +95,7 @@ def test_summaries_say_what_runs_do_to_any_state(rule):
             start += length
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("segment", [None, 4])
 @pytest.mark.parametrize("rule", RULES)
 def test_row_by_row_with_its_past_is_the_whole_at_once(rule, segment):

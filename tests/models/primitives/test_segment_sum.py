@@ -35,6 +35,7 @@ def numbers(span, *features):
     )
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("span", [SPAN, HOLED], ids=["packed", "holed"])
 @pytest.mark.parametrize("over", ["row", "document"])
 @pytest.mark.parametrize("features", [(), (3,)], ids=["plain", "features"])

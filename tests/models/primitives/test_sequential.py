@@ -113,6 +113,7 @@ def test_a_row_whose_pieces_are_used_up_keeps_its_state_and_its_gradient():
     )
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("build", [lstm, summing])
 @pytest.mark.parametrize("depth", [1, 2, 3, None])
 def test_no_gradient_goes_back_over_more_than_depth_pieces(build, depth):

@@ -160,6 +160,7 @@ def test_performer_does_not_overflow_whatever_the_keys_are():
     assert found.isfinite().all() and math.log(found.max()) < ROOM + 1
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("level", [0, 1])
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("most", [1, 2])

@@ -232,6 +232,7 @@ def test_evaluating_between_steps_changes_nothing(name, kind):
         torch.testing.assert_close(parameters, true_run(STEPS, COUNT)[0], rtol=0, atol=1e-10)
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("name", ["single", "fsdp"])
 @pytest.mark.parametrize("setting", [{"precision": "float16"}, {"checkpointing": "some"}])
 def test_a_setting_that_is_not_offered_is_refused_by_name(name, setting):

@@ -59,6 +59,7 @@ def fill(env, directory: str, asynchronous: bool, victim: int, number: int):
     return message, code, left
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_disk_full_on_one_rank_is_told_to_all_and_leaves_the_last_whole(

@@ -43,6 +43,7 @@ def share(*where, micro_batch=2, policy="zigzag", prefix=0):
     )
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("policy", ["zigzag", "contiguous", "balanced"])
 @pytest.mark.parametrize(("data", "context"), [(1, 1), (1, 3), (2, 2), (3, 1), (4, 2)])
 def test_every_token_is_computed_once(data, context, policy):

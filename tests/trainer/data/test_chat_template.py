@@ -45,6 +45,7 @@ def template(folder):
     )
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("source", [UNMARKED, CHATML, RICH], ids=["plain", "marked", "rich"])
 @pytest.mark.parametrize("in_file", [False, True])
 def test_texts_and_tokens_are_those_of_transformers(source, in_file, tmp_path):

@@ -64,6 +64,7 @@ def read(node, steps, lanes=False):
     return stream, batches
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("count", [1, 2, 20])
 def test_documents_without_a_token_are_refused_before_the_start_and_while_reading(data, count):
     node = data([BLANK] * count)
@@ -77,6 +78,7 @@ def test_the_start_is_not_held_up_by_a_token_far_behind(data):
     assert check(data([BLANK] * 9 + ["a b"])) == []
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("lanes", [False, True])
 def test_a_document_without_tokens_leaves_no_trace_in_the_rows(data, lanes):
     texts = [f"{'a ' * (n % 4 + 1)} b" if n % 3 == 0 else BLANK for n in range(30)]

@@ -136,6 +136,7 @@ def read_needles(text):
     return [f" {answer}" for answer in answers]
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("kinds", [("words", "numbers"), ("uuids", "words"), ("numbers", "uuids")])
 @pytest.mark.parametrize("variant", ["single", "multi_key", "multi_value", "multi_query"])
 def test_who_reads_the_needles_tells_them_all(variant, kinds, folder, config):

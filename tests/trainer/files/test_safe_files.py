@@ -57,6 +57,7 @@ WRITES = {
 }
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("name", WRITES)
 @pytest.mark.parametrize("dangling", [False, True])
 def test_what_is_a_link_is_not_written_through(name, dangling, run, outside):

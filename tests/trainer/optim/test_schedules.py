@@ -15,6 +15,7 @@ def test_warm_up_is_a_straight_line_that_trains_from_step_one(kind):
     assert [schedule(step, 100) for step in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("kind", FALLING)
 @pytest.mark.parametrize("warmup_steps", [0, 1, 10])
 @pytest.mark.parametrize("final", [0.0, 0.1, 1.0])

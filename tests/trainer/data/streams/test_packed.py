@@ -30,6 +30,7 @@ def same(a, b):
     return all(torch.equal(x, y) if x is not None else y is None for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("lanes", [False, True])
 @pytest.mark.parametrize("context", [1, 4, 7, 64, 5000])
 def test_every_token_is_predicted_exactly_once_per_epoch(opened, words, context, lanes):
