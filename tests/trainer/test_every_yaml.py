@@ -53,6 +53,8 @@ NEEDED = {  # what a yaml cannot do without, or would make a run of this size lo
     "memory=lookup": ("memory.length=32", "memory.layers=[0]", "data=files"),
     "memory=segments": ("memory.length=32", "data=files"),
     "memory=tokens": ("memory.length=2", "memory.segment=16", "data=files"),
+    "model=deep_sets": ("data=sets",),
+    "model=set_transformer": ("data=sets",),
     "model=ntm": ("model.slots=8", "model.slot_width=4"),
     "schedule=wsd": ("schedule.warmup_steps=1", "schedule.decay_steps=1"),
 }
