@@ -97,6 +97,11 @@ class Layer(nn.Module):
         """Returns the modules that run inside this layer's sequential steps, given its parent."""
         return ()
 
+    # Graphs.
+
+    reads_edges: bool = False
+    """The whole model reads nodes with their edges: tokens of columns, feature and neighbours."""
+
     # Memories: each returns the reason why the layer has no exact form, or None where it has one.
 
     def carries_over(self) -> str | None:
@@ -159,6 +164,7 @@ _VALUE_KINDS: dict[str, tuple[type, ...]] = {
     "multiply_adds": (int,),
     "positions_per_step": (int,),
     "max_length": (int,),
+    "reads_edges": (bool,),
     "shares_values": (bool,),
     "sharded_over_experts": (bool,),
     "auxiliary": (dict,),

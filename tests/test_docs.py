@@ -79,6 +79,8 @@ NOT_COMPOSED = {
         " evaluation.needle.lengths=[512,2048] json=rows.jsonl"
     ): "needs two runs; tests/trainer/evaluation/test_offline.py",
     "python -m scripts.experiments experts": "an experiment of minutes",
+    "python -m scripts.experiments graphs": "an experiment of minutes",
+    "python -m scripts.experiments sets": "an experiment of minutes",
     "python -m scripts.experiments memory first=3": "an experiment of 50 minutes",
     "python -m scripts.experiments recall only=queries seeds=2": "an experiment of minutes",
     "python -m scripts.experiments recall only=tracking seeds=3 first=2": "14 minutes",

@@ -11,8 +11,8 @@ from models.init import Rule, normal
 from models.layer import Layer
 from models.loss import token_losses
 from models.masks.algebra import FAR
+from models.micro_batch import MicroBatch
 from models.primitives.segment_sum import SegmentSum
-from models.span import Span
 
 Pooling = Literal["sum", "mean"]
 
@@ -55,9 +55,10 @@ class DeepSets(Layer):
         """See Layer: a sum over a set holds elements that come later."""
         return FAR
 
-    def forward(self, tokens: Tensor, span: Span, targets: Tensor | None = None) -> Tensor:
+    def forward(self, batch: MicroBatch | Tensor) -> Tensor:
         """[B, T] int64 -> logits [B, T, vocabulary] of each token's set, or with targets the losses
         [B, T] in nats (0 where IGNORE)."""
+        tokens, span, targets, _ = MicroBatch.of(batch)
         total = self.sum.total(self.phi(self.embed(tokens)), span, "document")
         if self.mean:
             total = total / self.sum.count(span, "document").clamp_min(1)[..., None]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from models.init import Rule, normal
 from models.layer import Layer
 from models.loss import token_losses
+from models.micro_batch import MicroBatch
 from models.ranges import Few, Some
 from models.sets.blocks import (
     InducedSetAttentionBlock,
@@ -16,7 +17,6 @@ from models.sets.blocks import (
     SeedAttentionBlock,
     SetAttentionBlock,
 )
-from models.span import Span
 
 
 class SetTransformer(Layer):
@@ -88,9 +88,10 @@ class SetTransformer(Layer):
             "readout.weight": normal(self.readout.in_features**-0.5),
         }
 
-    def forward(self, tokens: Tensor, span: Span, targets: Tensor | None = None) -> Tensor:
+    def forward(self, batch: MicroBatch | Tensor) -> Tensor:
         """[B, T] int64 -> logits [B, T, vocabulary] of each token's set, or with targets the losses
         [B, T] in nats (0 where IGNORE)."""
+        tokens, span, targets, _ = MicroBatch.of(batch)
         hidden = self.embed(tokens)
         for block in self.blocks:
             hidden = block(hidden, span)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from models.counter_rng import CounterRNG, address, mix_bits
 from models.init import Rule
 from models.layer import Layer
+from models.masks.algebra import FAR
 from models.primitives.neighbors import Edges, Neighbors
 from models.span import Span
 
@@ -78,13 +79,17 @@ class GraphAttention(Layer):
         self.bias = nn.Parameter(torch.zeros(width))
         self.neighbors = Neighbors()
         self.feature_dropout = AddressedDropout(feature_dropout, "feature dropout", layer, seed)
-        self.weight_dropout = AddressedDropout(weight_dropout, "edge dropout", layer, seed)
+        self.weight_dropout = AddressedDropout(weight_dropout, "weight dropout", layer, seed)
 
     def init_rules(self) -> dict[str, Rule]:
         """Starts everything as Glorot & Bengio 2010, as the paper does."""
         names = ("source.weight", "target.weight", "score", "target_score")
         there = {name for name, _ in self.named_parameters()}
         return {name: glorot for name in names if name in there}
+
+    def causal_from(self) -> int:
+        """See Layer: an edge may come from any node of the graph."""
+        return FAR
 
     def forward(self, x: Tensor, neighbors: Tensor, span: Span) -> Tensor:
         """[B, T, in_width] -> [B, T, heads x head_width], or [B, T, head_width] where averaged.

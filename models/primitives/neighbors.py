@@ -73,4 +73,8 @@ def listed_edges(neighbors: Tensor, span: Span, *, self_loops: bool) -> tuple[Te
         listed = torch.cat([listed, torch.ones_like(own, dtype=torch.bool)], 2)
     listed = listed & span.valid()[..., None]
     tokens = torch.arange(span.pos.numel(), device=span.pos.device).view_as(span.pos)
-    return tokens[..., None].expand_as(neighbors)[listed], neighbors[listed]
+    destination = tokens[..., None].expand_as(neighbors)
+    # How many are listed is not known on the meta device: there every entry counts.
+    if listed.is_meta:
+        return destination.flatten(), neighbors.flatten()
+    return destination[listed], neighbors[listed]

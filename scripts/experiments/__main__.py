@@ -37,6 +37,16 @@ RECIPES = {  # name -> (module and function, its parts, what it shows)
         (),
         "what keeps experts evenly used, and Switch against a dense layer",
     ),
+    "sets": (
+        "scripts.experiments.sets.sets",
+        ("distinct", "characters"),
+        "Set Transformer against Deep Sets, on sets that were never seen",
+    ),
+    "graphs": (
+        "scripts.experiments.graphs.graphs",
+        ("trust", "karate"),
+        "graph attention against the mean of neighbours, on unseen graphs and nodes",
+    ),
     "memory": (
         "scripts.experiments.memory.memory",
         ("text", "retrieval", "copying", "facts"),

@@ -18,7 +18,7 @@ class Batch(NamedTuple):
     A row holds T + 1 tokens, of which the model reads the first T.
 
     Attributes:
-        tokens: [R, T+1] int64; 0 for padding.
+        tokens: [R, T+1] int64, or [R, T+1, ...] where a token has columns; 0 for padding.
         doc: [R, T+1] int64, number of the document within its row; -1 = padding.
         pos: [R, T+1] int64, position in the document.
         role: [R, T+1] int64, a role of models.span; GIVEN = the token is not a target.
@@ -78,7 +78,7 @@ class Batch(NamedTuple):
             selected = columns[first:last]
             if missing <= 0:
                 return selected
-            padding = selected.new_full((missing, selected.shape[1]), fill)
+            padding = selected.new_full((missing, *selected.shape[1:]), fill)
             return torch.cat([selected, padding])
 
         return Batch(

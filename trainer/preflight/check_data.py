@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 
 from trainer.config.finding import Finding, as_finding
-from trainer.config.node_checks import as_node, node_errors
+from trainer.config.node_checks import as_node, find_class, node_errors
 from trainer.config.schema import Config
 from trainer.data.open import check as check_source
 from trainer.data.sources.base import build_source
 from trainer.data.tasks.base import SyntheticTask
+from trainer.errors import UserError
 
 
 def check_data(config: Config) -> Iterator[Finding]:
@@ -35,7 +36,32 @@ def check_data(config: Config) -> Iterator[Finding]:
     )
     for sentence in source_sentences:
         yield as_finding(sentence)
+    yield from check_edges(config)
     yield from check_prompt(config)
+
+
+def check_edges(config: Config) -> Iterator[Finding]:
+    """Refuses graphs for a model that reads no edges, and the other way round."""
+    try:
+        model_class = find_class(config.model.target, "model")
+        source = build_source(as_node(config.data))
+    except (UserError, ValueError):  # reported by the checks of the nodes
+        return
+    reads_edges = getattr(model_class, "reads_edges", False) is True
+    if source.has_edges and not reads_edges:
+        yield Finding(
+            "data",
+            type(source).__name__,
+            f"its nodes come with edges, which {model_class.__name__} would not read",
+            "use model=gat, or data without edges",
+        )
+    if reads_edges and not source.has_edges:
+        yield Finding(
+            "data",
+            type(source).__name__,
+            f"its tokens have no edges, and {model_class.__name__} reads nothing else of others",
+            "use data=graphs, or another model",
+        )
 
 
 def check_prompt(config: Config) -> Iterator[Finding]:

@@ -195,5 +195,5 @@ def test_dropout_has_its_share_and_another_choice_at_every_step():
 
 
 def test_a_share_that_leaves_nothing_is_refused():
-    with pytest.raises(ValueError, match=r"model.edge_dropout=1.0: .* below 1; use 0"):
-        AddressedDropout(1.0, "edge dropout", 0, 1)
+    with pytest.raises(ValueError, match=r"model.weight_dropout=1.0: .* below 1; use 0"):
+        AddressedDropout(1.0, "weight dropout", 0, 1)

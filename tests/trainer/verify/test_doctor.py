@@ -57,6 +57,9 @@ def examine(env, words, sabotage):
             "evaluation.sample_tokens=0",
             "parallel.method=allgather",
         ),
+        ("model=set_transformer", "data=sets", "evaluation.sample_tokens=0"),
+        ("model=deep_sets", "data=sets", "evaluation.sample_tokens=0"),
+        ("model=gat", "data=graphs", "evaluation.sample_tokens=0"),
     ],
     ids=" ".join,
 )

@@ -23,6 +23,7 @@ class Source:
             may spell them otherwise: the fingerprint of what is read tells whether it is the same
             data.
         aimed: whether examples have targets that are no tokens of the row.
+        has_edges: whether tokens are nodes that come with the nodes they read.
 
     Args:
         tokenizer: bytes, the path of a tokenizer.json or of a folder with one, or a name on the
@@ -37,6 +38,7 @@ class Source:
 
     content_decides: tuple[str, ...] = ("tokenizer", "on_error", "max_document_bytes")
     aimed: bool = False
+    has_edges: bool = False
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from models.loss import IGNORE
 from models.span import GIVEN, PADDING, TEXT
 from trainer.data.batch import Batch
 from trainer.data.errors import NONE_HELD_OUT, DataError
-from trainer.data.split import digest, is_held_out
+from trainer.data.split import digest
 from trainer.data.streams.base import Cursor, Stream
 from trainer.data.tasks.base import Example, SyntheticTask
 from trainer.errors import BAD_CONFIG
@@ -25,7 +25,7 @@ DRAWS = 20_000  # examples drawn in search of one that belongs to the split
 
 
 class SyntheticRow(NamedTuple):
-    """Tokens of a stretch, five [tokens] int64 arrays."""
+    """Tokens of a stretch, five [tokens] int64 arrays; `tokens` may have columns."""
 
     tokens: np.ndarray
     doc: np.ndarray
@@ -136,7 +136,7 @@ class SyntheticStream(Stream):
         """Draws the examples of stretch `number` and lays them end to end."""
         length = self.stretch * self.context_length + 1
         stretch = SyntheticRow(
-            tokens=np.full(length, 0, np.int64),
+            tokens=np.full((length, *self.task.columns), 0, np.int64),
             doc=np.full(length, PADDING, np.int64),
             pos=np.full(length, 0, np.int64),
             role=np.full(length, TEXT, np.int64),
@@ -175,11 +175,8 @@ class SyntheticStream(Stream):
             DataError: none of DRAWS examples does.
         """
         for _ in range(DRAWS):
-            example = self.task.example(random)
-            hashed = hashlib.blake2b(self.task.identity(example), digest_size=8).digest()
-            number = np.array([int.from_bytes(hashed, "little")], np.uint64)
-            held_out = bool(is_held_out(number, self.task.held_out)[0])
-            if held_out == (self.split == "held_out"):
+            example = self.task.drawn(random, self.split)
+            if example is not None:
                 return example
         state = "held out" if self.split == "held_out" else "left"
         raise DataError(

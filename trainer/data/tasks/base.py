@@ -3,6 +3,7 @@
 Letters: n tokens of an example, N tokens that were predicted.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 from models.loss import IGNORE
 from trainer.data.errors import DataError
 from trainer.data.sources.base import Source
+from trainer.data.split import is_held_out
 
 Grades = dict[str, tuple[int, int]]  # {name of the count: (count, number of cases)}
 
@@ -20,7 +22,7 @@ class Example(NamedTuple):
     """One document of a task.
 
     Attributes:
-        tokens: [n] int64.
+        tokens: [n] int64, or [n, ...] where a token has columns.
         given: [n] bool, True = the token is not a target; used only without `targets`.
         targets: [n] int64, the target at each token, IGNORE = none; None = the next token, unless
             it is given.
@@ -46,6 +48,7 @@ class SyntheticTask(Source, ABC):
         longest: tokens of the longest example.
         opens: the token that begins a generated sample without a prompt, and that ends a sample.
         words: text of each token; None = its number.
+        columns: sizes of what a token is made of, such as (5,); () = one number.
         aimed: True if the examples have targets of their own, which all of a task have, or none.
     """
 
@@ -53,6 +56,7 @@ class SyntheticTask(Source, ABC):
     longest: int
     opens: int = 0
     words: Sequence[str] | None = None
+    columns: tuple[int, ...] = ()
 
     def __init__(self, *, held_out: float, per_row: int | None):
         super().__init__(tokenizer="numbers", held_out=held_out, on_error="raise")
@@ -68,6 +72,14 @@ class SyntheticTask(Source, ABC):
     @abstractmethod
     def example(self, random: np.random.Generator) -> Example:
         """Draws an example, as a pure function of the random numbers."""
+
+    def drawn(self, random: np.random.Generator, split: str) -> Example | None:
+        """Draws an example, or returns None where it belongs to the other split."""
+        example = self.example(random)
+        hashed = hashlib.blake2b(self.identity(example), digest_size=8).digest()
+        number = np.array([int.from_bytes(hashed, "little")], np.uint64)
+        held_out = bool(is_held_out(number, self.held_out)[0])
+        return example if held_out == (split == "held_out") else None
 
     def identity(self, example: Example) -> bytes:
         """Returns the bytes whose hash decides if an example is held out.

@@ -1,0 +1,61 @@
+"""Recipes of several parts: the same models on each part, and a table of accuracies for each."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from scripts.experiments.runner import Budget, run_trials
+from scripts.experiments.table import TableColumn, table
+from scripts.experiments.trial import Trial, TrialResult
+
+COLUMNS: Mapping[str, TableColumn] = {
+    "accuracy": lambda result: result.accuracy,
+    "parameters": lambda result: f"{result.parameters:,}",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A task for all models of a recipe.
+
+    Attributes:
+        settings: of every trial, after those of the model.
+        text: what the table shows, as markdown.
+    """
+
+    settings: tuple[str, ...]
+    text: str
+
+
+def run_parts(
+    models: Mapping[str, tuple[str, ...]],
+    parts: Mapping[str, Part],
+    effort: Budget,
+    say: Callable[[str], None],
+) -> tuple[str, list[TrialResult]]:
+    """Trains every model on every part that is asked for.
+
+    Args:
+        models: name in the table -> settings.
+        parts: by name.
+        effort: seeds, and one part or all.
+        say: takes a line as each trial ends.
+
+    Returns:
+        (tables of accuracies, as markdown; every result).
+    """
+    names = [name for name in parts if effort.only in (None, name)]
+    jobs = []
+    for part in names:
+        for model, settings in models.items():
+            trial = Trial(f"{part}: {model}", (*settings, *parts[part].settings))
+            jobs += [(trial, seed) for seed in effort.numbers()]
+    results = run_trials(jobs, effort, say)
+    text = []
+    for part in names:
+        prefix = f"{part}: "
+        own = []
+        for result in results:
+            if result.name.startswith(prefix):
+                own.append(replace(result, name=result.name.removeprefix(prefix)))
+        text += [parts[part].text, table(own, COLUMNS)]
+    return "\n\n".join(text), results

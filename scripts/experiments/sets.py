@@ -1,0 +1,66 @@
+"""The recipe `sets`: attention over a set, and a sum over it.
+
+Protocol: one learning rate and one number of steps for all models of a part, and about as many
+parameters; figures are the accuracy on held-out sets.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from scripts.experiments.parts import Part, run_parts
+from scripts.experiments.runner import Budget
+from scripts.experiments.trial import TrialResult
+from trainer.data.tasks.sets import Sets
+
+SIZE = 10  # elements of the largest set, and tokens of a row: one set each
+COMMON = (
+    "data=sets",
+    "data.per_row=1",
+    f"data.max_size={SIZE}",
+    f"context_length={SIZE}",
+    f"batch_tokens={64 * SIZE}",
+    "optim.weight_decay=0",
+    "optim.learning_rate=0.002",
+    "evaluation.batches=16",
+)
+MODELS = {
+    "Set Transformer, 16 points": ("model=set_transformer", "model.points=16"),
+    "Set Transformer, pairs": ("model=set_transformer", "model.points=null"),
+    # Wider, so that it has about as many parameters.
+    "Deep Sets": ("model=deep_sets", "model.width=168"),
+}
+TASKS = {
+    "distinct": Sets(task="distinct", min_size=SIZE, max_size=SIZE),
+    "characters": Sets(task="characters", min_size=6, max_size=SIZE),
+}
+PARTS = {
+    "distinct": Part(
+        (*COMMON, "data.task=distinct", "data.min_size=10", "steps=1500"),
+        "### Different elements\nHow many different elements a set of 10 has, of 64 that there"
+        " are.",
+    ),
+    "characters": Part(
+        (*COMMON, "data.task=characters", "data.min_size=6", "steps=1500"),
+        "### Different letters\nHow many different letters there are among 6 to 10 Latin"
+        " characters of either case, with accents and without.",
+    ),
+}
+
+
+def sets(effort: Budget, say: Callable[[str], None]) -> tuple[str, list[TrialResult]]:
+    """Returns (what the recipe found, as markdown; every trial)."""
+    parts = {}
+    for name, part in PARTS.items():
+        share = majority(TASKS[name])
+        words = f"{part.text} The commonest answer is right {share:.3f} of the time."
+        parts[name] = replace(part, text=words)
+    return run_parts(MODELS, parts, effort, say)
+
+
+def majority(task: Sets, examples: int = 20_000) -> float:
+    """Returns the share of the commonest answer among that many sets."""
+    random = np.random.default_rng(0)
+    answers = [task.answer(task.example(random).tokens) for _ in range(examples)]
+    return float(np.bincount(answers).max()) / examples
