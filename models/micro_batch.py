@@ -14,7 +14,7 @@ class MicroBatch(NamedTuple):
     """Tokens of some rows on this rank, with all that a model needs to know of them.
 
     Attributes:
-        tokens: [m, c] int64.
+        tokens: [m, c] int64; [m, c, 1 + K] of nodes that come with the K nodes they read.
         span: their addresses, [m, c].
         targets: [m, c] int64, IGNORE where there is none; None: logits are wanted, not losses.
         source: a second stream that the model reads beside these tokens, such as the MicroBatch of
