@@ -73,30 +73,6 @@ def test_a_sound_config_passes(words):
     }
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("model=set_transformer", "data=sets"),
-        ("model=deep_sets", "data=sets"),
-        ("model=gat", "data=graphs"),
-    ],
-    ids=" ".join,
-)
-def test_a_model_of_sets_or_graphs_passes(words):
-    findings = ranks(3, examine_sets, words)[0]
-    assert [f for f in findings if not f.passed] == []
-    causality = next(f for f in findings if f.check == "causality")
-    assert "looks ahead by design" in causality.note
-    moved = next(f for f in findings if f.subject == "tokens after a changed one")
-    assert moved.figure > 1e-6, "elements and nodes read one another"
-
-
-def examine_sets(env, words):
-    sizes = ("context_length=128", "batch_tokens=256", "model.heads=4", "wandb.mode=disabled")
-    config = load_config(fitting((*words, *sizes, f"parallel.context={env.size}")))
-    return list(Examination(config, build_mesh(env.size, 1)).findings())
-
-
 @pytest.mark.parametrize("sabotage", BREAKS)
 @pytest.mark.parametrize(
     "words", ["parallel.method=ring", "parallel.method=ulysses", "mixer=gated_linear"]
