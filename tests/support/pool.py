@@ -25,7 +25,17 @@ from torch.distributed import device_mesh
 from trainer.launch.parent_death import die_with_parent
 
 TIMEOUT_S = 120
-PRELOADED = ["torch.distributed", "trainer.run", "trainer.preflight.prepare", "tests.variants"]
+PRELOADED = [
+    "torch.distributed",
+    "torch.distributed.elastic.multiprocessing.api",
+    "trainer.run",
+    "trainer.stages",
+    "trainer.preflight.prepare",
+    "trainer.launch.elastic",
+    "trainer.sweep.sweep",
+    "tests.variants",
+    "tests.support.forked_python",
+]
 
 
 @dataclass
@@ -89,6 +99,17 @@ def _keep_groups() -> dict[Any, int]:
     return asked
 
 
+def server_context() -> Any:
+    """Of multiprocessing: a process forks from a server that has imported everything already.
+
+    From nothing, the ten ranks of four pools would import torch for a minute.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read once, while torch is imported
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 class Pool:
     """`size` processes waiting for work."""
 
@@ -96,10 +117,7 @@ class Pool:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        # A rank forks from a process that has imported everything already; from nothing, the ten
-        # ranks of four pools would import torch for a minute.
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context = server_context()
         self.inboxes = [context.Queue() for _ in range(size)]
         self.outbox = context.Queue()
         self.processes = [

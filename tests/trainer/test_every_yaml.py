@@ -3,6 +3,8 @@ ranks.
 
 Mixers begin on two ranks that share each row and go on alone; models begin alone and go on on two.
 Objectives, optimisers, schedules and data are dealt out among them, so that each is met as well.
+`make test` runs one of every family, and every optimiser, schedule and source; the others of a
+family differ in their equations alone, which the tests of models/ and parallel/ compare.
 """
 
 import json
@@ -15,6 +17,7 @@ import pytest
 import torch
 import yaml
 
+from tests.support.case_cover import least_cover
 from tests.support.pool import ranks
 from trainer.launch.elastic import RankInfo
 from trainer.logs import run_logger
@@ -107,6 +110,38 @@ def dealt():
 
 CASES = dealt()
 
+FAMILIES = {
+    "softmax": (
+        "full gated qk_norm softcap sinks sink_logit differential multi_head multi_query"
+        " sliding chunked bidirectional prefix"
+    ),
+    "blocks": "bigbird longformer",
+    "scan": "linear gated_linear retention performer rwkv6 mamba2",
+    "delta rule": "delta gated_delta rwkv7",
+    "rotary": "rope interpolated ntk yarn llama3",
+    "added": "sinusoidal learned",
+    "bias": "alibi t5 relative",
+}
+
+
+def family(word):
+    """What a yaml shares its code with; what is in no family stands for itself."""
+    group, _, name = word.partition("=")
+    found = [key for key, names in FAMILIES.items() if name in names.split()]
+    return found[0] if group in ("mixer", "position") and found else word
+
+
+def kept():
+    """The indices of the cases of `make test`."""
+    axes = []
+    for words, _, _ in CASES:
+        dealt = {word.partition("=")[0]: word for word in words[1:]}
+        axes.append([family(words[0]), *(dealt.get(key) for key in ("optim", "schedule", "data"))])
+    return least_cover(axes)
+
+
+KEPT = kept()
+
 
 def test_every_yaml_is_met():
     met = {
@@ -175,7 +210,13 @@ def spelled(words, texts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words, begin, then", CASES, ids=[words[0] for words, _, _ in CASES])
+@pytest.mark.parametrize(
+    "words, begin, then",
+    [
+        pytest.param(*case, marks=() if number in KEPT else pytest.mark.full, id=case[0][0])
+        for number, case in enumerate(CASES)
+    ],
+)
 def test_it_steps_evaluates_saves_and_goes_on(words, begin, then, texts, tmp_path):
     check_run(words, begin, then, texts, tmp_path / "run")
 

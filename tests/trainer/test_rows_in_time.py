@@ -17,6 +17,7 @@ from trainer.preflight.prepare import load_config
 from trainer.run_dir import make_run_dir
 from trainer.stages import run
 
+STEPS = 10
 SETTINGS = (
     "data=copy",
     "model=switch",
@@ -28,7 +29,7 @@ SETTINGS = (
     "memory=segments",
     "memory.length=20",
     "position=relative",
-    "steps=30",
+    f"steps={STEPS}",
     "schedule=constant",
     "schedule.warmup_steps=0",
     "log.every=1",
@@ -57,7 +58,7 @@ def figures(size: int, directory: Path, *words: str) -> list[dict]:
 
 def test_a_run_in_pieces_has_the_figures_of_a_run_of_whole_rows(tmp_path: Path):
     whole = figures(1, tmp_path / "whole", "engine=single")
-    assert len(whole) == 30 and whole[-1]["loss"] < whole[0]["loss"]
+    assert len(whole) == STEPS and whole[-1]["loss"] < whole[0]["loss"]
     ways = {
         "alone": (1, "engine=single", "parallel.time=3", "engine.checkpointing=full"),
         "ranks": (2, "engine=fsdp", "parallel.time=5", "parallel.context=2", *SELECTIVE),

@@ -166,9 +166,14 @@ def test_a_part_of_a_recipe_is_taught_and_told_alone(monkeypatch) -> None:
 
 
 def test_the_lessons_on_memory_can_be_honoured() -> None:
-    for lesson in (*memory.TEXT, *memory._retrieval(), *memory._copying(), *memory._facts()):
-        for more in ((), *lesson.exams.values()):
-            assert load_config(fitting((*lesson.overrides, *more))).steps > 1
+    for part in (memory.TEXT, memory._retrieval(), memory._copying(), memory._facts()):
+        examined: set[str] = set()
+        for lesson in part:
+            # The exams of a part are much the same for all its models.
+            exams = {name: more for name, more in lesson.exams.items() if name not in examined}
+            examined |= exams.keys()
+            for more in ((), *exams.values()):
+                assert load_config(fitting((*lesson.overrides, *more))).steps > 1
 
 
 def test_the_family_is_whole_and_every_lesson_of_it_can_be_honoured() -> None:

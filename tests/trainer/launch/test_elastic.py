@@ -8,9 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+
+from tests.support import forked_python
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -85,7 +88,9 @@ def launcher(tmp_path: Path):
     (tmp_path / "rank.py").write_text(RANK)
     started: list[subprocess.Popen] = []
 
-    def begin(what: str, restarts: int = 0, before: str = "") -> subprocess.Popen:
+    def begin(
+        what: str, restarts: int = 0, before: str = "", start_process: Any = forked_python.Popen
+    ) -> subprocess.Popen:
         command = [
             sys.executable,
             "-c",
@@ -99,7 +104,7 @@ def launcher(tmp_path: Path):
             command = ["bash", "-c", f"{before} exec {shlex.join(command)}"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
-        process = subprocess.Popen(
+        process = start_process(
             command,
             stdout=pipe,
             stderr=pipe,
@@ -138,7 +143,7 @@ def lives(number: int) -> bool:
 
 
 def test_ranks_meet_and_end_well_and_leave_nothing_behind(launcher, tmp_path: Path) -> None:
-    out, err = launcher("end").communicate(timeout=120)
+    out, err = launcher("end", start_process=subprocess.Popen).communicate(timeout=120)
     assert "up 0 2 2 gloo sum 3 attempt 0" in out
     assert "up 1 2 2 gloo sum 3 attempt 0" in out
     assert out.strip().endswith("END 0")

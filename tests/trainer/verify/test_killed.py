@@ -1,5 +1,8 @@
 """Killed at any moment and started again, a run ends where it would have ended: through the command
-that a user gives."""
+that a user gives.
+
+The run that nobody stops is started as a user starts it; the others are forked.
+"""
 
 import json
 import os
@@ -9,10 +12,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from tests.support import forked_python
 from tests.test_architecture import ROOT
 from trainer.logs.jsonl import METRICS, read
 from trainer.verify.whole_runs import write_documents
@@ -47,8 +52,8 @@ def words(folder: Path, name: str, *more: str) -> list[str]:
     ]
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
+def start(arguments: list[str], start_process: Any = forked_python.Popen) -> subprocess.Popen:
+    return start_process(
         [sys.executable, "-m", "trainer", *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -58,8 +63,8 @@ def start(arguments: list[str]) -> subprocess.Popen:
     )
 
 
-def finish(arguments: list[str]) -> str:
-    process = start(arguments)
+def finish(arguments: list[str], start_process: Any = forked_python.Popen) -> str:
+    process = start(arguments, start_process)
     told, _ = process.communicate(timeout=300)
     assert process.returncode == 0, told
     return told
@@ -93,7 +98,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(folder):
     """A run that nobody stopped, on two ranks."""
-    finish(words(folder, "whole", "parallel.context=2", "engine=fsdp"))
+    finish(words(folder, "whole", "parallel.context=2", "engine=fsdp"), subprocess.Popen)
     return folder / "whole"
 
 
@@ -178,12 +183,10 @@ def test_after_a_rank_was_killed_all_ranks_are_back_from_the_last_checkpoint(fol
             and len(list(read(folder / "restarted" / METRICS))) < rows
         ):
             time.sleep(0.02)
-        every = {
-            int(each.environ()["RANK"]): each
-            for each in psutil.Process(process.pid).children(recursive=True)
-        }
+        # The launcher starts the ranks in their order.
+        every = sorted(psutil.Process(process.pid).children(), key=lambda each: each.pid)
         every[victim].kill()
-        psutil.wait_procs(every.values(), timeout=60)
+        psutil.wait_procs(every, timeout=60)
     told, _ = process.communicate(timeout=240)
     assert (
         process.returncode == 0
