@@ -209,11 +209,12 @@ def _completed(
         return content
     free = (*WITHOUT_EFFECT, *adapter.without_effect)
     kept = {key: value for key, value in original.items() if key in free}
-    shares = {key: value for key, value in original.items() if key in adapter.dropouts}
+    stay = (*adapter.dropouts, *adapter.as_given)
+    given = {key: value for key, value in original.items() if key in stay}
     if "max_position_embeddings" in content:
         longest = original.get("max_position_embeddings", 0)
         content["max_position_embeddings"] = max(longest, content["max_position_embeddings"])
-    return {**kept, **content, **shares}
+    return {**kept, **content, **given}
 
 
 def _write_weights(

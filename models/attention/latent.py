@@ -7,6 +7,7 @@ from models.attention.base import SplitAttention
 from models.attention.full import CAUSAL
 from models.positions.base import Position, require_rotary
 from models.primitives.softmax import Softmax
+from models.ranges import Positive
 from models.scores import Score, Tensors
 from models.span import Span
 
@@ -20,13 +21,14 @@ class LatentScore(Score):
 
     Args:
         nope_dim: N.
+        scale: factor of the dot products; None: 1 / sqrt(N + R).
     """
 
     payload_heads = (None, None)
     param_heads = (0,)
 
-    def __init__(self, nope_dim: int):
-        super().__init__()
+    def __init__(self, nope_dim: int, scale: float | None = None):
+        super().__init__(scale)
         self.nope_dim = nope_dim
 
     def operands(
@@ -39,6 +41,24 @@ class LatentScore(Score):
         value = expanded[..., self.nope_dim :]
         shared_key = rotated_key[:, :, None].expand(*content_key.shape[:3], -1)
         return query[0], torch.cat([content_key, shared_key], -1), value
+
+
+def latent_sizes(
+    width: int,
+    heads: int,
+    kv_latent: int | None,
+    nope_dim: int | None,
+    rope_dim: int | None,
+    value_dim: int | None,
+) -> dict[str, int]:
+    """Returns the widths of LatentAttention by name, with its own in place of None."""
+    head_width = max(1, width // heads)
+    return {
+        "kv_latent": 2 * head_width if kv_latent is None else kv_latent,
+        "nope_dim": head_width if nope_dim is None else nope_dim,
+        "rope_dim": max(2, head_width // 4 * 2) if rope_dim is None else rope_dim,
+        "value_dim": head_width if value_dim is None else value_dim,
+    }
 
 
 class LatentAttention(SplitAttention):
@@ -55,6 +75,10 @@ class LatentAttention(SplitAttention):
         rope_dim: rotated channels of a head's query, and of the one key part that all heads share;
             null = half of width / heads, made even.
         value_dim: channels of a head's value; null = width / heads.
+        bias: of the projections that squeeze.
+        out_bias: of the projection back.
+        scale: factor of the dot products; null: 1 / sqrt(nope_dim + rope_dim). Models that were
+            lengthened by YaRN have a larger one (DeepSeek-V3).
 
     A token costs kv_latent + rope_dim numbers, in a cache or on the wire, instead of 2 x heads x
     head width.
@@ -75,30 +99,21 @@ class LatentAttention(SplitAttention):
         nope_dim: int | None = None,
         rope_dim: int | None = None,
         value_dim: int | None = None,
+        bias: bool = False,
+        out_bias: bool = False,
+        scale: Positive | None = None,
     ):
         super().__init__()
-        head_width = max(1, width // heads)
-        if kv_latent is None:
-            kv_latent = 2 * head_width
-        if nope_dim is None:
-            nope_dim = head_width
-        if rope_dim is None:
-            rope_dim = max(2, head_width // 4 * 2)
-        if value_dim is None:
-            value_dim = head_width
-        sizes = {
-            "kv_latent": kv_latent,
-            "nope_dim": nope_dim,
-            "rope_dim": rope_dim,
-            "value_dim": value_dim,
-        }
-        if q_latent is not None:
-            sizes["q_latent"] = q_latent
-        for name, size in sizes.items():
+        sizes = latent_sizes(width, heads, kv_latent, nope_dim, rope_dim, value_dim)
+        for name, size in {**sizes, "q_latent": 1 if q_latent is None else q_latent}.items():
             if size < 1:
                 raise ValueError(
                     f"{name} is a number of channels and must be 1 or more; got {size}"
                 )
+        kv_latent = sizes["kv_latent"]
+        nope_dim = sizes["nope_dim"]
+        rope_dim = sizes["rope_dim"]
+        value_dim = sizes["value_dim"]
 
         self.position = require_rotary(position, "latent", heads, rope_dim)
         self.heads = heads
@@ -110,15 +125,15 @@ class LatentAttention(SplitAttention):
             self.norm_q = None
             query_input = width
         else:
-            self.squeeze_q = nn.Linear(width, q_latent, bias=False)
+            self.squeeze_q = nn.Linear(width, q_latent, bias=bias)
             self.norm_q = nn.RMSNorm(q_latent, eps=1e-6)
             query_input = q_latent
         self.q = nn.Linear(query_input, heads * (nope_dim + rope_dim), bias=False)
-        self.squeeze = nn.Linear(width, kv_latent + rope_dim, bias=False)
+        self.squeeze = nn.Linear(width, kv_latent + rope_dim, bias=bias)
         self.norm = nn.RMSNorm(kv_latent, eps=1e-6)
         self.up = nn.Linear(kv_latent, heads * (nope_dim + value_dim), bias=False)
-        self.out = nn.Linear(heads * value_dim, width, bias=False)
-        self.mix = Softmax(CAUSAL, LatentScore(nope_dim))
+        self.out = nn.Linear(heads * value_dim, width, bias=out_bias)
+        self.mix = Softmax(CAUSAL, LatentScore(nope_dim, scale))
 
     def payload(self, hidden: Tensor, span: Span) -> tuple[Tensor, ...]:
         """Latents [B, S, L] and the rotated part of the keys [B, S, R]."""

@@ -9,7 +9,8 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from models.hub.description import LEARNED, MIXER, TARGET, Description
+from models.attention.latent import latent_sizes
+from models.hub.description import LATENT, LEARNED, MIXER, MIXTURE, TARGET, Description
 
 MIXERS: dict[str, dict[str, Any]] = {  # what HubAttention needs to be a mixer of the catalogue
     "models.attention.full.Attention": {},
@@ -21,6 +22,8 @@ MIXERS: dict[str, dict[str, Any]] = {  # what HubAttention needs to be a mixer o
 }
 RENAMED = {"eps": "qk_norm_eps"}
 SIZES = ("width", "layers", "heads", "kv_heads", "ffn", "vocabulary", "context_length")
+# Of mixtures: they act in training alone, or on the first weights.
+TRAINED_WITH = ("balance", "bias_speed", "expert_dropout", "jitter", "router_scale", "z")
 # said apart, or no part of the finished model
 PLACED = ("mixers", "feedforwards", "position", "memory", "init_std")
 
@@ -47,13 +50,13 @@ def describe(
     place = with_defaults(position)
     if place[TARGET] == LEARNED and place["max_length"] is None:
         place["max_length"] = kept["context_length"]
-    return Description(
-        kept,
-        settings,
-        [_mixer(node, kept, place) for node in mixers],
-        [with_defaults(node, kept) for node in feedforwards],
-        place,
-    )
+    layers = [_mixer(node, kept, place) for node in mixers]
+    dense = [_feedforward(node, kept) for node in feedforwards]
+    for key, nodes in (("kv_heads", layers), ("ffn", dense)):
+        if not any(key in node for node in nodes):
+            # No layer has that size, whatever the config says.
+            kept.pop(key, None)
+    return Description(kept, settings, layers, dense, place)
 
 
 def with_defaults(node: Mapping[str, Any], offers: Mapping[str, Any] = {}) -> dict[str, Any]:
@@ -87,6 +90,26 @@ def _mixer(
     width = sizes["width"] // sizes["heads"]
     if filled.get("head_width") is None and filled[TARGET] == MIXER:
         filled["head_width"] = width
+    if filled[TARGET] == LATENT:
+        names = ("kv_latent", "nope_dim", "rope_dim", "value_dim")
+        asked = [filled[name] for name in names]
+        filled |= latent_sizes(sizes["width"], sizes["heads"], *asked)
+    return filled
+
+
+def _feedforward(node: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a feed-forward layer as a node; of a mixture what the finished model has."""
+    filled = with_defaults(node, sizes)
+    if filled[TARGET] != MIXTURE:
+        return filled
+    filled["choice_bias"] = filled["choice_bias"] or filled["bias_speed"] > 0
+    if filled["hidden"] is None:
+        filled["hidden"] = max(1, filled["ffn"] // (filled["top"] + filled["shared"]))
+    if filled["activation"] == "clamped_swiglu":
+        filled["swiglu_alpha"] = filled["swiglu_alpha"] or 1.702
+        filled["swiglu_limit"] = filled["swiglu_limit"] or 7.0
+    for key in (*TRAINED_WITH, "ffn", "layers", "seed"):
+        filled.pop(key, None)
     return filled
 
 

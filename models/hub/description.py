@@ -5,6 +5,8 @@ from typing import Any
 
 TARGET = "_target_"
 DECODER = "models.architectures.decoder.Decoder"
+LATENT = "models.attention.latent.LatentAttention"
+MIXTURE = "models.moe.topk.TopKMixture"
 LEARNED = "models.positions.learned.Learned"
 MIXER = "models.hub.attention.HubAttention"
 

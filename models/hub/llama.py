@@ -41,6 +41,7 @@ class Llama(Adapter):
     model_class = "LlamaForCausalLM"
     theta = 10_000.0
     tied = False  # here and below: where config.json does not say
+    norm_eps = 1e-6
     head_width: int | None = None
     activation_key = "hidden_act"
     default_activation = "silu"
@@ -58,7 +59,7 @@ class Llama(Adapter):
             "heads": keys.size("num_attention_heads"),
             "vocabulary": keys.size("vocab_size"),
             "tie_embeddings": keys.flag("tie_word_embeddings", self.tied),
-            "norm_eps": keys.real("rms_norm_eps", 1e-6),
+            "norm_eps": keys.real("rms_norm_eps", self.norm_eps),
             **self.stack(keys),
         }
         kv_heads = keys.take("num_key_value_heads", None)
@@ -140,12 +141,12 @@ class Llama(Adapter):
             "architectures": [self.model_class],
             "model_type": self.model_type,
             "hidden_size": sizes["width"],
-            "intermediate_size": sizes["ffn"],
+            "intermediate_size": sizes.get("ffn"),
             "num_hidden_layers": sizes["layers"],
             "num_attention_heads": sizes["heads"],
-            "num_key_value_heads": mixer.get("kv_heads", sizes["kv_heads"]),
+            "num_key_value_heads": mixer.get("kv_heads", sizes.get("kv_heads")),
             "head_dim": mixer.get("head_width", sizes["width"] // sizes["heads"]),
-            self.activation_key: ACTIVATION_NAMES[feedforward.get("activation", "silu")],
+            self.activation_key: ACTIVATION_NAMES.get(str(feedforward.get("activation")), "silu"),
             "max_position_embeddings": sizes["context_length"],
             "rms_norm_eps": model.stack.get("norm_eps"),
             "rope_parameters": rope_parameters(model.position),

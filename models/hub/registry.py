@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.hub.adapter import Adapter
+from models.hub.deepseek import DeepseekV3
 from models.hub.gemma import Gemma2, Gemma3
 from models.hub.gpt2 import GPT2
 from models.hub.llama import Llama
 from models.hub.mamba import Mamba2Hub
 from models.hub.mistral import Mistral
+from models.hub.mixture import GptOss, Mixtral
 from models.hub.qwen import Qwen2, Qwen3
 
 KNOWN: tuple[Adapter, ...] = (
@@ -21,6 +23,9 @@ KNOWN: tuple[Adapter, ...] = (
     Gemma3(),
     GPT2(),
     Mamba2Hub(),
+    Mixtral(),
+    GptOss(),
+    DeepseekV3(),
 )
 ADAPTERS = {adapter.model_type: adapter for adapter in KNOWN}
 

@@ -114,11 +114,12 @@ def _yarn_attention_factor(inner: Keys, factor: float) -> float | None:
     if given is not None:
         return float(given)
     if mscale and mscale_all:
-        return _magnitude(factor, mscale) / _magnitude(factor, mscale_all)
+        return magnitude(factor, mscale) / magnitude(factor, mscale_all)
     return None
 
 
-def _magnitude(factor: float, mscale: float) -> float:
+def magnitude(factor: float, mscale: float) -> float:
+    """Returns by how much YaRN multiplies for a length that is `factor` times as long."""
     return 0.1 * mscale * log(factor) + 1 if factor > 1 else 1.0
 
 

@@ -48,6 +48,40 @@ SMALL_MAMBA2: dict[str, Any] = {
     "num_hidden_layers": 2,
     "vocab_size": WORDS,
 }
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+SMALL_MIXTRAL = {**SMALL, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 9}
+SMALL_OSS = {
+    **SMALL_MIXTRAL,
+    "head_dim": 16,
+    "rope_parameters": {**YARN, "truncate": False},
+    "swiglu_alpha": 1.5,
+    "swiglu_limit": 0.3,  # of what the random weights give, about half is clamped
+}
+SMALL_DEEPSEEK = {
+    **SMALL,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 12,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "n_group": 3,
+    "topk_group": 2,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "num_mtp_layers": 0,
+    "attention_bias": True,
+    "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0},
+}
 LENGTHS = [[13, 1, 24, 9], [3, 40, 1, 1]]  # documents of the two rows; the rest is padding
 
 
@@ -68,7 +102,10 @@ def make(name: str, settings: dict[str, Any], folder: Path, **save: Any) -> nn.M
     model.save_pretrained(folder, **save)
     # What it computes with is set up by its own loader, as a user would.
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager"
+        folder,
+        dtype=torch.float64,
+        attn_implementation="eager",
+        experts_implementation="eager",  # their grouped product knows no float64
     )
     return loaded.eval()
 

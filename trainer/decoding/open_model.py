@@ -1,4 +1,4 @@
-"""Opens a model to generate with: from a run, a checkpoint or an exported folder."""
+"""Opens a model to generate with: from a run, a checkpoint, an exported folder or a hub's."""
 
 import os
 import tempfile
@@ -23,6 +23,7 @@ from trainer.data.tokenizers import Tokenizer
 from trainer.errors import UserError
 from trainer.export import CONFIG, WEIGHTS, export, reopen
 from trainer.files.limited_reader import json_object
+from trainer.init_from.hub_folder import is_hub_folder, write_as_export
 
 
 @dataclass
@@ -44,13 +45,18 @@ def open_model(source: Path, trust: bool = False) -> OpenModel:
     """Opens the newest whole checkpoint of a run, a checkpoint, or an exported folder.
 
     Args:
-        source: RUN_DIR, RUN_DIR/checkpoints/step_N, or the folder of scripts.export.
+        source: RUN_DIR, RUN_DIR/checkpoints/step_N, the folder of scripts.export, or that of a
+            Hugging Face model.
         trust: build classes of other packages too, which the config names. That runs the code of
             whoever wrote them.
 
     Raises:
         UserError: nothing there, damaged, or not whole.
     """
+    if is_hub_folder(source):
+        with tempfile.TemporaryDirectory() as folder:
+            write_as_export(source, Path(folder))
+            return _opened(Path(folder), trust)
     # os.path takes a name that is too long for one that is not there; pathlib raises.
     if os.path.exists(source / WEIGHTS) or os.path.exists(source / CONFIG):
         return _opened(source, trust)

@@ -27,11 +27,13 @@ from trainer.errors import BAD_CONFIG, UserError
 from trainer.evaluation.base import EvaluationContext, build_evaluations, figure_name
 from trainer.export import CONFIG, WEIGHTS, export, reopen
 from trainer.files.limited_reader import json_object
+from trainer.init_from.hub_folder import is_hub_folder, longest_context, write_as_export
 from trainer.objectives.stream import open_rows
 from trainer.preflight.check_evaluation import check_evaluation_nodes, check_evaluations
 
 # Beginnings of the settings that an evaluation of a finished model may change.
 SETTINGS = ("evaluation", "parallel.", "data.", "context_length=", "batch_tokens=")
+HUB_SETTINGS = ("data=", "data.", "context_length=", "batch_tokens=")
 MEETING = "meeting"
 
 
@@ -68,15 +70,19 @@ def evaluate_models(sources: Sequence[str], words: Sequence[str], trust: bool) -
     """Evaluates some models with the same evaluations, and returns their figures in order.
 
     Args:
-        sources: run directories, checkpoints of one, or folders of exported models.
+        sources: run directories, checkpoints of one, folders of exported models, or those of
+            Hugging Face models, for which words may choose the data as well.
         words: KEY=VALUE settings; `evaluation=` chooses, `parallel.` says on how many ranks.
         trust: build classes of other packages too, which a folder names.
 
     Raises:
         UserError: a source or a setting that cannot be honoured; before any model is computed.
     """
+    allowed = SETTINGS
+    if all(is_hub_folder(Path(source)) for source in sources):
+        allowed = (*SETTINGS, "data=")  # they have none of their own
     for word in words:
-        if not word.lstrip("+~").startswith(SETTINGS):
+        if not word.lstrip("+~").startswith(allowed):
             raise UserError(
                 f"{word}: a finished model keeps its own settings; those of evaluation, parallel,"
                 " data, context_length and batch_tokens may be given"
@@ -101,7 +107,14 @@ def _subject(source: str, words: Sequence[str], scratch: Path, trust: bool) -> S
     folder = Path(source)
     if not os.path.isdir(folder):
         raise UserError(f"{source}: there is no such directory; name a run, a checkpoint or export")
-    if not ((folder / WEIGHTS).is_file() and (folder / CONFIG).is_file()):
+    if is_hub_folder(folder):
+        own = [word for word in words if word.lstrip("+").startswith(HUB_SETTINGS)]
+        if not any(word.startswith("context_length=") for word in own):
+            own.append(f"context_length={min(2048, longest_context(folder))}")
+        write_as_export(folder, scratch, own)
+        words = [word for word in words if not word.startswith("data=")]
+        folder = scratch
+    elif not ((folder / WEIGHTS).is_file() and (folder / CONFIG).is_file()):
         # Raises where it is no run either.
         export(folder, scratch, trust)
         folder = scratch

@@ -71,7 +71,7 @@ class HuggingFaceWeights(WeightSource):
                 self._add(piece)
                 used.update(piece.theirs)
         for name in self.files:
-            unused = any(part in name for part in adapter.unused)
+            unused = adapter.is_unused(name, content)
             # a head that is tied is written by some programs all the same
             if name not in used and not unused and not (self.ties and name == "lm_head.weight"):
                 self.shapes[name] = self.their_shape(name)

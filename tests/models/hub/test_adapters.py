@@ -14,7 +14,15 @@ from torch.nn import functional as F
 from models.hub.registry import adapter_of
 from models.micro_batch import MicroBatch
 from tests.support import hub
-from tests.support.hub import SMALL, SMALL_GPT2, SMALL_MAMBA2
+from tests.support.hub import (
+    SMALL,
+    SMALL_DEEPSEEK,
+    SMALL_GPT2,
+    SMALL_MAMBA2,
+    SMALL_MIXTRAL,
+    SMALL_OSS,
+    YARN,
+)
 from tests.support.parity import relative
 from tests.support.pool import ranks
 from trainer.init_from.huggingface import read_config
@@ -29,12 +37,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10_000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 UPPER = {"max_window_layers": 1}
 WINDOW = {"sliding_window": 9}
 GEMMA3 = {
@@ -44,6 +46,14 @@ GEMMA3 = {
     "final_logit_softcapping": 4.0,
 }
 STEPS = {"time_step_limit": (0.3, 1.1), "use_bias": True, "n_groups": 2}
+PLAIN_DEEPSEEK = {
+    "attention_bias": False,
+    "q_lora_rank": None,
+    "rope_interleave": False,
+    "norm_topk_prob": False,
+    "first_k_dense_replace": 0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000.0},
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {**SMALL, "attention_bias": True, "mlp_bias": True}),
     "llama_3.1": ("LlamaConfig", {**SMALL, "rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -55,6 +65,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", {**SMALL_GPT2, "scale_attn_by_inverse_layer_idx": True}),
     "mamba2": ("Mamba2Config", {**SMALL_MAMBA2, "n_groups": 1, "use_conv_bias": False}),
     "mamba2_groups": ("Mamba2Config", {**SMALL_MAMBA2, **STEPS, "tie_word_embeddings": True}),
+    "mixtral": ("MixtralConfig", SMALL_MIXTRAL),
+    "gpt_oss": ("GptOssConfig", SMALL_OSS),
+    "deepseek_v3": ("DeepseekV3Config", SMALL_DEEPSEEK),
+    "deepseek_v3 plain": ("DeepseekV3Config", {**SMALL_DEEPSEEK, **PLAIN_DEEPSEEK}),
 }
 SHARED = {
     "llama": "ring",
@@ -63,6 +77,9 @@ SHARED = {
     "gemma3": "ring",
     "gpt2": "ulysses",
     "mamba2_groups": "ring",
+    "mixtral": "allgather",
+    "gpt_oss": "ring",
+    "deepseek_v3": "ring",
 }
 
 
