@@ -1,8 +1,9 @@
 """python -m scripts.evaluate SOURCE [SOURCE ...] [evaluation=[needle,ruler]] [KEY=VALUE ...]
 [json=PATH] [trust=true]: evaluates finished models side by side.
 
-SOURCE is a run directory (its newest whole checkpoint), a checkpoint in it, or a folder that
-scripts.export wrote. `evaluation=` chooses as in training, one name or several in brackets, and
+SOURCE is a run directory (its newest whole checkpoint), a checkpoint in it, a folder that
+scripts.export wrote, or that of a Hugging Face model (data= is then chosen as in training).
+`evaluation=` chooses as in training, one name or several in brackets, and
 every evaluation has its settings under its own name: evaluation.needle.lengths=[1024,4096].
 parallel.context=3 shares each row by three ranks, whatever the run had; data.KEY=VALUE finds data
 that has moved. Prints one table with a column for each model; json=PATH writes a line for each

@@ -1,7 +1,7 @@
 """python -m scripts.generate RUN_OR_EXPORT [key=value ...]: continues texts with a trained model.
 
-RUN_OR_EXPORT is a run directory (its newest whole checkpoint), a checkpoint in it, or a folder that
-scripts.export wrote. Keys, with their defaults:
+RUN_OR_EXPORT is a run directory (its newest whole checkpoint), a checkpoint in it, a folder that
+scripts.export wrote, or that of a Hugging Face model. Keys, with their defaults:
 
     prompt=""               the text to continue; empty: a new document
     prompts=FILE            one prompt a line, or {"prompt": ...} a line, instead of prompt=

@@ -46,6 +46,13 @@ NOT_COMPOSED = {
         " position=yarn position.factor=4 position.original_length=8192 position.theta=500000"
         " context_length=32768 batch_tokens=131072 parallel.context=8"
     ): "needs a model; tests/trainer/init_from/test_huggingface.py",
+    'python -m scripts.generate models/llama prompt="Once upon a time" tokens=50': (
+        "needs a model; tests/trainer/init_from/test_hub_folder.py"
+    ),
+    (
+        "python -m scripts.evaluate models/llama data=files data.path=texts/*.txt"
+        " data.tokenizer=models/llama context_length=8192 batch_tokens=65536 parallel.context=4"
+    ): "needs a model; tests/trainer/init_from/test_hub_folder.py",
     "python -m scripts.doctor": "names the command; the settings stand in other places",
     "python -m scripts.doctor mixer._target_=mine.Averaged parallel.context=2": (
         "mine.Averaged is the reader's own; tests/trainer/preflight/test_foreign.py has such layers"

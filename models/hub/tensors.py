@@ -42,10 +42,18 @@ def transposed(ours: str, theirs: str) -> TensorPiece:
 def stacked(ours: str, theirs: Sequence[str]) -> TensorPiece:
     """Pairs [E, ...] with E tensors [...]."""
 
+    def read(tensors: Sequence[Tensor]) -> list[Tensor]:
+        # One after the other: a sequence may read a tensor only when it is asked for it.
+        first = tensors[0]
+        whole = first.new_empty(len(tensors), *first.shape)
+        for index, tensor in enumerate(tensors):
+            whole[index].copy_(tensor)
+        return [whole]
+
     def write(tensors: Sequence[Tensor]) -> list[Tensor]:
         return list(tensors[0].unbind(0))
 
-    return TensorPiece((ours,), tuple(theirs), lambda tensors: [torch.stack(list(tensors))], write)
+    return TensorPiece((ours,), tuple(theirs), read, write)
 
 
 def split(ours: Sequence[str], theirs: str, dim: int, *, transpose: bool = False) -> TensorPiece:

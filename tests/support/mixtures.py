@@ -61,6 +61,20 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
         bias_speed=0.1,
         scaling=2.5,
     ),
+    "top 3 in groups": lambda: TopKMixture(
+        WIDTH,
+        HIDDEN,
+        experts=EXPERTS,
+        top=3,
+        score="sigmoid",
+        normalised=False,
+        choice_bias=True,
+        groups=4,
+        top_groups=2,
+        router_bias=True,
+        expert_bias=True,
+        activation="clamped_swiglu",
+    ),
 }
 
 
@@ -69,6 +83,9 @@ def built(name: str, dtype: torch.dtype) -> Any:
     layer: Any = initialise(LAYERS[name](), seed=1).to(dtype)
     with torch.no_grad():
         for key, parameter in layer.named_parameters():
+            if key.endswith("bias"):
+                generator = torch.Generator().manual_seed(len(key))
+                parameter += torch.randn(parameter.shape, generator=generator, dtype=dtype) / 30
             parameter *= 300 if key == "router.weight" and isinstance(layer, Switch) else 30
         if name.startswith("undecided"):
             layer.router.weight.zero_()  # equal scores: of equals the first

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class HuggingFaceWeights(WeightSource):
     def read(self, name: str) -> Tensor:
         """See WeightSource.read."""
         piece, index = self.pieces[name]
-        return piece.read([self.read_theirs(theirs) for theirs in piece.theirs])[index]
+        return piece.read(_ReadWhenAsked(self, piece.theirs))[index]
 
     def read_theirs(self, name: str) -> Tensor:
         """Returns a tensor by the name that transformers gives it."""
@@ -100,6 +100,22 @@ class HuggingFaceWeights(WeightSource):
     def their_shape(self, name: str) -> torch.Size:
         """Returns the shape of a tensor by the name that transformers gives it."""
         return self.files[name].shapes[self.stored[name]]
+
+
+class _ReadWhenAsked(Sequence[Tensor]):
+    """Tensors of a folder of which each is read when it is asked for, and not kept."""
+
+    def __init__(self, weights: HuggingFaceWeights, names: Sequence[str]):
+        self.weights = weights
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        return self.weights.read_theirs(self.names[int(index)])
 
 
 def _full_names(stored: Iterable[str], prefix: str) -> dict[str, str]:

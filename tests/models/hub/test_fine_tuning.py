@@ -1,6 +1,8 @@
 """Thirty steps of fine-tuning here are thirty steps of transformers and torch's AdamW by hand."""
 
+import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 
@@ -9,7 +11,7 @@ from models.micro_batch import MicroBatch
 from parallel.engines.single import Single
 from parallel.mesh import Mesh
 from tests.support import hub
-from tests.support.hub import SMALL
+from tests.support.hub import SMALL, SMALL_GPT2
 from trainer.optim.adamw import AdamW
 
 RATE = 1e-3
@@ -27,7 +29,8 @@ class ExactRotary(nn.Module):
 
 def exact(theirs):
     """Replaces what they compute in float32: norms and rotary angles."""
-    theirs.model.rotary_emb = ExactRotary()
+    if isinstance(theirs, transformers.LlamaForCausalLM):
+        theirs.model.rotary_emb = ExactRotary()
     for module in list(theirs.modules()):
         for name, child in list(module.named_children()):
             if type(child).__name__ == "LlamaRMSNorm":
@@ -37,8 +40,11 @@ def exact(theirs):
     return theirs
 
 
-def test_thirty_steps_equal_those_by_hand(tmp_path):
-    theirs = exact(hub.make("LlamaConfig", SMALL, tmp_path))
+@pytest.mark.parametrize(
+    "name, settings", [("LlamaConfig", SMALL), ("GPT2Config", SMALL_GPT2)], ids=["llama", "gpt2"]
+)
+def test_thirty_steps_equal_those_by_hand(name, settings, tmp_path):
+    theirs = exact(hub.make(name, settings, tmp_path))
     engine = Single(
         Mesh.alone(), AdamW(RATE, weight_decay=0.0, max_grad_norm=0.0), precision="float64"
     )

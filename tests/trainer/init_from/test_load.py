@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from models.architectures.decoder import Decoder
@@ -14,6 +15,7 @@ from models.positions.rope import Rope
 from parallel.engines.fsdp import Fsdp
 from parallel.engines.single import Single
 from parallel.mesh import build_mesh
+from tests.support import hub
 from tests.support.live import Live, everything, storages
 from tests.support.pool import ranks
 from tests.trainer.verify.test_whole_runs import in_pool
@@ -167,8 +169,11 @@ def test_ties_that_the_weights_do_not_have_are_refused(source, tmp_path):
 
 def peak_of(env, folder):
     """(most bytes alive beside what the engine held before, largest tensor, all tensors)."""
-    with torch.device("meta"):
-        model = small(1031)
+    if folder.startswith("hf:"):
+        model = hub.blank(folder.removeprefix("hf:"))
+    else:
+        with torch.device("meta"):
+            model = small(1031)
     slots = slots_of(model)
     source = open_weights(folder)
     sizes = [torch.Size(shape).numel() * 8 for shape in source.shapes.values()]
@@ -189,4 +194,12 @@ def test_no_rank_holds_more_than_its_part_and_one_tensor(tmp_path):
     save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     for peak, largest, total in ranks(4, peak_of, str(tmp_path)):
+        assert peak <= (total / 4 + largest) * 1.1, f"{peak} of {total} bytes"
+
+
+def test_so_with_experts_that_lie_singly_in_a_folder_of_transformers(tmp_path):
+    settings = {**hub.SMALL_MIXTRAL, "num_local_experts": 16, "num_hidden_layers": 4}
+    config = transformers.MixtralConfig(**settings)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for peak, largest, total in ranks(4, peak_of, f"hf:{tmp_path}"):
         assert peak <= (total / 4 + largest) * 1.1, f"{peak} of {total} bytes"
