@@ -53,6 +53,8 @@ YARN: dict[str, Any] = {
     "rope_theta": 10_000.0,
     "factor": 4.0,
     "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
 }
 SMALL_MIXTRAL = {**SMALL, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 9}
 SMALL_OSS = {

@@ -15,7 +15,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "mscale_all_d
 
 
 def content_of(name, settings, changes):
-    content = getattr(transformers, name)(**settings).to_dict()
+    content = getattr(transformers, name)(**settings).to_diff_dict()
     return {**content, **changes}
 
 
