@@ -82,14 +82,17 @@ def write_as_export(folder: Path, output: Path, words: Sequence[str] = ()) -> No
 
 def _config(folder: Path, words: Sequence[str]) -> Config:
     given = list(words)
-    keys = {word.partition("=")[0] for word in given}
-    if not any(key.partition(".")[0] == "data" for key in keys) and (folder / TOKENIZER).is_file():
+    values = {key: value for key, _, value in (word.partition("=") for word in given)}
+    names_data = any(key.partition(".")[0] == "data" for key in values)
+    if not names_data and (folder / TOKENIZER).is_file():
         # The path is a placeholder: nothing is read from it before one is given.
         given += ["data=files", f"data.path={folder}/*.txt", f"data.tokenizer={folder}"]
-    if "context_length" not in keys:
-        given.append(f"context_length={longest_context(folder)}")
-    if "batch_tokens" not in keys:
-        given.append("batch_tokens=${context_length}")
+    length = values.get("context_length")
+    if length is None:
+        length = str(longest_context(folder))
+        given.append(f"context_length={length}")
+    if "batch_tokens" not in values:
+        given.append(f"batch_tokens={length}")
     composed = compose(["model=hub", f"model.path={folder}", *given])
     if composed.faults or composed.config is None:
         raise UserError("\n".join(composed.faults))
