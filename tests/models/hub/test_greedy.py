@@ -43,4 +43,4 @@ def test_texts_go_on_as_there(case, tmp_path):
             )
         assert request.tokens == want[0, len(prompt) :].tolist()
         different.update(request.tokens)
-    assert len(different) > 5
+    assert len(different) >= 5  # else the weights would say little
