@@ -78,15 +78,20 @@ def _share(difference: Tensor, whole: Tensor) -> float:
     return float(difference.abs().max() / whole.abs().max()) if difference.numel() else 0.0
 
 
-def cases() -> list[tuple[str, str, str, int, int]]:
-    """Every mixer once with each number of ranks; methods, layouts and cuts take turns."""
+def cases() -> list[Any]:
+    """Every mixer once with each number of ranks; methods, layouts and cuts take turns.
+
+    `make test` runs every mixer with one number of ranks, and every other with the other.
+    """
     found = []
     for row, name in enumerate(CAUSAL):
         methods = methods_of()[name]
         for turn, size in enumerate(SIZES):
             method = methods[(row + turn) % len(methods)]
             policy = POLICIES[(row // 2 + turn) % len(POLICIES)]
-            found.append((name, method, policy, size, list(CUTS)[(row + turn) % len(CUTS)]))
+            count = list(CUTS)[(row + turn) % len(CUTS)]
+            marks = () if turn == row % len(SIZES) else pytest.mark.full
+            found.append(pytest.param(name, method, policy, size, count, marks=marks))
     return found
 
 
@@ -117,8 +122,17 @@ WHOLE = [
 ]
 
 
-@pytest.mark.parametrize(("name", "method", "policy"), WHOLE)
-def test_whole_models_with_memories_and_experts(name: str, method: str, policy: str):
-    for size, sizes in LANE_CUTS.items():
-        for worst in ranks(size, compare_model, name, method, policy, sizes):
-            assert max(worst.values()) < 1e-11, worst
+def whole_cases() -> list[Any]:
+    """Every model with both numbers of ranks, which take turns in `make test`."""
+    found = []
+    for row, case in enumerate(WHOLE):
+        for turn, size in enumerate(LANE_CUTS):
+            marks = () if turn == row % 2 else pytest.mark.full
+            found.append(pytest.param(*case, size, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("name", "method", "policy", "size"), whole_cases())
+def test_whole_models_with_memories_and_experts(name: str, method: str, policy: str, size: int):
+    for worst in ranks(size, compare_model, name, method, policy, LANE_CUTS[size]):
+        assert max(worst.values()) < 1e-11, worst

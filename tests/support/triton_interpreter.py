@@ -57,14 +57,14 @@ def answers(work, leaves, states) -> list[torch.Tensor]:
 
 def worst(kind: str, before: bool) -> float:
     span = packed([[9, 1, 13], [3, 20]], 25)
-    query, payload = inputs(kind, span, keys=16, values=16, strength=0.3)
+    query, payload = inputs(kind, span, heads=1, keys=16, values=16, strength=0.3)
     row = scan_kind(payload, before)
     assert row
     kernel = load_kernel(row)
     assert kernel, "the package is there"
     patch()
     states = torch.randn(
-        2, 3, 2, 16, 16, generator=torch.Generator().manual_seed(8), dtype=torch.float64
+        2, 3, 1, 16, 16, generator=torch.Generator().manual_seed(8), dtype=torch.float64
     )
     tensors = [*query, *payload]
     exact = [x.clone().requires_grad_() for x in (*tensors, states)]
