@@ -22,7 +22,12 @@ def capped(logits: Tensor, cap: float | None) -> Tensor:
 
 
 def token_losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, cap: float | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    cap: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """[B, T] nats per token, 0 where the target is IGNORE; float32, or float64 where `hidden` is.
 
@@ -31,20 +36,26 @@ def token_losses(
         weight: [V, W] of the output head.
         targets: [B, T] int64.
         cap: see `capped`.
+        bias: [V] of the output head, added before the cap.
 
     The gradient is computed with the loss, chunk by chunk, and scaled in backward: every token's
     loss must therefore get the same upstream gradient (a sum or a mean), which is checked.
     """
-    return _TokenLosses.apply(hidden, weight, targets, cap)
+    return _TokenLosses.apply(hidden, weight, targets, cap, bias)
 
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        cap: float | None,
+        bias: Tensor | None,
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        wanted = any(ctx.needs_input_grad)
         # what is handed out is no view: FSDP2 hooks it
         ctx.shape = hidden.shape
         shape = targets.shape
@@ -53,6 +64,7 @@ class _TokenLosses(torch.autograd.Function):
         losses = hidden.new_zeros(targets.shape, dtype=wide)
         d_hidden = torch.empty_like(hidden) if wanted else None
         d_weight = torch.zeros_like(weight, dtype=wide) if wanted else None
+        d_bias = torch.zeros_like(bias, dtype=wide) if wanted and bias is not None else None
         step = max(1, CHUNK_SCORES // weight.shape[0])
         for start in range(0, len(targets), step):
             part = slice(start, start + step)
@@ -61,7 +73,8 @@ class _TokenLosses(torch.autograd.Function):
                 # The first pass over a row in pieces wants what layers leave, and no loss.
                 continue
             target = targets[part].clamp_min(0)[:, None]
-            logits = capped((hidden[part] @ weight.T).to(wide), cap)
+            scores = (hidden[part] @ weight.T).to(wide)
+            logits = capped(scores if bias is None else scores + bias.to(wide), cap)
             bent = None if cap is None or not wanted else 1 - (logits / cap).square()
             lse = logits.logsumexp(-1)
             losses[part] = (lse - logits.gather(1, target)[:, 0]) * valid
@@ -76,13 +89,15 @@ class _TokenLosses(torch.autograd.Function):
                 slope = (slope * valid[:, None]).to(hidden.dtype)
                 d_hidden[part] = slope @ weight
                 d_weight += (slope.T @ hidden[part]).to(wide)
-        ctx.save_for_backward(d_hidden, d_weight)
+                if d_bias is not None:
+                    d_bias += slope.sum(0, dtype=wide)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtype = weight.dtype
         return losses.reshape(shape).clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        d_hidden, d_weight = ctx.saved_tensors
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
         scale = grad.flatten()[0] if grad.numel() else grad.new_zeros(())
         if not bool((grad == scale).all()):
             raise ValueError(
@@ -93,4 +108,5 @@ class _TokenLosses(torch.autograd.Function):
             (d_weight * scale).to(ctx.dtype),
             None,
             None,
+            None if d_bias is None else (d_bias * scale).to(ctx.dtype),
         )

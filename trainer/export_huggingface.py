@@ -22,7 +22,7 @@ from torch import Tensor
 
 from models.hub.adapter import Adapter
 from models.hub.describe import describe, differences
-from models.hub.description import DECODER, Description
+from models.hub.description import DECODER, ENCODER, Description
 from models.hub.keys import WITHOUT_EFFECT
 from models.hub.registry import KNOWN, adapter_of
 from models.hub.tensors import TensorPiece
@@ -138,7 +138,7 @@ def translated(
     Raises:
         UserError: none gives just this model.
     """
-    if config.model.target != DECODER or config.memory.carries:
+    if config.model.target not in (DECODER, ENCODER) or config.memory.carries:
         kind = config.model.target.rpartition(".")[2]
         beside = f" with memory={config.memory.name}" if config.memory.carries else ""
         raise UserError(

@@ -35,9 +35,12 @@ class Decoder(Layer):
         norm_eps: added to the mean square under the root; null: the smallest step of the type.
         norm_place: before a layer, after its sum with the input, or both before and behind it.
         embedding_scale: factor of the token embeddings, rounded to the type that is computed in.
+        embedding_norm: norm the embeddings, positions among them, before the first layer.
         logit_cap: bends logits into (-cap, cap) by cap tanh(logits / cap) (Gemma 2,
             arXiv:2408.00118); null: they are not bent.
     """
+
+    embed_norm: nn.Module | None
 
     def __init__(
         self,
@@ -54,6 +57,7 @@ class Decoder(Layer):
         norm_eps: Positive | None = None,
         norm_place: Place = "before",
         embedding_scale: Positive = 1.0,
+        embedding_norm: bool = False,
         logit_cap: Positive | None = None,
     ):
         super().__init__()
@@ -68,6 +72,7 @@ class Decoder(Layer):
         self.logit_cap = logit_cap
         self.embed = nn.Embedding(vocabulary, width)
         self.position = position.embedding(width) if position else None
+        self.register_module("embed_norm", norms.make(width) if embedding_norm else None)
         self.blocks = nn.ModuleList(
             block(width, *parts, norms) for parts in zip(mixers, feedforwards, strict=True)
         )
@@ -90,16 +95,25 @@ class Decoder(Layer):
         """[B, T] int64 -> logits [B, T, vocabulary], or with targets the losses [B, T] in nats (0
         where IGNORE)."""
         tokens, span, targets, _ = MicroBatch.of(batch)
+        x = self.hidden(tokens, span)
+        if targets is None:
+            return capped(self.head(x), self.logit_cap)
+        return token_losses(x, self.head.weight, targets, cap=self.logit_cap)
+
+    def hidden(self, tokens: Tensor, span: Span) -> Tensor:
+        """[B, T] int64 -> [B, T, width]: what the last layer gives, normed, before the head."""
+        x = self.embedded(tokens, span)
+        x = self._through(x, span) if self.memory is None else self.memory(x, span, self._through)
+        return self.norm(x)
+
+    def embedded(self, tokens: Tensor, span: Span) -> Tensor:
+        """[B, T] int64 -> [B, T, width]: what the first layer reads."""
         x = self.embed(tokens)
         if self.embedding_scale != 1:
             x = x * x.new_tensor(self.embedding_scale)
         if self.position is not None:
             x = x + self.position(span)
-        x = self._through(x, span) if self.memory is None else self.memory(x, span, self._through)
-        x = self.norm(x)
-        if targets is None:
-            return capped(self.head(x), self.logit_cap)
-        return token_losses(x, self.head.weight, targets, cap=self.logit_cap)
+        return x if self.embed_norm is None else self.embed_norm(x)
 
     def _through(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]: all layers."""

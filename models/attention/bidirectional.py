@@ -4,6 +4,10 @@ from models.attention.full import Attention
 from models.masks.basic import SameDocument
 from models.positions.base import Position
 
+BOTH_SIDES = (
+    "bidirectional attention sees later tokens, which may lie in rows that are not read yet"
+)
+
 
 class Bidirectional(Attention):
     """Shows a token its whole document, later tokens too (Devlin et al. 2018, arXiv:1810.04805).
@@ -17,6 +21,4 @@ class Bidirectional(Attention):
 
     def stays_local(self) -> str | None:
         """See Layer."""
-        return (
-            "bidirectional attention sees later tokens, which may lie in rows that are not read yet"
-        )
+        return BOTH_SIDES

@@ -7,9 +7,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from models.attention.bidirectional import BOTH_SIDES
 from models.attention.full import CAUSAL, Attention
 from models.attention.sink_logit import TablesWithSink
-from models.masks.basic import SlidingWindow
+from models.masks.algebra import Mask
+from models.masks.basic import SameDocument, SlidingWindow
 from models.norms import OffsetRMSNorm
 from models.positions.base import Position
 from models.primitives.softmax import Softmax
@@ -18,7 +20,7 @@ from models.scores import Score, SinkScore, SoftcapScore
 
 
 class HubAttention(Attention):
-    """Causal attention within a document, as a config.json describes it.
+    """Attention within a document, causal or not, as a config.json describes it.
 
     The options are those of the catalogue's mixers, and so are the names of the parameters: with
     none set this is `full`, with `window` it is `sliding`, with `qk_norm` it is `qk_norm`.
@@ -32,6 +34,7 @@ class HubAttention(Attention):
             gain of 1 + weight; null: none.
         qk_norm_eps: added to their mean square.
         sink: a learned logit per head for a key without a value.
+        causal: false shows a token its whole document, as in an encoder.
 
     Source: Mistral 7B (arXiv:2310.06825), Gemma 2 and 3 (arXiv:2408.00118, arXiv:2503.19786),
     Qwen 3 (arXiv:2505.09388), gpt-oss (arXiv:2508.10925).
@@ -53,8 +56,9 @@ class HubAttention(Attention):
         qk_norm: Literal["rms", "rms_offset"] | None = None,
         qk_norm_eps: Positive = 1e-6,
         sink: bool = False,
+        causal: bool = True,
     ):
-        mask = CAUSAL if window is None else CAUSAL & SlidingWindow(window)
+        mask = _mask(window, causal)
         super().__init__(
             width,
             heads,
@@ -65,6 +69,7 @@ class HubAttention(Attention):
             bias=bias,
             out_bias=out_bias,
         )
+        self.causal = causal
         score = self.mix.score
         if scale is not None:
             # An exact type: every subclass of Score adds something to the dot products.
@@ -87,6 +92,10 @@ class HubAttention(Attention):
             self.q_norm = kind(self.head_width, eps=qk_norm_eps)
             self.k_norm = kind(self.head_width, eps=qk_norm_eps)
 
+    def stays_local(self) -> str | None:
+        """See Layer."""
+        return None if self.causal else BOTH_SIDES
+
     def project_query(self, hidden: Tensor) -> Tensor:
         """[B, T, width] -> [B, T, H, D], normed where that was asked for."""
         query = super().project_query(hidden)
@@ -96,3 +105,15 @@ class HubAttention(Attention):
         """Keys, normed where that was asked for, and values [B, S, G, D]."""
         key, value = super().project_payload(hidden)
         return (key if self.k_norm is None else self.k_norm(key)), value
+
+
+def _mask(window: int | None, causal: bool) -> Mask:
+    """Returns what a query sees."""
+    if window is None:
+        return CAUSAL if causal else SameDocument()
+    if not causal:
+        raise ValueError(
+            f"window={window} counts tokens before a query, and causal=false shows those after it"
+            " too; leave one of the two out"
+        )
+    return CAUSAL & SlidingWindow(window)

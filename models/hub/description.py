@@ -7,6 +7,7 @@ TARGET = "_target_"
 DECODER = "models.architectures.decoder.Decoder"
 LATENT = "models.attention.latent.LatentAttention"
 MIXTURE = "models.moe.topk.TopKMixture"
+ENCODER = "models.architectures.encoder.MaskedEncoder"
 LEARNED = "models.positions.learned.Learned"
 MIXER = "models.hub.attention.HubAttention"
 

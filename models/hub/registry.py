@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.hub.adapter import Adapter
+from models.hub.bert import Bert
 from models.hub.deepseek import DeepseekV3
 from models.hub.gemma import Gemma2, Gemma3
 from models.hub.gpt2 import GPT2
@@ -26,6 +27,7 @@ KNOWN: tuple[Adapter, ...] = (
     Mixtral(),
     GptOss(),
     DeepseekV3(),
+    Bert(),
 )
 ADAPTERS = {adapter.model_type: adapter for adapter in KNOWN}
 

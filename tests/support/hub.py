@@ -84,26 +84,43 @@ SMALL_DEEPSEEK = {
     "attention_bias": True,
     "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0},
 }
+SMALL_BERT: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": WORDS,
+    "max_position_embeddings": 128,
+}
 LENGTHS = [[13, 1, 24, 9], [3, 40, 1, 1]]  # documents of the two rows; the rest is padding
 
 
-def make(name: str, settings: dict[str, Any], folder: Path, **save: Any) -> nn.Module:
+def make(
+    name: str,
+    settings: dict[str, Any],
+    folder: Path,
+    *,
+    kind: str = "AutoModelForCausalLM",
+    **save: Any,
+) -> nn.Module:
     """Saves a random model of transformers and returns it, in float64.
 
     Args:
         name: of the config's class.
+        kind: of the model's class.
     """
     config = getattr(transformers, name)(**settings)
     config._attn_implementation = "eager"
     torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    chosen = getattr(transformers, kind)
+    model = chosen.from_config(config) if kind.startswith("Auto") else chosen(config)
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             if tensor.is_floating_point() and "inv_freq" not in _name_of(model, tensor):
                 tensor.add_(torch.randn_like(tensor) * 0.1)
     model.save_pretrained(folder, **save)
     # What it computes with is set up by its own loader, as a user would.
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded = chosen.from_pretrained(
         folder,
         dtype=torch.float64,
         attn_implementation="eager",
@@ -209,9 +226,17 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def on_ranks(env: Any, folder: str, method: str) -> tuple[float, dict[str, Tensor]]:
-    """(loss, gradients) of the packed rows, each shared by all ranks; the mean over targets."""
+def on_ranks(
+    env: Any, folder: str, method: str, aims: Tensor | None = None
+) -> tuple[float, dict[str, Tensor]]:
+    """(loss, gradients) of the packed rows, each shared by all ranks; the mean over targets.
+
+    Args:
+        aims: targets in place of the next tokens.
+    """
     tokens, span, targets = rows()
+    if aims is not None:
+        targets = aims
     model = blank(folder)
     engine = Single(build_mesh(env.size, 1), AdamW(1e-3), precision="float64", seed=5)
     source = open_weights(f"hf:{folder}")

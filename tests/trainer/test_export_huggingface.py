@@ -12,6 +12,7 @@ from scripts.export import main
 from tests.support import hub
 from tests.support.hub import (
     SMALL,
+    SMALL_BERT,
     SMALL_DEEPSEEK,
     SMALL_GPT2,
     SMALL_MAMBA2,
@@ -128,9 +129,16 @@ def test_a_model_born_here_is_opened_by_transformers(runs, tmp_path):
     ("GptOssConfig", {**SMALL_OSS, "attention_bias": False}, ()),
     ("DeepseekV3Config", SMALL_DEEPSEEK, ()),
     ("DeepseekV3Config", {**SMALL_DEEPSEEK, "q_lora_rank": None, "rope_interleave": False}, ()),
+    ("BertConfig", {"tie_word_embeddings": False, "type_vocab_size": 3}, ()),
+    ("BertConfig", {"hidden_act": "relu", "architectures": ["BertModel"]}, ()),
 ])  # fmt: skip
 def test_every_config_comes_back_as_it_went_in(name, settings, words, tmp_path):
-    small = {"GPT2Config": SMALL_GPT2, "Mamba2Config": SMALL_MAMBA2}.get(name, SMALL)
+    others = {
+        "BertConfig": SMALL_BERT,
+        "GPT2Config": SMALL_GPT2,
+        "Mamba2Config": SMALL_MAMBA2,
+    }
+    small = others.get(name, SMALL)
     config = getattr(transformers, name)(**{**small, **settings})
     config.save_pretrained(tmp_path)
     run = hub.config_of(tmp_path, *words)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from models.hub.adapter import Adapter, Architecture
+from models.hub.description import TARGET
 from models.hub.registry import adapter_of
 from trainer.config.schema import Config
 from trainer.errors import UserError
@@ -43,6 +44,9 @@ def expand_hub(tree: dict[Any, Any], overrides: Sequence[str]) -> None:
     architecture = read_architecture(model["path"])
     tree["model"] = _merged(architecture.model, model)
     chosen = [word.lstrip("+").partition("=")[0] for word in overrides]
+    if f"model.{TARGET}" not in chosen:
+        # conf/model/hub.yaml names a decoder, because a model has to have a class.
+        tree["model"][TARGET] = architecture.model[TARGET]
     if "position" in chosen:
         return
     position = dict(architecture.position)
