@@ -38,8 +38,8 @@ def some(name, many):
 @pytest.mark.parametrize(
     "name, many, steps",
     [
-        ("float32", 3, 10),
-        ("float64", 8, 10),
+        ("float32", 1, 5),
+        ("float64", 5, 6),
         *(
             pytest.param(name, None, None, marks=pytest.mark.full)
             for name in ("float32", "float64")
@@ -68,11 +68,11 @@ def spread(engine, context, micro):
 @pytest.mark.slow
 def test_deepspeed_gives_the_losses_and_norms_of_one_device_at_every_stage(tmp_path):
     os.environ["HF_HUB_OFFLINE"] = "1"
-    ways = ((0, 2, 1), (1, 1, 1), (2, 2, "auto"), (3, 2, 1), (3, 1, "auto"))
+    ways = ((0, 2, 1), (1, 1, 1), (2, 2, "auto"), (3, 2, 1))
     cases = [
         spread(f"engine=deepspeed engine.zero_stage={zero}", context, micro)
         for zero, context, micro in ways
     ]
     assert set(cases) <= set(PLANS["engines"].cases)
-    found = compare(in_pool, tmp_path, "engines", cases=(REFERENCE, *cases), steps=5)
+    found = compare(in_pool, tmp_path, "engines", cases=(REFERENCE, *cases), steps=3)
     assert all(error < PLANS["engines"].tolerance for _, error in found[1:]), found
