@@ -10,6 +10,7 @@ import torch
 
 from tests.support.pool import ranks
 from trainer.config.compose import compose
+from trainer.config.schema import Config
 from trainer.launch.elastic import RankInfo
 from trainer.logs.jsonl import METRICS, read
 from trainer.preflight.check import check_config
@@ -42,9 +43,8 @@ SETTINGS = (
 SELECTIVE = ("engine.checkpointing=selective",)
 
 
-def run_here(env: Any, words: tuple[str, ...], directory: str) -> list[dict]:
+def run_here(env: Any, config: Config, directory: str) -> list[dict]:
     """The figures of the steps of a run on all ranks."""
-    config = load_config((*SETTINGS, *words, f"run_dir={directory}"), started=env.size)
     place = RankInfo(env.rank, env.size, env.rank, env.size, torch.device("cpu"), "gloo")
     with redirect_stdout(io.StringIO()):
         assert run(config, place, Path(directory)) == 0
@@ -53,7 +53,8 @@ def run_here(env: Any, words: tuple[str, ...], directory: str) -> list[dict]:
 
 def figures(size: int, directory: Path, *words: str) -> list[dict]:
     make_run_dir(directory)
-    return ranks(size, run_here, words, str(directory))[0]
+    config = load_config((*SETTINGS, *words, f"run_dir={directory}"), started=size)
+    return ranks(size, run_here, config, str(directory))[0]
 
 
 def test_a_run_in_pieces_has_the_figures_of_a_run_of_whole_rows(tmp_path: Path):

@@ -45,8 +45,7 @@ KINDS = {
 }
 
 
-def in_rank(env, words, directory):
-    config = load_config(words, started=env.size)
+def in_rank(env, config, directory):
     return run(
         config,
         RankInfo(env.rank, env.size, env.rank, env.size, torch.device("cpu"), "gloo"),
@@ -70,7 +69,8 @@ def test_a_run_and_its_resumption_on_other_ranks_have_the_same_figures(kind, tmp
     )
     one, three = tmp_path / "one", tmp_path / "three"
     make_run_dir(one)
-    assert ranks(1, in_rank, (*words, f"run_dir={one}"), str(one)) == [0]
+    alone = load_config((*words, f"run_dir={one}"), started=1)
+    assert ranks(1, in_rank, alone, str(one)) == [0]
     make_run_dir(three)
     spread = (
         "parallel.context=3",
@@ -84,7 +84,7 @@ def test_a_run_and_its_resumption_on_other_ranks_have_the_same_figures(kind, tmp
         f"resume={one / 'checkpoints' / 'step_00000003'}",
         f"run_dir={three}",
     )
-    assert ranks(3, in_rank, resumed, str(three)) == [0] * 3
+    assert ranks(3, in_rank, load_config(resumed, started=3), str(three)) == [0] * 3
     whole, rest = rows(one, "metrics.jsonl"), rows(three, "metrics.jsonl")
     assert [row["step"] for row in whole] == [1, 2, 3, 4, 5, 6] and [
         row["step"] for row in rest

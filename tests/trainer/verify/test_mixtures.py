@@ -51,8 +51,7 @@ ONE = ("switch", pytest.param("moe_topk", marks=FULL))
 OTHER = ("moe_topk", pytest.param("switch", marks=FULL))
 
 
-def in_rank(env, words, directory):
-    config = load_config(words, started=env.size)
+def in_rank(env, config, directory):
     return run(
         config,
         RankInfo(env.rank, env.size, env.rank, env.size, torch.device("cpu"), "gloo"),
@@ -65,7 +64,8 @@ def rows_of(words, directory):
     sizes = dict(word.split("=", 1) for word in words)
     size = int(sizes.get("parallel.context", 1)) * int(sizes.get("parallel.data", 1))
     make_run_dir(directory)
-    assert ranks(size, in_rank, words, str(directory)) == [0] * size
+    config = load_config(words, started=size)
+    assert ranks(size, in_rank, config, str(directory)) == [0] * size
     return list(read(directory / METRICS))
 
 

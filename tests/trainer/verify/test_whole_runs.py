@@ -15,7 +15,10 @@ from trainer.verify.whole_runs import PLANS, REFERENCE, compare
 
 
 def in_rank(env, words, directory):
-    config = load_config(words, started=env.size)
+    return as_composed(env, load_config(words, started=env.size), directory)
+
+
+def as_composed(env, config, directory):
     return run(
         config,
         RankInfo(env.rank, env.size, env.rank, env.size, torch.device("cpu"), "gloo"),
@@ -25,7 +28,8 @@ def in_rank(env, words, directory):
 
 def in_pool(words, size, directory):
     make_run_dir(directory)
-    assert ranks(size, in_rank, words, str(directory)) == [0] * size
+    config = load_config(words, started=size)  # once, for all ranks: it takes longer than a step
+    assert ranks(size, as_composed, config, str(directory)) == [0] * size
 
 
 def some(name, many):
