@@ -16,6 +16,10 @@ def console() -> NoReturn:
         sys.path.insert(0, os.getcwd())
     # After the path is as it will be: it says which packages are found.
     importlib.import_module("longspan.at_start")
+    # Before the trainer, whose imports take seconds: a shell asks while a user types.
+    status = importlib.import_module("longspan.completion").run(sys.argv[1:])
+    if status is not None:
+        sys.exit(status)
     importlib.import_module("trainer.__main__").console()
     raise AssertionError("the command ends the process")
 

@@ -27,6 +27,10 @@ OF_SETTINGS = ("trainer", "scripts.doctor", "scripts.wandb_sweep")
 # Commands that are not composed here, each with the reason.
 NOT_COMPOSED = {
     "python -m trainer --help": "takes no settings",
+    "python -m trainer --version": "takes no settings",
+    "python -m trainer mixer=lsh --help": "tests/trainer/config/test_key_help.py",
+    "python -m trainer mixer=sliding --help mixer.window": "tests/trainer/config/test_key_help.py",
+    "longspan --completion fish | source": "tests/longspan/test_completion.py",
     "python -m examples.score_text runs/example 'import torch'": "tests/test_examples.py",
     "python -m examples.train_in_python runs/example": "tests/test_examples.py",
     (

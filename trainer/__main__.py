@@ -41,7 +41,9 @@ from trainer.preflight import prepare
 from trainer.secret import shared_secret
 from trainer.sweep.batch import JOB_OF
 from trainer.sweep.sweep import run_sweep
+from trainer.version import version_line
 
+VERSION_WORD = "--version"
 RANK_OF = "--rank-of"  # hidden: RUN_DIR, then the launcher's process number
 RANK_COMMAND = ("-u", "-m", "trainer", RANK_OF)  # of the interpreter, and two words more
 # srun may start one launcher on each machine, which is no rank itself.
@@ -71,7 +73,10 @@ def _dispatch(words: Sequence[str]) -> int:
     if first_word == RANK_OF:
         return as_rank(Path(words[1]), int(words[2]))
     if asks_for_help(words):
-        print(text())
+        print(text(words))
+        return DONE
+    if first_word == VERSION_WORD:
+        print(version_line())
         return DONE
     if first_word == slurm.IN_JOB:
         node = int(words[1])

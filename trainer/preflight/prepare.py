@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trainer import run_dir
-from trainer.config.compose import compose
+from trainer.config.compose import ComposedConfig, compose
 from trainer.config.schema import Config
 from trainer.config.stages import describe_stage, plan_of
 from trainer.errors import UserError
@@ -13,6 +13,7 @@ from trainer.launch.nodes import Nodes
 from trainer.preflight.check import check_config
 from trainer.preflight.match import match_sizes
 from trainer.preflight.reach import unreached
+from trainer.preflight.recorded import recorded_config
 from trainer.secret import shared_secret
 
 
@@ -27,7 +28,7 @@ def load_config(
     """Returns the checked config of a command line, with its widths fitted where `match=` is set.
 
     Args:
-        words: KEY=VALUE settings.
+        words: KEY=VALUE settings; run_dir=PATH alone goes on with the config that lies there.
         started: number of ranks that another launcher has started; None when this command starts
             them.
         say: receives a line about the widths that were fitted.
@@ -40,7 +41,11 @@ def load_config(
     Raises:
         UserError: a line for each fault of the config.
     """
-    composed = compose(words)
+    recorded = recorded_config(words)
+    if recorded is None:
+        composed = compose(words)
+    else:
+        composed = ComposedConfig(recorded, given=frozenset({"run_dir"}))
     if composed.config is None:
         raise UserError("\n".join(composed.faults))
     config = composed.config
@@ -48,8 +53,8 @@ def load_config(
         config = here(config)
     match_report = ""
     match_errors = []
-    # Widths cannot be fitted to settings that were put back to their defaults.
-    if not composed.faults:
+    # Widths cannot be fitted to settings that were put back to their defaults; recorded ones are.
+    if not composed.faults and recorded is None:
         try:
             config, match_report = match_sizes(config, words)
         except (UserError, ValueError) as error:
