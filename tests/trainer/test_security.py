@@ -3,7 +3,6 @@
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from tests.support import forked_python
 from tests.test_architecture import ROOT
 from tests.trainer.verify.test_killed import words
 from trainer import run_dir
@@ -46,12 +46,8 @@ def test_no_secret_is_in_the_run_directory_or_in_what_a_crash_prints(tmp_path):
         "wandb.mode=auto",
         "model.layers=1",
     ]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **SECRETS, **unreachable, "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
+    done = forked_python.run(
+        command, cwd=ROOT, env={**os.environ, **SECRETS, **unreachable, "HOME": str(tmp_path)}
     )
     told = done.stdout + done.stderr
     assert done.returncode == 1 and "RuntimeError: a bug that a user wrote" in told, told

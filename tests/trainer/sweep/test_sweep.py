@@ -13,6 +13,7 @@ import pytest
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 
+from tests.support import forked_python
 from tests.test_architecture import ROOT
 from trainer.errors import UserError
 from trainer.logs.figures import read_figures
@@ -111,7 +112,7 @@ sys.exit(run_sweep(sys.argv[1:], [sys.executable, {str(home / "stub.py")!r}, {st
 """
     words = ("-m", *SMALL, f"hydra.sweep.dir={home / 'all'}", *words)
     pipe = subprocess.PIPE
-    return subprocess.Popen(
+    return forked_python.Popen(
         [sys.executable, "-c", code, *words], stdout=pipe, stderr=pipe, text=True, cwd=ROOT
     )
 
@@ -275,13 +276,8 @@ def test_real_runs_of_which_the_last_fails_and_is_mended(tmp_path: Path) -> None
     )
 
     def go(**environment: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-m", "trainer", *words],
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=240,
+        return forked_python.run(
+            [sys.executable, "-m", "trainer", *words], cwd=ROOT, env={**os.environ, **environment}
         )
 
     first = go(BREAK="yes")
