@@ -7,10 +7,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from tests.support import forked_python
 from tests.trainer.launch.test_elastic import ROOT, open_to_others
 from trainer.logs.jsonl import METRICS, read
 
@@ -25,12 +27,14 @@ SMALL = [
 SMALL += ["evaluation.every=0", "checkpoint.every=0", "wandb.mode=disabled", "log.every=1"]
 
 
-def begin(words: list[str], **variables: object) -> subprocess.Popen:
+def begin(
+    words: list[str], start_process: Any = forked_python.Popen, **variables: object
+) -> subprocess.Popen:
     given = {key: str(value) for key, value in variables.items()}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **given}
     command = [sys.executable, "-m", "trainer", *words]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, env=environment)
+    return start_process(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, env=environment)
 
 
 def free_port() -> int:
@@ -54,7 +58,10 @@ def test_two_processes_of_srun_are_two_ranks_of_one_run(tmp_path: Path) -> None:
         "SLURM_NTASKS": 2,
         "SLURM_STEP_ID": 0,
     }
-    tasks = [begin(words, SLURM_PROCID=rank, SLURM_LOCALID=rank, **place) for rank in range(2)]
+    tasks = [
+        begin(words, subprocess.Popen, SLURM_PROCID=rank, SLURM_LOCALID=rank, **place)
+        for rank in range(2)
+    ]
     ends = [task.communicate(timeout=300) for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], ends
     assert [row["step"] for row in read(tmp_path / "run" / METRICS)] == [1, 2, 3]
@@ -104,10 +111,7 @@ def test_a_killed_rank_leaves_no_files_of_wandb_outside_and_the_next_start_clear
     words = [*SMALL, f"run_dir={run}", "wandb.mode=offline"]
     process = begin([*words, "steps=100000"], TMPDIR=own)
     until_a_step(process)
-    ranks = [
-        child for child in psutil.Process(process.pid).children() if "--rank-of" in child.cmdline()
-    ]
-    ranks[0].kill()
+    psutil.Process(process.pid).children()[0].kill()
     assert "was killed by SIGKILL" in process.communicate(timeout=120)[1]
     left = set((run / "wandb" / "tmp").iterdir())
     assert left, "W&B made no folder, so nothing was tried"

@@ -1,12 +1,12 @@
 """Jobs of a sweep that come to the same run are run once; what no job takes is refused."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support import forked_python
 from trainer.errors import UserError
 from trainer.logs.jsonl import METRICS
 from trainer.sweep.batch import JOB_OF, check_jobs, told_again, twins
@@ -71,12 +71,7 @@ def test_a_job_of_a_sweep_starts_with_the_settings_that_only_other_jobs_take(
         f"run_dir={tmp_path / 'job'}",
     ]
     for of_sweep, code in (([JOB_OF, str(os.getpid())], 0), ([], 2)):
-        done = subprocess.run(
-            [sys.executable, "-m", "trainer", *of_sweep, *words],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-        )
+        done = forked_python.run([sys.executable, "-m", "trainer", *of_sweep, *words], cwd=ROOT)
         assert done.returncode == code, done.stderr
         assert (
             done.stderr.count("reaches no part")
