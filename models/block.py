@@ -4,6 +4,7 @@ each in turn."""
 from torch import Tensor, nn
 
 from models.attention.base import SplitAttention
+from models.cache.fused_step import step
 from models.feedforward import NoFeedForward
 from models.layer import Layer, hook
 from models.norms import NormStyle
@@ -42,6 +43,10 @@ class Block(Layer):
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]."""
+        if x.shape[1] == 1 and span.past is not None:
+            stepped = step(self, x, span)
+            if stepped is not None:
+                return stepped
         return self._finish(x, self.mixer(self.mixer_norm(x), span), span)
 
     def _finish(self, x: Tensor, mixed: Tensor, span: Span) -> Tensor:

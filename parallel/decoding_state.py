@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from models.cache.base import KVCache, KVCacheFactory
-from models.cache.decoding_state import DecodingState, taken
+from models.cache.decoding_state import DecodingState
+from models.cache.rows import taken
 from models.carried_state import REPLICATED, SHARDED
 from models.kernels.blockwise import merge_partials
 from models.kernels.reference import Partial

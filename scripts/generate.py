@@ -18,6 +18,8 @@ scripts.export wrote, or that of a Hugging Face model. Keys, with their defaults
     context=N               tokens of the context; those of a row in training, if overflow= is set
     n_keep=4                first tokens that stay, where a policy keeps some
     cache=NAME              a file of conf/cache, by default that of the run; cache.KEY=VALUE too
+    preempt=recompute       what is done with a text for which cache.pages have no room: recompute
+                            or swap
     device=cpu              cuda: the first GPU
     trust=false             true: build classes of other packages that the config names
 

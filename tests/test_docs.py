@@ -66,6 +66,10 @@ NOT_COMPOSED = {
     "python -m scripts.bench attention": "a measurement of minutes",
     "python -m scripts.bench experts": "a measurement of minutes",
     "python -m scripts.bench cache": "tests/scripts/benchmarks/test_cache.py",
+    (
+        'python -m scripts.generate runs/mine prompt="def " samples=8 cache=paged cache.pages=64'
+        " preempt=swap"
+    ): "needs a run; tests/trainer/decoding/test_preemption.py",
     "python -m scripts.experiments eviction": "an experiment of minutes",
     "python -m scripts.experiments quantized": "an experiment of minutes",
     (

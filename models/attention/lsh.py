@@ -193,6 +193,7 @@ class LSHAttention(Layer):
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is kept may serve in training, whoever asks first
 def rotations(
     seed: int, layer: int, hashes: int, heads: int, width: int, directions: int
 ) -> Tensor:

@@ -5,15 +5,20 @@ No plan is made: a plan is Python over the addresses of all keys, which pays for
 Letters: B rows, T queries, S keys, H query heads, G key heads, E value width.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from models.kernels import blockwise, reference
+from models.cache.base import KVCache
+from models.cache.contiguous import ContiguousCache
+from models.kernels import blockwise, reference, sdpa_cpu
 from models.kernels.backends import select_kernel
 from models.kernels.reference import Partial
 from models.masks.algebra import visible
-from models.scores import Tensors
-from models.span import Span
+from models.primitives.softmax import attention_spec, head_count, value_width
+from models.scores import Score, Tensors
+from models.span import DerivedCache, Span
 
 FEW = 8  # queries of a row up to which no plan is made
 
@@ -26,19 +31,18 @@ def attend(
     *,
     span: Span,
     kv_span: Span,
-    width: int,
 ) -> Partial:
     """Returns (mean [B, T, H, E], lse [B, T, H] in nats), wide, without the sink of the score.
 
     Args:
         spec: the score under its mask.
-        width: E.
     """
-    if not payload[0].shape[1]:
-        return blockwise.empty_partial(query, len(spec.heads), width)
-    if span.shape[1] > FEW:
+    keys = payload[0].shape[1]
+    if not keys or span.shape[1] > FEW:
+        width = value_width(spec.score, payload, params, query)
         total = blockwise.empty_partial(query, len(spec.heads), width)
-        blockwise.forward(spec, query, payload, params, span, kv_span, total)
+        if keys:
+            blockwise.forward(spec, query, payload, params, span, kv_span, total)
         return total
     kernel = select_kernel(query[0].device, query[0].dtype, spec.score)
     if kernel is None:
@@ -58,13 +62,24 @@ def attend(
     return unfolded_queries(mean, repeats), unfolded_queries(lse, repeats)
 
 
+def numbered_heads(score: Score, query: Tensors, span: Span) -> Tensor:
+    """Returns the numbers of all heads; layers with as many share them."""
+    count = head_count(score, query)
+    device = query[0].device
+    return span.cache.get(("heads", count), lambda: torch.arange(count, device=device))
+
+
 def folded_queries(q: Tensor, repeats: int) -> Tensor:
     """[B, T, G R, D] -> [B, T R, G, D]: the R query heads of a key head become queries."""
+    if q.shape[1] == 1:  # a view: one token's heads are in this order already
+        return q.reshape(q.shape[0], -1, repeats, q.shape[3]).transpose(1, 2)
     return q.unflatten(2, (-1, repeats)).transpose(2, 3).flatten(1, 2)
 
 
 def unfolded_queries(x: Tensor, repeats: int) -> Tensor:
     """[B, T R, G, ...] -> [B, T, G R, ...]: the reverse of `folded_queries`."""
+    if x.shape[1] == repeats:
+        return x.transpose(1, 2).flatten(1, 2)[:, None]
     return x.unflatten(1, (-1, repeats)).transpose(2, 3).flatten(2, 3)
 
 
@@ -103,6 +118,55 @@ def seen_keys(spec: blockwise.AttentionSpec, span: Span, kv_span: Span) -> tuple
         return seen, bool(seen.all())
 
     return span.cache.get(("seen", spec.mask, len(spec.heads)), build, kv_span)
+
+
+class HiddenKeys(NamedTuple):
+    """Keys that are hidden from one query a row.
+
+    Attributes:
+        add: [B, 1, 1, S] to add to the logits; None where every query sees every key.
+        every_query_sees: no query is blind; no head differs from another.
+    """
+
+    add: Tensor | None
+    every_query_sees: bool
+
+
+def attend_one(
+    softmax: Any, cache: KVCache, q: Tensor, span: Span, hidden: DerivedCache
+) -> Partial | None:
+    """Attends one query a row, [B, 1, H, D], by the shortest way; None where it is not open.
+
+    Args:
+        softmax: the primitive, with a score that is a scaled dot product and nothing more.
+        cache: has taken the tokens at hand.
+        hidden: what layers that share slots have found out in this pass.
+    """
+    if type(cache) is not ContiguousCache:
+        return None
+    (keys, values), kv_span = cache.read()
+
+    def build() -> HiddenKeys:
+        spec = attention_spec(softmax.mask, softmax.score, (q,), None)
+        return _hidden_from_one(spec, span, kv_span, q.dtype)
+
+    found = hidden.get("hidden", build, cache.slots)
+    if not found.every_query_sees or not sdpa_cpu.takes_one(q, keys, values):
+        return None
+    return sdpa_cpu.forward_one(q, keys, values, softmax.score.scale(q), found.add)
+
+
+def _hidden_from_one(
+    spec: blockwise.AttentionSpec, span: Span, kv_span: Span, dtype: torch.dtype
+) -> HiddenKeys:
+    """Returns what is hidden from the queries of `span`, one a row."""
+    if not kv_span.shape[1]:
+        return HiddenKeys(None, False)
+    seen, everything = seen_keys(spec, span, kv_span)
+    if everything:
+        return HiddenKeys(None, True)
+    sighted = seen.shape[1] == 1 and bool(seen.any(-1).all())
+    return HiddenKeys(torch.where(seen, 0.0, -torch.inf).to(dtype), sighted)
 
 
 def weights(

@@ -10,7 +10,7 @@ Letters: B rows, T tokens at hand, S slots, H query heads, G key heads.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -65,9 +65,17 @@ class KVCache(ABC):
     def join(self, other: Any) -> None:
         """Adds the rows of another cache of this kind below its own."""
 
+    def release(self) -> None:  # noqa: B027
+        """Gives back what other caches may use; nothing is asked of it afterwards."""
+
     @abstractmethod
     def bytes(self) -> int:
         """Returns the bytes that are reserved, without addresses."""
+
+    def fits(self, tokens: int) -> bool:
+        """Tells whether every row can take so many more tokens; False only where room is bounded
+        and used up."""
+        return True
 
     def counters(self) -> Mapping[str, int]:
         """Returns numbers to report, such as the tokens that were evicted."""
@@ -88,15 +96,21 @@ class KVCacheFactory(ABC):
     Attributes:
         replicated: every rank holds all that the cache holds, and reads prompts whole. For caches
             that are small, and whose choices need the weights of all tokens.
+        bounded: there may be no room for a token, and rows may have to wait.
     """
 
     replicated: ClassVar[bool] = False
+    bounded: bool = False
 
     def prepare(self, model: nn.Module) -> None:  # noqa: B027
         """Is told the model whose caches it will make, before the first of them."""
 
     def announce(self, tokens: Tensor | None) -> None:  # noqa: B027
         """Is told the tokens [B, T] of the piece that comes next; None: nobody says them."""
+
+    def admits(self, lengths: Sequence[int]) -> bool:
+        """Tells whether there is room for more rows, of so many tokens and one more each."""
+        return True
 
     @abstractmethod
     def create(self, place: str, mask: Mask, slots: SlotTable) -> KVCache:
@@ -108,6 +122,16 @@ class KVCacheFactory(ABC):
             slots: where the tokens of a row stand, shared with the layers that see the same tokens
                 by the same mask. A cache that places tokens by itself leaves it alone.
         """
+
+    def least_bytes(self, tokens: int, numbers: int, itemsize: int) -> int:
+        """Returns the least bytes in which it holds tokens of a row, in one tensor of a payload.
+
+        Args:
+            tokens: that a mask may still show.
+            numbers: of a token.
+            itemsize: bytes of a number.
+        """
+        return tokens * numbers * itemsize
 
     def misfits(self, model: nn.Module) -> list[str]:
         """Returns one sentence for each reason why this cache does not fit the model."""

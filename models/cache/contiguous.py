@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.cache.base import KVCache, KVCacheFactory
-from models.cache.slots import BLOCK, SlotTable, write
+from models.cache.slots import BLOCK, Placement, SlotTable, write
 from models.masks.algebra import Mask
 from models.ranges import Piece
 from models.scores import Tensors
@@ -47,6 +47,8 @@ class ContiguousCache(KVCache):
     def append(self, payload: Tensors, span: Span) -> None:
         """See KVCache."""
         placement = self.slots.place(span)
+        if self._appended_in_place(payload, placement):
+            return
         if not self.tensors:
             for came in payload:
                 shape = came.shape[0], placement.capacity, *came.shape[2:]
@@ -58,6 +60,18 @@ class ContiguousCache(KVCache):
             held = resized(held, placement.capacity)
             write(held, came, placement)
             self.tensors[index] = held
+
+    def _appended_in_place(self, payload: Tensors, placement: Placement) -> bool:
+        """Writes a step's tokens where nothing moves and there is room; says whether it did."""
+        start = placement.start
+        if start is None or placement.keep is not None or not self.tensors:
+            return False
+        if self.tensors[0].shape[1] != placement.capacity:
+            return False
+        stop = start + payload[0].shape[1]
+        for held, came in zip(self.tensors, payload, strict=True):
+            held[:, start:stop] = came
+        return True
 
     def read(self) -> tuple[Tensors, Span]:
         """See KVCache."""

@@ -15,21 +15,29 @@ Letters: B rows, T tokens at hand, S tokens held, M tokens of a tail.
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.cache.attention import attend, joined_heads, repeated_rows, split_heads, weights
+from models.cache.attention import (
+    attend,
+    attend_one,
+    joined_heads,
+    numbered_heads,
+    repeated_rows,
+    split_heads,
+    weights,
+)
 from models.cache.base import KVCache, KVCacheFactory
 from models.cache.contiguous import ContiguousCache
+from models.cache.rows import found_span, packed, selected, taken
 from models.cache.slots import SlotTable, stacked
 from models.carried_state import REPLICATED, SHARDED, CarriedState
 from models.kernels.reference import Partial
 from models.masks.algebra import Mask
-from models.primitives.softmax import add_sink, attention_spec, value_width
-from models.scores import Tensors
+from models.primitives.softmax import add_sink, attention_spec
+from models.scores import Score, Tensors
 from models.span import DerivedCache, Span
 
 
@@ -43,6 +51,7 @@ class DecodingState(CarriedState):
         caches: by the name of the primitive, and the number of its call in a pass.
         shared: names of caches that all ranks have alike.
         tails: the last tokens of each row, for primitives that read no further back.
+        joined: weights that models.cache.fused_step joined.
     """
 
     continues_rows = True
@@ -61,6 +70,8 @@ class DecodingState(CarriedState):
         self._tables = DerivedCache()
         self._calls: dict[str, list[Tensors]] = {}
         self._tail_index: dict[int, Tensor] = {}
+        self._hidden = DerivedCache()
+        self.joined = DerivedCache()
 
     def attach(self, span: Span, tokens: Tensor | None = None) -> Span:
         """Returns the addresses of the next piece of each row, with this state in it; `tokens`
@@ -69,6 +80,7 @@ class DecodingState(CarriedState):
         attached = super().attach(span)
         self._tables = DerivedCache()
         self._calls = {}
+        self._hidden = DerivedCache()
         self._tail_index = {}
         self._new_tails = {}
         # A pass of its own: what was derived from a cache's slots is not true of later ones.
@@ -102,13 +114,18 @@ class DecodingState(CarriedState):
         heads: Tensor | None,
     ) -> Tensor:
         """See CarriedState; the payload is held by a cache that `cache=` chose."""
+        cache = self._held(softmax, payload, kv_span) if softmax.extends else None
+        if cache is not None and span.shape[1] == 1 and type(softmax.score) is Score:
+            total = attend_one(softmax, cache, query[0], span, self._hidden)
+            if total is not None:
+                return self.merged(total)[0]
+        if heads is None:
+            heads = numbered_heads(softmax.score, query, span)
         spec = attention_spec(softmax.mask, softmax.score, query, heads)
-        width = value_width(softmax.score, payload, params, query)
-        if not softmax.extends:
-            total = attend(spec, query, payload, params, span=span, kv_span=kv_span, width=width)
+        if cache is None:
+            total = attend(spec, query, payload, params, span=span, kv_span=kv_span)
             add_sink(softmax.score, params, total)
             return total[0].to(query[0].dtype)
-        cache = self._held(softmax, payload, kv_span)
         held, held_span = cache.read()
         dtype = query[0].dtype
         groups = 1
@@ -120,7 +137,7 @@ class DecodingState(CarriedState):
         if cache.wants_weights:
             seen = weights(spec, query, held, params, span=span, kv_span=held_span)
             cache.observe(seen, span)
-        total = attend(spec, query, held, params, span=span, kv_span=held_span, width=width)
+        total = attend(spec, query, held, params, span=span, kv_span=held_span)
         if cache.per_head:
             total = joined_heads(total[0], groups), joined_heads(total[1], groups)
         total = self.merged(total)
@@ -172,7 +189,7 @@ class DecodingState(CarriedState):
             table.select(rows)
         for cache in self.caches.values():
             cache.select(rows)
-        self._imported = _selected(self._imported, rows)
+        self._imported = selected(self._imported, rows)
         self.tails = {name: (length, x[rows]) for name, (length, x) in self.tails.items()}
         for length, span in self.addresses.items():
             self.addresses[length] = span.map(lambda tensor: tensor[rows])
@@ -239,11 +256,11 @@ class DecodingState(CarriedState):
             if kind == "tail":
                 self.tails[name] = int(number), x
             elif kind == "tails" and name == "pos":
-                self.addresses[int(number)] = _found_span(found, f"tails/{number}")
+                self.addresses[int(number)] = found_span(found, f"tails/{number}")
             elif kind in ("cache", "shared"):
                 key = f"{kind}/{number}"
                 if key not in orders:
-                    whole = _found_span(found, f"slots/{number}")
+                    whole = found_span(found, f"slots/{number}")
                     orders[key] = packed(whole if kind == "shared" else self._own(whole))
                 order, span = orders[key]
                 _, name = name.split("/", 1)
@@ -277,6 +294,15 @@ class DecodingState(CarriedState):
         held = [x for _, x in (*self.tails.values(), *self.states.values())]
         fixed = sum(tensor.numel() * tensor.element_size() for tensor in held)
         return fixed + sum(cache.bytes() for cache in self.caches.values())
+
+    def release(self) -> None:
+        """Ends all rows: pages of a pool are free at once, not when the state is collected."""
+        for cache in self.caches.values():
+            cache.release()
+
+    def fits(self, tokens: int) -> bool:
+        """Tells whether every row can take so many more tokens."""
+        return all(cache.fits(tokens) for cache in self.caches.values())
 
     def counters(self) -> dict[str, int]:
         """Returns the sums of what the caches report, such as evicted tokens."""
@@ -362,34 +388,3 @@ class DecodingState(CarriedState):
     def _table(self, span: Span, mask: Mask) -> SlotTable:
         """Returns the table of all places that are first given these tokens under this mask."""
         return self._tables.get(mask, lambda: SlotTable(mask), span)
-
-
-def packed(span: Span) -> tuple[Tensor, Span]:
-    """Returns (index [B, N] that puts the tokens of each row first, their addresses)."""
-    valid = span.valid()
-    order = (~valid).to(torch.int8).argsort(dim=1, stable=True)
-    order = order[:, : max(1, int(valid.sum(1).max()))]
-    return order, span.map(lambda tensor: tensor.gather(1, order))
-
-
-def taken(x: Tensor, index: Tensor) -> Tensor:
-    """[B, N, ...] at [B, M] -> [B, M, ...]."""
-    index = index.view(*index.shape, *[1] * (x.dim() - 2))
-    return x.gather(1, index.expand(*index.shape[:2], *x.shape[2:]))
-
-
-def _selected(
-    imported: dict[str, tuple[list[Tensor], Span]], rows: Tensor
-) -> dict[str, tuple[list[Tensor], Span]]:
-    """Keeps these rows; places that had the same addresses still share them."""
-    spans = DerivedCache()
-    selected = {}
-    for name, (payload, span) in imported.items():
-        kept = spans.get("rows", partial(span.map, lambda tensor: tensor[rows]), span)
-        selected[name] = [tensor[rows] for tensor in payload], kept
-    return selected
-
-
-def _found_span(found: Mapping[str, Tensor], path: str) -> Span:
-    """The addresses that were exported under this path."""
-    return Span(found[f"{path}/pos"], found[f"{path}/doc"], found[f"{path}/role"])

@@ -8,7 +8,7 @@ Letters: B rows, T tokens at hand, S slots, N tokens of a page, n pages of a row
 
 import itertools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class Paged(KVCacheFactory):
             )
         self.page_tokens = page_tokens
         self.pages = pages
+        self.bounded = pages is not None
         self.announced: Tensor | None = None
         self._pools: dict[str, tuple[PagePool, PageStorage]] = {}
         self._names = itertools.count()
@@ -53,6 +54,18 @@ class Paged(KVCacheFactory):
     def announce(self, tokens: Tensor | None) -> None:
         """See KVCacheFactory; equal pages are found by their tokens."""
         self.announced = tokens
+
+    def least_bytes(self, tokens: int, numbers: int, itemsize: int) -> int:
+        """See KVCacheFactory; rows may share all of their pages."""
+        return 0
+
+    def admits(self, lengths: Sequence[int]) -> bool:
+        """See KVCacheFactory; equal beginnings count for each row."""
+        if self.pages is None:
+            return True
+        needed = sum(-(-(length + 1) // self.page_tokens) for length in lengths)
+        free = [pool.free_pages() for pool, _ in self._pools.values()]
+        return needed <= min(free, default=self.pages)
 
     def create(self, place: str, mask: Mask, slots: SlotTable) -> "PagedCache":
         """See KVCacheFactory."""
@@ -86,6 +99,8 @@ class PagedCache(KVCache):
     def _append(self, payload: Tensors, span: Span, announced: Tensor | None) -> None:
         if not self.names:
             self._open(span.shape[0])
+        if announced is not None and announced.shape != span.shape:
+            announced = None  # what a layer made of the tokens, such as summaries
         self.slots.place(span)
         valid = span.valid()
         places: list[int] = []
@@ -111,6 +126,11 @@ class PagedCache(KVCache):
             table = self.pool.table(name)
             pages[row, : len(table)] = torch.tensor(table, device=pages.device)
         return [tensor[:, : span.shape[1]] for tensor in self.storage.gather(pages)], span
+
+    def release(self) -> None:
+        """See KVCache."""
+        _release(self.pool, self.names)
+        self.names.clear()
 
     def select(self, rows: Tensor) -> None:
         """See KVCache; a row that comes again shares its pages with the first."""
@@ -140,6 +160,10 @@ class PagedCache(KVCache):
         if not self.storage.tensors:
             return 0
         return len(self._held()) * self.storage.page_bytes()
+
+    def fits(self, tokens: int) -> bool:
+        """See KVCache."""
+        return self.factory.pages is None or self.pool.fits(self.names, tokens)
 
     def counters(self) -> Mapping[str, int]:
         """See KVCache."""

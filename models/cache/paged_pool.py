@@ -146,6 +146,18 @@ class PagePool:
             slots.append(page * self.page_tokens + index % self.page_tokens)
         return Extension(slots, copied)
 
+    def fits(self, names: Sequence[Hashable], tokens: int) -> bool:
+        """Tells whether these sequences can all be extended by so many tokens.
+
+        A page that several of them read counts for each: the last to write would not copy it.
+        """
+        needed = 0
+        for name in names:
+            sequence = self._sequences[name]
+            needed += self._pages_for(len(sequence.tokens) + tokens) - len(sequence.pages)
+            needed += self._must_copy(sequence)
+        return needed <= len(self._free)
+
     def fork(self, parent: Hashable, child: Hashable) -> None:
         """Begins a sequence that shares all pages of another, also the partly filled one."""
         assert child not in self._sequences, f"sequence {child!r} is open already"

@@ -72,6 +72,11 @@ class QuantizedKV(KVCacheFactory):
         """Tokens that become codes together, for keys."""
         return self.key.group or 1 if self.key.along == TOKENS else 1
 
+    def least_bytes(self, tokens: int, numbers: int, itemsize: int) -> int:
+        """See KVCacheFactory: codes alone, of fewer bits where keys and values differ."""
+        bits = min(self.key.bits, self.value.bits, 8 * itemsize)
+        return tokens * numbers * bits // 8
+
     def misfits(self, model: nn.Module) -> list[str]:
         """See KVCacheFactory."""
         attentions = cached_attentions(model)

@@ -15,13 +15,16 @@ from torch.nn import functional as F
 
 from models.kernels.reference import Partial, accumulation_dtype, finite_lse
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+WIDE = torch.float32, torch.float64
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def _kernel_layout(x: Tensor, width: int) -> Tensor:
     """[b, t, H, D] -> [b, H, t, width] for the kernel: wide, padded, contiguous in its last dim."""
-    x = x.to(accumulation_dtype(x.dtype))
+    if x.dtype not in WIDE:
+        x = x.to(accumulation_dtype(x.dtype))
     if width > x.shape[-1]:  # padding by nothing would copy
         x = F.pad(x, (0, width - x.shape[-1]))
     if x.stride(-1) != 1:
@@ -52,6 +55,30 @@ def forward(
         lse = lse.masked_fill(blind, -torch.inf)
         mean = mean.masked_fill(blind[..., None], 0)
     return mean, lse
+
+
+def takes_one(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Tells whether `forward_one` takes them: widths, types and memory are as the kernel has it."""
+    if not q.is_cpu or q.dtype not in WIDE or q.shape[-1] != v.shape[-1]:
+        return False
+    return q.shape[1] == 1 and k.stride(-1) == 1 and v.stride(-1) == 1
+
+
+def forward_one(q: Tensor, k: Tensor, v: Tensor, scale: float, add: Tensor | None) -> Partial:
+    """Attends one query of each row, q [b, 1, H, D], to k [b, s, G, D], v [b, s, G, D].
+
+    For what `takes_one` says, and queries that each see a key. The query heads that share a key
+    head go in as queries of one head: the kernel would read the keys once for each.
+
+    Args:
+        add: as in `forward`, with H = 1.
+    """
+    rows, _, heads, width = q.shape
+    grouped = q.reshape(rows, k.shape[2], -1, width)
+    keys = k.transpose(1, 2)
+    values = v.transpose(1, 2)
+    mean, lse = _forward(grouped, keys, values, 0.0, False, attn_mask=add, scale=scale)
+    return mean.reshape(rows, 1, heads, width), lse.reshape(rows, 1, heads)
 
 
 def backward(

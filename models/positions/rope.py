@@ -65,10 +65,50 @@ class Rope(Position):
     def _rotate(self, hidden: Tensor, span: Span) -> Tensor:
         # an angle of 1e5 radians in bfloat16 would be off by whole turns
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        inv_freq = self.inv_freq(hidden.shape[-1], hidden.device, dtype)
-        angle = span.pos[..., None, None].to(dtype) * inv_freq
+        shared = self._shared_turn(hidden.shape[-1], dtype, span)
+        if shared is not None:
+            cos, sin = shared
+            # first * cos - second * sin, then second * cos + first * sin, in three operations
+            swapped = hidden.roll(hidden.shape[-1] // 2, -1)
+            return torch.addcmul(hidden * cos, swapped, sin).to(hidden.dtype)
+        angle = self._angle(hidden.shape[-1], dtype, span)
         first, second = hidden.chunk(2, -1)
         cos = angle.cos()
         sin = angle.sin()
         rotated = torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
         return rotated.to(hidden.dtype)
+
+    def _angle(self, width: int, dtype: torch.dtype, span: Span) -> Tensor:
+        """Radians by which each pair of a token is turned, [B, T, 1, width / 2]."""
+        inv_freq = self.inv_freq(width, span.pos.device, dtype)
+        return span.pos[..., None, None].to(dtype) * inv_freq
+
+    def _shared_turn(
+        self, width: int, dtype: torch.dtype, span: Span
+    ) -> tuple[Tensor, Tensor] | None:
+        """Returns (cos, cos) and (-sin, sin) of all angles, [B, T, 1, width]; None in training.
+
+        While a model decodes, layers whose settings are equal share them: for a single token they
+        cost more than the rotation itself.
+        """
+        past = span.past
+        if past is None or not past.continues_rows or past.carries_gradient:
+            return None
+        if torch.compiler.is_compiling():
+            return None
+        key = "rotation", self._settings(), width, dtype
+
+        def build() -> tuple[Tensor, Tensor]:
+            angle = self._angle(width, dtype, span)
+            cos = angle.cos()
+            sin = angle.sin()
+            return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+        return span.cache.get(key, build)
+
+    def _settings(self) -> object:
+        """Returns what tells this position from others: class and settings, or else itself."""
+        values = vars(self).values()
+        if all(isinstance(value, int | float | tuple | None) for value in values):
+            return type(self), *values
+        return self

@@ -109,12 +109,14 @@ def attention_spec(
 ) -> blockwise.AttentionSpec:
     """Describes an attention, with the global numbers of its heads filled in."""
     if heads is None:
-        head_dim = score.query_heads[0]
-        head_count = 1
-        if head_dim is not None:
-            head_count = query[0].shape[head_dim]
-        heads = torch.arange(head_count, device=query[0].device)
+        heads = torch.arange(head_count(score, query), device=query[0].device)
     return blockwise.AttentionSpec(score, mask, heads, general)
+
+
+def head_count(score: Score, query: Tensors) -> int:
+    """Returns the number of heads in the tensors of a query."""
+    head_dim = score.query_heads[0]
+    return 1 if head_dim is None else query[0].shape[head_dim]
 
 
 def value_width(score: Score, payload: Tensors, params: Tensors, query: Tensors) -> int:

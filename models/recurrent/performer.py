@@ -19,6 +19,7 @@ ROOM = 60.0
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is kept may serve in training, whoever asks first
 def directions(seed: int, layer: int, draw: int, heads: int, features: int, width: int) -> Tensor:
     """Draws normal vectors, orthogonal in blocks of D; [H, M, D] float64 on the CPU.
 

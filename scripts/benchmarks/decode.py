@@ -1,11 +1,12 @@
 """Measures decoding beside transformers' `generate` with the same weights and threads.
 
 Two Llama-like models with random weights: that of the quickstart and one of about 50 M parameters.
-Both sides decode greedily from the same prompt of random tokens, in float32. What is timed is the
-time from one token to the next after the prompt: its median over tokens, and over alternated runs.
+Both sides decode greedily, in float32, behind random keys and values of as many tokens as the
+context has. What is timed is the time from one token to the next: its median over steps. The sides
+take turns, BLOCK tokens each, so that what else the machine does falls on both.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from statistics import median
@@ -26,6 +27,7 @@ from scripts.benchmarks.attention import parse_into
 from trainer.decoding.token_decoder import TokenDecoder
 
 VOCABULARY = 257
+BLOCK = 8  # tokens that one side makes before the other does
 EPS = torch.finfo(torch.float32).eps  # of the norms, as nn.RMSNorm has it
 # width, layers, heads, key heads
 MODELS = {"quickstart": (192, 6, 6, 2), "50 M": (640, 10, 10, 2)}
@@ -35,8 +37,7 @@ MODELS = {"quickstart": (192, 6, 6, 2), "50 M": (640, 10, 10, 2)}
 class DecodeSizes:
     """Settings of the benchmark; every field is a word `key=value` of the command."""
 
-    tokens: int = 24
-    repeats: int = 3
+    blocks: int = 6
     threads: int = 2
     longest: int = 8192
     most: int = 65536
@@ -119,21 +120,19 @@ def copied(theirs: nn.Module, name: str) -> Tensor:
     return theirs.get_parameter(f"model.layers.{layer}.{PARTS[part]}.weight").data
 
 
-def greedy(model: nn.Module, prompts: Tensor, count: int, clock: "Clock | None" = None) -> Tensor:
+def greedy(model: nn.Module, prompts: Tensor, count: int) -> Tensor:
     """Our side: [B, count] the likeliest tokens after prompts [B, T]."""
     decoder = TokenDecoder(model)
     logits = decoder.feed(prompts.tolist())
     tokens = []
     for index in range(count):
         tokens.append(logits.argmax(-1))
-        if clock is not None:
-            clock.put(tokens[-1])
         if index + 1 < count:
             logits = decoder.feed(tokens[-1][:, None].tolist())
     return torch.stack(tokens, 1)
 
 
-def peers_greedy(model: Any, prompts: Tensor, count: int, clock: "Clock | None" = None) -> Tensor:
+def peers_greedy(model: Any, prompts: Tensor, count: int) -> Tensor:
     """Their side."""
     result = model.generate(
         prompts,
@@ -141,28 +140,37 @@ def peers_greedy(model: Any, prompts: Tensor, count: int, clock: "Clock | None" 
         max_new_tokens=count,
         min_new_tokens=count,
         do_sample=False,
-        streamer=clock,
     )
     return result[:, prompts.shape[1] :]
 
 
 class Clock:
-    """Notes when each token comes; the interface is that of transformers' streamers."""
+    """Notes when each token comes; the interface is that of transformers' streamers.
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    Args:
+        pause: called after every BLOCK tokens; what it takes is not counted.
+    """
+
+    def __init__(self, pause: Callable[[], None] | None = None) -> None:
+        self.pause = pause
+        self.steps: list[float] = []
+        self._tokens = 0
+        self._last: float | None = None
 
     def put(self, value: Tensor) -> None:
         """Is called with each new token, by their side with the prompt before."""
-        self.times.append(perf_counter())
+        now = perf_counter()
+        if self._last is not None:
+            self.steps.append(now - self._last)
+        self._last = now
+        self._tokens += 1
+        if self._tokens % BLOCK == 0 and self.pause is not None:
+            self.pause()
+            # The caches of the processor hold the other side now: the next step does not count.
+            self._last = None
 
     def end(self) -> None:
         """Is called after the last."""
-
-    def step(self, count: int) -> float:
-        """Returns the median of the seconds between the last `count` tokens."""
-        last = self.times[-count:]
-        return median(b - a for a, b in zip(last, last[1:], strict=False))
 
 
 def measure(sizes: DecodeSizes, group: Any) -> Iterator[dict]:
@@ -173,21 +181,27 @@ def measure(sizes: DecodeSizes, group: Any) -> Iterator[dict]:
         for batch in (1, 8):
             for context in (512, sizes.longest):
                 if batch * context <= sizes.most:
-                    prompts = torch.randint(256, (batch, context))
-                    yield {"model": name, **compared(ours, theirs, prompts, sizes)}
+                    yield {"model": name, **compared(ours, theirs, batch, context, sizes)}
     yield from recurrent_steps(sizes)
 
 
-def compared(ours: nn.Module, theirs: nn.Module, prompts: Tensor, sizes: DecodeSizes) -> dict:
-    """Returns the tokens per second of both sides, medians of alternated runs."""
-    steps: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for _ in range(sizes.repeats):
-        for side, decode, model in (("ours", greedy, ours), ("theirs", peers_greedy, theirs)):
-            clock = Clock()
-            decode(model, prompts, sizes.tokens, clock)
-            steps[side].append(clock.step(sizes.tokens))
-    batch, context = prompts.shape
-    rates = {side: batch / median(seconds) for side, seconds in steps.items()}
+def compared(ours: nn.Module, theirs: Any, batch: int, context: int, sizes: DecodeSizes) -> dict:
+    """Returns the tokens per second of both sides, medians of steps in alternated blocks."""
+    decoder = filled(ours, batch, context)
+    logits = decoder.feed([[1]] * batch)
+    mine: list[float] = []
+
+    def our_block() -> None:
+        nonlocal logits
+        for index in range(BLOCK):
+            began = perf_counter()
+            logits = decoder.feed(logits.argmax(-1)[:, None].tolist())
+            if index:  # the first step finds the processor's caches full of the other side
+                mine.append(perf_counter() - began)
+
+    clock = Clock(our_block)
+    their_steps(theirs, batch, context, BLOCK * sizes.blocks, clock)
+    rates = {"ours": batch / median(mine), "theirs": batch / median(clock.steps)}
     return {
         "parameters": sum(parameter.numel() for parameter in ours.parameters()),
         "batch": batch,
@@ -195,6 +209,46 @@ def compared(ours: nn.Module, theirs: nn.Module, prompts: Tensor, sizes: DecodeS
         **rates,
         "ratio": rates["ours"] / rates["theirs"],
     }
+
+
+def filled(model: nn.Module, batch: int, context: int) -> TokenDecoder:
+    """Returns a decoder that holds random keys and values of so many tokens: a step takes as long
+    as after a prompt, which would take minutes to read."""
+    probe = TokenDecoder(model)
+    probe.feed([[1]])
+    found = {}
+    for name, tensor in probe.state.export_state().items():
+        if name.endswith("/pos"):
+            found[name] = torch.arange(context).expand(batch, context).contiguous()
+        elif name.startswith("slots/"):
+            found[name] = tensor.expand(batch, context).contiguous()
+        else:
+            found[name] = torch.randn(batch, context, *tensor.shape[2:])
+    decoder = TokenDecoder(model)
+    decoder.state.import_state(found)
+    decoder.lengths = [context] * batch
+    return decoder
+
+
+def their_steps(model: Any, batch: int, context: int, count: int, clock: Clock) -> None:
+    """Lets transformers generate behind random keys and values of so many tokens."""
+    transformers: Any = import_module("transformers")
+    config = model.config
+    cache = transformers.DynamicCache(config=config)
+    width = config.hidden_size // config.num_attention_heads
+    for layer in range(config.num_hidden_layers):
+        shape = batch, config.num_key_value_heads, context, width
+        cache.update(torch.randn(shape), torch.randn(shape), layer)
+    prompts = torch.ones(batch, context + 1, dtype=torch.long)
+    model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        cache=cache,
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        streamer=clock,
+    )
 
 
 def recurrent_steps(sizes: DecodeSizes) -> Iterator[dict]:
@@ -207,19 +261,26 @@ def recurrent_steps(sizes: DecodeSizes) -> Iterator[dict]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
-    for context in (512, sizes.recurrent):
+    contexts = (512, sizes.recurrent)
+    decoders = []
+    for context in contexts:
         decoder = TokenDecoder(model)
-        logits = decoder.feed(torch.randint(256, (1, context)).tolist())
-        times = []
-        for _ in range(sizes.repeats * sizes.tokens):
+        decoder.feed(torch.randint(256, (1, context)).tolist())
+        decoders.append(decoder)
+    times: dict[int, list[float]] = {context: [] for context in contexts}
+    for _ in range(BLOCK * sizes.blocks):
+        # Alternated, so that what else the machine does falls on both.
+        for context, decoder in zip(contexts, decoders, strict=True):
             began = perf_counter()
-            logits = decoder.feed([[int(logits.argmax())]])
-            times.append(perf_counter() - began)
+            decoder.feed([[1]])
+            times[context].append(perf_counter() - began)
+    for context, decoder in zip(contexts, decoders, strict=True):
         yield {
             "model": "rwkv7",
             "batch": 1,
             "context": context,
-            "step_ms": 1000 * median(times),
+            "step_ms": 1000 * median(times[context]),
+            "of_first": median(times[context]) / median(times[contexts[0]]),
             "bytes": decoder.bytes(),
         }
 
@@ -233,6 +294,7 @@ def table(rows: list[dict]) -> str:
         if "ratio" in row:
             cells += [f"{row['ours']:.1f}", f"{row['theirs']:.1f}", f"{row['ratio']:.2f}"]
         else:
-            cells += [f"{1000 / row['step_ms']:.1f}", f"{row['step_ms']:.2f} ms", ""]
+            cells += [f"{1000 / row['step_ms']:.1f}", f"{row['step_ms']:.2f} ms"]
+            cells.append(f"{row['of_first']:.2f}")
         lines.append("".join(f"{cell:>14}" for cell in cells))
     return "\n".join(lines)

@@ -2,7 +2,8 @@
 models do what their kind promises.
 
 Minutes on two cores. NAME is a recipe, such as recall; without one they are listed. Prints progress
-on stderr and what was found, in markdown, on stdout. only: one part of the recipe. first: the first
+on stderr and what was found, in markdown, on stdout. only: one part of the recipe. run: a run or an
+export whose model is examined, in place of one that the recipe trains (quantized). first: the first
 seed. jobs: processes at once, of one thread each. steps: other than the recipe's own, to try it
 out; what it then finds says nothing. Exit status 1 when a lesson failed, 2 for a wish that cannot
 be honoured.
@@ -54,9 +55,15 @@ RECIPES = {  # name -> (module and function, its parts, what it shows)
     ),
 }
 
+OPENS_RUNS = ("quantized",)  # recipes that take run=
 
-def effort(words: list[str], parts: tuple[str, ...] = ()) -> Budget:
+
+def effort(words: list[str], parts: tuple[str, ...] = (), *, opens_runs: bool = False) -> Budget:
     """Reads the words of the command line.
+
+    Args:
+        parts: of the recipe.
+        opens_runs: whether it takes a trained model (run=).
 
     Raises:
         ValueError: a word is unknown or has a wrong value.
@@ -64,7 +71,7 @@ def effort(words: list[str], parts: tuple[str, ...] = ()) -> Budget:
     asked: dict[str, Any] = {}
     for word in words:
         key, _, value = word.partition("=")
-        if key not in Budget._fields:
+        if key not in Budget._fields or (key == "run" and not opens_runs):
             raise ValueError(
                 f"{word}: there is no such setting; known:"
                 f" {', '.join(f'{field}=' for field in Budget._fields)}"
@@ -75,6 +82,9 @@ def effort(words: list[str], parts: tuple[str, ...] = ()) -> Budget:
                     f"{word}: there is no such part; known:"
                     f" {', '.join(parts) or 'none, leave only= out'}"
                 )
+            asked[key] = value
+            continue
+        if key == "run":
             asked[key] = value
             continue
         least = 0 if key == "first" else 1
@@ -98,7 +108,7 @@ def main(words: list[str]) -> int:
         )
         return 2
     try:
-        wish = effort(settings, RECIPES[name][1])
+        wish = effort(settings, RECIPES[name][1], opens_runs=name in OPENS_RUNS)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

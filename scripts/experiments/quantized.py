@@ -2,7 +2,8 @@
 
 A small decoder learns to read Python (the standard library's source, byte by byte). Then held-out
 text is read in pieces of 32 bytes, whose queries see the past as the cache returns it, and the
-perplexity of all bytes behind the first 64 is compared.
+perplexity of all bytes behind the first 64 is compared. With run=RUN_OR_EXPORT a model that reads
+bytes is examined as it was trained.
 """
 
 import math
@@ -22,6 +23,7 @@ from models.span import Span
 from scripts.experiments.eviction import fit, small_model
 from scripts.experiments.runner import Budget
 from scripts.experiments.trial import TrialResult
+from trainer.decoding.open_model import open_model
 from trainer.reports.markdown import markdown
 
 LENGTH = 256
@@ -30,6 +32,8 @@ SKIPPED = 64
 STEPS = 500
 ROWS = 8
 EXAM_ROWS = 24
+RUN_ROWS = 4
+LONGEST = 1024
 SIZES = (
     "model=full",
     "model.layers=3",
@@ -57,6 +61,8 @@ CACHES: dict[str, Callable[[], KVCacheFactory]] = {
 
 def quantized(effort: Budget, say: Callable[[str], None]) -> tuple[str, list[TrialResult]]:
     """(what the recipe found, as markdown; one result a seed)."""
+    if effort.run is not None:
+        return _of_run(Path(effort.run), say), []
     train, held_out = texts()
     figures: dict[str, list[tuple[float, int]]] = {name: [] for name in CACHES}
     results = []
@@ -74,18 +80,43 @@ def quantized(effort: Budget, say: Callable[[str], None]) -> tuple[str, list[Tri
             figures[name].append(perplexity(model, exam, make()))
             say(f"seed {seed}, {name}: perplexity {figures[name][-1][0]:.4f}")
         results.append(TrialResult("python", seed))
+    words = (
+        f"Perplexity per byte, float32 model of width 96 with 3 layers; rows of {LENGTH} bytes;"
+        f" {effort.seeds} seeds."
+    )
+    return _report(figures, words, EXAM_ROWS), results
+
+
+def _of_run(source: Path, say: Callable[[str], None]) -> str:
+    """Returns what was found with a trained model."""
+    opened = open_model(source)
+    length = min(opened.config.context_length, LONGEST)
+    # Drawn as ever, so that two runs read the same text.
+    exam = crops(texts()[1], RUN_ROWS, length + 1, torch.Generator().manual_seed(7))
+    figures: dict[str, list[tuple[float, int]]] = {}
+    for name, make in CACHES.items():
+        figures[name] = [perplexity(opened.model, exam, make())]
+        say(f"{name}: perplexity {figures[name][0][0]:.4f}")
+    count = sum(parameter.numel() for parameter in opened.model.parameters())
+    words = (
+        f"Perplexity per byte of a model of {count:,} parameters as its run left it; {RUN_ROWS}"
+        f" rows of {length} bytes of the standard library's source."
+    )
+    return _report(figures, words, RUN_ROWS)
+
+
+def _report(figures: dict[str, list[tuple[float, int]]], words: str, exam_rows: int) -> str:
     rows = [["cache", "perplexity", "bytes of a row", "of full precision"]]
     plain = figures["as computed"][0][1]
     for name, found in figures.items():
         mean = sum(each for each, _ in found) / len(found)
         held = found[0][1]
-        rows.append([name, f"{mean:.4f}", f"{held // EXAM_ROWS:,}", f"{held / plain:.3f}"])
-    words = (
-        f"### Bits of cached keys and values\nPerplexity per byte, float32 model of width 96 with"
-        f" 3 layers; groups of 32, the newest {PIECE} tokens in full precision; rows of {LENGTH}"
-        f" bytes; {effort.seeds} seeds. Scales are float32 too, as the model is."
+        rows.append([name, f"{mean:.4f}", f"{held // exam_rows:,}", f"{held / plain:.3f}"])
+    introduction = (
+        f"### Bits of cached keys and values\n{words} Groups of 32, the newest {PIECE} tokens in"
+        " full precision. Scales are float32 too, as the model is."
     )
-    return f"{words}\n\n{markdown(rows)}", results
+    return f"{introduction}\n\n{markdown(rows)}"
 
 
 def texts() -> tuple[Tensor, Tensor]:
@@ -110,7 +141,7 @@ def perplexity(model: nn.Module, rows: Tensor, factory: KVCacheFactory) -> tuple
     state = DecodingState(factory)
     total = 0.0
     count = 0
-    for start in range(0, LENGTH, PIECE):
+    for start in range(0, rows.shape[1] - 1, PIECE):
         tokens = rows[:, start : start + PIECE]
         pos = torch.arange(start, start + PIECE).expand_as(tokens)
         span = state.attach(Span.of(pos, torch.zeros_like(pos)))

@@ -27,6 +27,7 @@ class Budget(NamedTuple):
         steps: replaces the steps of every trial; None keeps them.
         first: the first seed.
         only: one part of the experiment; None = all.
+        run: a run or an export whose model is examined; None: the recipe trains its own.
     """
 
     seeds: int = 3
@@ -34,6 +35,7 @@ class Budget(NamedTuple):
     steps: int | None = None
     first: int = 0
     only: str | None = None
+    run: str | None = None
 
     def numbers(self) -> range:
         """Returns the seeds."""

@@ -17,8 +17,12 @@ import pytest
 import torch
 import yaml
 
+from models.carried_state import name_stateful_modules
+from models.init import initialise
 from tests.support.case_cover import least_cover
 from tests.support.pool import ranks
+from trainer.config.build_model import build_cache, build_model
+from trainer.decoding.scheduler import Scheduler, TextRequest
 from trainer.launch.elastic import RankInfo
 from trainer.logs import run_logger
 from trainer.logs.jsonl import METRICS, read
@@ -141,6 +145,26 @@ def kept():
 
 
 KEPT = kept()
+
+
+@pytest.mark.parametrize("word", yamls("cache"))
+def test_every_cache_generates(word):
+    """Texts of a pass without a cache, where it is exact; as long, where it is not."""
+    config = load_config((*COMMON, "model=full", word))
+    model = initialise(build_model(config, 17), 0).double().eval()
+    name_stateful_modules(model)
+    requests = [TextRequest(list(prompt), 12) for prompt in ([3, 1, 4, 1, 5], [9, 2])]
+    scheduler = Scheduler(model, build_cache(config), rows=2)
+    for request in requests:
+        scheduler.submit(request)
+    list(scheduler.run())
+    assert [len(request.tokens) for request in requests] == [12, 12]
+    if word in ("cache=contiguous", "cache=paged"):
+        for request in requests:
+            row = [*request.prompt, *request.tokens]
+            logits = model(torch.tensor([row]))[0]
+            likeliest = logits.argmax(-1)[len(request.prompt) - 1 : -1]
+            assert likeliest.tolist() == request.tokens
 
 
 def test_every_yaml_is_met():

@@ -41,6 +41,7 @@ KINDS: dict[str, type] = {
     "overflow": str,
     "context": int,
     "n_keep": int,
+    "preempt": str,
 }
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -235,6 +236,7 @@ def _generate(
         cache=cache,
         rows=wishes.get("rows", 8),
         limit=limit,
+        preempt=wishes.get("preempt", "recompute"),
         on_text=stream if alone else None,
         on_end=ended.append,
     )

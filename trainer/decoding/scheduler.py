@@ -4,6 +4,9 @@ A step feeds one token of every running request. A request whose text is complet
 and a waiting one takes its row: its prompt is read by itself and its state joins the others. A text
 does not depend on what runs beside it, up to the rounding of the kernels.
 
+Where the pages of a cache are used up, the youngest row is put aside: it is read again when there
+is room (recompute), or its state waits in host memory (swap).
+
 Source: Yu et al. 2022, Orca (OSDI), scheduling by iteration. Theirs mixes prompts and single tokens
 in one pass; ours reads prompts in a pass of their own.
 """
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from models.cache.base import KVCacheFactory
+from models.cache.preemption import swap_out
 from parallel.collectives import Communicator
 from trainer.decoding.context_limit import ContextLimit
 from trainer.decoding.sampling import GREEDY, Sampling, choose, uniform
@@ -25,6 +29,7 @@ END = "end"
 STOP = "stop"
 LENGTH = "length"
 LIMIT = "limit"
+PREEMPT = "recompute", "swap"
 
 
 @dataclass(eq=False)
@@ -83,6 +88,7 @@ class Scheduler:
         rows: requests that run at once.
         limit: what texts do at the end of their context; None: they have no end but that of the
             model's positions.
+        preempt: what is done with a row for which there is no room: recompute or swap.
 
     Attributes:
         most_bytes: the largest number of bytes that the state took.
@@ -99,7 +105,14 @@ class Scheduler:
         communicator: Communicator | None = None,
         policy: str | None = None,
         limit: ContextLimit | None = None,
+        preempt: str = "recompute",
     ):
+        if preempt not in PREEMPT:
+            raise ValueError(f"preempt={preempt}: choose one of {', '.join(PREEMPT)}")
+        if preempt == "swap" and communicator is not None:
+            raise ValueError(
+                "preempt=swap: the state of a row lies over ranks; use preempt=recompute"
+            )
         if rows < 1:
             raise ValueError(f"rows={rows} is how many texts run at once; use 1 or more")
         self.rows = rows
@@ -111,7 +124,11 @@ class Scheduler:
         self.counters: dict[str, int] = {}
         self._logits: Tensor | None = None
         self._blank = lambda: TokenDecoder(model, cache, communicator=communicator, policy=policy)
+        self.preempt = preempt
+        self._aside: dict[TextRequest, dict[str, Tensor]] = {}
         blank = self._blank()  # refuses a model that cannot decode before any request comes
+        self.cache = blank.cache
+        self.device = blank.device()
         self.limit = limit
         if limit is not None:
             reasons = limit.misfits(model, blank.cache)
@@ -127,6 +144,13 @@ class Scheduler:
         if self.limit is not None:
             request.context = self.limit.read(request.prompt, request.count)
         self.waiting.append(request)
+
+    def lengths(self) -> list[int]:
+        """Returns the most tokens that each waiting request will have read in the end."""
+        ends = [len(request.context) + request.count for request in self.waiting]
+        if self.limit is None:
+            return ends
+        return [min(end, self.limit.tokens) for end in ends]
 
     def busy(self) -> bool:
         """Tells whether a request runs or waits."""
@@ -152,6 +176,7 @@ class Scheduler:
             if self.limit is not None:
                 contexts = [request.context for request in self.running]
                 self.decoder = self.limit.make_room(self.decoder, contexts, self._blank)
+            self._put_aside(self.decoder)
             self._logits = self.decoder.feed([[request.tokens[-1]] for request in self.running])
             self._note(self.decoder)
         return results
@@ -174,11 +199,38 @@ class Scheduler:
         return parts[0].tolist()
 
     def _admit(self) -> None:
-        """Reads the prompts of as many waiting requests as there are free rows."""
-        free = self.rows - len(self.running)
-        admitted = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
-        if not admitted:
-            return
+        """Lets waiting requests join while there are free rows, and room for what they hold."""
+        admitted = self._joining()
+        fresh = [request for request in admitted if request not in self._aside]
+        if fresh:
+            self._add(fresh, *self._read(fresh))
+        for request in admitted:
+            if request not in fresh:
+                self._add([request], *self._returned(request))
+
+    def _joining(self) -> list[TextRequest]:
+        """Takes from the queue the requests that join now."""
+        admitted: list[TextRequest] = []
+        # One more token of each row that runs must have room too, or it would be put aside at once.
+        lengths = [0] * len(self.running)
+        prompts: set[tuple[int, ...]] = set()
+        while self.waiting and len(self.running) + len(admitted) < self.rows:
+            context = self.waiting[0].context
+            # Samples of one prompt share what they hold of it.
+            lengths.append(0 if tuple(context) in prompts else len(context))
+            if not self._all_agree(self.cache.admits(lengths)):
+                break
+            prompts.add(tuple(context))
+            admitted.append(self.waiting.popleft())
+        if self.waiting and not admitted and not self.running:
+            raise ValueError(
+                f"the cache has no room for {len(self.waiting[0].context)} tokens and the next one;"
+                " give it more pages (cache.pages), or shorter texts"
+            )
+        return admitted
+
+    def _read(self, admitted: list[TextRequest]) -> tuple[TokenDecoder, Tensor]:
+        """Returns a decoder of these requests, and the logits of what follows."""
         # Samples of one prompt read it once.
         prompts: dict[tuple[int, ...], int] = {}
         rows = [prompts.setdefault(tuple(request.context), len(prompts)) for request in admitted]
@@ -187,6 +239,19 @@ class Scheduler:
         if rows != list(range(len(prompts))):
             newcomers.select(rows)
             logits = logits[rows]
+        return newcomers, logits
+
+    def _returned(self, request: TextRequest) -> tuple[TokenDecoder, Tensor]:
+        """Returns a decoder of a request whose state waited in host memory."""
+        decoder = self._blank()
+        device = decoder.device()
+        swapped = self._aside.pop(request)
+        decoder.state.import_state({name: held.to(device) for name, held in swapped.items()})
+        decoder.lengths = [len(request.context) - 1]
+        return decoder, decoder.feed([request.context[-1:]])
+
+    def _add(self, admitted: list[TextRequest], newcomers: TokenDecoder, logits: Tensor) -> None:
+        """Puts rows below those that run."""
         if self.decoder is None:
             self.decoder = newcomers
             self._logits = logits
@@ -196,6 +261,34 @@ class Scheduler:
             self._logits = torch.cat([self._logits, logits])
         self.running += admitted
         self._note(self.decoder)
+
+    def _put_aside(self, decoder: TokenDecoder) -> None:
+        """Puts the youngest rows aside until every other has room for its next token.
+
+        Raises:
+            ValueError: there is no room for a single one.
+        """
+        while not self._all_agree(decoder.state.fits(1)):
+            if len(self.running) == 1:
+                raise ValueError(
+                    f"the cache is full at {len(self.running[0].context)} tokens of one text; give"
+                    " it more pages (cache.pages), or shorter texts"
+                )
+            youngest = self.running.pop()
+            if self.preempt == "swap":
+                self._aside[youngest] = swap_out(decoder.state, len(self.running))
+            decoder.select(range(len(self.running)))
+            self.waiting.appendleft(youngest)
+            self.counters["preempted"] = self.counters.get("preempted", 0) + 1
+
+    def _all_agree(self, fits: bool) -> bool:
+        """Tells whether it fits on every rank; each may hold another part of the rows."""
+        if self.communicator is None or not self.cache.bounded:
+            return fits
+        size = self.communicator.size
+        mine = torch.tensor([fits], dtype=torch.long, device=self.device)
+        parts = self.communicator.all_to_all([mine] * size, [1] * size, "decode room")
+        return all(bool(part) for part in parts)
 
     def _note(self, decoder: TokenDecoder) -> None:
         self.most_bytes = max(self.most_bytes, decoder.bytes())
@@ -209,6 +302,8 @@ class Scheduler:
             return
         self.running = [self.running[row] for row in rows]
         if not rows:
+            if self.decoder is not None:
+                self.decoder.state.release()
             self.decoder = None
             self._logits = None
             return

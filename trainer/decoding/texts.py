@@ -8,6 +8,7 @@ for completion in complete(model, tokenizer, ["Once upon"], tokens=100, seed=1):
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from models.cache.base import KVCacheFactory
 from parallel.collectives import Communicator
 from trainer.data.tokenizers import Tokenizer
 from trainer.decoding.context_limit import ContextLimit
+from trainer.decoding.room import check_room
 from trainer.decoding.sampling import Sampling
 from trainer.decoding.scheduler import STOP, Scheduler, TextRequest
 
@@ -88,6 +90,9 @@ class TextStream:
         return fresh
 
 
+Streams = dict[TextRequest, tuple[int, int, TextStream]]
+
+
 def complete(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -103,6 +108,7 @@ def complete(
     communicator: Communicator | None = None,
     policy: str | None = None,
     limit: ContextLimit | None = None,
+    preempt: str = "recompute",
     on_text: Callable[[int, int, str], None] | None = None,
     on_end: Callable[[Scheduler], None] | None = None,
 ) -> Iterator[Completion]:
@@ -119,35 +125,58 @@ def complete(
         seed: a text is a function of (seed, number of the prompt, number of the sample).
         cache: what holds keys and values; contiguous by default.
         rows: texts that run at once.
-        communicator, policy, limit: as in TokenDecoder and Scheduler.
+        communicator, policy, limit, preempt: as in TokenDecoder and Scheduler.
         on_text: called with (prompt, sample, new characters) as they come.
         on_end: called with the scheduler when all is done, for what it counted.
 
     Raises:
-        ValueError: the model cannot continue rows; a setting or a prompt is out of its range.
+        ValueError: the model cannot continue rows; a setting or a prompt is out of its range; the
+            memory at hand does not hold the texts.
     """
-    if samples < 1:
-        raise ValueError(f"samples={samples} texts are none; ask for 1 or more")
     scheduler = Scheduler(
-        model, cache, rows=rows, communicator=communicator, policy=policy, limit=limit
+        model,
+        cache,
+        rows=rows,
+        communicator=communicator,
+        policy=policy,
+        limit=limit,
+        preempt=preempt,
     )
-    streams: dict[TextRequest, tuple[int, int, TextStream]] = {}
-    for number, prompt in enumerate(prompts):
-        for sample in range(samples):
-            stream = TextStream(tokenizer, stops)
-            request = TextRequest(
-                _begins(tokenizer, prompt),
-                tokens,
-                sampling or Sampling(),
-                seed=(seed, "text", number, sample),
-                end=tokenizer.end_of_text,
-                stop=stream.stopped,
-            )
-            streams[request] = number, sample, stream
-            scheduler.submit(request)
+    wish = partial(
+        TextRequest, count=tokens, sampling=sampling or Sampling(), end=tokenizer.end_of_text
+    )
+    streams = _streams(tokenizer, prompts, samples, stops, seed, wish)
+    for request in streams:
+        scheduler.submit(request)
+    if communicator is None:
+        check_room(model, scheduler.cache, scheduler.lengths(), rows)
     yield from _completions(scheduler, tokenizer, streams, on_text)
     if on_end is not None:
         on_end(scheduler)
+
+
+def _streams(
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    samples: int,
+    stops: Sequence[str],
+    seed: int,
+    wish: Callable[..., TextRequest],
+) -> Streams:
+    """Returns the requests of all texts, each with its numbers and its stream."""
+    if samples < 1:
+        raise ValueError(f"samples={samples} texts are none; ask for 1 or more")
+    streams: Streams = {}
+    for number, prompt in enumerate(prompts):
+        for sample in range(samples):
+            stream = TextStream(tokenizer, stops)
+            request = wish(
+                _begins(tokenizer, prompt),
+                seed=(seed, "text", number, sample),
+                stop=stream.stopped,
+            )
+            streams[request] = number, sample, stream
+    return streams
 
 
 def _begins(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -159,7 +188,7 @@ def _begins(tokenizer: Tokenizer, prompt: str) -> list[int]:
 def _completions(
     scheduler: Scheduler,
     tokenizer: Tokenizer,
-    streams: dict[TextRequest, tuple[int, int, TextStream]],
+    streams: Streams,
     on_text: Callable[[int, int, str], None] | None,
 ) -> Iterator[Completion]:
     """Runs the scheduler to its end and yields each text when it is complete."""

@@ -67,6 +67,7 @@ class TokenDecoder:
         read_whole = communicator is None or sequential or cache.replicated
         self.policy = None if read_whole else policy
         self.lengths: list[int] = []
+        self._undisturbed = communicator is None and _undisturbed(model)
         self.longest = longest_document(model)
         self.whole = shortest_piece(model)
         if communicator is None:
@@ -74,7 +75,6 @@ class TokenDecoder:
         else:
             self.state = ShardedDecodingState(cache, communicator)
 
-    @torch.no_grad()
     def feed(self, pieces: Sequence[Sequence[int]]) -> Tensor:
         """Appends tokens to the rows and returns the logits of what follows, [B, V].
 
@@ -85,6 +85,10 @@ class TokenDecoder:
             ValueError: a prompt without tokens, or too short for a prefix that sees all of itself,
                 or a row longer than the positions of the model.
         """
+        with torch.inference_mode() if self._undisturbed else torch.no_grad():
+            return self._fed(pieces)
+
+    def _fed(self, pieces: Sequence[Sequence[int]]) -> Tensor:
         if not self.lengths:
             self._check_prompts(pieces)
             self.lengths = [0] * len(pieces)
@@ -144,16 +148,21 @@ class TokenDecoder:
 
     def _rows(self, pieces: Sequence[Sequence[int]]) -> tuple[Tensor, Span]:
         """Returns tokens [B, T], padded on the right, and their addresses."""
-        most = max(len(piece) for piece in pieces)
-        tokens = torch.zeros(len(pieces), most, dtype=torch.long)
-        pos = torch.zeros_like(tokens)
-        doc = torch.full_like(tokens, PADDING)
-        for row, piece in enumerate(pieces):
-            first = self.lengths[row]
-            tokens[row, : len(piece)] = torch.as_tensor(piece, dtype=torch.long)
-            pos[row, : len(piece)] = torch.arange(first, first + len(piece))
-            doc[row, : len(piece)] = 0
         device = self.device()
+        sizes = [len(piece) for piece in pieces]
+        most = max(sizes)
+        line = torch.arange(most)
+        pos = torch.tensor(self.lengths)[:, None] + line
+        if min(sizes) == most:
+            tokens = torch.tensor(pieces)
+            doc = torch.zeros_like(pos)
+        else:
+            tokens = torch.zeros_like(pos)
+            for row, piece in enumerate(pieces):
+                tokens[row, : len(piece)] = torch.as_tensor(piece, dtype=torch.long)
+            there = line < torch.tensor(sizes)[:, None]
+            doc = torch.where(there, 0, PADDING)
+            pos = torch.where(there, pos, 0)
         return tokens.to(device), Span.of(pos.to(device), doc.to(device))
 
     def _feed(self, pieces: Sequence[Sequence[int]]) -> Tensor:
@@ -161,6 +170,8 @@ class TokenDecoder:
         logits = self.model(MicroBatch(tokens, self.state.attach(span, tokens)))
         self.state.advance()
         self.lengths = [have + len(more) for have, more in zip(self.lengths, pieces, strict=True)]
+        if all(len(piece) == tokens.shape[1] for piece in pieces):
+            return logits[:, -1]
         last = torch.tensor([len(piece) - 1 for piece in pieces], device=logits.device)
         some = (last >= 0)[:, None]
         index = last.clamp_min(0)[:, None, None].expand(-1, 1, logits.shape[2])
@@ -184,6 +195,18 @@ class TokenDecoder:
         sizes = [last_logits.numel()] * size
         parts = self.communicator.all_to_all([last_logits] * size, sizes, "decode logits")
         return torch.stack([part.view(last_logits.shape) for part in parts]).sum(0)
+
+
+def _undisturbed(model: nn.Module) -> bool:
+    """Tells whether nothing but the model itself runs when it is called.
+
+    An engine that gathers parameters before a layer, by hooks, would do so in inference mode, and
+    could not train with what it gathered.
+    """
+    for module in model.modules():
+        if module._forward_pre_hooks or module._forward_hooks:
+            return False
+    return True
 
 
 def longest_document(model: nn.Module) -> int | None:

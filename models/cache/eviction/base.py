@@ -35,6 +35,10 @@ class Eviction(KVCacheFactory):
             raise ValueError(f"cache.budget={budget} is a number of tokens; use 1 or more")
         self.budget = budget
 
+    def least_bytes(self, tokens: int, numbers: int, itemsize: int) -> int:
+        """See KVCacheFactory."""
+        return super().least_bytes(min(tokens, self.budget), numbers, itemsize)
+
     def misfits(self, model: nn.Module) -> list[str]:
         """See KVCacheFactory."""
         name = type(self).__name__

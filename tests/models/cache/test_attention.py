@@ -40,7 +40,7 @@ def test_it_is_the_reference_kernel_with_masks_biases_and_padding():
             query = (normal(2, queries, 6, 4),)
             payload = normal(2, 11, 2, 4), normal(2, 11, 2, 5)
             places = {"span": span, "kv_span": kv_span}
-            mean, lse = attend(spec, query, payload, (), **places, width=5)
+            mean, lse = attend(spec, query, payload, (), **places)
             wanted = reference.forward(score, mask, query, payload, (), span, kv_span, spec.heads)
             assert (mean - wanted[0]).abs().max() < 1e-13
             assert (lse - wanted[1]).abs().max() < 1e-13

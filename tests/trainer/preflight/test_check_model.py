@@ -93,3 +93,20 @@ def test_a_state_of_its_own_is_carried_by_the_memory_that_asks_for_nothing_else(
         *COPY, "context_length=10", "batch_tokens=20", "memory=segments", "memory.length=0"
     )
     assert longer == [], "an example may be longer than a row where rows go on"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("cache=h2o", "mixer=latent"), "cache=h2o chooses tokens for each key head"),
+        (("cache=snapkv", "position=alibi"), "cache=snapkv chooses tokens for each key head"),
+        (("cache=tova", "mixer=gated_delta"), "cache=tova evicts keys and values, and no layer"),
+        (("cache=quantized", "mixer=latent"), "holds latents or other tensors"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_refused_where_a_run_generates(words, said) -> None:
+    found = faults(*words, "evaluation.sample_tokens=5", "evaluation.prompt=def")
+    assert found and all(re.search(said, each) for each in found), found
+    # A run that generates nothing has no use for its cache.
+    assert faults(*words, "evaluation.sample_tokens=0") == []
+    assert faults(*words, "evaluation.every=0") == []
