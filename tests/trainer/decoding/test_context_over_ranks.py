@@ -1,4 +1,4 @@
-"""Texts at the end of their context over ranks: each turns the keys that it holds, or reads anew."""
+"""Texts at the end of their context over ranks: each turns its own keys, or reads anew."""
 
 import torch
 
