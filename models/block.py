@@ -54,6 +54,11 @@ class Block(Layer):
         x = x + _normed(self.mixer_post_norm, mixed)
         if self.feedforward_norm is None:
             return x
+        return self.transform(x, span)
+
+    def transform(self, x: Tensor, span: Span) -> Tensor:
+        """[B, T, width] -> [B, T, width]: the half of the block in which tokens do not meet."""
+        assert self.feedforward_norm is not None
         transformed = self.feedforward(self.feedforward_norm(x), span)
         return x + _normed(self.feedforward_post_norm, transformed)
 
@@ -66,6 +71,11 @@ class PostNormBlock(Block):
         x = self.mixer_norm(x + self.mixer(x, span))
         if self.feedforward_norm is None:
             return x
+        return self.transform(x, span)
+
+    def transform(self, x: Tensor, span: Span) -> Tensor:
+        """[B, T, width] -> [B, T, width]: the half of the block in which tokens do not meet."""
+        assert self.feedforward_norm is not None
         return self.feedforward_norm(x + self.feedforward(x, span))
 
 

@@ -1,9 +1,9 @@
 """Applies all changes that turn a model written for one device into a model in training.
 
 Their order matters. Context and expert parallelism come first (primitives are swapped for drivers),
-then activation checkpointing (so that a recomputed block communicates as it did), compilation,
-activation offload, and parameter sharding last: FSDP2 gathers a block's parameters around all of
-it, once for the recomputation.
+then tiles of tokens, activation checkpointing (so that a recomputed block communicates as it did),
+compilation, activation offload, and parameter sharding last: FSDP2 gathers a block's parameters
+around all of it, once for the recomputation.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from parallel.collectives import Communicator
 from parallel.compilation import compile_block
 from parallel.context_parallel import apply_context_parallel
 from parallel.engines.base import Engine, blocks_of
+from parallel.tiles import apply_tiles
 
 
 def parallelize(
@@ -29,6 +30,7 @@ def parallelize(
     *,
     method: str = "auto",
     offload: ActivationOffload | None = None,
+    tiles: int | None = None,
 ) -> Communicator | None:
     """Applies parallelism, checkpointing, compilation and sharding as the engine's settings say.
 
@@ -39,6 +41,8 @@ def parallelize(
         method: how attention is shared over the ranks of a context group, see
             parallel.context_parallel.
         offload: sends to the host what blocks save for backward; None leaves it on the device.
+        tiles: into how many tiles of tokens feed-forward layers and losses are cut
+            (parallel/tiles.py); None computes all tokens at once.
 
     Returns:
         The communicator of the drivers, or None where neither sequences nor experts are shared.
@@ -54,6 +58,8 @@ def parallelize(
             grid=mesh.grid if shares_rows else None,
             experts=mesh.experts.group,
         )
+    if tiles is not None:
+        apply_tiles(model, tiles)
     for block in blocks_of(model):
         if engine.checkpointing == "full":
             block.forward = compute_again(block.forward)

@@ -10,19 +10,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from models.causality import plain_sight
 from models.cost.flops import count_flops
 from models.cost.parameters import count_parameters
 from models.span import Span
-from parallel.activation_offload import ActivationOffload
 from parallel.engines.base import Engine
 from parallel.mesh import Mesh
-from parallel.parallelize import parallelize
 from trainer import run_dir as directories
 from trainer.agreement import agree_on_run
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.build_model import build_model, sizes_taken
-from trainer.config.instantiate import find_class, instantiate
+from trainer.config.instantiate import instantiate
 from trainer.config.schema import Config
 from trainer.config.stages import Stage, describe_stage
 from trainer.data.batch_sharding import BatchSharder
@@ -43,6 +40,7 @@ from trainer.loop import Loop
 from trainer.objectives.contradictions import remarks
 from trainer.objectives.stream import open_rows
 from trainer.optim.selection import count_trained
+from trainer.placement import place
 from trainer.progress import Progress
 from trainer.stop_signal import StopSignal
 from trainer.watchdog import EnterPhase, limit, watching
@@ -119,15 +117,6 @@ class Run:
             console.say(line)
         console.say(f"data: {self.stream.describe(config.steps - stage.after)}")
         self.engine = self._engine()
-        self.share = BatchSharder(
-            mesh,
-            rows=config.rows,
-            context_length=config.context_length,
-            micro_batch=config.parallel.micro_batch,
-            policy=config.parallel.layout,
-            prefix=self.prefix,
-            time=config.parallel.time,
-        )
         console.say(f"share: {self.share.describe()}")
         self.lanes = self._lanes(self.share)
         self.checkpoints = CheckpointWriter(
@@ -151,7 +140,6 @@ class Run:
         self.parameters = count_parameters(model)
         trained = count_trained(model, config.optim.freeze)
         self.flops = count_flops(model)
-        self.prefix = plain_sight(model)
         self.slots = slots_of(model)
         for line in remarks(config, model):
             self.console.say(line)
@@ -160,16 +148,9 @@ class Run:
                 self.console.say(
                     f"{where}: {', '.join(f'{key}={value}' for key, value in taken.items())}"
                 )
-        kind = find_class(config.engine.target, "engine")
-        settings = config.engine.arguments()
-        optimiser = instantiate(config.optim, {}, "optim")
-        engine = kind(
-            self.mesh, optimiser, precision=config.precision, seed=config.seed, **settings
-        )
-        offload = ActivationOffload(self.mesh.device) if config.engine.offload_activations else None
-        self.communicator = parallelize(
-            model, engine, method=config.parallel.method, offload=offload
-        )
+        placement = place(config, self.mesh, model)
+        self.communicator = placement.communicator
+        self.share = placement.share
         if self.communicator is not None:
             self.communicator.timeout = timedelta(seconds=config.launch.timeout_s)
         of_them = f", {trained:,} of them trained" if trained < self.parameters.total else ""
@@ -177,7 +158,7 @@ class Run:
             f"model: {self.parameters.total:,} parameters{of_them}; engine {config.engine.name},"
             f" {config.precision}"
         )
-        return engine
+        return placement.engine
 
     def _lanes(self, share: BatchSharder) -> Lanes | None:
         """Builds empty lanes where `memory=` carries a state; None elsewhere."""

@@ -95,16 +95,22 @@ class Decoder(Layer):
         """[B, T] int64 -> logits [B, T, vocabulary], or with targets the losses [B, T] in nats (0
         where IGNORE)."""
         tokens, span, targets, _ = MicroBatch.of(batch)
-        x = self.hidden(tokens, span)
         if targets is None:
-            return capped(self.head(x), self.logit_cap)
-        return token_losses(x, self.head.weight, targets, cap=self.logit_cap)
+            return capped(self.head(self.hidden(tokens, span)), self.logit_cap)
+        return self.losses_of(self._stream(tokens, span), targets)
+
+    def losses_of(self, x: Tensor, targets: Tensor) -> Tensor:
+        """[B, T, width], targets [B, T] -> losses [B, T]: what follows the blocks."""
+        return token_losses(self.norm(x), self.head.weight, targets, cap=self.logit_cap)
 
     def hidden(self, tokens: Tensor, span: Span) -> Tensor:
         """[B, T] int64 -> [B, T, width]: what the last layer gives, normed, before the head."""
+        return self.norm(self._stream(tokens, span))
+
+    def _stream(self, tokens: Tensor, span: Span) -> Tensor:
+        """[B, T] int64 -> [B, T, width]: what the last block gives."""
         x = self.embedded(tokens, span)
-        x = self._through(x, span) if self.memory is None else self.memory(x, span, self._through)
-        return self.norm(x)
+        return self._through(x, span) if self.memory is None else self.memory(x, span, self._through)
 
     def embedded(self, tokens: Tensor, span: Span) -> Tensor:
         """[B, T] int64 -> [B, T, width]: what the first layer reads."""

@@ -48,6 +48,9 @@ class Live(TorchDispatchMode):
         self.seen: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # A DTensor has no storage of its own; its operation comes again with what is on this rank.
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
         old = [
             x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)
         ]

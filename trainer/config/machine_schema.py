@@ -101,6 +101,13 @@ class EngineConfig(ComponentConfig):
         json_schema_extra={"constructor": False},
     )
     compile: Flag = Field(default=False, description="torch.compile, block by block")
+    tile_tokens: Count | None = Field(
+        default=None,
+        description=(
+            "tokens for which feed-forward layers and losses are computed at once; null = all"
+        ),
+        json_schema_extra={"constructor": False},
+    )
 
     @classmethod
     def owner(cls, key: str) -> str | None:

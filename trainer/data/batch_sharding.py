@@ -39,7 +39,9 @@ class BatchSharder:
         time: pieces of a row that are computed one after another.
 
     Attributes:
-        each: rows of a data rank in a step, padding included.
+        rows_per_rank: rows of a data rank in a step, padding included.
+        tokens_per_rank: tokens of a row that a rank computes at once, without padding.
+        micro_batch: rows that a rank computes at once.
         pieces: number of micro-batches in a step.
     """
 
@@ -60,10 +62,10 @@ class BatchSharder:
         self.time = time
         # Negated floor division rounds up.
         self.rows_per_rank = -(-rows // mesh.data.size)
-        tokens_per_rank = -(-context_length // (mesh.context.size * time))
+        self.tokens_per_rank = -(-context_length // (mesh.context.size * time))
         if micro_batch == "auto":
             limit = AUTO_TOKENS.get(mesh.device.type, AUTO_TOKENS["cuda"])
-            wanted_rows = max(1, limit // tokens_per_rank)
+            wanted_rows = max(1, limit // self.tokens_per_rank)
         else:
             wanted_rows = int(micro_batch)
         self.micro_batch = min(self.rows_per_rank, wanted_rows)

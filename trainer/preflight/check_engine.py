@@ -34,6 +34,7 @@ def check_engine_settings(config: Config) -> Iterator[Finding]:
     if engine.checkpointing == "selective" and engine.compile:
         yield as_finding(SELECTIVE)
     yield from check_activation_offload(config)
+    yield from check_tiles(config)
     if engine.name == "deepspeed":
         yield from check_deepspeed(config)
     for key, value in engine.settings().items():
@@ -78,6 +79,29 @@ def check_activation_offload(config: Config) -> Iterator[Finding]:
         gpus = machine_limits()[1]
     if config.engine.offload_activations and gpus == 0:
         yield as_finding(AT_HOME)
+
+
+def check_tiles(config: Config) -> Iterator[Finding]:
+    """Refuses tiles of tokens where they are not proved exact."""
+    engine = config.engine
+    if engine.tile_tokens is None:
+        return
+    if engine.name == "deepspeed":
+        yield Finding(
+            "engine.tile_tokens",
+            engine.tile_tokens,
+            "DeepSpeed may gather and free weights around each tile, which is not proved exact",
+            "use engine=fsdp, or engine.tile_tokens=null",
+            causes=("engine.name",),
+        )
+    if engine.compile:
+        yield Finding(
+            "engine.tile_tokens",
+            engine.tile_tokens,
+            "blocks are compiled as a whole (engine.compile=true)",
+            "use engine.compile=false, or engine.tile_tokens=null",
+            causes=("engine.compile",),
+        )
 
 
 def check_deepspeed(config: Config) -> Iterator[Finding]:

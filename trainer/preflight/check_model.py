@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from models.block import Block
 from models.layer import hook
 from parallel.engines.base import blocks_of
+from parallel.tiles import tileable_blocks
 from trainer.config import build_model
 from trainer.config.finding import NO_VALUE_SHOWN, Finding
 from trainer.config.node_checks import as_node
@@ -48,6 +50,7 @@ def check_layer_settings(config: Config) -> Iterator[Finding]:
 
 def check_block_settings(config: Config, model: nn.Module) -> Iterator[Finding]:
     """Refuses settings that act on blocks where the model has no blocks."""
+    yield from _check_tiles(config, model)
     if blocks_of(model):
         return
     engine = config.engine
@@ -73,6 +76,26 @@ def check_block_settings(config: Config, model: nn.Module) -> Iterator[Finding]:
             f"sends away what blocks save, {lacks_blocks}",
             "use engine.offload_activations=false",
         )
+
+
+def _check_tiles(config: Config, model: nn.Module) -> Iterator[Finding]:
+    """Refuses tiles where no feed-forward layer treats each token by itself."""
+    if config.engine.tile_tokens is None or any(tileable_blocks(model)):
+        return
+    kinds = {
+        type(block.feedforward).__name__ for block in model.modules() if isinstance(block, Block)
+    }
+    if kinds:
+        reason = f"{', '.join(sorted(kinds))} is no such layer"
+    else:
+        reason = f"{type(model).__name__} has no blocks with one"
+    yield Finding(
+        "engine.tile_tokens",
+        config.engine.tile_tokens,
+        f"cuts feed-forward layers that treat each token by itself, and {reason}",
+        "use engine.tile_tokens=null",
+        causes=("model.feedforward",),
+    )
 
 
 def check_sample_length(config: Config, model: nn.Module) -> Iterator[Finding]:

@@ -141,6 +141,14 @@ WRONG = [
         "launch=slurm launch.dry_run=true launch.gpus=0 engine.offload_activations=true",
         ["engine.offload_activations=true", "host's memory already"],
     ),
+    (
+        "engine=deepspeed +engine.tile_tokens=64",
+        ["engine.tile_tokens=64", "DeepSpeed", "engine=fsdp"],
+    ),
+    (
+        "engine.compile=true engine.tile_tokens=64",
+        ["engine.tile_tokens=64", "compiled", "engine.compile=false"],
+    ),
     ("engine.zero_stage=2", ["engine.zero_stage=2", "engine=deepspeed", "engine=single"]),
     ("engine.reshard_after_forward=true", ["engine.reshard_after_forward=true", "engine=fsdp"]),
     ("+engine.replicate=2 parallel.context=2 engine=single", ["engine.replicate=2", "engine=fsdp"]),
