@@ -62,10 +62,6 @@ def test_every_task_can_be_given_to_every_model(model: str, data: str) -> None:
             "engine.tile_tokens=64: .* NeuralTuringMachine has no blocks with one",
         ),
         (
-            ("model=switch", "engine.tile_tokens=64"),
-            "engine.tile_tokens=64: .* Switch is no such layer; use engine.tile_tokens=null",
-        ),
-        (
             (*FACTS, "engine.compile=true"),
             "engine.compile=true: compiles blocks, and KeyValue has none",
         ),
