@@ -110,7 +110,9 @@ class Decoder(Layer):
     def _stream(self, tokens: Tensor, span: Span) -> Tensor:
         """[B, T] int64 -> [B, T, width]: what the last block gives."""
         x = self.embedded(tokens, span)
-        return self._through(x, span) if self.memory is None else self.memory(x, span, self._through)
+        if self.memory is None:
+            return self._through(x, span)
+        return self.memory(x, span, self._through)
 
     def embedded(self, tokens: Tensor, span: Span) -> Tensor:
         """[B, T] int64 -> [B, T, width]: what the first layer reads."""
