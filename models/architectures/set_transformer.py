@@ -36,7 +36,7 @@ class SetTransformer(Layer):
         points: inducing points of each block of the encoder (ISAB, linear in the elements); null:
             every element reads every other (SAB).
         seeds: k, vectors that a set is pooled into; [...] lays them end to end.
-        decoder_layers: blocks over the seeds.
+        decoder_layers: blocks over the seeds; of a single seed they would read nothing new.
         norm: whether blocks have layer norms.
         logit_scale: head: logits of attention are divided by the root of a head's width, as
             usual; width: of all channels, as equation 2 of the paper and its code have it.
@@ -53,7 +53,7 @@ class SetTransformer(Layer):
         heads: int,
         *,
         points: Few | None = 16,
-        seeds: Few = 1,
+        seeds: Few = 4,
         decoder_layers: Some = 1,
         norm: bool = True,
         logit_scale: LogitScale = "head",

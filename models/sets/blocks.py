@@ -59,7 +59,8 @@ class MultiheadAttentionBlock(Layer):
             )
         self.head_width = width // heads
         self.q = nn.Linear(width, width)
-        self.k = nn.Linear(width, width)
+        # A bias of keys would add the same to all logits of a query, and move no softmax.
+        self.k = nn.Linear(width, width, bias=False)
         self.v = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
         self.feedforward = nn.Linear(width, width)

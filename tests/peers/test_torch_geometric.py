@@ -28,7 +28,8 @@ def copy_block(mine: MultiheadAttentionBlock, theirs):
     with torch.no_grad():
         projections = (mine.q, mine.k, mine.v)
         theirs.attn.in_proj_weight.copy_(torch.cat([each.weight for each in projections]))
-        theirs.attn.in_proj_bias.copy_(torch.cat([each.bias for each in projections]))
+        none = torch.zeros_like(mine.q.bias)
+        theirs.attn.in_proj_bias.copy_(torch.cat([mine.q.bias, none, mine.v.bias]))
         theirs.attn.out_proj.load_state_dict(mine.out.state_dict())
         theirs.lin.load_state_dict(mine.feedforward.state_dict())
 

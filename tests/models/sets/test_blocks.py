@@ -116,7 +116,7 @@ def over_ranks(env, name, lengths, policy):
     worst.append(relative(part.grad * valid, shard(whole.grad, 0) * valid))
     for a, b in zip(one.parameters(), many.parameters(), strict=True):
         dist.all_reduce(b.grad, group=env.group)
-        # The bias of keys moves no weight: its gradient is rounding, compared in absolute terms.
+        # A gradient that is rounding alone is compared in absolute terms.
         worst.append(min(relative(b.grad, a.grad), float((b.grad - a.grad).abs().max())))
     return max(worst)
 
