@@ -9,6 +9,7 @@ from trainer.decoding.open_model import named_cache, open_model
 from trainer.errors import UserError
 from trainer.export import CONFIG, WEIGHTS
 from trainer.files.limited_reader import Unreadable, json_object
+from trainer.init_from.hub_folder import longest_context
 from trainer.init_from.sources import HUGGINGFACE
 from trainer.library.build import initial_model
 from trainer.library.loaded_model import LoadedModel
@@ -65,7 +66,10 @@ def _is_huggingface(folder: Path) -> bool:
 
 def _huggingface(folder: Path) -> LoadedModel:
     """Builds the architecture of a Hugging Face folder and reads its weights."""
+    # Learned positions are refused in rows that are longer than their table.
+    length = min(2048, longest_context(folder))
     words = ["model=hub", f"model.path={folder}", f"init_from={HUGGINGFACE}{folder}"]
+    words += [f"context_length={length}", f"batch_tokens={length}"]
     composed = compose(words)
     if composed.config is None or composed.faults:
         raise UserError("\n".join(composed.faults))

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from scripts import evaluate, generate
 from tests.support import hub
 from trainer.init_from.hub_folder import is_hub_folder
+from trainer.library.load import load
 
 WORDS = ["the", "cat", "sat", "on", "mat", "dog", "ran", "far"]
 
@@ -89,3 +90,8 @@ def test_settings_that_a_folder_does_not_have_are_one_message(folder, tmp_path, 
     (broken / "config.json").write_text(json.dumps({"model_type": "lama"}))
     assert generate.main([str(broken)]) == 2
     assert "model_type='lama', which no adapter reads" in capsys.readouterr().err
+
+
+def test_a_table_of_positions_may_be_shorter_than_the_usual_row(tmp_path):
+    hub.make("GPT2Config", {**hub.SMALL_GPT2, "n_positions": 100}, tmp_path)
+    assert load(tmp_path).config.context_length == 100
