@@ -32,11 +32,14 @@ class Ahead(NamedTuple):
 
 
 def layers_ahead(model: nn.Module) -> list[Ahead]:
-    """The layers that show a query later keys of its document; none where the model is causal."""
+    """The layers that show a query later keys of its document; none where the model is causal.
+
+    What a source shows counts for nothing: its tokens are given, whatever their positions."""
     ahead: dict[str, Ahead] = {}
+    of_source = source_modules(model)
     for path, module in model.named_modules():
         limit = _causal_from(module)
-        if not limit:
+        if not limit or module in of_source:
             continue
         # A mask belongs to a leaf; what the user chose is the layer that owns the leaf.
         owner = path if getattr(module, "mask", None) is None else path.rpartition(".")[0]
@@ -44,6 +47,15 @@ def layers_ahead(model: nn.Module) -> list[Ahead]:
         if known is None or known.causal_from < limit:
             ahead[owner] = Ahead(owner, type(model.get_submodule(owner)).__name__, limit)
     return list(ahead.values())
+
+
+def source_modules(model: nn.Module) -> set[nn.Module]:
+    """Returns all modules that read the source of a row instead of the row itself."""
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        for part in hook(module, "source_parts")():
+            inside.update(part.modules())
+    return inside
 
 
 def plain_sight(model: nn.Module) -> int:

@@ -102,6 +102,15 @@ class Layer(nn.Module):
     reads_edges: bool = False
     """The whole model reads nodes with their edges: tokens of columns, feature and neighbours."""
 
+    # A second stream of tokens (MicroBatch.source).
+
+    reads_source: bool = False
+    """The whole model reads, beside each row, a source with documents of the same numbers."""
+
+    def source_parts(self) -> Iterable[nn.Module]:
+        """Returns the modules whose keys or tokens are those of the source, never of the row."""
+        return ()
+
     # Memories: each returns the reason why the layer has no exact form, or None where it has one.
 
     def carries_over(self) -> str | None:
@@ -165,6 +174,7 @@ _VALUE_KINDS: dict[str, tuple[type, ...]] = {
     "positions_per_step": (int,),
     "max_length": (int,),
     "reads_edges": (bool,),
+    "reads_source": (bool,),
     "shares_values": (bool,),
     "sharded_over_experts": (bool,),
     "auxiliary": (dict,),

@@ -13,8 +13,10 @@ from models.primitives.compressive import CompressiveScan
 from models.primitives.expert_dispatch import ExpertDispatch
 from models.primitives.knn import KNN
 from models.primitives.long_conv import LongConv
+from models.primitives.memory_read import MemoryRead
 from models.primitives.neighbors import Neighbors
 from models.primitives.pooled_attention import PooledAttention
+from models.primitives.row_replica import RowReplica
 from models.primitives.scan import Scan
 from models.primitives.segment_sum import SegmentSum
 from models.primitives.sequential import SequentialScan, misfits, sequential_modules
@@ -26,6 +28,7 @@ from parallel.drivers.compressive import ShardedCompressive
 from parallel.drivers.expert_dispatch import ExpertAllToAll
 from parallel.drivers.knn import ShardedKNN
 from parallel.drivers.long_conv import ChannelAllToAll
+from parallel.drivers.memory_read import SharedMemoryRead, SharedRowReplica
 from parallel.drivers.neighbors import NeighborExchange
 from parallel.drivers.pooled_attention import MergedPooledAttention
 from parallel.drivers.scan import StatePassing
@@ -67,6 +70,8 @@ DRIVERS: Drivers = {  # primitive -> (core, communicator, method) -> driver
     PooledAttention: lambda leaf, communicator, method: MergedPooledAttention(leaf, communicator),
     SegmentSum: lambda leaf, communicator, method: ShardedSegmentSum(leaf, communicator),
     SequentialScan: lambda leaf, communicator, method: Wavefront(leaf, communicator),
+    MemoryRead: lambda leaf, communicator, method: SharedMemoryRead(leaf, communicator),
+    RowReplica: lambda leaf, communicator, method: SharedRowReplica(leaf, communicator),
 }
 
 # What a compiler does not look into: exchanges and plans, which are Python over lengths that change
@@ -85,6 +90,7 @@ OPAQUE: tuple[type[nn.Module], ...] = (
     ShardedKNN,
     Ring,
     ShardedSegmentSum,
+    SharedRowReplica,
     ShardedBlockTopK,
     ExpertAllToAll,
     Usp,

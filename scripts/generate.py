@@ -17,6 +17,8 @@ scripts.export wrote, or that of a Hugging Face model. Keys, with their defaults
                             shift or recompute (docs/caches.md)
     context=N               tokens of the context; those of a row in training, if overflow= is set
     n_keep=4                first tokens that stay, where a policy keeps some
+    beams=1                 of a model that reads a source, which the prompt then is: hypotheses
+    length_penalty=0.0      above 0 longer targets lose less
     cache=NAME              a file of conf/cache, by default that of the run; cache.KEY=VALUE too
     preempt=recompute       what is done with a text for which cache.pages have no room: recompute
                             or swap

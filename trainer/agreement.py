@@ -35,9 +35,8 @@ class Disagreement(UserError):
 def mark(batch: Batch, fingerprint: str = "") -> int:
     """Returns a hash of a batch and of the data that it came from; never 0."""
     seen = hashlib.blake2b(fingerprint.encode(), digest_size=MARK_BYTES)
-    for tensor in batch:
-        if tensor is not None:
-            seen.update(tensor.contiguous().numpy().data)
+    for tensor in batch.tensors():
+        seen.update(tensor.contiguous().numpy().data)
     return int.from_bytes(seen.digest(), "little") or 1
 
 

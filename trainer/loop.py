@@ -51,7 +51,7 @@ class Loop:
         share: cuts a batch into the micro-batches of this rank.
         checkpoints: writes checkpoints.
         schedule: factor of the learning rate, by step.
-        flops: training FLOPs of the rows of a span.
+        flops: training FLOPs of the rows of a span, and of the sources of another.
         meter: measures speed, without the time spent on anything but training.
         stop: tells when a signal asked the run to stop.
         log: receives a row of metrics.jsonl.
@@ -73,7 +73,7 @@ class Loop:
     share: BatchSharder
     checkpoints: CheckpointWriter
     schedule: Factor
-    flops: Callable[[Span], float]
+    flops: Callable[[Span, Span | None], float]
     meter: Meter
     stop: StopSignal
     log: Callable[[MetricsRow], None]
@@ -213,7 +213,9 @@ class Loop:
             self._leave_out(step, skip, carried_before)
         progress.step = step
         progress.cursor = given.cursor
-        self.meter.add(valid_tokens, self.flops(given.batch.span()))
+        source = given.batch.source
+        source_span = None if source is None else source.span()
+        self.meter.add(valid_tokens, self.flops(given.batch.span(), source_span))
         first_or_last = step in (1, self.config.steps)
         if skip is not None or _is_due(self.config.log.every, step, first_or_last):
             # A batch without a token to predict has no loss, and 0 would look like one.

@@ -109,6 +109,7 @@ def collect(
     whole: GatherWhole | None = None,
     heads: int | None = None,
     norms: bool = False,
+    source: Any = None,
 ) -> list[AttentionMap]:
     """The maps of one row, in the order in which the leaves are called.
 
@@ -120,6 +121,7 @@ def collect(
             the same order everywhere; None: the row is at hand.
         heads: keep the first so many of each leaf; None: all.
         norms: whether maps hold the norms of values.
+        source: a MicroBatch that the model reads beside the row; None: it reads none.
     """
     found: list[AttentionMap] = []
 
@@ -154,7 +156,7 @@ def collect(
         found.append(AttentionMap(label, kept, len(weight), *addresses, value_norm=norm))
 
     with _hooked(watched, note), uncompiled():
-        model(MicroBatch(tokens, span))
+        model(MicroBatch(tokens, span, None, source))
     return found
 
 

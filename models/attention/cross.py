@@ -3,12 +3,16 @@
 Letters: B rows, T queries, S source tokens, G key heads, D head width.
 """
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from models.layer import Layer
 from models.masks.algebra import Mask
 from models.masks.basic import SameDocument
 from models.primitives.softmax import Softmax
+from models.ranges import Count, Positive
+from models.scores import Score
 from models.span import Span
 
 SOURCE = SameDocument()
@@ -23,6 +27,10 @@ class CrossAttention(Layer):
         kv_heads: key and value heads; they divide heads.
         source_width: channels of the source's tokens; `width` by default.
         mask: between a token's address and a source token's.
+        head_width: channels of a head; None: width / heads.
+        scale: factor of the dot products; None: 1 / sqrt(head_width).
+        bias: of the projections to queries, keys and values.
+        out_bias: of the projection back.
 
     There are no positions: two sequences share no axis, and a source has its own in its content. A
     document without a source gets zeros. With context parallelism, the sequence and its source are
@@ -38,9 +46,13 @@ class CrossAttention(Layer):
         *,
         source_width: int | None = None,
         mask: Mask = SOURCE,
+        head_width: Count | None = None,
+        scale: Positive | None = None,
+        bias: bool = False,
+        out_bias: bool = False,
     ):
         super().__init__()
-        if width % heads:
+        if head_width is None and width % heads:
             raise ValueError(
                 f"model.width={width} does not divide among model.heads={heads}; choose a multiple"
                 f" of {heads}"
@@ -50,14 +62,18 @@ class CrossAttention(Layer):
                 f"model.kv_heads={kv_heads} does not divide model.heads={heads}; choose a divisor"
                 f" of {heads}"
             )
-        self.head_width = width // heads
+        self.head_width = width // heads if head_width is None else head_width
         source_width = source_width or width
-        self.q = nn.Linear(width, width, bias=False)
-        self.k = nn.Linear(source_width, kv_heads * self.head_width, bias=False)
-        self.v = nn.Linear(source_width, kv_heads * self.head_width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.q = nn.Linear(width, heads * self.head_width, bias=bias)
+        self.k = nn.Linear(source_width, kv_heads * self.head_width, bias=bias)
+        self.v = nn.Linear(source_width, kv_heads * self.head_width, bias=bias)
+        self.out = nn.Linear(heads * self.head_width, width, bias=out_bias)
         # Every call brings the whole source: nothing is held from one token to the next.
-        self.mix = Softmax(mask, extends=False)
+        self.mix = Softmax(mask, Score(scale), extends=False)
+
+    def source_parts(self) -> Iterable[nn.Module]:
+        """See Layer."""
+        return self.k, self.v, self.mix
 
     def forward(self, hidden: Tensor, span: Span, source: Tensor, source_span: Span) -> Tensor:
         """hidden [B, T, width], source [B, S, source_width] -> [B, T, width]."""

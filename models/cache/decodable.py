@@ -3,7 +3,7 @@
 from torch import nn
 
 from models.carried_state import StatefulModule
-from models.causality import layers_ahead
+from models.causality import layers_ahead, source_modules
 from models.layer import hook
 from models.masks.algebra import FAR
 from models.primitive import Primitive
@@ -23,7 +23,8 @@ def cannot_decode(model: nn.Module) -> list[str]:
                 f"{layer.path or 'the model'} ({layer.kind}) sees later tokens, so outputs"
                 " change with each token that comes: it cannot decode; use a causal mixer"
             )
-    inside = sequential_modules(model)
+    # What reads the source runs once, with the first piece of a row.
+    inside = sequential_modules(model) | source_modules(model)
     for path, module in model.named_modules():
         reason = hook(module, "decodes")()
         if reason is not None:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from models.cost.flops import CostTrace, trace_cost
-from models.cost.parameters import BYTES, DTYPES, meta_row, meta_twin
+from models.cost.parameters import BYTES, DTYPES, meta_batch, meta_twin
 from models.declared import declared
-from models.micro_batch import MicroBatch
 from models.primitives.softmax import Softmax
 
 
@@ -180,13 +179,13 @@ def _saved_bytes(model: nn.Module, tokens: int) -> _SavedBytes:
     for block in blocks:
         block.register_forward_pre_hook(enter)
         block.register_forward_hook(leave)
-    sequence, span = meta_row(tokens)
     trace_cost(model, CostTrace())
     for leaf in model.modules():
         if isinstance(leaf, Softmax):
             leaf.register_forward_hook(tape)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        model(MicroBatch(sequence, span, sequence))
+        batch = meta_batch(model, tokens)
+        model(batch._replace(targets=batch.tokens))
     found.outside = sums[-1]
     found.inside = sums[:-1]
     return found

@@ -34,11 +34,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.cost.parameters import active_shares, meta_row, meta_twin
-from models.cost.visible_pairs import visible_triples
+from models.causality import source_modules
+from models.cost.parameters import active_shares, meta_batch, meta_twin
+from models.cost.visible_pairs import pairs_across, visible_triples
 from models.layer import hook
 from models.masks.algebra import Mask
-from models.micro_batch import MicroBatch
 from models.primitive import Primitive
 from models.primitives.causal_conv import CausalConv
 from models.primitives.long_conv import LongConv
@@ -52,11 +52,20 @@ from models.span import PADDING, Span
 @dataclass(frozen=True)
 class AttentionCost:
     """One softmax attention of the model: a query and a key that see each other cost `pair_flops`
-    in each head."""
+    in each head.
+
+    Attributes: across: the queries are tokens of the row and the keys those of its source.
+    """
 
     mask: Mask
     heads: int
     pair_flops: int
+    across: bool = False
+
+    def forward(self, span: Span, source_span: Span) -> int:
+        if self.across:
+            return self.pair_flops * self.heads * pairs_across(self.mask, span, source_span)
+        return self.pair_flops * visible_triples(self.mask, span, self.heads)
 
 
 @dataclass(frozen=True)
@@ -84,20 +93,27 @@ class CostTrace:
     pairs: list[AttentionCost] = field(default_factory=list)
     convolutions: list[LongConvCost] = field(default_factory=list)
     products: int = 0
+    of_source: bool = False
 
 
-def trace_cost(model: nn.Module, noted: CostTrace) -> None:
+def trace_cost(model: nn.Module, noted: CostTrace, of_source: CostTrace | None = None) -> None:
     """Let every leaf of a twin on the meta device note what it costs; a Softmax gives back a mean
     without computing one.
+
+    Args:
+        of_source: takes what leaves cost that read the source; they note it with the others where
+            it is None.
 
     Raises:
         TypeError: a primitive is neither watched nor declared as not counted.
     """
+    readers = set() if of_source is None else source_modules(model)
     for leaf in list(model.modules()):
         watched = False
+        trace = of_source if of_source is not None and leaf in readers else noted
         for kind, watch in WATCHES.items():
             if isinstance(leaf, kind):
-                leaf.forward = watch(leaf, noted)
+                leaf.forward = watch(leaf, trace)
                 watched = True
         # A primitive that nobody thought of would count 0 FLOPs, and every MFU would be too low.
         if isinstance(leaf, Primitive) and leaf.counts_flops and not watched:
@@ -114,7 +130,8 @@ def _softmax(leaf: Softmax, noted: CostTrace) -> Any:
         heads = query[0].shape[dim] if dim is not None else 1
         q = leaf.score.operands(query, payload, params)[0]
         width = value_width(leaf.score, payload, params, query)
-        noted.pairs.append(AttentionCost(leaf.mask, heads, 2 * (q.shape[-1] + width)))
+        across = noted.of_source and payload[0].shape[1] != query[0].shape[1]
+        noted.pairs.append(AttentionCost(leaf.mask, heads, 2 * (q.shape[-1] + width), across))
         return _EmptyOutput.apply((*query[0].shape[:2], heads, width), *query, *payload, *params)
 
     return forward
@@ -217,25 +234,44 @@ MATRICES = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d)
 
 @dataclass(frozen=True)
 class FlopCount:
-    """Forward FLOPs of a model, for any row."""
+    """Forward FLOPs of a model, for any row.
+
+    Attributes: source: those of what it does with the source of a row; None where it reads none.
+    """
 
     token_flops: int
     cores: tuple[AttentionCost, ...]
     convolutions: tuple[LongConvCost, ...] = ()
     step_flops: int = 0
+    source: "FlopCount | None" = None
 
-    def forward(self, span: Span) -> int:
-        """Of the rows of `span`, whole as they were packed, with what is done once in a step."""
-        return self._products(span) + sum(core.forward(span) for core in self.convolutions)
+    def forward(self, span: Span, source_span: Span | None = None) -> int:
+        """Of the rows of `span`, whole as they were packed, with what is done once in a step.
 
-    def training(self, span: Span) -> int:
+        Args:
+            source_span: addresses of their sources; None: as those of the rows.
+        """
+        source_span = span if source_span is None else source_span
+        total = self._products(span, source_span)
+        total += sum(core.forward(span) for core in self.convolutions)
+        return total + (0 if self.source is None else self.source.forward(source_span))
+
+    def training(self, span: Span, source_span: Span | None = None) -> int:
         """Forward and backward."""
-        return 3 * self._products(span) + sum(core.training(span) for core in self.convolutions)
+        source_span = span if source_span is None else source_span
+        total = 3 * self._products(span, source_span)
+        total += sum(core.training(span) for core in self.convolutions)
+        return total + (0 if self.source is None else self.source.training(source_span))
 
-    def _products(self, span: Span) -> int:
-        kinds = {(core.mask, core.heads) for core in self.cores}
-        triples = {(mask, heads): visible_triples(mask, span, heads) for mask, heads in kinds}
-        pairs = sum(core.pair_flops * triples[core.mask, core.heads] for core in self.cores)
+    def _products(self, span: Span, source_span: Span) -> int:
+        kinds = {(core.mask, core.heads, core.across) for core in self.cores}
+        counts = {
+            (mask, heads, across): AttentionCost(mask, heads, 1, across).forward(span, source_span)
+            for mask, heads, across in kinds
+        }
+        pairs = sum(
+            core.pair_flops * counts[core.mask, core.heads, core.across] for core in self.cores
+        )
         return self.step_flops + self.token_flops * int(span.valid().sum()) + pairs
 
 
@@ -249,24 +285,41 @@ def count_flops(model: nn.Module) -> FlopCount:
     """
     shares = active_shares(model)
     positions = _positions_per_step(model)
-    each = once = 0
+    readers = source_modules(model)
+    each = once = of_source = 0
     for name, module in model.named_modules():
         elements = hook(module, "multiply_adds")
         elements += module.weight.numel() if isinstance(module, MATRICES) else 0
         if name in positions:
             once += elements * positions[name]
+        elif module in readers:
+            of_source += round(elements * shares[name])
         else:
             each += round(elements * shares[name])
     twin = meta_twin(model, torch.float32)
     noted = CostTrace()
-    trace_cost(twin, noted)
+    source_noted = CostTrace(of_source=True)
+    trace_cost(twin, noted, source_noted)
     limits = [hook(module, "max_length") for module in model.modules()]
     # Two tokens, of which one sees the other, unless a layer takes documents of a single one.
     tokens = min([2, *(limit for limit in limits if limit is not None)])
     with torch.no_grad():
-        twin(MicroBatch(*meta_row(tokens)))
+        # A source of another length than the row tells attention across from attention within.
+        twin(meta_batch(model, tokens, 1 if tokens > 1 else 2))
+    source = None
+    if hook(model, "reads_source"):
+        source = FlopCount(
+            2 * (of_source + source_noted.products),
+            tuple(core for core in source_noted.pairs if not core.across),
+            tuple(source_noted.convolutions),
+        )
+    across = [core for core in source_noted.pairs if core.across]
     return FlopCount(
-        2 * (each + noted.products), tuple(noted.pairs), tuple(noted.convolutions), 2 * once
+        2 * (each + noted.products),
+        (*noted.pairs, *across),
+        tuple(noted.convolutions),
+        2 * once,
+        source,
     )
 
 

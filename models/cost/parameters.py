@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.layer import hook
+from models.micro_batch import MicroBatch
 from models.span import Span
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -51,6 +52,18 @@ def active_shares(model: nn.Module) -> dict[str, float]:
 
 def meta_twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copy.deepcopy(model).to(device="meta", dtype=dtype)
+
+
+def meta_batch(model: nn.Module, tokens: int, source_tokens: int | None = None) -> MicroBatch:
+    """Returns a row on the meta device, with a source where the model reads one.
+
+    Args:
+        source_tokens: of the source; None: as many as in the row.
+    """
+    source = None
+    if hook(model, "reads_source"):
+        source = MicroBatch(*meta_row(tokens if source_tokens is None else source_tokens))
+    return MicroBatch(*meta_row(tokens), None, source)
 
 
 def meta_row(tokens: int) -> tuple[Tensor, Span]:

@@ -8,7 +8,7 @@ form. Only what is left is counted densely.
 import numpy as np
 import torch
 
-from models.masks.algebra import EMPTY, FULL, Bounds, Mask
+from models.masks.algebra import EMPTY, FULL, Bounds, Mask, visible
 from models.span import PADDING, Span
 
 TILE = 1024  # tokens on the side of what is counted densely
@@ -24,6 +24,22 @@ def visible_triples(mask: Mask, span: Span, heads: int = 1) -> int:
         _RowCount(mask, span.map(lambda x, r=row: x[r : r + 1]), heads).count()
         for row in range(span.shape[0])
     )
+
+
+def pairs_across(mask: Mask, span: Span, source_span: Span) -> int:
+    """Counts the pairs of a token of a row and a token of its source that a mask shows.
+
+    Over all rows, counted densely in stretches of tokens; a mask that tells heads apart is counted
+    for the first.
+    """
+    heads = torch.zeros(1, dtype=torch.long)
+    valid = source_span.valid()[:, None, None]
+    total = 0
+    for start in range(0, span.shape[1], TILE):
+        queries = span.map(lambda x, start=start: x[:, start : start + TILE])
+        shown = visible(mask, queries, source_span, heads) & valid
+        total += int((shown & queries.valid()[:, None, :, None]).sum())
+    return total
 
 
 class _RowCount:

@@ -199,8 +199,11 @@ class Engine:
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The layers that are gathered, computed again and compiled one by one; a layer that is used
     twice stands once."""
-    blocks = getattr(model, "blocks", None)
-    return list(dict.fromkeys(blocks)) if isinstance(blocks, nn.ModuleList) else []
+    blocks: list[nn.Module] = []
+    for name in ("encoder_blocks", "blocks"):
+        stack = getattr(model, name, None)
+        blocks += stack if isinstance(stack, nn.ModuleList) else []
+    return list(dict.fromkeys(blocks))
 
 
 def same(own: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Mapping[str, Any]]) -> None:

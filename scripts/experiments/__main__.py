@@ -48,6 +48,11 @@ RECIPES = {  # name -> (module and function, its parts, what it shows)
         ("trust", "karate"),
         "graph attention against the mean of neighbours, on unseen graphs and nodes",
     ),
+    "seq2seq": (
+        "scripts.experiments.seq2seq.seq2seq",
+        (),
+        "reversing beyond the trained length: no attention, Bahdanau, Luong, the Transformer",
+    ),
     "memory": (
         "scripts.experiments.memory.memory",
         ("text", "retrieval", "copying", "facts"),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from models.auxiliary import on_step_begin
 from models.causality import plain_sight
 from models.cost.parameters import count_parameters
+from models.layer import hook
 from parallel.mesh import Mesh
 from parallel.parallelize import parallelize
 from trainer.config.build_model import build_engine, build_model
@@ -27,6 +28,7 @@ from trainer.config.schema import Config
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.lanes import Lanes
 from trainer.data.streams.base import Stream
+from trainer.evaluation.free_running import judge, references_of
 from trainer.evaluation.held_out import HeldOutResult, evaluate
 from trainer.logs.jsonl import MetricsRow
 from trainer.logs.meters import Meter, Peak
@@ -45,6 +47,7 @@ COMMON = (  # before a lesson's own settings, which may say otherwise but for th
     "wandb.mode=disabled",
     "schedule.warmup_steps=20",
 )
+ANSWERS = 256  # that a model of two streams writes in an exam
 HELD_OUT = "held out"  # the exam that every lesson ends with, on the settings of the lesson itself
 
 
@@ -133,7 +136,7 @@ def run_trial(lesson: Trial, seed: int) -> TrialResult:
         share=share,
         checkpoints=NoCheckpoints(),  # pyright: ignore[reportArgumentType]
         schedule=instantiate(config.schedule, {}, "schedule"),
-        flops=lambda span: 0.0,
+        flops=lambda span, source_span: 0.0,
         meter=Meter(Peak(None, "nobody asks"), 1),
         stop=StopSignal(mesh, ()),
         log=rows.append,
@@ -159,6 +162,9 @@ def run_exams(config: Config, weights: Mapping[str, Tensor]) -> HeldOutResult:
     lanes = Lanes(share.mesh, share, config.rows) if config.memory.carries else None
     found = evaluate(model, share, stream, config.evaluation.batches, lambda *_: False, lanes)
     assert found is not None, "nobody stops an exam"
+    if hook(model, "reads_source"):
+        written = judge(model, share, references_of(stream, ANSWERS))
+        found = found._replace(graded={**found.graded, **written})
     return found
 
 

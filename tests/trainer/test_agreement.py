@@ -43,6 +43,8 @@ def test_a_mark_stands_for_all_of_a_batch_and_for_its_data():
     ]
     marks += [
         mark(batch()._replace(aims=batch().tokens)),
+        mark(batch()._replace(source=batch())),
+        mark(batch()._replace(source=batch(0))),
         mark(batch()._replace(tokens=batch().tokens.flip(1))),
     ]
     assert len(set(marks)) == len(marks) and mark(batch()) == marks[0]

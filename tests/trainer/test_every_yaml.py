@@ -63,9 +63,14 @@ NEEDED = {  # what a yaml cannot do without, or would make a run of this size lo
     "model=deep_sets": ("data=sets",),
     "model=gat": ("data=graphs",),
     "model=set_transformer": ("data=sets",),
+    "model=encoder_decoder": ("data=reverse", "data.min_length=2", "data.max_length=9"),
+    "model=seq2seq": ("data=reverse", "model.attention=bahdanau"),
+    "model=t5": ("data=pairs",),
+    "model=transformer": ("data=reverse", "data.source_length=40"),
     "model=ntm": ("model.slots=8", "model.slot_width=4"),
     "schedule=wsd": ("schedule.warmup_steps=1", "schedule.decay_steps=1"),
 }
+OF_TWO_STREAMS = ("data=pairs", "data=reverse")  # what only models of two streams read
 ALONE = ("parallel.context=1", "parallel.data=1", "engine=single")
 SHARED = ("parallel.context=2", "parallel.data=1", "engine=fsdp")
 APART = ("parallel.context=1", "parallel.data=2", "engine=fsdp")
@@ -96,7 +101,8 @@ def dealt():
     """(words, how it begins, how it goes on) of every case."""
     optims, schedules = cycle(yamls("optim")), cycle(yamls("schedule"))
     # Only model=gat reads edges.
-    data = cycle(name for name in yamls("data") if name != "data=graphs")
+    apart = ("data=graphs", *OF_TWO_STREAMS)
+    data = cycle(word for word in yamls("data") if word not in apart)
     cases = []
     for group, begin, then in (
         ("mixer", SHARED, ALONE),
@@ -207,11 +213,18 @@ def texts(tmp_path_factory):
         for number in range(200)
     ]
     (hub / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    pairs = [f"source {number}\ttarget of {number}" for number in range(60)]
+    (folder / "pairs.tsv").write_text("\n".join(["source\ttarget", *pairs]), encoding="utf-8")
     paths = (f"data.path={glob}", f"data.cache={folder / 'cache'}")
     return {
         "data=files": paths,
         "data=stdlib": (f"data.cache={folder / 'cache'}",),
         "data=hub": (f"data.name={hub}",),
+        "data=pairs": (
+            f"data.path={folder / 'pairs.tsv'}",
+            f"data.cache={folder / 'cache'}",
+            "data.held_out=0.2",
+        ),
         "data=conversations": (
             f"data.path={hub / 'train.jsonl'}",
             f"data.cache={folder / 'cache'}",

@@ -59,7 +59,23 @@ def feedforward_labels(config: Config) -> list[str]:
     return _repeated_pattern(config, "feedforward_pattern", "feedforwards", way)
 
 
-def _repeated_pattern(config: Config, pattern: str, group: str, way: str) -> list[str]:
+def encoder_labels(config: Config) -> tuple[list[str], list[str]]:
+    """Returns the labels of mixers and feed-forwards over the source; none without an encoder."""
+    if not model_takes(config, "encoder_mixers"):
+        return [], []
+    layers = config.model.encoder_layers or config.model.layers
+    way = "names no mixer of the encoder; use model.encoder_pattern=[bidirectional]"
+    mixers = _repeated_pattern(config, "encoder_pattern", "mixers", way, layers)
+    if config.model.feedforward is not None:
+        return mixers, ["feedforward"] * layers
+    # Their fault is reported with the decoder's.
+    pattern = config.model.feedforward_pattern or ["feedforward"]
+    return mixers, [pattern[layer % len(pattern)] for layer in range(layers)]
+
+
+def _repeated_pattern(
+    config: Config, pattern: str, group: str, way: str, layers: int | None = None
+) -> list[str]:
     """Returns a pattern of labels, repeated or cut to the number of layers."""
     asked = getattr(config.model, pattern)
     known = getattr(config.model, group)
@@ -70,7 +86,7 @@ def _repeated_pattern(config: Config, pattern: str, group: str, way: str) -> lis
             raise UserError(
                 f"model.{pattern} names {label}, which model.{group} lacks{nearest(label, known)}"
             )
-    return [asked[layer % len(asked)] for layer in range(config.model.layers)]
+    return [asked[layer % len(asked)] for layer in range(layers or config.model.layers)]
 
 
 def mixer_node(config: Config, label: str) -> tuple[str, ComponentConfig]:
@@ -78,6 +94,18 @@ def mixer_node(config: Config, label: str) -> tuple[str, ComponentConfig]:
     if config.mixer is not None:
         return "mixer", config.mixer
     return f"model.mixers.{label}", config.model.mixers[label]
+
+
+def encoder_mixer_node(config: Config, label: str) -> tuple[str, ComponentConfig]:
+    """Returns the place and the node of a mixer over the source; `mixer=` leaves it alone."""
+    return f"model.mixers.{label}", config.model.mixers[label]
+
+
+def encoder_position_node(config: Config) -> tuple[str, ComponentConfig]:
+    """Returns the place and the node of the positions of the source."""
+    if config.model.encoder_position is not None:
+        return "model.encoder_position", config.model.encoder_position
+    return "position", config.position
 
 
 def feedforward_node(config: Config, label: str) -> tuple[str, ComponentConfig]:
@@ -101,6 +129,11 @@ def offered_sizes(config: Config, vocabulary: int) -> dict[str, Any]:
         "context_length": config.context_length,
         "seed": config.seed,
     }
+
+
+def source_length(config: Config) -> int:
+    """Returns the tokens of a row of sources, as the data says."""
+    return as_node(config.data).get("source_length") or config.context_length
 
 
 def ffn_width(config: Config) -> int:
@@ -174,9 +207,44 @@ def _assembled_model(config: Config, vocabulary: int, layers_on: str | None = No
         )
     place = instantiate(config.position, offers, "position")
     parts = {"mixers": mixers, "feedforwards": feedforwards}
+    if model_takes(config, "encoder_mixers"):
+        parts |= _encoder_parts(config, vocabulary, layers_on)
     return instantiate(
         model_node(config), {**offers, "position": place, "memory": memory, **parts}, "model"
     )
+
+
+def _encoder_parts(config: Config, vocabulary: int, layers_on: str | None) -> dict[str, Any]:
+    """Builds what an encoder is offered: its mixers, feed-forward layers and positions."""
+    offers = {**offered_sizes(config, vocabulary), "context_length": source_length(config)}
+    mixer_names, feedforward_names = encoder_labels(config)
+    mixers = []
+    feedforwards = []
+    for layer, (mixer_name, feedforward_name) in enumerate(
+        zip(mixer_names, feedforward_names, strict=True)
+    ):
+        makers = []
+        for node in (
+            encoder_mixer_node(config, mixer_name),
+            feedforward_node(config, feedforward_name),
+        ):
+            makers.append(partial(_layer, config, offers, layer, node, of_source=True))
+        with torch.device(layers_on) if layers_on else nullcontext():
+            mixer = makers[0]()
+            feedforward = makers[1]()
+        position = encoder_position_node(config)[1]
+        nodes = (encoder_mixer_node(config, mixer_name)[1], position)
+        Origin(makers[0], _is_foreign(nodes)).hang_on(mixer)
+        nodes = (feedforward_node(config, feedforward_name)[1], position)
+        Origin(makers[1], _is_foreign(nodes)).hang_on(feedforward)
+        mixers.append(mixer)
+        feedforwards.append(feedforward)
+    where, node = encoder_position_node(config)
+    return {
+        "encoder_mixers": mixers,
+        "encoder_feedforwards": feedforwards,
+        "encoder_position": instantiate(node, offers, where),
+    }
 
 
 def _layers(config: Config, vocabulary: int) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -195,11 +263,21 @@ def _layers(config: Config, vocabulary: int) -> tuple[list[nn.Module], list[nn.M
 
 
 def _layer(
-    config: Config, offers: Mapping[str, Any], layer: int, placed: tuple[str, ComponentConfig]
+    config: Config,
+    offers: Mapping[str, Any],
+    layer: int,
+    placed: tuple[str, ComponentConfig],
+    *,
+    of_source: bool = False,
 ) -> nn.Module:
-    """Builds a mixer or a feed-forward layer from the place of its node and the node."""
+    """Builds a mixer or a feed-forward layer from the place of its node and the node.
+
+    Args:
+        of_source: it stands in the encoder, which may have positions of its own.
+    """
     where, node = placed
-    place = instantiate(config.position, offers, "position")
+    key, position = encoder_position_node(config) if of_source else ("position", config.position)
+    place = instantiate(position, offers, key)
     return instantiate(node, {**offers, "position": place, "layer": layer}, where)
 
 
@@ -257,6 +335,7 @@ def sizes_taken(config: Config, vocabulary: int) -> dict[str, dict[str, Any]]:
     offers = offered_sizes(config, vocabulary)
     inside = {**offers, "position": config.position.target.rpartition(".")[2]}
     places = dict(mixer_node(config, label) for label in mixer_labels(config))
+    places |= dict(encoder_mixer_node(config, label) for label in encoder_labels(config)[0])
     places |= dict(feedforward_node(config, label) for label in feedforward_labels(config))
     return {
         "position": taken_offers(config.position, offers, "position"),

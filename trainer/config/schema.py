@@ -62,6 +62,15 @@ class ModelConfig(ComponentConfig):
     mixers: dict[str, ComponentConfig] = Field(
         default={}, description="the mixers that pattern names"
     )
+    encoder_layers: Layers | None = Field(
+        default=None, description="blocks over the source; null = as many as layers"
+    )
+    encoder_pattern: list[str] = Field(
+        default=[], description="labels of mixers over the source, repeated or cut"
+    )
+    encoder_position: ComponentConfig | None = Field(
+        default=None, description="positions of the source; null = as position= says"
+    )
     feedforward: ComponentConfig | None = Field(
         default=None, description="one for all layers; replaces feedforward_pattern"
     )

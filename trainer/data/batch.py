@@ -3,6 +3,7 @@
 Letters: R rows of all ranks, T context length.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ class Batch(NamedTuple):
         pos: [R, T+1] int64, position in the document.
         role: [R, T+1] int64, a role of models.span; GIVEN = the token is not a target.
         aims: [R, T+1] int64, the target at each token, IGNORE for none; None = the next token.
+        source: a second stream of as many rows, of a length of its own, that the model reads beside
+            these; a document of the row and its source have equal numbers. None = there is none.
     """
 
     tokens: Tensor
@@ -30,6 +33,15 @@ class Batch(NamedTuple):
     pos: Tensor
     role: Tensor
     aims: Tensor | None = None
+    source: "Batch | None" = None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yields every tensor, those of the source too."""
+        for column in self:
+            if isinstance(column, Batch):
+                yield from column.tensors()
+            elif column is not None:
+                yield column
 
     def inputs(self) -> Tensor:
         """Returns the tokens that the model reads, [R, T] int64."""
@@ -62,13 +74,21 @@ class Batch(NamedTuple):
     def numbered(self) -> "Batch":
         """Renumbers the documents so that no two rows share a number.
 
-        Every token of the step then has an address of its own, whatever rank reads its row.
+        Every token of the step then has an address of its own, whatever rank reads its row. A
+        document and its source keep equal numbers.
         """
         # PADDING is -1, so a row of padding alone counts no document.
         counts = self.doc.amax(1, keepdim=True) + 1
+        if self.source is not None:
+            counts = torch.maximum(counts, self.source.doc.amax(1, keepdim=True) + 1)
         first_numbers = counts.cumsum(0) - counts
+        return self._raised(first_numbers)
+
+    def _raised(self, first_numbers: Tensor) -> "Batch":
+        """Adds to the numbers of the documents of each row, [R, 1], and of its source."""
         doc = torch.where(self.doc < 0, self.doc, self.doc + first_numbers)
-        return self._replace(doc=doc)
+        source = None if self.source is None else self.source._raised(first_numbers)
+        return self._replace(doc=doc, source=source)
 
     def part(self, first: int, last: int) -> "Batch":
         """Returns rows first .. last - 1, with rows of padding where the batch has fewer."""
@@ -87,4 +107,5 @@ class Batch(NamedTuple):
             pos=rows(self.pos, 0),
             role=rows(self.role, 0),
             aims=None if self.aims is None else rows(self.aims, IGNORE),
+            source=None if self.source is None else self.source.part(first, last),
         )

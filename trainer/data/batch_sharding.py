@@ -106,7 +106,14 @@ class BatchSharder:
 
     def piece(self, batch: Batch) -> MicroBatch:
         """Returns this rank's tokens of all rows of a batch, on its device."""
-        return self._shard(batch.inputs(), batch.span(), self.targets(batch))
+        micro_batch = self._shard(batch.inputs(), batch.span(), self.targets(batch))
+        return micro_batch._replace(source=self._source(batch))
+
+    def _source(self, batch: Batch) -> MicroBatch | None:
+        """Returns this rank's tokens of the source, which is shared by a layout of its own."""
+        if batch.source is None:
+            return None
+        return self._shard(batch.source.inputs(), batch.source.span(), None)
 
     def _cut(self, batch: Batch) -> list[MicroBatch]:
         """Returns this rank's tokens of each piece of all rows of a batch."""
@@ -120,13 +127,15 @@ class BatchSharder:
             stop = (number + 1) * tokens.shape[1] // count
             part = span.map(lambda field, start=start, stop=stop: field[:, start:stop])
             pieces.append(self._shard(tokens[:, start:stop], part, targets[:, start:stop]))
+        if count == 1:
+            pieces[0] = pieces[0]._replace(source=self._source(batch))
         return pieces
 
-    def _shard(self, tokens: Tensor, addresses: Span, targets: Tensor) -> MicroBatch:
+    def _shard(self, tokens: Tensor, addresses: Span, targets: Tensor | None) -> MicroBatch:
         """Returns this rank's part of these tokens, on its device."""
         device = self.mesh.device
         tokens = tokens.to(device)
-        targets = targets.to(device)
+        targets = None if targets is None else targets.to(device)
         span = addresses.map(lambda tensor: tensor.to(device))
         if self.mesh.context.size == 1:
             return MicroBatch(tokens, span, targets)
@@ -137,7 +146,8 @@ class BatchSharder:
         )
         shard = shard_span(span, rank_layouts, self.mesh.context.rank)
         sharding = shard.sharding
-        return MicroBatch(sharding.shard(tokens, 0), shard, sharding.shard(targets, IGNORE))
+        own_targets = None if targets is None else sharding.shard(targets, IGNORE)
+        return MicroBatch(sharding.shard(tokens, 0), shard, own_targets)
 
     def describe(self) -> str:
         """Returns one line for the log."""

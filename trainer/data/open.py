@@ -11,12 +11,14 @@ from trainer.data.errors import NONE_HELD_OUT, ONE_DOCUMENT, DataError, ReadRepo
 from trainer.data.folders import writable
 from trainer.data.sources.base import Local, Source, build_source
 from trainer.data.sources.mixture import Mixture, placed
+from trainer.data.sources.pairs import Pairs
 from trainer.data.sources.readers import File, suffix_of
 from trainer.data.sources.streaming import SAMPLED, StreamingSource
 from trainer.data.split import SPLITS
 from trainer.data.streams.base import Stream
 from trainer.data.streams.mixture import MixtureStream
 from trainer.data.streams.packed import PackedStream
+from trainer.data.streams.pairs import PairStream
 from trainer.data.streams.streaming import NOTHING, StreamingStream
 from trainer.data.streams.synthetic import SyntheticStream
 from trainer.data.tasks.base import SyntheticTask
@@ -29,6 +31,10 @@ SLICE = 4096  # characters tokenized at once in search of a token
 NO_LANES = (
     "memory: rows go on from row to row under it, and those of data=mixture come from different"
     " sources; use memory=none, or one source"
+)
+NO_PAIRS = (
+    "data.sources: rows of pairs bring rows of their sources, which data=mixture does not join; put"
+    " the pairs into one file, or name several by a glob in data.path"
 )
 GLANCE = 4  # documents of a streamed source read by `check`
 
@@ -73,6 +79,8 @@ def open_stream(
         "split": split,
         "lanes": lanes,
     }
+    if isinstance(source, Pairs):
+        return PairStream(source, **settings)
     if isinstance(source, Local):
         return PackedStream(source, **settings)
     if isinstance(source, SyntheticTask):
@@ -89,6 +97,8 @@ def _open_mixture(source: Mixture, settings: dict[str, Any]) -> MixtureStream:
     """Opens the batches of a mixture."""
     if settings["lanes"]:
         raise DataError(NO_LANES, BAD_CONFIG)
+    if any(part.has_source for part in source.sources.values()):
+        raise DataError(NO_PAIRS, BAD_CONFIG)
     split = settings["split"]
     streams: dict[str, Stream] = {}
     by_source: dict[str, Stream] = {}
@@ -172,6 +182,8 @@ def _check_mixture(
     """Returns the faults of every source of a mixture, without those of their tokenizers."""
     if lanes:
         return [NO_LANES]
+    if any(part.has_source for part in source.sources.values()):
+        return [NO_PAIRS]
     errors: list[str] = []
     for name, part in source.sources.items():
         try:

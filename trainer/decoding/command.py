@@ -14,10 +14,12 @@ import torch
 import yaml
 
 from models.cache.overflow import policy_of
+from models.layer import hook
 from trainer.decoding.context_limit import ContextLimit
 from trainer.decoding.open_model import OpenModel, named_cache, open_model
 from trainer.decoding.sampling import Sampling
 from trainer.decoding.scheduler import Scheduler
+from trainer.decoding.targets import check_settings, write_targets
 from trainer.decoding.texts import complete
 from trainer.errors import BAD_CONFIG, BAD_RUN, UserError
 
@@ -42,6 +44,8 @@ KINDS: dict[str, type] = {
     "context": int,
     "n_keep": int,
     "preempt": str,
+    "beams": int,
+    "length_penalty": float,
 }
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -137,6 +141,13 @@ def run(words: Sequence[str], shown: TextIO | None = None) -> int:
         opened.model.to(torch.device(wishes.get("device", "cpu")))
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={wishes.get('device', 'cpu')}: {error}") from error
+    reads_source = hook(opened.model, "reads_source")
+    check_settings(wishes.settings, reads_source)
+    if reads_source:
+        with ExitStack() as stack:
+            lines = _output(wishes, stack)
+            write_targets(opened, prompts, wishes.settings, lines, screen)
+        return 0
     try:
         limit = _limit(wishes, opened)
         with ExitStack() as stack:

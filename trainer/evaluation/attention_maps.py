@@ -71,6 +71,7 @@ def attention_maps(
         whole=gather,
         heads=HEADS,
         norms=True,
+        source=micro_batch.source,
     )
     return maps, len(softmaxes) - len(chosen)
 
@@ -122,9 +123,11 @@ def beginning(stream: Stream, tokens: int) -> Batch:
     """Returns the first tokens of the first row of a stream."""
     batch, _ = stream.read(stream.start())
     row = batch.part(0, 1)
+    source = row.source
+    row = row._replace(source=None)
     # One token more than the model reads, as in every Batch.
     columns = [None if column is None else column[:, : tokens + 1] for column in row]
-    return Batch(*columns)  # type: ignore[arg-type]
+    return Batch(*columns)._replace(source=source)  # type: ignore[arg-type]
 
 
 def together(communicator: Communicator) -> GatherWhole:

@@ -25,6 +25,7 @@ from trainer.config.schema import HELD_OUT, Config
 from trainer.data.batch import Batch
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.lanes import Lanes
+from trainer.data.sources.base import Source
 from trainer.data.streams.base import Stream
 from trainer.data.tasks.base import Numbers
 from trainer.data.tokenizers import Tokenizer
@@ -66,6 +67,7 @@ class RunFacts:
         vocabulary: tokens that the model knows.
         limits: {class of a part of the model: tokens of the longest document that it can take}.
         aimed: the data has targets of its own, which are not the next tokens.
+        reads_source: the model reads a source beside each row.
     """
 
     name: str
@@ -75,10 +77,24 @@ class RunFacts:
     vocabulary: int
     limits: dict[str, int]
     aimed: bool = False
+    reads_source: bool = False
 
     def key(self, setting: str) -> str:
         """Returns the dotted key of a setting of this evaluation."""
         return f"evaluation.{self.name}.{setting}"
+
+    def check_streams(self, setting: str, data: Source) -> Iterator[Finding]:
+        """Checks that data of an evaluation's own has a source where the model reads one."""
+        if data.has_source == self.reads_source:
+            return
+        has = "has sources" if data.has_source else "has no sources"
+        reads = "reads one beside each row" if self.reads_source else "reads none"
+        yield Finding(
+            self.key(setting),
+            type(data).__name__,
+            f"it {has}, and the model {reads}",
+            "use data of the kind that the model was trained on",
+        )
 
     def check_length(self, setting: str, value: Any, tokens: int) -> Iterator[Finding]:
         """Checks that the model can take documents of so many tokens."""
@@ -173,16 +189,26 @@ class Evaluation(ABC):
     Attributes:
         needs_text: it writes text of its own, so the run's data must be text.
         needs_next_token: it scores next tokens, so the model must have learned to predict them.
+        reads_source: it reads the run's own rows, with their sources where they have them.
     """
 
     needs_text: ClassVar[bool] = False
     needs_next_token: ClassVar[bool] = True
+    reads_source: ClassVar[bool] = False
 
     def __init__(self, *, every: Every = None):
         self.every = every
 
     def findings(self, facts: RunFacts) -> Iterator[Finding]:
         """Yields why the evaluation cannot judge this run, in one process before ranks start."""
+        if facts.reads_source and not self.reads_source:
+            yield Finding(
+                "evaluation",
+                facts.name,
+                "it writes rows of its own, and the model reads a source beside each",
+                "use evaluation=[heldout,free_running]",
+            )
+            return
         if self.needs_next_token and facts.objective.rewrites:
             yield Finding(
                 "evaluation",

@@ -35,6 +35,7 @@ class ByPosition(Evaluation):
     """
 
     needs_next_token = False
+    reads_source = True
 
     def __init__(
         self,

@@ -67,6 +67,7 @@ class HeldOut(Evaluation):
     """
 
     needs_next_token = False
+    reads_source = True
 
     def __init__(
         self,
@@ -124,6 +125,7 @@ def check_rows(facts: RunFacts, data: Source | None, length: int | None) -> Iter
         yield from facts.check_length("length", length, length)
     if data is None:
         return
+    yield from facts.check_streams("data", data)
     try:
         tokenizer = data.tokenizer()
     except ValueError as error:

@@ -43,6 +43,7 @@ class Tasks(Evaluation):
     """
 
     needs_next_token = False
+    reads_source = True
 
     def __init__(
         self,
@@ -93,6 +94,7 @@ class Tasks(Evaluation):
                 )
                 return
             stream = self._stream(task, facts.config.context_length)
+            yield from facts.check_streams("task", task)
         except (DataError, ValueError) as error:
             yield Finding(sentence=f"evaluation.{facts.name}: {error}")
             return

@@ -18,9 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.cost.flops import CostTrace, trace_cost
-from models.cost.parameters import meta_row, meta_twin
+from models.cost.parameters import meta_batch, meta_twin
 from models.lora import LEAVES, adapters
-from models.micro_batch import MicroBatch
 from trainer.config.finding import Finding
 from trainer.config.schema import Config
 from trainer.errors import BAD_RUN, UserError
@@ -129,10 +128,10 @@ def _never_called(model: nn.Module) -> list[str]:
     called: set[str] = set()
     for name, layer in adapters(twin):
         layer.register_forward_hook(lambda *call, name=name: called.add(name))
-    tokens, span = meta_row(2)
+    batch = meta_batch(twin, 2)
     with torch.no_grad():
         # A pass with targets, because a head is called as a layer only without them.
-        twin(MicroBatch(tokens, span, torch.zeros_like(tokens)))
+        twin(batch._replace(targets=torch.zeros_like(batch.tokens)))
     return [name for name, _ in adapters(model) if name not in called]
 
 

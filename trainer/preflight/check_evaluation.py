@@ -77,6 +77,7 @@ def check_evaluations(
             vocabulary=vocabulary,
             limits=limits,
             aimed=isinstance(source, SyntheticTask) and source.aimed,
+            reads_source=hook(model, "reads_source"),
         )
         yield from evaluation.findings(facts)
 

@@ -13,7 +13,7 @@ from parallel.engines.base import blocks_of
 from parallel.tiles import tileable_blocks
 from trainer.config import build_model
 from trainer.config.finding import NO_VALUE_SHOWN, Finding
-from trainer.config.node_checks import as_node
+from trainer.config.node_checks import as_node, find_class
 from trainer.config.schema import Config
 from trainer.data.sources.base import build_source
 from trainer.errors import UserError
@@ -25,7 +25,7 @@ def check_layer_settings(config: Config) -> Iterator[Finding]:
     try:
         takes = {
             parameter: build_model.model_takes(config, parameter)
-            for parameter in ("mixers", "feedforwards")
+            for parameter in ("mixers", "feedforwards", "encoder_mixers")
         }
     except UserError:  # the class does not exist, which the check of the node reports
         return
@@ -38,14 +38,59 @@ def check_layer_settings(config: Config) -> Iterator[Finding]:
         ("model.feedforward", model.feedforward, "feedforwards"),
         ("model.feedforward_pattern", model.feedforward_pattern, "feedforwards"),
         ("model.feedforwards", model.feedforwards, "feedforwards"),
+        ("model.encoder_pattern", model.encoder_pattern, "encoder_mixers"),
+        ("model.encoder_layers", model.encoder_layers, "encoder_mixers"),
+        ("model.encoder_position", model.encoder_position, "encoder_mixers"),
     ):
         if value and not takes[parameter]:
+            example = "encoder_decoder" if parameter == "encoder_mixers" else "full"
             yield Finding(
                 key,
                 NO_VALUE_SHOWN,
                 f"is set, but {model_class} takes no {parameter}",
-                f"leave {key} out, or use a decoder, for example model=full",
+                f"leave {key} out, or use a model that does, for example model={example}",
             )
+
+
+def check_streams(config: Config) -> Iterator[Finding]:
+    """Refuses data without a source for a model that reads one, and the other way round."""
+    try:
+        model_class = find_class(config.model.target, "model")
+        source = build_source(as_node(config.data))
+    except (UserError, ValueError):  # reported by the checks of the nodes
+        return
+    reads = getattr(model_class, "reads_source", False) is True
+    name = model_class.__name__
+    if reads == source.has_source:
+        if reads and config.evaluation.every and config.evaluation.sample_tokens:
+            yield Finding(
+                "evaluation.sample_tokens",
+                config.evaluation.sample_tokens,
+                f"a sample continues a prompt, but {name} writes from a source",
+                "use evaluation.sample_tokens=0, and evaluation=free_running for what it writes",
+            )
+        if reads and config.evaluation.attention_maps:
+            yield Finding(
+                "evaluation.attention_maps",
+                config.evaluation.attention_maps,
+                f"the page shows the tokens of one row, and {name} also weighs those of a source",
+                "use evaluation.attention_maps=0; in Python Seq2Seq.alignments has the weights",
+            )
+        return
+    if reads:
+        yield Finding(
+            "data",
+            type(source).__name__,
+            f"its documents have no source, and {name} reads one beside each row",
+            "use data=pairs or data=reverse, or a decoder, for example model=full",
+        )
+    else:
+        yield Finding(
+            "data",
+            type(source).__name__,
+            f"its documents have a source, which {name} would not read",
+            "use model=encoder_decoder or model=seq2seq, or data of one stream",
+        )
 
 
 def check_block_settings(config: Config, model: nn.Module) -> Iterator[Finding]:

@@ -31,6 +31,7 @@ from trainer.preflight.check_model import (
     check_cache,
     check_layer_settings,
     check_sample_length,
+    check_streams,
 )
 from trainer.preflight.foreign import check_foreign_layers
 from trainer.preflight.reach import unreached
@@ -42,15 +43,23 @@ def check_nodes(config: Config) -> Iterator[Finding | str]:
     sizes = build_model.offered_sizes(config, 1)
     offers = dict.fromkeys(sizes)
     layer_offers = {**offers, "position": None, "layer": None}
-    model_offers = {**layer_offers, "mixers": None, "feedforwards": None, "memory": None}
+    parts = ("mixers", "feedforwards", "memory", "encoder_mixers", "encoder_feedforwards")
+    model_offers = {**layer_offers, **dict.fromkeys(parts), "encoder_position": None}
     yield from node_errors(config.position, offers, "position")
+    if config.model.encoder_position is not None:
+        yield from node_errors(config.model.encoder_position, offers, "model.encoder_position")
     yield from _check_layer_nodes(config, layer_offers)
-    for layer_labels in (build_model.mixer_labels, build_model.feedforward_labels):
+    for layer_labels in (
+        build_model.mixer_labels,
+        build_model.feedforward_labels,
+        build_model.encoder_labels,
+    ):
         try:
             layer_labels(config)
         except UserError as error:
             yield str(error)
     yield from check_layer_settings(config)
+    yield from check_streams(config)
     yield from node_errors(build_model.model_node(config), model_offers, "model")
     yield from check_memory_name(config)
     yield from _check_by_building(config.optim, {}, "optim")

@@ -26,7 +26,7 @@ from trainer.config.values import is_node
 from trainer.errors import UserError
 from trainer.objectives.contradictions import learns_next
 from trainer.run_dir import plain_config as as_tree
-from trainer.verify.diagnosis import packed_rows
+from trainer.verify.diagnosis import example_source, packed_rows
 from trainer.verify.doctor import VOCABULARY, build_noisy_model, small_twin
 
 OURS = ("models", "parallel", "trainer")
@@ -205,7 +205,8 @@ def _difference(
     seen = []
     for tokens in both:
         with _same_chance():
-            seen.append(model(MicroBatch(tokens, span.map(torch.clone))))
+            source = example_source(model, VOCABULARY, span.map(torch.clone))
+            seen.append(model(MicroBatch(tokens, span.map(torch.clone), None, source)))
         if tape is not None:
             tape.again = True
     scale = seen[0].abs().max().clamp_min(1e-12)

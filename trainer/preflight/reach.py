@@ -124,7 +124,7 @@ def _replaced(config: Config, given: Collection[str]) -> Iterator[tuple[str, str
             where = f"model.{group}.{label}"
             if not any(key == where or key.startswith(f"{where}.") for key in given):
                 continue
-            if chosen is not None:
+            if chosen is not None and label not in wish.encoder_pattern:
                 yield (
                     where,
                     (
@@ -132,7 +132,7 @@ def _replaced(config: Config, given: Collection[str]) -> Iterator[tuple[str, str
                         " the two out"
                     ),
                 )
-            elif label not in labels:
+            elif label not in labels and label not in wish.encoder_pattern:
                 yield (
                     where,
                     (

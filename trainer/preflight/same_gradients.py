@@ -16,6 +16,7 @@ from models.span import PADDING, Span
 from trainer.config.finding import Finding
 from trainer.config.schema import Config
 from trainer.preflight.foreign import PAGE, strangers
+from trainer.verify.diagnosis import example_source
 from trainer.verify.doctor import VOCABULARY, build_noisy_model, packed_rows, small_twin
 
 
@@ -82,7 +83,8 @@ def _used(model: nn.Module, span: Span) -> set[str]:
 
             handles.append(module.register_forward_pre_hook(note))
     tokens = torch.randint(VOCABULARY, span.shape, generator=torch.Generator().manual_seed(3))
-    outputs: Tensor = model(MicroBatch(tokens, span))
+    source = example_source(model, VOCABULARY, span)
+    outputs: Tensor = model(MicroBatch(tokens, span, None, source))
     outputs.sum().backward()
     for handle in handles:
         handle.remove()

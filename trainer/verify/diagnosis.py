@@ -2,11 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from models.layer import hook
+from models.micro_batch import MicroBatch
 from models.span import Span
+from parallel.layout import layouts
+from parallel.mesh import Mesh
+from parallel.sharding import shard_span
 
 TOKENS = 121
 BOUND = 1e-11  # of a tensor's largest magnitude, in float64
@@ -35,6 +41,9 @@ class Diagnosis:
 
 # Document lengths of two rows; the rest of each row is padding.
 SEPARATE_ROWS = ([37, 1, 52, 23], [5, 90, 19])
+# Lengths of the sources of the same documents, of which the last has none.
+SOURCE_ROWS = ([11, 30, 1, 9], [40, 2])
+SOURCE_TOKENS = 67
 # Document lengths of two lanes, for a memory: two rows each, cut inside a document.
 LANES = ([37, 1, 52, 60, 1, 80], [5, 90, 147])
 
@@ -59,6 +68,30 @@ def packed_rows(lengths: Sequence[Sequence[int]] = SEPARATE_ROWS, first: int = 0
             doc[row, start:stop] = number
             start = stop
     return Span.of(pos[:, first:], doc[:, first:])
+
+
+def example_source(model: nn.Module, vocabulary: int, span: Span | None = None) -> Any:
+    """Returns a source for rows of documents, a MicroBatch; None where the model reads none.
+
+    Args:
+        vocabulary: its tokens are below it.
+        span: its addresses; None: sources of the documents of `packed_rows`.
+    """
+    if not hook(model, "reads_source"):
+        return None
+    if span is None:
+        span = packed_rows(SOURCE_ROWS).map(lambda column: column[:, :SOURCE_TOKENS])
+    generator = torch.Generator().manual_seed(4)
+    return MicroBatch(torch.randint(vocabulary, span.shape, generator=generator), span)
+
+
+def local_source(source: Any, policy: str, mesh: Mesh) -> Any:
+    """Returns this rank's tokens of a source, by a layout of its own; None of none."""
+    if source is None or mesh.context.size == 1:
+        return source
+    row_layouts = layouts(policy, source.span, mesh.context.size, heads=mesh.ulysses.size)
+    span = shard_span(source.span, row_layouts, mesh.context.rank)
+    return MicroBatch(span.sharding.shard(source.tokens, 0), span)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

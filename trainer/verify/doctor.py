@@ -48,6 +48,8 @@ from trainer.verify.diagnosis import (
     LANES,
     TOKENS,
     Diagnosis,
+    example_source,
+    local_source,
     packed_rows,
     relative_error,
 )
@@ -98,6 +100,8 @@ def small_twin(config: Config) -> Config:
     tree["context_length"] = TOKENS
     tree["batch_tokens"] = 2 * TOKENS
     tree["precision"] = "float64"
+    if "source_length" in tree["data"]:
+        tree["data"]["source_length"] = None
     return Config.model_validate(tree)
 
 
@@ -157,20 +161,48 @@ class Examination:
         )
         generator = torch.Generator().manual_seed(3)
         self.tokens = torch.randint(VOCABULARY, self.span.shape, generator=generator)
+        self.source = example_source(self.reference, VOCABULARY)
 
     def findings(self) -> Iterator[Diagnosis]:
         """Yields every line of the table, the same on every rank."""
         yield from self._check_parity()
         before = self._logits(self.tokens)
         yield from self._check_changes(before)
-        yield from check_reach(self.shared, self.tokens, self._local_span(), self.mesh)
-        row = self._training_row(self.span)
+        yield from self._check_source(before)
+        yield from check_reach(
+            self.shared, self.tokens, self._local_span(), self.mesh, self._local_source()
+        )
+        row = MicroBatch(*self._training_row(self.span), self.source)
         yield check_evaluation(self.reference, self.shared, row, self.mesh, self.config)
         yield check_padding_rank(self.reference, self.shared, row, self.mesh)
 
     def _local_span(self) -> Span:
         """Returns this rank's addresses of the packed rows."""
         return shard_span(self.span, self.layouts, self.mesh.context.rank)
+
+    def _local_source(self, source: MicroBatch | None = None) -> MicroBatch | None:
+        """Returns this rank's tokens of the source, or of another one; None where none is read."""
+        chosen = self.source if source is None else source
+        return local_source(chosen, self.config.parallel.layout, self.mesh)
+
+    def _check_source(self, before: Tensor) -> Iterator[Diagnosis]:
+        """Changes the source of one document and checks which logits move.
+
+        Args:
+            before: logits [B, T, V] of the unchanged source.
+        """
+        if self.source is None:
+            return
+        changed = self.source.span.doc == 1
+        tokens = torch.where(changed, (self.source.tokens + 7) % VOCABULARY, self.source.tokens)
+        after = self._logits(self.tokens, self.source._replace(tokens=tokens))
+        moved = (after - before).abs().amax(-1).nan_to_num(nan=torch.inf) / before.abs().max()
+        of_it = self.span.doc == 1
+        figure = _largest(moved, ~of_it & self.span.valid())
+        yield self._line("source", "rows of other documents", figure)
+        figure = _largest(moved, of_it)
+        subject = "rows of a document whose source changed"
+        yield Diagnosis("source", subject, figure, LEAST_MOVE, figure > LEAST_MOVE, "must move")
 
     def _check_parity(self) -> Iterator[Diagnosis]:
         """Compares losses and gradients; with a memory, of two rows that follow each other."""
@@ -200,13 +232,15 @@ class Examination:
         reset_auxiliary(self.shared)
 
         attached = state.attach(span) if state else span
-        expected = self.reference(MicroBatch(tokens, attached, targets))
+        expected = self.reference(MicroBatch(tokens, attached, targets, self.source))
         _total_loss(self.reference, expected).backward()
 
         local_tokens = sharding.shard(tokens, 0)
         local_targets = sharding.shard(targets, IGNORE)
         attached = sharded_state.attach(local_span) if sharded_state else local_span
-        losses = self.shared(MicroBatch(local_tokens, attached, local_targets))
+        losses = self.shared(
+            MicroBatch(local_tokens, attached, local_targets, self._local_source())
+        )
         _total_loss(self.shared, losses).backward()
 
         for carried in (state, sharded_state):
@@ -246,11 +280,12 @@ class Examination:
         return self._line("parity", f"gradients of {count} parameters", largest_error, note=note)
 
     @torch.no_grad()
-    def _logits(self, tokens: Tensor) -> Tensor:
+    def _logits(self, tokens: Tensor, source: MicroBatch | None = None) -> Tensor:
         """Returns the shared model's logits [B, T, V] of the whole rows, on every rank."""
         local_span = self._local_span()
         sharding = local_span.sharding
-        logits = self.shared(MicroBatch(sharding.shard(tokens, 0), local_span))
+        own_source = self._local_source(source)
+        logits = self.shared(MicroBatch(sharding.shard(tokens, 0), local_span, None, own_source))
         parts = [torch.zeros_like(logits) for _ in range(self.mesh.context.size)]
         dist.all_gather(parts, logits.contiguous(), group=self.mesh.context.group)
         return sharding.to_global_order(torch.cat(parts, 1))[:, :TOKENS]

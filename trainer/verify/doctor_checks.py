@@ -24,16 +24,17 @@ from trainer.data.batch import Batch
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.streams.base import Cursor, Stream
 from trainer.evaluation.held_out import HeldOutResult, evaluate
-from trainer.verify.diagnosis import BOUND, Diagnosis, relative_error
+from trainer.verify.diagnosis import BOUND, Diagnosis, local_source, relative_error
 
 LAYER = re.compile(r"blocks\.\d+\.mixer")
 ROW, DOCUMENT = 0, 2  # of the packed rows: a document of 52 tokens
 REACHED = 0.0  # a gradient is exact where nothing reaches, so any other is reach
 FEW = 5  # tokens of a row that leaves some rank with padding alone
-TrainingRow = tuple[Tensor, Span, Tensor]  # tokens, addresses and targets, [B, T]
 
 
-def check_reach(model: nn.Module, tokens: Tensor, span: Span, mesh: Mesh) -> Iterator[Diagnosis]:
+def check_reach(
+    model: nn.Module, tokens: Tensor, span: Span, mesh: Mesh, source: MicroBatch | None = None
+) -> Iterator[Diagnosis]:
     """Checks that in each layer the last token of a document depends on its first token.
 
     Each layer gets an input of its own, so that a layer that passes nothing on is not hidden by the
@@ -45,6 +46,7 @@ def check_reach(model: nn.Module, tokens: Tensor, span: Span, mesh: Mesh) -> Ite
         tokens: [B, T] of the whole rows.
         span: addresses of this rank's tokens, with their sharding.
         mesh: the ranks; every rank makes the same calls.
+        source: this rank's tokens of the source, where the model reads one.
     """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -55,7 +57,7 @@ def check_reach(model: nn.Module, tokens: Tensor, span: Span, mesh: Mesh) -> Ite
         handles.append(layer.register_forward_hook(_note(name, outputs)))
     local_tokens = tokens if span.sharding is None else span.sharding.shard(tokens, 0)
     try:
-        model(MicroBatch(local_tokens, span))
+        model(MicroBatch(local_tokens, span, None, source))
     finally:
         for handle in handles:
             handle.remove()
@@ -98,7 +100,7 @@ def why_not(layer: nn.Module, tokens: int) -> str:
 
 
 def check_evaluation(
-    reference: nn.Module, shared: nn.Module, row: TrainingRow, mesh: Mesh, config: Config
+    reference: nn.Module, shared: nn.Module, row: MicroBatch, mesh: Mesh, config: Config
 ) -> Diagnosis:
     """Compares the held-out loss by position of the ranks with that of one device."""
     stream = OneBatch(row)
@@ -107,7 +109,7 @@ def check_evaluation(
         share = BatchSharder(
             place,
             rows=stream.rows,
-            context_length=row[0].shape[1],
+            context_length=row.tokens.shape[1],
             micro_batch="auto",
             policy=config.parallel.layout,
         )
@@ -128,20 +130,12 @@ def _losses(result: HeldOutResult) -> Tensor:
 class OneBatch(Stream):
     """A stream of one batch, whose targets are given."""
 
-    def __init__(self, row: TrainingRow):
-        tokens, span, targets = row
-        self.rows = len(tokens)
+    def __init__(self, row: MicroBatch):
+        self.rows = len(row.tokens)
         self.batches = 1
         self.fingerprint = "doctor"
-
-        def longer(column: Tensor, fill: int) -> Tensor:
-            # A Batch has one token more than the model reads.
-            return torch.cat([column, torch.full_like(column[:, :1], fill)], 1)
-
-        doc = longer(span.doc, PADDING)
-        role = longer(span.role, 0)
-        aims = longer(targets, IGNORE)
-        self.batch = Batch(longer(tokens, 0), doc, longer(span.pos, 0), role, aims)
+        source = None if row.source is None else _longer(row.source)
+        self.batch = _longer(row)._replace(source=source)
 
     def start(self) -> Cursor:
         return {"rows": 0}
@@ -153,14 +147,26 @@ class OneBatch(Stream):
         return "the doctor's packed rows"
 
 
+def _longer(row: MicroBatch) -> Batch:
+    """Returns tokens as a Batch, which has one more than the model reads, without a source."""
+
+    def longer(column: Tensor, fill: int) -> Tensor:
+        return torch.cat([column, torch.full_like(column[:, :1], fill)], 1)
+
+    pos, doc, role = row.span.addresses()
+    aims = None if row.targets is None else longer(row.targets, IGNORE)
+    return Batch(longer(row.tokens, 0), longer(doc, PADDING), longer(pos, 0), longer(role, 0), aims)
+
+
 def check_padding_rank(
-    reference: nn.Module, shared: nn.Module, row: TrainingRow, mesh: Mesh
+    reference: nn.Module, shared: nn.Module, row: MicroBatch, mesh: Mesh
 ) -> Diagnosis:
     """Compares losses and gradients where some ranks hold padding and no token.
 
     The rows are cut after a few tokens and lie contiguously, so that only the first rank has any.
     """
-    tokens, span, targets = row
+    tokens, span, targets, source = row
+    assert targets is not None, "losses are compared"
     is_kept = torch.arange(tokens.shape[1]) < FEW
     doc = torch.where(is_kept, span.doc, PADDING)
     short = Span.of(torch.where(is_kept, span.pos, 0), doc, torch.where(is_kept, span.role, 0))
@@ -171,10 +177,11 @@ def check_padding_rank(
     empty = mesh.context.size - int(counts)
     reference.zero_grad()
     shared.zero_grad()
-    expected = reference(MicroBatch(tokens, short, aims))
+    expected = reference(MicroBatch(tokens, short, aims, source))
     expected.sum().backward()
     sharding = local.sharding
-    own = MicroBatch(sharding.shard(tokens, 0), local, sharding.shard(aims, IGNORE))
+    own_source = local_source(source, "contiguous", mesh)
+    own = MicroBatch(sharding.shard(tokens, 0), local, sharding.shard(aims, IGNORE), own_source)
     losses = shared(own)
     losses.sum().backward()
     figure = relative_error(losses.detach(), sharding.shard(expected.detach(), 0))

@@ -32,6 +32,8 @@ SMALL = (
     "launch.timeout_s=150",
 )
 LENGTHS = (1, 2, 3, 5, 8, 13, 16, 24, 33, 48, 64)
+TWO_STREAMS = ("encoder_decoder", "seq2seq", "t5", "transformer")
+OF_PAIRS = "reverse"  # data that they read, and that no other model does
 LONG = 100  # tokens: above it a step takes only as many rows as there are data ranks
 LARGEST_CREW = 4
 SIZES = (1, 2, 3, 4, 5, 8)  # of windows, blocks and the like: shorter than a row, or longer
@@ -90,8 +92,12 @@ def complete(group: str) -> list[str]:
 
 @cache
 def tasks() -> list[str]:
-    """Returns the sources that make their own data."""
-    return [name for name in options("data") if issubclass(class_of("data", name), SyntheticTask)]
+    """Returns the sources that make their own data, of one stream."""
+    return [
+        name
+        for name in options("data")
+        if name != OF_PAIRS and issubclass(class_of("data", name), SyntheticTask)
+    ]
 
 
 def import_parts() -> None:
@@ -164,19 +170,19 @@ def draw_run(random: Random, folder: Path, documents: str) -> Draw:
     else:
         source = random.choice(tasks())
         length = longest(source) + random.choice((0, 1, 5))
+    if any(f"model={name}" in parts for name in TWO_STREAMS):
+        is_text = False
+        source = OF_PAIRS
+        length = max(length, longest(source))
     rows = random.choice((1, 2, 3, 5)) if length < LONG else data
     heads = random.choice((1, 2, 4))
     common = [*SMALL, f"seed={random.randrange(1000)}", f"precision={precision}", *parts]
     common += [f"model.width={heads * random.choice((4, 8))}", f"model.heads={heads}"]
-    divisors = [number for number in (1, 2, 4) if heads % number == 0]
-    common.append(f"model.kv_heads={random.choice(divisors)}")
+    common.append(f"model.kv_heads={random.choice([n for n in (1, 2, 4) if heads % n == 0])}")
     common += [f"context_length={length}", f"batch_tokens={length * rows}", f"data={source}"]
     if is_text:
         common += [f"data.path={documents}", f"data.cache={folder / 'cache'}"]
-    if random.random() < 0.25:
-        common += ["evaluation.every=3", "evaluation.batches=1"]
-    else:
-        common.append("evaluation.every=0")
+    common += _evaluation(random)
     if low_precision:
         common.append(SMOOTH)
     elif random.random() < 0.1:
@@ -192,6 +198,13 @@ def draw_run(random: Random, folder: Path, documents: str) -> Draw:
     spread += _engine(random, engine, precision, ranks)
     spread += _experts(random, common, engine, ranks)
     return Draw(common, spread, ranks)
+
+
+def _evaluation(random: Random) -> list[str]:
+    """Draws whether the run is evaluated while it trains."""
+    if random.random() < 0.25:
+        return ["evaluation.every=3", "evaluation.batches=1"]
+    return ["evaluation.every=0"]
 
 
 def _micro_batch(random: Random, rows_per_rank: int) -> list[str]:

@@ -51,8 +51,11 @@ def test_every_mixer_builds_without_memory_and_refuses_a_setting_it_does_not_hav
 
 BASES = ("decoder", "hub")  # the one has no mixers, the other needs a folder
 OBJECTIVES = {
-    "bidirectional": ["objective=masked"]
-}  # of a model that sees what the usual objective asks for
+    # of a model that sees what the usual objective asks for
+    "bidirectional": ["objective=masked"],
+    # of models that read a source
+    **{key: ["data=reverse"] for key in ("encoder_decoder", "seq2seq", "t5", "transformer")},
+}
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ QUICK = (
 
 
 MASKED = ("objective=masked", "evaluation.sample_tokens=0")
+OF_PAIRS = ("data=reverse", "evaluation.sample_tokens=0")
 
 
 def examine(env, words, sabotage):
@@ -57,13 +58,16 @@ def examine(env, words, sabotage):
             "evaluation.sample_tokens=0",
             "parallel.method=allgather",
         ),
+        ("model=encoder_decoder", *OF_PAIRS, "parallel.layout=contiguous"),
+        ("model=seq2seq", "model.attention=local_p", *OF_PAIRS),
     ],
     ids=" ".join,
 )
 def test_a_sound_config_passes(words):
     findings = ranks(3, examine, words, None)[0]
     assert [f for f in findings if not f.passed] == []
-    assert {f.check for f in findings} == {
+    of_source = {"source"} if "data=reverse" in words else set()
+    assert {f.check for f in findings} - of_source == {
         "parity",
         "causality",
         "documents",
@@ -71,6 +75,7 @@ def test_a_sound_config_passes(words):
         "reach",
         "evaluation",
     }
+    assert of_source <= {f.check for f in findings}
 
 
 @pytest.mark.parametrize("sabotage", BREAKS)

@@ -98,6 +98,11 @@ class Source:
         return padded_to(load(self.tokenizer_name), self.pad_vocabulary_to)
 
     @property
+    def has_source(self) -> bool:
+        """Tells if a document has a source, which only a model of two streams reads."""
+        return False
+
+    @property
     def sets_targets(self) -> bool:
         """Tells if the data says what is to be learned of it; of plain text that is every token."""
         return False

@@ -184,10 +184,9 @@ class MixtureStream(Stream):
                 BAD_CONFIG,
             )
         length = self.context_length + 1
-        fill = {"tokens": 0, "doc": PADDING, "pos": 0, "role": TEXT}
-        columns = {name: torch.full((1, length), value) for name, value in fill.items()}
+        columns = [torch.full((1, length), value) for value in (0, PADDING, 0, TEXT)]
         aims = torch.full((1, length), IGNORE) if self.source.aimed else None
-        return Batch(**columns, aims=aims)
+        return Batch(*columns, aims=aims)
 
 
 def _joined(parts: list[Batch]) -> Batch:

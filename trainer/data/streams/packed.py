@@ -73,7 +73,7 @@ class PackedStream(Stream):
         # A memory has read what came before in the document, so its rows need no whole ones.
         self.cuts: Cuts | None = None
         if self.corpus.learns_part and not lanes:
-            self.cuts = cut_at_turns(self.corpus, self.documents, context_length)
+            self.cuts = self._cut()
             self.epoch_rows = len(self._whole(0).bins)
         else:
             self.epoch_rows = rows_of(self.tokens, context_length)
@@ -101,8 +101,16 @@ class PackedStream(Stream):
         self.admit(cursor)
         first = cursor["rows"]
         read_row = self._lane_row if self.lanes else self._row
-        batch = stack([read_row(number) for number in range(first, first + self.rows)])
+        batch = self._stack([read_row(number) for number in range(first, first + self.rows)])
         return batch, {"rows": first + self.rows, "fingerprint": self.fingerprint}
+
+    def _cut(self) -> Cuts:
+        """Returns the pieces of documents that rows hold whole."""
+        return cut_at_turns(self.corpus, self.documents, self.context_length)
+
+    def _stack(self, rows: list[PackedRow]) -> Batch:
+        """Returns rows as a batch."""
+        return stack(rows)
 
     @property
     def _order_seed(self) -> int:

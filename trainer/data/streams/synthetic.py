@@ -7,6 +7,7 @@ Letters: R rows of a batch, T context length.
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,17 +22,46 @@ from trainer.data.streams.base import Cursor, Stream
 from trainer.data.tasks.base import Example, SyntheticTask
 from trainer.errors import BAD_CONFIG
 
+NO_TOKENS = np.zeros(0, np.int64)
 DRAWS = 20_000  # examples drawn in search of one that belongs to the split
 
 
 class SyntheticRow(NamedTuple):
-    """Tokens of a stretch, five [tokens] int64 arrays; `tokens` may have columns."""
+    """Tokens of a stretch, five [tokens] int64 arrays, and the row of their sources, if any.
+
+    `tokens` may have columns.
+    """
 
     tokens: np.ndarray
     doc: np.ndarray
     pos: np.ndarray
     role: np.ndarray
     aims: np.ndarray
+    source: "SyntheticRow | None" = None
+
+    @staticmethod
+    def blank(length: int, columns: tuple[int, ...] = ()) -> "SyntheticRow":
+        """Returns `length` tokens of padding, each of these columns."""
+        return SyntheticRow(
+            tokens=np.full((length, *columns), 0, np.int64),
+            doc=np.full(length, PADDING, np.int64),
+            pos=np.full(length, 0, np.int64),
+            role=np.full(length, TEXT, np.int64),
+            aims=np.full(length, IGNORE, np.int64),
+        )
+
+    def put(self, start: int, tokens: np.ndarray, document: int) -> slice:
+        """Writes the tokens of a document from `start` on, and returns their place."""
+        place = slice(start, start + len(tokens))
+        self.tokens[place] = tokens
+        self.doc[place] = document
+        self.pos[place] = np.arange(len(tokens))
+        return place
+
+    def cut(self, start: int, stop: int) -> "SyntheticRow":
+        """Returns tokens start .. stop - 1, with the whole source."""
+        columns = (column[start:stop] for column in self[:5])
+        return SyntheticRow(*columns, source=self.source)
 
 
 class SyntheticStream(Stream):
@@ -97,9 +127,10 @@ class SyntheticStream(Stream):
         self.admit(cursor)
         first = cursor["rows"]
         rows = [self._row(number) for number in range(first, first + self.rows)]
-        columns = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*rows)]
-        tokens, doc, pos, role, aims = columns
-        batch = Batch(tokens, doc, pos, role, aims if self.task.aimed else None)
+        batch = _stacked(rows, aimed=self.task.aimed)
+        sources = [row.source for row in rows if row.source is not None]
+        if sources:
+            batch = batch._replace(source=_stacked(sources, aimed=False))
         return batch, {"rows": first + self.rows, "fingerprint": self.fingerprint}
 
     def describe(self, steps: int | None = None) -> str:
@@ -111,6 +142,8 @@ class SyntheticStream(Stream):
             f" {self.task.longest} tokens at most"
         ]
         words.append(f"rows of {self.context_length} with {examples_per_row}")
+        if self.task.has_source:
+            words.append(f"rows of sources of {source_room(self.task, self.context_length)}")
         if self.stretch > 1:
             words.append(f"an example goes on over up to {self.stretch} rows of its lane")
         return "; ".join(words)
@@ -121,8 +154,7 @@ class SyntheticStream(Stream):
         block, part = divmod(step, self.stretch)
         stretch = self._packed(block * self.rows + lane)
         start = part * self.context_length
-        stop = start + self.context_length + 1
-        return SyntheticRow(*(array[start:stop] for array in stretch))
+        return stretch.cut(start, start + self.context_length + 1)
 
     def _packed(self, number: int) -> SyntheticRow:
         """Returns stretch `number` with its examples."""
@@ -135,34 +167,32 @@ class SyntheticStream(Stream):
     def _pack(self, number: int) -> SyntheticRow:
         """Draws the examples of stretch `number` and lays them end to end."""
         length = self.stretch * self.context_length + 1
-        stretch = SyntheticRow(
-            tokens=np.full((length, *self.task.columns), 0, np.int64),
-            doc=np.full(length, PADDING, np.int64),
-            pos=np.full(length, 0, np.int64),
-            role=np.full(length, TEXT, np.int64),
-            aims=np.full(length, IGNORE, np.int64),
-        )
+        stretch = SyntheticRow.blank(length, self.task.columns)
+        # A row of sources has a token more than is read, as every row of a Batch.
+        source_length = source_room(self.task, self.context_length)
+        sources = SyntheticRow.blank(source_length + 1)
         random = self._random(number)
         # Under lanes, numbers must not recur: a memory would take two examples for one.
         first_document = number * length if self.lanes else 0
         start = 0
+        source_start = 0
         count = 0
         while self.task.per_row is None or count < self.task.per_row:
             example = self._draw(random)
-            stop = start + len(example.tokens)
+            source = NO_TOKENS if example.source is None else example.source
             # The last token of a row is only a target, and an aim cannot stand there.
-            if stop > length - self.task.aimed:
+            full = start + len(example.tokens) > length - self.task.aimed
+            if full or source_start + len(source) > source_length:
                 break
-            stretch.tokens[start:stop] = example.tokens
-            stretch.doc[start:stop] = first_document + count
-            stretch.pos[start:stop] = np.arange(stop - start)
+            place = stretch.put(start, example.tokens, first_document + count)
             if example.targets is None:
-                stretch.role[start:stop] = np.where(example.given, GIVEN, TEXT)
+                stretch.role[place] = np.where(example.given, GIVEN, TEXT)
             else:
-                stretch.aims[start:stop] = example.targets
-            start = stop
+                stretch.aims[place] = example.targets
+            source_start = sources.put(source_start, source, first_document + count).stop
+            start = place.stop
             count += 1
-        return stretch
+        return stretch._replace(source=sources) if self.task.has_source else stretch
 
     def _random(self, number: int) -> np.random.Generator:
         seed = digest(f"examples of {self.key} in stretch {number}")
@@ -187,11 +217,35 @@ class SyntheticStream(Stream):
         )
 
 
+def source_room(task: SyntheticTask, context_length: int) -> int:
+    """Returns the tokens of a row of sources."""
+    return context_length if task.source_length is None else task.source_length
+
+
+def _stacked(rows: Sequence[SyntheticRow], *, aimed: bool) -> Batch:
+    """Returns rows of one length as a batch, without their sources."""
+    columns = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*(row[:5] for row in rows))]
+    tokens, doc, pos, role, aims = columns
+    return Batch(tokens, doc, pos, role, aims if aimed else None)
+
+
 def misfit(task: SyntheticTask, context_length: int, lanes: bool) -> str | None:
     """Describes why examples of a task do not fit in rows, or returns None."""
     # Without aims, a row's last token is a target and needs no position of its own.
     room = context_length + (not task.aimed)
     kind = type(task).__name__
+    source_length = source_room(task, context_length)
+    if task.longest_source > source_length:
+        key = "context_length" if task.source_length is None else "data.source_length"
+        return (
+            f"{key}={source_length}, but the longest source of {kind} takes {task.longest_source};"
+            f" use data.source_length={task.longest_source}, or smaller examples"
+        )
+    if lanes and task.has_source:
+        return (
+            f"memory: rows go on from row to row under it, but an example of {kind} is read with"
+            " its source; use memory=none"
+        )
     # Under lanes an example continues in the next row.
     if lanes:
         return None

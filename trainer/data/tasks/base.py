@@ -26,11 +26,14 @@ class Example(NamedTuple):
         given: [n] bool, True = the token is not a target; used only without `targets`.
         targets: [n] int64, the target at each token, IGNORE = none; None = the next token, unless
             it is given.
+        source: [s] int64, the tokens that a model reads beside these; None = the task has no second
+            stream.
     """
 
     tokens: np.ndarray
     given: np.ndarray
     targets: np.ndarray | None = None
+    source: np.ndarray | None = None
 
 
 class SyntheticTask(Source, ABC):
@@ -50,6 +53,8 @@ class SyntheticTask(Source, ABC):
         words: text of each token; None = its number.
         columns: sizes of what a token is made of, such as (5,); () = one number.
         aimed: True if the examples have targets of their own, which all of a task have, or none.
+        longest_source: tokens of the longest source; 0 = examples have none.
+        source_length: tokens in a row of sources; None = as many as in a row.
     """
 
     vocabulary: int
@@ -57,6 +62,8 @@ class SyntheticTask(Source, ABC):
     opens: int = 0
     words: Sequence[str] | None = None
     columns: tuple[int, ...] = ()
+    longest_source: int = 0
+    source_length: int | None = None
 
     def __init__(self, *, held_out: float, per_row: int | None):
         super().__init__(tokenizer="numbers", held_out=held_out, on_error="raise")
@@ -68,6 +75,11 @@ class SyntheticTask(Source, ABC):
     def sets_targets(self) -> bool:
         """See Source.sets_targets."""
         return True
+
+    @property
+    def has_source(self) -> bool:
+        """See Source.has_source."""
+        return self.longest_source > 0
 
     @abstractmethod
     def example(self, random: np.random.Generator) -> Example:
@@ -86,7 +98,8 @@ class SyntheticTask(Source, ABC):
 
         Examples with equal bytes are in the same split.
         """
-        return example.tokens.tobytes()
+        source = b"" if example.source is None else example.source.tobytes()
+        return example.tokens.tobytes() + source
 
     def grade(self, predicted: np.ndarray, target: np.ndarray) -> Grades:
         """Counts right or wrong predictions.

@@ -41,7 +41,10 @@ def test_a_batch_is_a_pure_function_of_its_cursor():
     stream, again = opened(CopyTask(max_length=5)), opened(CopyTask(max_length=5))
     third = rows(stream, 3)[2]
     batch, cursor = again.read({"rows": 6, "fingerprint": again.fingerprint})
-    assert all((a == b).all() for a, b in zip(third, batch)) and cursor["rows"] == 9
+    assert (
+        all((a == b).all() for a, b in zip(third.tensors(), batch.tensors()))
+        and cursor["rows"] == 9
+    )
 
 
 def test_a_row_is_the_same_in_a_batch_of_any_size():
