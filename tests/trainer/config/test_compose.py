@@ -53,6 +53,9 @@ BASES = ("decoder", "hub")  # the one has no mixers, the other needs a folder
 OBJECTIVES = {
     # of a model that sees what the usual objective asks for
     "bidirectional": ["objective=masked"],
+    # of models of sets and of graphs
+    **{key: ["data=sets"] for key in ("deep_sets", "set_transformer")},
+    "gat": ["data=graphs"],
     # of models that read a source
     **{key: ["data=reverse"] for key in ("encoder_decoder", "seq2seq", "t5", "transformer")},
 }
