@@ -43,7 +43,8 @@ def apply_tiles(model: nn.Module, tiles: int) -> int:
     """
     count = 0
     for block in tileable_blocks(model):
-        block.transform = partial(in_tiles, block.transform, tiles)
+        # A method of the class is replaced by one of the block that takes the same arguments.
+        setattr(block, "transform", partial(in_tiles, block.transform, tiles))  # noqa: B010
         count += 1
     losses_of = getattr(model, LOSSES, None)
     if losses_of is not None:
