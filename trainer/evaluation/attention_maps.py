@@ -123,11 +123,15 @@ def beginning(stream: Stream, tokens: int) -> Batch:
     """Returns the first tokens of the first row of a stream."""
     batch, _ = stream.read(stream.start())
     row = batch.part(0, 1)
-    source = row.source
-    row = row._replace(source=None)
-    # One token more than the model reads, as in every Batch.
-    columns = [None if column is None else column[:, : tokens + 1] for column in row]
-    return Batch(*columns)._replace(source=source)  # type: ignore[arg-type]
+    length = tokens + 1  # one more than the model reads, as in every Batch
+    return Batch(
+        tokens=row.tokens[:, :length],
+        doc=row.doc[:, :length],
+        pos=row.pos[:, :length],
+        role=row.role[:, :length],
+        aims=None if row.aims is None else row.aims[:, :length],
+        source=row.source,
+    )
 
 
 def together(communicator: Communicator) -> GatherWhole:

@@ -100,7 +100,9 @@ class FreeRunning(Evaluation):
         for value in self.values or [None]:
             stream = context.stream if value is None else self._stream(context, value)
             references = references_of(stream, self.answers)
-            place = {} if value is None else {self.vary: value}
+            place: dict[str, Any] = {}
+            if value is not None and self.vary is not None:
+                place[self.vary] = value
             for start in range(0, len(references), ROWS):
                 sources = [source for source, _ in references[start : start + ROWS]]
                 context.check_signal(batch_of(sources), f"answers from {start + 1} on")

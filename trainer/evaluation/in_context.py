@@ -146,13 +146,14 @@ def _last(batch: Batch, length: int, scored: int) -> Batch:
 
     Positions of a document that is cut begin anew.
     """
-    columns = [None if column is None else column[:, -(length + 1) :] for column in batch]
-    tokens, doc, pos, role, _ = columns
-    assert tokens is not None and doc is not None and pos is not None and role is not None
+    tokens = batch.tokens[:, -(length + 1) :]
+    doc = batch.doc[:, -(length + 1) :]
+    pos = batch.pos[:, -(length + 1) :]
+    role = batch.role[:, -(length + 1) :]
     is_first = (doc == doc[:, :1]) & (doc != PADDING)
     pos = torch.where(is_first, pos - pos[:, :1], pos)
     aims = batch.targets()[:, -length:].clone()
     aims[:, :-scored] = IGNORE
     # As in every Batch, one token more than is read, which is no target of its own.
     aims = torch.cat([aims, torch.full_like(aims[:, :1], IGNORE)], 1)
-    return Batch(tokens, doc, pos, role, aims)
+    return Batch(tokens, doc, pos, role, aims, batch.source)
