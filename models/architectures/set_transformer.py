@@ -74,7 +74,7 @@ class SetTransformer(Layer):
         self.pool = PoolingByMultiheadAttention(
             width, heads, seeds, norm=norm, logit_scale=logit_scale
         )
-        self.decoder = nn.ModuleList(
+        self.seed_blocks = nn.ModuleList(
             SeedAttentionBlock(width, heads, norm=norm, logit_scale=logit_scale)
             for _ in range(decoder_layers)
         )
@@ -96,7 +96,7 @@ class SetTransformer(Layer):
         for block in self.blocks:
             hidden = block(hidden, span)
         seeds, points = self.pool(hidden, span)
-        for block in self.decoder:
+        for block in self.seed_blocks:
             seeds = block(seeds, points)
         sets = self.readout(seeds.unflatten(1, (-1, points.count)).flatten(2)).relu()
         # [B, D, W] -> [B, T, W]: every rank has all sets, and gives its own tokens theirs.

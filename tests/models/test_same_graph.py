@@ -12,6 +12,7 @@ from models.same_graph import tied
 from tests.support.parity import packed
 from trainer.config.build_model import build_model
 from trainer.config.compose import compose
+from trainer.verify.diagnosis import example_source
 
 CONF = Path(__file__).parents[2] / "conf"
 TOKENS, WORDS = 24, 20
@@ -62,7 +63,9 @@ def with_gradient(config, span):
         if hasattr(module, "reset_buffers"):
             module.reset_buffers()
     tokens = torch.randint(0, WORDS, span.shape)
-    loss = model(MicroBatch(tokens, span, tokens.masked_fill(~span.valid(), -100))).sum()
+    targets = tokens.masked_fill(~span.valid(), -100)
+    source = example_source(model, WORDS, span)
+    loss = model(MicroBatch(tokens, span, targets, source)).sum()
     for module in model.modules():
         for extra in (getattr(module, "auxiliary", None) or {}).values():
             loss = loss + extra.sum()

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from models.hub.registry import adapter_of
+from models.hub.registry import ADAPTERS, adapter_of
 from models.loss import IGNORE
 from models.micro_batch import MicroBatch
 from models.span import Span
@@ -100,20 +100,21 @@ def make(
     settings: dict[str, Any],
     folder: Path,
     *,
-    kind: str = "AutoModelForCausalLM",
+    kind: str | None = None,
     **save: Any,
 ) -> nn.Module:
     """Saves a random model of transformers and returns it, in float64.
 
     Args:
         name: of the config's class.
-        kind: of the model's class.
+        kind: of the model's class; None: the one that the adapter names. fla puts models of its own
+            behind transformers' AutoModel as soon as anybody imports it.
     """
     config = getattr(transformers, name)(**settings)
     config._attn_implementation = "eager"
     torch.manual_seed(7)
-    chosen = getattr(transformers, kind)
-    model = chosen.from_config(config) if kind.startswith("Auto") else chosen(config)
+    chosen = getattr(transformers, kind or ADAPTERS[config.model_type].model_class)
+    model = chosen(config)
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             if tensor.is_floating_point() and "inv_freq" not in _name_of(model, tensor):
