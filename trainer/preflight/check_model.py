@@ -13,7 +13,7 @@ from parallel.engines.base import blocks_of
 from parallel.tiles import tileable_blocks
 from trainer.config import build_model
 from trainer.config.finding import NO_VALUE_SHOWN, Finding
-from trainer.config.node_checks import as_node, find_class
+from trainer.config.node_checks import as_node, find_class, node_errors
 from trainer.config.schema import Config
 from trainer.data.sources.base import build_source
 from trainer.errors import UserError
@@ -54,9 +54,13 @@ def check_layer_settings(config: Config) -> Iterator[Finding]:
 
 def check_streams(config: Config) -> Iterator[Finding]:
     """Refuses data without a source for a model that reads one, and the other way round."""
+    node = as_node(config.data)
     try:
         model_class = find_class(config.model.target, "model")
-        source = build_source(as_node(config.data))
+        # A value out of range may be a size that no machine has: nothing is built with it.
+        if node_errors(node, {}, "data"):
+            return
+        source = build_source(node)
     except (UserError, ValueError):  # reported by the checks of the nodes
         return
     reads = getattr(model_class, "reads_source", False) is True

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import nn
 
@@ -17,7 +18,8 @@ from tests.trainer.verify.test_killed import words
 from trainer import run_dir
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.build_model import build_model
-from trainer.config.trust import stranger
+from trainer.config.groups import CONF
+from trainer.config.trust import stranger, targets
 from trainer.errors import UserError
 from trainer.export import CONFIG, WEIGHTS, reopen
 from trainer.preflight import prepare
@@ -116,29 +118,12 @@ def test_a_users_own_part_is_built_where_it_is_trusted(run, tmp_path, capsys):
     assert BUILT == ["strange", "strange"]
 
 
-def test_every_part_that_the_configs_offer_may_be_named(run, tmp_path):
+def test_every_part_that_the_configs_offer_may_be_named():
     own = set()
-    for file in (Path(__file__).parents[3] / "conf").rglob("*.yaml"):
-        place = file.parent.name
-        for line in file.read_text().splitlines():
-            key, _, target = line.strip().partition("_target_: ")
-            if (
-                not key
-                and target
-                and place
-                in (
-                    "mixer",
-                    "position",
-                    "memory",
-                    "data",
-                    "optim",
-                    "schedule",
-                    "engine",
-                    "model",
-                )
-            ):
-                where = place if not line.startswith(" ") else f"{place}.mixers.any"
-                own.add((where, target.split("}")[0].strip()))
+    for place in ("mixer", "position", "memory", "data", "optim", "schedule", "engine", "model"):
+        for file in (CONF / place).glob("*.yaml"):
+            tree = yaml.safe_load(file.read_text())
+            own.update(pair for pair in targets(tree, place) if isinstance(pair[1], str))
     from_files = {pair for pair in own if "." in pair[1]}
     assert len(from_files) > 50
     assert [answer for pair in sorted(from_files) if (answer := stranger(*pair))] == []
