@@ -46,7 +46,7 @@ def read(stream, count, cursor=None):
 
 
 def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b))
+    return all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,8 +62,12 @@ def test_a_cursor_goes_on_exactly(kind, folder):
 def test_rows_of_other_batches_are_the_same_rows(kind, folder):
     four, _ = read(stream(folder, kind(), rows=4), 3)
     six, _ = read(stream(folder, kind(), rows=6), 2)
-    joined = [torch.cat(x) for x in zip(*four)], [torch.cat(x) for x in zip(*six)]
-    assert equal(*joined)
+    assert all(torch.equal(a, b) for a, b in zip(_joined(four), _joined(six), strict=True))
+
+
+def _joined(batches):
+    """The tensors of batches, with the rows of all end to end."""
+    return [torch.cat(columns) for columns in zip(*(batch.tensors() for batch in batches))]
 
 
 def opened(folder, split, *words):
