@@ -27,6 +27,23 @@ RWKV6 = "r k v g out decay.down decay.up looks.down looks.up"
 RWKV7 = "r k v out decay.down decay.up rate.down rate.up gate.down gate.up pull.down pull.up"
 TAPPED = "q k v out q_taps k_taps v_taps step"
 INDEXER = "indexer.q indexer.weight indexer.compressor.value indexer.compressor.gate"
+SET_BLOCK = ("q", "k", "v", "out", "feedforward")
+
+
+def within(place, words):
+    """The same words below a module."""
+    return " ".join(f"{place}.{word}" for word in words)
+
+
+TWO_STACKS = " ".join(
+    (
+        PLAIN,
+        within("cross", ("q", "k", "v", "out")),
+        within("encoder_blocks.mixer", ("q", "k", "v", "out")),
+    )
+)
+GATED_STACKS = f"{TWO_STACKS} {SWIGLU} {within('encoder_blocks', SWIGLU.split())}"
+UP_AND_DOWN = ("feedforward.up", "feedforward.down")
 MIXERS = {
     "compressed": f"squeeze_q q kv compressor.value compressor.gate {INDEXER} group. out",
     "delta": TAPPED,
@@ -44,6 +61,9 @@ MIXERS = {
     "short_conv": "inner taps out",
 }
 WHOLE = {  # models that are no mixer with SwiGLU and a tied embedding
+    "deep_sets": "phi rho head",
+    "encoder_decoder": GATED_STACKS,
+    "gat": "source target",
     "hybrid": f"{TAPPED} gate forget {SWIGLU}",
     "key_value": "hops head",
     "lstm": "cells.all out",
@@ -54,6 +74,26 @@ WHOLE = {  # models that are no mixer with SwiGLU and a tied embedding
     "ntm": "hidden aim write out",
     "retnet": f"q k v gate out {SWIGLU}",
     "rwkv7": f"{RWKV7} feedforward.up feedforward.down",
+    "seq2seq": " ".join(
+        (
+            "attention.key bridge cells.feed cells.input cells.recurrent head readout",
+            within("encoder.forwards.cell", ("input", "recurrent")),
+            within("encoder.backwards.cell", ("input", "recurrent")),
+        )
+    ),
+    "set_transformer": " ".join(
+        (
+            within("inward", SET_BLOCK),
+            within("outward", SET_BLOCK),
+            within("pool.block", SET_BLOCK),
+            within("seed_blocks.block", SET_BLOCK),
+            "pool.feedforward readout head",
+        )
+    ),
+    "t5": f"{GATED_STACKS} head",
+    "transformer": " ".join(
+        (TWO_STACKS, *UP_AND_DOWN, within("encoder_blocks", UP_AND_DOWN)),
+    ),
     "switch": f"{PLAIN} {SWIGLU} {EXPERTS}",
 }
 
