@@ -51,6 +51,8 @@ GROUPS = (
 REAL = ("skip_above", "timeout_s", "init_timeout_s")  # written without a point in conf
 SMALL = ("context_length=64", "batch_tokens=128", "model.width=32", "model.layers=2", "data=copy")
 
+OF_TWO_STREAMS = ("encoder_decoder", "seq2seq")  # models that read a source beside the row
+
 
 def trees() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """For each file of conf: its group, its name and a whole config with it."""
@@ -63,7 +65,10 @@ def trees() -> Iterator[tuple[str, str, dict[str, Any]]]:
                 continue
             if group == "evaluation":  # a file of it is one node beside the common keys
                 node = {**base[group], **node}
-            yield group, path.stem, {**copy.deepcopy(base), group: node}
+            whole = {**copy.deepcopy(base), group: node}
+            if path.stem in OF_TWO_STREAMS:
+                whole["data"] = OmegaConf.to_container(OmegaConf.load(CONF / "data/reverse.yaml"))
+            yield group, path.stem, whole
     for model in ("decoder", "switch", "moe_topk", "hybrid"):
         yield (
             "model",

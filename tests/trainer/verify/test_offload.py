@@ -9,8 +9,7 @@ import torch
 
 from parallel.activation_offload import ActivationOffload
 from tests.support.pool import ranks
-from trainer import run as running
-from trainer import stages
+from trainer import placement, stages
 from trainer.config.compose import compose
 from trainer.launch.elastic import RankInfo
 from trainer.logs.jsonl import METRICS, read
@@ -31,12 +30,12 @@ def in_rank(env, words, directory):
 
     asked = compose(words)
     assert asked.config is not None and not asked.faults
-    there, running.ActivationOffload = running.ActivationOffload, to_host
+    there, placement.ActivationOffload = placement.ActivationOffload, to_host
     try:
         whereabouts = RankInfo(env.rank, env.size, env.rank, env.size, torch.device("cpu"), "gloo")
         assert stages.run(asked.config, whereabouts, Path(directory)) == 0
     finally:
-        running.ActivationOffload = there
+        placement.ActivationOffload = there
     return made[0].sent if made else None
 
 
