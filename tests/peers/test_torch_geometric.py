@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch_geometric.nn as geometric
 
 from models.graphs.attention import GraphAttention
 from models.init import initialise
@@ -13,8 +14,6 @@ from models.sets.blocks import (
     SetAttentionBlock,
 )
 from models.span import Span
-
-geometric = pytest.importorskip("torch_geometric.nn")
 
 WIDTH, HEADS, POINTS, NODES = 12, 3, 4, 14
 

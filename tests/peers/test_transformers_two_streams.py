@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 from models.architectures.encoder_decoder import EncoderDecoder
 from models.attention.bidirectional import Bidirectional
@@ -11,8 +12,6 @@ from models.micro_batch import MicroBatch
 from models.positions.learned import Learned
 from models.positions.t5 import T5
 from models.span import Span
-
-transformers = pytest.importorskip("transformers")
 
 VOCABULARY = 37
 WIDTH = 24

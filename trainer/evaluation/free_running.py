@@ -107,7 +107,9 @@ class FreeRunning(Evaluation):
                 sources = [source for source, _ in references[start : start + ROWS]]
                 context.check_signal(batch_of(sources), f"answers from {start + 1} on")
             share = context.sharder(1, context.config.context_length)
-            shares = judge(context.model, share, references, self.beams, self.length_penalty)
+            shares = grade_answers(
+                context.model, share, references, self.beams, self.length_penalty
+            )
             cells.append({**place, **shares, "answers": len(references)})
         tokens = mean([cell["token_accuracy"] for cell in cells])
         exact = mean([cell["exact"] for cell in cells])
@@ -132,7 +134,7 @@ class FreeRunning(Evaluation):
         return as_node(config.data) | dict.fromkeys(names, value)
 
 
-def judge(
+def grade_answers(
     model: nn.Module,
     share: BatchSharder,
     references: list[Reference],
