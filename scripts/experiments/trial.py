@@ -28,7 +28,7 @@ from trainer.config.schema import Config
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.lanes import Lanes
 from trainer.data.streams.base import Stream
-from trainer.evaluation.free_running import judge, references_of
+from trainer.evaluation.free_running import grade_answers, references_of
 from trainer.evaluation.held_out import HeldOutResult, evaluate
 from trainer.logs.jsonl import MetricsRow
 from trainer.logs.meters import Meter, Peak
@@ -163,7 +163,7 @@ def run_exams(config: Config, weights: Mapping[str, Tensor]) -> HeldOutResult:
     found = evaluate(model, share, stream, config.evaluation.batches, lambda *_: False, lanes)
     assert found is not None, "nobody stops an exam"
     if hook(model, "reads_source"):
-        written = judge(model, share, references_of(stream, ANSWERS))
+        written = grade_answers(model, share, references_of(stream, ANSWERS))
         found = found._replace(graded={**found.graded, **written})
     return found
 
