@@ -7,6 +7,7 @@ the user sees everything at once.
 
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -58,7 +60,7 @@ def compose(overrides: Sequence[str]) -> ComposedConfig:
     words = sort_words(overrides, faults, texts)
     given = frozenset(words.given)
     try:
-        tree = texts.restored(_plain([*words.chosen, *words.values]))
+        tree = texts.restored(_plain(words.chosen, words.values))
     except UserError as error:
         return ComposedConfig(None, [*faults, texts.restored(str(error))], given)
     try:
@@ -97,7 +99,7 @@ def _mend_all(
     lists_at_fault: set[str] = set()
     for key, errors in errors_by_key(refused, tree).items():
         kind = errors[0]["type"]
-        if key == "mixer._target_":
+        if key == "mixer._target_" and kind == "missing":
             # Settings of a mixer that was not chosen; a choice that failed has its message already.
             key = "mixer"
             default = value_at(defaults, "mixer._target_")
@@ -154,17 +156,22 @@ def _texts(overrides: Sequence[str]) -> Texts:
 def _defaults(chosen: tuple[str, ...]) -> dict[str, Any]:
     """Returns the settings of the chosen groups, or conf/train.yaml where they do not compose."""
     try:
-        return _plain(list(chosen))
+        return _plain(chosen)
     except UserError:
-        return _plain([])
+        return _plain(())
 
 
-def _plain(overrides: list[str]) -> dict[str, Any]:
-    """Returns the composed, resolved tree as plain data."""
+def _plain(chosen: Sequence[str], values: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns the composed, resolved tree as plain data.
+
+    Args:
+        chosen: choices of groups and settings that are taken away, as Hydra takes them.
+        values: ++KEY=VALUE settings.
+    """
     try:
         _vet(groups.CONF)
-        with initialize_config_dir(config_dir=str(groups.CONF), version_base="1.3"):
-            tree = hydra_compose("train", overrides)
+        tree = deepcopy(_composed(groups.CONF, tuple(chosen)))
+        _set_values(tree, values)
         _choose_engine(tree)
         missing = sorted(OmegaConf.missing_keys(tree))
         if missing:
@@ -175,12 +182,42 @@ def _plain(overrides: list[str]) -> dict[str, Any]:
         raise UserError(_reworded(one_line)) from error
     assert isinstance(plain, dict)
     plain.pop("experiment", None)
-    expand_hub(plain, overrides)
+    expand_hub(plain, [*chosen, *values])
     for key, node in plain.items():
         # The engine is typed in Config, and its module may be slow to import.
         if key != "engine":
             normalise_node(node)
     return plain  # type: ignore[return-value]
+
+
+@lru_cache(maxsize=64)
+def _composed(folder: Path, chosen: tuple[str, ...]) -> DictConfig:
+    """Returns the tree of the chosen groups, without the values of single keys.
+
+    Cached, because one command composes the same groups several times (for its checks, defaults
+    and messages, and a sweep once a job), and Hydra takes a fifth of a second for it. The result
+    is shared: copy it before it is changed.
+    """
+    with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
+        return hydra_compose("train", list(chosen))
+
+
+def _set_values(tree: DictConfig, values: Sequence[str]) -> None:
+    """Forces ++KEY=VALUE settings into a composed tree, as Hydra would after composing it.
+
+    Raises:
+        UserError: the place is taken by a group or a single value, and does not take this one.
+    """
+    parser = OverridesParser.create()
+    for override in parser.parse_overrides(list(values)):
+        key = override.key_or_group
+        try:
+            OmegaConf.update(tree, key, override.value(), merge=True, force_add=True)
+        except OmegaConfBaseException as error:
+            word = str(override.input_line).lstrip("+")
+            raise UserError(
+                f"{word}: a group of settings is needed; write {key}.NAME=VALUE for each"
+            ) from error
 
 
 def _choose_engine(tree: DictConfig) -> None:
@@ -224,9 +261,6 @@ def _reworded(message: str) -> str:
             f"+{occupied[1]}: there is one in that place already; write it without +,"
             f" {occupied[1]}=NAME"
         )
-    scalar = re.match(r"Error merging override \++((\S+?)=.*)$", message)
-    if scalar:
-        return f"{scalar[1]}: a group of settings is needed; write {scalar[2]}.NAME=VALUE for each"
     absent = re.match(r"Could not override '(\S+@\S+)'", message)
     if absent:
         return f"{absent[1]}: nothing is in that place yet; write +{absent[1]}=NAME"

@@ -1,7 +1,6 @@
 """Checks that a node of the config can be built: its class, and each of its settings."""
 
 import difflib
-import importlib
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,6 +18,7 @@ from trainer.config.values import (
     settled,
 )
 from trainer.errors import UserError
+from trainer.files.import_by_name import import_module_of
 
 ALIKE = 0.65  # how alike two words must be for one to be taken for the other, misspelled
 
@@ -34,10 +34,9 @@ def find_class(target: str, where: str) -> type:
             f"{where}.{TARGET}={quoted_value(target)}: a text is needed; name a class as"
             " package.module.Class"
         )
-    home, _, name = target.rpartition(".")
     try:
-        module = importlib.import_module(home)
-    except (ImportError, ValueError) as error:
+        module, name = import_module_of(target)
+    except ImportError as error:
         raise UserError(
             f"{where}.{TARGET}={target}: {error}; name a class as package.module.Class"
         ) from error
@@ -46,11 +45,10 @@ def find_class(target: str, where: str) -> type:
         known = [
             key
             for key, value in vars(module).items()
-            if isinstance(value, type) and value.__module__ == home
+            if isinstance(value, type) and value.__module__ == module.__name__
         ]
-        raise UserError(
-            f"{where}.{TARGET}={target}: {home} has no class {name}{nearest(name, known)}"
-        )
+        hint = nearest(name, known)
+        raise UserError(f"{where}.{TARGET}={target}: {module.__name__} has no class {name}{hint}")
     return found
 
 

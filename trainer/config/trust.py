@@ -5,7 +5,6 @@ what it names is to run code of the stranger's choice. A user's own parts are bu
 `trust=true` alone.
 """
 
-import importlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,6 +20,7 @@ from trainer.config.instantiate import TARGET
 from trainer.config.schema import Config
 from trainer.data.sources.base import Source
 from trainer.errors import UserError
+from trainer.files.import_by_name import import_module_of
 from trainer.objectives.base import Objective
 from trainer.optim import schedules
 from trainer.optim.adamw import AdamW
@@ -103,7 +103,7 @@ def stranger(place: str, target: Any) -> str | None:
     if place.startswith("data.sources."):
         kinds = (Source,)
     try:
-        found = getattr(importlib.import_module(home), name, None)
+        found = getattr(import_module_of(str(target))[0], name, None)
     except ImportError:
         return f"{shown}: there is no module {home}"
     if not isinstance(found, type) or found.__module__ != home or not issubclass(found, kinds):

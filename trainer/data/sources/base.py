@@ -1,7 +1,6 @@
 """Base of every source of documents, in a fixed order, and its construction from a config."""
 
 import hashlib
-import importlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from trainer.data.documents import DocumentEncoder, PlainText
 from trainer.data.errors import ON_ERROR, ReadReport
 from trainer.data.sources.readers import MOST, File, Reader, ReadRequest, documents
 from trainer.data.tokenizers import Tokenizer, load, padded_to
+from trainer.files.import_by_name import import_module_of
 
 LARGEST_MULTIPLE = 1 << 16  # of data.pad_vocabulary_to
 
@@ -212,10 +212,10 @@ def build_source(data: Mapping[str, Any] | Source) -> Source:
 def kind_of(target: Any) -> type[Source]:
     """The class that a data node names by `_target_`. Raises ValueError where it cannot be had, or
     is no source."""
-    module, _, name = str(target).rpartition(".")
     try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        module, name = import_module_of(str(target))
+        kind = getattr(module, name)
+    except (ImportError, AttributeError) as error:
         raise ValueError(
             f"data._target_={target} cannot be imported ({error}); use data=stdlib, files or hub"
         ) from error
