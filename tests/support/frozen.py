@@ -35,6 +35,7 @@ COMMON = (
     "checkpoint.every=0",
     "evaluation.every=0",
     "wandb.mode=disabled",
+    "log.plots=false",
     "precision=float64",
 )
 ONE = ("engine=single",)

@@ -35,6 +35,7 @@ PRELOADED = [
     "trainer.sweep.sweep",
     "tests.variants",
     "tests.support.forked_python",
+    "tests.support.warm",
 ]
 
 

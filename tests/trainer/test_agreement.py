@@ -86,6 +86,7 @@ COMMON = (
     "model.heads=2",
     "model.kv_heads=2",
     "wandb.mode=disabled",
+    "log.plots=false",
     "checkpoint.every=0",
     "evaluation.batches=2",
     "parallel.context=3",

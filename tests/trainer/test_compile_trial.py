@@ -87,6 +87,7 @@ SETTINGS = (
     "evaluation.every=0",
     "precision=float64",
     "wandb.mode=disabled",
+    "log.plots=false",
     "engine=fsdp",
     "parallel.context=2",
 )

@@ -47,6 +47,7 @@ COMMON = (
     "evaluation.batches=1",
     "evaluation.sample_tokens=0",
     "wandb.mode=disabled",
+    "log.plots=false",
     "precision=float64",
     "launch.timeout_s=60",
 )

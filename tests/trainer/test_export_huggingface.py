@@ -38,6 +38,7 @@ STEADY = (
     "checkpoint.every=1",
     "evaluation.every=0",
     "wandb.mode=disabled",
+    "log.plots=false",
 )
 MAMBA2 = {
     "num_heads": 8,

@@ -38,6 +38,7 @@ SETTINGS = (
     "evaluation.every=0",
     "precision=float64",
     "wandb.mode=disabled",
+    "log.plots=false",
 )
 
 SELECTIVE = ("engine.checkpointing=selective",)

@@ -49,6 +49,7 @@ SMALL = (
     "schedule.warmup_steps=2",
     "optim.learning_rate=0.003",
     "wandb.mode=disabled",
+    "log.plots=false",
     "checkpoint.every=2",
     "checkpoint.asynchronous=false",
     "evaluation.batches=1",

@@ -24,7 +24,13 @@ SMALL = [
     "context_length=64",
     "batch_tokens=256",
 ]
-SMALL += ["evaluation.every=0", "checkpoint.every=0", "wandb.mode=disabled", "log.every=1"]
+SMALL += [
+    "evaluation.every=0",
+    "checkpoint.every=0",
+    "wandb.mode=disabled",
+    "log.plots=false",
+    "log.every=1",
+]
 
 
 def begin(

@@ -230,6 +230,7 @@ class LogConfig(ConfigGroup):
     every: Count = Field(
         default=1, description="steps between two rows; the first and last are always logged"
     )
+    plots: bool = Field(default=True, description="pictures in report/, drawn when the run ends")
     profile: ProfileConfig = ProfileConfig()
 
 

@@ -193,7 +193,7 @@ class RunLogger:
         } | _named_figures(self.directory)
         came_to = {"step": step, "tokens": tokens, **self._came_to(best), **lasts}
         summary.note(self.directory, **came_to)
-        images = [] if goes_on else [*plots(self.directory, title=self.config.name), *self.drawn]
+        images = [] if goes_on else self._pictures()
         if self.wandb is None:
             return None
         if self.alerts is not None and not goes_on:
@@ -218,6 +218,11 @@ class RunLogger:
             checkpoint=saved[-1] if saved else None,
         )
         return where
+
+    def _pictures(self) -> list[Path]:
+        """Draws the pictures of the whole run; the attention maps are drawn already."""
+        drawn = plots(self.directory, self.config.name) if self.config.log.plots else []
+        return [*drawn, *self.drawn]
 
     def _came_to(self, best: dict[str, float]) -> dict[str, float]:
         """Over all steps, those before a resume as well."""

@@ -28,6 +28,7 @@ SMALL = (
     "schedule.warmup_steps=1",
     "checkpoint.every=0",
     "wandb.mode=disabled",
+    "log.plots=false",
     "launch.oversubscribe=true",
     "launch.timeout_s=150",
 )

@@ -31,6 +31,7 @@ COMMON = (
     "checkpoint.every=0",
     "evaluation.every=0",
     "wandb.mode=disabled",
+    "log.plots=false",
 )
 
 REFERENCE: Case = ("parallel.context=1", "engine=single")
@@ -126,6 +127,7 @@ QUICKSTART = (
     "evaluation.every=0",
     "evaluation.sample_tokens=0",
     "wandb.mode=disabled",
+    "log.plots=false",
 )
 
 CASES = _method_cases()

@@ -100,6 +100,7 @@ COMMON = (
     "evaluation.every=0",
     "checkpoint.every=1",
     "wandb.mode=disabled",
+    "log.plots=false",
     "engine=single",
     "data.held_out=0",
 )

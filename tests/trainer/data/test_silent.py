@@ -126,6 +126,7 @@ def test_an_evaluation_over_no_tokens_is_no_figure(tmp_path, tokenizer):
         "evaluation.every=1",
         "checkpoint.every=2",
         "wandb.mode=disabled",
+        "log.plots=false",
         "engine=single",
         f"run_dir={run_dir}",
     )

@@ -33,6 +33,7 @@ COMMON = (
     "model.heads=2",
     "data=files",
     "wandb.mode=disabled",
+    "log.plots=false",
     "checkpoint.every=2",
     "evaluation.every=2",
     "evaluation.batches=2",

@@ -21,6 +21,7 @@ WORDS = (
     "context_length=64",
     "batch_tokens=128",
     "wandb.mode=disabled",
+    "log.plots=false",
     "evaluation.every=0",
     "steps=1",
 )

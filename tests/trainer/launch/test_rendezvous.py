@@ -201,6 +201,7 @@ def test_two_machines_train_on_after_one_was_killed_and_came_back(tmp_path: Path
         "checkpoint.every=10",
         "evaluation.every=0",
         "wandb.mode=disabled",
+        "log.plots=false",
         f"run_dir={place}",
     ]
     words += [f"launch.rdzv_endpoint=127.0.0.1:{port}"]

@@ -18,6 +18,7 @@ WORDS = (
     "batch_tokens=128",
     "precision=float64",
     "wandb.mode=disabled",
+    "log.plots=false",
 )
 TEXT = "the cat sat on the mat"
 

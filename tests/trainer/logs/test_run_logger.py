@@ -117,7 +117,7 @@ def test_no_checkpoint_is_sent_unasked_and_the_name_may_be_another(tmp_path: Pat
 
 
 def test_a_run_that_goes_on_keeps_its_facts_and_its_best(tmp_path: Path) -> None:
-    wish = config("wandb.mode=disabled")
+    wish = config("wandb.mode=disabled", "log.plots=false")
     first = made(tmp_path, wish)
     assert first.open(0, "kept", parameters=7) == "kept"
     first.step(row(1, 0.5))
@@ -166,10 +166,23 @@ def test_grades_reach_the_summary_a_picture_and_a_table_those_before_a_resume_to
     assert (tmp_path / "report" / "attention.png").is_file()
 
 
+def test_pictures_that_are_not_wanted_are_not_drawn_and_asked_maps_are(tmp_path: Path) -> None:
+    log = made(tmp_path, config("log.plots=false"))
+    log.open(0, None)
+    log.step(row(1, 1.0))
+    log.evaluation(1, "held_out_loss", 2.0, tokens=9, by_position=BARS)
+    log.maps(1, [some_map()], 0)
+    log.close(1, 64, {})
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["attention.png"]
+
+
 def test_a_model_without_maps_is_said_and_the_run_goes_on(tmp_path: Path) -> None:
     screen = io.StringIO()
     log = run_logger.RunLogger(
-        tmp_path, config("wandb.mode=disabled"), Console(3, file=screen), writes=True
+        tmp_path,
+        config("wandb.mode=disabled", "log.plots=false"),
+        Console(3, file=screen),
+        writes=True,
     )
     log.open(0, None)
     log.maps(3, [], 0)

@@ -33,6 +33,7 @@ COMMON = (
     "evaluation.every=3",
     "evaluation.attention_maps=8",
     "wandb.mode=disabled",
+    "log.plots=false",
 )
 KINDS = {
     "masked": (

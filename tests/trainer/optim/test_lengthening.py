@@ -28,6 +28,7 @@ COMMON = (
     "model.heads=2",
     "data=files",
     "wandb.mode=disabled",
+    "log.plots=false",
     "checkpoint.every=2",
     "evaluation.every=0",
     "schedule.warmup_steps=2",

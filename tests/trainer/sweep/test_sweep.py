@@ -93,7 +93,10 @@ def test_a_job_that_fails_is_named_and_the_rest_goes_on_and_only_it_runs_again(
     assert json.loads((home / "all" / "1" / "outcome.json").read_text())["outcome"] == "failed"
 
     (home / "fail2").unlink()
-    assert run(home, "seed=1,2,3", "hydra.launcher.ranks=1", "wandb.mode=disabled") == 0
+    assert (
+        run(home, "seed=1,2,3", "hydra.launcher.ranks=1", "wandb.mode=disabled", "log.plots=false")
+        == 0
+    )
     assert starts(home) == [2]
     told = capsys.readouterr()
     assert "2 of them done already" in told.out
@@ -269,6 +272,7 @@ def test_real_runs_of_which_the_last_fails_and_is_mended(tmp_path: Path) -> None
         f"data.path={glob}",
         f"data.cache={tmp_path / 'cache'}",
         "wandb.mode=disabled",
+        "log.plots=false",
         "checkpoint.every=0",
         "evaluation.every=2",
         "evaluation.batches=1",

@@ -16,6 +16,7 @@ from trainer.verify.sabotage import BREAKS
 QUICK = (
     "experiment=quickstart",
     "wandb.mode=disabled",
+    "log.plots=false",
     "model.layers=2",
     "model.heads=4",
     "model.kv_heads=2",

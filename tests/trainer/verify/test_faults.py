@@ -38,6 +38,7 @@ COMMON = (
     "schedule.warmup_steps=1",
     "data=files",
     "wandb.mode=disabled",
+    "log.plots=false",
     "evaluation.every=0",
     "parallel.micro_batch=1",
     "log.every=100",

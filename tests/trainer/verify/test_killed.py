@@ -47,6 +47,7 @@ def words(folder: Path, name: str, *more: str) -> list[str]:
             "evaluation.every=5",
             "evaluation.batches=2",
             "wandb.mode=disabled",
+            "log.plots=false",
         ),
         *more,
     ]

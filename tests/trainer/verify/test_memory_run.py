@@ -22,6 +22,7 @@ COMMON = (
     "evaluation.every=3",
     "evaluation.batches=2",
     "wandb.mode=disabled",
+    "log.plots=false",
     "precision=float64",
 )
 MEMORIES = {

@@ -27,6 +27,7 @@ COMMON = (
     "evaluation.every=0",
     "schedule.warmup_steps=1",
     "wandb.mode=disabled",
+    "log.plots=false",
     "precision=float64",
     "optim.learning_rate=0.02",
     "engine=single",

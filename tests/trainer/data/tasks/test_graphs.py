@@ -118,6 +118,6 @@ def test_files_and_sizes_that_cannot_be_are_refused(tmp_path):
     ],
 )
 def test_graphs_and_models_that_read_edges_belong_together(words, message):
-    sizes = ("context_length=64", "batch_tokens=128", "wandb.mode=disabled")
+    sizes = ("context_length=64", "batch_tokens=128", "wandb.mode=disabled", "log.plots=false")
     with pytest.raises(UserError, match=message):
         load_config((*words, *sizes))
