@@ -17,7 +17,7 @@ from models.scores import Tensors
 from models.span import PADDING, DerivedCache, Span
 
 # What of a piece later pieces read: keys that a mask still shows, or so many of the last tokens.
-Rule = Mask | int
+ReadRule = Mask | int
 
 
 @dataclass

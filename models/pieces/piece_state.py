@@ -36,7 +36,7 @@ from models.pieces.chunks import (
     Chunk,
     Handed,
     PassRecord,
-    Rule,
+    ReadRule,
     Selection,
     added,
     bounds_after,
@@ -269,7 +269,7 @@ class PieceState(CarriedState):
         calls.append(list(payload))
         return f"{place}#{len(calls) - 1}", True
 
-    def _leave(self, name: str, payload: Tensors, span: Span, rule: Rule) -> None:
+    def _leave(self, name: str, payload: Tensors, span: Span, rule: ReadRule) -> None:
         """Keeps of these tokens, in the first pass, what later pieces read; notes in the second
         what they asked."""
         if self._pass.over or self.number == self.last:
@@ -287,7 +287,7 @@ class PieceState(CarriedState):
         chunk = Chunk(self.number, tensors, selection.span, [None] * len(tensors))
         self._chunks.setdefault(name, []).append(chunk)
 
-    def _readable(self, name: str, rule: Rule) -> list[Chunk]:
+    def _readable(self, name: str, rule: ReadRule) -> list[Chunk]:
         """Returns what earlier pieces left under a name and this one may read, in order."""
         found = []
         for chunk in self._chunks.get(name, []):
@@ -298,7 +298,7 @@ class PieceState(CarriedState):
                     found.append(chunk)
         return found
 
-    def _is_read(self, chunk: Chunk, rule: Rule) -> bool:
+    def _is_read(self, chunk: Chunk, rule: ReadRule) -> bool:
         if isinstance(rule, int):
             return sum(self._tokens_of[chunk.piece + 1 : self.number]) < rule
         parts = self._parts(chunk.span)
@@ -344,7 +344,7 @@ class PieceState(CarriedState):
         _, kept, span = self._from_outer[name]
         return kept, span
 
-    def _selection(self, span: Span, rule: Rule) -> Selection | None:
+    def _selection(self, span: Span, rule: ReadRule) -> Selection | None:
         """Returns those of the tokens that later pieces read; None where there are none."""
 
         def build() -> Selection | None:

@@ -42,7 +42,7 @@ FAULTS = (
 )  # that the library raises for a spoilt file
 
 
-class Cell(NamedTuple):
+class RowText(NamedTuple):
     """The text of one row, by its number from 0. A group of rows that cannot be read is one cell,
     its last row's."""
 
@@ -65,7 +65,7 @@ def read_table(file: File, reading: ReadRequest) -> Iterator[tuple[str, str]]:
                 return
 
 
-def cells(source: BinaryIO, name: str, field: str, most: int, first: int = 0) -> Iterator[Cell]:
+def cells(source: BinaryIO, name: str, field: str, most: int, first: int = 0) -> Iterator[RowText]:
     """The texts of an opened Parquet file from row `first` on, those at fault among them.
 
     Args:
@@ -78,7 +78,7 @@ def cells(source: BinaryIO, name: str, field: str, most: int, first: int = 0) ->
         wrong = unfit(metadata.schema.to_arrow_schema(), name, field)
         if wrong is not None:
             if not first:
-                yield Cell(0, wrong)
+                yield RowText(0, wrong)
             return
         column = metadata.schema.names.index(field)
         folded = _stays_folded(metadata, column)
@@ -100,7 +100,7 @@ def cells(source: BinaryIO, name: str, field: str, most: int, first: int = 0) ->
                 rows = _rows(source, group.column(column), most, folded)
                 if isinstance(rows, TooLarge):
                     row = end
-                    yield Cell(
+                    yield RowText(
                         end - 1,
                         _page_too_large(f"{name} rows {begin} to {end - 1}", rows.size, most),
                     )
@@ -113,7 +113,7 @@ def cells(source: BinaryIO, name: str, field: str, most: int, first: int = 0) ->
     except DataError:
         raise
     except FAULTS as error:
-        yield Cell(
+        yield RowText(
             row,
             Unread(
                 "corrupt files",
@@ -177,7 +177,7 @@ def _page_too_large(place: str, size: int, most: int) -> Unread:
 
 def cells_of(
     batches: Iterator[pa.RecordBatch], row: int, name: str, field: str, most: int
-) -> Iterator[Cell]:
+) -> Iterator[RowText]:
     for batch in batches:
         column = batch.column(0)
         places = column.indices if pa.types.is_dictionary(column.type) else None
@@ -187,7 +187,7 @@ def cells_of(
         sizes = pc.call_function("binary_length", [words.cast(_bytes_of(words.type))])
         for number in range(len(column)):
             span = number if places is None else places[number].as_py()
-            yield Cell(row, _text(words, sizes, span, f"{name} row {row}", field, most))
+            yield RowText(row, _text(words, sizes, span, f"{name} row {row}", field, most))
             row += 1
 
 
