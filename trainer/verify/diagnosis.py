@@ -1,6 +1,7 @@
 """A line of the doctor's table, and the rows that the doctor examines a model with."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from parallel.sharding import shard_span
 
 TOKENS = 121
 BOUND = 1e-11  # of a tensor's largest magnitude, in float64
+ROUNDING = 1e-13  # of a model's largest gradient; a smaller one is rounding alone
 
 
 @dataclass(frozen=True)
@@ -101,3 +103,30 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
         return 0.0
     largest = expected.abs().max().clamp_min(1e-12)
     return ((actual - expected).abs().max() / largest).item()
+
+
+def worst_gradient(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> tuple[float, str]:
+    """Returns the largest relative error of any parameter's gradient, and its name.
+
+    A gradient that is 0 but for rounding has no digits to compare, as that of the keys of an
+    attention over a single vector; it is compared in units of the model's largest gradient.
+
+    Args:
+        actual, expected: gradients by the name of their parameter, the same names in both.
+    """
+    worst = 0.0
+    worst_name = "no parameter"
+    largest = 0.0
+    for gradient in expected.values():
+        if gradient.numel():
+            largest = max(largest, float(gradient.abs().max()))
+    for name, gradient in expected.items():
+        error = relative_error(actual[name], gradient)
+        if error > BOUND and float(gradient.abs().max()) < ROUNDING * largest:
+            error = float((actual[name] - gradient).abs().max()) / largest
+        # What is not finite compares with nothing, and is worse than everything.
+        error = error if math.isfinite(error) else math.inf
+        worst, worst_name = max((worst, worst_name), (error, name))
+    return worst, worst_name

@@ -52,6 +52,7 @@ from trainer.verify.diagnosis import (
     local_source,
     packed_rows,
     relative_error,
+    worst_gradient,
 )
 from trainer.verify.doctor_checks import check_evaluation, check_padding_rank, check_reach
 from trainer.verify.sabotage import sabotage_driver
@@ -257,27 +258,20 @@ class Examination:
 
     def _compare_gradients(self) -> Diagnosis:
         """Compares the gradient of every parameter, summed over the ranks; names the worst."""
-        largest_error = 0.0
-        worst_name = "no parameter"
-        count = 0
-        shared_parameters = self.shared.parameters()
-        reference_parameters = self.reference.named_parameters()
-        for (name, expected), parameter in zip(
-            reference_parameters, shared_parameters, strict=True
+        actual: dict[str, Tensor] = {}
+        expected: dict[str, Tensor] = {}
+        for (name, one), many in zip(
+            self.reference.named_parameters(), self.shared.parameters(), strict=True
         ):
-            count += 1
             # Every rank takes part in every sum, also where its own gradient is missing.
-            gradient = parameter.grad
-            if gradient is None:
-                gradient = torch.zeros_like(parameter)
-            dist.all_reduce(gradient, group=self.mesh.context.group)
-            expected_gradient = expected.grad
-            if expected_gradient is None:
-                expected_gradient = torch.zeros_like(expected)
-            error = relative_error(gradient, expected_gradient)
-            largest_error, worst_name = max((largest_error, worst_name), (error, name))
+            actual[name] = torch.zeros_like(many) if many.grad is None else many.grad
+            dist.all_reduce(actual[name], group=self.mesh.context.group)
+            expected[name] = torch.zeros_like(one) if one.grad is None else one.grad
+        largest_error, worst_name = worst_gradient(actual, expected)
         note = f"worst: {worst_name}" if largest_error else ""
-        return self._line("parity", f"gradients of {count} parameters", largest_error, note=note)
+        return self._line(
+            "parity", f"gradients of {len(actual)} parameters", largest_error, note=note
+        )
 
     @torch.no_grad()
     def _logits(self, tokens: Tensor, source: MicroBatch | None = None) -> Tensor:

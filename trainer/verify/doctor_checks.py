@@ -24,7 +24,7 @@ from trainer.data.batch import Batch
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.streams.base import Cursor, Stream
 from trainer.evaluation.held_out import HeldOutResult, evaluate
-from trainer.verify.diagnosis import BOUND, Diagnosis, local_source, relative_error
+from trainer.verify.diagnosis import BOUND, Diagnosis, local_source, relative_error, worst_gradient
 
 LAYER = re.compile(r"blocks\.\d+\.mixer")
 ROW, DOCUMENT = 0, 2  # of the packed rows: a document of 52 tokens
@@ -185,11 +185,13 @@ def check_padding_rank(
     losses = shared(own)
     losses.sum().backward()
     figure = relative_error(losses.detach(), sharding.shard(expected.detach(), 0))
-    for wanted, parameter in zip(reference.parameters(), shared.parameters(), strict=True):
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        dist.all_reduce(gradient, group=mesh.context.group)
-        if wanted.grad is not None:
-            figure = max(figure, relative_error(gradient, wanted.grad))
+    actual: dict[str, Tensor] = {}
+    wanted: dict[str, Tensor] = {}
+    for (name, one), many in zip(reference.named_parameters(), shared.parameters(), strict=True):
+        actual[name] = torch.zeros_like(many) if many.grad is None else many.grad
+        dist.all_reduce(actual[name], group=mesh.context.group)
+        wanted[name] = torch.zeros_like(one) if one.grad is None else one.grad
+    figure = max(figure, worst_gradient(actual, wanted)[0])
     note = f"{empty} of {mesh.context.size} ranks hold no token"
     return _line("padding", "a rank that holds only padding", figure, mesh, note)
 

@@ -8,7 +8,7 @@ from parallel.mesh import Mesh, build_mesh
 from tests.support.pool import ranks
 from trainer.preflight.prepare import load_config
 from trainer.preflight.reach import fitting
-from trainer.verify.diagnosis import TOKENS, packed_rows
+from trainer.verify.diagnosis import TOKENS, packed_rows, worst_gradient
 from trainer.verify.doctor import Examination, build_noisy_model, small_twin
 from trainer.verify.doctor_checks import check_reach
 from trainer.verify.sabotage import BREAKS
@@ -86,6 +86,30 @@ def test_a_sound_config_passes(words):
 def test_a_broken_driver_is_caught(words, sabotage):
     findings = ranks(3, examine, (words,), sabotage)[0]
     assert [f for f in findings if not f.passed], f"{sabotage} went unseen"
+
+
+def examine_sets(env):
+    words = ("wandb.mode=disabled", "evaluation.sample_tokens=0", f"parallel.context={env.size}")
+    config = load_config(("model=set_transformer", "model.seeds=1", "data=sets", *words))
+    return list(Examination(config, build_mesh(env.size, 1), None).findings())
+
+
+def test_a_block_over_a_single_seed_passes():
+    # Its queries and keys have a gradient of rounding alone.
+    findings = ranks(3, examine_sets)[0]
+    assert [f for f in findings if not f.passed] == [] and len(findings) > 5
+
+
+def test_a_gradient_of_rounding_alone_is_compared_in_units_of_the_largest():
+    large = torch.tensor([2.0, -1.0], dtype=torch.float64)
+    expected = {"v": large, "k": large * 1e-17}
+    assert worst_gradient({"v": large, "k": large * -3e-17}, expected)[0] < 1e-15
+    assert worst_gradient({"v": large, "k": large * 1e-9}, expected) == (pytest.approx(1e-9), "k")
+    # What is small and no rounding has digits.
+    small = {"v": large, "k": large * 1e-12}
+    assert worst_gradient({"v": large, "k": large * 1.1e-12}, small) == (pytest.approx(0.1), "k")
+    broken = {"v": large * torch.nan, "k": expected["k"]}
+    assert worst_gradient(broken, expected) == (float("inf"), "v")
 
 
 def test_a_leak_is_named_a_leak_and_a_look_ahead_a_look_ahead():
