@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from models.architectures.decoder import Decoder
 from models.cost.flops import count_flops
 from models.cost.parameters import count_parameters
 from models.span import Span
 from trainer.config import build_model
 from trainer.config.compose import compose
-from trainer.config.schema import Config
+from trainer.config.node_checks import parameters
+from trainer.config.schema import Config, ModelConfig
 from trainer.errors import UserError
 from trainer.objectives.stream import vocabulary_of
 
@@ -91,7 +93,7 @@ def reference(config: Config, words: Sequence[str]) -> Config:
     Raises:
         UserError: the settings do not compose with model=full.
     """
-    sizes_only = [word for word in words if not _sets_layers(word)]
+    sizes_only = [word for word in words if not _sets_layers(word) and not _is_own(word)]
     composed = compose([*sizes_only, "model=full", "memory=none"])
     full = compose(["model=full"])
     if composed.config is None or full.config is None:
@@ -108,6 +110,15 @@ def _sets_layers(word: str) -> bool:
     if key == "model" or key in LAYER_KEYS:
         return True
     return any(key.startswith(f"{layer_key}.") for layer_key in LAYER_KEYS)
+
+
+def _is_own(word: str) -> bool:
+    """Tells whether a setting is of the model's own class, and unknown to that of model=full."""
+    key = word.lstrip("+~").partition("=")[0]
+    if not key.startswith("model."):
+        return False
+    name = key.split(".")[1]
+    return name not in ModelConfig.model_fields and name not in parameters(Decoder)
 
 
 def _sets_ffn(words: Sequence[str]) -> bool:

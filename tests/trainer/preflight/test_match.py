@@ -11,6 +11,7 @@ from trainer.config import build_model
 from trainer.config.compose import compose
 from trainer.config.schema import Config
 from trainer.errors import UserError
+from trainer.objectives.stream import vocabulary_of
 from trainer.preflight.match import match_sizes, reference
 from trainer.preflight.prepare import load_config
 
@@ -32,6 +33,11 @@ def costs(config: Config) -> tuple[int, int]:
     )
 
 
+def parameters(config: Config, vocabulary: int) -> int:
+    with torch.device("meta"):
+        return count_parameters(build_model.build_model(config, vocabulary)).total
+
+
 @pytest.mark.parametrize(
     "model", ["sliding", "retnet", "rwkv7", "switch", "lstm"]
 )  # an lstm has no feed-forward width
@@ -46,6 +52,30 @@ def test_a_variant_comes_within_three_percent_of_full_attention(
     assert fitted.model.width % (2 * fitted.model.heads) == 0
     assert f"set model.width={fitted.model.width}" in said
     assert "of model=full at model.width=96" in said
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        ("model=seq2seq", "model.attention=bahdanau", "data=reverse"),
+        ("model=encoder_decoder", "model.encoder_layers=2", "data=reverse"),
+        ("model=set_transformer", "model.points=null", "data=sets"),
+        ("model=deep_sets", "model.pooling=mean", "data=sets"),
+        ("model=gat", "model.scoring=mean", "data=graphs"),
+    ],
+    ids=lambda own: own[0],
+)
+def test_models_of_other_shapes_become_as_large(own: tuple[str, ...]) -> None:
+    words = (*SIZES, *own, "evaluation.sample_tokens=0", "match=parameters")
+    fitted, _ = match_sizes(composed(*words), words)
+    # The data says how many tokens there are.
+    vocabulary = vocabulary_of(fitted)
+    full = reference(composed(*words), words)
+    same = composed(*SIZES, "model=full", own[-1], "evaluation.sample_tokens=0")
+    goal = parameters(same, vocabulary)
+    assert parameters(full, vocabulary) == goal
+    assert abs(parameters(fitted, vocabulary) / goal - 1) < 0.06
+    assert fitted.model.width != 96
 
 
 @pytest.mark.parametrize("match", ["parameters", "flops"])
