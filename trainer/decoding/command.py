@@ -142,7 +142,8 @@ def run(words: Sequence[str], shown: TextIO | None = None) -> int:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={wishes.get('device', 'cpu')}: {error}") from error
     reads_source = hook(opened.model, "reads_source")
-    check_settings(wishes.settings, reads_source)
+    of_cache = {f"cache.{key}": value for key, value in wishes.cache.items()}
+    check_settings({**wishes.settings, **of_cache}, reads_source)
     if reads_source:
         with ExitStack() as stack:
             lines = _output(wishes, stack)
