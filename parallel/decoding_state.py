@@ -37,6 +37,7 @@ class ShardedDecodingState(DecodingState):
     """DecodingState of rows that the ranks of `communicator` hold together.
 
     The first piece may be sharded (its span has a sharding); every later one is whole on all ranks.
+    The source of a model of two streams is sharded, and no rank ever holds all of it.
     """
 
     def __init__(self, factory: KVCacheFactory, communicator: Communicator):
@@ -76,8 +77,10 @@ class ShardedDecodingState(DecodingState):
 
     def merged(self, part: Partial) -> Partial:
         """Joins the attention over this rank's tokens with that of all others, in rank order."""
-        if self.factory.replicated:
-            return part
+        return part if self.factory.replicated else self.merged_source(part)
+
+    def merged_source(self, part: Partial) -> Partial:
+        """See DecodingState; a source stays where the encoder left it, whatever the cache."""
         mean, lse = part
         packed = torch.cat([mean, lse[..., None]], -1)
         total = None

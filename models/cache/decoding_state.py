@@ -124,6 +124,7 @@ class DecodingState(CarriedState):
         spec = attention_spec(softmax.mask, softmax.score, query, heads)
         if cache is None:
             total = attend(spec, query, payload, params, span=span, kv_span=kv_span)
+            total = self.merged_source(total)
             add_sink(softmax.score, params, total)
             return total[0].to(query[0].dtype)
         held, held_span = cache.read()
@@ -146,6 +147,10 @@ class DecodingState(CarriedState):
 
     def merged(self, part: Partial) -> Partial:
         """Joins the attention over the tokens held here with that over tokens held elsewhere."""
+        return part
+
+    def merged_source(self, part: Partial) -> Partial:
+        """Joins the attention over the source at hand with that over what lies elsewhere of it."""
         return part
 
     def tokens(self, name: str, x: Tensor, length: int) -> tuple[Tensor, Span]:

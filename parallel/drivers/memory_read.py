@@ -37,7 +37,10 @@ class SharedMemoryRead(MemoryRead):
 
 
 class SharedRowReplica(nn.Module):
-    """Replaces a RowReplica whose rows are shared over the ranks of `communicator`."""
+    """Replaces a RowReplica whose rows are shared over the ranks of `communicator`.
+
+    While rows are decoded every rank has their tokens, and nothing is to be brought together.
+    """
 
     def __init__(self, leaf: RowReplica, communicator: Communicator):
         super().__init__()
@@ -46,10 +49,12 @@ class SharedRowReplica(nn.Module):
 
     def addresses(self, span: Span) -> Span:
         """See RowReplica.addresses; every rank has those of all ranks."""
-        return span.sharding.whole
+        return span if span.sharding is None else span.sharding.whole
 
     def gather(self, x: Tensor, span: Span) -> Tensor:
         """See RowReplica.gather."""
+        if span.sharding is None:
+            return x
         # Ranges of no heads: every rank receives all tokens.
         everything = [(0, 0)] * self.communicator.size
         in_rank_order = seq_to_heads(x, self.communicator, None, everything)
@@ -57,6 +62,8 @@ class SharedRowReplica(nn.Module):
 
     def own(self, x: Tensor, span: Span) -> Tensor:
         """See RowReplica.own."""
+        if span.sharding is None:
+            return x
         first = self.communicator.rank * span.shape[1]
         return span.sharding.to_rank_order(x)[:, first : first + span.shape[1]]
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from models.architectures.encoder_decoder import EncoderDecoder
 from models.architectures.seq2seq import Seq2Seq
@@ -21,6 +21,8 @@ from parallel.context_parallel import apply_context_parallel
 from parallel.layout import layout
 from parallel.sharding import shard_span
 from tests.support.parity import packed, relative
+from trainer.data.batch_sharding import BatchSharder
+from trainer.decoding.two_streams import documents
 
 VOCABULARY = 13
 TARGETS = [[6, 9, 1, 4], [3, 12]]  # documents of the rows
@@ -140,3 +142,35 @@ def difference(env: Any, make: Any, method: str, policy: str, batch: MicroBatch)
     # A gradient of nothing would agree with anything.
     assert moved > len(expected_gradients) / 2, "most parameters have a gradient"
     return max(worst)
+
+
+class FromScratch:
+    """Rates next tokens by a pass over all tokens, on one device or with rows shared over ranks.
+
+    Args:
+        model: in evaluation mode.
+        share: cuts rows for this rank.
+        sources: tokens of each source.
+        beams: hypotheses of each.
+    """
+
+    def __init__(self, model: nn.Module, share: BatchSharder, sources: list[list[int]], beams: int):
+        self.model = model
+        self.share = share
+        self.said: list[list[int]] = [[] for _ in range(len(sources) * beams)]
+        self.source = documents([list(tokens) for tokens in sources for _ in range(beams)])
+
+    def __call__(self, last: Tensor, rows: Tensor) -> Tensor:
+        """See NextTokens."""
+        parents = rows.tolist() if self.said[0] else range(len(self.said))
+        tokens = last.tolist()
+        self.said = [[*self.said[p], token] for p, token in zip(parents, tokens, strict=True)]
+        batch = documents(self.said)._replace(source=self.source)
+        piece = self.share.piece(batch).without_targets()
+        logits = self.model(piece).double()
+        # One rank has the last token of a row, wherever the layout put it; others add zeros.
+        is_last = piece.span.valid() & (piece.span.pos == len(self.said[0]) - 1)
+        total = torch.where(is_last[..., None], logits, 0.0).sum(1)
+        if self.share.mesh.context.group is not None:
+            dist.all_reduce(total, group=self.share.mesh.context.group)
+        return total.log_softmax(-1)

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.cache.contiguous import Contiguous
 from models.cache.decoding_state import DecodingState
 from models.micro_batch import MicroBatch
 from models.span import PADDING, Span
+from parallel.collectives import Communicator
+from parallel.decoding_state import ShardedDecodingState
 from trainer.data.batch import Batch
 from trainer.data.batch_sharding import BatchSharder
 
@@ -120,16 +121,21 @@ def _best(found: list[Target], going_on: list[int], logs: Tensor, search: BeamSe
 class Continued:
     """Rates next tokens from a decoding state: a token costs one token, and sources are read once.
 
+    Where ranks share rows, each keeps its part of the sources and of the keys of targets, all take
+    the same steps, and partial results travel.
+
     Args:
         model: in evaluation mode.
-        source: a document of each row, number 0.
+        source: a document of each row, number 0; where ranks share rows, this rank's tokens of it.
         beams: K.
+        state: a blank one, of one device or of the ranks that share rows.
     """
 
-    def __init__(self, model: nn.Module, source: MicroBatch, beams: int):
+    def __init__(self, model: nn.Module, source: MicroBatch, beams: int, state: DecodingState):
         self.model = model
         self.source: MicroBatch | None = source
-        self.state = DecodingState(Contiguous())
+        self.device = source.tokens.device
+        self.state = state
         self.beams = beams
         self.position = 0
 
@@ -140,10 +146,10 @@ class Continued:
             # All hypotheses begin alike, so the first pass has a row for each source.
             last = last[:: self.beams]
         else:
-            self.state.select(rows.to(last.device))
-        pos = torch.full((len(last), 1), self.position)
+            self.state.select(rows.to(self.device))
+        tokens = last[:, None].to(self.device)
+        pos = torch.full_like(tokens, self.position)
         span = Span.of(pos, torch.zeros_like(pos))
-        tokens = last[:, None]
         attached = self.state.attach(span, tokens)
         logits = self.model(MicroBatch(tokens, attached, None, self.source))
         self.state.advance()
@@ -151,42 +157,9 @@ class Continued:
         self.position += 1
         if first:
             logits = logits.repeat_interleave(self.beams, 0)
-            self.state.select(torch.arange(len(last)).repeat_interleave(self.beams))
+            order = torch.arange(len(last), device=self.device)
+            self.state.select(order.repeat_interleave(self.beams))
         return logits[:, 0].double().log_softmax(-1)
-
-
-class FromScratch:
-    """Rates next tokens by a pass over all tokens, with rows and sources shared over ranks.
-
-    Args:
-        model: in evaluation mode.
-        share: cuts rows for this rank.
-        sources: tokens of each source.
-        beams: K.
-    """
-
-    def __init__(
-        self, model: nn.Module, share: BatchSharder, sources: Sequence[Sequence[int]], beams: int
-    ):
-        self.model = model
-        self.share = share
-        self.said: list[list[int]] = [[] for _ in range(len(sources) * beams)]
-        self.source = documents([list(tokens) for tokens in sources for _ in range(beams)])
-
-    def __call__(self, last: Tensor, rows: Tensor) -> Tensor:
-        """See NextTokens."""
-        parents = rows.tolist() if self.said[0] else range(len(self.said))
-        tokens = last.tolist()
-        self.said = [[*self.said[p], token] for p, token in zip(parents, tokens, strict=True)]
-        batch = documents(self.said)._replace(source=self.source)
-        piece = self.share.piece(batch).without_targets()
-        logits = self.model(piece).double()
-        # One rank has the last token of a row, wherever the layout put it; others add zeros.
-        is_last = piece.span.valid() & (piece.span.pos == len(self.said[0]) - 1)
-        total = torch.where(is_last[..., None], logits, 0.0).sum(1)
-        if self.share.mesh.context.group is not None:
-            dist.all_reduce(total, group=self.share.mesh.context.group)
-        return total.log_softmax(-1)
 
 
 def documents(rows: Sequence[Sequence[int]]) -> Batch:
@@ -209,12 +182,13 @@ def translate(
 
     Args:
         model: in evaluation mode.
-        share: cuts rows for this rank; where no row is shared, tokens are read from a state.
+        share: cuts rows for this rank.
         sources: tokens of each, its end among them where the model was trained on it.
     """
-    if share.mesh.context.size > 1:
-        return decode(FromScratch(model, share, sources, search.beams), len(sources), search)
     piece = share.piece(documents(sources))
+    state = DecodingState(Contiguous())
+    if share.mesh.context.size > 1:
+        state = ShardedDecodingState(Contiguous(), Communicator(share.mesh.context.group))
     # Every row numbers its document by itself: the row of a target has only this source.
     source = MicroBatch(piece.tokens, piece.span)
-    return decode(Continued(model, source, search.beams), len(sources), search)
+    return decode(Continued(model, source, search.beams, state), len(sources), search)

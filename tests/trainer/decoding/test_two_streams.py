@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from models.carried_state import name_stateful_modules
-from parallel.mesh import Mesh
-from tests.support.two_streams import recurrent, roughened, transformer
+from parallel.context_parallel import apply_context_parallel
+from parallel.mesh import Mesh, build_mesh
+from tests.support.pool import ranks
+from tests.support.two_streams import FromScratch, recurrent, roughened, transformer
 from trainer.data.batch_sharding import BatchSharder
-from trainer.decoding.two_streams import BeamSearch, FromScratch, decode, documents, translate
+from trainer.decoding.two_streams import BeamSearch, decode, documents, translate
 
 START, END = 0, 1
 SOURCES = [[3, 4, 5, 6, 7], [8, 2], [9, 9, 4]]
@@ -92,6 +94,41 @@ def test_a_state_gives_what_passes_over_all_tokens_give(name, beams):
         assert abs(one.rating - other.rating) < 1e-10
     ratings = {round(target.rating, 9) for target in continued}
     assert len(ratings) == len(SOURCES), "sources make a difference"
+
+
+def written_over_ranks(env, name, method, beams):
+    """Targets over ranks, and the tokens that each call of the model was given."""
+    mesh = build_mesh(env.size, 1)
+    model = model_of(name)
+    apply_context_parallel(model, mesh.context.group, method, grid=mesh.grid)
+    search = BeamSearch(2, 1, most=6, beams=beams, length_penalty=0.6)
+    widths = []
+    model.register_forward_hook(lambda _, args, logits: widths.append(logits.shape[1]))
+    found = translate(model, share_of(mesh), SOURCES, search)
+    assert set(widths) == {1}, "a token costs one token"
+    return [(target.tokens, target.rating) for target in found]
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "beams"),
+    [
+        ("transformer", "ring", 3),
+        ("transformer", "ulysses", 1),
+        ("transformer", "allgather", 1),
+        ("bahdanau", "ring", 3),
+        ("local_p", "ring", 1),
+        ("none", "ring", 1),
+    ],
+)
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_that_share_sources_write_what_one_device_writes(name, method, beams, size):
+    search = BeamSearch(2, 1, most=6, beams=beams, length_penalty=0.6)
+    expected = translate(model_of(name), share_of(Mesh.alone()), SOURCES, search)
+    # The second source has two tokens with its end: some of four ranks hold none of it.
+    for found in ranks(size, written_over_ranks, name, method, beams):
+        assert [tokens for tokens, _ in found] == [target.tokens for target in expected]
+        for (_, rating), target in zip(found, expected, strict=True):
+            assert abs(rating - target.rating) < 1e-10
 
 
 def test_the_source_is_read_once():
