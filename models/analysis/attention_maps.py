@@ -10,11 +10,12 @@ Letters: B rows, H heads, T queries, S keys.
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from models.causality import source_modules
 from models.kernels import reference
 from models.masks.algebra import visible
 from models.micro_batch import MicroBatch
@@ -25,6 +26,9 @@ from models.span import Span
 
 # (query, payload, addresses of both) as they lie at a leaf -> the same of the whole row
 GatherWhole = Callable[[Tensors, Tensors, Span, Span], tuple[Tensors, Tensors, Span, Span]]
+
+# A row reads itself, its source reads itself, or the row reads its source.
+Streams = Literal["row", "source", "alignment"]
 
 
 class AttentionMap(NamedTuple):
@@ -41,6 +45,7 @@ class AttentionMap(NamedTuple):
         value_norm: [H, S] length of what each key would add to the residual stream with a weight of
             1: of its value after the output projection where the layer has one, else of the value;
             None where it was not asked for.
+        streams: what the queries and the keys belong to.
     """
 
     name: str
@@ -49,6 +54,7 @@ class AttentionMap(NamedTuple):
     span: Span
     kv_span: Span
     value_norm: Tensor | None = None
+    streams: Streams = "row"
 
 
 def attention_weights(
@@ -124,6 +130,7 @@ def collect(
         source: a MicroBatch that the model reads beside the row; None: it reads none.
     """
     found: list[AttentionMap] = []
+    of_source = source_modules(model)
 
     def note(
         name: str,
@@ -135,15 +142,15 @@ def collect(
     ) -> None:
         inner_span = rest["span"]
         kv_span = rest["span"] if rest.get("kv_span") is None else rest["kv_span"]
+        streams = _streams(inner_span, span) if watched[name] in of_source else "row"
         if whole is not None:
             query, payload, inner_span, kv_span = whole(query, payload, inner_span, kv_span)
         weight = attention_weights(
             leaf, query, payload, params, span=inner_span, kv_span=kv_span, heads=rest.get("heads")
         )[0]
-        here = _places(inner_span, inner_span)
-        there = _places(kv_span, inner_span)
+        here = places(inner_span, inner_span)
+        there = places(kv_span, inner_span)
         kept = weight[:heads].index_select(1, here).index_select(2, there).cpu()
-        label = _numbered(name, found)
         addresses = (
             each.map(lambda t, some=some: t[:, some].cpu())
             for each, some in ((inner_span, here), (kv_span, there))
@@ -153,11 +160,17 @@ def collect(
             projection = output_projection(model, name)
             norm = value_norms(leaf, query, payload, params, len(weight), projection)
             norm = norm[:heads].index_select(1, there).cpu()
-        found.append(AttentionMap(label, kept, len(weight), *addresses, value_norm=norm))
+        made = AttentionMap(name, kept, len(weight), *addresses, value_norm=norm, streams=streams)
+        found.append(made._replace(name=_numbered(name, found)))
 
     with _hooked(watched, note), uncompiled():
         model(MicroBatch(tokens, span, None, source))
     return found
+
+
+def _streams(queries: Span, row: Span) -> Streams:
+    """Returns what the queries of a layer that reads the source belong to."""
+    return "alignment" if queries is row else "source"
 
 
 @contextmanager
@@ -225,7 +238,7 @@ def _leaf(module: nn.Module) -> Softmax:
     return next(inner for inner in module.modules() if isinstance(inner, Softmax))
 
 
-def _places(span: Span, row: Span) -> Tensor:
+def places(span: Span, row: Span) -> Tensor:
     """[S] int64: where the tokens of a span lie that are no padding, those with a role that tokens
     of the row have first."""
     doc, pos, role = (each[0].tolist() for each in (span.doc, span.pos, span.role))

@@ -74,16 +74,22 @@ def head_scores(attention: AttentionMap, tokens: Sequence[int]) -> list[HeadScor
     shares = {name: _share(row, keys & same_document) for name, keys in patterns.items()}
     # What a learned sink takes is missing from the sum of a row of weights.
     shares["sink"] = shares["sink"] + _learned_sink(attention.weight.double())
-    entropy = -torch.xlogy(attention.weight.double(), attention.weight.double()).sum(-1).mean(-1)
+    spread = entropy(attention.weight)
     scores = []
     for head in range(len(row)):
         own = {name: float(share[head]) for name, share in shares.items()}
         best = max(own, key=lambda name: own[name])
         pattern = best if own[best] >= CLEAR else "other"
         scores.append(
-            HeadScores(attention.name, head, **own, entropy=float(entropy[head]), pattern=pattern)
+            HeadScores(attention.name, head, **own, entropy=float(spread[head]), pattern=pattern)
         )
     return scores
+
+
+def entropy(weight: Tensor) -> Tensor:
+    """[..., T, S] -> [...]: the entropy of weights in nats, averaged over queries."""
+    wide = weight.double()
+    return -torch.xlogy(wide, wide).sum(-1).mean(-1)
 
 
 def _share(weight: Tensor, keys: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.analysis.attention_maps import AttentionMap
-from models.analysis.heads import head_scores
+from models.analysis.attention_maps import AttentionMap, Streams
+from models.analysis.heads import entropy, head_scores
 from models.analysis.page_script import SCRIPT, STYLE
 from models.analysis.rollout import rollout, weighted_by_values
 
@@ -26,7 +26,11 @@ NOTE = (
 
 
 def attention_page(
-    title: str, maps: Sequence[AttentionMap], texts: Sequence[str], without: Sequence[str] = ()
+    title: str,
+    maps: Sequence[AttentionMap],
+    texts: Sequence[str],
+    without: Sequence[str] = (),
+    source: Sequence[str] = (),
 ) -> str:
     """Returns the page of the maps of one row.
 
@@ -35,18 +39,30 @@ def attention_page(
         maps: in the order of the layers.
         texts: of the tokens of the row, without padding, in the order of the maps' queries.
         without: layers that mix tokens and have no map of weights, such as recurrent ones.
+        source: texts of the tokens of the row's source, likewise.
     """
-    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-    tokens = [numbers[text] for text in texts]
-    # A softmax over summaries, or one that is called again, has other queries than the row.
-    whole = [attention for attention in maps if attention.weight.shape[1] == len(tokens)]
-    without = [*without, *(each.name for each in maps if each.weight.shape[1] != len(tokens))]
-    layers = []
-    for attention, flow in zip(whole, rollout(whole)):
-        layers.append(_layer(attention, flow, tokens))
-    data = json.dumps({"tokens": list(texts), "layers": layers})
+    data: dict[str, Any] = {"tokens": list(texts), "source": list(source), "layers": []}
+    without = list(without)
+    by_streams: dict[Streams, list[AttentionMap]] = {"row": [], "source": [], "alignment": []}
+    for attention in maps:
+        queries = source if attention.streams == "source" else texts
+        # A softmax over summaries, or one that is called again, has other queries than the row.
+        if attention.weight.shape[1] == len(queries):
+            by_streams[attention.streams].append(attention)
+        else:
+            without.append(attention.name)
+    flows: dict[str, Tensor] = {}
+    for streams in ("row", "source"):
+        whole = by_streams[streams]
+        for attention, flow in zip(whole, rollout(whole), strict=True):
+            flows[attention.name] = flow
+    for attention in maps:
+        if attention.name not in without:
+            queries = source if attention.streams == "source" else texts
+            data["layers"].append(_layer(attention, flows.get(attention.name), queries))
     # Inside <script> only "<" could end the script or open a comment.
-    safe = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    safe = json.dumps(data).replace("<", "\\u003c")
+    safe = safe.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     absent = ""
     if without:
         listed = ", ".join(escape(name) for name in without)
@@ -66,26 +82,42 @@ def attention_page(
     )
 
 
-def _layer(attention: AttentionMap, flow: Tensor, tokens: list[int]) -> dict[str, Any]:
+def _layer(attention: AttentionMap, flow: Tensor | None, queries: Sequence[str]) -> dict[str, Any]:
     """Returns the data of one softmax: its maps in each mode, and the scores of its heads."""
-    queries = attention.weight.shape[1]
     modes = {"weights": attention.weight}
     if attention.value_norm is not None:
         modes["weights x value norms"] = weighted_by_values(attention)
     heads = []
-    for score in head_scores(attention, tokens):
-        shown = {mode: _packed(weight[score.head]) for mode, weight in modes.items()}
-        figures = score._asdict()
-        del figures["layer"]
+    for head, figures in enumerate(_figures(attention, queries)):
+        shown = {mode: _packed(weight[head]) for mode, weight in modes.items()}
         heads.append({"maps": shown, **figures})
     return {
         "name": attention.name,
-        "queries": queries,
+        "down": "source" if attention.streams == "source" else "tokens",
+        "right": "tokens" if attention.streams == "row" else "source",
+        "queries": attention.weight.shape[1],
         "keys": attention.weight.shape[2],
         "hidden": attention.heads - len(attention.weight),
-        "rollout": _packed(flow),
+        "rollout": None if flow is None else _packed(flow),
         "heads": heads,
     }
+
+
+def _figures(attention: AttentionMap, queries: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns the scores of every head; patterns of one row mean nothing between two."""
+    figures: list[dict[str, Any]] = []
+    if attention.streams == "alignment":
+        for head, weight in enumerate(attention.weight):
+            figures.append(
+                {"head": head, "pattern": "alignment", "entropy": float(entropy(weight))}
+            )
+        return figures
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(queries))}
+    for score in head_scores(attention, [numbers[text] for text in queries]):
+        own = score._asdict()
+        del own["layer"]
+        figures.append(own)
+    return figures
 
 
 def _packed(weight: Tensor) -> str:

@@ -27,7 +27,10 @@ const make = (tag, parent, text) => {
   return element;
 };
 const shown = text => text.replace(/\\n/g, "\\u23ce").replace(/\\t/g, "\\u21e5");
-const modes = Object.keys(data.layers[0].heads[0].maps).concat(["rollout"]);
+const text = (layer, side, index) =>
+  index < data[layer[side]].length ? shown(data[layer[side]][index]) : "memory " + index;
+const modes = Object.keys(data.layers[0].heads[0].maps);
+if (data.layers.some(layer => layer.rollout !== null)) modes.push("rollout");
 make("option", find("layer"), "all").value = "all";
 data.layers.forEach((layer, index) => { make("option", find("layer"), layer.name).value = index; });
 modes.forEach(mode => { make("option", find("mode"), mode).value = mode; });
@@ -56,8 +59,8 @@ function picture(layer, layerIndex, head, caption, values, keys) {
       Math.floor((event.clientY - box.top) / box.height * layer.queries));
     const key = Math.min(keys - 1, Math.floor((event.clientX - box.left) / box.width * keys));
     const weight = (values[query * keys + key] / 255).toFixed(3);
-    const to = key < data.tokens.length ? shown(data.tokens[key]) : "memory " + key;
-    note.textContent = shown(data.tokens[query]) + " \\u2192 " + to + ": " + weight;
+    const from = text(layer, "down", query);
+    note.textContent = from + " \\u2192 " + text(layer, "right", key) + ": " + weight;
   });
   canvas.addEventListener("mouseleave", () => { note.textContent = caption; });
   figure.addEventListener("click", () => {
@@ -74,10 +77,8 @@ function lines(layer, values, keys) {
   const left = make("div", detail);
   const right = make("div", detail);
   left.className = right.className = "tokens";
-  for (let query = 0; query < layer.queries; query++) make("div", left, shown(data.tokens[query]));
-  for (let key = 0; key < keys; key++) {
-    make("div", right, key < data.tokens.length ? shown(data.tokens[key]) : "memory " + key);
-  }
+  for (let query = 0; query < layer.queries; query++) make("div", left, text(layer, "down", query));
+  for (let key = 0; key < keys; key++) make("div", right, text(layer, "right", key));
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("width", right.offsetLeft);
   svg.setAttribute("height", Math.max(left.offsetHeight, right.offsetHeight));
@@ -117,6 +118,7 @@ function show() {
   data.layers.forEach((each, index) => {
     if (layer !== "all" && Number(layer) !== index) return;
     if (mode === "rollout") {
+      if (each.rollout === null) return;
       const caption = each.name + ", rollout";
       picture(each, index, null, caption, bytes(each.rollout), each.queries);
       return;
@@ -137,7 +139,7 @@ function patterns() {
     const row = make("tr", table);
     make("td", row, layer.name + ", head " + each.head);
     make("td", row, each.pattern);
-    names.forEach(name => make("td", row, each[name].toFixed(3)));
+    names.forEach(name => make("td", row, name in each ? each[name].toFixed(3) : "-"));
   }));
 }
 

@@ -138,33 +138,6 @@ class Seq2Seq(StatefulModule):
             return self.head(hidden)
         return token_losses(hidden, self.head.weight, targets)
 
-    @torch.no_grad()
-    def alignments(self, batch: MicroBatch) -> Tensor:
-        """Returns the weights of each token over the source, [B, T, S], on one device.
-
-        Raises:
-            ValueError: the model has no attention.
-        """
-        if self.attention is None:
-            raise ValueError(
-                "model.attention=none weighs no source; use another one, for example luong_general"
-            )
-        steps: list[Tensor] = []
-        weigh = self.attention.read.forward
-
-        def note(read: nn.Module, args: tuple[Tensor, ...], context: Tensor) -> None:
-            scores, values, *rest = args
-            # The mean of the unit vectors of tokens is their weights.
-            every = torch.eye(values.shape[1], dtype=values.dtype, device=values.device)
-            steps.append(weigh(scores, every.expand(len(values), -1, -1), *rest))
-
-        handle = self.attention.read.register_forward_hook(note)
-        try:
-            self(batch.without_targets())
-        finally:
-            handle.remove()
-        return torch.stack(steps, 1)
-
     def _decode(
         self,
         embedded: Tensor,

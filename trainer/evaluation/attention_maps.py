@@ -10,8 +10,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from models.analysis.attention_maps import AttentionMap, GatherWhole, collect, leaves
+from models.analysis.alignments import alignments, memory_reads
+from models.analysis.attention_maps import AttentionMap, GatherWhole, collect, leaves, places
 from models.analysis.page import attention_page
+from models.micro_batch import MicroBatch
 from models.primitive import Primitive
 from models.primitives.softmax import Softmax
 from models.scores import Tensors
@@ -50,8 +52,12 @@ def attention_maps(
 
     Returns:
         (maps of up to HEADS heads of up to LAYERS softmaxes, spread over the depth of the model;
-        number of softmaxes left out). Empty where no softmax of the model sees a whole row.
+        number of softmaxes left out). Of a recurrent model of two streams the map of its alignment.
+        Empty where no softmax of the model sees a whole row.
     """
+    micro_batch = share.piece(beginning(stream, tokens))
+    if memory_reads(model):
+        return [_alignment(model, share, micro_batch)], 0
     softmaxes = leaves(model, KINDS)
     paths = list(softmaxes)
     chosen = {}
@@ -59,7 +65,6 @@ def attention_maps(
         chosen[paths[index]] = softmaxes[paths[index]]
     if not chosen:
         return [], 0
-    micro_batch = share.piece(beginning(stream, tokens))
     gather = None
     if share.mesh.context.size > 1:
         gather = together(Communicator(share.mesh.context.group))
@@ -76,6 +81,26 @@ def attention_maps(
     return maps, len(softmaxes) - len(chosen)
 
 
+def _alignment(model: nn.Module, share: BatchSharder, micro_batch: MicroBatch) -> AttentionMap:
+    """Returns the weights of a recurrent decoder over its source, the same on every rank."""
+    assert micro_batch.source is not None, "what reads a memory step by step has a source"
+    span = micro_batch.span
+    source_span = micro_batch.source.span
+    place = None
+    if share.mesh.context.size > 1:
+        place = source_span.sharding.index(share.mesh.context.rank, len(source_span.doc))
+        span = span.sharding.whole
+        source_span = source_span.sharding.whole
+    weight = alignments(model, micro_batch, place, source_span.shape[1])
+    here = places(span, span)
+    there = places(source_span, source_span)
+    kept = weight.index_select(1, here).index_select(2, there).cpu()
+    queries = span.map(lambda column: column[:, here].cpu())
+    keys = source_span.map(lambda column: column[:, there].cpu())
+    (name,) = memory_reads(model)
+    return AttentionMap(name, kept, 1, queries, keys, None, "alignment")
+
+
 def write_page(
     directory: Path, title: str, maps: Sequence[AttentionMap], model: nn.Module, stream: Stream
 ) -> Path:
@@ -87,15 +112,21 @@ def write_page(
         maps: what `attention_maps` returned.
         model, stream: that it was given.
     """
-    texts = token_texts(stream, maps[0].weight.shape[1])
-    page = attention_page(title, maps, texts, without_map(model))
+    row = next(each for each in maps if each.streams != "source")
+    texts, source_texts = token_texts(stream, row.weight.shape[1])
+    page = attention_page(title, maps, texts, without_map(model), source_texts)
     (directory / REPORT).mkdir(parents=True, exist_ok=True)
     return replace_inside(directory, f"{REPORT}/{PAGE}", page)
 
 
-def token_texts(stream: Stream, tokens: int) -> list[str]:
-    """Returns the texts of the tokens that `attention_maps` shows, in the order of its queries."""
+def token_texts(stream: Stream, tokens: int) -> tuple[list[str], list[str]]:
+    """Returns the texts of the tokens that `attention_maps` shows, in the order of its queries, and
+    those of their source."""
     batch = beginning(stream, tokens)
+    return _texts(batch, stream), [] if batch.source is None else _texts(batch.source, stream)
+
+
+def _texts(batch: Batch, stream: Stream) -> list[str]:
     is_token = batch.doc[0, :-1] >= 0
     numbers = batch.tokens[0, :-1][is_token].tolist()
     return [stream.tokenizer.decode([number]) or f"<{number}>" for number in numbers]
@@ -105,6 +136,7 @@ def without_map(model: nn.Module) -> list[str]:
     """Returns the parts through which tokens reach one another that have no map of weights."""
     softmaxes = leaves(model, KINDS)
     covered = {inner for module in softmaxes.values() for inner in module.modules()}
+    covered.update(memory_reads(model).values())
     names = []
     for name, module in model.named_modules():
         if isinstance(module, Primitive) and module not in covered and module.needs_driver:
@@ -130,7 +162,19 @@ def beginning(stream: Stream, tokens: int) -> Batch:
         pos=row.pos[:, :length],
         role=row.role[:, :length],
         aims=None if row.aims is None else row.aims[:, :length],
-        source=row.source,
+        source=None if row.source is None else _sources_of(row.doc[:, :tokens], row.source),
+    )
+
+
+def _sources_of(doc: Tensor, source: Batch) -> Batch:
+    """Returns a row of sources as far as it has those of the documents at hand."""
+    wanted = (source.doc[0] >= 0) & (source.doc[0] <= int(doc.max()))
+    length = int(wanted.nonzero().max()) + 2 if wanted.any() else 1
+    return Batch(
+        tokens=source.tokens[:, :length],
+        doc=source.doc[:, :length],
+        pos=source.pos[:, :length],
+        role=source.role[:, :length],
     )
 
 

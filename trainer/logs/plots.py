@@ -103,7 +103,9 @@ def attention(
             axes.set_xticks([0, keys - 1])
             axes.set_yticks([0, queries - 1] if head == 0 else [])
             axes.tick_params(labelsize=6, colors=GREY)
-            if keys > queries:  # behind the row: what stands for its tokens, or holds earlier ones
+            if (
+                each.streams == "row" and keys > queries
+            ):  # behind the row: what stands for its tokens, or holds earlier ones
                 axes.axvline(queries - 0.5, color=BLUE, linewidth=0.6)
         line[0].set_ylabel(caption(each.name), fontsize=7, color=GREY)
     assert shown is not None, "a softmax has heads"

@@ -73,13 +73,6 @@ def check_streams(config: Config) -> Iterator[Finding]:
                 f"a sample continues a prompt, but {name} writes from a source",
                 "use evaluation.sample_tokens=0, and evaluation=free_running for what it writes",
             )
-        if reads and config.evaluation.attention_maps:
-            yield Finding(
-                "evaluation.attention_maps",
-                config.evaluation.attention_maps,
-                f"the page shows the tokens of one row, and {name} also weighs those of a source",
-                "use evaluation.attention_maps=0; in Python Seq2Seq.alignments has the weights",
-            )
         return
     if reads:
         yield Finding(

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 
+from models.analysis.alignments import alignments
 from models.architectures.seq2seq import Seq2Seq
 from models.seq2seq.attention import Memory, Query, StepAttention
 from models.seq2seq.encoder import RecurrentEncoder
@@ -172,14 +173,14 @@ def test_the_gaussian_is_not_normalised_again_and_teaches_its_centre():
 
 def test_alignments_are_weights_over_the_source_of_the_document():
     batch = batch_of()
-    weights = roughened(recurrent("bahdanau")).alignments(batch)
+    weights = alignments(roughened(recurrent("bahdanau")), batch)
     assert weights.shape == (*batch.span.shape, batch.source.span.shape[1])
     same = batch.span.doc[:, :, None] == batch.source.span.doc[:, None]
     assert (weights[~same] == 0).all()
     has_source = (same & batch.span.valid()[:, :, None]).any(2)
     assert (weights.sum(2)[has_source] - 1).abs().max() < 1e-12
     with pytest.raises(ValueError, match="weighs no source"):
-        recurrent("none").alignments(batch)
+        alignments(recurrent("none"), batch)
 
 
 def test_an_odd_width_of_two_directions_is_refused():
