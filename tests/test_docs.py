@@ -97,6 +97,14 @@ NOT_COMPOSED = {
     "python -m scripts.experiments experts": "an experiment of minutes",
     "python -m scripts.experiments graphs": "an experiment of minutes",
     "python -m scripts.experiments sets": "an experiment of minutes",
+    "python -m scripts.experiments.libreoffice_pairs pairs": "see test_libreoffice_pairs.py",
+    "python -m scripts.experiments translation pairs=pairs seeds=1": "an experiment of minutes",
+    (
+        "python -m scripts.generate runs/mine prompt='Click OK.' beams=4 length_penalty=0.6"
+    ): "needs a run; tests/trainer/decoding/test_targets.py",
+    (
+        "python -m scripts.generate runs/mine prompts=sources.txt output=targets.jsonl"
+    ): "needs a run; tests/trainer/decoding/test_targets.py",
     "python -m scripts.experiments memory first=3": "an experiment of 50 minutes",
     "python -m scripts.experiments recall only=queries seeds=2": "an experiment of minutes",
     "python -m scripts.experiments recall only=tracking seeds=3 first=2": "14 minutes",

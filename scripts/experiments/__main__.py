@@ -3,10 +3,10 @@ models do what their kind promises.
 
 Minutes on two cores. NAME is a recipe, such as recall; without one they are listed. Prints progress
 on stderr and what was found, in markdown, on stdout. only: one part of the recipe. run: a run or an
-export whose model is examined, in place of one that the recipe trains (quantized). first: the first
-seed. jobs: processes at once, of one thread each. steps: other than the recipe's own, to try it
-out; what it then finds says nothing. Exit status 1 when a lesson failed, 2 for a wish that cannot
-be honoured.
+export whose model is examined, in place of one that the recipe trains (quantized). pairs: a folder
+of scripts.experiments.libreoffice_pairs (translation). first: the first seed. jobs: processes at
+once, of one thread each. steps: other than the recipe's own, to try it out; what it then finds says
+nothing. Exit status 1 when a lesson failed, 2 for a wish that cannot be honoured.
 """
 
 import importlib
@@ -16,6 +16,7 @@ from typing import Any
 
 from scripts.experiments.runner import Budget, result_line
 from trainer.entry import run_command
+from trainer.errors import UserError
 
 RECIPES = {  # name -> (module and function, its parts, what it shows)
     "recall": (
@@ -53,6 +54,11 @@ RECIPES = {  # name -> (module and function, its parts, what it shows)
         (),
         "reversing beyond the trained length: no attention, Bahdanau, Luong, the Transformer",
     ),
+    "translation": (
+        "scripts.experiments.translation.translation",
+        (),
+        "BLEU of English to German: no attention, Bahdanau, Luong, the Transformer",
+    ),
     "memory": (
         "scripts.experiments.memory.memory",
         ("text", "retrieval", "copying", "facts"),
@@ -60,15 +66,16 @@ RECIPES = {  # name -> (module and function, its parts, what it shows)
     ),
 }
 
-OPENS_RUNS = ("quantized",)  # recipes that take run=
+# Settings of single recipes: name -> the recipes that take it.
+OF_SOME = {"run": ("quantized",), "pairs": ("translation",)}
 
 
-def effort(words: list[str], parts: tuple[str, ...] = (), *, opens_runs: bool = False) -> Budget:
+def effort(words: list[str], parts: tuple[str, ...] = (), *, recipe: str = "") -> Budget:
     """Reads the words of the command line.
 
     Args:
         parts: of the recipe.
-        opens_runs: whether it takes a trained model (run=).
+        recipe: its name, by which it may take a trained model (run=) or texts (pairs=).
 
     Raises:
         ValueError: a word is unknown or has a wrong value.
@@ -76,7 +83,7 @@ def effort(words: list[str], parts: tuple[str, ...] = (), *, opens_runs: bool = 
     asked: dict[str, Any] = {}
     for word in words:
         key, _, value = word.partition("=")
-        if key not in Budget._fields or (key == "run" and not opens_runs):
+        if key not in Budget._fields or recipe not in OF_SOME.get(key, (recipe,)):
             raise ValueError(
                 f"{word}: there is no such setting; known:"
                 f" {', '.join(f'{field}=' for field in Budget._fields)}"
@@ -89,7 +96,7 @@ def effort(words: list[str], parts: tuple[str, ...] = (), *, opens_runs: bool = 
                 )
             asked[key] = value
             continue
-        if key == "run":
+        if key in OF_SOME:
             asked[key] = value
             continue
         least = 0 if key == "first" else 1
@@ -113,15 +120,25 @@ def main(words: list[str]) -> int:
         )
         return 2
     try:
-        wish = effort(settings, RECIPES[name][1], opens_runs=name in OPENS_RUNS)
+        wish = effort(settings, RECIPES[name][1], recipe=name)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     home, _, function = RECIPES[name][0].rpartition(".")
     began = time.perf_counter()
-    text, learned = getattr(importlib.import_module(home), function)(
-        wish, lambda line: print(line, file=sys.stderr, flush=True)
-    )
+    try:
+        text, learned = getattr(importlib.import_module(home), function)(
+            wish, lambda line: print(line, file=sys.stderr, flush=True)
+        )
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.code
+    except ModuleNotFoundError as error:
+        print(
+            f"{name}: the package {error.name} is not installed; pip install longspan[dev]",
+            file=sys.stderr,
+        )
+        return 2
     failed = [each for each in learned if each.fault is not None]
     print(
         f"{text}\n\n{len(learned)} lessons, seeds={wish.seeds} jobs={wish.jobs},"

@@ -28,6 +28,7 @@ class Budget(NamedTuple):
         first: the first seed.
         only: one part of the experiment; None = all.
         run: a run or an export whose model is examined; None: the recipe trains its own.
+        pairs: folder of the pairs of texts that the recipe trains on.
     """
 
     seeds: int = 3
@@ -36,6 +37,7 @@ class Budget(NamedTuple):
     first: int = 0
     only: str | None = None
     run: str | None = None
+    pairs: str | None = None
 
     def numbers(self) -> range:
         """Returns the seeds."""

@@ -10,7 +10,7 @@ A run directory, checkpoints and logs are left out; figures stay in memory.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +28,7 @@ from trainer.config.schema import Config
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.lanes import Lanes
 from trainer.data.streams.base import Stream
-from trainer.evaluation.free_running import grade_answers, references_of
+from trainer.evaluation.free_running import graded, references_of, written_answers
 from trainer.evaluation.held_out import HeldOutResult, evaluate
 from trainer.logs.jsonl import MetricsRow
 from trainer.logs.meters import Meter, Peak
@@ -50,6 +50,8 @@ COMMON = (  # before a lesson's own settings, which may say otherwise but for th
 ANSWERS = 256  # that a model of two streams writes in an exam
 HELD_OUT = "held out"  # the exam that every lesson ends with, on the settings of the lesson itself
 
+Grade = Callable[[list[str], list[str]], Mapping[str, float]]
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -60,11 +62,17 @@ class Trial:
         overrides: KEY=VALUE, as on the command line of a run, without the seed.
         exams: further evaluations by name, each with overrides added to those of the trial: longer
             rows, no memory, a longer task. The weights must fit the model that they compose.
+        seconds: processor time of this process after which training ends, whatever steps are left;
+            None = all steps are taken. With a schedule that does not fall.
+        grade: takes (answers that the model wrote, answers of the references), both as texts, and
+            returns figures for the exams; None = tokens alone are compared.
     """
 
     name: str
     overrides: tuple[str, ...]
     exams: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    seconds: float | None = None
+    grade: Grade | None = None
 
 
 @dataclass
@@ -138,19 +146,25 @@ def run_trial(lesson: Trial, seed: int) -> TrialResult:
         schedule=instantiate(config.schedule, {}, "schedule"),
         flops=lambda span, source_span: 0.0,
         meter=Meter(Peak(None, "nobody asks"), 1),
-        stop=StopSignal(mesh, ()),
+        stop=StopSignal(mesh, ()) if lesson.seconds is None else TimeLimit(mesh, lesson.seconds),
         log=rows.append,
         evaluate=lambda progress: None,
         lanes=Lanes(mesh, share, config.rows) if config.memory.carries else None,
     )
     loop.train(Progress(stream.start()))
     weights = engine.state()["model"]
-    exams = {name: run_exams(each, weights) for name, each in configs.items()}
+    exams = {name: run_exams(each, weights, lesson.grade) for name, each in configs.items()}
     return TrialResult(lesson.name, seed, exams, rows, time.perf_counter() - began, parameters)
 
 
-def run_exams(config: Config, weights: Mapping[str, Tensor]) -> HeldOutResult:
-    """Evaluates trained weights in the model and on the held-out data of a config."""
+def run_exams(
+    config: Config, weights: Mapping[str, Tensor], grade: Grade | None = None
+) -> HeldOutResult:
+    """Evaluates trained weights in the model and on the held-out data of a config.
+
+    Args:
+        grade: see Trial.
+    """
     stream = _stream(config, "held_out")
     with torch.device("meta"):
         model = build_model(config, stream.vocabulary)
@@ -163,8 +177,14 @@ def run_exams(config: Config, weights: Mapping[str, Tensor]) -> HeldOutResult:
     found = evaluate(model, share, stream, config.evaluation.batches, lambda *_: False, lanes)
     assert found is not None, "nobody stops an exam"
     if hook(model, "reads_source"):
-        written = grade_answers(model, share, references_of(stream, ANSWERS))
-        found = found._replace(graded={**found.graded, **written})
+        references = references_of(stream, ANSWERS)
+        answers = written_answers(model, share, references)
+        figures = dict(graded(answers, references))
+        if grade is not None:
+            decode = stream.tokenizer.decode
+            wanted = [decode(row[1:-1]) for _, row in references]
+            figures |= grade([decode(answer) for answer in answers], wanted)
+        found = found._replace(graded={**found.graded, **figures})
     return found
 
 
@@ -181,6 +201,20 @@ def _share(config: Config, model: nn.Module) -> BatchSharder:
         policy=config.parallel.layout,
         prefix=plain_sight(model),
     )
+
+
+class TimeLimit(StopSignal):
+    """Asks to stop when this process has computed for so many seconds more."""
+
+    def __init__(self, mesh: Mesh, seconds: float):
+        super().__init__(mesh, ())
+        self.end = time.process_time() + seconds
+
+    def asked(self, mine: int = 0, what: str = "the batch") -> bool:
+        """See StopSignal.asked."""
+        if time.process_time() > self.end:
+            self.caught = 1
+        return super().asked(mine, what)
 
 
 class NoCheckpoints:

@@ -149,9 +149,36 @@ def grade_answers(
         references: from `references_of`.
         beams, length_penalty: see BeamSearch.
     """
+    written = written_answers(model, share, references, beams, length_penalty)
+    return graded(written, references)
+
+
+def graded(written: list[list[int]], references: list[Reference]) -> dict[str, float]:
+    """Returns the shares of right tokens and of right answers among those written."""
     right = 0
     total = 0
     exact = 0
+    for (_, row), answer in zip(references, written, strict=True):
+        wanted = row[1:-1]
+        right += sum(a == b for a, b in zip(wanted, answer, strict=False))
+        total += len(wanted)
+        exact += int(wanted == answer)
+    return {"token_accuracy": right / max(total, 1), "exact": exact / max(len(references), 1)}
+
+
+def written_answers(
+    model: nn.Module,
+    share: BatchSharder,
+    references: list[Reference],
+    beams: int = 1,
+    length_penalty: float = 0.0,
+) -> list[list[int]]:
+    """Returns the tokens of the answer to each source, the same on every rank. Collective.
+
+    Args:
+        model, share, references, beams, length_penalty: see `grade_answers`.
+    """
+    written: list[list[int]] = []
     for first in range(0, len(references), ROWS):
         part = references[first : first + ROWS]
         search = BeamSearch(
@@ -163,12 +190,8 @@ def grade_answers(
             length_penalty=length_penalty,
         )
         targets = translate(model, share, [source for source, _ in part], search)
-        for (_, row), target in zip(part, targets, strict=True):
-            wanted = row[1:-1]
-            right += sum(a == b for a, b in zip(wanted, target.tokens, strict=False))
-            total += len(wanted)
-            exact += int(wanted == target.tokens)
-    return {"token_accuracy": right / max(total, 1), "exact": exact / max(len(references), 1)}
+        written += [target.tokens for target in targets]
+    return written
 
 
 def references_of(stream: Stream, most: int) -> list[Reference]:
