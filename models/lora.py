@@ -108,18 +108,39 @@ def adapter_names(model: nn.Module) -> set[str]:
     return {f"{name}.{leaf}" for name, _ in adapters(model) for leaf in LEAVES}
 
 
-def merged(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merged(model: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Returns the weights of the model without adapters that computes the same.
+
+    Each is worked out when it is asked for, and none is kept.
 
     Args:
         model: with adapters; its own tensors are not read.
         tensors: of the model, whole, by name.
     """
-    result = {name: tensor for name, tensor in tensors.items() if name not in adapter_names(model)}
-    for name, layer in adapters(model):
-        down = tensors[f"{name}.lora_A"].double()
-        up = tensors[f"{name}.lora_B"].double()
-        weight = tensors[f"{name}.weight"]
-        difference = layer.scale * (up @ down)
-        result[f"{name}.weight"] = (weight.double() + difference).to(weight.dtype)
-    return result
+    return _Merged(model, tensors)
+
+
+class _Merged(Mapping[str, Tensor]):
+    """See `merged`."""
+
+    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]):
+        self.tensors = tensors
+        self.scales = {f"{name}.weight": layer.scale for name, layer in adapters(model)}
+        beside = adapter_names(model)
+        self.names = [name for name in tensors if name not in beside]
+
+    def __getitem__(self, name: str) -> Tensor:
+        scale = self.scales.get(name)
+        if scale is None:
+            return self.tensors[name]
+        layer = name.removesuffix(".weight")
+        down = self.tensors[f"{layer}.lora_A"].double()
+        up = self.tensors[f"{layer}.lora_B"].double()
+        weight = self.tensors[name]
+        return (weight.double() + scale * (up @ down)).to(weight.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)

@@ -10,6 +10,7 @@ No pickle: any safetensors reader opens the weights, and opening them runs no co
 import json
 import os
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from trainer.config.stages import config_at
 from trainer.config.trust import demand_own
 from trainer.errors import BAD_RUN, UserError
 from trainer.files.limited_reader import json_object
+from trainer.init_from.sources import CheckpointWeights
 from trainer.init_from.weights import CONFIG, WEIGHTS
 from trainer.logs.redact import without_secrets
 from trainer.objectives.stream import vocabulary_of
@@ -45,14 +47,38 @@ class SavedModel(NamedTuple):
         vocabulary: of the model.
         step: of the run.
         model: on the meta device.
-        tensors: its parameters and buffers, whole.
+        tensors: its parameters and buffers; each is read whole when it is asked for.
     """
 
     config: Config
     vocabulary: int
     step: int
     model: nn.Module
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
+
+
+class CheckpointTensors(Mapping[str, Tensor]):
+    """Tensors of a checkpoint by the names that the model has for them.
+
+    Each is read when it is asked for, and none is kept.
+
+    Args:
+        place: a folder step_N that was found whole.
+        names: of the model's parameters and buffers, in its order.
+    """
+
+    def __init__(self, place: Path, names: Iterable[str]):
+        self.weights = CheckpointWeights(place)
+        self.names = list(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.weights.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def export(source: Path, output: Path, trust: bool = False) -> int:
@@ -83,7 +109,7 @@ def export(source: Path, output: Path, trust: bool = False) -> int:
     }
     output.mkdir(parents=True, exist_ok=True)
     save_file(
-        merged(saved.model, saved.tensors),
+        dict(merged(saved.model, saved.tensors)),
         output / WEIGHTS,
         metadata={"format": "pt", "step": str(saved.step)},
     )
@@ -111,10 +137,11 @@ def read_model(source: Path, trust: bool = False) -> SavedModel:
         vocabulary = _vocabulary(config)
         with torch.device("meta"):
             model = build_model(config, vocabulary).to(STORED[config.precision])
-        saved = archive.load(place, {"model": _blank(model)})
+        manifest = archive.admit(place, {"model": model.state_dict()})
     finally:
         archive.close()
-    return SavedModel(config, vocabulary, saved.step, model, saved.state["model"])
+    tensors = CheckpointTensors(place, model.state_dict())
+    return SavedModel(config, vocabulary, manifest["step"], model, tensors)
 
 
 def reopen(folder: Path, trust: bool = False) -> nn.Module:
@@ -199,12 +226,6 @@ def _fit(model: nn.Module, weights: dict[str, Tensor]) -> None:
             f"{name} is {given.get(name, 'absent')} in {WEIGHTS} and {wanted.get(name, 'absent')}"
             " in the model"
         )
-
-
-def _blank(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of the names, shapes and types that the model has, for a checkpoint to fill; it must
-    have just these."""
-    return {name: torch.empty(t.shape, dtype=t.dtype) for name, t in model.state_dict().items()}
 
 
 def _vocabulary(config: Config) -> int:

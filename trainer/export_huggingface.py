@@ -12,7 +12,7 @@ that gives the same model is used.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from models.hub.adapter import Adapter
 from models.hub.describe import describe, differences
 from models.hub.description import DECODER, ENCODER, Description
-from models.hub.keys import WITHOUT_EFFECT
+from models.hub.keys import MISSING
 from models.hub.registry import KNOWN, adapter_of
 from models.hub.tensors import TensorPiece
 from models.lora import merged
@@ -40,6 +40,7 @@ from trainer.config.node_checks import as_node
 from trainer.config.schema import Config
 from trainer.errors import UserError
 from trainer.export import read_model
+from trainer.init_from.hub_cache import local_folder
 from trainer.init_from.huggingface import CONFIG, INDEX, SINGLE, read_config
 
 GENERATION = "generation_config.json"
@@ -54,6 +55,8 @@ TOKENIZER = (
     "merges.txt",
 )
 SHOWN = 6
+# Keys that follow from the export and not from the folder that the model came from.
+OUR_WORDS = ("architectures", "dtype", "torch_dtype", "max_position_embeddings")
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -90,12 +93,14 @@ def export_huggingface(
         raise UserError(f"{output} holds {' and '.join(taken)} already; name another folder")
     saved = read_model(source, trust)
     adapter, content = translated(saved.config, saved.vocabulary, _original(saved.config))
-    tensors = merged(saved.model, saved.tensors)
     pieces = list(adapter.pieces(content))
-    kept = dtype or tensors[pieces[0].ours[0]].dtype
+    blank = saved.model.state_dict()
+    kept = dtype or blank[pieces[0].ours[0]].dtype
+    sizes = {name: tensor.numel() * kept.itemsize for name, tensor in blank.items()}
+    plan = _plan(pieces, sizes, max_shard_bytes)
     content["dtype"] = str(kept).removeprefix("torch.")
     output.mkdir(parents=True, exist_ok=True)
-    _write_weights(tensors, pieces, output, kept, max_shard_bytes)
+    _write_weights(merged(saved.model, saved.tensors), plan, output, kept)
     _write_json(output / CONFIG, content)
     _write_beside(saved.config, content, output)
     return saved.step
@@ -153,8 +158,11 @@ def translated(
             found = differences(mine, description_of(*described_config(config, adapter, content)))
         except (ValueError, KeyError, UserError) as error:
             found = [str(error)] * (SHOWN + 1)
+            content = {}
+        if not found and original is not None and adapter.model_type == original.get("model_type"):
+            return adapter, _in_their_words(content, original, _comparison(config, adapter, mine))
         if not found:
-            return adapter, _completed(content, adapter, original)
+            return adapter, content
         if nearest is None or len(found) < len(nearest[0]):
             nearest = (found, adapter.model_type)
     assert nearest is not None
@@ -164,6 +172,21 @@ def translated(
         f"format=huggingface: transformers has no such model; the nearest is {name}, from which it"
         f" differs in {shown}; leave format out, which writes any model"
     )
+
+
+def _comparison(
+    config: Config, adapter: Adapter, mine: Description
+) -> Callable[[Mapping[str, Any]], bool]:
+    """Returns what tells whether a config.json is that of the model `mine`."""
+
+    def is_same(content: Mapping[str, Any]) -> bool:
+        try:
+            theirs = description_of(*described_config(config, adapter, content))
+        except (ValueError, TypeError, KeyError, UserError):
+            return False
+        return not differences(mine, theirs)
+
+    return is_same
 
 
 def description_of(config: Config, vocabulary: int) -> Description:
@@ -186,10 +209,19 @@ def description_of(config: Config, vocabulary: int) -> Description:
 
 def _original(config: Config) -> dict[str, Any] | None:
     """Returns the config.json that the model came from, if its folder is still there."""
+    try:
+        origin = _origin(config)
+        return None if origin is None else read_config(origin)
+    except UserError:
+        return None
+
+
+def _origin(config: Config) -> Path | None:
+    """Returns the folder that the model came from, if it is still there."""
     if config.model.path is None:
         return None
     try:
-        return read_config(Path(config.model.path))
+        return local_folder(Path(config.model.path))
     except UserError:
         return None
 
@@ -201,41 +233,55 @@ def _candidates(original: Mapping[str, Any] | None) -> Iterator[Adapter]:
     yield from KNOWN
 
 
-def _completed(
-    content: dict[str, Any], adapter: Adapter, original: Mapping[str, Any] | None
+def _in_their_words(
+    content: Mapping[str, Any],
+    original: Mapping[str, Any],
+    is_same: Callable[[Mapping[str, Any]], bool],
 ) -> dict[str, Any]:
-    """Returns a config.json with the keys of the original that have no part in the model."""
-    if original is None or original.get("model_type") != adapter.model_type:
-        return content
-    free = (*WITHOUT_EFFECT, *adapter.without_effect)
-    kept = {key: value for key, value in original.items() if key in free}
-    stay = (*adapter.dropouts, *adapter.as_given)
-    given = {key: value for key, value in original.items() if key in stay}
+    """Returns a config.json that says what it says as the original did, wherever that is the same.
+
+    So keys of older files, keys with a default and keys without a part in the model come out as
+    they came in.
+
+    Args:
+        is_same: tells whether a config.json is still that of the model.
+    """
+    result = dict(content)
     if "max_position_embeddings" in content:
         longest = original.get("max_position_embeddings", 0)
-        content["max_position_embeddings"] = max(longest, content["max_position_embeddings"])
-    return {**kept, **content, **given}
+        result["max_position_embeddings"] = max(longest, content["max_position_embeddings"])
+    for key, value in original.items():
+        if key not in OUR_WORDS and result.get(key, MISSING) != value:
+            trial = {**result, key: value}
+            if is_same(trial):
+                result = trial
+    for key in content:
+        if key not in OUR_WORDS and key not in original:
+            trial = {other: value for other, value in result.items() if other != key}
+            if is_same(trial):
+                result = trial
+    return result
 
 
 def _write_weights(
-    tensors: Mapping[str, Tensor],
-    pieces: list[TensorPiece],
-    output: Path,
-    dtype: torch.dtype,
-    max_shard_bytes: int,
+    tensors: Mapping[str, Tensor], plan: list[list[TensorPiece]], output: Path, dtype: torch.dtype
 ) -> None:
-    """Writes the tensors shard by shard, and the index of several shards."""
-    plan = _plan(tensors, pieces, dtype, max_shard_bytes)
+    """Writes the tensors shard by shard, and the index of several shards.
+
+    Args:
+        tensors: by our names; of those of a shard all are in memory at once, and no others.
+        plan: the pieces of every shard.
+    """
     names = {}
     total = 0
     for number, shard in enumerate(plan, 1):
         name = SINGLE if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
         written: dict[str, Tensor] = {}
         for piece in shard:
+            # Parts of one tensor are views of it wherever they can be: a copy would double it.
             parts = piece.write([tensors[ours] for ours in piece.ours])
             for theirs, part in zip(piece.theirs, parts, strict=True):
-                # A copy, because parts of one tensor may not share memory in a file.
-                written[theirs] = part.to(dtype, copy=True).contiguous()
+                written[theirs] = part.to(dtype).contiguous()
                 names[theirs] = name
                 total += written[theirs].nbytes
         save_file(written, output / name, metadata={"format": "pt"})
@@ -244,13 +290,17 @@ def _write_weights(
 
 
 def _plan(
-    tensors: Mapping[str, Tensor], pieces: list[TensorPiece], dtype: torch.dtype, most: int
+    pieces: list[TensorPiece], sizes: Mapping[str, int], most: int
 ) -> list[list[TensorPiece]]:
-    """Divides the pieces into shards of at most `most` bytes."""
+    """Divides the pieces into shards of at most `most` bytes.
+
+    Args:
+        sizes: bytes of our tensors, as they are written.
+    """
     shards: list[list[TensorPiece]] = [[]]
     filled = 0
     for piece in pieces:
-        size = sum(tensors[name].numel() for name in piece.ours) * dtype.itemsize
+        size = sum(sizes[name] for name in piece.ours)
         if shards[-1] and filled + size > most:
             shards.append([])
             filled = 0
@@ -261,10 +311,12 @@ def _plan(
 
 def _write_beside(config: Config, content: Mapping[str, Any], output: Path) -> None:
     """Writes the settings of generation, and copies the tokenizer where it consists of files."""
-    origin = Path(config.model.path) if config.model.path else None
-    if origin is not None and (origin / GENERATION).is_file():
-        shutil.copyfile(origin / GENERATION, output / GENERATION)
-    else:
+    origin = _origin(config)
+    if origin is not None:
+        # A model that writes no texts came without them.
+        if (origin / GENERATION).is_file():
+            shutil.copyfile(origin / GENERATION, output / GENERATION)
+    elif config.model.target != ENCODER:
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
         named = {key: content[key] for key in tokens if content.get(key) is not None}
         _write_json(output / GENERATION, {"_from_model_config": True, **named})

@@ -35,7 +35,6 @@ class Adapter:
         model_type: as config.json has it.
         model_class: whose weights and names these are, in transformers.
         without_effect: keys of its config.json that change nothing.
-        as_given: keys that say how tensors are stored, and leave as they came in.
         dropouts: keys with shares of dropout, which a run here does without.
         unused: parts of names of tensors that hold nothing of the model, in older files.
         base_prefix: what names of all tensors but the head's begin with; a folder of the model
@@ -45,7 +44,6 @@ class Adapter:
     model_type: str
     model_class: str
     without_effect: tuple[str, ...] = ()
-    as_given: tuple[str, ...] = ()
     dropouts: tuple[str, ...] = ("attention_dropout",)
     unused: tuple[str, ...] = ("rotary_emb.inv_freq",)
     base_prefix = "model."

@@ -17,6 +17,7 @@ from models.positions.base import Position
 from models.primitives.softmax import Softmax
 from models.ranges import Count, Positive
 from models.scores import Score, SinkScore, SoftcapScore
+from models.span import Span
 
 
 class HubAttention(Attention):
@@ -34,11 +35,15 @@ class HubAttention(Attention):
             gain of 1 + weight; null: none.
         qk_norm_eps: added to their mean square.
         sink: a learned logit per head for a key without a value.
+        gate: multiply every channel that the heads give by sigmoid(W x), before `out`.
         causal: false shows a token its whole document, as in an encoder.
 
     Source: Mistral 7B (arXiv:2310.06825), Gemma 2 and 3 (arXiv:2408.00118, arXiv:2503.19786),
-    Qwen 3 (arXiv:2505.09388), gpt-oss (arXiv:2508.10925).
+    Qwen 3 (arXiv:2505.09388), gpt-oss (arXiv:2508.10925), gates as in Qwen3-Next
+    (arXiv:2505.06708).
     """
+
+    gate: nn.Module | None
 
     def __init__(
         self,
@@ -56,6 +61,7 @@ class HubAttention(Attention):
         qk_norm: Literal["rms", "rms_offset"] | None = None,
         qk_norm_eps: Positive = 1e-6,
         sink: bool = False,
+        gate: bool = False,
         causal: bool = True,
     ):
         mask = _mask(window, causal)
@@ -85,6 +91,8 @@ class HubAttention(Attention):
             score = SinkScore(score)
             self.tables = TablesWithSink(self.tables, heads)
         self.mix = Softmax(mask, score)
+        inner_width = heads * self.head_width
+        self.register_module("gate", nn.Linear(width, inner_width, bias=bias) if gate else None)
         self.register_module("q_norm", None)
         self.register_module("k_norm", None)
         if qk_norm is not None:
@@ -105,6 +113,13 @@ class HubAttention(Attention):
         """Keys, normed where that was asked for, and values [B, S, G, D]."""
         key, value = super().project_payload(hidden)
         return (key if self.k_norm is None else self.k_norm(key)), value
+
+    def attend_heads(
+        self, hidden: Tensor, span: Span, payload: tuple[Tensor, ...], kv_span: Span
+    ) -> Tensor:
+        """[B, T, H D]: the output of all heads, times the gate where there is one."""
+        output = super().attend_heads(hidden, span, payload, kv_span)
+        return output if self.gate is None else output * self.gate(hidden).sigmoid()
 
 
 def _mask(window: int | None, causal: bool) -> Mask:

@@ -33,8 +33,6 @@ class DeepseekV3(Llama):
         "seq_aux",
     )
 
-    as_given = ("rope_interleave",)
-
     def heads(self, keys: Keys, model: Mapping[str, Any]) -> dict[str, Any]:
         """See Llama.heads."""
         heads = model["heads"]

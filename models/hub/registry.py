@@ -14,6 +14,8 @@ from models.hub.mamba import Mamba2Hub
 from models.hub.mistral import Mistral
 from models.hub.mixture import GptOss, Mixtral
 from models.hub.qwen import Qwen2, Qwen3
+from models.hub.qwen_next import Qwen3Next
+from models.hub.rwkv import Rwkv7Hub
 
 KNOWN: tuple[Adapter, ...] = (
     Llama(),
@@ -28,6 +30,8 @@ KNOWN: tuple[Adapter, ...] = (
     GptOss(),
     DeepseekV3(),
     Bert(),
+    Qwen3Next(),
+    Rwkv7Hub(),
 )
 ADAPTERS = {adapter.model_type: adapter for adapter in KNOWN}
 

@@ -110,14 +110,26 @@ def reordered(ours: str, theirs: str, order: Sequence[int]) -> TensorPiece:
 
 def conv_taps(ours: str, theirs: str) -> TensorPiece:
     """Pairs taps [J, C], newest token first, with the weight [C, 1, J] of a causal nn.Conv1d."""
+    return taps_in_one([ours], theirs)
+
+
+def taps_in_one(
+    ours: Sequence[str], theirs: str, channels: Sequence[int] | None = None
+) -> TensorPiece:
+    """Pairs several taps [J, c], newest token first, with one causal nn.Conv1d over all channels.
+
+    Args:
+        channels: c of each; None: all channels are of one.
+    """
 
     def read(tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [tensors[0].squeeze(1).flip(-1).T]
+        weight = tensors[0].squeeze(1).flip(-1)
+        return [part.T for part in weight.split(list(channels or [len(weight)]))]
 
     def write(tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [tensors[0].T.flip(-1).unsqueeze(1)]
+        return [torch.cat([taps.T for taps in tensors]).flip(-1).unsqueeze(1)]
 
-    return TensorPiece((ours,), (theirs,), read, write)
+    return TensorPiece(tuple(ours), (theirs,), read, write)
 
 
 def _transpose(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Top-k mixture of experts with shared experts and balancing by a bias."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.feedforward import SwiGLU
 from models.init import Rule, ScaledNormal
@@ -9,7 +9,7 @@ from models.moe.base import MixtureOfExperts
 from models.moe.choice import ExpertChoice
 from models.moe.experts import Experts
 from models.moe.router import Router, choice_mask, routing_metrics
-from models.ranges import Few, Many, Positive, Some
+from models.ranges import Count, Few, Many, Positive, Some
 from models.span import Span
 
 
@@ -21,6 +21,8 @@ class TopKMixture(MixtureOfExperts):
             activation: as in Switch.
         top: experts that a token visits.
         shared: further experts that every token visits (DeepSeekMoE); computed as one wider layer.
+        shared_hidden: hidden width of that layer; null: shared times that of an expert.
+        shared_gate: multiply its output by sigmoid(w x), a number for each token (Qwen3-Next).
         hidden: hidden width of each expert; ffn / (top + shared) by default, so a token costs what
             the dense layer costs.
         score: softmax, weights are the softmax over the chosen logits (Mixtral); sigmoid, they are
@@ -57,6 +59,8 @@ class TopKMixture(MixtureOfExperts):
         experts: Many = 8,
         top: Few = 2,
         shared: Some = 0,
+        shared_hidden: Count | None = None,
+        shared_gate: bool = False,
         hidden: int | None = None,
         score: str = "softmax",
         normalised: bool = True,
@@ -77,8 +81,7 @@ class TopKMixture(MixtureOfExperts):
         swiglu_limit: Positive | None = None,
     ):
         validate_experts(experts, top, hidden)
-        rule = ExpertChoice(experts, top, score, normalised, groups, top_groups)
-        _validate_not_negative(shared=shared, bias_speed=bias_speed)
+        _validate_shared(shared, shared_hidden, shared_gate, bias_speed=bias_speed)
         hidden = hidden or max(1, ffn // (top + shared))
         stacks = Experts(
             experts,
@@ -93,17 +96,17 @@ class TopKMixture(MixtureOfExperts):
             visited=top,
         )
         drawn = {"layer": layer, "seed": seed}
-        router = Router(
-            width, experts, jitter=jitter, scale=router_scale, bias=router_bias, **drawn
-        )
+        noise = {"jitter": jitter, "scale": router_scale}
+        router = Router(width, experts, bias=router_bias, **noise, **drawn)
         super().__init__(
             stacks, router, expert_dropout=expert_dropout, balance=balance, z=z, **drawn
         )
-        self.rule = rule
+        self.rule = ExpertChoice(experts, top, score, normalised, groups, top_groups)
         self.scaling = scaling
         self.bias_speed = bias_speed
         self.layers = layers
-        self.shared = SwiGLU(width, shared * hidden) if shared else None
+        self.shared = SwiGLU(width, shared_hidden or shared * hidden) if shared else None
+        self.shared_gate = nn.Linear(width, 1, bias=False) if shared_gate else None
         self.register_buffer("bias", torch.zeros(experts) if bias_speed or choice_bias else None)
 
     def init_rules(self) -> dict[str, Rule]:
@@ -137,7 +140,10 @@ class TopKMixture(MixtureOfExperts):
         gate = self.scaling * self.rule.weights(logits, scores, choice)
         out = self._mixed(x, span, choice, gate, kept)
         if self.shared is not None:
-            out = out + self.shared(x, span)
+            always = self.shared(x, span)
+            if self.shared_gate is not None:
+                always = always * self.shared_gate(x).sigmoid()
+            out = out + always
         return out
 
 
@@ -145,6 +151,17 @@ def _validate_not_negative(**settings: float) -> None:
     for name, value in settings.items():
         if value < 0:
             raise ValueError(f"{name}={value}: must be 0 or more; use 0 to leave it out")
+
+
+def _validate_shared(
+    shared: int, shared_hidden: int | None, shared_gate: bool, **others: float
+) -> None:
+    _validate_not_negative(shared=shared, **others)
+    if not shared and (shared_gate or shared_hidden is not None):
+        raise ValueError(
+            f"shared_hidden={shared_hidden} and shared_gate={str(shared_gate).lower()} are of"
+            " shared experts, and shared=0 has none; use shared=1, or leave them out"
+        )
 
 
 def validate_experts(experts: int, top: int, hidden: int | None) -> None:

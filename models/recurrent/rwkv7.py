@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from models.init import Rule, constant, orthogonal
 from models.layer import Layer
 from models.primitives.scan import Scan
+from models.ranges import Count, Positive
 from models.recurrent.linear import head_width
 from models.recurrent.rwkv_layers import HeadNorm, LowRank, TokenShift, ramp
 from models.span import Span
@@ -38,8 +39,12 @@ class Rwkv7(Layer):
         layer, layers: which layer this is; all but the lowest draw their values toward those of the
             first such layer.
         rank: of the low-rank maps to decay, rate, gate and values.
+        decay_rank, rate_rank, gate_rank, value_rank: of one of them; null: rank.
         allow_neg_eigval: let the rate of correction reach 2 and not 1, so that a token can turn the
             state over (Grazzi et al. 2024, arXiv:2411.12537); what is put in stays as it is.
+        norm_eps: added to the variance under the norm of heads, in units of the head width.
+        direction_eps: added to the squared length of a direction, which is then divided by the
+            root; 0: it is divided by its length, as in the paper.
 
     Source: Peng et al. 2025 (arXiv:2503.14456); initial weights as in its public trainer, but `out`
     starts as in every layer here and not at 0. The state here is transposed (keys in rows). Called
@@ -55,10 +60,20 @@ class Rwkv7(Layer):
         layer: int,
         layers: int,
         *,
-        rank: int = 32,
+        rank: Count = 32,
+        decay_rank: Count | None = None,
+        rate_rank: Count | None = None,
+        gate_rank: Count | None = None,
+        value_rank: Count | None = None,
         allow_neg_eigval: bool = False,
+        norm_eps: Positive = 1e-5,
+        direction_eps: float = 0.0,
     ):
         super().__init__()
+        if direction_eps < 0:
+            raise ValueError(
+                f"direction_eps={direction_eps} is added to a square; use 0 to leave it out"
+            )
         self.heads = heads
         self.head_width = head_width(width, heads)
         self.layer = layer
@@ -67,14 +82,15 @@ class Rwkv7(Layer):
         self.shift = TokenShift()
         self.look = nn.Parameter(torch.empty(len(POWERS), width))
         self.r, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.decay = LowRank(width, rank, nn.Tanh())
-        self.rate = LowRank(width, rank)
-        self.gate = LowRank(width, rank, nn.Sigmoid(), base=False)
-        self.pull = LowRank(width, rank) if layer else None
+        self.direction_eps = direction_eps
+        self.decay = LowRank(width, decay_rank or rank, nn.Tanh())
+        self.rate = LowRank(width, rate_rank or rank)
+        self.gate = LowRank(width, gate_rank or rank, nn.Sigmoid(), base=False)
+        self.pull = LowRank(width, value_rank or rank) if layer else None
         self.direction = nn.Parameter(torch.empty(width))
         self.strength = nn.Parameter(torch.empty(width))
         self.bonus = nn.Parameter(torch.empty(heads, self.head_width))
-        self.norm = HeadNorm(heads, width, eps=self.head_width * 1e-5)
+        self.norm = HeadNorm(heads, width, eps=self.head_width * norm_eps)
         self.mix = Scan()
 
     def init_rules(self) -> dict[str, Rule]:
@@ -141,10 +157,17 @@ class Rwkv7(Layer):
         r, k, v, rate, decay, direction = (
             y.unflatten(-1, (self.heads, -1)) for y in (r, k, v, rate, decay, direction)
         )
-        direction = F.normalize(direction.to(wide), dim=-1)
+        direction = self._unit(direction.to(wide))
         y = self.mix((r,), (k, v, decay, -direction, self.most * direction * rate), span=span)
         now = (r * k * self.bonus).sum(-1, keepdim=True) * v
         return self.out((self.norm(y.flatten(-2)) + now.flatten(-2)) * self.gate(g)), theirs
+
+    def _unit(self, direction: Tensor) -> Tensor:
+        """[B, T, H, D] -> [B, T, H, D] of length 1, or a little less."""
+        if not self.direction_eps:
+            return F.normalize(direction, dim=-1)
+        square = direction.square().sum(-1, keepdim=True)
+        return direction * (square + self.direction_eps).rsqrt()
 
 
 def _rising(width: int) -> Tensor:

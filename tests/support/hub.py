@@ -1,7 +1,10 @@
 """Tiny random models of transformers on disk, and ours with their weights beside them."""
 
-from functools import lru_cache
+import inspect
+import sys
+from functools import cache, lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -9,6 +12,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.qwen3_next import modeling_qwen3_next
 
 from models.hub.registry import ADAPTERS, adapter_of
 from models.loss import IGNORE
@@ -21,9 +25,11 @@ from parallel.mesh import build_mesh
 from parallel.parallelize import parallelize
 from parallel.sharding import shard_span
 from tests.support.parity import packed
+from trainer import export_huggingface
 from trainer.config.build_model import build_model
 from trainer.config.compose import compose
 from trainer.config.schema import Config
+from trainer.export import SavedModel
 from trainer.init_from.fit import compare, slots_of
 from trainer.init_from.huggingface import read_config
 from trainer.init_from.sources import open_weights
@@ -113,7 +119,8 @@ def make(
     config = getattr(transformers, name)(**settings)
     config._attn_implementation = "eager"
     torch.manual_seed(7)
-    chosen = getattr(transformers, kind or ADAPTERS[config.model_type].model_class)
+    home = _exact_qwen3_next() if name == "Qwen3NextConfig" else transformers
+    chosen = getattr(home, kind or ADAPTERS[config.model_type].model_class)
     model = chosen(config)
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -130,6 +137,28 @@ def make(
     return loaded.eval()
 
 
+@cache
+def _exact_qwen3_next() -> ModuleType:
+    """Returns transformers' own code of Qwen3-Next with float64 in the place of float32.
+
+    Its delta rule, decays and norms compute in float32, after which gradients differ by 2e-4. Its
+    plain forms stand in the place of fla's kernels, which need a GPU.
+    """
+    home = modeling_qwen3_next
+    module = ModuleType(f"{home.__name__}_exact")
+    module.__package__ = home.__package__
+    module.__file__ = home.__file__
+    sys.modules[module.__name__] = module
+    source = Path(str(home.__file__)).read_text()
+    for short, wide in (("torch.float32", "torch.float64"), (".float()", ".double()")):
+        source = source.replace(short, wide)
+    source = source.replace("dtype=torch.float)", "dtype=torch.float64)")
+    exec(compile(source, str(home.__file__), "exec"), vars(module))
+    for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+        setattr(module, name, inspect.unwrap(getattr(module, name)))
+    return module
+
+
 def _name_of(model: nn.Module, tensor: Tensor) -> str:
     for name, buffer in model.named_buffers():
         if buffer is tensor:
@@ -143,6 +172,26 @@ def config_of(folder: Path | str, *words: str) -> Config:
     assert not asked.faults, asked.faults
     assert asked.config is not None
     return asked.config
+
+
+def export_again(folder: Path, output: Path, patch: Any, **settings: Any) -> None:
+    """Exports the model of a folder as if a run had taken it in and saved it at once.
+
+    Args:
+        patch: pytest's monkeypatch.
+        settings: of export_huggingface.
+    """
+    model = blank(folder)
+    source = open_weights(f"hf:{folder}")
+    slots = slots_of(model)
+    found = {}
+    for name, where in compare(source, slots).fitting.items():
+        found[name] = source.read(where)
+    for alias, first in slots.aliases.items():
+        found[alias] = found[first]
+    saved = SavedModel(config_of(folder), WORDS, 0, model, found)
+    patch.setattr(export_huggingface, "read_model", lambda place, trust: saved)
+    export_huggingface.export_huggingface(folder, output, **settings)
 
 
 def blank(folder: Path | str, *words: str) -> nn.Module:

@@ -18,6 +18,7 @@ from tests.support.hub import (
     SMALL_MAMBA2,
     SMALL_OSS,
 )
+from tests.support.live import Live
 from tests.trainer.verify.test_whole_runs import in_pool
 from trainer.config.compose import compose
 from trainer.errors import UserError
@@ -40,6 +41,13 @@ STEADY = (
     "wandb.mode=disabled",
     "log.plots=false",
 )
+QWEN3_NEXT = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "mlp_only_layers": [1],
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": False,
+}
 MAMBA2 = {
     "num_heads": 8,
     "head_dim": 8,
@@ -104,6 +112,31 @@ def test_shards_of_a_chosen_size_open_as_the_same_model(runs, tmp_path):
         assert torch.equal(got.state_dict()[name], tensor), name
 
 
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """A run of one step from a DeepSeek with many experts."""
+    root = tmp_path_factory.mktemp("experts")
+    settings = {**SMALL_DEEPSEEK, "n_routed_experts": 24, "moe_intermediate_size": 48}
+    settings["vocab_size"] = 300
+    hub.make("DeepseekV3Config", settings, root / "in")
+    words = (*STEADY, "data=copy", "model=hub", f"model.path={root / 'in'}", "engine=single")
+    words = (*words, f"init_from=hf:{root / 'in'}", f"run_dir={root / 'run'}")
+    in_pool(words, 1, root / "run")
+    record(root / "run", load_config(words, started=1))
+    return root
+
+
+def test_an_export_holds_one_shard_at_a_time(experts, tmp_path):
+    total = sum(path.stat().st_size for path in (experts / "in").glob("*.safetensors"))
+    most = total // 6
+    with Live() as live:
+        export_huggingface(experts / "run", tmp_path, max_shard_bytes=most)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    largest = 4 * 24 * 48 * 32  # bytes of the experts' largest matrix
+    assert len(shards) >= 6 and largest > most / 2
+    assert live.peak <= (most + largest) * 1.1, f"{live.peak} of {total} bytes"
+
+
 def test_a_model_born_here_is_opened_by_transformers(runs, tmp_path):
     export_huggingface(runs / "born", tmp_path / "out")
     export(runs / "born", tmp_path / "ours")
@@ -130,6 +163,7 @@ def test_a_model_born_here_is_opened_by_transformers(runs, tmp_path):
     ("GptOssConfig", {**SMALL_OSS, "attention_bias": False}, ()),
     ("DeepseekV3Config", SMALL_DEEPSEEK, ()),
     ("DeepseekV3Config", {**SMALL_DEEPSEEK, "q_lora_rank": None, "rope_interleave": False}, ()),
+    ("Qwen3NextConfig", QWEN3_NEXT, ()),
     ("BertConfig", {"tie_word_embeddings": False, "type_vocab_size": 3}, ()),
     ("BertConfig", {"hidden_act": "relu", "architectures": ["BertModel"]}, ()),
 ])  # fmt: skip

@@ -206,6 +206,30 @@ class CheckpointReader:
             UserError: the checkpoint is damaged, or its tensors differ from those of `state`.
         """
         place = Path(place)
+        manifest = self.admit(place, state)
+        tensors, _ = unravel(state)
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        with torch.no_grad():
+            load(
+                tensors,
+                storage_reader=ShardReader(place, manifest),
+                planner=planner,
+                process_group=self.control,
+                no_dist=self.alone,
+            )
+        trees = {key: manifest["state"][key] for key in state}
+        return LoadedCheckpoint(manifest["step"], ravel(trees, tensors), manifest["extra"])
+
+    def admit(self, place: Path, state: dict[str, Any]) -> dict[str, Any]:
+        """Returns the manifest of a whole checkpoint that has the tensors of `state`.
+
+        Args:
+            place: a directory step_N.
+            state: as for `load`; the tensors may be without values (on the meta device).
+
+        Raises:
+            UserError: see `load`.
+        """
         if place != self.checked:
             damage = self.damage(place)
             if damage is not None:
@@ -221,17 +245,7 @@ class CheckpointReader:
         misfit = self._first_of_all(_misfit(manifest, tensors, state))
         if misfit is not None:
             raise UserError(f"cannot resume from {place}: {misfit}")
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        with torch.no_grad():
-            load(
-                tensors,
-                storage_reader=ShardReader(place, manifest),
-                planner=planner,
-                process_group=self.control,
-                no_dist=self.alone,
-            )
-        trees = {key: manifest["state"][key] for key in state}
-        return LoadedCheckpoint(manifest["step"], ravel(trees, tensors), manifest["extra"])
+        return manifest
 
     def extra(self, place: Path | str) -> dict[str, Any]:
         """Returns the dict that was saved with the tensors.

@@ -1,6 +1,5 @@
 """Reads the folder of a Hugging Face model: its config.json, and its safetensors shard by shard."""
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from models.hub.registry import adapter_of
 from models.hub.tensors import TensorPiece
 from trainer.errors import BAD_RUN, UserError
 from trainer.files.limited_reader import MANIFEST_BYTES, Unreadable, json_object
+from trainer.init_from.hub_cache import linked, local_folder
 from trainer.init_from.weights import PICKLED, SafetensorsFile, WeightSource
 
 CONFIG = "config.json"
@@ -22,16 +22,14 @@ SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Returns the config.json of a folder.
+    """Returns the config.json of a folder, or of a name on the hub.
 
     Raises:
         UserError: there is no such folder or file, or it is no JSON object.
     """
-    # Unlike Path.is_dir, it takes a name that is too long for one that is not there.
-    if not os.path.isdir(folder):
-        raise UserError(f"there is no folder {folder}; download the model and name its folder")
+    folder = local_folder(folder)
     try:
-        return json_object(folder / CONFIG, follow=False)
+        return json_object(linked(folder / CONFIG), follow=False)
     except FileNotFoundError:
         raise UserError(
             f"{folder} has no {CONFIG}; name the folder of a Hugging Face model"
@@ -44,7 +42,8 @@ class HuggingFaceWeights(WeightSource):
     """The tensors of a Hugging Face model by our names.
 
     Args:
-        folder: with config.json and model.safetensors, or shards and their index.
+        folder: with config.json and model.safetensors, or shards and their index; or a name on the
+            hub.
 
     Raises:
         UserError: no adapter reads it, or a file is missing, pickled, cut off or a link.
@@ -52,6 +51,7 @@ class HuggingFaceWeights(WeightSource):
 
     def __init__(self, folder: Path):
         self.about = f"Hugging Face model {folder}"
+        folder = local_folder(folder)
         content = read_config(folder)
         try:
             adapter = adapter_of(content)
@@ -150,14 +150,14 @@ def _tensors(folder: Path) -> Iterator[tuple[str, SafetensorsFile]]:
                 f" it is opened; get the folder with {SINGLE}"
             )
         raise UserError(f"{folder} holds neither {SINGLE} nor {INDEX}; get it again", BAD_RUN)
-    file = SafetensorsFile(folder / SINGLE)
+    file = SafetensorsFile(linked(folder / SINGLE))
     for name in file.shapes:
         yield name, file
 
 
 def _indexed(folder: Path) -> Iterator[tuple[str, SafetensorsFile]]:
     try:
-        names = json_object(folder / INDEX, MANIFEST_BYTES, follow=False).get("weight_map")
+        names = json_object(linked(folder / INDEX), MANIFEST_BYTES, follow=False).get("weight_map")
     except (Unreadable, OSError) as error:
         raise UserError(f"{error}; get the file again", BAD_RUN) from error
     if not isinstance(names, dict):
@@ -168,7 +168,7 @@ def _indexed(folder: Path) -> Iterator[tuple[str, SafetensorsFile]]:
         if not isinstance(shard, str) or not SHARD.fullmatch(shard):
             raise UserError(f"{folder / INDEX} names {shard!r}, which is no shard", BAD_RUN)
         if shard not in files:
-            files[shard] = SafetensorsFile(folder / shard)
+            files[shard] = SafetensorsFile(linked(folder / shard))
         if name not in files[shard].shapes:
             raise UserError(f"{folder / shard} lacks {name}; get the file again", BAD_RUN)
         yield name, files[shard]

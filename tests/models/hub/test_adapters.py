@@ -45,6 +45,22 @@ GEMMA3 = {
     "layer_types": ["sliding_attention", "full_attention"],
     "final_logit_softcapping": 4.0,
 }
+DELTA = {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "mlp_only_layers": [1],
+    "head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 3,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 20,
+}
 STEPS = {"time_step_limit": (0.3, 1.1), "use_bias": True, "n_groups": 2}
 PLAIN_DEEPSEEK = {
     "attention_bias": False,
@@ -64,6 +80,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", {**SMALL, **GEMMA3, **WINDOW}),
     "gpt2": ("GPT2Config", {**SMALL_GPT2, "scale_attn_by_inverse_layer_idx": True}),
     "mamba2": ("Mamba2Config", {**SMALL_MAMBA2, "n_groups": 1, "use_conv_bias": False}),
+    "qwen3_next": ("Qwen3NextConfig", {**SMALL, **DELTA, "attention_bias": True}),
     "mamba2_groups": ("Mamba2Config", {**SMALL_MAMBA2, **STEPS, "tie_word_embeddings": True}),
     "mixtral": ("MixtralConfig", SMALL_MIXTRAL),
     "gpt_oss": ("GptOssConfig", SMALL_OSS),
@@ -77,6 +94,7 @@ SHARED = {
     "gemma3": "ring",
     "gpt2": "ulysses",
     "mamba2_groups": "ring",
+    "qwen3_next": "ring",
     "mixtral": "allgather",
     "gpt_oss": "ring",
     "deepseek_v3": "ring",

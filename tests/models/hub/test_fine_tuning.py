@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import transformers
 from torch import nn
 from torch.nn import functional as F
 
@@ -11,10 +10,15 @@ from models.micro_batch import MicroBatch
 from parallel.engines.single import Single
 from parallel.mesh import Mesh
 from tests.support import hub
-from tests.support.hub import SMALL, SMALL_GPT2
+from tests.support.hub import SMALL, SMALL_GPT2, SMALL_MIXTRAL
 from trainer.optim.adamw import AdamW
 
 RATE = 1e-3
+# Mixtral's own base of the rotary positions is another than that of ExactRotary.
+ROTATED_MIXTRAL = {
+    **SMALL_MIXTRAL,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+}
 
 
 class ExactRotary(nn.Module):
@@ -27,21 +31,39 @@ class ExactRotary(nn.Module):
         return angle.cos(), angle.sin()
 
 
+class ExactRouter(nn.Module):
+    """Mixtral's choice of experts in float64; their own takes the softmax in float32."""
+
+    def __init__(self, theirs):
+        super().__init__()
+        self.weight = theirs.weight
+        self.top_k = theirs.top_k
+
+    def forward(self, hidden):
+        logits = F.linear(hidden.flatten(0, -2), self.weight)
+        best = logits.topk(self.top_k, -1)
+        return logits, best.values.softmax(-1), best.indices
+
+
 def exact(theirs):
-    """Replaces what they compute in float32: norms and rotary angles."""
-    if isinstance(theirs, transformers.LlamaForCausalLM):
-        theirs.model.rotary_emb = ExactRotary()
+    """Replaces what they compute in float32: norms, rotary angles and the choice of experts."""
+    if hasattr(theirs.base_model, "rotary_emb"):
+        theirs.base_model.rotary_emb = ExactRotary()
     for module in list(theirs.modules()):
         for name, child in list(module.named_children()):
-            if type(child).__name__ == "LlamaRMSNorm":
+            if type(child).__name__.endswith("RMSNorm"):
                 norm = nn.RMSNorm(len(child.weight), eps=child.variance_epsilon)
                 norm.weight = child.weight
                 setattr(module, name, norm)
+            elif type(child).__name__ == "MixtralTopKRouter":
+                setattr(module, name, ExactRouter(child))
     return theirs
 
 
 @pytest.mark.parametrize(
-    "name, settings", [("LlamaConfig", SMALL), ("GPT2Config", SMALL_GPT2)], ids=["llama", "gpt2"]
+    "name, settings",
+    [("LlamaConfig", SMALL), ("GPT2Config", SMALL_GPT2), ("MixtralConfig", ROTATED_MIXTRAL)],
+    ids=["llama", "gpt2", "mixtral"],
 )
 def test_thirty_steps_equal_those_by_hand(name, settings, tmp_path):
     theirs = exact(hub.make(name, settings, tmp_path))

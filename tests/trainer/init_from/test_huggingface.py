@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -85,6 +86,40 @@ def test_shards_that_are_missing_cut_off_or_links(folder):
     assert f"{first.name} is missing" in message(folder)
     first.symlink_to(second)
     assert "symbolic link" in message(folder)
+
+
+@pytest.fixture
+def named(good, tmp_path, monkeypatch):
+    """The cache of the hub holds the model team/llama, fetched once; there is no network."""
+    place = tmp_path / "hub" / "models--team--llama"
+    snapshot = place / "snapshots" / "abc"
+    for folder in (place / "blobs", place / "refs", snapshot):
+        folder.mkdir(parents=True)
+    (place / "refs" / "main").write_text("abc")
+    for number, path in enumerate(sorted(good.iterdir())):
+        shutil.copyfile(path, place / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return snapshot
+
+
+def test_a_name_on_the_hub_is_the_folder_in_its_cache(good, named):
+    want = open_weights(f"hf:{good}")
+    for place in ("team/llama", named):
+        words = (*WORDS, f"model.path={place}", f"init_from=hf:{place}")
+        assert load_config(words).model.width == 32
+        source = open_weights(f"hf:{place}")
+        name = "blocks.1.mixer.q.weight"
+        assert torch.equal(source.read(name), want.read(name))
+    assert "no model of that name can be had" in message("team/other")
+
+
+def test_a_link_out_of_the_cache_is_refused(named, good):
+    first = sorted(named.glob("model-*.safetensors"))[0]
+    first.unlink()
+    first.symlink_to(good / first.name)
+    assert "symbolic link" in message(named)
 
 
 def test_an_index_that_leads_out_of_the_folder(folder):
