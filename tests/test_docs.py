@@ -71,6 +71,7 @@ NOT_COMPOSED = {
         'python -m scripts.generate runs/mine prompt="def " samples=8 cache=paged cache.pages=64'
         " preempt=swap"
     ): "needs a run; tests/trainer/decoding/test_preemption.py",
+    "python -m scripts.experiments induction": "an experiment of minutes",
     "python -m scripts.experiments eviction": "an experiment of minutes",
     "python -m scripts.experiments quantized": "an experiment of minutes",
     (

@@ -39,6 +39,11 @@ RECIPES = {  # name -> (module and function, its parts, what it shows)
         (),
         "what keeps experts evenly used, and Switch against a dense layer",
     ),
+    "induction": (
+        "scripts.experiments.induction.induction",
+        (),
+        "two layers of attention form induction heads, and one layer cannot",
+    ),
     "sets": (
         "scripts.experiments.sets.sets",
         ("distinct", "characters"),

@@ -18,7 +18,7 @@ from trainer.preflight.prepare import load_config
 from trainer.run_dir import make_run_dir
 from trainer.stages import run
 
-STEPS = 10
+STEPS = 6
 SETTINGS = (
     "data=copy",
     "model=switch",
