@@ -81,7 +81,11 @@ def _dispatch(words: Sequence[str]) -> int:
     if first_word == slurm.IN_JOB:
         node = int(words[1])
         endpoint = words[2]
-        return command(words[3:], lambda config: slurm.here(config, node, endpoint))
+        # All was checked when the job was submitted; a job of a sweep may have settings that reach
+        # no part of its model.
+        return command(
+            words[3:], lambda config: slurm.here(config, node, endpoint), lambda settings: None
+        )
     if first_word == JOB_OF:
         die_with_parent(int(words[1]))
         # The sweep has reported the settings that reach no part of this job's model.

@@ -58,6 +58,7 @@ class Loop:
         evaluate: does what `progress.owed` names, and strikes from it what is done.
         due: names the parts of the evaluation that a step is followed by.
         say: receives lines for the console.
+        warn: receives those that a quiet console shows too.
         heartbeat: receives (phase, step) when this rank enters a phase.
         lanes: the carried state; None where rows carry nothing.
         saved: step of the last checkpoint; -1 where there is none.
@@ -80,6 +81,7 @@ class Loop:
     evaluate: Callable[[Progress], object]
     due: Callable[[int], list[Part]] = lambda step: []
     say: Callable[[str], None] = print
+    warn: Callable[[str], None] = print
     heartbeat: Callable[[str, int], None] = lambda phase, step: None
     lanes: Lanes | None = None
     saved: int = -1
@@ -324,7 +326,7 @@ class Loop:
         # A state that is not finite would spoil every later step of its row.
         if self.lanes is not None and carried_before is not None and not skip.finite:
             self.lanes.put_back(carried_before)
-        self.say(skip.line(step))
+        self.warn(skip.line(step))
 
     def _row(
         self, progress: Progress, loss: float | None, norm: float, learning_rate: float

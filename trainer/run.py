@@ -17,6 +17,7 @@ from parallel.engines.base import Engine
 from parallel.mesh import Mesh
 from trainer import run_dir as directories
 from trainer.agreement import agree_on_run
+from trainer.checkpoint.keep_rules import retention_of
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.build_model import build_model, sizes_taken
 from trainer.config.instantiate import instantiate
@@ -64,7 +65,12 @@ def run_stage(
     Raises:
         OtherStage: the checkpoint to go on from is of another stage.
     """
-    console = Console(config.steps, speaks=mesh.world.rank == 0)
+    console = Console(
+        config.steps,
+        speaks=mesh.world.rank == 0,
+        style=config.log.console,
+        level=config.log.level,
+    )
     notes = directory / directories.SCRATCH / f"watch_{restart_count()[0]}"
     logs = RunLogger(directory, config, console, writes=mesh.world.rank == 0)
     with (
@@ -122,10 +128,10 @@ class Run:
         self.checkpoints = CheckpointWriter(
             directory / "checkpoints",
             keep=config.checkpoint.keep,
-            ends=stage.ends,
+            retention=retention_of(config.checkpoint, stage.ends, directory),
             group=mesh.world.group,
             asynchronous=config.checkpoint.asynchronous,
-            say=console.say,
+            say=console.warn,
         )
         limit([self.checkpoints.control], config.launch.timeout_s)
         agree_on_run(
@@ -183,11 +189,7 @@ class Run:
             say=self.console.say,
         )
         self.console.go_on_from(progress.step)
-        if (times := restart_count()[0]) > 0:
-            self.console.say(
-                f"a rank was lost: all were started again ({times} of"
-                f" launch.max_restarts={restart_count()[1]} times)"
-            )
+        self._say_restarts()
         self.began = progress.step
         assessment = self._assessment()
         progress.wandb_id = self.logs.open(self.began, progress.wandb_id, **self._facts())
@@ -209,6 +211,7 @@ class Run:
             evaluate=assessment.run,
             due=assessment.due,
             say=self.console.say,
+            warn=self.console.warn,
             heartbeat=self.heartbeat,
             lanes=self.lanes,
             saved=progress.step,
@@ -224,6 +227,14 @@ class Run:
             raise
         self.checkpoints.close()
         return self._close(progress, assessment)
+
+    def _say_restarts(self) -> None:
+        times, most = restart_count()
+        if times > 0:
+            self.console.warn(
+                f"a rank was lost: all were started again ({times} of"
+                f" launch.max_restarts={most} times)"
+            )
 
     def _assessment(self) -> Assessment:
         """Builds the evaluation of the run."""
@@ -315,6 +326,7 @@ class Run:
                 owed=[f"{part} of step {progress.step}" for part in progress.owed],
                 broken=assessment.broken,
                 wandb=where,
+                places=self.logs.places(),
                 more=next_commands(self.config, self.directory),
             )
         if self.mesh.world.group is not None:

@@ -33,6 +33,7 @@ FREE = (
     "engine",
     "launch",
     "log",
+    "logger",
     "logs",
     "prefetch",
     "wandb",

@@ -73,6 +73,9 @@ def test_two_processes_of_srun_are_two_ranks_of_one_run(tmp_path: Path) -> None:
     assert [row["step"] for row in read(tmp_path / "run" / METRICS)] == [1, 2, 3]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["ranks"] == 2
     assert "finished" in ends[0][0] and ends[1][0] == ""
+    # Whatever one rank says, no other says as well.
+    lines = [line for line in ends[0][0].splitlines() if line]
+    assert len(lines) == len(set(lines)), ends[0][0]
 
 
 @pytest.mark.slow

@@ -17,8 +17,9 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, asy
 
 from trainer.checkpoint.manifest import sync, unravel
 from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.storage import ShardWriter
 from trainer.checkpoint.throttle import Throttle
 from trainer.checkpoint.wholeness import STEPS
@@ -59,7 +61,7 @@ class CheckpointWriter(CheckpointReader):
 
     Args:
         keep: number of checkpoints that stay, the newest included; None = all.
-        ends: steps whose checkpoints stay beyond `keep`: those between stages.
+        retention: further ones that stay beside them, with the same `newest`; None = no others.
         asynchronous: `save` returns once the state is copied to CPU memory, and a thread writes
             it. The copy, as large as the state on this rank, stays allocated from save to save.
             Where the state lies in CPU memory anyway, training computes on the same cores, and the
@@ -75,7 +77,7 @@ class CheckpointWriter(CheckpointReader):
         directory: Path | str,
         *,
         keep: int | None = 2,
-        ends: Collection[int] = (),
+        retention: Retention | None = None,
         group: dist.ProcessGroup | None = None,
         asynchronous: bool = False,
         say: Callable[[str], None] = print,
@@ -86,8 +88,7 @@ class CheckpointWriter(CheckpointReader):
                 " more, or null"
             )
         super().__init__(directory, group=group, say=say)
-        self.keep = keep
-        self.ends = frozenset(ends)
+        self.retention = Retention(keep) if retention is None else replace(retention, newest=keep)
         self.asynchronous = asynchronous
         # A second group, because the saving thread's collectives run at the same time as those of
         # `poll` in the main thread.
@@ -258,12 +259,16 @@ class CheckpointWriter(CheckpointReader):
         else:
             temporary.rename(final)
         sync(self.directory)
-        if self.keep is None:
-            return
         # Later steps are not counted: they belong to a run that this one will overwrite.
-        up_to_this = [path for path in self._list() if _step(path) <= _step(final)]
-        for checkpoint in up_to_this[self.keep :]:
-            if _step(checkpoint) not in self.ends:
+        up_to_this = {_step(path): path for path in self._list() if _step(path) <= _step(final)}
+        try:
+            kept = self.retention.kept(up_to_this)
+        except (ValueError, OSError) as error:
+            # Scores that cannot be read are no reason to delete what may be the best.
+            self.say(f"old checkpoints stay, for the best of them are not known: {error}")
+            return
+        for step, checkpoint in up_to_this.items():
+            if step not in kept:
                 self._delete(checkpoint)
 
     def _delete(self, checkpoint: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from trainer.config.finding import Finding, render
-from trainer.config.groups import choices, is_group
+from trainer.config.groups import BY_NAME, choices, is_group
 from trainer.config.node_checks import ALIKE, nearest_key
 from trainer.config.renamed import new_key, new_value
 from trainer.config.schema import ComponentConfig, Config, OptimGroup
@@ -69,8 +69,8 @@ def errors_by_key(error: ValidationError, tree: Any) -> dict[str, list[Any]]:
             elif isinstance(part, int) and detail["type"] == "missing":
                 # A place of a list that has too few members.
                 detail["type"] = "tuple"
-        is_evaluation = path[:1] == ["evaluation"] and len(path) == 2
-        if is_evaluation and detail["type"].startswith(("model_", "dict_")):
+        is_named = len(path) == 2 and path[0] in BY_NAME
+        if is_named and detail["type"].startswith(("model_", "dict_")):
             # Every unknown key of this group is taken for a node, and a plain value is none.
             detail["type"] = "extra_forbidden"
         errors.setdefault(".".join(path), []).append(detail)
@@ -78,7 +78,7 @@ def errors_by_key(error: ValidationError, tree: Any) -> dict[str, list[Any]]:
 
 
 def unchosen(key: str, kind: str, tree: Any) -> str | None:
-    """Returns the message about settings of an evaluation that was not chosen; None otherwise.
+    """Returns the message about settings of a named part that was not chosen; None otherwise.
 
     Args:
         key: the dotted key that is at fault.
@@ -86,19 +86,20 @@ def unchosen(key: str, kind: str, tree: Any) -> str | None:
         tree: the plain config that was refused.
     """
     group, *inner = key.split(".")
-    if group != "evaluation" or kind != "missing" or inner[1:] != ["_target_"]:
+    if group not in BY_NAME or kind != "missing" or inner[1:] != ["_target_"]:
         return None
     name = inner[0]
     setting, value = next(iter(tree[group][name].items()), ("KEY", "VALUE"))
-    stated = f"evaluation.{name}.{setting}={quoted_value(value)}"
+    usual = "heldout" if group == "evaluation" else "wandb"
+    stated = f"{group}.{name}.{setting}={quoted_value(value)}"
     known = choices(group)
     if name in known:
-        remedy = f"write evaluation=[heldout,{name}] as well"
+        remedy = f"write {group}=[{usual},{name}] as well"
     else:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean evaluation.{near[0]}? " if near else ""
+        hint = f"did you mean {group}.{near[0]}? " if near else ""
         remedy = f"{hint}known: {', '.join(known)}; a class of your own is named by _target_"
-    return f"{stated}: no evaluation {name} is chosen; {remedy}"
+    return f"{stated}: no {group} {name} is chosen; {remedy}"
 
 
 def explain(key: str, errors: list[Any], default: Any, tree: Any) -> str:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+# Groups whose members stand beside one another, each under its name.
+BY_NAME = ("evaluation", "logger")
 CONF = Path(__file__).resolve().parent.parent.parent / "conf"
 
 

@@ -142,9 +142,9 @@ def _part(config: Config, group: str, name: str) -> str:
     """Returns the help of one member of a group: what it is, and each of its settings."""
     if name in ("", "null"):
         return _key(config, group)
-    if group == "evaluation":
+    if group in groups.BY_NAME:
         names = name.strip("[]").split(",")
-        return "\n\n".join(_node(config, f"evaluation.{each}", each) for each in names)
+        return "\n\n".join(_node(config, f"{group}.{each}", each) for each in names)
     if group == "experiment":
         tree = config.model_dump(mode="json", by_alias=True)
         path = groups.CONF / group / f"{name}.yaml"

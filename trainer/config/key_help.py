@@ -221,7 +221,8 @@ def describe(key: str, value: Any, files: list[Path], node: Mapping[str, Any] | 
 def files_of(path: Path) -> list[Path]:
     """Returns the yaml files that have comments about the keys of a file, the nearest first."""
     files = [groups.CONF / "train.yaml", groups.CONF / "model" / "decoder.yaml"]
-    files += sorted((groups.CONF / "evaluation").glob("*.yaml"))
+    for group in groups.BY_NAME:
+        files += sorted((groups.CONF / group).glob("*.yaml"))
     # The comments of an experiment say why it sets a key, not what the key is.
     return [*files, path] if path.parent.name == "experiment" else [*inherited(path), *files]
 

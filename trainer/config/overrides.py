@@ -16,7 +16,6 @@ from trainer.texts import Texts, for_shell, quoted
 LONGEST_KEY = 255  # the longest name of a file on the usual file systems
 MULTIRUN_WORDS = ("-m", "--multirun")
 MAY_BE_NULL = ("mixer", "experiment")
-MAY_BE_SEVERAL = ("evaluation",)
 SWEEP_KEYS = (
     "hydra.sweep.",
     "hydra.sweeper.",
@@ -157,15 +156,16 @@ def _misuse_of_group(override: Override, word: str) -> str | None:
     group = override.key_or_group
     value = override.value()
     is_list = isinstance(value, list) and not override.is_sweep_override()
-    if is_list and group not in MAY_BE_SEVERAL:
+    if is_list and group not in groups.BY_NAME:
         hint = ""
         if group == "mixer":
             hint = "; layers of several kinds are model.pattern=[A,B], as in model=hybrid"
         return f"{word}: choose one {group}, not a list{hint}"
-    if value == []:
+    if value == [] and group == "evaluation":
         return f"{word}: the list is empty; name some, or write evaluation.every=0"
     if value is None and group not in MAY_BE_NULL:
-        return f"{word}: one has to be chosen; known: {', '.join(choices(group))}"
+        none = "; [] is none" if group == "logger" else ""
+        return f"{word}: one has to be chosen; known: {', '.join(choices(group))}{none}"
     if not override.is_sweep_override():
         choices_made = [value]
     elif override.is_discrete_sweep():

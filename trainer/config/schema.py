@@ -18,10 +18,15 @@ from trainer.config.scalars import (
     Natural,
     Positive,
     Real,
-    Seconds,
     Seed,
     Size,
     Vocabulary,
+)
+from trainer.config.schemas.log_schema import (
+    LogConfig,
+    LoggerConfig,
+    WandbConfig,
+    usual_loggers,
 )
 from trainer.config.stage_schema import StageConfig
 
@@ -214,83 +219,23 @@ class ScheduleConfig(ComponentConfig):
         return {key: value for key, value in settings.items() if key not in ("extend", "over")}
 
 
-class ProfileConfig(ConfigGroup):
-    """Traces of steps by torch's profiler."""
-
-    steps: list[Count] = Field(default=[], description="steps to trace; [] = none")
-    ranks: list[Natural] = Field(default=[0], description="ranks that trace them")
-    memory: Flag = Field(
-        default=False, description="allocations too, and on an accelerator a memory snapshot"
-    )
-
-
-class LogConfig(ConfigGroup):
-    """The console, metrics.jsonl and traces."""
-
-    every: Count = Field(
-        default=1, description="steps between two rows; the first and last are always logged"
-    )
-    plots: bool = Field(default=True, description="pictures in report/, drawn when the run ends")
-    profile: ProfileConfig = ProfileConfig()
-
-
-class WandbConfig(ConfigGroup):
-    """Weights & Biases."""
-
-    mode: Literal["auto", "online", "offline", "disabled"] = Field(
-        default="auto", description="auto = online with a key"
-    )
-    project: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None, description="project on the server; null = WANDB_PROJECT, else longspan"
-    )
-    entity: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None,
-        description=(
-            "user or team that the project is of; null = WANDB_ENTITY, else the key's owner"
-        ),
-    )
-    group: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
-        default=None,
-        description=(
-            "runs shown together; null = WANDB_RUN_GROUP, else in a sweep its folder's name"
-        ),
-    )
-    name: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
-        default=None,
-        description=(
-            "of the run on the server; null = WANDB_NAME, else in a sweep what varies, else name"
-        ),
-    )
-    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(
-        default=[],
-        description=(
-            "of the run on the server; none = WANDB_TAGS, else in a sweep the settings that vary"
-        ),
-    )
-    notes: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None, description="a longer text beside the name; null = WANDB_NOTES"
-    )
-    id: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None,
-        description=(
-            "of the run on the server; null = the run directory's, WANDB_RUN_ID, or a new one"
-        ),
-    )
-    alerts: bool | list[Literal["spike", "skipped", "hang", "end"]] = Field(
-        default=False,
-        description=(
-            "what W&B sends a message about: true = all, or some of spike, skipped, hang, end"
-        ),
-    )
-    artifacts: Flag = Field(default=False, description="send the newest checkpoint at the end")
-    init_timeout_s: Seconds = Field(default=10, description="wait for the server, then offline")
-
-
 class CheckpointConfig(ConfigGroup):
     """The times at which the state is saved."""
 
     every: Natural = Field(description="steps between two; 0 = never, not at the end either")
     keep: Count = Field(default=2, description="newest ones kept")
+    keep_every: Natural = Field(
+        default=0, description="of every so many steps the first one stays for ever; 0 = none"
+    )
+    keep_best: Natural = Field(
+        default=0, description="so many with the best figure stay as well; 0 = none"
+    )
+    best: Annotated[str, Field(min_length=1)] = Field(
+        default="held_out_loss", description="the figure that keep_best goes by, as needle/accuracy"
+    )
+    best_is: Literal["lowest", "highest"] | None = Field(
+        default=None, description="which values are best; null = of a loss the lowest"
+    )
     asynchronous: Flag = Field(default=True, description="write while training goes on")
 
 
@@ -380,6 +325,7 @@ class Config(ConfigGroup):
     engine: EngineConfig
     launch: LaunchConfig = LaunchConfig()
     log: LogConfig = LogConfig()
+    logger: LoggerConfig = Field(default_factory=usual_loggers)
     wandb: WandbConfig = WandbConfig()
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig

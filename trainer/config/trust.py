@@ -62,6 +62,7 @@ def demand_own(config: Config, file: str) -> None:
     tree = plain_config(config)
     # Nothing that opens a file builds these: what is evaluated, the command line says anew.
     tree.pop("evaluation")
+    tree.pop("logger")
     faults = [fault for place, target in targets(tree) if (fault := stranger(place, target))]
     if faults:
         way = f"if you know who wrote {file} and what these are, say trust=true"

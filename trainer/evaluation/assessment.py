@@ -214,7 +214,7 @@ class Assessment:
         self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - began
         if self._any_failed(trouble, begun_before):
             reason = _reason(trouble) if trouble is not None else "another rank says why"
-            self.console.say(
+            self.console.warn(
                 f"step {progress.step}: {part} failed: {reason}; training is not affected"
             )
             return False
@@ -270,7 +270,7 @@ class Assessment:
         figures = self.evaluations[part].run(self.context(step))
         if not figures:
             what = "held-out loss" if part == HELD_OUT_PART else f"figure of {part}"
-            self.console.say(
+            self.console.warn(
                 f"step {step}: no {what}, for the held-out data has no token to predict;"
                 " raise data.held_out, or give other data"
             )

@@ -1,16 +1,18 @@
 """Output for the user while a run goes on.
 
-A progress bar on a terminal, a plain line every few seconds elsewhere.
+Three styles show the same facts: a progress bar with lines above it (rich), plain lines, and JSON
+objects, one a line, for programs. Step lines come every few seconds.
 """
 
 import io
+import json
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, Literal, TextIO
 
 from rich.console import Console as Terminal
 from rich.progress import (
@@ -26,6 +28,9 @@ from trainer.logs.jsonl import EVALUATION, METRICS, MetricsRow
 from trainer.logs.streams import plain
 
 INTERVAL_S = 5.0
+Style = Literal["plain", "rich", "json"]
+Level = Literal["info", "warning", "error"]
+LEVELS: tuple[Level, ...] = ("info", "warning", "error")
 
 
 def count(number: float) -> str:
@@ -50,7 +55,10 @@ class Console:
         steps: the last step's number.
         first: the step that the run goes on from; 0 at the very beginning.
         speaks: whether this rank prints at all.
-        file: where to; a terminal gets the bar.
+        file: where to.
+        style: of the output; None = rich on a terminal, plain elsewhere.
+        level: the least that is printed: info = all, warning = warnings and the last screen, error
+            = nothing, for what ends a run is printed by its launcher.
     """
 
     def __init__(
@@ -60,11 +68,14 @@ class Console:
         first: int = 0,
         speaks: bool = True,
         file: TextIO | None = None,
+        style: Style | None = None,
+        level: Level = "info",
         clock: Callable[[], float] = time.monotonic,
     ):
         self.steps = steps
         self.first = first
         self.speaks = speaks
+        self.level = level
         self.clock = clock
         self.file = (
             file or sys.stdout or io.StringIO()
@@ -72,30 +83,42 @@ class Console:
         self.begin = self.last = clock()
         self.bar: Progress | None = None
         self.task = TaskID(0)
-        if speaks and _is_terminal(self.file):
+        self.style = style or ("rich" if _is_terminal(self.file) else "plain")
+        if speaks and self.style == "rich" and self._shows("info"):
             self.bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(bar_width=None),
                 TextColumn("{task.fields[told]}"),
                 TimeRemainingColumn(compact=True),
-                console=Terminal(file=self.file),
+                console=Terminal(file=self.file, force_terminal=True),
                 expand=True,
             )
             self.task = self.bar.add_task("", total=steps, completed=first, told="")
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, level: Level = "info") -> None:
         """Prints one or more lines above the bar.
 
         An output that fails is not used again, and the run goes on.
         """
-        if not self.speaks:
+        self._show(text, {"event": "line", "level": level, "text": text}, level)
+
+    def warn(self, text: str) -> None:
+        """Prints lines that a quiet console shows as well."""
+        self.say(text, "warning")
+
+    def _shows(self, level: Level) -> bool:
+        return self.speaks and LEVELS.index(level) >= LEVELS.index(self.level)
+
+    def _show(self, text: str, facts: dict[str, Any], level: Level) -> None:
+        """Prints a text, or under style=json the facts that it states."""
+        if not self._shows(level):
             return
-        text = plain(text)
+        text = json.dumps(facts) if self.style == "json" else plain(text)
         try:
             self._print(text)
         except UnicodeEncodeError as error:
-            self.say(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+            self._print(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         except (OSError, ValueError):
             self.speaks = False
 
@@ -117,7 +140,7 @@ class Console:
 
         Without a terminal the first and the last step always print, others every few seconds.
         """
-        if not self.speaks:
+        if not self._shows("info"):
             return
         loss = "nothing to predict" if row.loss is None else f"loss {row.loss:.4f}"
         told = f"{loss}  {count(row.tokens_per_second)} tokens/s"
@@ -133,7 +156,18 @@ class Console:
             self.last = now
             width = len(str(self.steps))
             left = (now - self.begin) / (row.step - self.first) * (self.steps - row.step)
-            self.say(f"step {row.step:{width}d}/{self.steps}  {told}  {duration(left)} left")
+            self._show(
+                f"step {row.step:{width}d}/{self.steps}  {told}  {duration(left)} left",
+                {
+                    "event": "step",
+                    "step": row.step,
+                    "steps": self.steps,
+                    "loss": row.loss,
+                    "tokens_per_second": row.tokens_per_second,
+                    "seconds_left": round(left, 1),
+                },
+                "info",
+            )
 
     def close(self) -> None:
         """Restores the terminal; may be called twice."""
@@ -157,6 +191,7 @@ class Console:
         owed: Sequence[str] = (),
         broken: Sequence[str] = (),
         wandb: str | None = None,
+        places: Sequence[tuple[str, str]] = (),
         more: Sequence[str] = (),
     ) -> None:
         """Prints the last screen: files of the run, and commands to try next.
@@ -167,25 +202,14 @@ class Console:
             owed: work that was due and is not done, which the same command does.
             broken: work that was tried and failed.
             wandb: address of the W&B run, or the directory of an offline run.
+            places: further loggers and where each wrote.
             more: commands to try, before ours.
         """
         self.close()
-        checkpoints = sorted(
-            path for path in (directory / "checkpoints").glob("step_*") if path.is_dir()
-        )
-        plots = sorted((directory / "report").glob("*.png"))
-        places = [
-            ("metrics", [directory / METRICS]),
-            ("evaluation", [directory / EVALUATION]),
-            ("checkpoint", checkpoints[-1:]),
-            ("sample", [directory / "sample.txt"]),
-            ("plots", plots),
-        ]
-        found = [
-            (name, str(path)) for name, paths in places for path in paths if _holds_something(path)
-        ]
+        found = _files_of(directory)
         if wandb:
             found.append(("W&B", wandb))
+        found += places
         head = f"stopped: {stopped}" if stopped else "finished"
         if not stopped and owed:
             head = "trained to the last step, but not evaluated,"
@@ -206,7 +230,33 @@ class Console:
             next_.append(f"wandb sync {shlex.quote(wandb)}")
         if next_:
             lines += ["try next", *(f"  {command}" for command in next_)]
-        self.say("\n".join(lines))
+        facts = {
+            "event": "end",
+            "outcome": head.removesuffix(","),
+            "seconds": round(self.clock() - self.begin, 1),
+            "run_dir": str(directory),
+            "found": found,
+            "failed": list(broken),
+            "owed": list(owed),
+            "next": next_,
+        }
+        self._show("\n".join(lines), facts, "warning")
+
+
+def _files_of(directory: Path) -> list[tuple[str, str]]:
+    """Returns what a run directory holds: (kind, path) of what is not empty."""
+    checkpoints = sorted(
+        path for path in (directory / "checkpoints").glob("step_*") if path.is_dir()
+    )
+    plots = sorted((directory / "report").glob("*.png"))
+    places = [
+        ("metrics", [directory / METRICS]),
+        ("evaluation", [directory / EVALUATION]),
+        ("checkpoint", checkpoints[-1:]),
+        ("sample", [directory / "sample.txt"]),
+        ("plots", plots),
+    ]
+    return [(name, str(path)) for name, paths in places for path in paths if _holds_something(path)]
 
 
 def _holds_something(path: Path) -> bool:

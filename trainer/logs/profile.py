@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from parallel.mesh import Mesh
 from trainer.config.finding import Finding
-from trainer.config.schema import Config, ProfileConfig
+from trainer.config.schema import Config
+from trainer.config.schemas.log_schema import ProfileConfig
 from trainer.config.stages import plan_of
 from trainer.files.safe_files import make_inside
 

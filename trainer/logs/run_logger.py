@@ -1,7 +1,6 @@
-"""Everything that is written of a run while it goes on: its lines on disk, its summary, its W&B run
+"""Everything that is written of a run while it goes on: its lines on disk, its summary, its loggers
 and its pictures."""
 
-import importlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,22 +9,25 @@ from typing import Any
 
 from models.analysis.attention_maps import AttentionMap
 from trainer import run_dir as directories
+from trainer.config.instantiate import instantiate
 from trainer.config.schema import Config
 from trainer.errors import UserError
 from trainer.files.limited_reader import json_object
-from trainer.logs import scratch, summary
+from trainer.logs import summary
 from trainer.logs.alerts import Alerts
 from trainer.logs.console import Console
+from trainer.logs.event_command import EventCommand
 from trainer.logs.figures import read_figures
 from trainer.logs.jsonl import EVALUATION, METRICS, Evaluations, Metrics, MetricsRow, read
-from trainer.logs.labels import labels
+from trainer.logs.loggers.base import Logger, RunEnd, RunStart
+from trainer.logs.loggers.guarded import GuardedLogger
+from trainer.logs.loggers.wandb import Wandb
 from trainer.logs.plots import attention, grades, plots
 from trainer.logs.redact import without_secrets, word_without_secrets
 from trainer.watchdog import Hang
 
 NO_MAPS = "attention maps: none, no softmax of this model sees a whole row"
 ALERT_S = 10.0  # a run that failed waits so long for its alert to be sent
-LOGGER = "trainer.logs.wandb"  # imported on rank 0 alone, and only when it is wanted
 
 
 class RunLogger:
@@ -40,8 +42,10 @@ class RunLogger:
         self.config = config
         self.console = console
         self.writes = writes
-        self.wandb: Any = None
+        self.loggers: dict[str, GuardedLogger] = {}
+        self.wandb: Wandb | None = None
         self.alerts: Alerts | None = None
+        self.on_event: EventCommand | None = None
         self.drawn: list[Path] = []
 
     def open(self, step: int, identity: str | None, **facts: Any) -> str | None:
@@ -58,34 +62,48 @@ class RunLogger:
         for lines in (self.metrics, self.evaluations):
             lines.truncate_after(step)
         summary.note(self.directory, **facts)
-        wish = self.config.wandb
-        if wish.mode == "disabled":
-            return identity
-        try:
-            with scratch.inside(self.directory):  # W&B makes temporary folders when it is imported
-                self.wandb = self._begun(identity)
-        except OSError as error:
-            self.console.say(
-                f"W&B: switched off for this run ({error}); metrics.jsonl has everything"
-            )
-            return identity
-        self.alerts = Alerts(
-            wish.alerts, self.config.name, self.config.optim.skip_above, self.wandb.alert
-        )
-        return self.wandb.identity
-
-    def _begun(self, identity: str | None) -> Any:
-        """The W&B run."""
-        wish = self.config.wandb
-        return importlib.import_module(LOGGER).WandbLogger(
-            self.directory,
-            mode=wish.mode,
-            labels=labels(self.config),
-            config={**directories.plain_config(self.config), "code": self._code()},
-            init_timeout_s=wish.init_timeout_s,
+        run = RunStart(
+            directory=self.directory,
+            name=self.config.name,
+            step=step,
+            settings=self.config,
+            config=without_secrets({**directories.plain_config(self.config), "code": self._code()}),
+            evaluations=tuple(read(self.directory / EVALUATION)),
             identity=identity,
-            say=self.console.say,
+            say=self.console.warn,
         )
+        for name, node in self.config.logger.nodes.items():
+            logger = instantiate(node, {}, f"logger.{name}")
+            self._add(name, logger)
+            self.loggers[name].open(run)
+        self._open_alerts(step)
+        if self.wandb is None or self.wandb.run is None:
+            return identity
+        return self.wandb.run.identity
+
+    def _open_alerts(self, step: int) -> None:
+        """Begins to look for events, where anybody is told of them."""
+        command = self.config.log.on_event
+        sends = self.wandb is not None and self.wandb.run is not None
+        if command is None and not sends:
+            return
+        if command is not None:
+            self.on_event = EventCommand(
+                command, self.directory, self.config.name, self.console.warn
+            )
+            self.on_event.tell("start", step=step, steps=self.config.steps)
+        self.alerts = Alerts(
+            self.config.wandb.alerts if sends else False,
+            self.config.name,
+            self.config.optim.skip_above,
+            self.wandb.alert if self.wandb is not None else lambda title, text: None,
+            self.on_event.tell if self.on_event is not None else lambda kind, **facts: None,
+        )
+
+    def _add(self, name: str, logger: Logger) -> None:
+        self.loggers[name] = GuardedLogger(name, logger, self.console.warn)
+        if isinstance(logger, Wandb):
+            self.wandb = logger
 
     @contextmanager
     def alerting(self) -> Iterator[None]:
@@ -97,16 +115,25 @@ class RunLogger:
             raise
 
     def _alert_of(self, error: Exception) -> None:
-        if self.wandb is None or self.alerts is None:
-            return
-        if isinstance(error, Hang):
-            self.alerts.hung(str(error))
-        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        self.alerts.ended("failed", text)
-        if self.alerts.wants("end") or (isinstance(error, Hang) and self.alerts.wants("hang")):
-            self.wandb.finish(
-                {}, exit_code=1, wait_s=ALERT_S
-            )  # else what was said would go with this process
+        waits = False
+        if self.alerts is not None:
+            if isinstance(error, Hang):
+                self.alerts.hung(str(error))
+            is_ours = isinstance(error, UserError)
+            text = str(error) if is_ours else f"{type(error).__name__}: {error}"
+            self.alerts.ended("failed", text, why=text)
+            waits = self.alerts.wants("end") or (
+                isinstance(error, Hang) and self.alerts.wants("hang")
+            )
+        for logger in self.loggers.values():
+            # W&B is waited for where it has a message to send, which would go with this process.
+            if logger.logger is not self.wandb or waits:
+                logger.close(RunEnd(failed=True, wait_s=ALERT_S))
+        self._close_on_event()
+
+    def _close_on_event(self) -> None:
+        if self.on_event is not None:
+            self.on_event.close()
 
     def _code(self) -> dict[str, Any]:
         """Returns the code, machine and command that the run recorded.
@@ -119,7 +146,7 @@ class RunLogger:
         try:
             told = json_object(path, follow=False)
         except ValueError as error:
-            self.console.say(f"{error}: W&B is not told of the code")
+            self.console.warn(f"{error}: W&B is not told of the code")
             return {}
         known = {
             key: told.get(key) for key in ("commit", "python", "packages", "platform", "devices")
@@ -137,8 +164,8 @@ class RunLogger:
         self.console.step(row)
         if self.writes:
             self.metrics.add(row)
-        if self.wandb is not None:
-            self.wandb.step(row)
+        for logger in self.loggers.values():
+            logger.step(row)
         if self.alerts is not None:
             self.alerts.step(row)
 
@@ -146,19 +173,15 @@ class RunLogger:
         """One value of an evaluation, and what it is made of."""
         if self.writes:
             self.evaluations.add(step, name, value, **made_of)
-        if self.wandb is not None:
-            self.wandb.evaluation(
-                step,
-                name,
-                value,
-                by_position=made_of.get("by_position"),
-                cells=made_of.get("cells"),
-            )
+        for logger in self.loggers.values():
+            logger.evaluation(step, name, value, made_of)
 
     def drop_evaluation(self, step: int, parts: Sequence[str]) -> None:
         """Drop what is written of parts of this step's evaluation, which are done again."""
         if self.writes:
             self.evaluations.drop(step, parts)
+            for logger in self.loggers.values():
+                logger.drop_evaluation(step, parts)
 
     def maps(self, step: int, maps: Sequence[AttentionMap], left_out: int) -> None:
         """Draw attention maps, of all softmaxes but so many; W&B gets the picture at the end, with
@@ -194,8 +217,6 @@ class RunLogger:
         came_to = {"step": step, "tokens": tokens, **self._came_to(best), **lasts}
         summary.note(self.directory, **came_to)
         images = [] if goes_on else self._pictures()
-        if self.wandb is None:
-            return None
         if self.alerts is not None and not goes_on:
             head = (
                 "finished"
@@ -203,21 +224,34 @@ class RunLogger:
                 else f"stopped at step {step} of {self.config.steps}"
             )
             self.alerts.ended(
-                head, ", ".join(f"{name} {value:.6g}" for name, value in came_to.items())
+                head,
+                ", ".join(f"{name} {value:.6g}" for name, value in came_to.items()),
+                **came_to,
             )
-        where = self.wandb.place
         saved = (
             sorted((self.directory / "checkpoints").glob("step_*"))
             if self.config.wandb.artifacts and not goes_on
             else []
         )
-        self.wandb.finish(
-            {**summary.read(self.directory), **came_to},
-            images,
+        end = RunEnd(
+            summary={**summary.read(self.directory), **came_to},
+            images=images,
             tables={"held_out_grades": graded} if graded else {},
             checkpoint=saved[-1] if saved else None,
+            goes_on=goes_on,
         )
-        return where
+        for logger in self.loggers.values():
+            logger.close(end)
+        self._close_on_event()
+        return None if self.wandb is None else self.wandb.place
+
+    def places(self) -> list[tuple[str, str]]:
+        """Returns where each logger but W&B has what it was given."""
+        found = []
+        for name, logger in self.loggers.items():
+            if logger.logger is not self.wandb and (place := logger.place) is not None:
+                found.append((name, place))
+        return found
 
     def _pictures(self) -> list[Path]:
         """Draws the pictures of the whole run; the attention maps are drawn already."""

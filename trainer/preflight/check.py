@@ -8,12 +8,14 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from parallel.mesh import shape_errors
 from trainer import run_dir
+from trainer.checkpoint.keep_rules import check_keep_rules
 from trainer.config.finding import Finding, as_finding, render
 from trainer.config.schema import Config
 from trainer.config.size_limits import check_step_memory
 from trainer.config.stages import Stage, plan_of
 from trainer.errors import UserError
 from trainer.init_from.fit import check_one_beginning
+from trainer.logs.event_command import check_on_event
 from trainer.logs.labels import check_labels
 from trainer.logs.profile import check_profile
 from trainer.objectives.contradictions import check_objective
@@ -21,6 +23,7 @@ from trainer.optim.lengthening import check_lengthening
 from trainer.preflight.check_data import check_data
 from trainer.preflight.check_engine import check_engine_settings
 from trainer.preflight.check_launch import check_machine, check_outer_launcher, check_paths
+from trainer.preflight.check_loggers import check_loggers
 from trainer.preflight.check_parts import check_built_model, check_nodes, context_too_long
 from trainer.preflight.check_stages import check_handover, check_stages, in_stage
 
@@ -103,6 +106,9 @@ def _check_settings(
         check_one_beginning(config),
         check_lengthening(config),
         check_labels(config),
+        check_loggers(config),
+        check_keep_rules(config),
+        check_on_event(config),
         check_profile(config),
     ]
     for answer in answers:

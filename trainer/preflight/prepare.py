@@ -11,6 +11,7 @@ from trainer.config.stages import describe_stage, plan_of
 from trainer.errors import UserError
 from trainer.launch.nodes import Nodes
 from trainer.preflight.check import check_config
+from trainer.preflight.estimate import estimate_lines
 from trainer.preflight.match import match_sizes
 from trainer.preflight.reach import unreached
 from trainer.preflight.recorded import recorded_config
@@ -132,6 +133,7 @@ def dry_run(config: Config, command: Sequence[str]) -> str:
         f"command  {' '.join([sys.executable, *command])}",
         f"run_dir  {path}",
         *(_stage_lines(config) or [f"steps    {config.steps}, each of {tokens} in {rows}"]),
+        *estimate_lines(config),
         "nothing was started (launch.dry_run=true)",
     ]
     return "\n".join(lines)

@@ -4,12 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer import run_dir
+from trainer.config.explain import value_at
 from trainer.config.schema import Config
 from trainer.config.trust import stranger, targets
+from trainer.config.values import quoted_value
 from trainer.errors import UserError
 
 KEY = "run_dir="
-EVALUATIONS = "trainer.evaluation."
+# Parts that are no part of a model, which is all that `stranger` knows, and where ours lie.
+BESIDE_THE_MODEL = {"evaluation.": "trainer.evaluation.", "logger.": "trainer.logs.loggers."}
+# Settings that are run as commands, here or by Slurm.
+COMMANDS = ("log.on_event", "launch.setup", "launch.options")
 
 
 def recorded_config(words: Sequence[str]) -> Config | None:
@@ -36,13 +41,21 @@ def recorded_config(words: Sequence[str]) -> Config | None:
         ) from error
     tree = run_dir.plain_config(config)
     for place, target in targets(tree):
-        # An evaluation is no part of a model, which is all that `stranger` knows.
-        if place.startswith("evaluation.") and str(target).startswith(EVALUATIONS):
+        group = f"{place.partition('.')[0]}."
+        home = BESIDE_THE_MODEL.get(group)
+        if home is not None and str(target).startswith(home):
             continue
         if fault := stranger(place, target):
             raise UserError(
                 f"{words[0]}: {fault}, and a record may be somebody else's; give the settings of"
                 " the command again"
+            )
+    for key in COMMANDS:
+        value = value_at(tree, key)
+        if value:
+            raise UserError(
+                f"{words[0]}: {key}={quoted_value(value)} is a command, and a record may be"
+                " somebody else's; give the settings of the command again"
             )
     # It goes on: resume=never was said to a directory that held no run yet.
     return config.model_copy(update={"run_dir": str(directory), "resume": "auto"})

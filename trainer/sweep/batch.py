@@ -18,8 +18,9 @@ from trainer.logs.jsonl import EVALUATION, METRICS
 from trainer.logs.labels import variable
 from trainer.preflight import prepare
 from trainer.run_dir import plain_config
+from trainer.sweep.early_stop import EarlyStop
 from trainer.sweep.hydra_launcher import SweepPlan
-from trainer.sweep.jobs import DONE, FAILED, OUTCOME, OUTPUT, STOPPED, Job, JobOutcome, varied
+from trainer.sweep.jobs import DONE, FAILED, LOST, OUTCOME, OUTPUT, STOPPED, Job, JobOutcome, varied
 from trainer.sweep.process_pool import FinishedProcess, ProcessPool, ProcessTask, Slots
 from trainer.texts import quoted
 
@@ -29,13 +30,14 @@ LONGEST_NAME = 128  # characters that W&B accepts
 LONGEST_TAG = 64
 TWICE = "{} is the folder of several jobs; hydra.sweep.subdir must tell them apart"
 BATCH = (
-    "launch=slurm hands over a run at a time, and -m waits for its jobs; submit a script with the"
-    " whole sweep in it"
+    "launch=slurm hands jobs over and does not wait for them, but a search, or stop_early, goes by"
+    " how they do; list the values, or run the search inside a job"
 )
 ONE_ID = "wandb.id and WANDB_RUN_ID name one run of W&B, and -m starts several; leave them out"
-APART = ("name", "run_dir", "resume", "launch", "log", "wandb")
+APART = ("name", "run_dir", "resume", "launch", "log", "logger", "wandb")
 BLIND = (
-    "evaluation.every=0, but a search goes by held-out loss; use for example evaluation.every=50"
+    "evaluation.every=0, but a search, or stop_early, goes by held-out loss; use for example"
+    " evaluation.every=50"
 )
 
 
@@ -73,13 +75,13 @@ def check_jobs(
                 errors.setdefault(line, []).append(job)
             continue
         configs[job.number] = config
-        if config.launch.name == "slurm":
+        if config.launch.name == "slurm" and (plan.searches or plan.stop_early):
             errors.setdefault(BATCH, []).append(job)
         wandb = config.wandb
         one_id = wandb.mode != "disabled" and (wandb.id or variable("id"))
         if one_id and len(directories) > 1:
             errors.setdefault(ONE_ID, []).append(job)
-        if plan.searches and not config.evaluation.every:
+        if (plan.searches or plan.stop_early) and not config.evaluation.every:
             errors.setdefault(BLIND, []).append(job)
     # A setting that reaches a part of some job's model is right for the sweep; of none, a mistake.
     if unused_settings and len(unused_settings) == len(jobs):
@@ -185,6 +187,7 @@ class JobBatch:
         owns: the settings that distinguish each.
         command: starts one run.
         group: name of the sweep.
+        early_stop: names the jobs that are losing; None = every job ends by itself.
     """
 
     def __init__(
@@ -195,7 +198,9 @@ class JobBatch:
         owns: dict[int, list[str]],
         command: Sequence[str],
         group: str,
+        early_stop: EarlyStop | None = None,
     ):
+        self.early_stop = early_stop
         self.jobs = {job.number: job for job in jobs}
         self.configs = configs
         self.before = before
@@ -214,7 +219,8 @@ class JobBatch:
             ranks = self.configs[number].parallel.ranks
             words = [*arguments(job), *labels(self.configs[number], self.owns[number], self.group)]
             tasks[number] = ProcessTask([*self.command, *words], ranks, job.directory / OUTPUT)
-        return ProcessPool(slots, self._began, self._ended).run(tasks)
+        losing = None if self.early_stop is None else self.early_stop.look
+        return ProcessPool(slots, self._began, self._ended, losing).run(tasks)
 
     def _began(self, number: int) -> None:
         output = self.jobs[number].directory / OUTPUT
@@ -230,6 +236,8 @@ class JobBatch:
         last = ""
         if end.code == WELL:
             kind = DONE
+        elif end.lost:
+            kind = LOST
         elif end.stopped:
             kind = STOPPED
         else:

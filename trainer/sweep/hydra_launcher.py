@@ -15,6 +15,7 @@ from hydra.plugins.plugin import Plugin
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from trainer.errors import UserError
 from trainer.sweep.jobs import Job
 
 PACKAGE = "hydra_plugins"  # where Hydra looks for plugins; ours needs no folder of that name
@@ -30,12 +31,14 @@ class SweepPlan:
         settings: with several values each.
         ranks: of all jobs that run at once; None = as many as the machine has.
         searches: the values that jobs return decide which jobs come next.
+        stop_early: see TorchrunLauncher.
     """
 
     directory: Path
     settings: list[str]
     ranks: int | None
     searches: bool
+    stop_early: int | None = None
 
 
 class SweepHandler(Protocol):
@@ -51,10 +54,21 @@ class TorchrunLauncher(Launcher):
 
     Args:
         ranks: of all jobs that run at once; None = one a GPU, or one a core.
+        stop_early: after evaluations 1, N, N^2, ... one in N jobs goes on, those with the lowest
+            held-out loss (trainer/sweep/early_stop.py); None = all jobs end by themselves.
+
+    Raises:
+        UserError: stop_early is below 2.
     """
 
-    def __init__(self, ranks: int | None = None):
+    def __init__(self, ranks: int | None = None, stop_early: int | None = None):
+        if stop_early is not None and (not isinstance(stop_early, int) or stop_early < 2):
+            raise UserError(
+                f"hydra.launcher.stop_early={stop_early}: one in so many jobs goes on; use 2 or"
+                " more, or null"
+            )
         self.ranks = ranks
+        self.stop_early = stop_early
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -69,7 +83,9 @@ class TorchrunLauncher(Launcher):
         written = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
         assert isinstance(written, list)
         settings = [*written, *more]
-        self.sweep.begin(SweepPlan(Path(config.hydra.sweep.dir), settings, self.ranks, searches))
+        self.sweep.begin(
+            SweepPlan(Path(config.hydra.sweep.dir), settings, self.ranks, searches, self.stop_early)
+        )
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int

@@ -18,8 +18,10 @@ OUTPUT = "output.txt"
 DONE = "done"
 FAILED = "failed"
 STOPPED = "stopped"
+LOST = "stopped early"  # by hydra.launcher.stop_early; not run again
+ENDED = (DONE, LOST)
 # Settings with these prefixes do not change what is computed.
-SILENT = ("launch.", "log.", "wandb.")
+SILENT = ("launch.", "log.", "logger", "wandb.")
 HEAD = ("job", "settings", "loss", "held-out loss", "tokens/s", "peak memory", "seconds", "outcome")
 
 
@@ -38,7 +40,7 @@ class JobOutcome:
 
     Attributes:
         settings: of the job.
-        outcome: done, failed or stopped.
+        outcome: done, failed, stopped or stopped early.
         code: exit status.
         seconds: of all its starts together.
         message: the last line that a failed job printed.

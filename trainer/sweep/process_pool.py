@@ -8,11 +8,11 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any
 
@@ -20,6 +20,8 @@ from trainer.errors import UserError
 from trainer.files.safe_files import open_inside
 from trainer.launch.elastic import machine_limits
 from trainer.launch.exit_report import SAVED, handling
+
+POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,13 @@ class FinishedProcess:
         code: exit status.
         seconds: that it ran.
         stopped: the pool stopped it after a signal.
+        lost: the pool stopped it because it was losing.
     """
 
     code: int
     seconds: float
     stopped: bool = False
+    lost: bool = False
 
 
 class Slots:
@@ -110,6 +114,8 @@ class ProcessPool:
         slots: for the ranks of all tasks.
         began: receives the number of a task that starts.
         ended: receives its number and result.
+        losing: called every POLL_S with the numbers of the running tasks; returns those that are
+            to be stopped, which may save first.
     """
 
     def __init__(
@@ -117,10 +123,13 @@ class ProcessPool:
         slots: Slots,
         began: Callable[[int], None],
         ended: Callable[[int, FinishedProcess], None],
+        losing: Callable[[Collection[int]], Iterable[int]] | None = None,
     ):
         self.slots = slots
         self.began = began
         self.ended = ended
+        self.losing = losing
+        self.lost: set[int] = set()
         self.events: SimpleQueue[Any] = (
             SimpleQueue()
         )  # the numbers of tasks that ended, and signals
@@ -139,14 +148,30 @@ class ProcessPool:
                 for number in [] if heard else [*waiting]:
                     if self.slots.fit(waiting[number].ranks):
                         self._start(number, waiting.pop(number))
-                event = self.events.get()
-                if isinstance(event, signal.Signals):
+                event = self._next_event()
+                if event is None:
+                    self._stop_losing()
+                elif isinstance(event, signal.Signals):
                     self._stop(event, kill=signal.SIGINT in heard and event == signal.SIGINT)
                     heard.append(event)
                     waiting.clear()
                 else:
                     self._end(event, stopped=bool(heard))
         return heard[0] if heard else None
+
+    def _next_event(self) -> Any:
+        """Waits for an event; None where it is time to look for tasks that are to be stopped."""
+        try:
+            return self.events.get(timeout=None if self.losing is None else POLL_S)
+        except Empty:
+            return None
+
+    def _stop_losing(self) -> None:
+        assert self.losing is not None
+        for number in self.losing(list(self.running)):
+            self.lost.add(number)
+            with contextlib.suppress(ProcessLookupError):
+                self.running[number][0].send_signal(signal.SIGTERM)
 
     def _start(self, number: int, task: ProcessTask) -> None:
         """Starts a task; called on the main thread only.
@@ -179,7 +204,12 @@ class ProcessPool:
     def _end(self, number: int, stopped: bool) -> None:
         process, since, ranks, own = self.running.pop(number)
         self.slots.give(ranks, own)
-        self.ended(number, FinishedProcess(process.returncode, monotonic() - since, stopped))
+        self.ended(
+            number,
+            FinishedProcess(
+                process.returncode, monotonic() - since, stopped, lost=number in self.lost
+            ),
+        )
 
     def _stop(self, heard: signal.Signals, kill: bool) -> None:
         # what we inherited as ignored our tasks ignore too

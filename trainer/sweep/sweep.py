@@ -7,6 +7,7 @@ goes on.
 
 import contextlib
 import json
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -31,10 +32,11 @@ from trainer.files.limited_reader import json_object
 from trainer.files.safe_files import replace_inside
 from trainer.launch.exit_report import SAVED
 from trainer.logs.figures import read_figures
-from trainer.sweep import hydra_launcher
-from trainer.sweep.batch import JobBatch, arguments, check_jobs, told_again, twins
+from trainer.sweep import hydra_launcher, slurm_array
+from trainer.sweep.batch import JobBatch, arguments, check_jobs, labels, told_again, twins
+from trainer.sweep.early_stop import EarlyStop
 from trainer.sweep.hydra_launcher import SweepPlan
-from trainer.sweep.jobs import DONE, Job, essence, outcome, own, table
+from trainer.sweep.jobs import ENDED, Job, JobOutcome, essence, outcome, own, table
 from trainer.sweep.process_pool import Slots
 
 RECORD = "sweep.json"
@@ -55,6 +57,11 @@ def _recorded(record: Path) -> list[str]:
         raise UserError(
             f"{record} cannot be read ({error}); give another hydra.sweep.dir, or remove that file"
         ) from error
+
+
+def _has_ended(outcome: JobOutcome | None) -> bool:
+    """Tells whether a job is not run again."""
+    return outcome is not None and outcome.outcome in ENDED
 
 
 class SweepFailed(Exception):
@@ -132,6 +139,7 @@ class Sweep:
         self.jobs: list[Job] = []
         self.plan: SweepPlan | None = None
         self.fresh = True
+        self.submitted: str | None = None
 
     def begin(self, plan: SweepPlan) -> None:
         """Checks the plan of a sweep against the record in its directory.
@@ -185,28 +193,47 @@ class Sweep:
         if not jobs:
             raise UserError("no job comes of these settings; one of them has no value")
         before = {job.number: outcome(job) for job in jobs}
-        left = [job for job in jobs if (was := before[job.number]) is None or was.outcome != DONE]
+        left = [
+            job for job in jobs if (was := before[job.number]) is None or was.outcome not in ENDED
+        ]
         effective: dict[int, str] = {}
         done = len(jobs) - len(left)
         configs = check_jobs(left, self.jobs, self.plan, effective)
-        same = twins(left, effective)
+        # Slurm's tasks do not wait for one another, so there each job computes its own.
+        several = all(config.launch.name == "slurm" for config in configs.values())
+        same = {} if several else twins(left, effective)
         numbers = {job.number: job for job in left}
         for number, other in same.items():
             print(f"job {number} comes to the same run as job {other}, which is run for both")
         left = [job for job in left if job.number not in same]
         if any(config.launch.dry_run for config in configs.values()):
             raise self._shown(left, configs)
-        slots = Slots(self.plan.ranks)
+        on_slurm = [number for number in configs if configs[number].launch.name == "slurm"]
+        if on_slurm and len(on_slurm) < len(configs):
+            raise UserError(
+                f"launch: job {on_slurm[0]} is for Slurm, and others are not; give launch=slurm"
+                " for all, or for none"
+            )
+        slots = None if on_slurm else Slots(self.plan.ranks)
         if not self.jobs:
             self._take(self.plan)
         self.jobs += jobs
+        if slots is None:
+            self._submit(jobs, left, configs)
+            return [math.nan] * len(jobs)
         ready = f", {done} of them done already" if done else ""
         print(
             f"{len(jobs)} jobs in {self.plan.directory}{ready}; up to {slots.many} ranks at once",
             flush=True,
         )
         stopped = JobBatch(
-            left, configs, before, own(jobs), self.command, self.plan.directory.resolve().name
+            left,
+            configs,
+            before,
+            own(jobs),
+            self.command,
+            self.plan.directory.resolve().name,
+            self._early_stop(),
         ).run(slots)
         if stopped is not None:
             raise SweepStopped(stopped)
@@ -215,9 +242,41 @@ class Sweep:
                 told_again(numbers[number], numbers[other], was)
         return [self._value(job) for job in jobs]
 
+    def _early_stop(self) -> EarlyStop | None:
+        """Returns the halving over all jobs so far; None where every job ends by itself."""
+        assert self.plan is not None
+        if self.plan.stop_early is None:
+            return None
+        directories = {job.number: job.directory for job in self.jobs}
+        halving = EarlyStop(self.plan.stop_early, directories)
+        # Those that ended before set the measure for the others.
+        for job in self.jobs:
+            if _has_ended(outcome(job)):
+                list(halving.look([job.number]))
+        return halving
+
+    def _submit(self, jobs: Sequence[Job], left: Sequence[Job], configs: dict[int, Config]) -> None:
+        """Hands the jobs that are left to Slurm, as one array."""
+        assert self.plan is not None
+        if not left:
+            return
+        names = own(jobs)
+        group = self.plan.directory.resolve().name
+        words = {}
+        for job in left:
+            more = labels(configs[job.number], names[job.number], group)
+            words[job.number] = [*arguments(job), *more]
+        self.submitted = slurm_array.submit(
+            self.plan.directory, left, configs, words, self.plan.ranks
+        )
+
     def _value(self, job: Job) -> float | Exception:
         told = outcome(job)
-        if self.plan is not None and self.plan.searches and (told is None or told.outcome != DONE):
+        if (
+            self.plan is not None
+            and self.plan.searches
+            and (told is None or told.outcome not in ENDED)
+        ):
             return SweepFailed(f"job {job.number} failed, {told.message if told else ''}")
         return read_figures(job.directory).held_out_loss
 
@@ -229,6 +288,10 @@ class Sweep:
                 f"job {job.number}: {ranks}, {job.directory}:"
                 f" {shlex.join([*self.command, *arguments(job)])}"
             )
+        assert self.plan is not None
+        if jobs and all(configs[job.number].launch.name == "slurm" for job in jobs):
+            directory = self.plan.directory.resolve()
+            print(slurm_array.array_script(directory, jobs, configs, self.plan.ranks))
         print("nothing was started (launch.dry_run=true)")
         return DryRunShown()
 
@@ -248,11 +311,14 @@ class Sweep:
         told = table(self.jobs)
         replace_inside(self.plan.directory, TABLE, told + "\n")
         print(told)
+        if self.submitted is not None:
+            print(self.submitted)
+            return code
         ended = [outcome(job) for job in self.jobs]
         left = [
             job.number
             for job, each in zip(self.jobs, ended)
-            if each is None or each.outcome != DONE
+            if each is None or each.outcome not in ENDED
         ]
         if left:
             again = [word for word in words if not word.startswith("hydra.sweep.dir=")]

@@ -238,10 +238,10 @@ def test_a_batch_script_is_its_owners_alone(cluster: Path, tmp_path: Path) -> No
     assert (path / slurm.SCRIPT).stat().st_mode & 0o777 == 0o600
 
 
-def test_a_sweep_does_not_hand_its_jobs_over(cluster: Path) -> None:
+def test_a_search_that_waits_for_its_jobs_is_refused(cluster: Path) -> None:
     job = Job(0, (*WORDS, "seed=1"), cluster / "job")
-    with pytest.raises(UserError, match="launch=slurm hands over a run at a time"):
-        check_jobs([job], [], SweepPlan(cluster, [*WORDS], None, False), {})
+    with pytest.raises(UserError, match="launch=slurm hands jobs over and does not wait"):
+        check_jobs([job], [], SweepPlan(cluster, [*WORDS], None, True), {})
 
 
 @pytest.mark.parametrize(("nodes", "name"), [(1, "local"), (2, "multinode")])

@@ -2,6 +2,8 @@
 ranks."""
 
 import io
+import json
+import re
 
 from trainer.logs.console import Console, count, duration
 from trainer.logs.jsonl import MetricsRow
@@ -93,3 +95,71 @@ def test_numbers_are_short():
         "7G",
     ]
     assert [duration(seconds) for seconds in (4.6, 65, 3723)] == ["0:05", "1:05", "1:02:03"]
+
+
+def run_of(console: Console, directory) -> None:
+    console.say("data: 7 documents")
+    console.step(row(1))
+    console.warn("step 2 skipped: the loss is nan")
+    console.step(row(2))
+    console.finish(directory, stopped="SIGTERM", owed=["held_out of step 2"], more=["do this"])
+
+
+def shown(tmp_path, style: str, level: str = "info", terminal: bool = False) -> str:
+    file = Screen() if terminal else io.StringIO()
+    run_of(Console(2, file=file, style=style, level=level), tmp_path)
+    return file.getvalue()
+
+
+FACTS = (
+    "data: 7 documents",
+    "step 2 skipped: the loss is nan",
+    "2.5000",
+    "12.3k tokens/s",
+    "stopped: SIGTERM",
+    "metrics.jsonl",
+    "held_out of step 2",
+    "do this",
+)
+
+
+def test_a_terminal_plain_lines_and_json_show_the_same_facts(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    escapes = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+    texts = [
+        shown(tmp_path, "plain"),
+        shown(tmp_path, "plain", terminal=True),
+        escapes.sub("", shown(tmp_path, "rich")),
+        escapes.sub("", shown(tmp_path, "rich", terminal=True)),
+    ]
+    for fact in FACTS:
+        assert all(fact in text for text in texts), fact
+    assert "\x1b" not in texts[1]
+    objects = [json.loads(line) for line in shown(tmp_path, "json").splitlines()]
+    assert [each["event"] for each in objects] == ["line", "step", "line", "step", "end"]
+    assert objects[0]["text"] == FACTS[0]
+    assert objects[2] == {"event": "line", "level": "warning", "text": FACTS[1]}
+    step = objects[3]
+    assert (step["step"], step["steps"], step["loss"]) == (2, 2, 2.5)
+    assert step["tokens_per_second"] == 12345.0
+    end = objects[4]
+    assert end["outcome"] == "stopped: SIGTERM" and end["owed"] == ["held_out of step 2"]
+    assert end["found"] == [["metrics", str(tmp_path / "metrics.jsonl")]]
+    assert "do this" in end["next"]
+
+
+def test_a_quiet_console_shows_warnings_and_the_last_screen(tmp_path):
+    for style in ("plain", "rich"):
+        text = shown(tmp_path, style, "warning", terminal=True)
+        assert "skipped" in text and "stopped: SIGTERM" in text and "do this" in text
+        assert "documents" not in text and "tokens/s" not in text
+    events = [json.loads(line)["event"] for line in shown(tmp_path, "json", "warning").splitlines()]
+    assert events == ["line", "end"]
+    assert shown(tmp_path, "plain", "error") == shown(tmp_path, "json", "error") == ""
+
+
+def test_json_is_one_line_whatever_a_text_holds(tmp_path):
+    file = io.StringIO()
+    Console(1, file=file, style="json").say("two\nlines \x1b[0m \u4e2d")
+    [line] = file.getvalue().splitlines()
+    assert json.loads(line)["text"] == "two\nlines \x1b[0m \u4e2d" and line.isascii()

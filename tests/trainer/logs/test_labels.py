@@ -15,6 +15,7 @@ from trainer.logs.alerts import Alerts
 from trainer.logs.console import Console
 from trainer.logs.jsonl import MetricsRow
 from trainer.logs.labels import Labels, labels
+from trainer.logs.loggers.wandb import Wandb
 from trainer.logs.run_logger import RunLogger
 from trainer.preflight.check import check_config
 from trainer.sweep.batch import labels as sweep_labels
@@ -155,7 +156,10 @@ class Sent:
 )
 def test_a_run_that_ends_badly_says_so_before_its_process_goes(tmp_path, error, titles):
     logs = RunLogger(tmp_path, config("wandb.alerts=true"), Console(2, speaks=False), writes=True)
-    logs.wandb = sent = Sent()
+    sent = Sent()
+    wandb = Wandb()
+    wandb.run = sent
+    logs._add("wandb", wandb)
     logs.alerts = Alerts(True, "mine", 0.0, sent.alert)
     with pytest.raises(type(error)), logs.alerting():
         raise error

@@ -17,6 +17,7 @@ from trainer.config.schema import Config
 from trainer.logs import run_logger, summary
 from trainer.logs.console import Console
 from trainer.logs.jsonl import MetricsRow
+from trainer.logs.loggers import wandb
 
 BARS = [{"begin": 0, "end": 1, "loss": 2.5, "tokens": 9}]
 
@@ -48,7 +49,7 @@ class Recorder:
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        run_logger,
+        wandb,
         "importlib",
         SimpleNamespace(import_module=lambda name: SimpleNamespace(WandbLogger=Recorder)),
     )
@@ -89,7 +90,7 @@ def test_a_run_notes_its_facts_and_wandb_gets_all_of_them(tmp_path: Path) -> Non
         "sent_bytes_per_step": 5,
     }
     assert summary.read(tmp_path) == facts
-    sent = log.wandb
+    sent = log.wandb.run
     assert sent.given[:4] == [1, 2, 3, (3, "held_out_loss", 2.5, BARS)]
     assert sent.given[4] == (
         facts,
@@ -113,7 +114,10 @@ def test_no_checkpoint_is_sent_unasked_and_the_name_may_be_another(tmp_path: Pat
     log = made(tmp_path, config("wandb.name=other words"))
     log.open(0, None)
     log.close(0, 0, {})
-    assert log.wandb.given[-1][2] is None and log.wandb.settings["labels"].name == "other words"
+    assert (
+        log.wandb.run.given[-1][2] is None
+        and log.wandb.run.settings["labels"].name == "other words"
+    )
 
 
 def test_a_run_that_goes_on_keeps_its_facts_and_its_best(tmp_path: Path) -> None:
@@ -157,10 +161,10 @@ def test_grades_reach_the_summary_a_picture_and_a_table_those_before_a_resume_to
     evaluated(second, 2, 0.5)
     second.maps(2, [some_map()], 0)
     second.close(2, 128, {})
-    told, images, _ = second.wandb.given[-1]
+    told, images, _ = second.wandb.run.given[-1]
     assert told["held_out_accuracy"] == summary.read(tmp_path)["held_out_accuracy"] == 0.5
     assert images == ["loss.png", "loss_by_position.png", "grades.png", "attention.png"]
-    assert second.wandb.tables == {
+    assert second.wandb.run.tables == {
         "held_out_grades": [{"step": 1, "accuracy": 0.25}, {"step": 2, "accuracy": 0.5}]
     }
     assert (tmp_path / "report" / "attention.png").is_file()

@@ -1,6 +1,7 @@
 """`run_dir=PATH` alone goes on with the config that lies there."""
 
 import pytest
+import yaml
 
 from trainer.errors import UserError
 from trainer.preflight.prepare import load_config
@@ -53,4 +54,16 @@ def test_a_record_that_cannot_be_read_is_said(tmp_path):
     recorded(tmp_path / "run")
     (tmp_path / "run" / CONFIG).write_text("steps: none\n")
     with pytest.raises(UserError, match=r"config.yaml cannot be read .*choose another run_dir"):
+        load_config([f"run_dir={tmp_path / 'run'}"])
+
+
+@pytest.mark.parametrize("key", ["log.on_event", "launch.setup"])
+def test_a_record_that_names_a_command_is_refused(tmp_path, key):
+    recorded(tmp_path / "run")
+    path = tmp_path / "run" / CONFIG
+    group, name = key.split(".")
+    tree = yaml.safe_load(path.read_text())
+    tree[group][name] = "touch x" if key == "log.on_event" else ["touch x"]
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match=rf"{key}=.*is a command.*command again"):
         load_config([f"run_dir={tmp_path / 'run'}"])
