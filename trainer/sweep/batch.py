@@ -36,8 +36,8 @@ BATCH = (
 ONE_ID = "wandb.id and WANDB_RUN_ID name one run of W&B, and -m starts several; leave them out"
 APART = ("name", "run_dir", "resume", "launch", "log", "logger", "wandb")
 BLIND = (
-    "evaluation.every=0, but a search, or stop_early, goes by held-out loss; use for example"
-    " evaluation.every=50"
+    "evaluation.every=0, but a search goes by held-out loss, and so does stop_early; use for"
+    " example evaluation.every=50"
 )
 
 

@@ -88,7 +88,7 @@ def test_what_cannot_be_is_one_message(tmp_path: Path, monkeypatch: pytest.Monke
     words = ["-m", *SMALL, f"hydra.sweep.dir={tmp_path / 'all'}", "seed=1,2"]
     with pytest.raises(UserError, match=r"stop_early=1: one in so many jobs goes on; use 2"):
         run_sweep([*words, "hydra.launcher.stop_early=1"], ["false"])
-    with pytest.raises(UserError, match=r"evaluation\.every=0, but a search, or stop_early"):
+    with pytest.raises(UserError, match=r"held-out loss, and so does stop_early"):
         run_sweep([*words, "hydra.launcher.stop_early=2", "evaluation.every=0"], ["false"])
     monkeypatch.setattr(early_stop, "MODULE", "no_such_package")
     with pytest.raises(UserError, match="needs the package optuna"):

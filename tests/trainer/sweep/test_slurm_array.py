@@ -69,11 +69,12 @@ def logged(home: Path, tool: str) -> list[str]:
 def test_tasks_run_their_jobs_and_what_is_not_done_is_submitted_again(
     home: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    words = ("seed=1,2,3", "hydra.launcher.ranks=2", "mixer=full,sliding", "mixer.window=8")
+    words = ("seed=1,2,3", "hydra.launcher.ranks=2", "precision=float32,float64")
+    words += ("launch.time=2:00:00",)
     assert sweep(home, *words) == 0
     assert "array 7007 of 6 jobs is in the queue" in capsys.readouterr().out
     text = (home / "all" / "slurm_array.sh").read_text()
-    assert "#SBATCH --array=0-5%2\n" in text and "#SBATCH --ntasks-per-node=1\n" in text
+    assert "#SBATCH --array=0-5%2\n" in text and "#SBATCH --time=2:00:00\n" in text
     assert text.count("--output=") == 1 and f"{home}/all/slurm-%A_%a.out" in text
     codes = [run_task(home, task) for task in range(6)]
     jobs = [Job(number, (), home / "all" / str(number)) for number in range(6)]
@@ -109,7 +110,7 @@ def test_a_dry_run_shows_the_script_and_submits_nothing(
     ("words", "said"),
     [
         (("parallel.context=1,2",), "job 0 and job 1 differ in --cpus-per-task=1"),
-        (("seed=1,2", "launch.time=1:00,2:00"), "differ in --time="),
+        (("seed=1,2", "launch.partition=a,b"), "differ in --partition=a, --partition=b"),
     ],
 )
 def test_jobs_that_are_no_one_array_are_refused(
