@@ -1,6 +1,7 @@
 """Launcher plugin hydra/launcher=torchrun: takes jobs from Hydra's sweepers."""
 
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from trainer.errors import UserError
 from trainer.sweep.jobs import Job
 
 PACKAGE = "hydra_plugins"  # where Hydra looks for plugins; ours needs no folder of that name
+ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
+ESCAPED_SIGN = r"\1"
 NUMBERED = "${hydra.job.num}"  # Hydra's own name for the folder of a job
 
 
@@ -99,7 +102,8 @@ class TorchrunLauncher(Launcher):
                 Path(self.config.hydra.sweep.dir) / self._folder(number, settings),
             )
             for number, settings in enumerate(
-                (list(map(_null, job_override)) for job_override in job_overrides), initial_job_idx
+                (list(map(_as_typed, job_override)) for job_override in job_overrides),
+                initial_job_idx,
             )
         ]
         return [self._told(job, value) for job, value in zip(jobs, self.sweep.batch(jobs))]
@@ -123,9 +127,18 @@ class TorchrunLauncher(Launcher):
         return told
 
 
-def _null(setting: str) -> str:
-    """Optuna's sweeper writes Python's None for a null."""
-    return f"{setting.removesuffix('None')}null" if setting.endswith("=None") else setting
+def _as_typed(setting: str) -> str:
+    """Returns a setting of a job as a user types it.
+
+    Optuna's sweeper writes Python's None for a null, and Hydra's sweepers escape the signs of its
+    grammar in a text without quotes, as in launch.time=2\\:00\\:00.
+    """
+    if setting.endswith("=None"):
+        return f"{setting.removesuffix('None')}null"
+    key, equals, value = setting.partition("=")
+    if value[:1] in ("'", '"', "[", "{"):
+        return setting
+    return f"{key}{equals}{ESCAPED.sub(ESCAPED_SIGN, value)}"
 
 
 def register(plugin: type[Plugin], module: str = "longspan") -> None:
