@@ -102,6 +102,11 @@ class Layer(nn.Module):
     reads_edges: bool = False
     """The whole model reads nodes with their edges: tokens of columns, feature and neighbours."""
 
+    # Requests in several modalities.
+
+    reads_requests: bool = False
+    """The whole model reads words, patches and frames in columns (models/multimodal/columns.py)."""
+
     # A second stream of tokens (MicroBatch.source).
 
     reads_source: bool = False
@@ -174,6 +179,7 @@ _VALUE_KINDS: dict[str, tuple[type, ...]] = {
     "positions_per_step": (int,),
     "max_length": (int,),
     "reads_edges": (bool,),
+    "reads_requests": (bool,),
     "reads_source": (bool,),
     "shares_values": (bool,),
     "sharded_over_experts": (bool,),

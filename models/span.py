@@ -11,8 +11,10 @@ from torch import Tensor
 
 Derived = TypeVar("Derived")
 
-# Roles of tokens. GIVEN marks tokens that are not predicted; only batches use it.
-TEXT, PREFIX, GLOBAL, READ, WRITE, GIVEN = range(6)
+# Roles of tokens. GIVEN marks tokens that are not predicted; only batches use it. IMAGE and SOUND
+# are patches and frames, which come as values and not as numbers of words.
+TEXT, PREFIX, GLOBAL, READ, WRITE, GIVEN, IMAGE, SOUND = range(8)
+LAST_ROLE = SOUND
 PADDING = -1  # the document number of padding
 
 
@@ -54,7 +56,7 @@ class Span:
         pos: [B, T] int64, index of the token in its own document; 0 opens one.
         doc: [B, T] int64, number of the document, different for each document of a row (in
             training: of a step); PADDING marks tokens that are invisible to all.
-        role: [B, T] int64, TEXT, PREFIX, GLOBAL, READ or WRITE.
+        role: [B, T] int64, TEXT, PREFIX, GLOBAL, READ, WRITE, IMAGE or SOUND.
         sharding: how the row was sharded over ranks (a parallel.sharding.SequenceSharding); None if
             it was not. Opaque in models/.
         past: the state carried from earlier rows of these lanes (a

@@ -26,7 +26,12 @@ NOT_IN_PARALLEL = {"hydra", "omegaconf", "wandb", "datasets"}
 FILES = sorted(path for folder in MAY_IMPORT for path in (ROOT / folder).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # Packages whose module has another name than their distribution.
-DISTRIBUTIONS = {"yaml": "pyyaml", "hydra": "hydra_core", "pydantic_core": "pydantic"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "hydra": "hydra_core",
+    "pydantic_core": "pydantic",
+    "yaml": "pyyaml",
+}
 FORBIDDEN_ROOMS = {"utils", "common", "core", "helpers", "misc"}
 LAZY_IMPORTS = {Path("models/kernels/backends.py")}  # an optional kernel is imported when chosen
 

@@ -1,7 +1,7 @@
 """A decoder: tokens in, logits or losses out. The road from config to loss passes here on its way
 to models/loss.py."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -114,9 +114,13 @@ class Decoder(Layer):
             return self._through(x, span)
         return self.memory(x, span, self._through)
 
+    def read(self, tokens: Tensor, span: Span) -> Tensor:
+        """[B, T] int64 -> [B, T, width]: each token by itself."""
+        return self.embed(tokens)
+
     def embedded(self, tokens: Tensor, span: Span) -> Tensor:
         """[B, T] int64 -> [B, T, width]: what the first layer reads."""
-        x = self.embed(tokens)
+        x = self.read(tokens, span)
         if self.embedding_scale != 1:
             x = x * x.new_tensor(self.embedding_scale)
         if self.position is not None:
@@ -125,10 +129,17 @@ class Decoder(Layer):
 
     def _through(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, width] -> [B, T, width]: all layers."""
+        last = x
+        for output in self.layer_outputs(x, span):
+            last = output
+        return last
+
+    def layer_outputs(self, x: Tensor, span: Span) -> Iterator[Tensor]:
+        """[B, T, width] -> [B, T, width] of each layer, which the next one reads."""
         values: Tensor | None = None  # of the first layer that shares them
         for layer in self.blocks:
             if isinstance(layer, ValueBlock):
                 x, values = layer(x, span, values)
             else:
                 x = layer(x, span)
-        return x
+            yield x

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models.masks.algebra import EMPTY, FAR, FULL, Bounds, Mask
-from models.span import GIVEN, PADDING, TEXT, Span
+from models.span import LAST_ROLE, PADDING, TEXT, Span
 
 BLOCK = 256  # slots that are added at once
 
@@ -194,8 +194,8 @@ def _later(fields: list[np.ndarray]) -> tuple[Bounds, Bounds]:
     pos, doc, _ = fields
     last = int(doc.max())
     next_pos = int(pos[doc == last].max()) + 1
-    same = Bounds(next_pos, FAR, last, last, TEXT, GIVEN, False)
-    later = Bounds(0, FAR, last + 1, FAR, TEXT, GIVEN, False)
+    same = Bounds(next_pos, FAR, last, last, TEXT, LAST_ROLE, False)
+    later = Bounds(0, FAR, last + 1, FAR, TEXT, LAST_ROLE, False)
     return same, later
 
 

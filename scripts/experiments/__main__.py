@@ -54,6 +54,11 @@ RECIPES = {  # name -> (module and function, its parts, what it shows)
         ("trust", "karate"),
         "graph attention against the mean of neighbours, on unseen graphs and nodes",
     ),
+    "alignment": (
+        "scripts.experiments.alignment.alignment",
+        (),
+        "refusals that text teaches, asked for in images and sounds; probes of their direction",
+    ),
     "seq2seq": (
         "scripts.experiments.seq2seq.seq2seq",
         (),

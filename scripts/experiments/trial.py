@@ -28,8 +28,10 @@ from trainer.config.schema import Config
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.lanes import Lanes
 from trainer.data.streams.base import Stream
+from trainer.data.streams.synthetic import SyntheticStream
 from trainer.evaluation.free_running import graded, references_of, written_answers
 from trainer.evaluation.held_out import HeldOutResult, evaluate
+from trainer.evaluation.requests.direction import judge_requests
 from trainer.logs.jsonl import MetricsRow
 from trainer.logs.meters import Meter, Peak
 from trainer.loop import Loop
@@ -185,6 +187,10 @@ def run_exams(
             wanted = [decode(row[1:-1]) for _, row in references]
             figures |= grade([decode(answer) for answer in answers], wanted)
         found = found._replace(graded={**found.graded, **figures})
+    if hook(model, "reads_requests"):
+        assert isinstance(stream, SyntheticStream), "requests are drawn as they are read"
+        judged = judge_requests(model, share, stream, config.evaluation.batches)
+        found = found._replace(graded={**found.graded, **judged})
     return found
 
 

@@ -71,6 +71,7 @@ WHOLE = {  # models that are no mixer with SwiGLU and a tied embedding
         f"{PLAIN} {SWIGLU} {EXPERTS} feedforward.shared.up feedforward.shared.gate"
         " feedforward.shared.down"
     ),
+    "multimodal": f"{PLAIN} {SWIGLU} image sound",
     "ntm": "hidden aim write out",
     "retnet": f"q k v gate out {SWIGLU}",
     "rwkv7": f"{RWKV7} feedforward.up feedforward.down",

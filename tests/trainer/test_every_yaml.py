@@ -63,6 +63,7 @@ NEEDED = {  # what a yaml cannot do without, or would make a run of this size lo
     "memory=tokens": ("memory.length=2", "memory.segment=16", "data=files"),
     "model=deep_sets": ("data=sets",),
     "model=gat": ("data=graphs",),
+    "model=multimodal": ("data=requests",),
     "model=set_transformer": ("data=sets",),
     "model=encoder_decoder": ("data=reverse", "data.min_length=2", "data.max_length=9"),
     "model=seq2seq": ("data=reverse", "model.attention=bahdanau"),
@@ -101,8 +102,8 @@ def yamls(group):
 def dealt():
     """(words, how it begins, how it goes on) of every case."""
     optims, schedules = cycle(yamls("optim")), cycle(yamls("schedule"))
-    # Only model=gat reads edges.
-    apart = ("data=graphs", *OF_TWO_STREAMS)
+    # Only model=gat reads edges, and only model=multimodal requests.
+    apart = ("data=graphs", "data=requests", *OF_TWO_STREAMS)
     data = cycle(word for word in yamls("data") if word not in apart)
     cases = []
     for group, begin, then in (

@@ -37,6 +37,7 @@ def check_data(config: Config) -> Iterator[Finding]:
     for sentence in source_sentences:
         yield as_finding(sentence)
     yield from check_edges(config)
+    yield from check_requests(config)
     yield from check_prompt(config)
 
 
@@ -61,6 +62,44 @@ def check_edges(config: Config) -> Iterator[Finding]:
             type(source).__name__,
             f"its tokens have no edges, and {model_class.__name__} reads nothing else of others",
             "use data=graphs, or another model",
+        )
+
+
+def check_requests(config: Config) -> Iterator[Finding]:
+    """Refuses requests for a model that reads none, the other way round, and unequal sizes."""
+    try:
+        model_class = find_class(config.model.target, "model")
+        source = build_source(as_node(config.data))
+    except (UserError, ValueError):  # reported by the checks of the nodes
+        return
+    reads_requests = getattr(model_class, "reads_requests", False) is True
+    name = model_class.__name__
+    if source.has_requests != reads_requests:
+        fact = f"its tokens are no requests in several modalities, which {name} reads"
+        remedy = "use data=requests, or another model"
+        if source.has_requests:
+            fact = f"its images and sounds come in columns, which {name} would not read"
+            remedy = "use model=multimodal, or data of text"
+        yield Finding("data", type(source).__name__, fact, remedy)
+        return
+    if not reads_requests:
+        return
+    sizes = as_node(config.model)
+    for key, size in as_node(config.data).items():
+        if key in ("patch", "frame") and sizes.get(key, size) != size:
+            yield Finding(
+                f"model.{key}",
+                sizes[key],
+                f"the data has another size, data.{key}={size}",
+                f"use model.{key}={size}",
+                causes=(f"data.{key}",),
+            )
+    if config.evaluation.every and config.evaluation.attention_maps:
+        yield Finding(
+            "evaluation.attention_maps",
+            config.evaluation.attention_maps,
+            f"the page shows words, and {name} also reads patches and frames",
+            "use evaluation.attention_maps=0",
         )
 
 

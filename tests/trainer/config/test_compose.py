@@ -56,6 +56,7 @@ OBJECTIVES = {
     # of models of sets and of graphs
     **{key: ["data=sets"] for key in ("deep_sets", "set_transformer")},
     "gat": ["data=graphs"],
+    "multimodal": ["data=requests"],
     # of models that read a source
     **{key: ["data=reverse"] for key in ("encoder_decoder", "seq2seq", "t5", "transformer")},
 }

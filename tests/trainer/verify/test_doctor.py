@@ -61,6 +61,7 @@ def examine(env, words, sabotage):
         ),
         ("model=encoder_decoder", *OF_PAIRS, "parallel.layout=contiguous"),
         ("model=seq2seq", "model.attention=local_p", *OF_PAIRS),
+        ("model=multimodal", "data=requests", "evaluation.sample_tokens=0"),
     ],
     ids=" ".join,
 )

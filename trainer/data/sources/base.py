@@ -24,6 +24,7 @@ class Source:
             data.
         aimed: whether examples have targets that are no tokens of the row.
         has_edges: whether tokens are nodes that come with the nodes they read.
+        has_requests: whether tokens are parts of requests in several modalities, in columns.
 
     Args:
         tokenizer: bytes, the path of a tokenizer.json or of a folder with one, or a name on the
@@ -39,6 +40,7 @@ class Source:
     content_decides: tuple[str, ...] = ("tokenizer", "on_error", "max_document_bytes")
     aimed: bool = False
     has_edges: bool = False
+    has_requests: bool = False
 
     def __init__(
         self,

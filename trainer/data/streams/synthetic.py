@@ -50,12 +50,21 @@ class SyntheticRow(NamedTuple):
             aims=np.full(length, IGNORE, np.int64),
         )
 
-    def put(self, start: int, tokens: np.ndarray, document: int) -> slice:
-        """Writes the tokens of a document from `start` on, and returns their place."""
+    def put(
+        self, start: int, tokens: np.ndarray, document: int, documents: np.ndarray | None = None
+    ) -> slice:
+        """Writes the tokens of a document from `start` on, and returns their place.
+
+        Args:
+            documents: [n] rising from 0, where there are several; the first is `document`.
+        """
         place = slice(start, start + len(tokens))
         self.tokens[place] = tokens
         self.doc[place] = document
         self.pos[place] = np.arange(len(tokens))
+        if documents is not None:
+            self.doc[place] += documents
+            self.pos[place] -= np.searchsorted(documents, documents)
         return place
 
     def cut(self, start: int, stop: int) -> "SyntheticRow":
@@ -177,6 +186,7 @@ class SyntheticStream(Stream):
         start = 0
         source_start = 0
         count = 0
+        document = first_document
         while self.task.per_row is None or count < self.task.per_row:
             example = self._draw(random)
             source = NO_TOKENS if example.source is None else example.source
@@ -184,13 +194,16 @@ class SyntheticStream(Stream):
             full = start + len(example.tokens) > length - self.task.aimed
             if full or source_start + len(source) > source_length:
                 break
-            place = stretch.put(start, example.tokens, first_document + count)
-            if example.targets is None:
+            place = stretch.put(start, example.tokens, document, example.documents)
+            if example.roles is not None:
+                stretch.role[place] = example.roles
+            elif example.targets is None:
                 stretch.role[place] = np.where(example.given, GIVEN, TEXT)
-            else:
+            if example.targets is not None:
                 stretch.aims[place] = example.targets
-            source_start = sources.put(source_start, source, first_document + count).stop
+            source_start = sources.put(source_start, source, document).stop
             start = place.stop
+            document += 1 if example.documents is None else int(example.documents[-1]) + 1
             count += 1
         return stretch._replace(source=sources) if self.task.has_source else stretch
 

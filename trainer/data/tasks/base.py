@@ -19,7 +19,7 @@ Grades = dict[str, tuple[int, int]]  # {name of the count: (count, number of cas
 
 
 class Example(NamedTuple):
-    """One document of a task.
+    """One document of a task, or several that stay together in a row.
 
     Attributes:
         tokens: [n] int64, or [n, ...] where a token has columns.
@@ -28,12 +28,16 @@ class Example(NamedTuple):
             it is given.
         source: [s] int64, the tokens that a model reads beside these; None = the task has no second
             stream.
+        documents: [n] int64, the document of each token, rising from 0; None = there is one.
+        roles: [n] int64, roles of models.span; None = text, or GIVEN where `given` says so.
     """
 
     tokens: np.ndarray
     given: np.ndarray
     targets: np.ndarray | None = None
     source: np.ndarray | None = None
+    documents: np.ndarray | None = None
+    roles: np.ndarray | None = None
 
 
 class SyntheticTask(Source, ABC):

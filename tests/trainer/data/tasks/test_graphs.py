@@ -28,7 +28,7 @@ def test_a_node_of_a_generated_graph_asks_for_its_class_where_it_is_not_trusted(
     random = np.random.default_rng(0)
     right = total = 0
     for _ in range(50):
-        tokens, _, targets, _ = task.example(random)
+        tokens, _, targets, *_ = task.example(random)
         assert targets is not None and 24 <= len(tokens) <= 28 and tokens.shape[1] == 4
         named, trusted = tokens[:, 0] // 2, tokens[:, 0] % 2 == 1
         assert ((targets == IGNORE) == trusted).all()
@@ -73,7 +73,7 @@ def test_a_file_of_graphs(tmp_path):
     path.write_text(json.dumps(PATH) + "\n\n" + json.dumps(PATH | {"edges": []}))
     task = Graphs(graph=str(path))
     assert (task.longest, task.degree, task.vocabulary, len(task.graphs)) == (4, 2, 4, 2)
-    tokens, _, targets, _ = task._example(task.graphs[0])
+    tokens, _, targets, *_ = task._example(task.graphs[0])
     assert tokens.tolist() == [[0, -1, -1], [1, 0, -1], [2, 1, 3], [3, -1, -1]]
     assert targets is not None and targets.tolist() == [1, 0, IGNORE, 1]
 
