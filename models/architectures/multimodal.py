@@ -103,7 +103,7 @@ class Multimodal(Decoder):
             rendering_weight=rendering_weight,
             consistency_weight=consistency_weight,
             alignment_weight=alignment_weight,
-            alignment_layers=layers_of(alignment_layers, len(self.blocks)),
+            alignment_layers=states_of(alignment_layers, len(self.blocks)),
             divergence=divergence,
             stop_gradient=stop_gradient,
         )
@@ -146,15 +146,12 @@ class Multimodal(Decoder):
             if targets is None:
                 return capped(self.head(hidden), self.logit_cap)
             return token_losses(hidden, self.head.weight, targets, cap=self.logit_cap)
-        stream = self.embedded(tokens, span)
-        states = []
-        for layer, output in enumerate(self.layer_outputs(stream, span)):
-            stream = output
-            if layer in self.objective.alignment_layers:
-                states.append(output)
+        states = [self.embedded(tokens, span)]
+        states += self.layer_outputs(states[0], span)
+        aligned = [states[number] for number in self.objective.alignment_layers]
         return self.objective(
-            self.norm(stream),
-            states,
+            self.norm(states[-1]),
+            aligned,
             self.columns(tokens, span),
             span,
             targets,
@@ -163,18 +160,18 @@ class Multimodal(Decoder):
         )
 
 
-def layers_of(chosen: list[int] | None, count: int) -> list[int]:
-    """Returns the layers that are chosen, all where None.
+def states_of(chosen: list[int] | None, layers: int) -> list[int]:
+    """Returns the numbers of the states that are chosen, all where None.
 
     Raises:
-        ValueError: there is no such layer.
+        ValueError: there is no such state.
     """
     if chosen is None:
-        return list(range(count))
-    for layer in chosen:
-        if not 0 <= layer < count:
+        return list(range(layers + 1))
+    for number in chosen:
+        if not 0 <= number <= layers:
             raise ValueError(
-                f"model.alignment_layers={chosen}: there is no layer {layer}; layers are 0 to"
-                f" {count - 1}"
+                f"model.alignment_layers={chosen}: there is no state {number}; use 0, which the"
+                f" first layer reads, to {layers}, which the last one gives"
             )
     return sorted(set(chosen))

@@ -1,4 +1,4 @@
-"""What a token of a request is made of: numbers in columns.
+"""Columns of numbers, of which a token of a request is made.
 
     0           number of the word; 0 for a patch or a frame
     1           part of the request: SHOWN where its object is shown, ASKED where the answer is due

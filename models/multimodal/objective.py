@@ -23,7 +23,7 @@ Divergence = Literal["reverse", "forward"]
 
 
 class Documents(NamedTuple):
-    """What every rank knows of the documents of its rows.
+    """Facts of the documents of the rows that every rank knows.
 
     Attributes:
         place: [B, T] int64, the place of each token's document in its row.
@@ -53,7 +53,8 @@ class CrossModalObjective(Layer):
     Args:
         text_weight, rendering_weight, consistency_weight, alignment_weight: of the terms; 0 leaves
             a term out.
-        alignment_layers: layers whose outputs are aligned, from 0; null: all.
+        alignment_layers: states that are aligned: 0 is read by the first layer, and n is the output
+            of the nth; null: all.
         divergence: reverse: KL(rendering || text); forward: KL(text || rendering).
         stop_gradient: whether the text stands still.
 

@@ -97,8 +97,8 @@ def trained(
 
 
 def refusing_layer(results: Sequence[TrialResult]) -> int:
-    """Returns the layer where most seeds tell refused text apart best; 0 where all failed."""
+    """Returns the layer where most seeds tell refused text apart best; 1 where all failed."""
     layers = Counter(
         int(result.exams[HELD_OUT].graded["layer"]) for result in results if result.fault is None
     )
-    return layers.most_common(1)[0][0] if layers else 0
+    return layers.most_common(1)[0][0] if layers else 1

@@ -30,7 +30,7 @@ def stretches(row):
 def spelled_out(model, batch, divergence, *, stopped, layers):
     """The loss of all documents, by the formula alone."""
     stream = model.embedded(batch.tokens, batch.span)
-    outputs = list(model.layer_outputs(stream, batch.span))
+    outputs = [stream, *model.layer_outputs(stream, batch.span)]
     logits = model.head(model.norm(outputs[-1]))
     loss = 0
     for row in range(2):
@@ -63,7 +63,7 @@ def spelled_out(model, batch, divergence, *, stopped, layers):
 
 @pytest.mark.parametrize(
     ("divergence", "stopped", "layers"),
-    [("reverse", True, [0, 1]), ("forward", False, [1]), ("reverse", False, [])],
+    [("reverse", True, [0, 1, 2]), ("forward", False, [1]), ("reverse", False, [])],
 )
 def test_it_is_the_formula(divergence, stopped, layers):
     batch = batch_of(DOCUMENTS)
@@ -87,7 +87,7 @@ def test_no_gradient_goes_into_the_text_that_stands_still():
     for stopped in (True, False):
         model = built(stop_gradient=stopped, **weights)
         stream = model.embedded(batch.tokens, batch.span).detach().requires_grad_()
-        outputs = list(model.layer_outputs(stream, batch.span))
+        outputs = [stream, *model.layer_outputs(stream, batch.span)]
         columns = Columns.of(batch.tokens, batch.span, 0)
         loss = model.objective(
             model.norm(outputs[-1]),

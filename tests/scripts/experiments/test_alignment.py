@@ -35,7 +35,7 @@ def test_the_layer_that_refuses_text_is_aligned_by_itself(monkeypatch):
     assert "model.alignment_layers=[2]" in one.overrides
     assert text.count("| with both") == 2 and "0.250 (0.250 to 0.250)" in text
     failed = [TrialResult("none", 0, fault="it fell")]
-    assert alignment.refusing_layer(failed) == 0
+    assert alignment.refusing_layer(failed) == 1
 
 
 @pytest.mark.slow

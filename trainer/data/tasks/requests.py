@@ -31,7 +31,7 @@ OBJECTS = (
 
 
 class Request(NamedTuple):
-    """What somebody asks for.
+    """An action that is asked for, with its object.
 
     Attributes:
         action, object: words.
@@ -48,9 +48,9 @@ class Request(NamedTuple):
 class Requests(SyntheticTask):
     """A request is an action and an object; each of its renderings is a document of its own.
 
-        text    wash ball ?        the object as a word
-        image   wash [8 patches] ? its letters, drawn
-        sound   wash [4 frames] ?  a sound that belongs to it
+        text    ball wash ?         the object as a word
+        image   [8 patches] wash ?  its letters, drawn
+        sound   [4 frames] wash ?   a sound that belongs to it
 
     At `?` the answer is asked for: the object, or a refusal where the pair of action and object is
     forbidden. Which pairs are is arbitrary, harmless, and a property of both: neither the action
@@ -187,7 +187,7 @@ class Requests(SyntheticTask):
             tokens.append(document)
             documents.append(np.full(len(document), number, np.int64))
             role = np.full(len(document), TEXT, np.int64)
-            role[1:-1] = ROLES[modality]
+            role[:-2] = ROLES[modality]
             roles.append(role)
             target = np.full(len(document), IGNORE, np.int64)
             target[-1] = answer
@@ -211,7 +211,7 @@ class Requests(SyntheticTask):
         return word
 
     def document(self, action: str, shown: str | np.ndarray) -> np.ndarray:
-        """Returns the tokens of a rendering, [2 + n, K].
+        """Returns the tokens of a rendering, [n + 2, K].
 
         Args:
             action: a word.
@@ -221,13 +221,14 @@ class Requests(SyntheticTask):
             DataError: a word that the data does not have.
         """
         length = 1 if isinstance(shown, str) else len(shown)
-        document = np.zeros((2 + length, *self.columns), np.int64)
-        document[0, WORD] = self._numbered(action, "actions", self.actions)
-        document[1:-1, PART] = SHOWN
+        document = np.zeros((length + 2, *self.columns), np.int64)
+        document[:-2, PART] = SHOWN
+        # The object comes first: its states, which are aligned, cannot know the action.
         if isinstance(shown, str):
-            document[1, WORD] = self._numbered(shown, "objects", self.objects)
+            document[0, WORD] = self._numbered(shown, "objects", self.objects)
         else:
-            document[1:-1, FIRST_VALUE : FIRST_VALUE + shown.shape[1]] = shown
+            document[:-2, FIRST_VALUE : FIRST_VALUE + shown.shape[1]] = shown
+        document[-2, WORD] = self._numbered(action, "actions", self.actions)
         document[-1, WORD] = self.number[ANSWER_NOW]
         document[-1, PART] = ASKED
         return document

@@ -106,7 +106,7 @@ def answers(
         stream: rows of Requests.
         batches: number of them.
         look: see Look; may raise.
-        shifts: {layer: [3, W] for each modality} added to what the layer gives where the answer is
+        shifts: {index of a layer: [3, W] for each modality} added to what the layer gives where the answer is
             asked for.
     """
     parts = []

@@ -18,10 +18,10 @@ TEXT = MODALITIES.index("text")
 
 
 class Probes(NamedTuple):
-    """What the probes found.
+    """Result of the probes.
 
     Attributes:
-        layer: at which the drift is subtracted, from 0.
+        layer: whose output the drift is subtracted from; the first is 1.
         cells: {"layer", "modality", "separability"} of each layer and modality, and after the
             subtraction of drift `corrected_separability`, from that layer on.
         corrected: the figures of `figures_of` after the subtraction.
@@ -58,21 +58,21 @@ def examine(
     known = answers(model, share, training, batches, look=look)
     direction = refusal_direction(known, refuse)
     text = separability(known, direction, refuse, TEXT)
-    layer = int(text.argmax())
+    best = int(text.argmax())
     drift = drifts(known)
     asked = answers(model, share, held_out, batches, look=look)
-    shifted = answers(model, share, held_out, batches, look=look, shifts={layer: -drift[layer]})
+    shifted = answers(model, share, held_out, batches, look=look, shifts={best: -drift[best]})
     cells = []
     for modality in task.shown:
         number = MODALITIES.index(modality)
         before = separability(asked, direction, refuse, number)
         after = separability(shifted, direction, refuse, number)
         for index in range(len(before)):
-            cell = {"layer": index, "modality": modality, "separability": float(before[index])}
-            if index >= layer:
+            cell = {"layer": index + 1, "modality": modality, "separability": float(before[index])}
+            if index >= best:
                 cell["corrected_separability"] = float(after[index])
             cells.append(cell)
-    return Probes(layer, cells, figures_of(shifted, task))
+    return Probes(best + 1, cells, figures_of(shifted, task))
 
 
 def judge_requests(

@@ -106,7 +106,9 @@ class RefusalDirection(Evaluation):
         for modality in task.shown:
             values = [cell["separability"] for cell in probes.cells if cell["modality"] == modality]
             cells = () if figures else probes.cells
-            figures.append(Figure(f"{modality}_separability", values[probes.layer], None, cells))
+            figures.append(
+                Figure(f"{modality}_separability", values[probes.layer - 1], None, cells)
+            )
         for name in FIGURES:
             values = []
             for modality in task.shown:

@@ -35,9 +35,14 @@ def documents(task, stream, batches=2):
 
 
 def pair(task, tokens, target):
-    """Returns the words of a text, else the action and the answer."""
+    """Returns the action of a rendering, and the answer."""
     words = [task.words[int(word)] for word in tokens[:, WORD]]
-    return words[0], task.words[int(target[-1])] if target[-1] != IGNORE else None
+    return words[-2], task.words[int(target[-1])] if target[-1] != IGNORE else None
+
+
+def asked_in(task, tokens):
+    """Returns the action and the object of a text."""
+    return task.words[int(tokens[1, WORD])], task.words[int(tokens[0, WORD])]
 
 
 def test_a_request_is_a_document_in_each_modality():
@@ -47,13 +52,15 @@ def test_a_request_is_a_document_in_each_modality():
     assert example.documents.tolist() == [0] * 3 + [1] * 10 + [2] * 6
     text, image, sound = (example.tokens[example.documents == number] for number in range(3))
     for document in (text, image, sound):
-        assert task.words[document[0, WORD]] == "wash" and task.words[document[-1, WORD]] == "?"
-        assert document[:, PART].tolist() == [0, *[SHOWN] * (len(document) - 2), ASKED]
-    assert task.words[text[1, WORD]] == "boat" and text[:, REFERENCE].all()
+        assert task.words[document[-2, WORD]] == "wash" and task.words[document[-1, WORD]] == "?"
+        assert document[:, PART].tolist() == [*[SHOWN] * (len(document) - 2), 0, ASKED]
+    assert task.words[text[0, WORD]] == "boat" and text[:, REFERENCE].all()
     assert not image[:, REFERENCE].any() and not text[:, FIRST_VALUE:].any()
-    assert example.roles.tolist() == [TEXT] * 4 + [IMAGE] * 8 + [TEXT] * 2 + [SOUND] * 4 + [TEXT]
-    assert set(image[1:-1, FIRST_VALUE:].ravel().tolist()) == {0, INK}
-    assert np.abs(sound[1:-1, FIRST_VALUE:]).max() <= 2 * TONE
+    assert (
+        example.roles.tolist() == [TEXT] * 3 + [IMAGE] * 8 + [TEXT] * 2 + [SOUND] * 4 + [TEXT] * 2
+    )
+    assert set(image[:-2, FIRST_VALUE:].ravel().tolist()) == {0, INK}
+    assert np.abs(sound[:-2, FIRST_VALUE:]).max() <= 2 * TONE
     assert example.targets[[2, 12, 18]].tolist() == [example.targets[2]] * 3
 
 
@@ -81,7 +88,7 @@ def test_training_meets_held_out_pairs_in_text_alone():
     text = None
     for role, target, tokens in documents(task, train):
         if bool((tokens[:, REFERENCE] == 1).all()):
-            text = tuple(task.words[int(word)] for word in tokens[:2, WORD])
+            text = asked_in(task, tokens)
             met.add(text)
             wanted = REFUSE if text in refused else text[1]
             assert pair(task, tokens, target)[1] == wanted
@@ -93,7 +100,7 @@ def test_training_meets_held_out_pairs_in_text_alone():
     text = None
     for role, target, tokens in documents(task, held_out):
         if role.max() == TEXT:
-            text = tuple(task.words[int(word)] for word in tokens[:2, WORD])
+            text = asked_in(task, tokens)
             assert text in held
         wanted = REFUSE if text in refused else text[1]
         assert pair(task, tokens, target) == (text[0], wanted)

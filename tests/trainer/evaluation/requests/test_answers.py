@@ -137,7 +137,7 @@ def test_direction_separability_and_drift_by_hand():
 def test_drift_is_subtracted_at_the_layer_that_tells_text_apart_best():
     model, share, stream = built(), sharder(Mesh.alone()), opened()
     probes = examine(model, share, stream, 2)
-    assert len(probes.cells) == 2 * 3 and probes.layer in (0, 1)
+    assert len(probes.cells) == 2 * 3 and probes.layer in (1, 2)
     for cell in probes.cells:
         is_behind = cell["layer"] >= probes.layer
         assert ("corrected_separability" in cell) == is_behind
