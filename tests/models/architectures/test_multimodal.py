@@ -79,10 +79,8 @@ def test_tokens_with_too_few_values_are_refused():
 
 
 @pytest.mark.parametrize("chosen", [[3], [-1], [0, 7]])
-def test_layers_that_are_not_there_are_refused(chosen):
-    with pytest.raises(
-        ValueError, match=r"model\.alignment_layers=.*to 2, which the last one gives"
-    ):
+def test_states_that_are_not_there_are_refused(chosen):
+    with pytest.raises(ValueError, match=r"model\.alignment_layers=.*to 2, which the last one"):
         built(alignment_layers=chosen)
 
 

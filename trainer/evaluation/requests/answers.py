@@ -106,8 +106,8 @@ def answers(
         stream: rows of Requests.
         batches: number of them.
         look: see Look; may raise.
-        shifts: {index of a layer: [3, W] for each modality} added to what the layer gives where the answer is
-            asked for.
+        shifts: {index of a layer: [3, W] for each modality}, added to what the layer gives where
+            the answer is asked for.
     """
     parts = []
     cursor = stream.start()
