@@ -8,12 +8,12 @@ from torch import Tensor
 
 from models.architectures.multimodal import Multimodal
 from models.attention.full import Attention
-from models.multimodal.image_attention import ImageAttention
 from models.feedforward import SwiGLU
 from models.init import initialise
 from models.loss import IGNORE
 from models.micro_batch import MicroBatch
 from models.multimodal.columns import ASKED, FIRST_VALUE, PART, REFERENCE, SHOWN, WORD
+from models.multimodal.image_attention import ImageAttention
 from models.positions.rope import Rope
 from models.recurrent.delta import GatedDeltaNet
 from models.span import IMAGE, SOUND, TEXT, Span
