@@ -31,8 +31,8 @@ def test_the_layer_that_refuses_text_is_aligned_by_itself(monkeypatch):
     monkeypatch.setattr(alignment, "run_trials", pretend)
     text, results = alignment.alignment(Budget(seeds=3), print)
     assert len(results) == 5 * 3
-    [one] = {trial for trial in asked if trial.name == "with states aligned at layer 2"}
-    assert "model.alignment_layers=[2]" in one.overrides
+    arms = {trial.name: trial.overrides for trial in asked}
+    assert "model.alignment_layers=[2]" in arms["with states aligned at layer 2"]
     assert text.count("| with both") == 2 and "0.250 (0.250 to 0.250)" in text
     failed = [TrialResult("none", 0, fault="it fell")]
     assert alignment.refusing_layer(failed) == 1
