@@ -20,16 +20,16 @@ COMMON = (
     "data.per_row=1",
     f"data.max_size={SIZE}",
     f"context_length={SIZE}",
-    f"batch_tokens={64 * SIZE}",
+    f"batch_tokens={256 * SIZE}",
     "optim.weight_decay=0",
     "optim.learning_rate=0.002",
     "evaluation.batches=16",
 )
 MODELS = {
-    "Set Transformer, 16 points": ("model=set_transformer", "model.points=16"),
     "Set Transformer, pairs": ("model=set_transformer", "model.points=null"),
     # Wider, so that it has about as many parameters.
     "Deep Sets": ("model=deep_sets", "model.width=168"),
+    "Set Transformer, 16 points": ("model=set_transformer", "model.points=16"),
 }
 TASKS = {
     "distinct": Sets(task="distinct", min_size=SIZE, max_size=SIZE),
@@ -37,12 +37,12 @@ TASKS = {
 }
 PARTS = {
     "distinct": Part(
-        (*COMMON, "data.task=distinct", "data.min_size=10", "steps=1500"),
+        (*COMMON, "data.task=distinct", "data.min_size=10", "steps=2000"),
         "### Different elements\nHow many different elements a set of 10 has, of 64 that there"
         " are.",
     ),
     "characters": Part(
-        (*COMMON, "data.task=characters", "data.min_size=6", "steps=1500"),
+        (*COMMON, "data.task=characters", "data.min_size=6", "steps=2000"),
         "### Different letters\nHow many different letters there are among 6 to 10 Latin"
         " characters of either case, with accents and without.",
     ),
