@@ -56,7 +56,8 @@ class Live(TorchDispatchMode):
         ]
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
+            # On the meta device there is no memory.
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
                 self._enter(tensor.untyped_storage(), old)
         return out
 
