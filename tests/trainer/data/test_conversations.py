@@ -3,7 +3,10 @@
 import dataclasses
 import gzip
 import json
+import re
 
+import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -132,6 +135,52 @@ def test_every_kind_of_file_gives_the_same_conversations(node, tmp_path):
         stream = open_stream(node(rows, path=path), **SETTINGS)
         found.append(learned(epoch(stream)))
     assert len(found) == 5 and found[0] and all(ids == found[0] for ids in found)
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """The cache of `datasets` holds the data set team/chats, fetched once; there is no network."""
+    rows = [ROWS[0], {"messages": CHATS[1]}, ROWS[3]]
+    (tmp_path / "chats").mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "chats" / "train.jsonl").write_text(lines)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    datasets.load_dataset(str(tmp_path / "chats"))
+    (tmp_path / "hf" / "chats").rename(tmp_path / "hf" / "team___chats")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return rows
+
+
+def named(node, **settings):
+    """The node of a data set by its name."""
+    return {**node([]), "path": None, "name": "team/chats", **settings}
+
+
+def test_a_data_set_that_was_fetched_once_is_read_by_its_name(node, kept, tmp_path):
+    want = learned(epoch(open_stream(node(kept, "same.jsonl"), **SETTINGS)))
+    stream = open_stream(named(node), **SETTINGS)
+    assert want and learned(epoch(stream)) == want
+    apart = named(node, held_out_path=str(tmp_path / "same.jsonl"))
+    held_out = open_stream(apart, **(SETTINGS | {"split": "held_out"}))
+    assert learned([held_out.read(held_out.start())[0]])
+
+
+@pytest.mark.parametrize(
+    "settings, part",
+    [
+        ({"name": "team/others"}, "data.name=team/others"),
+        ({"split": "test"}, "split test) cannot be had"),
+        ({"split": "train[:1%]"}, "is no split"),
+        ({"name": 3}, "data.name=3 is no name"),
+        ({"path": "x.jsonl"}, "one of the two is needed"),
+        ({"name": None}, "one of the two is needed"),
+        ({"name": None, "path": "x.jsonl", "subset": "a"}, "are of data.name"),
+    ],
+)
+def test_a_name_that_cannot_be_had_is_one_message(settings, part, node, kept):
+    with pytest.raises(ValueError, match=re.escape(part)):
+        open_stream(named(node, **settings), **SETTINGS)
 
 
 def test_rows_hold_whole_conversations_and_as_many_as_fit(node):

@@ -13,9 +13,10 @@ from trainer.data.conversations import FIELDS, ConversationEncoder, row_of
 from trainer.data.documents import DocumentEncoder
 from trainer.data.errors import DataError
 from trainer.data.sources.arrow import broken, record_batches, stream_schema
-from trainer.data.sources.files import Files
+from trainer.data.sources.files import Files, file_at
 from trainer.data.sources.parquet import FAULTS
 from trainer.data.sources.parquet_pages import pages, rows_at_once
+from trainer.data.sources.prepared import check_name, prepared_files
 from trainer.data.sources.readers import (
     MOST,
     File,
@@ -33,6 +34,7 @@ LARGEST_TEMPLATE = 1 << 20  # bytes of a file of data.chat_template
 ROWS = 64  # of a Parquet file decoded at a time, at most
 PIECE = 32 << 20  # bytes of one column decoded at a time
 BUILT_IN = {"chatml": CHATML}
+OF_A_NAME = ("name", "subset", "split", "revision")
 
 
 def conversation_lines(file: File, reading: ReadRequest) -> Iterator[tuple[str, str]]:
@@ -142,17 +144,22 @@ def _rows(
 
 
 class Conversations(Files):
-    """Conversations, of which the answers are learned; the files are named as for data=files.
+    """Conversations, of which the answers are learned.
+
+    The files are named as for data=files, or are those that `datasets` keeps of a data set: it is
+    fetched once, and after that read from its cache, without a network too.
 
     A row has `messages` (each with role and content, or tool calls), `prompt` and `completion`
     (texts or messages), or `text`.
 
     Args:
+        name: of a data set on the hub, or a folder in its layout; replaces `path`.
+        subset, split, revision: of it, as in data=hub.
         loss_on: answers = tokens of prompts are read and not learned; all = every token is learned.
         chat_template: a Jinja file, or chatml; None = the tokenizer's own.
     """
 
-    content_decides = (*Files.content_decides, "chat_template")
+    content_decides = (*Files.content_decides, "chat_template", *OF_A_NAME)
     readers = {
         ".jsonl": conversation_lines,
         ".jsonl.gz": conversation_lines,
@@ -166,6 +173,10 @@ class Conversations(Files):
         self,
         *,
         path: str | None = None,
+        name: str | None = None,
+        subset: str | None = None,
+        split: str = "train",
+        revision: str | None = None,
         held_out_path: str | None = None,
         loss_on: Literal["answers", "all"] = "answers",
         chat_template: str | None = None,
@@ -176,8 +187,21 @@ class Conversations(Files):
         cache: str | None = None,
         max_document_bytes: int = MOST,
     ):
+        if (path is None) == (name is None):
+            raise ValueError(
+                "data=conversations reads data.path, a glob such as data.path='chats/*.jsonl', or"
+                f" data.name, a data set of the hub; path={path} and name={name} are given, and one"
+                " of the two is needed"
+            )
+        if name is not None:
+            check_name(name, subset, split, revision)
+        elif (subset, split, revision) != (None, "train", None):
+            raise ValueError(
+                "data.subset, data.split and data.revision are of data.name, which is not given;"
+                " leave them out, or name the data set"
+            )
         super().__init__(
-            path=path,
+            path=path or name,
             held_out_path=held_out_path,
             tokenizer=tokenizer,
             pad_vocabulary_to=pad_vocabulary_to,
@@ -195,6 +219,25 @@ class Conversations(Files):
             )
         self.loss_on: Literal["answers", "all"] = loss_on
         self.chat_template = chat_template
+        self.name = name
+        self.subset = subset
+        self.split = split
+        self.revision = revision
+
+    def apart(self) -> "Conversations | None":
+        """See Local.apart."""
+        held_out = super().apart()
+        if not isinstance(held_out, Conversations):
+            return None
+        held_out.name = None
+        return held_out
+
+    def files(self) -> list[File]:
+        """See Local.files."""
+        if self.name is None:
+            return super().files()
+        paths = prepared_files(self.name, self.subset, self.split, self.revision)
+        return [file_at(path, os.path.basename(path)) for path in paths]
 
     @property
     def sets_targets(self) -> bool:
