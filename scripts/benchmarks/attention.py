@@ -261,7 +261,7 @@ def parse(words: list[str]) -> AttentionSizes:
 
 
 def parse_into(found: Any, words: list[str]) -> Any:
-    """`found`, a dataclass of whole numbers and a device, with what `key=value` words say.
+    """`found`, a dataclass of whole numbers and words, with what `key=value` words say.
 
     Raises:
         ValueError: a key that is none, a value that is no number of at least one, or a device that
@@ -280,9 +280,10 @@ def parse_into(found: Any, words: list[str]) -> Any:
                 raise ValueError(
                     f"{word}: there is no GPU here, or torch was built without CUDA; use device=cpu"
                 )
-        elif not value.isdigit() or (int(value) < 1 and key != "seed"):
+        is_word = isinstance(getattr(found, key), str)
+        if not is_word and (not value.isdigit() or (int(value) < 1 and key != "seed")):
             raise ValueError(f"{word}: {key} is a whole number of at least 1")
-        found = replace(found, **{key: value if key == "device" else int(value)})
+        found = replace(found, **{key: value if is_word else int(value)})
     return found
 
 

@@ -1,7 +1,9 @@
 """Measures a row cut in time: its step and peak memory, and the price beside full checkpointing.
 
 A step is forward and backward of one row of random bytes, one document, in pieces of `piece` tokens
-each, on one device; the optimiser has no part in it. Growth is the peak of a row `times` as long in
+each, on one device; the optimiser has no part in it. `hybrid` is RWKV-7 with a window in every
+third layer; `hybrid_full` has full attention there, whose time grows with the square of the row, so
+it is measured only where `models=` names it. Growth is the peak of a row `times` as long in
 units of the shorter row's; the parameters, their gradients and the row itself were there before and
 are in neither. The price is the time of a row of `compare` tokens in pieces, in units of the same
 row at once under full activation checkpointing, with that row's peaks. Medians of alternated runs.
@@ -34,6 +36,13 @@ from scripts.benchmarks.attention import parse_into
 from scripts.benchmarks.timing import BenchmarkEntry, alternate, middle, peak_bytes
 
 VOCABULARY = 256
+# The mixers of the layers, in turn.
+MODELS = {
+    "rwkv7": ("rwkv7",),
+    "sliding": ("sliding",),
+    "hybrid": ("rwkv7", "rwkv7", "sliding"),
+    "hybrid_full": ("rwkv7", "rwkv7", "full"),
+}
 GROWTH_GOAL = 1.1  # the most that the peak may grow where what a piece leaves has one size
 PRICE_GOAL = 1.15
 
@@ -53,6 +62,7 @@ class TimeSizes:
     repeats: int = 1
     threads: int = 2
     seed: int = 0
+    models: str = "rwkv7,sliding,hybrid"
     ranks: int = 1
     device: str = "cpu"
 
@@ -61,11 +71,15 @@ def parse(words: list[str]) -> TimeSizes:
     """`key=value` words; see scripts.benchmarks.attention.parse_into.
 
     Raises:
-        ValueError: more than one rank, pieces that are longer than a row, or what parse_into says.
+        ValueError: more than one rank, a model that is none of MODELS, pieces that are longer than
+            a row, or what parse_into says.
     """
     sizes = parse_into(TimeSizes(), words)
     if sizes.ranks > 1:
         raise ValueError(f"ranks={sizes.ranks}: one device is measured; use ranks=1")
+    unknown = [name for name in sizes.models.split(",") if name not in MODELS]
+    if unknown:
+        raise ValueError(f"models={sizes.models}: choose of {', '.join(MODELS)}, between commas")
     if sizes.piece > min(sizes.tokens, sizes.compare):
         raise ValueError(
             f"piece={sizes.piece}: a row of tokens={sizes.tokens} or compare={sizes.compare} is"
@@ -81,7 +95,7 @@ class TimeBenchmark:
         self.sizes = sizes
 
     def mixers(self, name: str) -> list[nn.Module]:
-        """Returns one mixer for each layer; in the hybrid every third layer is full attention."""
+        """Returns one mixer for each layer of one of MODELS."""
         sizes = self.sizes
         heads = max(1, sizes.heads // 3)
         built: dict[str, Callable[[int], nn.Module]] = {
@@ -91,10 +105,8 @@ class TimeBenchmark:
             ),
             "full": lambda layer: Attention(sizes.width, sizes.heads, heads, Rope()),
         }
-        names = [name] * sizes.layers
-        if name == "hybrid":
-            names = ["full" if layer % 3 == 2 else "rwkv7" for layer in range(sizes.layers)]
-        return [built[kind](layer) for layer, kind in enumerate(names)]
+        kinds = MODELS[name]
+        return [built[kinds[layer % len(kinds)]](layer) for layer in range(sizes.layers)]
 
     def model(self, name: str, *, again: bool = False) -> nn.Module:
         """Returns a decoder, with full activation checkpointing where `again`."""
@@ -150,7 +162,7 @@ def measure(sizes: TimeSizes, group: Any) -> Iterator[dict]:
     assert dist.get_world_size(group) == 1
     torch.set_num_threads(sizes.threads)
     bench = TimeBenchmark(sizes)
-    for name in ("rwkv7", "sliding", "hybrid"):
+    for name in sizes.models.split(","):
         model = bench.model(name)
         bench.in_pieces(model, sizes.piece)()  # what is allocated once
         found: dict = {"model": name, "piece": sizes.piece}

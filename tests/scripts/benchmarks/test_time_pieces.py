@@ -24,11 +24,12 @@ def test_every_model_is_measured_at_both_lengths():
     assert "hybrid" in table(found)
 
 
-def test_both_ways_give_the_same_gradients():
+@pytest.mark.parametrize("name", ["hybrid", "hybrid_full"])
+def test_both_ways_give_the_same_gradients(name):
     bench = TimeBenchmark(SIZES)
     gradients = []
     for again in (False, True):
-        model = bench.model("hybrid", again=again).double()
+        model = bench.model(name, again=again).double()
         model.zero_grad()
         step = bench.at_once(model, 48) if again else bench.in_pieces(model, 48)
         step()
@@ -43,3 +44,5 @@ def test_a_piece_longer_than_the_row_is_refused():
         parse(["piece=64", "tokens=32"])
     with pytest.raises(ValueError, match="use ranks=1"):
         parse(["ranks=2"])
+    with pytest.raises(ValueError, match="models=rwkv7,lstm: choose of rwkv7, sliding"):
+        parse(["models=rwkv7,lstm"])
