@@ -98,6 +98,10 @@ class ShardedDecodingState(DecodingState):
         parts = self._from_all(part, "decode sum")
         return torch.stack(parts).sum(0)
 
+    def largest(self, part: Tensor) -> Tensor:
+        """See DecodingState."""
+        return torch.stack(self._from_all(part, "decode largest")).amax(0)
+
     def tokens(self, name: str, x: Tensor, length: int) -> tuple[Tensor, Span]:
         """See DecodingState; before a sharded piece there is nothing."""
         assert self._row is not None, "attach() comes before the forward pass"

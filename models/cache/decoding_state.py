@@ -51,6 +51,7 @@ class DecodingState(CarriedState):
         caches: by the name of the primitive, and the number of its call in a pass.
         shared: names of caches that all ranks have alike.
         tails: the last tokens of each row, for primitives that read no further back.
+        imported: by the name of a cache, what waits for the first call of its primitive.
         joined: weights that models.cache.fused_step joined.
     """
 
@@ -64,8 +65,8 @@ class DecodingState(CarriedState):
         self.shared: set[str] = set()
         self.tails: dict[str, tuple[int, Tensor]] = {}
         self._new_tails: dict[str, tuple[int, Tensor]] = {}
-        # What was imported waits for the first call of its primitive, which knows the mask.
-        self._imported: dict[str, tuple[list[Tensor], Span]] = {}
+        # The first call of a primitive knows the mask.
+        self.imported: dict[str, tuple[list[Tensor], Span]] = {}
         self._restored = DerivedCache()
         self._tables = DerivedCache()
         self._calls: dict[str, list[Tensors]] = {}
@@ -153,6 +154,10 @@ class DecodingState(CarriedState):
         """Joins the attention over the source at hand with that over what lies elsewhere of it."""
         return part
 
+    def largest(self, part: Tensor) -> Tensor:
+        """Returns the largest, element by element, of what is held here and elsewhere."""
+        return part
+
     def tokens(self, name: str, x: Tensor, length: int) -> tuple[Tensor, Span]:
         """Returns the last `length` tokens before these, [B, M, ...], padding where there are
         fewer; and keeps the last ones of x for the next piece."""
@@ -194,7 +199,7 @@ class DecodingState(CarriedState):
             table.select(rows)
         for cache in self.caches.values():
             cache.select(rows)
-        self._imported = selected(self._imported, rows)
+        self.imported = selected(self.imported, rows)
         self.tails = {name: (length, x[rows]) for name, (length, x) in self.tails.items()}
         for length, span in self.addresses.items():
             self.addresses[length] = span.map(lambda tensor: tensor[rows])
@@ -248,7 +253,7 @@ class DecodingState(CarriedState):
         self.tails = {}
         self.addresses = {}
         self.states = {}
-        self._imported = {}
+        self.imported = {}
         self._restored = DerivedCache()
         self.rows = len(next(iter(found.values()), ()))
         orders: dict[str, tuple[Tensor, Span]] = {}
@@ -269,7 +274,7 @@ class DecodingState(CarriedState):
                     orders[key] = packed(whole if kind == "shared" else self._own(whole))
                 order, span = orders[key]
                 _, name = name.split("/", 1)
-                payload, _ = self._imported.setdefault(name, ([], span))
+                payload, _ = self.imported.setdefault(name, ([], span))
                 payload.append(taken(x, order))
                 if kind == "shared":
                     self.shared.add(name)
@@ -280,14 +285,14 @@ class DecodingState(CarriedState):
 
     def _everything(self) -> dict[str, tuple[Tensors, Span]]:
         """Returns what each cache holds, that of all ranks where there are several."""
-        held: dict[str, tuple[Tensors, Span]] = {**self._imported}
+        held: dict[str, tuple[Tensors, Span]] = {**self.imported}
         for name, cache in self.caches.items():
             held[name] = cache.export_state()
         return held
 
     def restore(self, like: "DecodingState") -> None:
         """Makes the caches of what was imported, as another state has them, so that it can join."""
-        for name, (_, span) in list(self._imported.items()):
+        for name, (_, span) in list(self.imported.items()):
             exact = isinstance(like.caches[name], ContiguousCache)
             place, _, _ = name.rpartition("#")
             mask = like.slots[name].mask
@@ -371,7 +376,7 @@ class DecodingState(CarriedState):
         self, name: str, place: str, span: Span, mask: Mask, factory: KVCacheFactory | None
     ) -> KVCache:
         """Returns a new cache, with what was imported for it."""
-        imported = self._imported.pop(name, None)
+        imported = self.imported.pop(name, None)
         if imported is None:
             table = self._table(span, mask)
         else:

@@ -32,8 +32,8 @@ def turns(model: nn.Module) -> dict[str, Turn]:
     if reasons:
         raise ValueError(reasons[0])
     found = {}
-    for path, softmax in cached_attentions(model).items():
-        found[path] = _turn_of(_owner(model, path).position, innermost(softmax.score))
+    for place, softmax in cached_attentions(model).items():
+        found[place] = _turn_of(_owner(model, place).position, innermost(softmax.score))
     return found
 
 
@@ -46,15 +46,15 @@ def cannot_turn(model: nn.Module) -> list[str]:
             " turned to other places; use position=rope, or a cache that leaves them in place"
         ]
     sentences = []
-    for path, softmax in cached_attentions(model).items():
-        owner = _owner(model, path)
+    for place, softmax in cached_attentions(model).items():
+        owner = _owner(model, place)
         known = type(innermost(softmax.score)) in (Score, LatentScore) or _by_address(softmax.score)
-        if not hasattr(owner, "position") or getattr(owner, "mix", None) is not softmax:
+        if not hasattr(owner, "position") or place.rpartition(".")[2] != "mix":
             known = False
         if not known:
             kind = type(owner).__name__
             sentences.append(
-                f"{path} ({kind}) holds more than keys and values of single tokens, so they cannot"
+                f"{place} ({kind}) holds more than keys and values of single tokens, so they cannot"
                 " be turned to other places; use mixer=full, or a cache that leaves them in place"
             )
     return sentences
@@ -66,8 +66,8 @@ def _by_address(score: Score) -> bool:
     return inner.payload_heads == (2, 2) and (inner.biased or bool(inner.param_heads))
 
 
-def _owner(model: nn.Module, path: str) -> nn.Module:
-    return model.get_submodule(path.rpartition(".")[0])
+def _owner(model: nn.Module, place: str) -> nn.Module:
+    return model.get_submodule(place.rpartition(".")[0])
 
 
 def _turn_of(position: object, score: Score) -> Turn:

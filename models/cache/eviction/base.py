@@ -304,11 +304,12 @@ def widened(tensor: Tensor, slots: int, blank: int) -> Tensor:
 
 
 def cached_attentions(model: nn.Module) -> dict[str, Softmax]:
-    """Returns the softmaxes that hold the tokens before those at hand, by their names."""
+    """Returns the softmaxes that hold the tokens before those at hand, by their places: the names
+    that they have where no driver stands between them and their layers."""
     found = {}
     for path, module in model.named_modules():
         if isinstance(module, Softmax) and module.extends:
-            found[path] = module
+            found[module.place or path] = module
     return found
 
 

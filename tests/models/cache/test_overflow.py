@@ -179,6 +179,34 @@ def generate(model, policy, limit, prompt, count):
     return made, slots, text, logits
 
 
+@torch.no_grad()
+def test_a_state_that_was_imported_is_shifted_as_it_was_before():
+    model = small(MIXERS["rope"])
+    start = torch.tensor([2, 0])
+    stop = torch.tensor([6, 0])
+    tokens = torch.arange(18).view(2, 9) % VOCABULARY
+    logits = []
+    for imports in (False, True):
+        state = DecodingState(Contiguous(block=4))
+        model(MicroBatch(tokens, state.attach(Span.line(2, 9))))
+        state.advance()
+        if imports:
+            exported = state.export_state()
+            state = DecodingState(Contiguous(block=4))
+            state.import_state(exported)
+        shift(state, start, stop, turns(model))
+        pos = 9 - (stop - start)[:, None]
+        span = Span.of(pos, torch.zeros_like(pos))
+        logits.append(model(MicroBatch(tokens[:, :1], state.attach(span))))
+    assert torch.equal(*logits)
+    # Dropping nothing gives other logits.
+    state = DecodingState(Contiguous(block=4))
+    model(MicroBatch(tokens, state.attach(Span.line(2, 9))))
+    state.advance()
+    plain = model(MicroBatch(tokens[:, :1], state.attach(span)))
+    assert (plain - logits[0])[0].abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("name", ["rope", "alibi", "latent"])
 @pytest.mark.parametrize("policy", ["shift", "recompute"])
 @torch.no_grad()
