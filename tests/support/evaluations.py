@@ -118,14 +118,18 @@ class Teachable(Uniform):
         return logits
 
 
-def context_of(model: nn.Module, mesh: Mesh, stream: Stream, config: Config) -> EvaluationContext:
-    """Returns the context of a model on some ranks, at step 1, that no signal stops."""
+def context_of(
+    model: nn.Module, mesh: Mesh, stream: Stream, config: Config, time: int = 1
+) -> EvaluationContext:
+    """Returns the context of a model on some ranks, at step 1, that no signal stops; rows are cut
+    into `time` pieces."""
     share = BatchSharder(
         mesh,
         rows=stream.rows,
         context_length=config.context_length,
         micro_batch="auto",
         policy="zigzag",
+        time=time,
     )
     return EvaluationContext(
         config=config,

@@ -40,7 +40,8 @@ class BatchSharder:
 
     Attributes:
         rows_per_rank: rows of a data rank in a step, padding included.
-        tokens_per_rank: tokens of a row that a rank computes at once, without padding.
+        piece_tokens: tokens of a row that are computed at once, over all ranks.
+        tokens_per_rank: those of a rank, without padding.
         micro_batch: rows that a rank computes at once.
         pieces: number of micro-batches in a step.
     """
@@ -62,6 +63,7 @@ class BatchSharder:
         self.time = time
         # Negated floor division rounds up.
         self.rows_per_rank = -(-rows // mesh.data.size)
+        self.piece_tokens = -(-context_length // time)
         self.tokens_per_rank = -(-context_length // (mesh.context.size * time))
         if micro_batch == "auto":
             limit = AUTO_TOKENS.get(mesh.device.type, AUTO_TOKENS["cuda"])

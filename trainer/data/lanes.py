@@ -6,17 +6,20 @@ the rows of one micro-batch. A checkpoint holds the state as it would be on one 
 Letters: R rows of a step, over all ranks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from models.carried_state import REPLICATED, SHARDED, CarriedState
+from models.micro_batch import MicroBatch
 from models.span import Span
 from parallel.carried_state import ShardedCarriedState
 from parallel.collectives import Communicator
 from parallel.mesh import Mesh
+from parallel.row_pieces import piece_state
+from trainer.data.batch import Batch
 from trainer.data.batch_sharding import BatchSharder
 
 State = dict[str, dict[str, Tensor]]  # {kind: {name: [R, ...]}}
@@ -138,6 +141,35 @@ class Lanes:
             dist.all_gather(parts, rows, group=self.mesh.data.group)
             rows = torch.cat(parts)
         return rows[: self.rows]
+
+
+def in_pieces(
+    share: BatchSharder, batch: Batch, lanes: Lanes | None = None, *, advance: bool = True
+) -> Iterator[MicroBatch]:
+    """Yields this rank's part of a batch, each micro-batch as the pieces of its rows.
+
+    A model that is called with each of them once, in order and without a gradient, returns what it
+    returns for whole rows.
+
+    Args:
+        share: cuts the batch; under parallel.time=1 a row is one piece.
+        batch: the same on every rank.
+        lanes: the carried state; None where rows carry nothing.
+        advance: whether the next batch continues this one; False where this one is read again.
+    """
+    for number, (pieces, _) in enumerate(share.in_time(batch)):
+        first = pieces[0]
+        if lanes is not None:
+            first = first.with_span(lanes.attach(number, first.span))
+        if len(pieces) == 1:
+            yield first
+        else:
+            state = piece_state([piece.span for piece in pieces], first.span.past)
+            for index, piece in enumerate(pieces):
+                yield piece.with_span(state.enter(index))
+            state.end_first_pass()
+        if lanes is not None and advance:
+            lanes.advance(number)
 
 
 def _padded_rows(tensor: Tensor, start: int, stop: int, size: int, fill: int) -> Tensor:

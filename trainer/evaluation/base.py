@@ -24,7 +24,7 @@ from trainer.config.instantiate import instantiate
 from trainer.config.schema import HELD_OUT, Config
 from trainer.data.batch import Batch
 from trainer.data.batch_sharding import BatchSharder
-from trainer.data.lanes import Lanes
+from trainer.data.lanes import Lanes, in_pieces
 from trainer.data.sources.base import Source
 from trainer.data.streams.base import Stream
 from trainer.data.tasks.base import Numbers
@@ -147,7 +147,11 @@ class EvaluationContext:
         return self.config.model.vocabulary or self.stream.vocabulary
 
     def sharder(self, rows: int, tokens: int) -> BatchSharder:
-        """Returns what cuts batches of another shape in the way of the run."""
+        """Returns what cuts batches of another shape in the way of the run.
+
+        Rows that are cut in time are cut into pieces no longer than those of the run.
+        """
+        time = 1 if self.share.time == 1 else -(-tokens // self.share.piece_tokens)
         return BatchSharder(
             self.mesh,
             rows=rows,
@@ -155,18 +159,21 @@ class EvaluationContext:
             micro_batch="auto",
             policy=self.share.policy,
             prefix=self.share.prefix,
+            time=time,
         )
 
     def pieces(self, batch: Batch, what: str) -> Iterator[MicroBatch]:
         """Yields this rank's micro-batches of rows that are the same on every rank.
+
+        Under parallel.time these are pieces of rows, and the model is called with each of them
+        once, in order.
 
         Raises:
             Interrupted: on all ranks, before anything of the batch is computed.
         """
         self.check_signal(batch, what)
         rows, columns = batch.tokens.shape
-        for micro_batch, _ in self.sharder(rows, columns - 1)(batch):
-            yield micro_batch
+        yield from in_pieces(self.sharder(rows, columns - 1), batch)
 
     def check_signal(self, batch: Batch, what: str) -> None:
         """Raises Interrupted where a signal asked the run to stop. Collective."""

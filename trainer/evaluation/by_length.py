@@ -110,6 +110,7 @@ def _measured(
         micro_batch=1,
         policy=config.parallel.layout,
         prefix=plain_sight(model),
+        time=config.parallel.time,
     )
     lanes = Lanes(mesh, share, config.rows) if config.memory.carries else None
     result = evaluate(model, share, stream, batches, lambda mark, what: False, lanes)

@@ -9,6 +9,7 @@ from torch import Tensor
 from models.loss import IGNORE
 from models.ranges import Piece
 from trainer.config.finding import Finding
+from trainer.data.lanes import in_pieces
 from trainer.data.sources.base import Source
 from trainer.data.streams.base import Stream
 from trainer.evaluation.base import (
@@ -76,12 +77,8 @@ class ByPosition(Evaluation):
         for _ in range(batches):
             batch, cursor = stream.read(cursor)
             context.check_signal(batch, "held-out batch by position")
-            for number, (micro_batch, _) in enumerate(share(batch)):
-                if lanes is not None:
-                    micro_batch = micro_batch.with_span(lanes.attach(number, micro_batch.span))
+            for micro_batch in in_pieces(share, batch, lanes):
                 losses = context.model(micro_batch)
-                if lanes is not None:
-                    lanes.advance(number)
                 is_counted = (micro_batch.targets != IGNORE) & (micro_batch.span.pos < tokens)
                 index = micro_batch.span.pos[is_counted] // width
                 sums[0].index_add_(0, index, losses[is_counted].to(torch.float64))

@@ -11,13 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.loss import IGNORE
+from models.micro_batch import MicroBatch
 from models.ranges import Piece
 from trainer.agreement import mark
 from trainer.config.finding import Finding
 from trainer.config.node_checks import as_node
 from trainer.config.schema import Config
 from trainer.data.batch_sharding import BatchSharder
-from trainer.data.lanes import Lanes
+from trainer.data.lanes import Lanes, in_pieces
 from trainer.data.open import open_stream
 from trainer.data.sources.base import Source, build_source
 from trainer.data.streams.base import Stream
@@ -208,31 +209,32 @@ def evaluate(
         batch, cursor = stream.read(cursor)
         if stop(mark(batch, stream.fingerprint), f"held-out batch {batch_index + 1}"):
             return None
-        for number, (micro_batch, _) in enumerate(share(batch)):
-            if lanes is not None:
-                micro_batch = micro_batch.with_span(lanes.attach(number, micro_batch.span))
-            targets = micro_batch.targets
-            assert targets is not None, "held-out rows come with targets"
+        for micro_batch in in_pieces(share, batch, lanes, advance=task is None):
             losses = model(micro_batch).to(torch.float64)
-            valid = targets != IGNORE
-            if task is not None:
-                # A second forward pass: with targets, the model returns losses and no logits.
-                predicted = model(micro_batch.without_targets()).argmax(-1)
-                new_grades = task.grade(
-                    predicted[valid].cpu().numpy(), targets[valid].cpu().numpy()
-                )
-                grades = _added(grades, new_grades)
-            if lanes is not None:
-                lanes.advance(number)
+            valid = _targets(micro_batch) != IGNORE
             buckets = position_bucket(micro_batch.span.pos)[valid]
             sums[0].index_add_(0, buckets, losses[valid])
             sums[1].index_add_(0, buckets, torch.ones_like(losses[valid]))
+        if task is None:
+            continue
+        # A second forward pass: with targets, the model returns losses and no logits.
+        for micro_batch in in_pieces(share, batch, lanes):
+            predicted = model(micro_batch.without_targets()).argmax(-1)
+            targets = _targets(micro_batch)
+            valid = targets != IGNORE
+            new_grades = task.grade(predicted[valid].cpu().numpy(), targets[valid].cpu().numpy())
+            grades = _added(grades, new_grades)
     if share.mesh.world.group is not None:
         dist.all_reduce(sums, group=share.mesh.world.group)
     totals, counts = sums.cpu()
     tokens = int(counts.sum())
     loss = float(totals.sum() / tokens) if tokens else None
     return HeldOutResult(loss, tokens, _by_position(totals, counts), _graded(grades, share))
+
+
+def _targets(micro_batch: MicroBatch) -> Tensor:
+    assert micro_batch.targets is not None, "held-out rows come with targets"
+    return micro_batch.targets
 
 
 def _by_position(totals: Tensor, counts: Tensor) -> list[dict[str, Any]]:

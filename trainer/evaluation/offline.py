@@ -30,6 +30,7 @@ from trainer.files.limited_reader import json_object
 from trainer.init_from.hub_folder import is_hub_folder, longest_context, write_as_export
 from trainer.objectives.stream import open_rows
 from trainer.preflight.check_evaluation import check_evaluation_nodes, check_evaluations
+from trainer.preflight.check_parts import check_time
 
 # Beginnings of the settings that an evaluation of a finished model may change.
 SETTINGS = ("evaluation", "parallel.", "data.", "context_length=", "batch_tokens=")
@@ -164,6 +165,7 @@ def _faults(subject: Subject) -> Iterator[str]:
         position = instantiate(config.position, offers, "position")
         findings = check_evaluations(config, model, position, vocabulary)
         faults += [render(finding) for finding in findings]
+        faults += [render(as_finding(fault)) for fault in check_time(config, model)]
         if config.parallel.context > 1:
             faults += [str(fault) for fault in refusals(model, config.parallel.method)]
     yield from dict.fromkeys(faults)
@@ -235,6 +237,7 @@ def _evaluate(subject: Subject, device: torch.device) -> list[Row]:
         micro_batch=parallel.micro_batch,
         policy=parallel.layout,
         prefix=prefix,
+        time=parallel.time,
     )
     context = EvaluationContext(
         config=config,

@@ -141,7 +141,7 @@ def check_built_model(config: Config, given: Collection[str]) -> Iterator[Findin
         yield from check_deepspeed_model(config, model)
     if config.parallel.context > 1:
         yield from refusals(model, config.parallel.method)
-    yield from _check_time(config, model)
+    yield from check_time(config, model)
     if config.parallel.experts > 1:
         yield from unshared(model, config.parallel.experts)
         yield from unreachable(model)
@@ -156,7 +156,7 @@ def check_built_model(config: Config, given: Collection[str]) -> Iterator[Findin
     yield from unreached(config, given, tokens).values()
 
 
-def _check_time(config: Config, model: nn.Module) -> Iterator[Finding]:
+def check_time(config: Config, model: nn.Module) -> Iterator[Finding]:
     """Checks that the rows of this model can be cut in time."""
     pieces = config.parallel.time
     if pieces > config.context_length:

@@ -83,8 +83,8 @@ def config(folder):
     return compose((*WORDS, *words)).config
 
 
-def figures_of(model, mesh, folder, config, names):
-    context = context_of(model, mesh, stream(folder), config)
+def figures_of(model, mesh, folder, config, names, time=1):
+    context = context_of(model, mesh, stream(folder), config, time)
     found = {}
     for name in names:
         for figure in SMALL[name]().run(context):
@@ -92,22 +92,23 @@ def figures_of(model, mesh, folder, config, names):
     return found
 
 
-def in_rank(env, folder, tree, context, names):
+def in_rank(env, folder, tree, context, names, time):
     mesh = build_mesh(context, env.size // context)
     model = decoder()
     if context > 1:
         apply_context_parallel(model, mesh.context.group, "ring")
     config = Config.model_validate(tree)
-    found = figures_of(model, mesh, folder, config, names)
+    found = figures_of(model, mesh, folder, config, names, time)
     return {name: (figure.value, figure.cells) for name, figure in found.items()}
 
 
-@pytest.mark.parametrize(("size", "context"), [(3, 3), (4, 2)])
-def test_every_figure_is_the_same_on_any_ranks(size, context, folder, config):
+# The last cuts rows in time, on top of three ranks.
+@pytest.mark.parametrize(("size", "context", "time"), [(3, 3, 1), (4, 2, 1), (3, 3, 4)])
+def test_every_figure_is_the_same_on_any_ranks(size, context, time, folder, config):
     tree = config.model_dump(by_alias=True)
     names = list(SMALL)
     want = figures_of(decoder(), Mesh.alone(), folder, config, names)
-    for found in ranks(size, in_rank, folder, tree, context, names):
+    for found in ranks(size, in_rank, folder, tree, context, names, time):
         assert found.keys() == want.keys()
         for name, (value, cells) in found.items():
             assert value == pytest.approx(want[name].value, abs=1e-9), name
