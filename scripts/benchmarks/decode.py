@@ -4,9 +4,6 @@ Two Llama-like models with random weights: that of the quickstart and one of abo
 Both sides decode greedily, in float32, behind random keys and values of as many tokens as the
 context has. What is timed is the time from one token to the next: its median over steps. The sides
 take turns, BLOCK tokens each, so that what else the machine does falls on both.
-
-Rows of recurrent models have the time of a step behind 512 tokens and behind `recurrent` of them,
-step by step in turn, and their ratio. `most=1` leaves the other rows out.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,10 +21,7 @@ from models.attention.full import Attention
 from models.attention.sliding import Sliding
 from models.carried_state import name_stateful_modules
 from models.feedforward import SwiGLU
-from models.init import initialise
 from models.positions.rope import Rope
-from models.recurrent.delta import GatedDeltaNet
-from models.recurrent.mamba2 import Mamba2
 from models.recurrent.rwkv7 import Rwkv7
 from scripts.benchmarks.attention import parse_into
 from trainer.decoding.token_decoder import TokenDecoder
@@ -37,12 +31,6 @@ BLOCK = 8  # tokens that one side makes before the other does
 EPS = torch.finfo(torch.float32).eps  # of the norms, as nn.RMSNorm has it
 # width, layers, heads, key heads
 MODELS = {"quickstart": (192, 6, 6, 2), "50 M": (640, 10, 10, 2)}
-# of width, heads, number of the layer, layers
-RECURRENT: dict[str, Callable[[int, int, int, int], nn.Module]] = {
-    "rwkv7": Rwkv7,
-    "gated_delta": lambda width, heads, layer, layers: GatedDeltaNet(width, heads),
-    "mamba2": lambda width, heads, layer, layers: Mamba2(width, heads),
-}
 
 
 @dataclass(frozen=True)
@@ -186,7 +174,7 @@ class Clock:
 
 
 def measure(sizes: DecodeSizes, group: Any) -> Iterator[dict]:
-    """A row of figures for each model, batch and context, then for recurrent models."""
+    """A row of figures for each model, batch and context, then for a recurrent model."""
     torch.set_num_threads(sizes.threads)
     for name, shape in MODELS.items():
         theirs, ours = twins(*shape)
@@ -194,8 +182,7 @@ def measure(sizes: DecodeSizes, group: Any) -> Iterator[dict]:
             for context in (512, sizes.longest):
                 if batch * context <= sizes.most:
                     yield {"model": name, **compared(ours, theirs, batch, context, sizes)}
-    for name in RECURRENT:
-        yield from recurrent_steps(name, sizes)
+    yield from recurrent_steps(sizes)
 
 
 def compared(ours: nn.Module, theirs: Any, batch: int, context: int, sizes: DecodeSizes) -> dict:
@@ -264,14 +251,16 @@ def their_steps(model: Any, batch: int, context: int, count: int, clock: Clock) 
     )
 
 
-def recurrent_steps(name: str, sizes: DecodeSizes) -> Iterator[dict]:
-    """A row for each context of a recurrent model of the quickstart's size: a step costs the
-    same."""
+def recurrent_steps(sizes: DecodeSizes) -> Iterator[dict]:
+    """A row for each context of RWKV-7 of the quickstart's size: a step costs the same."""
     width, layers, heads, _ = MODELS["quickstart"]
-    mixers = [RECURRENT[name](width, heads, layer, layers) for layer in range(layers)]
+    mixers = [Rwkv7(width, heads, layer, layers) for layer in range(layers)]
     feedforwards = [SwiGLU(width, 8 * width // 3) for _ in range(layers)]
-    model = initialise(Decoder(VOCABULARY, width, mixers, feedforwards), seed=0).eval()
+    model = Decoder(VOCABULARY, width, mixers, feedforwards).eval()
     name_stateful_modules(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
     contexts = (512, sizes.recurrent)
     decoders = []
     for context in contexts:
@@ -287,7 +276,7 @@ def recurrent_steps(name: str, sizes: DecodeSizes) -> Iterator[dict]:
             times[context].append(perf_counter() - began)
     for context, decoder in zip(contexts, decoders, strict=True):
         yield {
-            "model": name,
+            "model": "rwkv7",
             "batch": 1,
             "context": context,
             "step_ms": 1000 * median(times[context]),
