@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from trainer.config.groups import CONF, choices, groups
+from trainer.config.groups import CONF, choices, files, groups
 
 SHELLS = ("bash", "zsh", "fish")
 COMPLETE = "--complete"
@@ -80,7 +80,7 @@ def keys(word: str) -> Iterator[str]:
     for group in groups():
         if not word.startswith(f"{group}.") or group == "experiment":
             continue
-        for path in (CONF / group).glob("*.yaml"):
+        for path in files(group):
             yield from _leaves(_tree(path), f"{group}.")
 
 

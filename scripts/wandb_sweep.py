@@ -18,6 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, QuotedString
 
 from trainer.config.compose import sweep_words
+from trainer.config.own.folders import own_words
 from trainer.entry import run_command
 from trainer.errors import DONE, UserError
 
@@ -63,7 +64,12 @@ def plan(words: Sequence[str]) -> dict[str, Any]:
         "method": method,
         "metric": {"name": "evaluation/held_out_loss", "goal": "minimize"},
         "parameters": swept,
-        "command": ["${env}", "${interpreter}", "-m", "trainer", "${args_no_hyphens}", *fixed],
+        "command": [
+            *("${env}", "${interpreter}", "-m", "trainer"),
+            *own_words(),
+            "${args_no_hyphens}",
+            *fixed,
+        ],
     }
 
 

@@ -17,7 +17,7 @@ from trainer.config.schema import Config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 CATALOGUE = (ROOT / "docs" / "catalogue.md").read_text(encoding="utf-8")
 # Groups whose settings are all fields of the schema; the others also take those of a class.
 CLOSED = ("parallel", "engine", "launch", "log", "wandb", "checkpoint")
@@ -127,6 +127,32 @@ NOT_COMPOSED = {
     "python -m scripts.parity": "the full product; tests/parallel/drivers/test_parity.py",
     "python -m scripts.parity quick": "minutes; tests/parallel/drivers/test_parity.py",
     "python -m scripts.report sweeps/mine": "needs a sweep; tests/trainer/reports",
+    **dict.fromkeys(
+        [
+            "longspan --config-dir=conf experiment=mine launch.dry_run=true",
+            "longspan --config-dir=conf experiment=mine run_dir=runs/mine",
+            (
+                "torchrun --nproc-per-node=2 -m trainer --config-dir=conf experiment=mine"
+                " parallel.context=2 run_dir=runs/shared"
+            ),
+            (
+                "longspan --config-dir=conf -m experiment=mine mixer.temperature=0.5,2 seed=1,2"
+                " hydra.sweep.dir=sweeps/mine"
+            ),
+            'python -m scripts.generate runs/mine trust=true prompt="import " tokens=20',
+            "python -m scripts.doctor --config-dir=conf experiment=mine parallel.context=2",
+        ],
+        "needs a folder of the reader's own; tests/longspan/test_walk.py",
+    ),
+    "python -m scripts.parity mixer._target_=examples.own_mixer.Cosine": (
+        "30 comparisons; tests/scripts/test_parity.py makes some"
+    ),
+    "python -m scripts.bench part mixer._target_=examples.own_mixer.Cosine tokens=4096": (
+        "tests/scripts/benchmarks/test_part.py"
+    ),
+    "python -m scripts.report sweeps/mine baseline=mixer.temperature=2": (
+        "needs a sweep; tests/trainer/reports/test_comparison.py"
+    ),
     "python -m scripts.report sweeps/quickstart": "needs a sweep; tests/trainer/reports",
 }
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
@@ -293,6 +319,7 @@ def test_files_that_the_pages_name_exist():
         "every_nth",
         "notes",
         "accuracy",
+        "mine",
     }  # files that a how-to page tells the reader to add
     missing = [
         f"{name_of(page)}: {name}"

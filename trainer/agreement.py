@@ -17,6 +17,7 @@ import torch.distributed as dist
 from parallel.engines.base import Engine
 from parallel.engines.replica_checks import compare, compare_tensors, held, split
 from parallel.mesh import Mesh
+from trainer.config.own.source import source_hashes
 from trainer.data.batch import Batch
 from trainer.data.streams.base import Stream
 from trainer.errors import BAD_RUN, UserError
@@ -97,7 +98,11 @@ def agree_on_run(
 ) -> None:
     """Ends a run on every rank where the ranks have built it differently. Collective."""
     when = "after the run was built"
-    facts = {"the settings": settings, "the training data": stream.fingerprint}
+    facts = {
+        "the settings": settings,
+        "the source of your own parts": source_hashes(settings),
+        "the training data": stream.fingerprint,
+    }
     if held_out is not None:
         facts["the held-out data"] = held_out.fingerprint
     agree(mesh, {**facts, "the initial weights": engine.drawn}, when)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from trainer.config.own.folders import searching
 from trainer.data.folders import furnish
 from trainer.errors import UserError
 from trainer.launch.exit_report import SAVED
@@ -28,7 +29,8 @@ def run_command(main: Callable[[list[str]], int], help_text: str | None = None) 
         sys.exit(0)
     try:
         furnish()
-        status = main(words)
+        with searching(words) as settings:
+            status = main(settings)
     except UserError as fault:
         print(fault, file=sys.stderr)
         status = fault.code

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from trainer.config.own.source import save_source
 from trainer.config.schema import Config
 from trainer.data.sources.base import kind_of
 from trainer.errors import BAD_RUN, UserError
@@ -355,8 +356,11 @@ def make_run_dir(directory: Path) -> None:
         ) from error
 
 
-def record(directory: Path, config: Config) -> None:
-    """Writes config.yaml (resolved) and environment.json; each is replaced whole.
+def record(directory: Path, config: Config) -> str:
+    """Writes config.yaml (resolved), environment.json and source/; each file is replaced whole.
+
+    Returns:
+        A remark where the source of the user's own parts is another than at the last start.
 
     Raises:
         UserError: they cannot be written.
@@ -368,6 +372,7 @@ def record(directory: Path, config: Config) -> None:
             yaml.safe_dump(plain_config(config), sort_keys=False, allow_unicode=True),
         )
         replace_inside(directory, ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
+        return save_source(directory, plain_config(config))
     except OSError as error:
         raise UserError(
             f"run_dir={directory} cannot be written: {error.strerror}; make room, or choose"

@@ -28,6 +28,8 @@ from trainer.config.groups import choices, has_choice
 from trainer.config.hub import expand_hub
 from trainer.config.node_checks import normalise_node
 from trainer.config.overrides import sort_words
+from trainer.config.own.folders import search_path
+from trainer.config.own.replaced import drop_replaced
 from trainer.config.schema import Config
 from trainer.errors import UserError
 from trainer.files.limited_reader import vet_yaml
@@ -148,13 +150,17 @@ def _texts(overrides: Sequence[str]) -> Texts:
         key, _, value = word.lstrip("+").partition("=")
         values[key] = value
         if has_choice(key, value):
-            chosen.append(f"{key}={value}")
+            chosen.append(groups.choice_for_hydra(f"{key}={value}"))
     return Texts(values, lambda: _defaults(tuple(chosen)))
 
 
-@lru_cache(maxsize=8)
 def _defaults(chosen: tuple[str, ...]) -> dict[str, Any]:
     """Returns the settings of the chosen groups, or conf/train.yaml where they do not compose."""
+    return _defaults_in(groups.folders(), chosen)
+
+
+@lru_cache(maxsize=8)
+def _defaults_in(folders: tuple[Path, ...], chosen: tuple[str, ...]) -> dict[str, Any]:
     try:
         return _plain(chosen)
     except UserError:
@@ -169,8 +175,9 @@ def _plain(chosen: Sequence[str], values: Sequence[str] = ()) -> dict[str, Any]:
         values: ++KEY=VALUE settings.
     """
     try:
-        _vet(groups.CONF)
-        tree = deepcopy(_composed(groups.CONF, tuple(chosen)))
+        for folder in groups.folders():
+            _vet(folder)
+        tree = deepcopy(_composed(groups.folders(), tuple(chosen)))
         _set_values(tree, values)
         _choose_engine(tree)
         missing = sorted(OmegaConf.missing_keys(tree))
@@ -182,6 +189,7 @@ def _plain(chosen: Sequence[str], values: Sequence[str] = ()) -> dict[str, Any]:
         raise UserError(_reworded(one_line)) from error
     assert isinstance(plain, dict)
     plain.pop("experiment", None)
+    drop_replaced(plain, [*chosen, *values], _defaults)
     expand_hub(plain, [*chosen, *values])
     for key, node in plain.items():
         # The engine is typed in Config, and its module may be slow to import.
@@ -191,15 +199,19 @@ def _plain(chosen: Sequence[str], values: Sequence[str] = ()) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=64)
-def _composed(folder: Path, chosen: tuple[str, ...]) -> DictConfig:
+def _composed(folders: tuple[Path, ...], chosen: tuple[str, ...]) -> DictConfig:
     """Returns the tree of the chosen groups, without the values of single keys.
 
     Cached, because one command composes the same groups several times (for its checks, defaults
     and messages, and a sweep once a job), and Hydra takes a fifth of a second for it. The result
     is shared: copy it before it is changed.
+
+    Args:
+        folders: of configuration, Longspan's first.
+        chosen: as in _plain.
     """
-    with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
-        return hydra_compose("train", list(chosen))
+    with initialize_config_dir(config_dir=str(folders[0]), version_base="1.3"):
+        return hydra_compose("train", [*search_path(), *chosen])
 
 
 def _set_values(tree: DictConfig, values: Sequence[str]) -> None:

@@ -1,24 +1,83 @@
-"""Groups of the configuration folder: the names that can be chosen as GROUP=NAME."""
+"""Groups of the configuration: the names that can be chosen as GROUP=NAME.
 
+They lie in conf/, and in folders of the user's own (trainer/config/own/folders.py), whose names are
+kept in the environment so that ranks, jobs of a sweep and a shell's completion know them too.
+"""
+
+import os
 from pathlib import Path
 
 # Groups whose members stand beside one another, each under its name.
 BY_NAME = ("evaluation", "logger")
 CONF = Path(__file__).resolve().parent.parent.parent / "conf"
+OWN_FOLDERS = "LONGSPAN_CONFIG_PATH"  # of the environment; written as PYTHONPATH is
+RECIPES = "experiment"
+GLOBAL = "# @package _global_"  # Hydra's mark of a file whose keys are those of the whole config
+
+
+def own_folders() -> tuple[Path, ...]:
+    """Returns the user's own folders of configuration, in the order in which they are searched."""
+    entries = os.environ.get(OWN_FOLDERS, "").split(os.pathsep)
+    return tuple(Path(entry) for entry in entries if entry)
+
+
+def folders() -> tuple[Path, ...]:
+    """Returns every folder of configuration, Longspan's first."""
+    return (CONF, *own_folders())
+
+
+def files(group: str) -> list[Path]:
+    """Returns the yaml files of a group, by name."""
+    found = [path for folder in folders() for path in (folder / group).glob("*.yaml")]
+    return sorted(found, key=lambda path: path.stem)
+
+
+def file_of(group: str, name: str) -> Path:
+    """Returns the file of one member of a group; where there is none, where Longspan's would be."""
+    for folder in folders():
+        path = folder / group / f"{name}.yaml"
+        if path.is_file():
+            return path
+    return CONF / group / f"{name}.yaml"
 
 
 def choices(group: str) -> list[str]:
     """Returns the names of a group, as in mixer=NAME."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    return [path.stem for path in files(group)]
 
 
 def groups() -> list[str]:
     """Returns the groups that can be chosen, as in GROUP=NAME."""
-    names = []
+    names = set()
     for path in CONF.iterdir():
         if path.is_dir() and any(path.glob("*.yaml")):
-            names.append(path.name)
-    return sorted(names)
+            names.add(path.name)
+    for folder in own_folders():
+        for path in folder.rglob("*.yaml"):
+            names.add(path.parent.relative_to(folder).as_posix())
+    # Files in a folder of configuration itself are of no group.
+    return sorted(names - {"."})
+
+
+def is_own_group(group: str) -> bool:
+    """Tells whether a group is the user's own, so that conf/train.yaml does not choose in it."""
+    return is_folder(group) and not any((CONF / group).glob("*.yaml"))
+
+
+def choice_for_hydra(word: str) -> str:
+    """Returns GROUP=NAME as Hydra is to read it: what conf/train.yaml does not choose is added."""
+    plain = word.lstrip("+")
+    return f"+{plain}" if is_own_group(plain.partition("=")[0]) else plain
+
+
+def is_recipe(group: str, name: str) -> bool:
+    """Tells whether a member of a group sets keys of the whole config, as an experiment does."""
+    if not has_choice(group, name):
+        return False
+    if group == RECIPES:
+        return True
+    path = file_of(group, name)
+    return is_own_group(group) and path.read_text(encoding="utf-8").lstrip().startswith(GLOBAL)
 
 
 def is_hydra_key(key: str) -> bool:

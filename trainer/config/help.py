@@ -135,7 +135,7 @@ def _keys(part: BaseModel, prefix: str, files: list[Path]) -> list[str]:
 
 def _files(place: str, files: list[Path]) -> list[Path]:
     """Returns the files with comments about a part: those of all its members come last."""
-    return [*files, *sorted((groups.CONF / place.strip(".")).glob("*.yaml"))]
+    return [*files, *groups.files(place.strip("."))]
 
 
 def _part(config: Config, group: str, name: str) -> str:
@@ -147,7 +147,7 @@ def _part(config: Config, group: str, name: str) -> str:
         return "\n\n".join(_node(config, f"{group}.{each}", each) for each in names)
     if group == "experiment":
         tree = config.model_dump(mode="json", by_alias=True)
-        path = groups.CONF / group / f"{name}.yaml"
+        path = groups.file_of(group, name)
         rows = [f"experiment={name}", *_about_file(path)]
         for word in (entry.key for entry in keys_of_file(path)):
             rows += describe(word, value_at(tree, word), files_of(path), None).lines(WIDTH)
@@ -157,7 +157,7 @@ def _part(config: Config, group: str, name: str) -> str:
 
 def _node(config: Config, where: str, name: str) -> str:
     group = where.partition(".")[0]
-    path = groups.CONF / group / f"{name}.yaml"
+    path = groups.file_of(group, name)
     tree = config.model_dump(mode="json", by_alias=True)
     node = value_at(tree, where)
     rows = [f"{group}={name}", *_about_file(path)]
@@ -215,7 +215,7 @@ def _key(config: Config, key: str) -> str:
     if key in groups.groups():
         rows = [f"{key}=NAME"]
         for name in choices(key):
-            about = _about_file(groups.CONF / key / f"{name}.yaml")
+            about = _about_file(groups.file_of(key, name))
             rows.append(f"    {name:20}{about[0].strip() if about else ''}".rstrip())
         return "\n".join(rows)
     tree = config.model_dump(mode="json", by_alias=True)
@@ -238,7 +238,7 @@ def _key(config: Config, key: str) -> str:
 
 def _members_of(group: str, node: dict[str, Any] | None) -> list[Path]:
     """Returns the yaml files of a group that name the class of a node; of no node, all of them."""
-    paths = sorted((groups.CONF / group).glob("*.yaml"))
+    paths = groups.files(group)
     if node is None:
         return paths
     return [path for path in paths if yaml_file(path).get(TARGET) == node[TARGET]]

@@ -222,7 +222,7 @@ def files_of(path: Path) -> list[Path]:
     """Returns the yaml files that have comments about the keys of a file, the nearest first."""
     files = [groups.CONF / "train.yaml", groups.CONF / "model" / "decoder.yaml"]
     for group in groups.BY_NAME:
-        files += sorted((groups.CONF / group).glob("*.yaml"))
+        files += groups.files(group)
     # The comments of an experiment say why it sets a key, not what the key is.
     return [*files, path] if path.parent.name == "experiment" else [*inherited(path), *files]
 

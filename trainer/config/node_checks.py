@@ -37,9 +37,7 @@ def find_class(target: str, where: str) -> type:
     try:
         module, name = import_module_of(target)
     except ImportError as error:
-        raise UserError(
-            f"{where}.{TARGET}={target}: {error}; name a class as package.module.Class"
-        ) from error
+        raise UserError(f"{where}.{TARGET}={target}: {error}") from error
     found = getattr(module, name, None)
     if not isinstance(found, type):
         known = [
@@ -123,9 +121,10 @@ def node_errors(
     ]
     for key, each in known.items():
         if each.default is inspect.Parameter.empty and key not in asked and key not in offers:
+            offered = f" (the run gives a class here {', '.join(offers)})" if offers else ""
             faults.append(
                 f"{where}.{key}: {kind.__name__} needs it and it is not set; write"
-                f" {where}.{key}=VALUE"
+                f" {where}.{key}=VALUE{offered}"
             )
     hints = annotations(kind)
     for key, value in asked.items():

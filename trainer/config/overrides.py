@@ -83,7 +83,7 @@ def _append(result: SortedWords, override: Override, spelled: str) -> None:
     if is_hydra_key(key) or override.package:
         result.chosen.append(spelled)
     elif groups.is_folder(key) or override.is_delete():
-        result.chosen.append(spelled.lstrip("+"))
+        result.chosen.append(groups.choice_for_hydra(spelled))
     else:
         # Forced in by ++, so that one place alone judges whether a key is known: Config and the
         # signatures of the classes. Hydra would refuse it with a message of its own.

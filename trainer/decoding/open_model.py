@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from models.cache.base import KVCacheFactory
-from trainer.config.groups import CONF
+from trainer.config.groups import choices, file_of
 from trainer.config.instantiate import instantiate
 from trainer.config.node_checks import as_node
 from trainer.config.schema import Config
@@ -84,11 +84,11 @@ def named_cache(config: Config, name: str | None, settings: Mapping[str, Any]) -
     """
     node = as_node(config.cache)
     if name is not None:
-        names = sorted(path.stem for path in (CONF / "cache").glob("*.yaml"))
+        names = choices("cache")
         if name not in names:
             raise UserError(f"unknown cache={name}; choose one of {', '.join(names)}")
         try:
-            loaded = OmegaConf.to_container(OmegaConf.load(CONF / "cache" / f"{name}.yaml"))
+            loaded = OmegaConf.to_container(OmegaConf.load(file_of("cache", name)))
         except (OSError, OmegaConfBaseException) as error:
             raise UserError(f"cache={name}: {error}") from error
         assert isinstance(loaded, dict)

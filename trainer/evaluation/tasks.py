@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from models.ranges import Range
 from trainer.config.finding import Finding
-from trainer.config.groups import CONF, choices
+from trainer.config.groups import choices, file_of
 from trainer.config.node_checks import as_node, nearest, node_errors
 from trainer.config.schema import Config
 from trainer.config.values import TARGET
@@ -148,7 +148,7 @@ class Tasks(Evaluation):
         elif "." in self.task:
             node = {TARGET: self.task}
         else:
-            plain = OmegaConf.to_container(OmegaConf.load(CONF / "data" / f"{self.task}.yaml"))
+            plain = OmegaConf.to_container(OmegaConf.load(file_of("data", self.task)))
             assert isinstance(plain, Mapping), "a file of a group is a mapping"
             node = {str(key): setting for key, setting in plain.items()}
         node |= self.settings
@@ -161,7 +161,7 @@ def task_names() -> list[str]:
     """Returns the names of conf/data/ that are tasks."""
     names = []
     for name in choices("data"):
-        node = OmegaConf.load(CONF / "data" / f"{name}.yaml")
+        node = OmegaConf.load(file_of("data", name))
         if ".tasks." in str(OmegaConf.select(node, TARGET)):
             names.append(name)
     return names

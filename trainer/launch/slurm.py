@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from trainer.config.finding import Finding
+from trainer.config.own.folders import own_words
 from trainer.config.schema import Config, LaunchConfig
 from trainer.errors import UserError
 from trainer.files.safe_files import replace_inside
@@ -164,7 +165,8 @@ def _commands(config: Config, path: Path, words: Sequence[str]) -> Iterator[str]
     wish = config.launch
     each = config.parallel.ranks // wish.nodes * wish.cores
     quoted = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    kept = [word for word in words if word.lstrip("+").partition("=")[0] not in OWN]
+    kept = own_words()
+    kept += [word for word in words if word.lstrip("+").partition("=")[0] not in OWN]
     settings = [*kept, f"run_dir='{quoted}'"]
     start = f'exec {shlex.quote(sys.executable)} -u -m trainer {IN_JOB} "$SLURM_NODEID" "$@"'
     again = "yes" if wish.requeue else ""

@@ -32,7 +32,8 @@ def check(words: str | Sequence[str]) -> list[str]:
         A message for each fault; none where the run could start.
     """
     try:
-        load_config(settings_of(words), say=lambda line: None)
+        with settings_of(words) as settings:
+            load_config(settings, say=lambda line: None)
     except UserError as error:
         return str(error).splitlines()
     return []
@@ -50,13 +51,14 @@ def build(words: str | Sequence[str] = "") -> LoadedModel:
     Raises:
         UserError: a line for each fault.
     """
-    config = load_config(settings_of(words), say=lambda line: None)
-    return LoadedModel(
-        initial_model(config),
-        build_source(as_node(config.data)).tokenizer(),
-        config,
-        build_cache(config),
-    )
+    with settings_of(words) as settings:
+        config = load_config(settings, say=lambda line: None)
+        return LoadedModel(
+            initial_model(config),
+            build_source(as_node(config.data)).tokenizer(),
+            config,
+            build_cache(config),
+        )
 
 
 def initial_model(config: Config) -> nn.Module:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from trainer.config.schema import Config
 from trainer.config.stages import plan_of
 from trainer.errors import BUG, UserError
 from trainer.library.train import environment_of_ranks
@@ -29,7 +30,11 @@ def examine(words: str | Sequence[str]) -> list[Diagnosis]:
     Raises:
         UserError: settings that cannot be honoured, or ranks that ended in an error.
     """
-    config = load_config(settings_of(words), say=lambda line: None)
+    with settings_of(words) as settings:
+        return _examine(load_config(settings, say=lambda line: None))
+
+
+def _examine(config: Config) -> list[Diagnosis]:
     stages = [plain_config(stage.config) for stage in plan_of(config)]
     with environment_of_ranks():
         # A process of its own: spawning from this one would run the caller's script again.

@@ -65,8 +65,12 @@ def train(words: str | Sequence[str]) -> TrainedRun:
         UserError: settings that cannot be honoured, or a run that failed or was stopped; `code` is
             the exit status that the command would have had.
     """
-    settings = settings_of(words)
     furnish()
+    with settings_of(words) as settings:
+        return _train(settings)
+
+
+def _train(settings: Sequence[str]) -> TrainedRun:
     try:
         start = starters.started()
     except starters.Incomplete as error:

@@ -14,7 +14,7 @@ from parallel.context_parallel import refusals, unreachable
 from parallel.engines.expert_sharding import unshared
 from trainer.config import build_model, instantiate
 from trainer.config.finding import Finding
-from trainer.config.groups import CONF
+from trainer.config.groups import files
 from trainer.config.node_checks import node_errors
 from trainer.config.schema import ComponentConfig, Config
 from trainer.config.size_limits import check_model_memory
@@ -103,7 +103,7 @@ def check_memory_name(config: Config) -> Iterator[Finding]:
     """
     memory = config.memory
     targets: dict[str, str] = {}
-    for path in (CONF / "memory").glob("*.yaml"):
+    for path in files("memory"):
         targets[path.stem] = str(OmegaConf.load(path)[TARGET])  # pyright: ignore
     own_names = [name for name, target in targets.items() if target == memory.target]
     fact = f"does not belong to memory._target_={memory.target}"

@@ -92,7 +92,8 @@ def write_record(config: Config, path: Path) -> None:
     errors = run_dir.check_run_dir(config)
     if errors:
         raise UserError("\n".join(errors))
-    run_dir.record(path, config)
+    if remark := run_dir.record(path, config):
+        print(remark, file=sys.stderr, flush=True)
 
 
 def rendezvous_of(config: Config, path: Path) -> Nodes | None:

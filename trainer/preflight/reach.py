@@ -8,7 +8,7 @@ from models.positions.base import Position
 from models.positions.none import NoPosition
 from trainer.config import build_model, instantiate
 from trainer.config.compose import compose
-from trainer.config.groups import CONF
+from trainer.config.groups import files
 from trainer.config.schema import Config
 from trainer.config.values import TARGET
 from trainer.errors import UserError
@@ -146,7 +146,7 @@ def _takers(key: str) -> str:
     """Returns the list of mixers or models of conf/ that take a size, for a message."""
     for group in ("model",) if key in ("width", "layers", "ffn") else ("mixer",):
         takers = []
-        for path in sorted((CONF / group).glob("*.yaml")):
+        for path in files(group):
             node = OmegaConf.to_container(OmegaConf.load(path))
             target = str(
                 node[TARGET]

@@ -25,6 +25,7 @@ from trainer import run_dir
 from trainer.config.compose import sweep_words
 from trainer.config.groups import CONF
 from trainer.config.overrides import MULTIRUN_WORDS
+from trainer.config.own.folders import own_words, search_path
 from trainer.config.schema import Config
 from trainer.errors import BUG, UserError
 from trainer.errors import DONE as WELL
@@ -98,7 +99,8 @@ def run_sweep(words: Sequence[str], command: Sequence[str] = COMMAND) -> int:
         with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
             hydra: Any = GlobalHydra.instance().hydra
         try:
-            hydra.multirun("train", running, settings, with_log_configuration=False)
+            words_of_hydra = [*search_path(), *settings]
+            hydra.multirun("train", running, words_of_hydra, with_log_configuration=False)
         except SweepFailed as failed:
             print(f"the sweep goes no further: {failed}", file=sys.stderr)
         except SweepStopped as stopped:
@@ -286,7 +288,7 @@ class Sweep:
             ranks = f"{configs[job.number].parallel.ranks} rank(s)"
             print(
                 f"job {job.number}: {ranks}, {job.directory}:"
-                f" {shlex.join([*self.command, *arguments(job)])}"
+                f" {shlex.join([*self.command, *own_words(), *arguments(job)])}"
             )
         assert self.plan is not None
         if jobs and all(configs[job.number].launch.name == "slurm" for job in jobs):
@@ -322,9 +324,8 @@ class Sweep:
         ]
         if left:
             again = [word for word in words if not word.startswith("hydra.sweep.dir=")]
-            command = shlex.join(
-                ["python", "-m", "trainer", *again, f"hydra.sweep.dir={self.plan.directory}"]
-            )
+            again = [*own_words(), *again, f"hydra.sweep.dir={self.plan.directory}"]
+            command = shlex.join(["python", "-m", "trainer", *again])
             which = f"{len(left)} of {len(ended)} jobs not done ({', '.join(map(str, left))})"
             print(f"{which}; to go on with those: {command}", file=sys.stderr)
         return code or (BUG if left else WELL)

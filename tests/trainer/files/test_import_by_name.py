@@ -1,5 +1,6 @@
 """A class that cannot be imported is one message, wherever a config names it."""
 
+import importlib
 import sys
 
 import pytest
@@ -49,3 +50,38 @@ def test_a_module_that_fails_says_why(code, tmp_path, monkeypatch):
 def test_a_dotted_name_gives_the_module_and_the_last_word():
     module, name = import_module_of("trainer.errors.UserError")
     assert getattr(module, name) is UserError
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nosuch.layers", None, r"there is no module nosuch.layers; looked for in .*{home}.*start"),
+        (
+            "ownpackage.nosuch",
+            None,
+            r"no module nosuch in {home}/ownpackage; name a class",
+        ),
+        ("ownmodule.inner", None, r"ownmodule is a module and no package, so there is"),
+        ("ownfault", "import json\nx = (\n", r"SyntaxError: .*ownfault.py, line 2\)"),
+        ("ownfault", "\nimport notthere\n", r"FoundError: .*notthere.*ownfault.py, line 2\)"),
+        ("ownfault", "def f():\n    1 / 0\nf()\n", r"DivisionError: .*ownfault.py, line 2\)"),
+        ("ownfault", "import sys\nsys.exit(3)\n", r"raised SystemExit: 3 .*line 2\); mend that"),
+    ],
+)
+def test_a_module_says_why_it_cannot_be_imported_and_where(
+    name, content, message, tmp_path, monkeypatch
+):
+    (tmp_path / "ownpackage").mkdir()
+    (tmp_path / "ownpackage" / "__init__.py").touch()
+    (tmp_path / "ownmodule.py").touch()
+    if content is not None:
+        (tmp_path / f"{name}.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    try:
+        with pytest.raises(ImportError, match=message.format(home=tmp_path)) as error:
+            import_module_of(f"{name}.Part")
+        assert len(str(error.value).splitlines()) == 1
+    finally:
+        for module in ("ownpackage", "ownmodule"):
+            sys.modules.pop(module, None)

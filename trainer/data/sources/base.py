@@ -204,10 +204,18 @@ def build_source(data: Mapping[str, Any] | Source) -> Source:
     settings = dict(data)
     target = settings.pop("_target_", None)
     kind = kind_of(target)
-    unknown = [key for key in settings if key not in inspect.signature(kind).parameters]
+    takes = inspect.signature(kind).parameters
+    unknown = [key for key in settings if key not in takes]
     if unknown:
-        known = ", ".join(inspect.signature(kind).parameters)
-        raise ValueError(f"data.{unknown[0]} is not a setting of {target}; it takes {known}")
+        raise ValueError(
+            f"data.{unknown[0]} is not a setting of {target}; it takes {', '.join(takes)}"
+        )
+    for key, parameter in takes.items():
+        named = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if named and parameter.default is parameter.empty and key not in settings:
+            raise ValueError(
+                f"data.{key}: {kind.__name__} needs it and it is not set; write data.{key}=VALUE"
+            )
     return kind(**settings)
 
 
@@ -219,7 +227,7 @@ def kind_of(target: Any) -> type[Source]:
         kind = getattr(module, name)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"data._target_={target} cannot be imported ({error}); use data=stdlib, files or hub"
+            f"data._target_={target} cannot be imported: {error}; use data=stdlib, files or hub"
         ) from error
     if not (inspect.isclass(kind) and issubclass(kind, Source)):
         raise ValueError(
