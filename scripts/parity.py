@@ -1,19 +1,26 @@
-"""python -m scripts.parity [quick]: every mixer, cut in every way, against one device; prints the
-table of the README.
+"""python -m scripts.parity [quick] | KEY=VALUE ...: layers cut over ranks against one device.
 
-A cell is the largest relative difference of any output or gradient in float64, over all layouts and
-2, 3 and 4 ranks; `quick` takes a covering part of them. Exit status 1 when one is above its bound,
-in float64 or in float32.
+Without words: every mixer of Longspan, cut in every way; prints the table of the README. A cell is
+the largest relative difference of any output or gradient in float64, over all layouts and 2, 3 and
+4 ranks; `quick` takes a covering part of them.
+
+With settings of a run, as mixer._target_=mine.Averaged or mixer=sliding: the small twin of that
+model, its losses and all gradients, under every method and layout on 2, 3 and 4 ranks.
+
+Exit status 1 when a figure is above its bound, 2 for settings that are refused.
 """
 
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 from trainer.entry import run_command
+from trainer.errors import BAD_CONFIG, UserError
+from trainer.verify.part_parity import METHODS, Comparison, compare_part
 
 TESTS = Path(__file__).parents[1] / "tests" / "parallel" / "drivers" / "test_parity.py"
 
@@ -38,9 +45,10 @@ def outcomes(words: list[str]) -> list[tuple[list[str], dict[str, float] | None]
 
 
 def main(words: list[str]) -> int:
-    if words not in ([], ["quick"]):
-        print("python -m scripts.parity takes no words but `quick`", file=sys.stderr)
-        return 2
+    if words and words != ["quick"]:
+        return part(words)
+    if not TESTS.is_file():
+        raise UserError(f"the table needs {TESTS}, of a checkout; give settings, as mixer=sliding")
     cells: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for (mixer, method, *_), values in outcomes(["-k", "not every"] if words else []):
         cells[mixer][method].append(values)
@@ -55,16 +63,37 @@ def main(words: list[str]) -> int:
     return int(failed > 0 or not cases)
 
 
+def part(words: Sequence[str]) -> int:
+    """Compares the model of some settings in every way and prints a table; returns the status."""
+    if wrong := [word for word in words if word.lstrip("+").startswith("parallel.")]:
+        print(f"{wrong[0]}: every way is tried; leave it out", file=sys.stderr)
+        return BAD_CONFIG
+    found = list(compare_part(words))
+    rows = list(dict.fromkeys((each.layout, each.ranks) for each in found))
+    print(f"| layout | ranks | {' | '.join(METHODS)} |\n|{'---|' * (2 + len(METHODS))}")
+    for layout, ranks in rows:
+        here = {each.method: each for each in found if (each.layout, each.ranks) == (layout, ranks)}
+        print(f"| {layout} | {ranks} | {' | '.join(_shown(here.get(m)) for m in METHODS)} |")
+    for refusal in dict.fromkeys(each.refusal for each in found if each.refusal):
+        print(f"\n-: {refusal}")
+    compared = [each for each in found if each.figure is not None]
+    failed = sum(not each.passed for each in compared)
+    print(f"\n{len(compared)} cases, {failed} failed")
+    return int(failed > 0 or not compared)
+
+
+def _shown(case: Comparison | None) -> str:
+    if case is None or case.figure is None:
+        return "-"
+    return f"{case.figure:.0e}{'' if case.passed else ' FAULT'}"
+
+
 def _cell(some: list) -> str:
     """The worst float64 difference of some cases, or how many failed."""
     failed = sum(values is None for values in some)
-    return (
-        f"FAILED {failed}/{len(some)}"
-        if failed
-        else f"{max(v['float64'] for v in some):.0e}"
-        if some
-        else "-"
-    )
+    if failed:
+        return f"FAILED {failed}/{len(some)}"
+    return f"{max(values['float64'] for values in some):.0e}" if some else "-"
 
 
 if __name__ == "__main__":

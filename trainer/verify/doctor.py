@@ -166,7 +166,7 @@ class Examination:
 
     def findings(self) -> Iterator[Diagnosis]:
         """Yields every line of the table, the same on every rank."""
-        yield from self._check_parity()
+        yield from self.parity()
         before = self._logits(self.tokens)
         yield from self._check_changes(before)
         yield from self._check_source(before)
@@ -205,7 +205,7 @@ class Examination:
         subject = "rows of a document whose source changed"
         yield Diagnosis("source", subject, figure, LEAST_MOVE, figure > LEAST_MOVE, "must move")
 
-    def _check_parity(self) -> Iterator[Diagnosis]:
+    def parity(self) -> Iterator[Diagnosis]:
         """Compares losses and gradients; with a memory, of two rows that follow each other."""
         spans = [self.span]
         states = (None, None)
