@@ -214,6 +214,8 @@ def _interpret(arguments: Sequence[str]) -> NoReturn:
 
 def _program(words: Sequence[str]) -> None:
     first, *rest = words
+    # As the interpreter does it; the server's own entries stay behind.
+    sys.path.insert(0, os.getcwd() if first in ("-m", "-c") else os.path.dirname(first))
     if first == "-m":
         sys.argv = rest
         sys.modules.pop(f"{rest[0]}.__main__", None)
