@@ -136,7 +136,7 @@ NOT_COMPOSED = {
                 " parallel.context=2 run_dir=runs/shared"
             ),
             (
-                "longspan --config-dir=conf -m experiment=mine mixer.temperature=0.5,2 seed=1,2"
+                "longspan --config-dir=conf -m experiment=mine mixer.temperature=0.5,2"
                 " hydra.sweep.dir=sweeps/mine"
             ),
             'python -m scripts.generate runs/mine trust=true prompt="import " tokens=20',
@@ -144,6 +144,7 @@ NOT_COMPOSED = {
         ],
         "needs a folder of the reader's own; tests/longspan/test_walk.py",
     ),
+    "python -m scripts.report": "names the command; tests/trainer/reports",
     "python -m scripts.parity mixer._target_=examples.own_mixer.Cosine": (
         "30 comparisons; tests/scripts/test_parity.py makes some"
     ),

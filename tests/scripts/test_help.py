@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from trainer import entry
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 COMMANDS = [
     *(path.stem for path in SCRIPTS.glob("*.py") if path.stem != "__init__"),
@@ -21,6 +23,8 @@ COMMANDS = [
 def test_help_is_printed_and_nothing_is_done(name, word, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [name, word])
+    # It would write to the terminal itself, past what pytest reads.
+    monkeypatch.setattr(entry, "protect", lambda: None)
     place = f"scripts.{name}"
     if (SCRIPTS / name).is_dir():
         place += ".__main__"

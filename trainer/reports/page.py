@@ -6,15 +6,19 @@ from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from trainer.files.safe_files import make_inside, replace_inside
 from trainer.logs.console import count
+from trainer.reports.comparison import baseline_part, settings_part
 from trainer.reports.evaluation_plots import draw_evaluations
 from trainer.reports.markdown import markdown
-from trainer.reports.plots import by_position, draw
+from trainer.reports.plots import by_position, draw, figures
 from trainer.reports.runs import RunRecord, collect
+from trainer.reports.sheet import NARROW, png
+from trainer.reports.tables import UNKNOWN_CELL, WIDEST, PageRow, table, tables
 from trainer.reports.variants import Spread, Variant, variants
 
-WIDEST = 12  # columns of figures that fit a page of 1,280 pixels
 PLACE = "report"
 PAGE = "index.html"
 TABLE = "variants.md"
@@ -27,12 +31,14 @@ h1, h2 { font-weight: 600; }
 h1 { font-size: 1.5rem; }
 h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 .wide { overflow-x: auto; }
+th:first-child, td:first-child {
+  position: sticky; left: 0; background: #fff; max-width: 45vw;
+}
 table {
   border-collapse: collapse; font: 13px/1.4 system-ui, sans-serif;
   font-variant-numeric: tabular-nums;
 }
 td { white-space: nowrap; }
-th { overflow-wrap: anywhere; }
 th, td {
   padding: .3rem .45rem; border-bottom: 1px solid #e2e8f0;
   text-align: right; vertical-align: top;
@@ -41,10 +47,15 @@ th { color: #4a5568; font-weight: 600; border-bottom: 2px solid #cbd5e0; }
 td.words, th.words {
   text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 6rem;
 }
-tr.bad td { background: #fff5f5; }
+tr.bad td, tr.bad td:first-child { background: #fff5f5; }
 code { font: 13px/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; }
 p.small { color: #4a5568; font-size: 13px; }
+.wide img { max-width: none; min-width: 40rem; width: 100%; }
+@media (max-width: 760px) {
+  body { margin: 1rem auto; padding: 0 .6rem; }
+  picture img { width: 100%; }
+}
 """
 TITLES = {
     "curves": "Learning curves",
@@ -59,23 +70,26 @@ NOTE = (
     " sends most, in one step, to share sequences and experts (gradients are not among them). - is"
     " not known."
 )
-UNKNOWN_CELL = "-"
 Column = tuple[str, Callable[[Variant], str]]
-PageRow = tuple[bool, list[str]]  # all runs finished, and the cells; the first of them is text
 
 
-def write(directory: Path) -> Path:
+def write(directory: Path, baseline: str | None = None) -> Path:
     """Writes the report of a run or a sweep into its report/, with the variants as markdown.
+
+    Args:
+        directory: of the run or the sweep.
+        baseline: name of the variant, or of a run of it, that all others are compared with.
 
     Returns:
         The path of the page.
 
     Raises:
-        UserError: the directory holds no run.
+        UserError: the directory holds no run, or no such baseline.
         OSError: the report cannot be written.
     """
     runs = collect(directory)
     rows = variants(runs)
+    compared = baseline_part(rows, baseline)
     folder = directory / PLACE
     make_inside(directory, PLACE)
     plots = draw(rows, folder)
@@ -85,32 +99,46 @@ def write(directory: Path) -> Path:
         head.append(name)
     head.append("state")
     page_rows = _variant_rows(rows)
-    table = markdown([head, *(cells for _, cells in page_rows)])
-    replace_inside(directory, f"{PLACE}/{TABLE}", table + "\n")
+    in_markdown = markdown([head, *(cells for _, cells in page_rows)])
+    replace_inside(directory, f"{PLACE}/{TABLE}", in_markdown + "\n")
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{_summary(runs)}</p>",
+        *settings_part(rows),
         "<h2>Variants</h2>",
-        *_tables(head, page_rows),
+        *tables(head, page_rows),
         f'<p class="small">{escape(NOTE)}</p>',
+        *compared,
     ]
+    narrow = figures(rows, NARROW)
     for name, path in plots.items():
-        # Inside the page, so that it can be sent as a single file.
-        data = base64.b64encode(path.read_bytes()).decode()
         parts.append(f"<h2>{TITLES[name]}</h2>")
-        parts.append(f'<img alt="{TITLES[name]}" src="data:image/png;base64,{data}">')
+        parts.append(_picture(TITLES[name], path.read_bytes(), narrow[name]))
         if name == "by_position":
             parts.append(_position_table(rows))
     for name, path in draw_evaluations(rows, folder).items():
-        data = base64.b64encode(path.read_bytes()).decode()
         parts.append(f"<h2>{escape(name)}</h2>")
-        parts.append(f'<img alt="{escape(name)}" src="data:image/png;base64,{data}">')
+        parts.append(f'<div class="wide">{_picture(name, path.read_bytes(), None)}</div>')
     parts.append("<h2>Runs and their commands</h2>")
-    parts.append(_table(["run", "loss", "held out", "state", "command"], _run_rows(runs)))
+    parts.append(table(["run", "loss", "held out", "state", "command"], _run_rows(runs)))
     top = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     body = "\n".join(parts)
     page = f'<!doctype html>\n<html lang="en"><head>{top}</head><body>\n{body}\n</body></html>\n'
     return replace_inside(directory, f"{PLACE}/{PAGE}", page)
+
+
+def _picture(name: str, content: bytes, narrow: Figure | None) -> str:
+    """Returns a picture, and one with a panel below the other for narrow screens."""
+    # Inside the page, so that it can be sent as a single file.
+    image = f'<img alt="{escape(name)}" src="{_data(content)}">'
+    if narrow is None:
+        return image
+    source = f'<source media="(max-width: 760px)" srcset="{_data(png(narrow))}">'
+    return f"<picture>{source}{image}</picture>"
+
+
+def _data(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 def _summary(runs: Sequence[RunRecord]) -> str:
@@ -221,58 +249,10 @@ def _position_table(rows: Sequence[Variant]) -> str:
                 cells.append(short(losses.get(position, math.nan), ".3f"))
             page_rows.append((True, cells))
         names = [name for name, _ in losses_by_variant]
-        return "\n".join(_tables(["position", *names], page_rows))
+        return "\n".join(tables(["position", *names], page_rows))
     for name, losses in losses_by_variant:
         cells = [name]
         for position in ordered:
             cells.append(short(losses.get(position, math.nan), ".3f"))
         page_rows.append((True, cells))
-    return _table(["position", *head], page_rows)
-
-
-def _tables(head: Sequence[str], rows: Sequence[PageRow]) -> list[str]:
-    """Splits a table into as few as fit the page; each repeats the first column."""
-    figures = len(head) - 1
-    tables_needed = max(1, -(-figures // WIDEST))
-    width = -(-figures // tables_needed)
-    tables = []
-    for begin in range(1, len(head), width):
-        end = min(begin + width, len(head))
-        part = []
-        for finished, cells in rows:
-            part.append((finished, [cells[0], *cells[begin:end]]))
-        tables.append(_table([head[0], *head[begin:end]], part))
-    return tables
-
-
-def _table(head: Sequence[str], rows: Sequence[PageRow]) -> str:
-    """Returns an HTML table; the first column and states are text, commands are code."""
-    header = "".join(_cell("th", index, name, name) for index, name in enumerate(head))
-    lines = [f"<tr>{header}</tr>"]
-    for finished, cells in rows:
-        opening = "<tr>" if finished else '<tr class="bad">'
-        body = ""
-        for index, text in enumerate(cells):
-            body += _cell("td", index, head[index], text)
-        lines.append(f"{opening}{body}</tr>")
-    return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>"
-
-
-def _cell(tag: str, index: int, column: str, text: str) -> str:
-    """Returns one cell of a table.
-
-    Args:
-        tag: th or td.
-        index: of the column.
-        column: its name.
-        text: not yet escaped.
-    """
-    content = escape(text)
-    if column == "command" and tag == "td":
-        content = f"<code>{content}</code>"
-    attributes = ""
-    if column == "state":
-        attributes = ' class="words state"'
-    elif index == 0 or column == "command":
-        attributes = ' class="words"'
-    return f"<{tag}{attributes}>{content}</{tag}>"
+    return table(["position", *head], page_rows)

@@ -3,7 +3,7 @@
 import math
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -42,6 +42,8 @@ class RunRecord:
         name: of its folder.
         label: the settings in which it differs from the other runs.
         settings: all that were given.
+        seed: of the run; None where it is not known.
+        config: as it was recorded.
         finished: it reached its last step in order.
         state: how it ended, or how far it got, in words.
         command: starts the same run.
@@ -66,6 +68,8 @@ class RunRecord:
     name: str
     label: str = ""
     settings: tuple[str, ...] = ()
+    seed: int | None = None
+    config: dict[str, Any] = field(default_factory=dict)
     finished: bool = False
     state: str = "not started"
     command: str = ""
@@ -168,6 +172,7 @@ def _read_settings(directory: Path, run: RunRecord) -> dict[str, Any]:
     """Reads the settings of a job from its sweep's note, else from the recorded command."""
     settings = ()
     label = run.name
+    config: dict[str, Any] = {}
     has_environment = (directory / ENVIRONMENT).is_file()
     if (directory / OUTCOME).is_file():
         settings = tuple(json_object(directory / OUTCOME, follow=False)["settings"])
@@ -178,7 +183,8 @@ def _read_settings(directory: Path, run: RunRecord) -> dict[str, Any]:
             added += OF_SWEEP
         settings = tuple(word for word in words[1:] if "=" in word and not word.startswith(added))
     if (directory / CONFIG).is_file():
-        label = yaml_file(directory / CONFIG, follow=False)["name"]
+        config = yaml_file(directory / CONFIG, follow=False)
+        label = config["name"]
     public_settings = [word_without_secrets(word.lstrip("+")) for word in settings]
     command = ""
     if settings or has_environment:
@@ -186,9 +192,19 @@ def _read_settings(directory: Path, run: RunRecord) -> dict[str, Any]:
     return {
         "settings": tuple(essence(public_settings)),
         "label": label,
+        "config": config,
+        "seed": _seed(config, public_settings),
         "command": command,
         "state": "started",
     }
+
+
+def _seed(config: Mapping[str, Any], settings: Sequence[str]) -> int | None:
+    """Returns the seed of a run; of one without a config, that of its settings."""
+    if "seed" in config:
+        return int(config["seed"])
+    seeds = [word.removeprefix("seed=") for word in settings if word.startswith("seed=")]
+    return int(seeds[-1]) if seeds and seeds[-1].isdecimal() else None
 
 
 def _read_summary(directory: Path, run: RunRecord) -> dict[str, Any]:

@@ -11,11 +11,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from scripts.report import main
 from tests.support.run_folders import sweep, trained
 from trainer.reports import plots
+from trainer.reports.cost_plots import draw_costs
 from trainer.reports.runs import collect
+from trainer.reports.sheet import NARROW, WIDE
+from trainer.reports.tables import table
 from trainer.reports.variants import variants
 from trainer.sweep.jobs import JobOutcome
 
-EMPTY = ("meta", "img")  # elements that have no end
+EMPTY = ("meta", "img", "source", "wbr")  # elements that have no end
 
 
 def points(line) -> list[tuple[float, float]]:
@@ -32,6 +35,7 @@ class Page(HTMLParser):
         self.rows: list[list[str]] = []
         self.kinds: list[str] = []
         self.images: list[bytes] = []
+        self.narrow: list[bytes] = []
         self.addresses: list[str] = []
         self.feed(text)
         self.close()
@@ -46,10 +50,11 @@ class Page(HTMLParser):
             self.kinds.append(told.get("class", ""))
         if tag in ("td", "th"):
             self.rows[-1].append("")
-        if tag == "img":
-            head, _, data = told["src"].partition(",")
+        if tag in ("img", "source"):
+            head, _, data = told["src" if tag == "img" else "srcset"].partition(",")
             assert head == "data:image/png;base64"
-            self.images.append(base64.b64decode(data))
+            images = self.images if tag == "img" else self.narrow
+            images.append(base64.b64decode(data))
         self.addresses += [
             value
             for key, value in told.items()
@@ -86,6 +91,8 @@ def test_the_report_of_a_sweep_is_one_page_with_every_row(place: Path, capsys) -
         (place / "report" / f"{name}.png").read_bytes()
         for name in ("curves", "pareto", "by_position")
     ]
+    # The pictures for narrow screens are others, one for each.
+    assert len(page.narrow) == 3 and not set(page.narrow) & set(page.images)
     head, full, sliding, *_ = page.rows
     assert (
         said.splitlines()[1] == "| --- " * len(head) + "|"
@@ -138,7 +145,7 @@ def test_the_report_of_a_run_that_has_not_stepped_says_so(tmp_path: Path) -> Non
 
 def test_pictures_show_means_over_seeds_and_what_no_other_beats(place: Path) -> None:
     rows = variants(collect(place))
-    curves = plots._curves(rows)
+    curves = plots._curves(rows, WIDE)
     assert curves is not None
     training, held_out = curves.axes
     assert [line.get_label() for line in training.get_lines()] == [
@@ -146,11 +153,13 @@ def test_pictures_show_means_over_seeds_and_what_no_other_beats(place: Path) -> 
     ]
     assert points(held_out.get_lines()[0])[-1][1] == pytest.approx(2.1236, abs=1e-4)
     assert len(points(training.get_lines()[3])) == 40  # the run that goes on is not mixed in
-    pareto = plots._pareto(rows)
-    assert pareto is not None and len(pareto.axes) == 3
+    pareto = draw_costs(rows, WIDE)
+    assert pareto is not None
+    drawn = [axes.get_ylabel() for axes in pareto.axes if axes.axison]
+    assert drawn == [*3 * ["nats per token"], "recall"]
     best = [round(x / 1e9) for x, _ in points(pareto.axes[0].get_lines()[-1])]
     assert best == [328, 492, 655]  # hyena, sliding, full: retnet is dearer and worse than sliding
-    by_position = plots._by_position(rows)
+    by_position = plots._by_position(rows, WIDE)
     assert by_position is not None and points(by_position.axes[0].get_lines()[0])[0][
         1
     ] == pytest.approx(2.6)
@@ -186,7 +195,7 @@ def test_a_report_that_cannot_be_written_is_one_line_and_exit_status_3(
     assert "report: Not a directory; mend that" in capsys.readouterr().err
 
 
-def named(place: Path, count: int) -> Path:
+def named(place: Path, count: int, grades: int = 15) -> Path:
     """A sweep whose variants have long names, and which was graded in several ways while it
     trained."""
     place.mkdir()
@@ -196,7 +205,7 @@ def named(place: Path, count: int) -> Path:
         rows = [
             {"step": step, "name": name, "value": (step + number) / 100}
             for step in (20, 40)
-            for name in ("accuracy", *(f"recall_of_{pairs}_pairs" for pairs in range(15)))
+            for name in ("accuracy", *(f"recall_of_{pairs}_pairs" for pairs in range(grades)))
         ]
         with open(place / str(number) / "evaluation.jsonl", "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -208,10 +217,13 @@ def named(place: Path, count: int) -> Path:
 
 
 @pytest.mark.parametrize(
-    "draw", [plots._curves, plots._pareto, plots._by_position, plots._evaluations]
+    "draw", [plots._curves, draw_costs, plots._by_position, plots._evaluations]
 )
-def test_legends_of_long_names_lie_on_the_sheet_and_below_the_panels(tmp_path: Path, draw) -> None:
-    figure = draw(variants(collect(named(tmp_path / "all", 9))))
+@pytest.mark.parametrize("shape", [WIDE, NARROW])
+def test_legends_of_long_names_lie_on_the_sheet_and_below_the_panels(
+    tmp_path: Path, draw, shape
+) -> None:
+    figure = draw(variants(collect(named(tmp_path / "all", 9, grades=1))), shape)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     (legend,) = figure.legends
@@ -225,7 +237,7 @@ def test_legends_of_long_names_lie_on_the_sheet_and_below_the_panels(tmp_path: P
 
 def test_accuracies_have_curves_and_tables_fit_the_page(tmp_path: Path) -> None:
     place = named(tmp_path / "all", 3)
-    figure = plots._evaluations(variants(collect(place)))
+    figure = plots._evaluations(variants(collect(place)), WIDE)
     assert figure is not None
     by_name = {axes.get_title(): axes for axes in figure.axes}
     assert len([name for name in by_name if name]) == 16
@@ -243,4 +255,48 @@ def test_accuracies_have_curves_and_tables_fit_the_page(tmp_path: Path) -> None:
 
 
 def test_a_curve_of_one_value_is_none(place: Path) -> None:
-    assert plots._evaluations(variants(collect(place))) is None
+    assert plots._evaluations(variants(collect(place)), WIDE) is None
+
+
+def test_equal_curves_and_points_are_told_apart(tmp_path: Path) -> None:
+    for number in range(3):
+        trained(tmp_path / str(number), 2.0)
+        (tmp_path / str(number) / "config.yaml").write_text(f"name: run{number}\nsteps: 40\n")
+    rows = variants(collect(tmp_path))
+    assert len(rows) == 3
+    curves = plots._curves(rows, WIDE)
+    assert curves is not None
+    lines = curves.axes[0].get_lines()
+    assert points(lines[0]) == points(lines[1])
+    assert len({line.get_linestyle() + str(line._dash_pattern) for line in lines}) == 3  # pyright: ignore
+    assert len({line.get_marker() for line in lines}) == 3
+    starts = [line.get_markevery()[0] for line in lines]
+    assert len(set(starts)) == 3
+    costs = draw_costs(rows, WIDE)
+    assert costs is not None
+    drawn = [line for line in costs.axes[0].get_lines() if line.get_marker() in "osD"]
+    assert {line.get_fillstyle() for line in drawn} == {"full", "none"}
+
+
+def test_better_shares_are_higher_and_of_other_figures_nobody_knows(tmp_path: Path) -> None:
+    for number, (name, value) in enumerate([("share", 0.2), ("share", 0.4), ("bits", 3.0)]):
+        trained(tmp_path / str(number), 2.0, flops=1e6 * (number + 1))
+        (tmp_path / str(number) / "config.yaml").write_text(f"name: run{number}\nsteps: 40\n")
+        with open(tmp_path / str(number) / "evaluation.jsonl", "a") as file:
+            file.write(json.dumps({"step": 40, "name": name, "value": value}) + "\n")
+    figure = draw_costs(variants(collect(tmp_path)), WIDE)
+    assert figure is not None
+    by_name = {axes.get_ylabel(): axes for axes in figure.axes}
+    dashed = {
+        name: [points(line) for line in axes.get_lines() if line.get_linestyle() == "--"]
+        for name, axes in by_name.items()
+    }
+    assert [[value for _, value in line] for line in dashed["share"]] == [[0.2, 0.4]]
+    assert dashed["bits"] == []
+
+
+def test_heads_are_broken_between_words_and_nowhere_else() -> None:
+    text = table(["variant", "mixer._target_", "needle/accuracy"], [(True, ["a_b", "c.d", "1"])])
+    assert "mixer.<wbr>_<wbr>target_<" in text
+    assert "needle/<wbr>accuracy" in text
+    assert "a_b" in text and "c.d" in text
