@@ -30,7 +30,7 @@ Attention and nothing else, width 64, 4 heads, on rows of different random token
 
 
 class Learned(NamedTuple):
-    """What a run came to.
+    """Outcome of a run.
 
     Attributes:
         layers: of its model.
