@@ -36,6 +36,13 @@ from trainer.init_from.sources import open_weights
 from trainer.optim.adamw import AdamW
 
 WORDS = 61
+EXACT = "_exact"  # ends the names of modules in float64
+WIDER = {
+    "torch.float32": "torch.float64",
+    ".float()": ".double()",
+    "dtype=torch.float)": "dtype=torch.float64)",
+    "dtype=torch.float,": "dtype=torch.float64,",
+}
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -137,23 +144,41 @@ def make(
     return loaded.eval()
 
 
-@cache
-def _exact_qwen3_next() -> ModuleType:
-    """Returns transformers' own code of Qwen3-Next with float64 in the place of float32.
+def exact(theirs: nn.Module) -> nn.Module:
+    """Returns a model of transformers in its own code with float64 in the place of float32.
 
-    Its delta rule, decays and norms compute in float32, after which gradients differ by 2e-4. Its
-    plain forms stand in the place of fla's kernels, which need a GPU.
+    Norms, rotary angles, routers and scans of transformers compute in float32 also where a model is
+    in float64. The weights are copied.
     """
-    home = modeling_qwen3_next
-    module = ModuleType(f"{home.__name__}_exact")
+    twin = getattr(_exact_code(sys.modules[type(theirs).__module__]), type(theirs).__name__)
+    model = twin(theirs.config).double()
+    model.load_state_dict(theirs.state_dict())
+    return model.train(theirs.training)
+
+
+@cache
+def _exact_code(home: ModuleType) -> ModuleType:
+    """Returns a module of transformers with float64 in the place of float32."""
+    if home.__name__.endswith(EXACT):
+        return home
+    module = ModuleType(f"{home.__name__}{EXACT}")
     module.__package__ = home.__package__
     module.__file__ = home.__file__
     sys.modules[module.__name__] = module
     source = Path(str(home.__file__)).read_text()
-    for short, wide in (("torch.float32", "torch.float64"), (".float()", ".double()")):
+    for short, wide in WIDER.items():
         source = source.replace(short, wide)
-    source = source.replace("dtype=torch.float)", "dtype=torch.float64)")
     exec(compile(source, str(home.__file__), "exec"), vars(module))
+    return module
+
+
+@cache
+def _exact_qwen3_next() -> ModuleType:
+    """Returns the exact code of Qwen3-Next, whose float32 moves gradients by 2e-4.
+
+    Its plain forms stand in the place of fla's kernels, which need a GPU.
+    """
+    module = _exact_code(modeling_qwen3_next)
     for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
         setattr(module, name, inspect.unwrap(getattr(module, name)))
     return module
