@@ -219,7 +219,6 @@ RUN = (
     "evaluation.every=2",
     "evaluation.batches=1",
     "wandb.mode=disabled",
-    "log.plots=false",
     "precision=float64",
     "evaluation.attention_maps=20",
 )

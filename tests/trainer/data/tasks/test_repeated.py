@@ -11,10 +11,12 @@ def test_the_second_half_is_the_first_and_alone_predicted() -> None:
     task = Repeated(vocabulary=9, min_length=3, max_length=9)
     lengths = set()
     for seed in range(60):
-        tokens, given, targets, source = task.example(np.random.default_rng(seed))
+        example = task.example(np.random.default_rng(seed))
+        tokens = example.tokens
+        given = example.given
         length = len(tokens) // 2
         lengths.add(length)
-        assert targets is None and source is None
+        assert example.targets is None and example.source is None
         assert np.array_equal(tokens[:length], tokens[length:])
         assert len(set(tokens.tolist())) == length
         # Token 0 ends a sample and stands in no example.
