@@ -18,7 +18,7 @@ from trainer.preflight.prepare import load_config
 from trainer.run_dir import make_run_dir
 from trainer.stages import run
 
-STEPS = 6
+STEPS = 10
 SETTINGS = (
     "data=copy",
     "model=switch",

@@ -21,6 +21,7 @@ class Grid:
     """The part of a plan that is read."""
 
     searches = False
+    stop_early = None
 
 
 def jobs(folder: Path, *settings: str) -> list[Job]:
