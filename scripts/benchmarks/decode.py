@@ -243,7 +243,7 @@ def their_steps(model: Any, batch: int, context: int, count: int, clock: Clock) 
     model.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
-        cache=cache,
+        past_key_values=cache,
         max_new_tokens=count,
         min_new_tokens=count,
         do_sample=False,
