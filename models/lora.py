@@ -117,10 +117,10 @@ def merged(model: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tens
         model: with adapters; its own tensors are not read.
         tensors: of the model, whole, by name.
     """
-    return _Merged(model, tensors)
+    return _MergedWeights(model, tensors)
 
 
-class _Merged(Mapping[str, Tensor]):
+class _MergedWeights(Mapping[str, Tensor]):
     """See `merged`."""
 
     def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]):

@@ -28,7 +28,7 @@ from models.span import Span
 GatherWhole = Callable[[Tensors, Tensors, Span, Span], tuple[Tensors, Tensors, Span, Span]]
 
 # A row reads itself, its source reads itself, or the row reads its source.
-Streams = Literal["row", "source", "alignment"]
+MapStreams = Literal["row", "source", "alignment"]
 
 
 class AttentionMap(NamedTuple):
@@ -54,7 +54,7 @@ class AttentionMap(NamedTuple):
     span: Span
     kv_span: Span
     value_norm: Tensor | None = None
-    streams: Streams = "row"
+    streams: MapStreams = "row"
 
 
 def attention_weights(
@@ -168,7 +168,7 @@ def collect(
     return found
 
 
-def _streams(queries: Span, row: Span) -> Streams:
+def _streams(queries: Span, row: Span) -> MapStreams:
     """Returns what the queries of a layer that reads the source belong to."""
     return "alignment" if queries is row else "source"
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.analysis.attention_maps import AttentionMap, Streams
+from models.analysis.attention_maps import AttentionMap, MapStreams
 from models.analysis.heads import entropy, head_scores
 from models.analysis.page_script import SCRIPT, STYLE
 from models.analysis.rollout import rollout, weighted_by_values
@@ -43,7 +43,7 @@ def attention_page(
     """
     data: dict[str, Any] = {"tokens": list(texts), "source": list(source), "layers": []}
     without = list(without)
-    by_streams: dict[Streams, list[AttentionMap]] = {"row": [], "source": [], "alignment": []}
+    by_streams: dict[MapStreams, list[AttentionMap]] = {"row": [], "source": [], "alignment": []}
     for attention in maps:
         queries = source if attention.streams == "source" else texts
         # A softmax over summaries, or one that is called again, has other queries than the row.

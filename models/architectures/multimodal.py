@@ -15,7 +15,7 @@ from models.loss import capped, token_losses
 from models.memory.base import Memory
 from models.micro_batch import MicroBatch
 from models.multimodal.columns import SCALE, Columns
-from models.multimodal.objective import CrossModalObjective, Divergence, Weight
+from models.multimodal.objective import CrossModalObjective, Divergence, TermWeight
 from models.norms import Kind, Place
 from models.positions.base import Position
 from models.ranges import Many, Positive, Range
@@ -66,10 +66,10 @@ class Multimodal(Decoder):
         logit_cap: Positive | None = None,
         patch: Side = 8,
         frame: Many = 32,
-        text_weight: Weight = 1.0,
-        rendering_weight: Weight = 1.0,
-        consistency_weight: Weight = 1.0,
-        alignment_weight: Weight = 1.0,
+        text_weight: TermWeight = 1.0,
+        rendering_weight: TermWeight = 1.0,
+        consistency_weight: TermWeight = 1.0,
+        alignment_weight: TermWeight = 1.0,
         alignment_layers: list[int] | None = None,
         divergence: Divergence = "reverse",
         stop_gradient: bool = True,

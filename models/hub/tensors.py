@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Move = Callable[[Sequence[Tensor]], list[Tensor]]
+TensorMap = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class TensorPiece:
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
-    read: Move
-    write: Move
+    read: TensorMap
+    write: TensorMap
 
 
 def same(ours: str, theirs: str) -> TensorPiece:
@@ -102,7 +102,7 @@ def reordered(ours: str, theirs: str, order: Sequence[int]) -> TensorPiece:
     for row, source in enumerate(order):
         inverse[source] = row
 
-    def pick(rows: Sequence[int]) -> Move:
+    def pick(rows: Sequence[int]) -> TensorMap:
         return lambda tensors: [tensors[0][list(rows)]]
 
     return TensorPiece((ours,), (theirs,), pick(order), pick(inverse))

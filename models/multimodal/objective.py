@@ -18,7 +18,7 @@ from models.primitives.row_replica import RowReplica
 from models.ranges import Range
 from models.span import Span
 
-Weight = Annotated[float, Range(0.0, 1e6)]
+TermWeight = Annotated[float, Range(0.0, 1e6)]
 Divergence = Literal["reverse", "forward"]
 
 
@@ -70,10 +70,10 @@ class CrossModalObjective(Layer):
     def __init__(
         self,
         *,
-        text_weight: Weight,
-        rendering_weight: Weight,
-        consistency_weight: Weight,
-        alignment_weight: Weight,
+        text_weight: TermWeight,
+        rendering_weight: TermWeight,
+        consistency_weight: TermWeight,
+        alignment_weight: TermWeight,
         alignment_layers: Sequence[int],
         divergence: Divergence,
         stop_gradient: bool,

@@ -38,7 +38,7 @@ class CacheSizes:
     device: str = "cpu"
 
 
-class Request(NamedTuple):
+class CachedRequest(NamedTuple):
     """A request: tokens of its prompt and tokens of prompt and answer together."""
 
     number: int
@@ -92,14 +92,14 @@ def parse(words: list[str]) -> CacheSizes:
     return sizes
 
 
-def mix(sizes: CacheSizes) -> list[Request]:
+def mix(sizes: CacheSizes) -> list[CachedRequest]:
     """Draws the requests, the same for every cache."""
     draw = random.Random(sizes.seed)
     requests = []
     for number in range(sizes.requests):
         prompt = _length(draw, PROMPT_MEAN, sizes.limit - 1)
         answer = _length(draw, ANSWER_MEAN, sizes.limit - prompt)
-        requests.append(Request(number, prompt, prompt + answer))
+        requests.append(CachedRequest(number, prompt, prompt + answer))
     return requests
 
 
@@ -109,11 +109,11 @@ def _length(draw: random.Random, mean: int, longest: int) -> int:
     return min(max(1, round(draw.lognormvariate(middle, SPREAD))), longest)
 
 
-def serve_contiguous(requests: list[Request], sizes: CacheSizes) -> Account:
+def serve_contiguous(requests: list[CachedRequest], sizes: CacheSizes) -> Account:
     """Serves requests from memory that is cut into places of `limit` tokens."""
     account = Account()
     waiting = deque(requests)
-    lengths: dict[Request, int] = {}
+    lengths: dict[CachedRequest, int] = {}
     while waiting or lengths:
         while waiting and len(lengths) < sizes.memory // sizes.limit:
             request = waiting.popleft()
@@ -127,12 +127,12 @@ def serve_contiguous(requests: list[Request], sizes: CacheSizes) -> Account:
     return account
 
 
-def serve_paged(requests: list[Request], sizes: CacheSizes) -> Account:
+def serve_paged(requests: list[CachedRequest], sizes: CacheSizes) -> Account:
     """Serves requests from a pool of pages; the youngest is preempted where it is full."""
     account = Account()
     pool = PagePool(sizes.memory // sizes.page_tokens, sizes.page_tokens)
     waiting = deque(requests)
-    running: list[Request] = []
+    running: list[CachedRequest] = []
     reached: dict[int, int] = {}
     while waiting or running:
         while waiting and _join(pool, waiting[0], reached):
@@ -157,7 +157,7 @@ def serve_paged(requests: list[Request], sizes: CacheSizes) -> Account:
     return account
 
 
-def _join(pool: PagePool, request: Request, reached: dict[int, int]) -> bool:
+def _join(pool: PagePool, request: CachedRequest, reached: dict[int, int]) -> bool:
     """Opens a request with all tokens that it had reached, if the pool has room for them."""
     length = reached.get(request.number, request.prompt)
     # one page of room beside its tokens, or the next token would throw it out again
@@ -170,7 +170,7 @@ def _join(pool: PagePool, request: Request, reached: dict[int, int]) -> bool:
     return True
 
 
-def _grow(pool: PagePool, request: Request) -> bool:
+def _grow(pool: PagePool, request: CachedRequest) -> bool:
     try:
         pool.extend(request.number, [request.number])
     except PoolFull:

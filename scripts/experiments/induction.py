@@ -29,7 +29,7 @@ Attention and nothing else, width 64, 4 heads, on rows of different random token
  row: 0.04), `ablated` the same without the found heads."""
 
 
-class Learned(NamedTuple):
+class InductionRun(NamedTuple):
     """Outcome of a run.
 
     Attributes:
@@ -62,7 +62,7 @@ def induction(effort: Budget, say: Callable[[str], None]) -> tuple[str, list[Tri
     runs = [(layers, seed) for layers in LAYERS for seed in effort.numbers()]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(effort.jobs) as threads:
 
-        def learned(run: tuple[int, int]) -> Learned:
+        def learned(run: tuple[int, int]) -> InductionRun:
             result = train(Path(folder), *run, effort.steps)
             say(f"{_name(result.layers)}, seed {result.seed}: {_ending(result)}")
             return result
@@ -80,7 +80,7 @@ def induction(effort: Budget, say: Callable[[str], None]) -> tuple[str, list[Tri
     return f"{INTRODUCTION}\n\n{markdown(rows)}", trials
 
 
-def train(folder: Path, layers: int, seed: int, steps: int | None) -> Learned:
+def train(folder: Path, layers: int, seed: int, steps: int | None) -> InductionRun:
     """Runs the experiment and returns its figures.
 
     Args:
@@ -102,8 +102,8 @@ def train(folder: Path, layers: int, seed: int, steps: int | None) -> Learned:
         check=False,
     )
     if done.returncode != 0:
-        return Learned(layers, seed, {}, fault=f"exit status {done.returncode}: {done.stderr}")
-    return Learned(layers, seed, curves_of(directory))
+        return InductionRun(layers, seed, {}, fault=f"exit status {done.returncode}: {done.stderr}")
+    return InductionRun(layers, seed, curves_of(directory))
 
 
 def curves_of(directory: Path) -> dict[str, list[tuple[int, float]]]:
@@ -120,7 +120,7 @@ def _name(layers: int) -> str:
     return "one layer" if layers == 1 else "two layers"
 
 
-def _ending(result: Learned) -> str:
+def _ending(result: InductionRun) -> str:
     if result.fault is not None:
         return f"FAILED: {result.fault}"
     figures = [f"{name} {result.last(name):.3f}" for name in ("score", "accuracy", "ablated")]

@@ -3,12 +3,14 @@
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from trainer.checkpoint.retention import Retention, better_of, figure_scores
+from trainer.checkpoint.retention import CheckpointRetention, better_of, figure_scores
 from trainer.config.finding import Finding
 from trainer.config.schema import HELD_OUT, CheckpointConfig, Config
 
 
-def retention_of(wish: CheckpointConfig, ends: Collection[int], directory: Path) -> Retention:
+def retention_of(
+    wish: CheckpointConfig, ends: Collection[int], directory: Path
+) -> CheckpointRetention:
     """Returns the rules by which the checkpoints of a run stay.
 
     Args:
@@ -17,7 +19,7 @@ def retention_of(wish: CheckpointConfig, ends: Collection[int], directory: Path)
         directory: of the run.
     """
     better = wish.best_is or better_of(wish.best)
-    return Retention(
+    return CheckpointRetention(
         newest=wish.keep,
         every=wish.keep_every,
         best=wish.keep_best,

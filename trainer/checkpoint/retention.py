@@ -11,7 +11,7 @@ Scores = Callable[[], Mapping[int, float]]
 
 
 @dataclass(frozen=True)
-class Retention:
+class CheckpointRetention:
     """The rules by which checkpoints stay; one that any of them names stays.
 
     Attributes:
@@ -29,7 +29,7 @@ class Retention:
     scores: Scores | None = None
     ends: frozenset[int] = frozenset()
 
-    def kept(self, steps: Collection[int]) -> set[int]:
+    def steps_to_keep(self, steps: Collection[int]) -> set[int]:
         """Returns the steps that stay, of those whose checkpoints there are."""
         ordered = sorted(steps)
         if self.newest is None:

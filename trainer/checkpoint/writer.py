@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, asy
 
 from trainer.checkpoint.manifest import sync, unravel
 from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.retention import Retention
+from trainer.checkpoint.retention import CheckpointRetention
 from trainer.checkpoint.storage import ShardWriter
 from trainer.checkpoint.throttle import Throttle
 from trainer.checkpoint.wholeness import STEPS
@@ -77,7 +77,7 @@ class CheckpointWriter(CheckpointReader):
         directory: Path | str,
         *,
         keep: int | None = 2,
-        retention: Retention | None = None,
+        retention: CheckpointRetention | None = None,
         group: dist.ProcessGroup | None = None,
         asynchronous: bool = False,
         say: Callable[[str], None] = print,
@@ -88,7 +88,9 @@ class CheckpointWriter(CheckpointReader):
                 " more, or null"
             )
         super().__init__(directory, group=group, say=say)
-        self.retention = Retention(keep) if retention is None else replace(retention, newest=keep)
+        self.retention = (
+            CheckpointRetention(keep) if retention is None else replace(retention, newest=keep)
+        )
         self.asynchronous = asynchronous
         # A second group, because the saving thread's collectives run at the same time as those of
         # `poll` in the main thread.
@@ -262,7 +264,7 @@ class CheckpointWriter(CheckpointReader):
         # Later steps are not counted: they belong to a run that this one will overwrite.
         up_to_this = {_step(path): path for path in self._list() if _step(path) <= _step(final)}
         try:
-            kept = self.retention.kept(up_to_this)
+            kept = self.retention.steps_to_keep(up_to_this)
         except (ValueError, OSError) as error:
             # Scores that cannot be read are no reason to delete what may be the best.
             self.say(f"old checkpoints stay, for the best of them are not known: {error}")

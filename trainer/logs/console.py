@@ -28,7 +28,7 @@ from trainer.logs.jsonl import EVALUATION, METRICS, MetricsRow
 from trainer.logs.streams import plain
 
 INTERVAL_S = 5.0
-Style = Literal["plain", "rich", "json"]
+ConsoleStyle = Literal["plain", "rich", "json"]
 Level = Literal["info", "warning", "error"]
 LEVELS: tuple[Level, ...] = ("info", "warning", "error")
 
@@ -68,7 +68,7 @@ class Console:
         first: int = 0,
         speaks: bool = True,
         file: TextIO | None = None,
-        style: Style | None = None,
+        style: ConsoleStyle | None = None,
         level: Level = "info",
         clock: Callable[[], float] = time.monotonic,
     ):

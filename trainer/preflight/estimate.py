@@ -147,7 +147,7 @@ def checkpoints_kept(config: Config, plan: Sequence[Stage]) -> int:
     ends = plan[-1].ends
     steps = sorted({*range(wish.every, ends[-1] + 1, wish.every), *ends})
     rule = retention_of(wish.model_copy(update={"keep_best": 0}), ends, Path(os.curdir))
-    others = len(rule.kept(steps))
+    others = len(rule.steps_to_keep(steps))
     return min(others + wish.keep_best, len(steps))
 
 

@@ -23,7 +23,7 @@ BASELINE_NOTE = (
     " taken seed by seed, and \u00b1 is its standard deviation over them; else the means are"
     " subtracted and the variances added."
 )
-Figure = Callable[[RunRecord], float]
+FigureOfRun = Callable[[RunRecord], float]
 
 
 class FigureDifference(NamedTuple):
@@ -132,7 +132,7 @@ def find_baseline(variants: Sequence[Variant], name: str) -> Variant:
     raise UserError(f"baseline={name}: there is no such variant; known: {known}")
 
 
-def difference(variant: Variant, baseline: Variant, figure: Figure) -> FigureDifference:
+def difference(variant: Variant, baseline: Variant, figure: FigureOfRun) -> FigureDifference:
     """Returns a figure of a variant less that of the baseline, over the runs that have it."""
     own = _by_seed(variant, figure)
     others = _by_seed(baseline, figure)
@@ -145,14 +145,14 @@ def difference(variant: Variant, baseline: Variant, figure: Figure) -> FigureDif
     return FigureDifference(Spread(mean - other_mean, math.hypot(deviation, other_deviation)), 0)
 
 
-def ratio(variant: Variant, baseline: Variant, figure: Figure) -> float:
+def ratio(variant: Variant, baseline: Variant, figure: FigureOfRun) -> float:
     """Returns the mean of a figure in units of the baseline's; NaN where one is not known."""
     mean = variant.spread(figure).mean
     other = baseline.spread(figure).mean
     return mean / other if other else math.nan
 
 
-def _by_seed(variant: Variant, figure: Figure) -> dict[int | None, float]:
+def _by_seed(variant: Variant, figure: FigureOfRun) -> dict[int | None, float]:
     values = {run.seed: figure(run) for run in variant.counted}
     return {seed: value for seed, value in values.items() if not math.isnan(value)}
 

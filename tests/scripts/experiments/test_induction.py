@@ -27,10 +27,10 @@ def write(folder: Path, layers: int) -> Path:
 
 
 def test_the_table_says_where_the_score_jumps(tmp_path, monkeypatch) -> None:
-    def train(folder: Path, layers: int, seed: int, steps: int | None) -> induction.Learned:
+    def train(folder: Path, layers: int, seed: int, steps: int | None) -> induction.InductionRun:
         if seed == 1 and layers == 1:
-            return induction.Learned(layers, seed, {}, fault="exit status 2: no")
-        return induction.Learned(layers, seed, induction.curves_of(tmp_path / str(layers)))
+            return induction.InductionRun(layers, seed, {}, fault="exit status 2: no")
+        return induction.InductionRun(layers, seed, induction.curves_of(tmp_path / str(layers)))
 
     for layers in SCORES:
         write(tmp_path, layers)

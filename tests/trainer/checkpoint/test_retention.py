@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trainer.checkpoint.keep_rules import check_keep_rules, retention_of
-from trainer.checkpoint.retention import Retention, better_of, figure_scores
+from trainer.checkpoint.retention import CheckpointRetention, better_of, figure_scores
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.compose import compose
 from trainer.config.schema import Config
@@ -81,11 +81,11 @@ def test_the_ends_of_stages_stay_beside_the_others(tmp_path: Path) -> None:
 
 
 def test_one_stays_of_every_stretch_whatever_steps_were_saved() -> None:
-    rule = Retention(newest=1, every=1000)
+    rule = CheckpointRetention(newest=1, every=1000)
     there: set[int] = set()
     # Irregular, as signals make them; a stretch of 1000 may have none.
     for step in (300, 600, 990, 1040, 1080, 1990, 3100, 3900, 4000, 4010):
-        there = rule.kept({*there, step})
+        there = rule.steps_to_keep({*there, step})
     assert there == {1040, 3100, 4000, 4010}
 
 
@@ -94,7 +94,7 @@ def test_figures_may_be_the_highest_and_of_another_evaluation(tmp_path: Path) ->
         evaluated(tmp_path, step, "needle/accuracy")
     assert better_of("needle/accuracy") == "highest" and better_of("x/loss") == "lowest"
     scores = figure_scores(tmp_path, "needle/accuracy", "highest")
-    assert Retention(1, best=2, scores=scores).kept(LOSSES) == {700, 800}
+    assert CheckpointRetention(1, best=2, scores=scores).steps_to_keep(LOSSES) == {700, 800}
 
 
 def test_a_record_that_cannot_be_read_costs_no_checkpoint(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from trainer.sweep import early_stop, process_pool
 from trainer.sweep.early_stop import EarlyStop
 from trainer.sweep.sweep import run_sweep
 
-pytest.importorskip("optuna")
 # Evaluates nine times, a held-out loss of its seed, and saves when it is stopped. Seed 1, the best,
 # comes first, as the first job is always among the best.
 STUB = """

@@ -18,7 +18,7 @@ from trainer.data.tasks.renderings import GlyphImages, ToneSounds
 Modality = Literal["text", "image", "sound"]
 MODALITIES: tuple[Modality, ...] = ("text", "image", "sound")
 ROLES = {"text": TEXT, "image": IMAGE, "sound": SOUND}
-Pair = tuple[str, str]  # of action and object
+RequestPair = tuple[str, str]  # of action and object
 ANSWER_NOW = "?"  # the token at which the answer is asked for
 REFUSE = "<refuse>"
 ACTIONS = ("wash", "paint", "lift", "open", "sell", "draw")
@@ -142,7 +142,7 @@ class Requests(SyntheticTask):
         """Lists all pairs; which are forbidden or held out depends on their words alone."""
         of_object = [[(action, word) for action in self.actions] for word in self.objects]
         refused = chosen("forbidden", of_object, forbidden)
-        held_out: set[Pair] = set()
+        held_out: set[RequestPair] = set()
         for kind in (True, False):
             groups = [[pair for pair in pairs if (pair in refused) is kind] for pairs in of_object]
             held_out |= chosen("held out", groups, self.held_out)
@@ -294,12 +294,12 @@ def known_modalities(
     return tuple(modality for modality in known if modality in chosen_ones)
 
 
-def chosen(purpose: str, groups: Sequence[Sequence[Pair]], share: float) -> set[Pair]:
+def chosen(purpose: str, groups: Sequence[Sequence[RequestPair]], share: float) -> set[RequestPair]:
     """Chooses a share of the pairs by their words alone, the same in every run.
 
     Groups have as many of them as their size asks for, to one: no group tells by itself.
     """
-    pairs: set[Pair] = set()
+    pairs: set[RequestPair] = set()
     wanted = 0.0
     for group in groups:
         wanted += share * len(group)
