@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.qwen3_next import modeling_qwen3_next
 
@@ -21,7 +22,7 @@ from models.span import Span
 from parallel.engines.materialize import materialize, named
 from parallel.engines.single import Single
 from parallel.layout import layout
-from parallel.mesh import build_mesh
+from parallel.mesh import Mesh, build_mesh
 from parallel.parallelize import parallelize
 from parallel.sharding import shard_span
 from tests.support.parity import packed
@@ -336,3 +337,37 @@ def on_ranks(
         loss += part.detach()
     dist.all_reduce(loss)
     return loss.item(), gradients(engine.model)
+
+
+def thirty_steps(folder: Path, theirs: nn.Module) -> tuple[list[float], list[float]]:
+    """Fine-tunes ours and theirs from the same folder; returns the losses of both.
+
+    Ours by an engine and its optimiser on packed rows, theirs by torch's AdamW on single documents.
+    """
+    rate = 1e-3
+    engine = Single(
+        Mesh.alone(), AdamW(rate, weight_decay=0.0, max_grad_norm=0.0), precision="float64"
+    )
+    engine.wrap(ours(folder).train())
+    by_hand = torch.optim.AdamW(
+        theirs.parameters(), lr=rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
+    )
+    tokens, span, targets = rows()
+    valid = int((targets != IGNORE).sum())
+    losses = []
+    wanted = []
+    for _ in range(30):
+        loss = engine.model(MicroBatch(tokens, span, targets)).sum() / valid
+        engine.backward(loss)
+        engine.step(rate)
+        losses.append(loss.item())
+        total = torch.zeros((), dtype=torch.float64)
+        for _, _, document in documents():
+            if document.shape[1] > 1:
+                logits = theirs(document, use_cache=False).logits[0, :-1]
+                total = total + F.cross_entropy(logits, document[0, 1:], reduction="sum") / valid
+        total.backward()
+        by_hand.step()
+        by_hand.zero_grad()
+        wanted.append(total.item())
+    return losses, wanted

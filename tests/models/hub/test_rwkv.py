@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -34,14 +35,22 @@ SMALL_RWKV7 = {
 }
 
 
-def recurrence(r, w, k, v, a, b):
-    """The recurrence of fla's reference of the generalised delta rule, all [B, T, H, D]."""
+@cache
+def reference():
+    """Returns fla's reference of the generalised delta rule with float64 in place of float32."""
     from fla.ops.generalized_delta_rule.dplr.naive import dplr_recurrence
 
-    # It takes some of them to float32 and leaves the others as they are.
-    first = [x.transpose(1, 2).float() for x in (r, k, v, a, b, w)]
+    source = inspect.getsource(dplr_recurrence).replace(".float()", ".double()")
+    found = dict(dplr_recurrence.__globals__)
+    exec(source, found)
+    return found["dplr_recurrence"]
+
+
+def recurrence(r, w, k, v, a, b):
+    """The recurrence of fla's reference, all [B, T, H, D]."""
+    first = [x.transpose(1, 2).double() for x in (r, k, v, a, b, w)]
     # Its queries come out divided by the root of their width.
-    output, _ = dplr_recurrence(first[0] * r.shape[-1] ** 0.5, *first[1:])
+    output, _ = reference()(first[0] * r.shape[-1] ** 0.5, *first[1:])
     return output.transpose(1, 2).to(r.dtype)
 
 
@@ -128,6 +137,16 @@ def test_packed_documents_give_the_logits_losses_and_gradients_of_fla(made):
         parts = piece.read([given[name] for name in piece.theirs])
         want.update(zip(piece.ours, parts, strict=True))
     assert hub.worst(hub.gradients(ours), want) < CLOSE
+
+
+@pytest.mark.full
+def test_thirty_steps_equal_those_by_hand(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        plain_kernels(patch)
+        theirs = theirs_in(tmp_path).train()
+        losses, wanted = hub.thirty_steps(tmp_path, theirs)
+    assert losses[-1] < losses[0] - 0.3
+    torch.testing.assert_close(losses, wanted, rtol=1e-6, atol=0)
 
 
 def test_the_fused_norm_of_directions_adds_to_their_square(made, tmp_path):
