@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,10 +28,12 @@ IDENTITY = f"{FOLDER}/run_id"
 DEFAULT = "longspan"
 LONGEST_PARAMETER = 500  # characters of a setting; the least that a version of the server takes
 PARAMETERS_AT_ONCE = 100
+FOREIGN = re.compile(r"[^\w\-. /]", re.ASCII)  # characters that every version refuses in a name
 
 
 class MLflow(Logger):
-    """Sends to MLflow; names are those of metrics.jsonl, and evaluation/NAME.
+    """Sends to MLflow; names are those of metrics.jsonl and evaluation/NAME, as `metric_name` has
+    them.
 
     A run that goes on goes on in the same MLflow run. MLflow cannot take a figure back, so figures
     of steps that it has already are not sent again when those steps are taken again; what it lacks
@@ -120,14 +123,16 @@ class MLflow(Logger):
 
     def evaluation(self, step: int, name: str, value: float, made_of: Mapping[str, Any]) -> None:
         """Sends a value of an evaluation; nothing where the server has it."""
-        key = f"evaluation/{name}"
+        key = metric_name(f"evaluation/{name}")
         if (key, step) not in self.sent:
             self._send(step, {key: value})
             self.sent.add((key, step))
 
     def _send(self, step: int, figures: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
-        metrics = [self.entities.Metric(name, value, now, step) for name, value in figures.items()]
+        metrics = []
+        for name, value in figures.items():
+            metrics.append(self.entities.Metric(metric_name(name), value, now, step))
         self.client.log_batch(self.identity, metrics=metrics)
 
     def close(self, end: RunEnd) -> None:
@@ -141,6 +146,16 @@ class MLflow(Logger):
     def place(self) -> str | None:
         """The store and the run in it."""
         return None if self.identity is None else f"{self.store} run {self.identity}"
+
+
+def metric_name(name: str) -> str:
+    """Returns the name of a figure as MLflow takes it.
+
+    A store of files has a folder for what stands before each `/`: the figure `refusal` and the
+    figure `refusal/over_refusal` cannot be both, so that only the first `/` stays one.
+    """
+    group, slash, rest = FOREIGN.sub("_", name).partition("/")
+    return f"{group}{slash}{rest.replace('/', '.')}"
 
 
 def _own_store(directory: Path) -> str:

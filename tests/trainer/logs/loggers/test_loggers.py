@@ -148,6 +148,24 @@ def test_mlflow_has_every_row_once_and_the_settings(tmp_path: Path) -> None:
     assert found == wanted
 
 
+def test_mlflow_takes_figures_below_figures_and_any_name(tmp_path: Path) -> None:
+    tracking: Any = import_module("mlflow")
+    log, said = opened(tmp_path, config("logger=mlflow"), 0)
+    names = ("refusal", "refusal/over_refusal", "refusal/over_refusal/image", "loss (far)")
+    for name in names:
+        log.evaluation(1, name, 0.5)
+    log.close(1, 1, {})
+    assert "switched off" not in said.getvalue()
+    client = tracking.MlflowClient((tmp_path / "mlflow").as_uri())
+    [run] = client.search_runs([client.get_experiment_by_name("longspan").experiment_id])
+    assert sorted(run.data.metrics) == [
+        "evaluation/loss _far_",
+        "evaluation/refusal",
+        "evaluation/refusal.over_refusal",
+        "evaluation/refusal.over_refusal.image",
+    ]
+
+
 def test_values_that_come_again_replace_the_old(tmp_path: Path) -> None:
     wish = config("logger=[csv,tensorboard]")
     first, _ = opened(tmp_path, wish, 0)
