@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models.pieces.piece_state import PieceState
 from models.span import Span
+from parallel.heap import trim_heap
 
 
 def run_in_pieces(
@@ -33,8 +34,18 @@ def run_in_pieces(
             break
         with torch.no_grad():
             look_ahead(number, state.enter(number))
+        _forget(state)
     state.end_first_pass()
     for number in reversed(range(len(state.pieces))):
         loss = learn(number, state.enter(number, learning=True))
         backward(state.handed(loss), number == 0)
         state.collect()
+        _forget(state)
+
+
+def _forget(state: PieceState) -> None:
+    """Gives back what the piece at hand was computed in."""
+    # What pieces leave to each other is small and lies among what they are computed in: on a CPU
+    # the heap would otherwise grow by some of its holes with every piece.
+    if state.pieces[0].pos.device.type == "cpu":
+        trim_heap()

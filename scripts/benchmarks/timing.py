@@ -1,6 +1,5 @@
 """Measures the time, peak memory and traffic of a step on all ranks together."""
 
-import ctypes
 import gc
 import re
 import time
@@ -12,8 +11,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from parallel.heap import trim_heap
+
 StepCall = Callable[[], None]
-LIBC = ctypes.CDLL(None)
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
 
@@ -70,10 +70,8 @@ def peak_bytes(step: StepCall) -> int | None:
         step()
         return torch.cuda.max_memory_allocated() - before
     gc.collect()
-    if hasattr(LIBC, "malloc_trim"):
-        LIBC.malloc_trim(
-            0
-        )  # else what earlier steps freed still counts as held, and hides what this one takes
+    # else what earlier steps freed still counts as held, and hides what this one takes
+    trim_heap()
     try:
         CLEAR.write_text("5")  # the high-water mark starts again at what is held now
     except OSError:
