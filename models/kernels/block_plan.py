@@ -233,18 +233,40 @@ def _stack(blocks: list[Tile], most: int) -> list[Tile]:
 def _plan(mask: Mask, span: Span, kv_span: Span) -> list[Tile]:
     queries = _host(span)
     keys = _host(kv_span)
-    rows = len(queries[0])
-    # Rows of equal addresses share one plan, and each block covers all of them.
-    alike = rows > 1 and all((a == a[:1]).all() for a in (*queries, *keys))
+    labels = _labels(queries, keys)
+    plans: dict[bytes, list[tuple[int, int, int, int, str]]] = {}
     blocks = []
-    for row in range(1 if alike else rows):
-        row_queries = _Tokens(*(addresses[row] for addresses in queries))
-        row_keys = _Tokens(*(addresses[row] for addresses in keys))
-        planner = _Planner(mask, row_queries, row_keys)
-        r1 = rows if alike else row + 1
-        for block in _join(planner.blocks):
-            blocks.append(Tile(row, r1, *block))
+    start = 0
+    while start < len(labels):
+        label = labels[start]
+        stop = start + 1
+        while stop < len(labels) and labels[stop] == label:
+            stop += 1
+        if label not in plans:
+            row_queries = _Tokens(*(addresses[start] for addresses in queries))
+            row_keys = _Tokens(*(addresses[start] for addresses in keys))
+            plans[label] = _join(_Planner(mask, row_queries, row_keys).blocks)
+        for block in plans[label]:
+            blocks.append(Tile(start, stop, *block))
+        start = stop
     return blocks
+
+
+def _labels(queries: list[np.ndarray], keys: list[np.ndarray]) -> list[bytes]:
+    """Returns what the plan of each row depends on; rows of equal labels share a plan.
+
+    Numbers of documents are counted from the least of their row: masks only compare them.
+
+    Args:
+        queries, keys: positions, documents and roles, [B, T] and [B, S] each.
+    """
+    documents = np.concatenate([queries[1], keys[1]], 1)
+    real = documents != PADDING
+    highest = np.iinfo(np.int64).max
+    least = documents.min(1, keepdims=True, initial=highest, where=real)
+    documents = np.where(real, documents - least, PADDING)
+    whole = np.concatenate([queries[0], keys[0], documents, queries[2], keys[2]], 1)
+    return [row.tobytes() for row in whole]
 
 
 def split_tile(block: Tile, side: int) -> list[Tile]:

@@ -132,18 +132,20 @@ class Graphs(SyntheticTask):
         trusted = random.random(nodes) >= self.false_features
         other = (classes + random.integers(1, self.classes, nodes)) % self.classes
         named = np.where(trusted, classes, other)
+        same = classes[:, None] == classes
+        unlike = ~same
+        np.fill_diagonal(same, False)
+        # A node is chosen as often as the others of its kind, and never the reader itself.
+        weight = same * (self.same_class / np.maximum(1, same.sum(1, keepdims=True)))
+        weight += unlike * ((1 - self.same_class) / np.maximum(1, unlike.sum(1, keepdims=True)))
+        weight += 1e-9
+        np.fill_diagonal(weight, 1e-300)
+        # The first of exponential times of these rates: draws without replacement, all at once.
+        times = random.exponential(size=weight.shape) / weight
+        sources = np.argpartition(times, self.degree - 1, axis=1)[:, : self.degree]
         edges = []
-        for node in range(nodes):
-            # A node is chosen as often as the others of its kind, and never the reader itself.
-            same = classes == classes[node]
-            same[node] = False
-            weight = np.where(same, self.same_class / max(1, same.sum()), 0.0)
-            unlike = classes != classes[node]
-            weight += np.where(unlike, (1 - self.same_class) / max(1, unlike.sum()), 0.0)
-            weight += 1e-9
-            weight[node] = 0
-            sources = random.choice(nodes, self.degree, replace=False, p=weight / weight.sum())
-            edges += [(int(source), node) for source in sources]
+        for node, chosen in enumerate(sources.tolist()):
+            edges += [(source, node) for source in chosen]
         labels = [None if sure else int(label) for sure, label in zip(trusted, classes)]
         return Graph((2 * named + trusted).tolist(), labels, edges)
 
