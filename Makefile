@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
+# Hundreds of processes of the tests would compile the same files anew.
+unexport PYTHONDONTWRITEBYTECODE
 # Tests at once, each with ranks of its own; files are not torn apart.
 JOBS ?= 2
 

@@ -1,6 +1,8 @@
 """Every test draws the same numbers every time; files with slow tests come first, so that no core
 idles while the last ends."""
 
+import gc
+
 import pytest
 import torch
 
@@ -12,6 +14,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_what_is_covered(items)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)  # files stay whole, and in their order
+
+
+def pytest_collection_finish() -> None:
+    """Spares collections the two million objects of the libraries: some tests make many."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

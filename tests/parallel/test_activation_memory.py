@@ -113,6 +113,7 @@ def measured(checkpointing, sizes, offload=None):
     return kept, live.peak
 
 
+@pytest.mark.short("sizes1")
 @pytest.mark.parametrize("sizes", [{}, {"kv": 2, "tie": True, "reach": 100}])
 def test_the_peak_of_a_step_and_what_checkpointing_saves_of_it_are_as_predicted(one_thread, sizes):
     found = {each: measured(each, sizes) for each in ("none", "full", "selective")}
@@ -133,6 +134,7 @@ def test_the_peak_of_a_step_and_what_checkpointing_saves_of_it_are_as_predicted(
     )
 
 
+@pytest.mark.short("none")
 @pytest.mark.parametrize(
     "checkpointing", ["none", pytest.param("full", marks=pytest.mark.full), "selective"]
 )
@@ -162,6 +164,7 @@ def test_offload_lowers_the_peak_by_what_is_predicted_and_the_host_holds_as_much
     )
 
 
+@pytest.mark.short("hyena", "rwkv7", "mamba2", "switch")
 @pytest.mark.parametrize(
     "model", ["hyena", "retention", "rwkv7", "mamba2", "compressed", "lsh", "switch"]
 )

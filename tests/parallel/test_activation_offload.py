@@ -68,6 +68,7 @@ def named_model(name):
         return build_model(config, 257)
 
 
+@pytest.mark.short("full-selective", "switch-none")
 @pytest.mark.parametrize(
     "name, checkpointing",
     [
@@ -142,6 +143,7 @@ def with_and_without(env, name, method, grid, settings):
     return offload.sent
 
 
+@pytest.mark.short("ring-3-grid0-none", "allgather-3-grid4-selective")
 @pytest.mark.parametrize(
     "method, size, grid, checkpointing",
     [
@@ -166,6 +168,7 @@ def test_exchanges_and_engines_are_the_same_bits_and_gathered_parameters_stay(
     )
 
 
+@pytest.mark.short("fsdp-bfloat16")
 @pytest.mark.parametrize(
     "name, precision",
     [
@@ -194,6 +197,7 @@ def experts(env, name, checkpointing):
     return offload.sent
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("checkpointing", ["none", pytest.param("full", marks=pytest.mark.full)])
 def test_experts_that_are_gathered_inside_a_block_stay(checkpointing):
     left = {name: sorted(ranks(4, experts, name, checkpointing)) for name in ("single", "fsdp")}
@@ -337,6 +341,7 @@ def test_where_the_ranks_compute_on_the_host_there_is_nowhere_to_send_to():
         ActivationOffload(CPU)
 
 
+@pytest.mark.full
 def test_the_bench_compares_a_step_with_itself():
     rows = [
         *measure(

@@ -117,6 +117,7 @@ def cases_of(part: int, parts: int) -> list[tuple[str, str]]:
     return cases[part::parts]
 
 
+@pytest.mark.short("3-1")
 @pytest.mark.parametrize(("size", "part"), [(2, 0), (3, 1), (4, 2)])
 def test_steps_after_a_sharded_prompt_equal_whole_rows(size, part):
     cases = cases_of(part, 3)

@@ -122,12 +122,18 @@ WHOLE = [
 ]
 
 
+# Of their kinds in `make test`: the others have another rule, method or layout.
+ONE_OF_A_KIND = ("hybrid", "shared_values", "experts_switch", "memory_segments")
+ONE_OF_A_KIND += ("memory_compressive", "memory_lookup", "lstm", "ntm", "key_value")
+
+
 def whole_cases() -> list[Any]:
     """Every model with both numbers of ranks, which take turns in `make test`."""
     found = []
     for row, case in enumerate(WHOLE):
         for turn, size in enumerate(LANE_CUTS):
-            marks = () if turn == row % 2 else pytest.mark.full
+            short = turn == row % 2 and case[0] in ONE_OF_A_KIND
+            marks = () if short else pytest.mark.full
             found.append(pytest.param(*case, size, marks=marks))
     return found
 

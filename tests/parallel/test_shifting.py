@@ -111,6 +111,7 @@ def worker(env, cases):
     return found
 
 
+@pytest.mark.short("3")
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_a_shift_over_ranks_is_that_of_one_device(size):
     cases = []

@@ -17,6 +17,7 @@ COSTLY = (["scalar"], ["vector"], ["vector", "before"], ["vector delta"])
 KINDS = [["scalar delta"], *(pytest.param(words, marks=pytest.mark.full) for words in COSTLY)]
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.parametrize("words", KINDS, ids=" ".join)
 def test_a_kernel_answers_as_our_own_scan(words):

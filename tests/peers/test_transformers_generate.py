@@ -43,12 +43,14 @@ def equal(theirs, ours, given):
     return found
 
 
+@pytest.mark.short("None")
 @pytest.mark.parametrize("window", [None, 16])
 def test_tokens_of_uneven_prompts(window):
     theirs, ours = twins(32, 2, 4, 2, window=window)
     equal(theirs, ours, prompts())
 
 
+@pytest.mark.short("None")
 @pytest.mark.parametrize("window", [None, 16])
 def test_tokens_of_their_continuous_batching(window):
     theirs, ours = twins(32, 2, 4, 2, window=window)
@@ -132,6 +134,7 @@ def path_end(path):
     return path.rpartition(".")[2]
 
 
+@pytest.mark.full
 def test_tokens_of_a_hybrid():
     theirs, ours = hybrid()
     found = equal(theirs, ours, prompts())
@@ -145,6 +148,7 @@ FROM_FOLDERS = {
 }
 
 
+@pytest.mark.short("mamba2")
 @pytest.mark.parametrize("case", FROM_FOLDERS)
 def test_tokens_of_models_from_folders(case, tmp_path):
     theirs = hub.make(*FROM_FOLDERS[case], tmp_path).float()

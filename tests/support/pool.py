@@ -13,6 +13,7 @@ little else.
 import atexit
 import os
 import socket
+import sys
 import traceback
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +36,11 @@ PRELOADED = [
     "trainer.sweep.sweep",
     "tests.variants",
     "tests.support.forked_python",
-    "tests.support.warm",
+    "tests.support.warm",  # the last
 ]
+# Seconds each, of transformers with fla and of deepspeed: where some of the tests have them, a
+# rank of each of their pools would import them again.
+HEAVY = ["tests.support.hub", "parallel.engines.deepspeed"]
 
 
 @dataclass
@@ -107,7 +111,8 @@ def server_context() -> Any:
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read once, while torch is imported
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    heavy = [name for name in HEAVY if name in sys.modules]
+    context.set_forkserver_preload([*PRELOADED[:-1], *heavy, PRELOADED[-1]])
     return context
 
 

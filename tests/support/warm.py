@@ -6,6 +6,7 @@ pandas at the first array, matplotlib its canvas at the first picture) and keep 
 found out (fonts, parsed config files). None of it starts a thread, which a fork would lose.
 """
 
+import gc
 import importlib
 import io
 
@@ -36,3 +37,6 @@ figure = Figure(layout="constrained")
 figure.add_subplot().plot([1, 2], [1, 2], label="x")
 figure.axes[0].legend()
 figure.savefig(io.BytesIO(), format="png")
+# What is there stays: collections of the forked processes need not look through it.
+gc.collect()
+gc.freeze()

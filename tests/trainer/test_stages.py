@@ -216,10 +216,11 @@ def test_three_stages_on_one_two_and_three_ranks_equal_a_run_by_hand(words, hand
     "moment, resumed",
     [
         ("evaluation 4", [1, 2, 3]),  # the last step of a stage is saved and not evaluated
-        ("before-note 2", [1, 2, 3]),  # evaluated, and stage.json does not say so
+        # Evaluated, and stage.json does not say so.
+        pytest.param("before-note 2", [1, 2, 3], marks=pytest.mark.full),
         # Between two stages.
         pytest.param("after-note 2", [2, 3], marks=pytest.mark.full),
-        ("step 7", [2, 3]),  # within the second
+        pytest.param("step 7", [2, 3], marks=pytest.mark.full),  # within the second
     ],
 )
 def test_a_kill_at_any_moment_resumes_in_the_right_stage(words, hand, tmp_path, moment, resumed):
@@ -231,6 +232,7 @@ def test_a_kill_at_any_moment_resumes_in_the_right_stage(words, hand, tmp_path, 
     assert evaluated == [4, 7, 10]
 
 
+@pytest.mark.full
 def test_a_damaged_checkpoint_leads_back_into_the_stage_before(words, hand, tmp_path):
     run = [*words, f"run_dir={tmp_path / 'run'}"]
     assert drive(run, tmp_path / "run", "step 6")[0] == "killed"

@@ -28,6 +28,12 @@ CASES = [
 ]
 
 
+@pytest.mark.short(
+    "bahdanau-gru-1-3-contiguous",
+    "luong_dot-gru-1-4-zigzag",
+    "luong_general-lstm-2-3-contiguous",
+    "local_p-gru-1-4-contiguous",
+)
 @pytest.mark.parametrize(("kind", "cell", "layers", "size", "policy"), CASES)
 def test_both_streams_over_ranks_change_nothing(kind, cell, layers, size, policy):
     build = partial(recurrent, kind, cell, layers)

@@ -76,6 +76,7 @@ def test_kinds_of_stretches_are_added(made):
     assert relative(got, want) < 1e-12
 
 
+@pytest.mark.short("2")
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_that_share_a_row_give_the_same(size, made):
     folder, _, ours = made
@@ -133,6 +134,7 @@ def test_minilm_gives_the_hidden_states_of_transformers(minilm):
     }
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_minilm_trains_as_a_masked_language_model_over_two_ranks(minilm, tmp_path):
     (tmp_path / "texts").mkdir()

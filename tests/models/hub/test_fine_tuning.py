@@ -13,6 +13,7 @@ ADAPTED = [
 ]
 
 
+@pytest.mark.short("llama", "gpt2")
 @pytest.mark.parametrize("case", ADAPTED)
 def test_thirty_steps_equal_those_by_hand(case, tmp_path):
     theirs = hub.exact(hub.make(*CASES[case], tmp_path))

@@ -18,6 +18,7 @@ CASES = {
 }
 
 
+@pytest.mark.short("llama", "gpt_oss", "mamba2")
 @pytest.mark.parametrize("case", CASES)
 def test_texts_go_on_as_there(case, tmp_path):
     theirs = hub.make(*CASES[case], tmp_path)

@@ -66,6 +66,20 @@ def test_every_causal_mixer_has_the_gradients_of_the_whole_row(name: str, count:
 LANE_CUTS = {2: [5, 12], 3: [6, 1, 10], 5: [3, 4, 2, 3, 5]}
 
 
+@pytest.mark.short(
+    "full",
+    "sinusoidal",
+    "hybrid",
+    "shared_values",
+    "experts_topk",
+    "experts_switch",
+    "memory_segments",
+    "memory_compressive",
+    "memory_lookup",
+    "lstm",
+    "ntm",
+    "key_value",
+)
 @pytest.mark.parametrize("name", [name for name in MODELS if not cannot_be_cut(built(name))])
 def test_whole_models_with_memories_and_experts(name: str):
     for sizes in LANE_CUTS.values():

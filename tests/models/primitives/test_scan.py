@@ -86,6 +86,7 @@ def test_a_document_goes_on_from_its_past(kind):
     assert relative(work.final_states(past[1][:, None])[:, 0], last) < 1e-11
 
 
+@pytest.mark.short("vector")
 @pytest.mark.parametrize(
     "kind",
     [

@@ -122,6 +122,14 @@ CASES = [
 ]
 
 
+@pytest.mark.short(
+    "dtype0-turing-ring-contiguous-2",
+    "dtype0-turing with lstm-ring-zigzag-3",
+    "dtype0-lstm-ring-zigzag-3",
+    "dtype0-key value-ring-contiguous-2",
+    "dtype0-key value shared-allgather-contiguous-2",
+    "dtype0-key value of every token-allgather-zigzag-3",
+)
 @pytest.mark.parametrize(
     ("name", "method", "policy", "size"), [case for case in CASES if case[1] != "usp"]
 )

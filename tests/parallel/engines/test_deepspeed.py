@@ -75,7 +75,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("name, size, micro", first(CASES, (1, 3, 5, 7)))
+@pytest.mark.parametrize("name, size, micro", first(CASES, (1, 3, 7)))
 def test_three_clipped_steps_equal_the_one_process_run(name, size, micro):
     expected, expected_norms = true_run(STEPS, COUNT)
     assert min(expected_norms) > CLIP  # clipping is at work
@@ -115,7 +115,7 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("name, size, then, on, precision", first(WAYS, (0, 1, 2, 5, 7)))
+@pytest.mark.parametrize("name, size, then, on, precision", first(WAYS, (0, 5, 7)))
 def test_a_checkpoint_goes_on_in_another_engine_at_another_stage_on_other_ranks(
     name, size, then, on, precision, tmp_path
 ):
@@ -185,7 +185,7 @@ LEFT_OUT = [
 ]
 
 
-@pytest.mark.parametrize("name, precision", first(LEFT_OUT, (0, 1, 3, 5)))
+@pytest.mark.parametrize("name, precision", first(LEFT_OUT, (1, 5)))
 def test_a_step_left_out_leaves_no_trace(name, precision):
     expected = ranks(2, unskipped, name, precision)[0]
     for before, after, norm, norms in ranks(2, skipped, name, precision):

@@ -60,6 +60,7 @@ def shape_of(context, data, experts, replicas=1):
     return {"context": context, "data": data, "experts": experts, "replicas": replicas}
 
 
+@pytest.mark.short("1-2-2-fsdp", "1-4-4-single", "2-2-4-single")
 @pytest.mark.parametrize("name", ["single", "fsdp"])
 @pytest.mark.parametrize("context, data, experts", SHAPES)
 def test_experts_over_ranks_train_what_one_process_trains(name, context, data, experts):
@@ -108,6 +109,7 @@ def test_initial_weights_of_experts_are_the_same_bits_on_any_number_of_ranks(nam
         assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
+@pytest.mark.short("single-16")
 @pytest.mark.parametrize("hidden", [16, 15])
 @pytest.mark.parametrize("name", ["single", "fsdp"])
 def test_in_bfloat16_experts_compute_in_it_and_are_stored_in_float32(name, hidden):
@@ -162,6 +164,7 @@ def handed_over(env, shape):
     return there, everything(kept), train(cut, range(2, 3))[:2], train(kept, range(2, 3))[:2]
 
 
+@pytest.mark.full
 def test_engines_take_each_others_experts_without_files():
     for there, back, cut, kept in ranks(4, handed_over, shape_of(2, 2, 2)):
         for part in there:

@@ -32,6 +32,7 @@ def plain(steps):
     return small_model.truth(steps, COUNT)
 
 
+@pytest.mark.short("2-1-12")
 @pytest.mark.parametrize(
     "replicas, micro, steps",
     [
@@ -87,6 +88,7 @@ def alone():
     return *small_mixture.train(engine, range(5)), small_mixture.everything(engine)["model"]
 
 
+@pytest.mark.short("2-4-local2")
 @pytest.mark.parametrize(
     "experts, replicas, local",
     [

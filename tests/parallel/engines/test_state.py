@@ -49,6 +49,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.short("single-2-fsdp-3-bfloat16", "fsdp-2-single-1-float64")
 @pytest.mark.parametrize("precision", ["float64", "bfloat16"])
 @pytest.mark.parametrize("name, size, then, on", WAYS)
 def test_a_checkpoint_goes_on_in_another_engine_on_other_ranks(

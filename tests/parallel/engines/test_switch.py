@@ -96,10 +96,15 @@ def alone():
     [
         pytest.param("single", {"context": 1, "data": 2, "experts": 2}, {}, marks=pytest.mark.full),
         ("single", {"context": 2, "data": 2, "experts": 4}, {}),
-        ("fsdp", {"context": 2, "data": 1, "experts": 2}, {"checkpointing": "full"}),
+        pytest.param(
+            "fsdp",
+            {"context": 2, "data": 1, "experts": 2},
+            {"checkpointing": "full"},
+            marks=pytest.mark.full,
+        ),
         pytest.param("fsdp", {"context": 2, "data": 2, "experts": 2}, {}, marks=pytest.mark.full),
         ("fsdp", {"context": 1, "data": 4, "experts": 4, "replicas": 2}, {}),
-        ("fsdp", {"context": 2, "data": 2}, {}),
+        pytest.param("fsdp", {"context": 2, "data": 2}, {}, marks=pytest.mark.full),
     ],
 )
 def test_a_switch_transformer_trains_alike_wherever_its_experts_lie(name, shape, settings):

@@ -16,6 +16,7 @@ def rows(env, sizes):
     return list(measure(sizes, env.group))
 
 
+@pytest.mark.full
 def test_every_way_is_measured_and_sends_what_it_should():
     sizes = AttentionSizes(tokens=128, heads=4, kv_heads=2, width=8, ranks=4, repeats=1)
     for found in ranks(4, rows, sizes):
@@ -68,6 +69,7 @@ print(peak_bytes(step))
 """
 
 
+@pytest.mark.full
 def test_the_peak_is_what_a_step_holds_at_once():
     size = (
         64 << 20

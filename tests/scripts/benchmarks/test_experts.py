@@ -10,6 +10,7 @@ def rows(env, sizes):
     return list(measure(sizes, env.group))
 
 
+@pytest.mark.full
 def test_every_way_is_measured_and_sends_what_it_should():
     for found in ranks(
         4, rows, ExpertSizes(tokens=64, width=8, ffn=8, experts=4, ranks=4, repeats=1)

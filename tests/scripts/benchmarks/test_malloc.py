@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.test_architecture import ROOT
 
 PLACES = """
@@ -30,6 +32,7 @@ def told(*words: str) -> list[str]:
     )
 
 
+@pytest.mark.full
 def test_large_tensors_come_from_the_heap():
     kept = told("keep")
     if kept:

@@ -27,6 +27,7 @@ def only_bytes(env, tokens):
     return [bench.sent(kind, tokens) for kind in KINDS]
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_every_layer_is_measured():
     for found in ranks(

@@ -15,6 +15,7 @@ def rows(env, sizes):
     return list(measure(sizes, env.group))
 
 
+@pytest.mark.full
 def test_every_model_is_measured_at_both_lengths():
     (found,) = ranks(1, rows, SIZES)
     assert [row["model"] for row in found] == ["rwkv7", "sliding", "hybrid"]

@@ -64,6 +64,7 @@ def test_a_missing_package_is_one_message(monkeypatch, capsys):
     assert "the package sacrebleu is not installed" in capsys.readouterr().err
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_the_recipe_prints_a_table_of_four_models(tmp_path, capsys):
     pairs = []

@@ -86,8 +86,8 @@ WAYS = [
 ]
 
 
-# Every place is left once and gone on in once.
-FIRST = (0, 4, 5, 6, 7, 9, 11)
+# From sharded experts to none, to sharded ones from whole ones, and from one device.
+FIRST = (4, 5, 7)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,7 @@ def test_a_checkpoint_goes_on_where_experts_lie_otherwise(place, then, tmp_path)
         torch.testing.assert_close(found, (losses, norms), rtol=1e-10, atol=0)
 
 
+@pytest.mark.short("place2")
 @pytest.mark.parametrize("place", [FOUR_WHOLE, TWO_CUT, TWICE])
 def test_each_expert_is_written_once(place, tmp_path):
     """However many ranks hold it: the parts of a tensor in the manifest do not overlap and are as

@@ -119,6 +119,15 @@ def shared(env, name, folder, method, policy):
     return differences(maps(model, mesh, folder, policy), maps(decoder(name), Mesh.alone(), folder))
 
 
+@pytest.mark.short(
+    "0-full",
+    "1-longformer",
+    "5-differential_t5",
+    "6-latent",
+    "8-compressed",
+    "10-segments",
+    "13-key_value",
+)
 @pytest.mark.parametrize("turn, name", enumerate((*MIXERS, *MEMORIES, "key_value")))
 def test_maps_over_three_ranks_are_those_of_one_device(turn, name, folder):
     methods = (

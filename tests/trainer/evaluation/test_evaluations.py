@@ -103,6 +103,7 @@ def in_rank(env, folder, tree, context, names, time):
 
 
 # The last cuts rows in time, on top of three ranks.
+@pytest.mark.short("3-3-1", "4-2-1")
 @pytest.mark.parametrize(("size", "context", "time"), [(3, 3, 1), (4, 2, 1), (3, 3, 4)])
 def test_every_figure_is_the_same_on_any_ranks(size, context, time, folder, config):
     tree = config.model_dump(by_alias=True)

@@ -115,6 +115,7 @@ def trained(words, tmp_path_factory):
     return directory
 
 
+@pytest.mark.short("3-settings1-1e-09")
 @pytest.mark.parametrize(
     "size, settings, tolerance",
     [

@@ -85,6 +85,7 @@ def hand(words):
     return losses, model.state_dict()
 
 
+@pytest.mark.short("3-settings1-1e-09")
 @pytest.mark.parametrize(
     "size, settings, tolerance",
     [

@@ -70,6 +70,7 @@ def losses(directory):
     return {row["step"]: row["loss"] for row in read(directory / METRICS)}
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_runs_go_on_from_single_under_deepspeed_and_back(tmp_path):
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -104,16 +104,18 @@ def whole(folder):
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(folder, whole):
-    same = words(folder, "killed", "parallel.context=2", "engine=fsdp")
+@pytest.mark.parametrize("kills", [(5,), pytest.param((1, 7), marks=pytest.mark.full)], ids=str)
+def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(kills, folder, whole):
+    killed = folder / f"killed {len(kills)}"
+    same = words(folder, killed.name, "parallel.context=2", "engine=fsdp")
     moments = random.Random(20261122)
-    for rows in (1, 7):
-        kill_after(same, rows, moments.uniform(0, 0.4), folder / "killed" / METRICS)
+    for rows in kills:
+        kill_after(same, rows, moments.uniform(0, 0.4), killed / METRICS)
     finish(same)
-    assert weights(folder / "killed") == weights(whole)
+    assert weights(killed) == weights(whole)
     a, b = (
         [(r["step"], r["tokens"], r["loss"]) for r in read(path / METRICS)]
-        for path in (whole, folder / "killed")
+        for path in (whole, killed)
     )
     assert a == b and [step for step, *_ in a] == list(range(1, STEPS + 1))
 

@@ -100,6 +100,7 @@ def test_a_run_is_the_same_however_tokens_and_experts_are_spread(name, tmp_path)
                 assert b[part] == pytest.approx(a[part], rel=1e-10), words
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ONE)
 def test_a_run_with_a_memory_that_hands_segments_on_is_the_same_over_ranks(name, tmp_path):
     data = (

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from parallel.activation_offload import ActivationOffload
@@ -39,6 +40,7 @@ def in_rank(env, words, directory):
     return made[0].sent if made else None
 
 
+@pytest.mark.full
 def test_a_run_with_its_activations_on_the_host_has_the_same_losses(tmp_path):
     os.environ["HF_HUB_OFFLINE"] = "1"
     data = (
