@@ -97,6 +97,7 @@ NOT_COMPOSED = {
     ): "needs two runs; tests/trainer/evaluation/test_offline.py",
     "python -m scripts.experiments experts": "an experiment of minutes",
     "python -m scripts.experiments graphs": "an experiment of minutes",
+    "python -m scripts.experiments graphs only=trust": "an experiment of minutes",
     "python -m scripts.experiments alignment": "an experiment of minutes",
     "python -m scripts.experiments sets": "an experiment of minutes",
     "python -m scripts.experiments.libreoffice_pairs pairs": "see test_libreoffice_pairs.py",
