@@ -31,10 +31,11 @@ lint: install
 types: install
 	$(BIN)/pyright
 
-# The inner loop of a developer: the layers and kernels on one process, the config, the rules.
+# The inner loop of a developer: the layers and kernels on one process, the config, the rules. The
+# models of others need their libraries, which take longer to import than these tests to run.
 quick: lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow and not full' \
-		tests/models tests/trainer/config tests/test_architecture.py tests/test_path.py
+		--ignore tests/models/hub tests/models tests/trainer/config tests/test_architecture.py tests/test_path.py
 
 test: lint types
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not full'

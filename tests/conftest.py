@@ -2,6 +2,8 @@
 idles while the last ends."""
 
 import gc
+import importlib
+import sys
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Spares collections the two million objects of the libraries: some tests make many."""
+    if "trainer.config.compose" in sys.modules:
+        importlib.import_module("tests.support.composed_once").share_composed()
     gc.collect()
     gc.freeze()
 

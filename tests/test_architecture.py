@@ -8,6 +8,7 @@ import re
 import sys
 import tomllib
 from collections import Counter
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -37,8 +38,14 @@ FORBIDDEN_ROOMS = {"utils", "common", "core", "helpers", "misc"}
 LAZY_IMPORTS = {Path("models/kernels/backends.py")}  # an optional kernel is imported when chosen
 
 
+@cache
+def nodes(path):
+    """Every node of a file's syntax tree."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def imported_names(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom):
@@ -90,7 +97,7 @@ def test_docstrings_begin_with_a_thing_or_a_verb():
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     offenders = []
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             text = ast.get_docstring(node) if isinstance(node, documented) else None
             if text and clause.match(text):
                 offenders.append(f"{path.relative_to(ROOT)}: {text.splitlines()[0]}")
@@ -108,7 +115,7 @@ def test_files_have_at_most_400_lines():
 def test_functions_have_at_most_60_lines():
     offenders = []
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = node.end_lineno - node.lineno + 1
                 if length > 60:
@@ -154,7 +161,7 @@ def test_imports_stand_at_the_top():
     for path in FILES:
         if path.relative_to(ROOT) in LAZY_IMPORTS:
             continue
-        for function in ast.walk(ast.parse(path.read_text())):
+        for function in nodes(path):
             if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
             for node in ast.walk(function):

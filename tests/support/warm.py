@@ -14,6 +14,7 @@ import pyarrow
 import torch
 from matplotlib.figure import Figure
 
+from tests.support.composed_once import share_composed
 from trainer.config.compose import compose
 
 LAZY = [
@@ -32,6 +33,7 @@ for name in LAZY:
     importlib.import_module(name)
 torch.arange(2, device="meta")
 pyarrow.array([1, 2])
+share_composed()
 compose([])
 figure = Figure(layout="constrained")
 figure.add_subplot().plot([1, 2], [1, 2], label="x")

@@ -72,6 +72,13 @@ NEEDED = {  # what a yaml cannot do without, or would make a run of this size lo
     "model=ntm": ("model.slots=8", "model.slot_width=4"),
     "schedule=wsd": ("schedule.warmup_steps=1", "schedule.decay_steps=1"),
 }
+# One position of every family stands beside a mixer that takes it, and needs no run of its own.
+BESIDE = {
+    "mixer=bigbird": ("position=alibi",),
+    "mixer=lsh": ("position=learned",),
+    "mixer=gated_linear": ("position=none",),
+    "mixer=compressed": ("position=llama3",),
+}
 OF_TWO_STREAMS = ("data=pairs", "data=reverse")  # what only models of two streams read
 ALONE = ("parallel.context=1", "parallel.data=1", "engine=single")
 SHARED = ("parallel.context=2", "parallel.data=1", "engine=fsdp")
@@ -113,7 +120,7 @@ def dealt():
         ("memory", APART, ALONE),
     ):
         for word in yamls(group):
-            others = [next(optims), next(schedules)]
+            others = [next(optims), next(schedules), *BESIDE.get(word, ())]
             if not any(more.startswith("data=") for more in NEEDED.get(word, ())):
                 others.append(next(data))
             cases.append(((word, *others), begin, then))
@@ -147,8 +154,16 @@ def kept():
     """The indices of the cases of `make test`."""
     axes = []
     for words, _, _ in CASES:
-        dealt = {word.partition("=")[0]: word for word in words[1:]}
-        axes.append([family(words[0]), *(dealt.get(key) for key in ("optim", "schedule", "data"))])
+        dealt = {word.partition("=")[0]: word for word in words}
+        position = dealt.pop("position", None)
+        axes.append(
+            [
+                # The first word, where it is no position: every other run has memory=none, too.
+                words[0] in (position, "memory=none") or family(words[0]),
+                position and family(position),
+                *(dealt.get(key) for key in ("optim", "schedule", "data")),
+            ]
+        )
     return least_cover(axes)
 
 

@@ -165,10 +165,15 @@ def test_a_part_of_a_recipe_is_taught_and_told_alone(monkeypatch) -> None:
             assert effort([f"only={part}"], parts).only == part
 
 
-def test_the_lessons_on_memory_can_be_honoured() -> None:
+# A lesson is composed for half a second: `make test` takes one of four.
+EVERY = [pytest.param(1, marks=pytest.mark.full), 4]
+
+
+@pytest.mark.parametrize("step", EVERY)
+def test_the_lessons_on_memory_can_be_honoured(step: int) -> None:
     for part in (memory.TEXT, memory._retrieval(), memory._copying(), memory._facts()):
         examined: set[str] = set()
-        for lesson in part:
+        for lesson in part[::step]:
             # The exams of a part are much the same for all its models.
             exams = {name: more for name, more in lesson.exams.items() if name not in examined}
             examined |= exams.keys()
@@ -176,7 +181,8 @@ def test_the_lessons_on_memory_can_be_honoured() -> None:
                 assert load_config(fitting((*lesson.overrides, *more))).steps > 1
 
 
-def test_the_family_is_whole_and_every_lesson_of_it_can_be_honoured() -> None:
+@pytest.mark.parametrize("step", EVERY)
+def test_the_family_is_whole_and_every_lesson_of_it_can_be_honoured(step: int) -> None:
     lessons = [*recall._remembering(), *recall._tracking()]
     behind = {
         f"conv + {name}" for name in ("full", "linear", "performer", "retention", "gated_linear")
@@ -193,7 +199,7 @@ def test_the_family_is_whole_and_every_lesson_of_it_can_be_honoured() -> None:
         "short_conv",
     }
     assert behind | alone <= {lesson.name for lesson in lessons}
-    for lesson in lessons:
+    for lesson in lessons[::step]:
         assert load_config(fitting(lesson.overrides)).steps > 1
 
 

@@ -20,8 +20,8 @@ from trainer.verify.whole_runs import write_documents
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning"
 )  # of forking a process that has threads
-MANY = 5
-MISTAKES = 8
+MANY = 4
+MISTAKES = 5
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from tests.test_architecture import ROOT
 from trainer.logs.jsonl import METRICS, read
 from trainer.verify.whole_runs import write_documents
 
-STEPS = 12
+STEPS = 10
 
 
 def words(folder: Path, name: str, *more: str) -> list[str]:
