@@ -200,7 +200,7 @@ def _plain(chosen: Sequence[str], values: Sequence[str] = ()) -> dict[str, Any]:
 
 @lru_cache(maxsize=1024)
 def _composed(folders: tuple[Path, ...], chosen: tuple[str, ...]) -> bytes:
-    """Returns the tree of the chosen groups without the values of single keys: a pickled DictConfig.
+    """Returns the tree of the chosen groups, without values of single keys: a pickled DictConfig.
 
     Cached, because one command composes the same groups several times (for its checks, defaults
     and messages, and a sweep once a job), and Hydra takes a fifth of a second for it. Pickled it
