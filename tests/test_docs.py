@@ -143,7 +143,7 @@ NOT_COMPOSED = {
             'python -m scripts.generate runs/mine trust=true prompt="import " tokens=20',
             "python -m scripts.doctor --config-dir=conf experiment=mine parallel.context=2",
         ],
-        "needs a folder of the reader's own; tests/longspan/test_walk.py",
+        "needs a folder of the reader's own; tests/longspan/test_wheel.py",
     ),
     "python -m scripts.report": "names the command; tests/trainer/reports",
     "python -m scripts.parity mixer._target_=examples.own_mixer.Cosine": (

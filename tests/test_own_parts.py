@@ -27,6 +27,7 @@ PARTS = (
     *("position._target_=examples.own.position.PartialRope", "position.share=0.5"),
     *("optim._target_=examples.own.optimiser.Lion", "optim.learning_rate=0.01"),
     "evaluation.right._target_=examples.own.evaluation.Accuracy",
+    *("logger.diary._target_=examples.own.logger.Diary", "logger.diary.every=2"),
 )
 NOTES = ("data._target_=examples.own.data.Notes", f"data.folder={ROOT / 'docs'}")
 SUMS = ("data._target_=examples.own.task.RunningSum", "data.base=3", "data.length=8")
@@ -46,7 +47,9 @@ def test_all_parts_train_in_one_run_which_resumes_and_keeps_their_source(tmp_pat
     rows = [json.loads(line) for line in lines]
     assert {row["name"] for row in rows} == {"held_out_loss", "right/share"}
     kept = sorted(path.name for path in (run.directory / "source/1/examples/own").iterdir())
-    assert kept == ["data.py", "evaluation.py", "mask.py", "optimiser.py", "position.py"]
+    assert kept == [
+        *("data.py", "evaluation.py", "logger.py", "mask.py", "optimiser.py", "position.py")
+    ]
     assert not (run.directory / "source" / "2").exists()
     with pytest.raises(UserError, match="is no part of Longspan"):
         run.load()

@@ -39,7 +39,7 @@ from trainer.launch.parent_death import die_with_parent
 from trainer.logs.streams import plain
 from trainer.preflight import prepare
 from trainer.secret import shared_secret
-from trainer.sweep.batch import JOB_OF
+from trainer.sweep.batch import JOB_OF, PARENT
 from trainer.sweep.sweep import run_sweep
 from trainer.version import version_line
 
@@ -87,7 +87,7 @@ def _dispatch(words: Sequence[str]) -> int:
             words[3:], lambda config: slurm.here(config, node, endpoint), lambda settings: None
         )
     if first_word == JOB_OF:
-        die_with_parent(int(words[1]))
+        die_with_parent(os.getppid() if words[1] == PARENT else int(words[1]))
         # The sweep has reported the settings that reach no part of this job's model.
         return command(words[2:], dropped=lambda settings: None)
     start = None
@@ -177,6 +177,7 @@ def start_stages(config: Config, path: Path, command: Sequence[str]) -> exit_rep
             max_restarts=launch.max_restarts,
             grace_s=launch.grace_s,
             nodes=prepare.rendezvous_of(config, path),
+            say=prepare.console_of(config).say,
         )
         started = stage.config.parallel.ranks
         stage = present_stage(config, path)

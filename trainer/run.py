@@ -72,7 +72,7 @@ def run_stage(
         level=config.log.level,
     )
     notes = directory / directories.SCRATCH / f"watch_{restart_count()[0]}"
-    logs = RunLogger(directory, config, console, writes=mesh.world.rank == 0)
+    logs = RunLogger(directory, config, console, writes=mesh.world.rank == 0, notes=notes)
     with (
         logs.alerting(),
         watching(notes, mesh, config.launch.timeout_s) as heartbeat,

@@ -29,6 +29,7 @@ from trainer.files.limited_reader import json_value
 BEAT_S = 1.0
 STILL_S = 5.0  # a rank without a beat for this long stands still
 PAGE = 4096
+CLAIM = "told_"  # prefix of the files by which one rank takes on to tell of something
 ROOT = str(Path(__file__).resolve().parent.parent)
 OURS = tuple(os.path.join(ROOT, home, "") for home in ("models", "parallel", "trainer"))
 # Frames of these files wait for other ranks; a file of ours is named by its module, so that the
@@ -142,6 +143,9 @@ def watching(folder: Path, mesh: Mesh, timeout_s: float) -> Iterator[EnterPhase]
         return
     _limit(mesh, timeout_s)
     watch = Heartbeat(folder, mesh.world.rank)
+    # Of an earlier start that was killed. Nobody claims anything before a collective timed out.
+    for claimed in folder.glob(f"{CLAIM}*"):
+        claimed.unlink(missing_ok=True)
     try:
         yield watch.heartbeat
         watch.forget()
@@ -198,6 +202,33 @@ def read_heartbeats(folder: Path, size: int) -> list[HeartbeatNote | None]:
         except (OSError, ValueError, TypeError):
             found.append(None)
     return found
+
+
+def claim(folder: Path, what: str) -> bool:
+    """Takes on to tell of something for all ranks; False where a rank has done so before.
+
+    Args:
+        folder: of the notes of this attempt; where it is missing, this rank is alone.
+        what: kind of the event.
+    """
+    try:
+        os.close(os.open(folder / f"{CLAIM}{what}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    except OSError:
+        # A full disk, for example: told twice is better than not told.
+        return True
+    return True
+
+
+def is_claimed(folder: Path, what: str) -> bool:
+    """Tells whether a rank has claimed to tell of something."""
+    return (folder / f"{CLAIM}{what}").exists()
+
+
+def waits_now(note: HeartbeatNote | None) -> bool:
+    """Tells whether a rank is alive and waits for others, so that it will time out as they do."""
+    return note is not None and note.waits and abs(time.time() - note.beat) <= STILL_S
 
 
 def _since(beat: float, now: float) -> str:

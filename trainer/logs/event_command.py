@@ -11,7 +11,9 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -22,11 +24,13 @@ from trainer.config.finding import Finding
 from trainer.config.schema import Config
 from trainer.launch.elastic import SECRET
 from trainer.logs.redact import redacted
+from trainer.watchdog import claim, is_claimed, read_heartbeats, waits_now
 
 KINDS = ("start", "spike", "skip", "hang", "end")
 LIMIT_S = 30.0  # of one command; then it is killed, with all that it started
 FINISH_S = 10.0  # at the end of a run, for commands that have not ended
 MOST_WAITING = 100  # events; later ones are left out while so many wait
+FIRST_S = 1.0  # that rank 0 has to tell of a hang before another rank does
 
 
 class EventCommand:
@@ -135,6 +139,34 @@ class EventCommand:
 
     def _fail(self, trouble: str) -> None:
         self.trouble = self.trouble or trouble
+
+
+def tell_of_hang(config: Config, directory: Path, notes: Path, why: str) -> None:
+    """Tells of a hang on a rank other than rank 0, once for all ranks, unless rank 0 does.
+
+    Rank 0 cannot where it is the one that hangs: then the end of the run is told here as well.
+
+    Args:
+        config: of the run.
+        directory: of the run.
+        notes: folder of the heartbeat notes of this attempt.
+        why: the message of the hang.
+    """
+    if config.log.on_event is None:
+        return
+    rank_0_waits = waits_now(read_heartbeats(notes, 1)[0])
+    if rank_0_waits:
+        time.sleep(FIRST_S)
+    # Where rank 0 has told the end, this is the echo of it.
+    if is_claimed(notes, "end") or not claim(notes, "hang"):
+        return
+    command = EventCommand(
+        config.log.on_event, directory, config.name, lambda line: print(line, file=sys.stderr)
+    )
+    command.tell("hang", why=why)
+    if not rank_0_waits and claim(notes, "end"):
+        command.tell("end", outcome="failed", why=why)
+    command.close()
 
 
 def check_on_event(config: Config) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ from trainer.files.limited_reader import json_object
 from trainer.logs import summary
 from trainer.logs.alerts import Alerts
 from trainer.logs.console import Console
-from trainer.logs.event_command import EventCommand
+from trainer.logs.event_command import EventCommand, tell_of_hang
 from trainer.logs.figures import read_figures
 from trainer.logs.jsonl import EVALUATION, METRICS, Evaluations, Metrics, MetricsRow, read
 from trainer.logs.loggers.base import Logger, RunEnd, RunStart
@@ -24,9 +24,10 @@ from trainer.logs.loggers.guarded import GuardedLogger
 from trainer.logs.loggers.wandb import Wandb
 from trainer.logs.plots import attention, grades, plots
 from trainer.logs.redact import without_secrets, word_without_secrets
-from trainer.watchdog import Hang
+from trainer.watchdog import Hang, claim
 
 NO_MAPS = "attention maps: none, no softmax of this model sees a whole row"
+FAILED = "failed"
 ALERT_S = 10.0  # a run that failed waits so long for its alert to be sent
 
 
@@ -35,9 +36,19 @@ class RunLogger:
 
     Args:
         directory: of the run. writes: whether this rank is the one.
+        notes: folder of the heartbeat notes of this attempt; None where there is one rank.
     """
 
-    def __init__(self, directory: Path, config: Config, console: Console, *, writes: bool):
+    def __init__(
+        self,
+        directory: Path,
+        config: Config,
+        console: Console,
+        *,
+        writes: bool,
+        notes: Path | None = None,
+    ):
+        self.notes = notes
         self.directory = directory
         self.config = config
         self.console = console
@@ -97,8 +108,17 @@ class RunLogger:
             self.config.name,
             self.config.optim.skip_above,
             self.wandb.alert if self.wandb is not None else lambda title, text: None,
-            self.on_event.tell if self.on_event is not None else lambda kind, **facts: None,
+            self._tell_event,
         )
+
+    def _tell_event(self, kind: str, **facts: Any) -> None:
+        """Tells the user's command; of a hang and a failure another rank may have told before."""
+        if self.on_event is None:
+            return
+        is_shared = kind == "hang" or facts.get("outcome") == FAILED
+        if is_shared and self.notes is not None and not claim(self.notes, kind):
+            return
+        self.on_event.tell(kind, **facts)
 
     def _add(self, name: str, logger: Logger) -> None:
         self.loggers[name] = GuardedLogger(name, logger, self.console.warn)
@@ -115,13 +135,17 @@ class RunLogger:
             raise
 
     def _alert_of(self, error: Exception) -> None:
+        if not self.writes:
+            if isinstance(error, Hang) and self.notes is not None:
+                tell_of_hang(self.config, self.directory, self.notes, str(error))
+            return
         waits = False
         if self.alerts is not None:
             if isinstance(error, Hang):
                 self.alerts.hung(str(error))
             is_ours = isinstance(error, UserError)
             text = str(error) if is_ours else f"{type(error).__name__}: {error}"
-            self.alerts.ended("failed", text, why=text)
+            self.alerts.ended(FAILED, text, why=text)
             waits = self.alerts.wants("end") or (
                 isinstance(error, Hang) and self.alerts.wants("hang")
             )

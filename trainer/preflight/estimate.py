@@ -42,6 +42,7 @@ OF_A_STEP = (
 MANIFEST_BYTES = 330  # of a tensor in manifest.json and in the header of its shard
 ROW_BYTES = 330  # of a step in metrics.jsonl
 MOST_RUNS = 50  # earlier runs that are looked at, the newest first
+TIMED = "timed"  # a run that is made to measure its steps
 RUNS = Path("runs")  # where runs lie that were given no directory
 
 
@@ -62,12 +63,14 @@ def estimate_lines(config: Config) -> Iterator[str]:
 def _time(config: Config, plan: Sequence[Stage]) -> str:
     total = 0.0
     sources = []
+    beside = _home(config)
     for stage in plan:
         earlier = _earlier_run(config, stage.config)
         if earlier is None:
             return (
-                f"not known: no run beside this one has such steps; a few of them"
-                f" (steps=5 checkpoint.every=0 evaluation.every=0, in {RUNS}/) would tell"
+                f"not known: no run in {beside} has such steps; the same command with steps=5"
+                f" checkpoint.every=0 evaluation.every=0 run_dir={beside / TIMED} takes a few, and"
+                " this one then goes by them"
             )
         total += median(earlier.seconds) * (stage.config.steps - stage.after)
         sources.append(f"{earlier.directory} ({len(earlier.seconds)} steps)")
@@ -78,11 +81,16 @@ def _time(config: Config, plan: Sequence[Stage]) -> str:
     )
 
 
+def _home(config: Config) -> Path:
+    """Returns the folder that this run and its neighbours lie in."""
+    return Path(config.run_dir).parent if config.run_dir else RUNS
+
+
 def _earlier_run(config: Config, step: Config) -> EarlierRun | None:
     """Returns the newest run with the same steps, in this run's directory or beside it."""
     home = Path(config.run_dir) if config.run_dir else None
     folders = [home] if home is not None else []
-    root = home.parent if home is not None else RUNS
+    root = _home(config)
     if root.is_dir():
         beside = [path for path in root.iterdir() if run_dir.holds_run(path)]
         folders += sorted(beside, key=lambda path: path.stat().st_mtime, reverse=True)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from trainer import run_dir
 from trainer.config.compose import ComposedConfig, compose
@@ -10,6 +11,7 @@ from trainer.config.schema import Config
 from trainer.config.stages import describe_stage, plan_of
 from trainer.errors import UserError
 from trainer.launch.nodes import Nodes
+from trainer.logs.console import Console
 from trainer.preflight.check import check_config
 from trainer.preflight.estimate import estimate_lines
 from trainer.preflight.match import match_sizes
@@ -21,7 +23,7 @@ from trainer.secret import shared_secret
 def load_config(
     words: Sequence[str],
     started: int | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] | None = None,
     here: Callable[[Config], Config] | None = None,
     starter: str = "torchrun",
     dropped: Callable[[dict[str, str]], None] | None = None,
@@ -32,7 +34,7 @@ def load_config(
         words: KEY=VALUE settings; run_dir=PATH alone goes on with the config that lies there.
         started: number of ranks that another launcher has started; None when this command starts
             them.
-        say: receives a line about the widths that were fitted.
+        say: receives a line about the widths that were fitted; None prints it.
         here: turns the config of the user into that of this machine.
         starter: name of the other launcher.
         dropped: receives the settings that reach no part of the model, each with the sentence
@@ -68,9 +70,16 @@ def load_config(
         raise UserError("\n".join(errors))
     if dropped is not None:
         dropped(unreached(config, composed.given))
-    if match_report:
-        say(match_report)
+    # Where several machines give the same command, the first tells for all.
+    if match_report and not config.launch.node_rank:
+        (say or console_of(config).say)(match_report)
     return config
+
+
+def console_of(config: Config, file: TextIO | None = None) -> Console:
+    """Returns the console of a launcher: lines as those of its ranks, and no bar."""
+    style = "json" if config.log.console == "json" else "plain"
+    return Console(0, style=style, level=config.log.level, file=file)
 
 
 def create_run_dir(config: Config) -> tuple[Config, Path]:
@@ -93,7 +102,7 @@ def write_record(config: Config, path: Path) -> None:
     if errors:
         raise UserError("\n".join(errors))
     if remark := run_dir.record(path, config):
-        print(remark, file=sys.stderr, flush=True)
+        console_of(config, sys.stderr).warn(remark)
 
 
 def rendezvous_of(config: Config, path: Path) -> Nodes | None:

@@ -21,11 +21,13 @@ from trainer.run_dir import plain_config
 from trainer.sweep.early_stop import EarlyStop
 from trainer.sweep.hydra_launcher import SweepPlan
 from trainer.sweep.jobs import DONE, FAILED, LOST, OUTCOME, OUTPUT, STOPPED, Job, JobOutcome, varied
-from trainer.sweep.process_pool import FinishedProcess, ProcessPool, ProcessTask, Slots
+from trainer.sweep.machines import Slots
+from trainer.sweep.process_pool import FinishedProcess, ProcessPool, ProcessTask
 from trainer.texts import quoted
 
-# Hidden option: the process number of the sweep, then the settings of a run.
+# Hidden option: the process number of the sweep, or PARENT, then the settings of a run.
 JOB_OF = "--job-of"
+PARENT = "parent"  # on another machine than the sweep's: Slurm ends the job with it
 LONGEST_NAME = 128  # characters that W&B accepts
 LONGEST_TAG = 64
 TWICE = "{} is the folder of several jobs; hydra.sweep.subdir must tell them apart"
@@ -206,7 +208,7 @@ class JobBatch:
         self.before = before
         self.owns = owns
         self.group = group
-        self.command = [*command, JOB_OF, str(os.getpid())]
+        self.command = [*command, JOB_OF]
         # Bytes of output that earlier starts of a job left behind.
         self.read: dict[int, int] = {}
 
@@ -218,7 +220,12 @@ class JobBatch:
             (job.directory / OUTCOME).unlink(missing_ok=True)
             ranks = self.configs[number].parallel.ranks
             words = [*arguments(job), *labels(self.configs[number], self.owns[number], self.group)]
-            tasks[number] = ProcessTask([*self.command, *words], ranks, job.directory / OUTPUT)
+            tasks[number] = ProcessTask(
+                [*self.command, str(os.getpid()), *words],
+                ranks,
+                job.directory / OUTPUT,
+                remote=[*self.command, PARENT, *words],
+            )
         losing = None if self.early_stop is None else self.early_stop.look
         return ProcessPool(slots, self._began, self._ended, losing).run(tasks)
 

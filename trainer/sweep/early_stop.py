@@ -34,7 +34,7 @@ class EarlyStop:
         except ImportError as error:
             raise UserError(
                 f"hydra.launcher.stop_early={factor}: it needs the package optuna, which is not"
-                " installed; pip install optuna"
+                " installed; pip install 'longspan[sweep]'"
             ) from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=factor)

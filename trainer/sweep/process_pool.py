@@ -1,4 +1,4 @@
-"""Runs commands side by side, as many as the machine has ranks for.
+"""Runs commands side by side, as many as the machines have ranks for.
 
 A signal stops them all; each of them may save first.
 """
@@ -16,10 +16,9 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any
 
-from trainer.errors import UserError
 from trainer.files.safe_files import open_inside
-from trainer.launch.elastic import machine_limits
 from trainer.launch.exit_report import SAVED, handling
+from trainer.sweep.machines import Place, Slots
 
 POLL_S = 1.0
 
@@ -32,11 +31,13 @@ class ProcessTask:
         command: program and arguments.
         ranks: that it starts.
         output: file that its output is appended to.
+        remote: the same on another machine, where the number of this process means nothing.
     """
 
     command: Sequence[str]
     ranks: int
     output: Path
+    remote: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -54,57 +55,6 @@ class FinishedProcess:
     seconds: float
     stopped: bool = False
     lost: bool = False
-
-
-class Slots:
-    """Counts the free slots for ranks.
-
-    Args:
-        ranks: number of slots; None takes one for each GPU, or each core without a GPU.
-
-    Raises:
-        UserError: more ranks at once than GPUs.
-    """
-
-    def __init__(self, ranks: int | None):
-        cores, gpus = machine_limits()
-        if gpus and ranks and ranks > gpus:
-            raise UserError(
-                f"hydra.launcher.ranks={ranks}, but this machine has {gpus} GPUs; use at most"
-                f" {gpus}"
-            )
-        self.many = ranks or gpus or cores
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        self.free = (
-            (seen.split(",") if seen else [str(gpu) for gpu in range(gpus)])[: self.many]
-            if gpus
-            else None
-        )
-        self.threads = max(1, cores // self.many)
-        self.taken = 0
-
-    def fit(self, ranks: int) -> bool:
-        """Reports that `ranks` more can start now.
-
-        A task with more ranks than slots runs alone.
-        """
-        return not self.taken or self.taken + ranks <= self.many
-
-    def take(self, ranks: int) -> tuple[dict[str, str], list[str]]:
-        """Takes slots; returns the environment of the command and its GPUs."""
-        self.taken += ranks
-        more = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.threads))}
-        if self.free is None:
-            return {**os.environ, **more}, []
-        own = self.free[:ranks]
-        self.free = self.free[ranks:]
-        return {**os.environ, **more, "CUDA_VISIBLE_DEVICES": ",".join(own)}, own
-
-    def give(self, ranks: int, own: list[str]) -> None:
-        """Returns slots and GPUs that `take` gave."""
-        self.taken -= ranks
-        if self.free is not None:
-            self.free += own
 
 
 class ProcessPool:
@@ -133,7 +83,7 @@ class ProcessPool:
         self.events: SimpleQueue[Any] = (
             SimpleQueue()
         )  # the numbers of tasks that ended, and signals
-        self.running: dict[int, tuple[subprocess.Popen[bytes], float, int, list[str]]] = {}
+        self.running: dict[int, tuple[subprocess.Popen[bytes], float, Place]] = {}
 
     def run(self, tasks: dict[int, ProcessTask]) -> signal.Signals | None:
         """Runs all tasks, by number; returns the signal that stopped them early, or None.
@@ -178,7 +128,8 @@ class ProcessPool:
 
         The kernel ties the life of a task to the thread that started it.
         """
-        environment, own = self.slots.take(task.ranks)
+        place = self.slots.take(task.ranks)
+        words = task.command if place.machine.name is None else task.remote
         self.began(number)
         with open(
             open_inside(
@@ -187,14 +138,14 @@ class ProcessPool:
             "ab",
         ) as output:
             process = subprocess.Popen(
-                task.command,
+                place.command(words),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=place.environment,
                 start_new_session=True,  # Ctrl-C of a terminal comes to us alone
             )
-        self.running[number] = (process, monotonic(), task.ranks, own)
+        self.running[number] = (process, monotonic(), place)
         threading.Thread(target=self._wait, args=(number, process), daemon=True).start()
 
     def _wait(self, number: int, process: subprocess.Popen[bytes]) -> None:
@@ -202,8 +153,8 @@ class ProcessPool:
         self.events.put(number)
 
     def _end(self, number: int, stopped: bool) -> None:
-        process, since, ranks, own = self.running.pop(number)
-        self.slots.give(ranks, own)
+        process, since, place = self.running.pop(number)
+        self.slots.give(place)
         self.ended(
             number,
             FinishedProcess(

@@ -38,7 +38,7 @@ from trainer.sweep.batch import JobBatch, arguments, check_jobs, labels, told_ag
 from trainer.sweep.early_stop import EarlyStop
 from trainer.sweep.hydra_launcher import SweepPlan
 from trainer.sweep.jobs import ENDED, Job, JobOutcome, essence, outcome, own, table
-from trainer.sweep.process_pool import Slots
+from trainer.sweep.machines import Slots
 
 RECORD = "sweep.json"
 TABLE = "table.md"
@@ -118,7 +118,7 @@ def _plainly(error: Exception, words: Sequence[str]) -> str:
     """Returns an error of Hydra in one line, with a remedy."""
     said = " ".join(str(error).split())
     if "hydra/sweeper" in said:
-        return f"{said}; pip install 'longspan[sweep]' brings hydra/sweeper=optuna"
+        return f"{said}; pip install 'longspan[search]' brings hydra/sweeper=optuna"
     if "does not support sweep type" in said:
         return (
             f"{' '.join(words)}: intervals are for a search; add hydra/sweeper=optuna, or list the"
@@ -224,10 +224,7 @@ class Sweep:
             self._submit(jobs, left, configs)
             return [math.nan] * len(jobs)
         ready = f", {done} of them done already" if done else ""
-        print(
-            f"{len(jobs)} jobs in {self.plan.directory}{ready}; up to {slots.many} ranks at once",
-            flush=True,
-        )
+        print(f"{len(jobs)} jobs in {self.plan.directory}{ready}; {slots.describe()}", flush=True)
         stopped = JobBatch(
             left,
             configs,

@@ -62,18 +62,20 @@ def test_time_is_that_of_a_run_with_the_same_steps_and_otherwise_not_known(tmp_p
     words = [*COMMON, "data=copy", "steps=1000"]
     config = load_config([*words, f"run_dir={tmp_path / 'new'}"])
     [line, _] = estimate_lines(config)
-    assert line.startswith("time     not known")
-    for name, more in (("other", ["model.width=32"]), ("same", ["steps=5", "seed=3"])):
+    assert line.startswith(f"time     not known: no run in {tmp_path} has such steps")
+    assert f"run_dir={tmp_path / 'timed'} " in line
+    measuring = ["steps=5", "checkpoint.every=0", "evaluation.every=0"]
+    for name, more in (("other", ["model.width=32"]), ("timed", measuring)):
         folder = tmp_path / name
         folder.mkdir()
         record(folder, load_config([*words, *more, f"run_dir={folder}"]))
-        seconds = (9.0, 2.0, 2.0, 2.5) if name == "same" else (5.0, 5.0, 5.0)
+        seconds = (9.0, 2.0, 2.0, 2.5) if name == "timed" else (5.0, 5.0, 5.0)
         rows = [{"step": step, "step_seconds": each} for step, each in enumerate(seconds, 1)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.yaml").write_text("{")
     [line, _] = estimate_lines(config)
-    assert line.startswith("time     33:20 ") and f"{tmp_path / 'same'} (3 steps)" in line
+    assert line.startswith("time     33:20 ") and f"{tmp_path / 'timed'} (3 steps)" in line
 
 
 def test_a_run_without_checkpoints_takes_none() -> None:

@@ -19,7 +19,6 @@ from trainer.errors import UserError
 from trainer.logs.figures import read_figures
 from trainer.sweep.hydra_launcher import register
 from trainer.sweep.jobs import Job, JobOutcome, essence, table, varied
-from trainer.sweep.process_pool import Slots
 from trainer.sweep.sweep import run_sweep
 from trainer.verify.whole_runs import write_documents
 
@@ -249,15 +248,6 @@ def test_the_table_tells_of_jobs_without_figures(tmp_path: Path) -> None:
     assert "not started" in lines[2]
     assert "failed (3)" in lines[3]
     assert str(read_figures(tmp_path / "0").loss) == "nan"
-
-
-def test_ranks_have_room_or_run_alone() -> None:
-    slots = Slots(2)
-    assert slots.fit(3)
-    slots.take(1)
-    assert slots.fit(1) and not slots.fit(2)
-    slots.give(1, [])
-    assert slots.fit(2)
 
 
 @pytest.mark.slow
