@@ -14,6 +14,7 @@ from models.masks.algebra import visible
 from models.positions.rope import Rope
 from models.span import Span
 from tests.support.torchrun_here import as_only_rank
+from tests.trainer.logs.loggers.test_loggers import config, killed_and_resumed
 from trainer.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +66,16 @@ def test_a_task_is_learned_by_its_own_targets(tmp_path):
 def test_every_example_is_tried_here():
     tried = {word.rpartition(".")[0].rpartition(".")[2] for word in (*PARTS, *NOTES, *SUMS)}
     assert {path.stem for path in OWN.glob("*.py")} <= tried
+
+
+def test_the_logger_has_every_row_once_after_a_kill(tmp_path):
+    own = ("logger.diary._target_=examples.own.logger.Diary", "logger.diary.every=1")
+    killed_and_resumed(tmp_path, config("logger=[]", *own))
+    *lines, last = (tmp_path / "diary.txt").read_text().splitlines()
+    rows = [f"step {step}: loss {3 / step:.4f}" for step in range(1, 6)]
+    values = ["step 2: held_out_loss 2.5000", "step 4: held_out_loss 2.0000"]
+    assert sorted(lines) == sorted(rows + values)
+    assert last == "mine closed"
 
 
 def test_the_mask_is_its_definition_and_causal():
