@@ -29,23 +29,18 @@ def run_in_pieces(
         learn: computes a piece with its gradient and returns its loss [].
         backward: accumulates the gradient of a loss; is told whether it is the last.
     """
+    # What pieces leave to each other is small and lies among what they are computed in: on a CPU
+    # the heap would otherwise grow by some of its holes with every piece.
+    device = state.pieces[0].pos.device
     for number in range(len(state.pieces)):
         if number == state.last and not state.needs_last:
             break
         with torch.no_grad():
             look_ahead(number, state.enter(number))
-        _forget(state)
+        trim_heap(device)
     state.end_first_pass()
     for number in reversed(range(len(state.pieces))):
         loss = learn(number, state.enter(number, learning=True))
         backward(state.handed(loss), number == 0)
         state.collect()
-        _forget(state)
-
-
-def _forget(state: PieceState) -> None:
-    """Gives back what the piece at hand was computed in."""
-    # What pieces leave to each other is small and lies among what they are computed in: on a CPU
-    # the heap would otherwise grow by some of its holes with every piece.
-    if state.pieces[0].pos.device.type == "cpu":
-        trim_heap()
+        trim_heap(device)

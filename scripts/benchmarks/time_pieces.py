@@ -53,7 +53,7 @@ class TimeSizes:
 
     tokens: int = 262144
     times: int = 4
-    piece: int = 8192
+    piece: int = 16384
     compare: int = 32768
     width: int = 192
     heads: int = 6

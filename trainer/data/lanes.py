@@ -17,6 +17,7 @@ from models.micro_batch import MicroBatch
 from models.span import Span
 from parallel.carried_state import ShardedCarriedState
 from parallel.collectives import Communicator
+from parallel.heap import trim_heap
 from parallel.mesh import Mesh
 from parallel.row_pieces import piece_state
 from trainer.data.batch import Batch
@@ -167,6 +168,7 @@ def in_pieces(
             state = piece_state([piece.span for piece in pieces], first.span.past)
             for index, piece in enumerate(pieces):
                 yield piece.with_span(state.enter(index))
+                trim_heap(piece.tokens.device)  # as run_in_pieces does
             state.end_first_pass()
         if lanes is not None and advance:
             lanes.advance(number)

@@ -47,21 +47,23 @@ def logits_of_steps(model: Any, prompts: list[list[int]]) -> torch.Tensor:
     return torch.stack(found)
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("name", MIXERS)
-def test_it_is_what_the_modules_compute(name, monkeypatch):
+def test_it_is_what_the_modules_compute(name, large, monkeypatch):
     model = made(name)
     fused = []
-    real = fused_step._known
 
-    def watched(block):
-        fused.append(real(block))
+    def watched(*arguments):
+        fused.append(fused_step.step(*arguments))
         return fused[-1]
 
-    monkeypatch.setattr(fused_step, "_known", watched)
+    monkeypatch.setattr("models.block.step", watched)
+    if large:  # as weights of more bytes are: apart, and rows as columns
+        monkeypatch.setattr(fused_step, "LARGE", 0)
     steps = logits_of_steps(model, PROMPTS)
     # Two layers in five steps, none of which ran as it is.
     assert len(fused) == 10
-    assert None not in fused
+    assert all(each is not None for each in fused)
     handles = [block.mixer.register_forward_hook(lambda *_: None) for block in model.blocks]
     fused.clear()
     plain = logits_of_steps(model, PROMPTS)
