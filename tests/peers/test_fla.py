@@ -1,14 +1,9 @@
 """Scans and layers against the plain-torch forms of flash-linear-attention (float32, so 1e-5)."""
 
+from importlib import import_module
+
 import pytest
 import torch
-from fla.ops.delta_rule.naive import delta_rule_recurrence
-from fla.ops.generalized_delta_rule.dplr.naive import dplr_recurrence
-from fla.ops.gla.naive import naive_recurrent_gla
-from fla.ops.linear_attn.naive import naive_recurrent_linear_attn
-from fla.ops.retention.naive import naive_retention
-from fla.ops.rwkv6.recurrent_naive import naive_recurrent_rwkv6
-from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
 from torch.nn import functional as F
 
 from models.primitives.scan import Scan
@@ -21,6 +16,11 @@ from tests.support.scan_inputs import inputs
 T, HEADS, D, E = 70, 3, 8, 6
 SPAN = Span.line(2, T)
 CLOSE = 1e-5
+
+
+def theirs(module, name):
+    """A function of fla, which takes longer to import than all these tests to run."""
+    return getattr(import_module(f"fla.ops.{module}"), name)
 
 
 def given(kind):
@@ -37,7 +37,7 @@ def linear():
     q, k = F.elu(q) + 1, F.elu(k) + 1
     return (
         weighted_mean(Scan(), q, k, v, SPAN),
-        naive_recurrent_linear_attn(q, k, v, normalize=True)[0],
+        theirs("linear_attn.naive", "naive_recurrent_linear_attn")(q, k, v, normalize=True)[0],
     )
 
 
@@ -45,26 +45,30 @@ def retention():
     (q,), (k, v, _) = given("none")
     fade = torch.tensor(fading(HEADS)).expand(2, T, HEADS)
     return Scan()((q * D**-0.5,), (k, v, fade), span=SPAN), first(
-        naive_retention(first(q), first(k), first(v))
+        theirs("retention.naive", "naive_retention")(first(q), first(k), first(v))
     )
 
 
 def scalar_gate():
     (q,), (k, v, decay) = given("scalar")
-    return Scan()((q,), (k, v, decay), span=SPAN), naive_recurrent_simple_gla(
-        q, k, v, decay, scale=1.0
-    )
+    return Scan()((q,), (k, v, decay), span=SPAN), theirs(
+        "simple_gla.naive", "naive_recurrent_simple_gla"
+    )(q, k, v, decay, scale=1.0)
 
 
 def vector_gate():
     (q,), (k, v, decay) = given("vector")
-    return Scan()((q * D**-0.5,), (k, v, decay), span=SPAN), naive_recurrent_gla(q, k, v, decay)[0]
+    return Scan()((q * D**-0.5,), (k, v, decay), span=SPAN), theirs(
+        "gla.naive", "naive_recurrent_gla"
+    )(q, k, v, decay)[0]
 
 
 def rwkv6():
     (q,), (k, v, decay) = given("vector")
     bonus = torch.randn(HEADS, D)
-    want = naive_recurrent_rwkv6(*map(first, (q, k, v, decay)), bonus, scale=1.0)[0]
+    want = theirs("rwkv6.recurrent_naive", "naive_recurrent_rwkv6")(
+        *map(first, (q, k, v, decay)), bonus, scale=1.0
+    )[0]
     now = (q * bonus * k).sum(-1, keepdim=True) * v
     return Scan(before=True)((q,), (k, v, decay), span=SPAN) + now, first(want)
 
@@ -72,7 +76,9 @@ def rwkv6():
 def delta():
     (q,), (k, v, decay) = given("none")
     step = torch.rand(2, T, HEADS)
-    want = delta_rule_recurrence(*map(first, (q, k, v)), first(step))[0]
+    want = theirs("delta_rule.naive", "delta_rule_recurrence")(*map(first, (q, k, v)), first(step))[
+        0
+    ]
     got = Scan()(
         (q * D**-0.5,), (k, step[..., None] * v, decay, k, -step[..., None] * k), span=SPAN
     )
@@ -81,7 +87,9 @@ def delta():
 
 def low_rank():
     (q,), (k, v, decay, a, b) = given("vector delta")
-    want = dplr_recurrence(*map(first, (q, k, v, a, b, decay)))[0]
+    want = theirs("generalized_delta_rule.dplr.naive", "dplr_recurrence")(
+        *map(first, (q, k, v, a, b, decay))
+    )[0]
     return Scan()((q * D**-0.5,), (k, v, decay, a, b), span=SPAN), first(want)
 
 

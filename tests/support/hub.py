@@ -13,7 +13,6 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.models.qwen3_next import modeling_qwen3_next
 
 from models.hub.registry import ADAPTERS, adapter_of
 from models.loss import IGNORE
@@ -179,7 +178,7 @@ def _exact_qwen3_next() -> ModuleType:
 
     Its plain forms stand in the place of fla's kernels, which need a GPU.
     """
-    module = _exact_code(modeling_qwen3_next)
+    module = _exact_code(transformers.models.qwen3_next.modeling_qwen3_next)
     for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
         setattr(module, name, inspect.unwrap(getattr(module, name)))
     return module
