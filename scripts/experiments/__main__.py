@@ -46,7 +46,7 @@ RECIPES = {  # name -> (module and function, its parts, what it shows)
     ),
     "sets": (
         "scripts.experiments.sets.sets",
-        ("distinct", "characters"),
+        ("distinct", "points", "characters"),
         "Set Transformer against Deep Sets, on sets that were never seen",
     ),
     "graphs": (
@@ -56,7 +56,7 @@ RECIPES = {  # name -> (module and function, its parts, what it shows)
     ),
     "alignment": (
         "scripts.experiments.alignment.alignment",
-        (),
+        ("image", "sound", "terms", "layers"),
         "refusals that text teaches, asked for in images and sounds; probes of their direction",
     ),
     "seq2seq": (

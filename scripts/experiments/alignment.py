@@ -1,7 +1,7 @@
 """The recipe `alignment`: a refusal that is taught in text, asked for in images and sounds.
 
-Protocol: the same model, data, learning rate and steps for all; only the weights of the terms
-differ. Figures are of pairs of action and object that training met in text alone.
+Protocol: the same model, data, learning rate and steps for all of a part; only the weights of the
+terms differ. Figures are of pairs of action and object that training met in text alone.
 """
 
 from collections import Counter
@@ -11,31 +11,62 @@ from scripts.experiments.runner import Budget, run_trials
 from scripts.experiments.table import TableColumn, table
 from scripts.experiments.trial import HELD_OUT, Trial, TrialResult
 
+# Words of three letters: an image is one patch, and a sound one frame, as a word is one token.
+# Of several patches only the mean is aligned, and the first layer reads each by itself.
+OBJECTS = (
+    "jar,map,oar,pen,bag,bat,bed,bin,box,can,cap,cup,"
+    "hat,jug,key,kit,mat,mop,net,pan,peg,pin,pot,rug"
+)
 COMMON = (
     "model=multimodal",
     "model.width=64",
     "model.layers=2",
     "model.heads=4",
     "model.init_std=0.125",
-    "model.alignment_weight=10",
+    "model.embedding_norm=true",
+    "model.alignment_weight=100",
+    "model.alignment_layers=[0]",
+    "model.patch=20",
+    "model.frame=64",
     "data=requests",
-    "context_length=96",
-    "batch_tokens=1536",
-    "steps=600",
-    "optim.learning_rate=0.003",
+    f"data.objects=[{OBJECTS}]",
+    "data.image_height=20",
+    "data.image_width=20",
+    "data.patch=20",
+    "data.jitter=0",
+    "data.frame=64",
+    "data.frames=1",
+    "data.phase=0.05",
+    "data.noise=2",
+    "context_length=60",
+    "batch_tokens=480",
+    "steps=300",
+    "optim.learning_rate=0.005",
     "optim.weight_decay=0",
     "evaluation.batches=8",
 )
-NO_TERMS = ("model.consistency_weight=0", "model.alignment_weight=0")
+PARTS = {  # and the modality of each
+    "image": "image",
+    "sound": "sound",
+    "terms": "image",
+    "layers": "image",
+}
+NO_KL = "model.consistency_weight=0"
+NO_TERMS = (NO_KL, "model.alignment_weight=0")
+WHOLE = {"with both": ()}
+TERMS = {
+    "with KL": ("model.alignment_weight=0",),
+    "with states aligned": (NO_KL,),
+}
 TEXT_ONLY = "answers in all, refusals in text"
-TEXT = """### Refusals of held-out pairs
-Actions and objects of these pairs were never shown together in an image or a sound. Refusal of what
-is forbidden, over-refusal of what is not, right benign answers, and the share of requests with the
-same answer in text, image and sound."""
-PROBES = """### The direction in which text is refused
+TEXT = """### Refusals of held-out pairs: {0}
+Actions and objects of these pairs were never shown together in {0}s. Refusal of what is
+forbidden, over-refusal of what is not, right benign answers, and the share of requests with the
+same answer in text and {0}."""
+PROBES = """### The direction in which text is refused: {0}
 Separability d' of forbidden and other requests along the direction of text, at the layer where it
-is largest for text; and the figures of images after the mean drift from text is subtracted there,
-without training."""
+is largest for text; and the figures after the mean drift from text is subtracted there, without
+training."""
 
 
 def figure(name: str) -> TableColumn:
@@ -43,57 +74,63 @@ def figure(name: str) -> TableColumn:
     return lambda result: result.exams[HELD_OUT].graded.get(name, float("nan"))
 
 
-def columns_of(names: Mapping[str, str]) -> dict[str, TableColumn]:
-    """Returns the columns of figures, by their titles."""
-    return {title: figure(name) for title, name in names.items()}
+def columns_of(names: Mapping[str, str], modality: str) -> dict[str, TableColumn]:
+    """Returns the columns of figures of a modality, by their titles."""
+    return {title: figure(name.format(modality)) for title, name in names.items()}
 
 
 FIGURES = {
-    "image: refusal": "image_refusal",
-    "over-refusal": "image_over_refusal",
-    "benign accuracy": "image_benign_accuracy",
-    "sound: refusal": "sound_refusal",
-    "over-refusal of sounds": "sound_over_refusal",
-    "benign accuracy of sounds": "sound_benign_accuracy",
+    "refusal": "{0}_refusal",
+    "over-refusal": "{0}_over_refusal",
+    "benign accuracy": "{0}_benign_accuracy",
     "consistency": "consistency",
+    "refusal of text": "text_refusal",
 }
 PROBE_FIGURES = {
     "d' of text": "text_separability",
-    "of images": "image_separability",
-    "of sounds": "sound_separability",
-    "image, corrected: refusal": "corrected_image_refusal",
-    "over-refusal": "corrected_image_over_refusal",
-    "benign accuracy": "corrected_image_benign_accuracy",
+    "d'": "{0}_separability",
+    "corrected: refusal": "corrected_{0}_refusal",
+    "over-refusal": "corrected_{0}_over_refusal",
+    "benign accuracy": "corrected_{0}_benign_accuracy",
     "consistency": "corrected_consistency",
 }
 
 
 def alignment(effort: Budget, say: Callable[[str], None]) -> tuple[str, list[TrialResult]]:
     """Returns (what the recipe found, as markdown; every trial)."""
-    results = trained({TEXT_ONLY: NO_TERMS}, effort, say)
-    layer = refusing_layer(results)
-    arms = {
-        "with KL": ("model.alignment_weight=0",),
-        f"with states aligned at layer {layer}": (
-            "model.consistency_weight=0",
-            f"model.alignment_layers=[{layer}]",
-        ),
-        "with states aligned at all layers": ("model.consistency_weight=0",),
-        "with both": (),
+    text = []
+    every = []
+    for part, modality in PARTS.items():
+        if effort.only not in (None, part):
+            continue
+        results = trained({TEXT_ONLY: NO_TERMS}, modality, effort, say)
+        arms: Mapping[str, Sequence[str]] = TERMS if part == "terms" else WHOLE
+        if part == "layers":
+            arms = at_layers(refusing_layer(results))
+        results += trained(arms, modality, effort, say)
+        text += [TEXT.format(modality)]
+        text += [table(results, columns_of(FIGURES, modality), head="trained on")]
+        text += [PROBES.format(modality)]
+        text += [table(results, columns_of(PROBE_FIGURES, modality), head="trained on")]
+        every += results
+    return "\n\n".join(text), every
+
+
+def at_layers(layer: int) -> dict[str, tuple[str, ...]]:
+    """Returns arms that align other states: of the layer that refuses text, and of all."""
+    return {
+        f"with states aligned at layer {layer}": (NO_KL, f"model.alignment_layers=[{layer}]"),
+        "with states aligned at all layers": (NO_KL, "model.alignment_layers=null"),
     }
-    results += trained(arms, effort, say)
-    text = [TEXT, table(results, columns_of(FIGURES), head="trained on")]
-    text += [PROBES, table(results, columns_of(PROBE_FIGURES), head="trained on")]
-    return "\n\n".join(text), results
 
 
 def trained(
-    arms: Mapping[str, Sequence[str]], effort: Budget, say: Callable[[str], None]
+    arms: Mapping[str, Sequence[str]], modality: str, effort: Budget, say: Callable[[str], None]
 ) -> list[TrialResult]:
-    """Trains models with these settings, over all seeds."""
+    """Trains models on text and a modality with these settings, over all seeds."""
     jobs = []
     for name, settings in arms.items():
-        trial = Trial(name, (*COMMON, *settings))
+        trial = Trial(name, (*COMMON, f"data.modalities=[text,{modality}]", *settings))
         jobs += [(trial, seed) for seed in effort.numbers()]
     return run_trials(jobs, effort, say)
 

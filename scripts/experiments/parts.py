@@ -1,4 +1,4 @@
-"""Recipes of several parts: the same models on each part, and a table of accuracies for each."""
+"""Recipes of several parts: models on each part, and a table of accuracies for each."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,10 +20,12 @@ class Part:
     Attributes:
         settings: of every trial, after those of the model.
         text: what the table shows, as markdown.
+        models: names of those that take part; empty: all.
     """
 
     settings: tuple[str, ...]
     text: str
+    models: tuple[str, ...] = ()
 
 
 def run_parts(
@@ -32,7 +34,7 @@ def run_parts(
     effort: Budget,
     say: Callable[[str], None],
 ) -> tuple[str, list[TrialResult]]:
-    """Trains every model on every part that is asked for.
+    """Trains the models of every part that is asked for.
 
     Args:
         models: name in the table -> settings.
@@ -47,6 +49,8 @@ def run_parts(
     jobs = []
     for part in names:
         for model, settings in models.items():
+            if parts[part].models and model not in parts[part].models:
+                continue
             trial = Trial(f"{part}: {model}", (*settings, *parts[part].settings))
             jobs += [(trial, seed) for seed in effort.numbers()]
     results = run_trials(jobs, effort, say)

@@ -15,6 +15,7 @@ from scripts.experiments.trial import TrialResult
 from trainer.data.tasks.sets import Sets
 
 SIZE = 10  # elements of the largest set, and tokens of a row: one set each
+SYMBOLS = 32  # different elements; the more there are, the more sets it takes
 COMMON = (
     "data=sets",
     "data.per_row=1",
@@ -23,24 +24,37 @@ COMMON = (
     f"batch_tokens={256 * SIZE}",
     "optim.weight_decay=0",
     "optim.learning_rate=0.002",
-    "evaluation.batches=16",
+    "evaluation.batches=4",
 )
+PAIRS = "Set Transformer, pairs"
+SUM = "Deep Sets"
+POINTS = "Set Transformer, 16 points"
 MODELS = {
-    "Set Transformer, pairs": ("model=set_transformer", "model.points=null"),
+    PAIRS: ("model=set_transformer", "model.points=null"),
     # Wider, so that it has about as many parameters.
-    "Deep Sets": ("model=deep_sets", "model.width=168"),
-    "Set Transformer, 16 points": ("model=set_transformer", "model.points=16"),
+    SUM: ("model=deep_sets", "model.width=168"),
+    POINTS: ("model=set_transformer", "model.points=16"),
 }
+COUNTING = Sets(task="distinct", min_size=SIZE, max_size=SIZE, symbols=SYMBOLS)
 TASKS = {
-    "distinct": Sets(task="distinct", min_size=SIZE, max_size=SIZE),
+    "distinct": COUNTING,
+    "points": COUNTING,
     "characters": Sets(task="characters", min_size=6, max_size=SIZE),
 }
+DISTINCT = (
+    *COMMON,
+    "data.task=distinct",
+    f"data.min_size={SIZE}",
+    f"data.symbols={SYMBOLS}",
+    "steps=600",
+)
+DIFFERENT = (
+    f"### Different elements\nHow many different elements a set of {SIZE} has, of {SYMBOLS} that"
+    " there are."
+)
 PARTS = {
-    "distinct": Part(
-        (*COMMON, "data.task=distinct", "data.min_size=10", "steps=2000"),
-        "### Different elements\nHow many different elements a set of 10 has, of 64 that there"
-        " are.",
-    ),
+    "distinct": Part(DISTINCT, DIFFERENT, (PAIRS, SUM)),
+    "points": Part(DISTINCT, DIFFERENT, (POINTS,)),
     "characters": Part(
         (*COMMON, "data.task=characters", "data.min_size=6", "steps=2000"),
         "### Different letters\nHow many different letters there are among 6 to 10 Latin"
