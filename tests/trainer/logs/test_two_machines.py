@@ -23,6 +23,7 @@ SMALL = (
     *("launch=multinode", "launch.nodes=2"),
 )
 NUMBER = re.compile(r"\d[\d.,:]*[kMG]?")  # of times and speeds, too
+STEP = re.compile(r"step +\d+/\d+  ")
 FAILED_COMMAND = "log.on_event: start: exit status 1: it said nothing; the run goes on"
 
 
@@ -77,11 +78,11 @@ def test_every_style_tells_the_same_facts(tmp_path: Path) -> None:
         if event["event"] == "line":
             told += event["text"].splitlines()
     screen = next(index for index, line in enumerate(plain) if line.startswith("finished after"))
-    said = [line for line in plain[:screen] if not line.startswith("step ")]
+    said = [line for line in plain[:screen] if STEP.match(line) is None]
     said_kinds = [kind for kind in kinds(said, tmp_path / "plain") if kind]
     assert said_kinds == [kind for kind in kinds(told, tmp_path / "json") if kind]
     steps = [event for event in events if event["event"] == "step"]
-    found = [line for line in plain if line.startswith("step ")]
+    found = [line for line in plain if STEP.match(line)]
     assert len(steps) == len(found)
     for event, line in zip(steps, found, strict=True):
         assert f"step {event['step']}/3  loss {event['loss']:.4f}" in line
