@@ -134,12 +134,12 @@ def collect(
 
     def note(
         name: str,
-        leaf: Softmax,
         query: Tensors,
         payload: Tensors,
         params: Tensors = (),
         **rest: Any,
     ) -> None:
+        leaf = _leaf(watched[name])
         inner_span = rest["span"]
         kv_span = rest["span"] if rest.get("kv_span") is None else rest["kv_span"]
         streams = _streams(inner_span, span) if watched[name] in of_source else "row"
@@ -163,7 +163,7 @@ def collect(
         made = AttentionMap(name, kept, len(weight), *addresses, value_norm=norm, streams=streams)
         found.append(made._replace(name=_numbered(name, found)))
 
-    with _hooked(watched, note), uncompiled():
+    with hooked(watched, note), uncompiled():
         model(MicroBatch(tokens, span, None, source))
     return found
 
@@ -174,16 +174,15 @@ def _streams(queries: Span, row: Span) -> MapStreams:
 
 
 @contextmanager
-def _hooked(watched: Mapping[str, nn.Module], note: Callable[..., None]) -> Iterator[None]:
-    """Calls `note` with the name, the leaf and the arguments of each call of a watched module."""
+def hooked(watched: Mapping[str, nn.Module], note: Callable[..., None]) -> Iterator[None]:
+    """Calls `note` with the name and the arguments of each call of a watched module."""
 
-    def hook(name: str, leaf: Softmax) -> Callable[..., None]:
-        return lambda _, args, kwargs: note(name, leaf, *args, **kwargs)
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _, args, kwargs: note(name, *args, **kwargs)
 
     handles = []
     for name, module in watched.items():
-        before = hook(name, _leaf(module))
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_pre_hook(hook(name), with_kwargs=True))
     try:
         yield
     finally:

@@ -7,6 +7,8 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; }
 #heads { display: flex; flex-wrap: wrap; gap: 12px; }
 figure { margin: 0; cursor: pointer; } figcaption { font-size: 12px; color: #4a5568; }
 canvas { image-rendering: pixelated; border: 1px solid #cbd5e0; width: 150px; height: 150px; }
+canvas.strip { display: block; height: 18px; margin-bottom: 3px; }
+.wide { overflow-x: auto; }
 figure.chosen canvas { border-color: #2b6cb0; }
 #detail { position: relative; display: flex; gap: 180px; margin-top: 1rem; font-family: monospace; }
 #detail svg { position: absolute; left: 0; top: 0; pointer-events: none; }
@@ -29,7 +31,10 @@ const make = (tag, parent, text) => {
 const shown = text => text.replace(/\\n/g, "\\u23ce").replace(/\\t/g, "\\u21e5");
 const text = (layer, side, index) =>
   index < data[layer[side]].length ? shown(data[layer[side]][index]) : "memory " + index;
-const modes = Object.keys(data.layers[0].heads[0].maps);
+const modes = [];
+data.layers.forEach(layer => Object.keys(layer.heads[0].maps).forEach(mode => {
+  if (!modes.includes(mode)) modes.push(mode);
+}));
 if (data.layers.some(layer => layer.rollout !== null)) modes.push("rollout");
 make("option", find("layer"), "all").value = "all";
 data.layers.forEach((layer, index) => { make("option", find("layer"), layer.name).value = index; });
@@ -68,6 +73,29 @@ function picture(layer, layerIndex, head, caption, values, keys) {
     chosen = figure;
     figure.classList.add("chosen");
     lines(layer, values, keys);
+  });
+}
+
+function strips(layer, head) {
+  const figure = make("figure", find("heads"));
+  const caption = layer.name + ", head " + head.head + ": state by token";
+  const canvases = Object.entries(head.tracks).map(([name, values]) => {
+    const canvas = make("canvas", figure);
+    canvas.className = "strip";
+    canvas.title = name;
+    const top = name === "kept" ? 1 : Math.max(...values, 1e-9);
+    paint(canvas, {keys: values.length, queries: 1}, values.map(value => 255 * value / top));
+    return [canvas, name, values];
+  });
+  const note = make("figcaption", figure, caption);
+  canvases.forEach(([canvas, name, values]) => {
+    canvas.addEventListener("mousemove", event => {
+      const box = canvas.getBoundingClientRect();
+      const place = Math.floor((event.clientX - box.left) / box.width * values.length);
+      const token = Math.max(0, Math.min(values.length - 1, place));
+      note.textContent = text(layer, "down", token) + ": " + name + " " + values[token].toFixed(3);
+    });
+    canvas.addEventListener("mouseleave", () => { note.textContent = caption; });
   });
 }
 
@@ -124,8 +152,10 @@ function show() {
       return;
     }
     each.heads.forEach(head => {
+      if (!(mode in head.maps)) return;
       const caption = each.name + ", head " + head.head + ": " + head.pattern;
       picture(each, index, head, caption, bytes(head.maps[mode]), each.keys);
+      if (head.tracks) strips(each, head);
     });
   });
 }
@@ -134,12 +164,22 @@ function patterns() {
   const table = make("table", find("patterns"));
   const names = ["previous_token", "duplicate", "induction", "sink", "entropy"];
   const head = make("tr", table);
-  ["head", "pattern"].concat(names).forEach(name => make("th", head, name.replace("_", " ")));
+  const states = data.layers.some(layer => layer.heads.some(each => each.tracks));
+  const tracks = states ? ["kept", "written", "corrected"] : [];
+  const means = tracks.map(name => "mean " + name).concat(states ? ["half-life"] : []);
+  ["head", "pattern"].concat(names, means)
+    .forEach(name => make("th", head, name.replace("_", " ")));
   data.layers.forEach(layer => layer.heads.forEach(each => {
     const row = make("tr", table);
     make("td", row, layer.name + ", head " + each.head);
     make("td", row, each.pattern);
     names.forEach(name => make("td", row, name in each ? each[name].toFixed(3) : "-"));
+    tracks.forEach(name => {
+      const values = each.tracks ? each.tracks[name] : undefined;
+      const mean = values ? values.reduce((sum, value) => sum + value, 0) / values.length : null;
+      make("td", row, mean === null ? "-" : mean.toFixed(3));
+    });
+    if (states) make("td", row, each.half_life ? each.half_life.toPrecision(3) : "-");
   }));
 }
 

@@ -55,6 +55,9 @@ class Uniform(nn.Module):
         super().__init__()
         self.vocabulary = vocabulary
 
+    def decodes(self) -> str:
+        return "it looks at whole rows"
+
     def forward(self, batch: MicroBatch) -> Tensor:
         tokens, _, targets, _ = batch
         if targets is not None:

@@ -24,7 +24,7 @@ from trainer.config.schema import Config
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.lanes import Lanes
 from trainer.data.streams.base import Stream
-from trainer.evaluation.attention_maps import attention_maps, write_page
+from trainer.evaluation.attention_maps import attention_maps, state_maps, write_page
 from trainer.evaluation.base import (
     HELD_OUT_PART,
     Evaluation,
@@ -341,9 +341,10 @@ class Assessment:
         tokens = self.config.evaluation.attention_maps
         maps, left_out = attention_maps(self.engine.model, self.share, self.stream, tokens)
         self.logs.maps(progress.step, maps, left_out)
-        if maps and self.mesh.world.rank == 0:
+        states = state_maps(self.engine.model, self.share, self.stream, tokens)
+        if (maps or states) and self.mesh.world.rank == 0:
             title = f"{self.config.name}: attention at step {progress.step}"
-            write_page(self.directory, title, maps, self.engine.model, self.stream)
+            write_page(self.directory, title, maps, states, self.engine.model, self.stream)
         self.logs.note(**{MARKS[MAPS]: progress.step})
         return True
 

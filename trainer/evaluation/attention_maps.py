@@ -1,11 +1,12 @@
-"""Attention maps of the model in training, on held-out text, for `evaluation.attention_maps`.
+"""Attention maps of the model in training, on held-out text, for `evaluation.attention_maps`, and
+the states of its recurrent layers.
 
 All ranks call it together. Where ranks share a row, queries and keys are gathered before they are
 weighed, so that maps are those of one device whatever the method and the layout; every rank then
 has all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -13,12 +14,15 @@ from torch import Tensor, nn
 from models.analysis.alignments import alignments, memory_reads
 from models.analysis.attention_maps import AttentionMap, GatherWhole, collect, leaves, places
 from models.analysis.page import attention_page
+from models.analysis.state_maps import StateMap, collect_states
 from models.micro_batch import MicroBatch
 from models.primitive import Primitive
+from models.primitives.scan import Scan
 from models.primitives.softmax import Softmax
 from models.scores import Tensors
 from models.span import Span
 from parallel.collectives import Communicator, seq_to_heads
+from parallel.drivers.scan import StatePassing
 from parallel.drivers.softmax_allgather import AllGather
 from parallel.drivers.softmax_auto import Auto
 from parallel.drivers.softmax_ring import Ring
@@ -30,6 +34,7 @@ from trainer.files.safe_files import replace_inside
 
 # The primitive and the drivers that replace it under any parallel.method.
 KINDS = (Softmax, Ring, Ulysses, AllGather, Auto)
+SCANS = (Scan, StatePassing)
 # A picture cannot show more.
 LAYERS = 12
 HEADS = 8
@@ -59,26 +64,63 @@ def attention_maps(
     if memory_reads(model):
         return [_alignment(model, share, micro_batch)], 0
     softmaxes = leaves(model, KINDS)
-    paths = list(softmaxes)
-    chosen = {}
-    for index in spread_out(len(paths), LAYERS):
-        chosen[paths[index]] = softmaxes[paths[index]]
+    chosen = _chosen(softmaxes)
     if not chosen:
         return [], 0
-    gather = None
-    if share.mesh.context.size > 1:
-        gather = together(Communicator(share.mesh.context.group))
     maps = collect(
         model,
         chosen,
         micro_batch.tokens,
         micro_batch.span,
-        whole=gather,
+        whole=_gather(share),
         heads=HEADS,
         norms=True,
         source=micro_batch.source,
     )
     return maps, len(softmaxes) - len(chosen)
+
+
+def state_maps(
+    model: nn.Module, share: BatchSharder, stream: Stream, tokens: int
+) -> list[StateMap]:
+    """Computes what recurrent layers keep, write and read, on the tokens of `attention_maps`.
+
+    Args:
+        as in attention_maps.
+
+    Returns:
+        Maps of up to HEADS heads of up to LAYERS scans, spread over the depth of the model. Empty
+        where the model has no scan over a whole row.
+    """
+    chosen = _chosen(leaves(model, SCANS))
+    if not chosen:
+        return []
+    micro_batch = share.piece(beginning(stream, tokens))
+    return collect_states(
+        model,
+        chosen,
+        micro_batch.tokens,
+        micro_batch.span,
+        whole=_gather(share),
+        heads=HEADS,
+        source=micro_batch.source,
+    )
+
+
+def _chosen(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Returns up to LAYERS of some modules, spread over the depth of the model."""
+    names = list(modules)
+    chosen = {}
+    for index in spread_out(len(names), LAYERS):
+        chosen[names[index]] = modules[names[index]]
+    return chosen
+
+
+def _gather(share: BatchSharder) -> GatherWhole | None:
+    """Returns what gathers a row from all ranks; None where one rank has it."""
+    if share.mesh.context.size == 1:
+        return None
+    return together(Communicator(share.mesh.context.group))
 
 
 def _alignment(model: nn.Module, share: BatchSharder, micro_batch: MicroBatch) -> AttentionMap:
@@ -102,7 +144,12 @@ def _alignment(model: nn.Module, share: BatchSharder, micro_batch: MicroBatch) -
 
 
 def write_page(
-    directory: Path, title: str, maps: Sequence[AttentionMap], model: nn.Module, stream: Stream
+    directory: Path,
+    title: str,
+    maps: Sequence[AttentionMap],
+    states: Sequence[StateMap],
+    model: nn.Module,
+    stream: Stream,
 ) -> Path:
     """Writes report/attention.html of a run directory and returns its path.
 
@@ -110,11 +157,13 @@ def write_page(
         directory: of the run.
         title: of the page.
         maps: what `attention_maps` returned.
-        model, stream: that it was given.
+        states: what `state_maps` returned; one of the two is not empty.
+        model, stream: that they were given.
     """
-    row = next(each for each in maps if each.streams != "source")
-    texts, source_texts = token_texts(stream, row.weight.shape[1])
-    page = attention_page(title, maps, texts, without_map(model), source_texts)
+    lengths = [each.weight.shape[1] for each in maps if each.streams != "source"]
+    lengths += [each.reads.shape[1] for each in states]
+    texts, source_texts = token_texts(stream, lengths[0])
+    page = attention_page(title, maps, texts, without_map(model), source_texts, states)
     (directory / REPORT).mkdir(parents=True, exist_ok=True)
     return replace_inside(directory, f"{REPORT}/{PAGE}", page)
 
@@ -133,8 +182,8 @@ def _texts(batch: Batch, stream: Stream) -> list[str]:
 
 
 def without_map(model: nn.Module) -> list[str]:
-    """Returns the parts through which tokens reach one another that have no map of weights."""
-    softmaxes = leaves(model, KINDS)
+    """Returns the parts through which tokens reach one another that the page cannot show."""
+    softmaxes = leaves(model, (*KINDS, *SCANS))
     covered = {inner for module in softmaxes.values() for inner in module.modules()}
     covered.update(memory_reads(model).values())
     names = []

@@ -30,7 +30,13 @@ from tests.variants import HEADS, VARIANTS, WIDTH, Taught
 from trainer.config.compose import compose
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.open import open_stream
-from trainer.evaluation.attention_maps import attention_maps, beginning, spread_out
+from trainer.evaluation.attention_maps import (
+    attention_maps,
+    beginning,
+    spread_out,
+    state_maps,
+    without_map,
+)
 from trainer.logs.run_logger import NO_MAPS
 from trainer.optim.adamw import AdamW
 from trainer.run_dir import make_run_dir
@@ -139,6 +145,40 @@ def test_maps_over_three_ranks_are_those_of_one_device(turn, name, folder):
             assert max(worst) < 1e-11, (method, policy, worst)
 
 
+RECURRENT = ("gated_delta", "rwkv7", "mamba2", "retention")
+
+
+def states(model, mesh, folder, policy="zigzag"):
+    share = BatchSharder(
+        mesh, rows=3, context_length=LENGTH, micro_batch="auto", policy=policy, prefix=5
+    )
+    return state_maps(model.eval(), share, stream(folder), TOKENS)
+
+
+def state_differences(env, name, folder, policy):
+    mesh = build_mesh(env.size, 1)
+    model = decoder(name)
+    apply_context_parallel(model, mesh.context.group, "ring")
+    found = states(model, mesh, folder, policy)
+    want = states(decoder(name), Mesh.alone(), folder)
+    assert [each.name for each in found] == [each.name for each in want] and len(want) == 2
+    worst = 0.0
+    for one, other in zip(found, want):
+        assert torch.equal(one.span.pos, other.span.pos) and one.reads.shape[1] == TOKENS
+        for figure in ("kept", "written", "reads"):
+            worst = max(worst, relative(getattr(one, figure), getattr(other, figure)))
+        assert (one.corrected is None) == (other.corrected is None)
+        if one.corrected is not None:
+            worst = max(worst, relative(one.corrected, other.corrected))
+    return worst
+
+
+@pytest.mark.parametrize("turn, name", enumerate(RECURRENT))
+def test_states_over_three_ranks_are_those_of_one_device(turn, name, folder):
+    policy = list(POLICIES)[turn % len(POLICIES)]
+    assert max(ranks(3, state_differences, name, folder, policy)) < 1e-11
+
+
 def grid(env, folder):
     mesh = build_mesh(4, 1, ulysses=2, ring=2)
     model = decoder("full")
@@ -193,9 +233,15 @@ def test_deep_models_show_layers_from_bottom_to_top():
     assert all(len(set(spread_out(count, 12))) == 12 for count in range(12, 99))
 
 
-def test_a_model_without_a_softmax_has_no_maps(folder):
+def test_a_model_without_a_softmax_has_no_maps_but_states(folder):
     model = decoder("rwkv7")
     assert leaves(model) == {} and maps(model, Mesh.alone(), folder) == []
+    assert len(states(model, Mesh.alone(), folder)) == 2
+    assert {name.split(" ")[1] for name in without_map(model)} == {"(CausalConv)"}
+
+
+def test_what_is_neither_a_softmax_nor_a_scan_is_said_to_have_no_map():
+    assert "blocks.1.mixer.mix.0 (LongConv)" in without_map(decoder("hyena"))
 
 
 @pytest.mark.parametrize(
@@ -264,4 +310,6 @@ def test_a_run_without_attention_says_so_and_goes_on(tmp_path):
     [screen] = ranks(1, said, words, str(tmp_path / "run"))
     assert screen.count(NO_MAPS) == 1
     assert not (tmp_path / "run" / "report" / "attention.png").exists()
+    page = (tmp_path / "run" / "report" / "attention.html").read_text()
+    assert '"tracks"' in page and "(Scan)" not in page
     assert (tmp_path / "run" / "report" / "grades.png").exists()

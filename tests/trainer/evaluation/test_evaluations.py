@@ -28,6 +28,7 @@ from trainer.evaluation.held_out import HeldOut
 from trainer.evaluation.in_context import InContext
 from trainer.evaluation.induction import Induction
 from trainer.evaluation.needle import Needle, insert
+from trainer.evaluation.questions import Question, ask
 from trainer.evaluation.recall import Recall
 from trainer.evaluation.ruler import Ruler
 from trainer.evaluation.scoring import next_tokens, score_rows
@@ -65,6 +66,8 @@ SMALL = {
         settings={"pairs": 3, "keys": 8, "values": 8},
         vary="length",
         values=[16, 90],
+        across="values",
+        across_values=[4, 8],
         batches=1,
     ),
 }
@@ -154,6 +157,42 @@ def test_who_reads_the_needles_tells_them_all(variant, kinds, folder, config):
         assert exact.value == 1.0
     assert [cell["depth"] for cell in accuracy.cells] == NEEDLES["depths"]
     assert all(cell["accuracy"] == 1.0 for cell in accuracy.cells)
+
+
+@pytest.mark.parametrize(("model", "share"), [("reader", 1.0), ("uniform", 0.0)])
+def test_who_reads_the_needles_also_writes_them(model, share, folder, config):
+    reader = Reader(read_needles, r"mentioned in the provided text (is|are)")
+    asked = reader if model == "reader" else Uniform()
+    context = context_of(asked, Mesh.alone(), stream(folder), config)
+    needle = Needle(lengths=[300], depths=[0.0, 1.0], examples=1, distractors=1, generate=8)
+    *_, generated = needle.run(context)
+    assert (generated.name, generated.value, generated.chance) == ("generated", share, 0.0)
+
+
+LETTERS = [f" {letter}" for letter in "abcdefghijklmnop"]  # so many that some are written by chance
+QUESTIONS = [
+    Question(text, np.frombuffer(text.encode(), np.uint8).astype(np.int64), LETTERS, [" q"])
+    for text in ("The value of the first key is", "And that of the second one is")
+]
+
+
+def asked_in_rank(env, folder, tree):
+    mesh = build_mesh(env.size, 1)
+    model = decoder()
+    apply_context_parallel(model, mesh.context.group, "ring")
+    context = context_of(model, mesh, stream(folder), Config.model_validate(tree))
+    return [verdict._asdict() for verdict in ask(context, QUESTIONS, "questions", 30)]
+
+
+def test_what_is_generated_is_scored_alike_on_any_ranks(folder, config):
+    context = context_of(decoder(), Mesh.alone(), stream(folder), config)
+    want = [verdict._asdict() for verdict in ask(context, QUESTIONS, "questions", 30)]
+    shares = [verdict["generated"] for verdict in want]
+    assert 0 < sum(shares) < len(shares)
+    for size in (2, 3):
+        for found in ranks(size, asked_in_rank, folder, config.model_dump(by_alias=True)):
+            for verdict, other in zip(found, want, strict=True):
+                assert verdict == pytest.approx(other, abs=1e-9)
 
 
 def test_a_needle_stands_at_its_depth_in_a_row_of_the_length(folder, config):
