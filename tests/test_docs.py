@@ -155,6 +155,7 @@ NOT_COMPOSED = {
     "python -m scripts.report sweeps/mine baseline=mixer.temperature=2": (
         "needs a sweep; tests/trainer/reports/test_comparison.py"
     ),
+    "python -m scripts.report sweeps/needle": "needs a sweep; tests/trainer/reports",
     "python -m scripts.report sweeps/quickstart": "needs a sweep; tests/trainer/reports",
 }
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)

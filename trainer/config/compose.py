@@ -276,6 +276,9 @@ def _reworded(message: str) -> str:
     absent = re.match(r"Could not override '(\S+@\S+)'", message)
     if absent:
         return f"{absent[1]}: nothing is in that place yet; write +{absent[1]}=NAME"
+    apart = re.match(r"Could not override '((\S+)/(\S+))'", message)
+    if apart:
+        return f"{apart[1]}: its choices are those of {apart[2]}={apart[3]}; write that as well"
     unknown = re.match(r"Could not delete from config\. '(\S+?)' does not exist", message)
     if unknown:
         return f"~{unknown[1]}: no setting of that name is there to take away; leave it out"

@@ -49,14 +49,11 @@ def choices(group: str) -> list[str]:
 def groups() -> list[str]:
     """Returns the groups that can be chosen, as in GROUP=NAME."""
     names = set()
-    for path in CONF.iterdir():
-        if path.is_dir() and any(path.glob("*.yaml")):
-            names.add(path.name)
-    for folder in own_folders():
+    for folder in folders():
         for path in folder.rglob("*.yaml"):
             names.add(path.parent.relative_to(folder).as_posix())
-    # Files in a folder of configuration itself are of no group.
-    return sorted(names - {"."})
+    # Files in a folder of configuration itself are of no group, and Hydra's own are not chosen.
+    return sorted(name for name in names if name != "." and not name.startswith("hydra/"))
 
 
 def is_own_group(group: str) -> bool:
@@ -74,7 +71,7 @@ def is_recipe(group: str, name: str) -> bool:
     """Tells whether a member of a group sets keys of the whole config, as an experiment does."""
     if not has_choice(group, name):
         return False
-    if group == RECIPES:
+    if group.partition("/")[0] == RECIPES:
         return True
     path = file_of(group, name)
     return is_own_group(group) and path.read_text(encoding="utf-8").lstrip().startswith(GLOBAL)

@@ -99,7 +99,7 @@ def text(words: Sequence[str] = ()) -> str:
 def _everything() -> str:
     config = compose([]).config
     assert config is not None, "conf/train.yaml does not compose"
-    chosen = [f"    {group + '=':16}{', '.join(choices(group))}" for group in groups.groups()]
+    chosen = [f"    {group + '=':20}{', '.join(choices(group))}" for group in groups.groups()]
     files = files_of(groups.CONF / "train.yaml")
     return "\n".join(
         [

@@ -224,7 +224,12 @@ def files_of(path: Path) -> list[Path]:
     for group in groups.BY_NAME:
         files += groups.files(group)
     # The comments of an experiment say why it sets a key, not what the key is.
-    return [*files, path] if path.parent.name == "experiment" else [*inherited(path), *files]
+    return [*files, path] if _sets_the_whole(path) else [*inherited(path), *files]
+
+
+def _sets_the_whole(path: Path) -> bool:
+    """Tells whether a file is an experiment, or a part of one in a folder below."""
+    return groups.RECIPES in (path.parent.name, path.parent.parent.name)
 
 
 def keys_of_file(path: Path) -> list[KeyHelp]:
@@ -233,7 +238,7 @@ def keys_of_file(path: Path) -> list[KeyHelp]:
     conf/train.yaml and an experiment set keys of the whole config; a member of a group those of its
     part, with those that it takes from the members named in its defaults.
     """
-    at_top = path.parent.name in (groups.CONF.name, "experiment")
+    at_top = path.parent == groups.CONF or _sets_the_whole(path)
     tree: dict[str, Any] = {}
     for file in [path] if at_top else reversed(inherited(path)):
         tree |= yaml_file(file)

@@ -1,4 +1,4 @@
-"""Tasks of the trainer as evaluations, graded as in training, over one of their settings."""
+"""Tasks of the trainer as evaluations, graded as in training, over one or two of their settings."""
 
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
@@ -31,12 +31,17 @@ from trainer.evaluation.held_out import HeldOutResult, evaluate
 class Tasks(Evaluation):
     """Held-out examples of a task, graded by the task, for one value of a setting after another.
 
+    Over two settings there is a figure for every combination; those of length and depth are drawn
+    as a heat map.
+
     Args:
         task: a task of data=NAME, or package.module.Class; None = that of the run. Its tokens must
             be tokens of the model.
         settings: of the task, over those of its file in conf/data/.
         vary: name of a setting of the task, such as length or pairs; None = none.
         values: of that setting.
+        across: name of a second setting; None = none.
+        across_values: of the second setting.
         rows: in a batch; each holds as many examples as fit.
         batches: for each value.
         every: as in Evaluation.
@@ -52,6 +57,8 @@ class Tasks(Evaluation):
         settings: dict = {},  # noqa: B006 - never written to
         vary: str | None = None,
         values: list[Any] = [],  # noqa: B006 - never written to
+        across: str | None = None,
+        across_values: list[Any] = [],  # noqa: B006 - never written to
         rows: Annotated[int, Range(1, 4096)] = 8,
         batches: Annotated[int, Range(1, 4096)] = 4,
         every: Every = None,
@@ -59,10 +66,16 @@ class Tasks(Evaluation):
         super().__init__(every=every)
         if (vary is None) != (not values):
             raise ValueError("vary and values belong together; give both, or none")
+        if (across is None) != (not across_values):
+            raise ValueError("across and across_values belong together; give both, or none")
+        if across is not None and (vary is None or across == vary):
+            raise ValueError("across names a second setting; give another one as vary")
         self.task = task
         self.settings = settings
         self.vary = vary
         self.values = values
+        self.across = across
+        self.across_values = across_values
         self.rows = rows
         self.batches = batches
 
@@ -74,11 +87,11 @@ class Tasks(Evaluation):
                 f"there is no task of that name{nearest(self.task, task_names())}",
             )
             return
-        for value in self.values or [None]:
-            yield from self._check_value(facts, value)
+        for place in self._places():
+            yield from self._check_place(facts, place)
 
-    def _check_value(self, facts: RunFacts, value: Any) -> Iterator[Finding]:
-        node = self._node(facts.config, value)
+    def _check_place(self, facts: RunFacts, place: Mapping[str, Any]) -> Iterator[Finding]:
+        node = self._node(facts.config, place)
         where = facts.key("settings") if self.task is not None else facts.name
         if sentences := node_errors(node, {}, where):
             yield Finding(sentence=sentences[0])
@@ -112,15 +125,16 @@ class Tasks(Evaluation):
 
     def run(self, context: EvaluationContext) -> list[Figure]:
         cells: list[dict[str, Any]] = []
-        for value in self.values or [None]:
-            task = build_source(self._node(context.config, value))
+        for place in self._places():
+            task = build_source(self._node(context.config, place))
             assert isinstance(task, SyntheticTask), "check requires it"
             stream = self._stream(task, context.config.context_length)
             result = self._evaluate(context, stream)
-            place = {} if self.vary is None else {self.vary: value}
             # Every example has a target, so there is a loss.
             cells.append({**place, **result.graded, "loss": result.loss, "tokens": result.tokens})
-        names = [name for name in cells[0] if name not in (self.vary, "tokens", "loss")]
+        names = [
+            name for name in cells[0] if name not in (self.vary, self.across, "tokens", "loss")
+        ]
         figures: list[Figure] = []
         for name in [*names, "loss"]:
             values = [cell[name] for cell in cells if cell.get(name) is not None]
@@ -141,8 +155,16 @@ class Tasks(Evaluation):
             task, context_length=tokens, rows=self.rows, seed=0, split="held_out"
         )
 
-    def _node(self, config: Config, value: Any) -> dict[str, Any]:
-        """Returns the node of the task with one value of the setting that varies."""
+    def _places(self) -> list[dict[str, Any]]:
+        """Returns every combination of the values of the settings that vary; {} where none does."""
+        places: list[dict[str, Any]] = [{}]
+        for name, values in ((self.vary, self.values), (self.across, self.across_values)):
+            if name is not None:
+                places = [{**place, name: value} for place in places for value in values]
+        return places
+
+    def _node(self, config: Config, place: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the node of the task with the settings that vary at one place."""
         if self.task is None:
             node = as_node(config.data)
         elif "." in self.task:
@@ -151,10 +173,7 @@ class Tasks(Evaluation):
             plain = OmegaConf.to_container(OmegaConf.load(file_of("data", self.task)))
             assert isinstance(plain, Mapping), "a file of a group is a mapping"
             node = {str(key): setting for key, setting in plain.items()}
-        node |= self.settings
-        if self.vary is not None:
-            node[self.vary] = value
-        return node
+        return {**node, **self.settings, **place}
 
 
 def task_names() -> list[str]:

@@ -94,15 +94,18 @@ def reference(config: Config, words: Sequence[str]) -> Config:
         UserError: the settings do not compose with model=full.
     """
     sizes_only = [word for word in words if not _sets_layers(word) and not _is_own(word)]
-    composed = compose([*sizes_only, "model=full", "memory=none"])
+    composed = compose([*sizes_only, "model=full"])
     full = compose(["model=full"])
     if composed.config is None or full.config is None:
         headline = f"match={config.match}: model=full cannot be composed"
         raise UserError("\n".join([headline, *composed.faults]))
-    # A recipe among the settings may set layers as well, so these come from model=full alone.
+    # A recipe among the settings may set layers and a memory as well, so these come from model=full
+    # alone.
     layers = {name: getattr(full.config.model, name) for name in LAYER_FIELDS}
     model = composed.config.model.model_copy(update=layers)
-    return composed.config.model_copy(update={"model": model, "mixer": None})
+    return composed.config.model_copy(
+        update={"model": model, "mixer": None, "memory": full.config.memory}
+    )
 
 
 def _sets_layers(word: str) -> bool:

@@ -26,7 +26,7 @@ def composed(*words: str) -> Config:
     return wish.config
 
 
-BUILT_BELOW = ("mixer", "model", "experiment")
+BUILT_BELOW = ("mixer", "model", "experiment", "experiment/needle")
 ALL = [(group, name) for group in groups() if group not in BUILT_BELOW for name in choices(group)]
 
 
@@ -70,6 +70,21 @@ OBJECTIVES = {
 )
 def test_every_model_and_experiment_passes_the_check(words: list[str]) -> None:
     assert check_config(composed(*words)) == []
+
+
+@pytest.mark.parametrize("name", choices("experiment/needle"))
+def test_every_part_of_an_experiment_passes_the_check(name: str) -> None:
+    assert check_config(composed("experiment=needle", f"experiment/needle={name}")) == []
+
+
+def test_a_part_of_an_experiment_is_chosen_with_it_and_by_its_name() -> None:
+    assert "experiment/needle" in groups()
+    alone = compose(["experiment/needle=sinks"]).faults
+    assert alone == [
+        "experiment/needle: its choices are those of experiment=needle; write that as well"
+    ]
+    misspelt = compose(["experiment=needle", "experiment/needle=snks"]).faults
+    assert len(misspelt) == 1 and "did you mean experiment/needle=sinks?" in misspelt[0]
 
 
 @pytest.mark.parametrize("plus", ["", "+", "++"])

@@ -102,6 +102,10 @@ def test_an_old_record_evaluates_the_held_out_loss():
             "evaluation.tasks.task=null: Stdlib is text",
         ),
         (
+            "evaluation=[heldout,tasks] evaluation.tasks.task=recall evaluation.tasks.across=pairs",
+            "evaluation.tasks: across and across_values belong together",
+        ),
+        (
             "evaluation=[heldout,in_context] evaluation.in_context.late=3000",
             "evaluation.in_context.late=3000: a row holds the tokens 0 to 2047",
         ),

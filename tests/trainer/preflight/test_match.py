@@ -116,6 +116,15 @@ def test_the_reference_has_full_attention_whatever_the_settings_change_in_the_la
     assert costs(found) == costs(truth)
 
 
+def test_the_reference_has_no_memory_that_a_recipe_brings() -> None:
+    words = ("experiment=needle", "experiment/needle=infini")
+    found = reference(composed(*words), words)
+    truth = composed("experiment=needle", "model.pattern=[full]")
+    assert found.memory.name == "none" and costs(found) == costs(truth)
+    fitted, said = match_sizes(composed(*words), words)
+    assert fitted.memory.name == "compressive" and "+0.21% of the" in said
+
+
 def test_wide_heads_get_widths_that_kernels_like() -> None:
     words = (
         "model.width=512",

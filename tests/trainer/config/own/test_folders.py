@@ -78,7 +78,7 @@ def test_messages_and_help_and_completion_list_them(folder):
         (fault,) = compose(["task=nothing"]).faults
         assert fault == "task=nothing: there is no task of that name; known: short"
         assert "my window" in text(["mixer=narrow", "--help"])
-        assert "task=           short" in text([])
+        assert "task=               short" in text([])
         assert candidates("mixer=nar") == ["mixer=narrow"]
         assert candidates("tas") == ["task="]
     assert "narrow" not in compose(["mixer=narow"]).faults[0]
