@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from models.attention.full import Attention, MultiHead, MultiQuery
 from models.attention.sliding import Sliding
 from models.feedforward import SwiGLU
-from models.norms import WIDE, RMSNorm, few_rms_norm
+from models.norms import FEW_TOKENS, WIDE, RMSNorm, few_rms_norm
 from models.primitives.softmax import Softmax
 from models.span import DerivedCache, Span
 
 ATTENTIONS = frozenset({Attention, MultiHead, MultiQuery, Sliding})
-# Bytes of weights up to which they are joined: larger ones cost their reading, not a call. Several
+# Bytes of weights up to which they are joined: larger ones cost their reading, not a call. A few
 # rows are given to larger ones as columns: with 8 rows 1,706 x 640 took 1,087 us for 1,451 and
 # 640 x 640 402 for 461, but 128 x 640 85 for 64 (MKL, one thread).
 LARGE = 1 << 20
@@ -86,7 +86,7 @@ def _joined(owner: nn.Module, names: tuple[str, ...], joined: DerivedCache) -> T
     state; None where they are large or there are biases."""
 
     def build() -> Tensor | None:
-        layers = [owner.get_submodule(name) for name in names]
+        layers: list[Any] = [owner.get_submodule(name) for name in names]
         if any(layer.bias is not None for layer in layers):
             return None
         weights = [layer.weight for layer in layers]
@@ -104,7 +104,7 @@ def _linear(x: Tensor, linear: Any) -> Tensor:
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """Returns what a linear layer with this weight makes of x, [B, I] -> [B, O]."""
-    if x.shape[0] > 1 and x.is_cpu and _bytes(weight) > LARGE:
+    if 1 < x.shape[0] <= FEW_TOKENS and x.is_cpu and _bytes(weight) > LARGE:
         return weight.mm(x.t()).t()
     return x.mm(weight.t())
 
