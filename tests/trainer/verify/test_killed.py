@@ -1,7 +1,7 @@
 """Killed at any moment and started again, a run ends where it would have ended: through the command
 that a user gives.
 
-The run that nobody stops is started as a user starts it; the others are forked.
+All are forked (tests/support/forked_python.py).
 """
 
 import json
@@ -99,7 +99,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(folder):
     """A run that nobody stopped, on two ranks."""
-    finish(words(folder, "whole", "parallel.context=2", "engine=fsdp"), subprocess.Popen)
+    finish(words(folder, "whole", "parallel.context=2", "engine=fsdp"))
     return folder / "whole"
 
 

@@ -50,13 +50,10 @@ def losses(directory, name, key):
     return [json.loads(line)[key] for line in (directory / name).read_text().splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     "memory",
-    [
-        pytest.param(name, marks=pytest.mark.full) if name != "segments" else name
-        for name in MEMORIES
-    ],
+    MEMORIES,
 )
 def test_a_memory_gives_the_same_losses_on_any_ranks_and_after_a_resume_on_others(memory, tmp_path):
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -83,6 +80,11 @@ def test_a_memory_gives_the_same_losses_on_any_ranks_and_after_a_resume_on_other
             "resumed",
             (4, ("steps=3", "parallel.context=2", "parallel.data=2", "engine=single")),
             (3, ("parallel.context=3",)),
+        ),
+        (
+            "rows",
+            (2, ("steps=3", "parallel.data=2", "parallel.micro_batch=1")),
+            (1, ("engine=single",)),
         ),
     ):
         for got, want in zip(went(name, *cases), truth):
