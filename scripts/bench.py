@@ -1,5 +1,5 @@
 """python -m scripts.bench NAME [key=value ...]: what something costs; JSON and a table.
-NAME is one of attention, cache, decode, experts, memory, mixers, part, reading, time.
+NAME is one of attention, cache, decode, experts, memory, mixers, part, plan, reading, time.
 
 attention: forward and backward over ranks, beside one device with as many threads. Words: tokens,
 heads, kv_heads, width, ranks, threads (of a rank), repeats, seed, device.
@@ -16,6 +16,7 @@ time: a row cut in time: its peak memory at two lengths, and its time beside ful
 Words: tokens (of the shorter row), times, piece, compare, width, heads, layers, window, ...
 part: the model of any settings of a run, as mixer._target_=mine.Averaged, beside full attention.
 Words: tokens, times, repeats, threads, seed, device, and the settings.
+plan: the peak memory of scripts.plan beside the measured one. Words: ranks (1 to 4).
 reading: what a step waits for its batch, with and without reading ahead. Words: tokens, context,
 steps, step_ms, seed.
 memory: what a longer Transformer-XL memory adds to a step, beside the attention that it adds.
@@ -36,7 +37,8 @@ from trainer.entry import run_command
 from trainer.launch.elastic import init_process_group, start_ranks
 from trainer.launch.starters import Incomplete, adopt, started
 
-BENCHES = ("attention", "cache", "decode", "experts", "memory", "mixers", "part", "reading", "time")
+NAMES = "attention cache decode experts memory mixers part plan reading time"
+BENCHES = NAMES.split()
 MODULES = {"time": "time_pieces"}  # where the module has another name than the word
 
 

@@ -125,6 +125,10 @@ NOT_COMPOSED = {
         "needs an export; tests/trainer/decoding/test_command.py"
     ),
     "python -m scripts.offload": "needs a GPU",
+    "python -m scripts.bench plan ranks=2": "minutes; tests/trainer/planning/test_step_plan.py",
+    "python -m scripts.calibrate out=mine.yaml": "tests/trainer/planning/test_calibration.py",
+    "python -m scripts.plan experiment=quickstart device=mine.yaml": "tests/trainer/planning",
+    "python -m scripts.plan experiment=quickstart gpus=4 device=h100": "tests/trainer/planning",
     "python -m scripts.parity": "the full product; tests/parallel/drivers/test_parity.py",
     "python -m scripts.parity quick": "minutes; tests/parallel/drivers/test_parity.py",
     "python -m scripts.report sweeps/mine": "needs a sweep; tests/trainer/reports",

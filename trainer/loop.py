@@ -120,7 +120,7 @@ class Loop:
             if self.stop.asked(given.mark, f"step {progress.step + 1}"):
                 break
             with self.profiler.around(progress.step + 1) if self.profiler else nullcontext():
-                self._step(progress, given)
+                self.take_step(progress, given)
             with self.meter.pause():
                 self._after_step(progress)
 
@@ -189,7 +189,7 @@ class Loop:
         self.checkpoints.save(progress.step, state, progress.extra())
         self.saved = progress.step
 
-    def _step(self, progress: Progress, given: StepInput) -> None:
+    def take_step(self, progress: Progress, given: StepInput) -> None:
         """Takes one optimiser step, or leaves it out where the guard says so."""
         step = progress.step + 1
         optim = self.config.optim

@@ -139,6 +139,9 @@ class LaunchConfig(ConfigGroup):
         default=0, description="times that all ranks are started again after one died"
     )
     oversubscribe: Flag = Field(default=False, description="allow more than 8 ranks per core")
+    force: Flag = Field(
+        default=False, description="start though a step seems to take more memory than there is"
+    )
     dry_run: Flag = Field(default=False, description="say what would be started, and leave")
     timeout_s: Seconds = Field(default=600, description="longest wait in one collective")
     grace_s: Grace = Field(default=60, description="time to save after SIGTERM, before SIGKILL")

@@ -26,6 +26,7 @@ from trainer.objectives.contradictions import check_objective_model, vocabulary
 from trainer.optim.selection import check_selection
 from trainer.preflight.check_engine import check_deepspeed_model
 from trainer.preflight.check_evaluation import check_evaluation_nodes, check_evaluations
+from trainer.preflight.check_memory import check_memory
 from trainer.preflight.check_model import (
     check_block_settings,
     check_cache,
@@ -131,7 +132,8 @@ def check_built_model(config: Config, given: Collection[str]) -> Iterator[Findin
     except UserError as error:
         yield str(error)
         return
-    yield from check_model_memory(config, model)
+    too_large = list(check_model_memory(config, model))
+    yield from too_large or check_memory(config, model)
     yield from never_filled(model, config.seed)
     yield from check_block_settings(config, model)
     yield from check_objective_model(config, model)

@@ -1,0 +1,95 @@
+"""Steps of the training loop without data, evaluation or files: what a plan and a bench run."""
+
+import gc
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from models.layer import hook
+from parallel.mesh import Mesh
+from trainer.config.schema import Config
+from trainer.data.batch import Batch
+from trainer.data.lanes import Lanes
+from trainer.data.streams.prefetch import StepInput
+from trainer.logs.meters import Meter, Peak
+from trainer.loop import Loop
+from trainer.optim.selection import count_trained
+from trainer.placement import PlacedModel, place
+from trainer.progress import Progress, Stretch
+
+
+@dataclass
+class Rehearsal:
+    """A model placed on the ranks of a mesh, and the loop that trains it.
+
+    Args:
+        config: of the run.
+        mesh: the ranks.
+        model: as built, on the meta device.
+    """
+
+    config: Config
+    mesh: Mesh
+    model: nn.Module
+    placement: PlacedModel = field(init=False)
+    loop: Loop = field(init=False)
+
+    def __post_init__(self) -> None:
+        if hook(self.model, "reads_source"):
+            raise ValueError("a model that reads a source is not rehearsed")
+        # As in a run, parameters that stand still have neither gradients nor moments.
+        count_trained(self.model, self.config.optim.freeze)
+        self.placement = place(self.config, self.mesh, self.model)
+        share = self.placement.share
+        lanes = None
+        if self.config.memory.carries:
+            lanes = Lanes(self.mesh, share, self.config.rows)
+        self.loop = Loop(
+            config=self.config,
+            mesh=self.mesh,
+            engine=self.placement.engine,
+            stream=cast(Any, _NoStream()),
+            share=share,
+            checkpoints=cast(Any, None),
+            schedule=lambda step, steps: 1.0,
+            flops=lambda span, source: 0.0,
+            meter=Meter(Peak(None, "not asked"), self.mesh.world.size),
+            stop=cast(Any, None),
+            log=lambda row: None,
+            evaluate=lambda progress: None,
+            lanes=lanes,
+        )
+        whole = Stretch(after=0, steps=self.config.steps, extend=None)
+        self.progress = Progress(cursor={}, lengths=[whole])
+        self.batch = one_document_a_row(self.config)
+
+    def step(self) -> None:
+        """Takes a step of the training loop."""
+        share = self.placement.share
+        # What an earlier step left to the garbage collector would be counted in this one.
+        gc.collect()
+        given = StepInput(
+            batch=self.batch,
+            cursor={},
+            mark=0,
+            valid_tokens=share.valid(self.batch),
+            cut=deque(share.in_time(self.batch)),
+        )
+        self.loop.take_step(self.progress, given)
+
+
+class _NoStream:
+    """Stands for the stream of batches, which a rehearsal makes by itself."""
+
+    pauses = False
+
+
+def one_document_a_row(config: Config) -> Batch:
+    """Returns a batch whose rows are one document each."""
+    shape = config.rows, config.context_length + 1
+    zeros = torch.zeros(shape, dtype=torch.long)
+    pos = torch.arange(shape[1]).expand(shape)
+    return Batch(tokens=zeros, doc=zeros, pos=pos, role=zeros)
