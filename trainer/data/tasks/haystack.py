@@ -25,8 +25,8 @@ class Haystack(SyntheticTask):
         keys, values, fillers: different tokens of each kind.
         held_out, per_row: as in SyntheticTask.
 
-    Who only knows which values were hidden is right about once in `pairs`, and who finds nothing
-    once in `values`.
+    Values may come twice. Who only knows which were hidden is right as often as the commonest of
+    them comes, once in `pairs` or more, and who finds nothing once in `values`.
 
     Source: the needle of Kamradt 2023 with the keys and values of multi-query associative recall,
     Arora et al. 2023 (arXiv:2312.04927). Theirs scatters the queries; here the distance is wanted.
