@@ -42,7 +42,7 @@ class OffloadSizes:
     layers: int = 8
 
 
-class MeasuredStep(NamedTuple):
+class OffloadedStep(NamedTuple):
     """Figures of one measured step.
 
     Attributes:
@@ -114,7 +114,7 @@ def _step(
     sizes: OffloadSizes,
     checkpointing: str,
     offload: ActivationOffload | None,
-) -> MeasuredStep:
+) -> OffloadedStep:
     engine = Single(Mesh.alone(device), _no_steps, precision=precision, checkpointing=checkpointing)
     parallelize(_decoder(sizes), engine, offload=offload)
     tokens = torch.arange(sizes.tokens, device=device)[None] % WORDS
@@ -138,7 +138,7 @@ def _step(
     step()
     seconds = time.perf_counter() - began
     gradients = [p.grad.float() for p in engine.model.parameters() if p.grad is not None]
-    return MeasuredStep(peak, seconds, losses[-1], gradients, sent)
+    return OffloadedStep(peak, seconds, losses[-1], gradients, sent)
 
 
 def _no_steps(model: Any, parameters: Any) -> torch.optim.Optimizer:

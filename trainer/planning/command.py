@@ -18,7 +18,7 @@ WORDS = ("gpus", "device", "memory", "search")
 ROOM = 0.97  # of a device's memory: the rest is its context and what an allocator leaves unused
 
 
-class Wishes(NamedTuple):
+class PlanRequest(NamedTuple):
     """The wishes of a command line.
 
     Attributes:
@@ -85,7 +85,7 @@ def describe(config: Config, plan: StepPlan) -> list[str]:
     return lines
 
 
-def advise(config: Config, vocabulary: int, plan: StepPlan, wishes: Wishes) -> list[str]:
+def advise(config: Config, vocabulary: int, plan: StepPlan, wishes: PlanRequest) -> list[str]:
     """Returns the lines about what fits into a memory, and what would help."""
 
     def plan_of(other: Config) -> StepPlan:
@@ -119,7 +119,7 @@ def fullest(config: Config, vocabulary: int, device: Device) -> StepPlan:
     return max(plans, key=lambda plan: plan.peak_bytes)
 
 
-def read_wishes(words: Sequence[str]) -> Wishes:
+def read_wishes(words: Sequence[str]) -> PlanRequest:
     """Tells the words of the command from the overrides of the run.
 
     Raises:
@@ -148,7 +148,7 @@ def read_wishes(words: Sequence[str]) -> Wishes:
     search = own.get("search", "true")
     if search not in ("true", "false"):
         _refuse("search", search, "must be true or false", "leave it out to search")
-    return Wishes(overrides, device, int(ROOM * total), search == "true")
+    return PlanRequest(overrides, device, int(ROOM * total), search == "true")
 
 
 def _ranks(gpus: str, overrides: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from trainer.data.errors import DataError
 from trainer.data.tasks.base import Example, SyntheticTask, bounds, whole
 
 
-class Haystack(SyntheticTask):
+class HaystackTask(SyntheticTask):
     """Filler in which some pairs of key and value stand side by side, then the keys in another
     order: at each, its value is to be said.
 

@@ -6,13 +6,13 @@ import pytest
 from models.loss import IGNORE
 from trainer.data.errors import DataError
 from trainer.data.open import open_stream
-from trainer.data.tasks.haystack import Haystack
+from trainer.data.tasks.haystack import HaystackTask
 
 SIZES = {"pairs": 3, "keys": 5, "values": 7, "fillers": 2}
 
 
 def example(seed: int = 0, **settings):
-    task = Haystack(**{**SIZES, "length": 40, **settings})
+    task = HaystackTask(**{**SIZES, "length": 40, **settings})
     return task.example(np.random.default_rng(seed))
 
 
@@ -61,7 +61,7 @@ def test_lengths_are_drawn_evenly_by_the_logarithm() -> None:
 
 
 def test_a_stream_of_it_predicts_the_answers_and_nothing_else() -> None:
-    node = {"_target_": "trainer.data.tasks.haystack.Haystack", **SIZES, "length": 16}
+    node = {"_target_": "trainer.data.tasks.haystack.HaystackTask", **SIZES, "length": 16}
     stream = open_stream(node, context_length=32, rows=4, seed=0)
     batch, _ = stream.read(stream.start())
     assert batch.predictions() == 4 * 2 * 3 and stream.vocabulary == 14
