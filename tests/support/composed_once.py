@@ -22,6 +22,8 @@ FOLDER = "LONGSPAN_TESTS_COMPOSED"
 
 def share_composed() -> None:
     """From now on this process and what it forks take what is there and leave what is not."""
+    if FOLDER not in os.environ:
+        return
     folder = Path(os.environ[FOLDER])
     compose_here = compose._composed
 
