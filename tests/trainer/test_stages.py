@@ -94,7 +94,7 @@ def killed_at(moment: str | None):
 
     original_note = stages_run.note_stage
     if kind == "step":
-        return mock.patch.object(Loop, "_step", kills(Loop._step))
+        return mock.patch.object(Loop, "take_step", kills(Loop.take_step))
     if kind == "evaluation":
         return mock.patch.object(Assessment, "run", kills(Assessment.run))
     return mock.patch.object(stages_run, "note_stage", note)
