@@ -140,6 +140,10 @@ FAMILIES = {
     "rotary": "rope interpolated ntk yarn llama3",
     "added": "sinusoidal learned",
     "bias": "alibi t5 relative",
+    "recurrent models": "hybrid retnet rwkv6 rwkv7",
+    "experts": "moe_topk switch",
+    "two streams": "encoder_decoder transformer",
+    "sets": "deep_sets set_transformer",
 }
 
 
@@ -147,7 +151,8 @@ def family(word):
     """What a yaml shares its code with; what is in no family stands for itself."""
     group, _, name = word.partition("=")
     found = [key for key, names in FAMILIES.items() if name in names.split()]
-    return found[0] if group in ("mixer", "position") and found else word
+    # A mixer and a model may have the same name.
+    return f"{group} {found[0]}" if found else word
 
 
 def kept():

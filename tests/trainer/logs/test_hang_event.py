@@ -43,7 +43,7 @@ class Stuck(Logger):
         pass
 
 
-@pytest.mark.slow
+@pytest.mark.full  # it waits for half a minute, until a rank counts as hanging
 def test_a_hang_of_rank_0_is_told_by_the_rank_that_waits_for_it(tmp_path: Path) -> None:
     own = (
         *("logger=[]", f"logger.stuck._target_={__name__}.Stuck"),

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 from tests.support.pool import ranks
-from tests.trainer.test_every_yaml import COMMON, in_rank
+from tests.trainer import test_every_yaml
+from tests.trainer.test_every_yaml import in_rank
 from trainer.config.stages import plan_of
 from trainer.preflight.estimate import checkpoint_bytes, checkpoints_kept, estimate_lines
 from trainer.preflight.prepare import load_config
 from trainer.run_dir import make_run_dir, record
 
 BYTES = re.compile(r"([\d.]+) (TB|GB|MB|kB|B): (\d+) checkpoints? of ([\d.]+) (TB|GB|MB|kB|B) stay")
+COMMON = (*test_every_yaml.COMMON, "evaluation.every=1")
 UNITS = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
