@@ -89,7 +89,7 @@ def test_an_alignment_weighs_the_source_of_the_document_and_nothing_else(name):
 def test_the_page_names_the_tokens_of_both_streams(name, tmp_path):
     model = model_of(name)
     found = maps(model, Mesh.alone())
-    page = write_page(tmp_path, "a title", found, model, stream()).read_text()
+    page = write_page(tmp_path, "a title", found, [], model, stream()).read_text()
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
     row = beginning(stream(), TOKENS)
     decode = stream().tokenizer.decode
