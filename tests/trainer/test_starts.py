@@ -56,7 +56,7 @@ def until_a_step(process: subprocess.Popen) -> None:
     pytest.fail(f"no step was taken: {process.communicate()[1]}")
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_two_processes_of_srun_are_two_ranks_of_one_run(tmp_path: Path) -> None:
     words = [*SMALL, "steps=3", "parallel.context=2", f"run_dir={tmp_path / 'run'}"]
     place = {

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -53,8 +52,8 @@ def words(folder: Path, name: str, *more: str) -> list[str]:
     ]
 
 
-def start(arguments: list[str], start_process: Any = forked_python.Popen) -> subprocess.Popen:
-    return start_process(
+def start(arguments: list[str]) -> subprocess.Popen:
+    return forked_python.Popen(
         [sys.executable, "-m", "trainer", *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -64,8 +63,8 @@ def start(arguments: list[str], start_process: Any = forked_python.Popen) -> sub
     )
 
 
-def finish(arguments: list[str], start_process: Any = forked_python.Popen) -> str:
-    process = start(arguments, start_process)
+def finish(arguments: list[str]) -> str:
+    process = start(arguments)
     told, _ = process.communicate(timeout=300)
     assert process.returncode == 0, told
     return told
