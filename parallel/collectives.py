@@ -1,6 +1,8 @@
 """Collective communication of the drivers, within one group of ranks.
 
-Every byte that is sent is counted. Public torch.distributed collectives only.
+Every byte that is sent is counted. Public torch.distributed collectives only. Where a group's
+backend cannot carry the tensors of a device (gloo and those of a GPU), they go through the host's
+memory: slow, and it lets several ranks share one GPU, which NCCL refuses.
 Letters: B rows, c local tokens, P ranks, H heads.
 """
 
@@ -23,6 +25,7 @@ class Communicator:
         heads: ranks that trade heads in the grid that was asked for, or None. choices: which method
         serves which attention and why, where parallel.method=auto had to choose. timeout: the
         longest wait in a collective of the groups that `grid` makes; None = torch's own.
+        host_only: whether the group carries tensors in the host's memory alone.
     """
 
     def __init__(self, group: Any):
@@ -33,6 +36,7 @@ class Communicator:
         self.heads: int | None = None
         self.timeout: timedelta | None = None
         self.choices: dict[str, str] = {}
+        self.host_only = dist.get_backend(group) == "gloo"
         self.grids: dict[int, tuple[Communicator, Communicator]] = {}
 
     def add_grid(self, ulysses_group: Any, ring_group: Any) -> "Grid":
@@ -75,12 +79,23 @@ class Communicator:
         to, source = (
             dist.get_global_rank(self.group, (self.rank + s) % self.size) for s in (1, -1)
         )
-        out = [t.contiguous() for t in tensors]
+        out = [self._carried(t) for t in tensors]
         into = [torch.empty_like(t) for t in out]
         sends = [dist.P2POp(dist.isend, t, to, self.group) for t in out if t.numel()]
         takes = [dist.P2POp(dist.irecv, t, source, self.group) for t in into if t.numel()]
         self.count_bytes(name, sum(t.numel() * t.element_size() for t in out))
-        return Pending(dist.batch_isend_irecv([*sends, *takes]) if sends else [], into, out)
+        works = dist.batch_isend_irecv([*sends, *takes]) if sends else []
+        return Pending(works, into, out, [t.device for t in tensors])
+
+    def all_reduce(self, x: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
+        """Returns x reduced over the ranks, in its own memory; the caller counts the bytes."""
+        carried = self._carried(x).clone()
+        dist.all_reduce(carried, op=operation, group=self.group)
+        return carried.to(x.device)
+
+    def _carried(self, x: Tensor) -> Tensor:
+        """Returns x contiguous, in memory that the group's backend can send from."""
+        return (x.cpu() if self.host_only else x).contiguous()
 
     def all_to_all(
         self, parts: Sequence[Tensor], sizes: Sequence[int], name: str = "exchange"
@@ -90,50 +105,59 @@ class Communicator:
         Returns:
             Flat tensors in rank order, the r-th of sizes[r] numbers.
         """
-        sending = torch.cat([p.reshape(-1) for p in parts])
+        sending = self._carried(torch.cat([p.reshape(-1) for p in parts]))
         taken = sending.new_empty(sum(sizes))
         counts = [p.numel() for p in parts]
         dist.all_to_all_single(taken, sending, list(sizes), counts, group=self.group)
         self.count_bytes(name, (sending.numel() - counts[self.rank]) * sending.element_size())
-        return list(taken.split(list(sizes)))
+        return list(taken.to(parts[0].device).split(list(sizes)))
 
     def send(self, tensors: Sequence[Tensor], to: int, name: str) -> "Pending":
         """Starts sending tensors to one rank, which receives them in the same order.
 
         The result must be waited for before the process exits.
         """
-        out = [t.contiguous() for t in tensors]
+        out = [self._carried(t) for t in tensors]
         whom = dist.get_global_rank(self.group, to)
         self.count_bytes(name, sum(t.numel() * t.element_size() for t in out))
-        return Pending([dist.isend(t, whom, self.group) for t in out if t.numel()], [], out)
+        return Pending([dist.isend(t, whom, self.group) for t in out if t.numel()], [], out, [])
 
     def recv(self, likes: Sequence[Tensor], source: int) -> list[Tensor]:
         """Receives tensors of these shapes and dtypes from one rank; blocks until they arrive."""
-        into = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in likes]
+        device = "cpu" if self.host_only else None
+        into = [
+            torch.empty_like(t, device=device, memory_format=torch.contiguous_format) for t in likes
+        ]
         whom = dist.get_global_rank(self.group, source)
-        return Pending(
-            [dist.irecv(t, whom, self.group) for t in into if t.numel()], into, []
-        ).wait()
+        works = [dist.irecv(t, whom, self.group) for t in into if t.numel()]
+        return Pending(works, into, [], [t.device for t in likes]).wait()
 
 
 Grid = tuple[Communicator, Communicator]  # the ranks that trade heads, and those of the ring
 
 
 class Pending:
-    """Communication in flight; `wait` returns the received tensors.
+    """Communication in flight; `wait` returns the received tensors, each on its device.
 
     The sent tensors are kept alive until then.
     """
 
-    def __init__(self, works: Sequence[Any], into: list[Tensor], kept: list[Tensor]):
+    def __init__(
+        self,
+        works: Sequence[Any],
+        into: list[Tensor],
+        kept: list[Tensor],
+        devices: Sequence[torch.device],
+    ):
         self.works = works
         self.into = into
         self.kept = kept
+        self.devices = devices
 
     def wait(self) -> list[Tensor]:
         for work in self.works:
             work.wait()
-        return self.into
+        return [x.to(device) for x, device in zip(self.into, self.devices)]
 
 
 def _seq_to_heads(

@@ -26,8 +26,7 @@ class SharedMemoryRead(MemoryRead):
 
     def largest(self, x: Tensor) -> Tensor:
         """See MemoryRead.largest; no gradient flows through it."""
-        x = x.contiguous().clone()
-        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.communicator.group)
+        x = self.communicator.all_reduce(x, dist.ReduceOp.MAX)
         self.communicator.count_bytes("memory read", x.numel() * x.element_size())
         return x
 
@@ -86,7 +85,6 @@ class _Total(torch.autograd.Function):
 
 
 def _summed(x: Tensor, communicator: Communicator, move: str) -> Tensor:
-    x = x.contiguous().clone()
-    dist.all_reduce(x, group=communicator.group)
+    x = communicator.all_reduce(x)
     communicator.count_bytes(move, x.numel() * x.element_size())
     return x

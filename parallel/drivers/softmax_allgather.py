@@ -183,7 +183,8 @@ def reduce_to_owner(
             x, dtype=accumulation_dtype(x.dtype), memory_format=torch.contiguous_format
         )
         for indices, part in zip(plan.gives, parts):
-            sums.flatten(0, 1).index_add_(0, indices, part.view(-1, *x.shape[2:]))
+            source = part.view(-1, *x.shape[2:]).to(sums.dtype)
+            sums.flatten(0, 1).index_add_(0, indices, source)
         owner_sums.append(sums)
     return owner_sums
 

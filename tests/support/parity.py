@@ -158,9 +158,17 @@ def compare(env: Any, name: str, method: str, policy: str) -> dict[torch.dtype, 
     return {dtype: max(_compare(env, name, method, policy, dtype).values()) for dtype in EXACT}
 
 
-def _compare(env: Any, name: str, method: str, policy: str, dtype: torch.dtype) -> dict[str, float]:
-    (x, weight), (want, d_x, d_parameters) = given(dtype), truth(name, dtype)
-    many, span = build(name, dtype), packed()
+def _compare(
+    env: Any, name: str, method: str, policy: str, dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, float]:
+    """Differences of one cut, by what is compared.
+
+    Args:
+        device: of the cut; not a CPU: it is compared with one CPU in float64.
+    """
+    wide = dtype if device == "cpu" else torch.float64
+    (x, weight), (want, d_x, d_parameters) = given(wide), truth(name, wide)
+    many, span = build(name, dtype).to(device), packed().map(lambda t: t.to(device))
     names, side = list(many.state_dict()), GRID_HEADS[env.size] if method == "usp" else 1
     apply_context_parallel(
         many, env.group, method, grid=grid(env, side) if method == "usp" else None
@@ -168,19 +176,52 @@ def _compare(env: Any, name: str, method: str, policy: str, dtype: torch.dtype) 
     assert list(many.state_dict()) == names
 
     here = shard_span(span, layouts(policy, span, env.size, heads=side), env.rank)
-    shard, valid = here.sharding.shard, here.valid()[..., None]
-    part = shard(x, 0).requires_grad_()
+    shard, valid = here.sharding.shard, here.valid().cpu()[..., None]
+    part = shard(x, 0).to(device, dtype).requires_grad_()
     got = many(part, here)
     assert got.isfinite().all(), "outputs at padding are nobody's business, but finite"
-    (got * shard(weight, 0)).sum().backward()
+    (got * shard(weight, 0).to(device, dtype)).sum().backward()
     assert part.grad is not None and part.grad.isfinite().all()
 
-    worst = {"output": relative(got * valid, shard(want, 0) * valid)}
-    worst["input"] = relative(part.grad * valid, shard(d_x, 0) * valid)
-    worst["padding"] = part.grad.masked_select(~valid).abs().sum().item()
+    d_part = part.grad.cpu()
+    worst = {"output": relative(got.cpu() * valid, shard(want, 0) * valid)}
+    worst["input"] = relative(d_part * valid, shard(d_x, 0) * valid)
+    worst["padding"] = d_part.masked_select(~valid).abs().sum().item()
     for key, parameter in many.named_parameters():
         assert (parameter.grad is None) == (key not in d_parameters), f"{key} has no gradient"
         if parameter.grad is not None:
-            dist.all_reduce(parameter.grad, group=env.group)
-            worst[key] = relative(parameter.grad, d_parameters[key])
+            gradient = parameter.grad.to("cpu", wide)
+            dist.all_reduce(gradient, group=env.group)
+            worst[key] = relative(gradient, d_parameters[key])
     return worst
+
+
+def compare_on(env: Any, case: Case, device: str) -> dict[str, float]:
+    """Worst relative difference of this rank of a cut on a device, by dtype, from one CPU in
+    float64; and of half precision without a cut, which is what rounding alone makes.
+
+    All ranks may share the device: their group is gloo's.
+    """
+    alone = _one_device(case.name, torch.bfloat16, device)
+    found = {"bfloat16 uncut": alone}
+    for dtype in (torch.float32, torch.bfloat16):
+        worst = _compare(env, *case[:3], dtype, device)
+        found[str(dtype).removeprefix("torch.")] = max(worst.values())
+    return found
+
+
+@lru_cache(maxsize=2)
+def _one_device(name: str, dtype: torch.dtype, device: str) -> float:
+    """Worst relative difference of the whole rows on a device from one CPU in float64."""
+    (x, weight), (want, d_x, d_parameters) = given(torch.float64), truth(name, torch.float64)
+    one, span = build(name, dtype).to(device), packed().map(lambda t: t.to(device))
+    whole = x.to(device, dtype).requires_grad_()
+    got = one(whole, span)
+    (got * weight.to(device, dtype)).sum().backward()
+    assert whole.grad is not None
+    valid = packed().valid()[..., None]
+    worst = [relative(got.cpu() * valid, want * valid), relative(whole.grad.cpu(), d_x)]
+    for key, parameter in one.named_parameters():
+        if parameter.grad is not None:
+            worst.append(relative(parameter.grad.cpu(), d_parameters[key]))
+    return max(worst)
