@@ -23,8 +23,8 @@ class Learned(Position):
             max_length = context_length
         if max_length < context_length:
             raise ValueError(
-                f"position.max_length={max_length} is shorter than context_length={context_length};"
-                f" use position.max_length={context_length}, or null"
+                f"position.max_length={max_length}: a row of {context_length} tokens, or of a"
+                f" source, is longer; use position.max_length={context_length} or more, or null"
             )
         self.max_length = max_length
 

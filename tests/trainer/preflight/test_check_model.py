@@ -10,6 +10,7 @@ from trainer.preflight.check import check_config
 
 COPY = ("model=ntm", "data=copy", "context_length=41", "batch_tokens=82")
 FACTS = ("model=key_value", "data=facts", "context_length=42", "batch_tokens=84")
+SOURCE = ("model=encoder_decoder", "data=reverse", "data.source_length=64", "context_length=32")
 TASKS = ("copy", "repeat_copy", "associative", "sort", "facts", "retrieval")
 
 
@@ -84,6 +85,10 @@ def test_every_task_can_be_given_to_every_model(model: str, data: str) -> None:
         ((*COPY, "model.controller=gru"), "unknown controller=gru"),
         ((*COPY, "parallel.context=2", "parallel.method=ulysses"), "needs 2 query heads"),
         ((*COPY, "data.held_out=0"), "data.held_out=0: keeps nothing to evaluate on"),
+        (
+            (*SOURCE, "batch_tokens=64", "position=learned", "position.max_length=32"),
+            "position.max_length=32: a row of 64 tokens, or of a source, is longer; .*=64 or more",
+        ),
     ],
 )
 def test_what_there_is_no_place_for_is_refused(words: tuple[str, ...], said: str) -> None:
