@@ -6,6 +6,7 @@ without a mask), or a causal triangle between two runs (one call with the kernel
 The rest are blocks of at most LEAF x LEAF that need a dense mask.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,10 +40,16 @@ class Tile(NamedTuple):
     kind: str
 
 
-class _Tokens:
-    """Addresses of one row on the host, its pieces, and the bounds of any stretch of them."""
+class RowTokens:
+    """Addresses of one row on the host, its pieces, and the bounds of any stretch of them.
 
-    def __init__(self, pos: np.ndarray, doc: np.ndarray, role: np.ndarray):
+    Args:
+        addresses: positions, documents and roles, [T] each.
+        leaf: the longest piece of several runs; 0 keeps every run apart.
+    """
+
+    def __init__(self, addresses: Sequence[np.ndarray], leaf: int):
+        pos, doc, role = addresses
         self.pos = pos
         self.doc = doc
         self.role = role
@@ -54,7 +61,7 @@ class _Tokens:
         self.pieces: list[tuple[int, int]] = []
         for start, stop in zip(edges[:-1], edges[1:]):
             last = self.pieces[-1] if self.pieces else None
-            small = last is not None and stop - last[0] <= LEAF
+            small = last is not None and stop - last[0] <= leaf
             if last is not None and small:
                 self.pieces[-1] = (last[0], stop)
             else:
@@ -77,15 +84,17 @@ class _Tokens:
         return Bounds(low, high, doc_low, doc_high, int(role.min()), int(role.max()), run)
 
 
-def _outlook(mask: Mask, q: Bounds, k: Bounds) -> int:
+def block_outlook(mask: Mask, q: Bounds, k: Bounds) -> int:
     if PADDING in (q.doc_high, k.doc_high):
         return EMPTY
     clean = q.doc_low != PADDING and k.doc_low != PADDING
     return min(mask.coverage(q, k), FULL if clean else PARTIAL)
 
 
-class _Planner:
-    def __init__(self, mask: Mask, q: _Tokens, k: _Tokens):
+class TilePlanner:
+    """Plans one row: halves pairs of pieces until the mask is sure of them."""
+
+    def __init__(self, mask: Mask, q: RowTokens, k: RowTokens):
         self.mask = mask
         self.q = q
         self.k = k
@@ -100,8 +109,8 @@ class _Planner:
         k0 = self.k.pieces[ka][0]
         k1 = self.k.pieces[kb - 1][1]
         if qb - qa == 1 and kb - ka == 1:
-            return self._inside(q0, q1, k0, k1)
-        look = _outlook(self.mask, self.q.box(q0, q1), self.k.box(k0, k1))
+            return self.inside(q0, q1, k0, k1)
+        look = block_outlook(self.mask, self.q.box(q0, q1), self.k.box(k0, k1))
         if look == FULL:
             self.blocks.append((q0, q1, k0, k1, FULL_TILE))
         elif look == PARTIAL and qb - qa >= kb - ka:
@@ -113,11 +122,11 @@ class _Planner:
             self._pieces(qa, qb, ka, middle)
             self._pieces(qa, qb, middle, kb)
 
-    def _inside(self, q0: int, q1: int, k0: int, k1: int) -> None:
+    def inside(self, q0: int, q1: int, k0: int, k1: int) -> None:
         """Plans one piece against one piece."""
         q = self.q.box(q0, q1)
         k = self.k.box(k0, k1)
-        look = _outlook(self.mask, q, k)
+        look = block_outlook(self.mask, q, k)
         if look == EMPTY:
             return
         if look == FULL:
@@ -134,12 +143,12 @@ class _Planner:
             self.blocks.append((q0, q1, k0, k1, PARTIAL_TILE))
         elif q1 - q0 >= k1 - k0:
             middle = q0 + _half(q1 - q0)
-            self._inside(q0, middle, k0, k1)
-            self._inside(middle, q1, k0, k1)
+            self.inside(q0, middle, k0, k1)
+            self.inside(middle, q1, k0, k1)
         else:
             middle = k0 + _half(k1 - k0)
-            self._inside(q0, q1, k0, middle)
-            self._inside(q0, q1, middle, k1)
+            self.inside(q0, q1, k0, middle)
+            self.inside(q0, q1, middle, k1)
 
     def _causal(self, q0: int, q1: int, k0: int, k1: int, shift: int) -> None:
         """Query i sees keys 0..i+shift: a full rectangle, and triangles on the diagonal."""
@@ -162,7 +171,9 @@ def _half(size: int) -> int:
     return size // 2
 
 
-def _join(blocks: list[tuple[int, int, int, int, str]]) -> list[tuple[int, int, int, int, str]]:
+def join_tiles(
+    blocks: list[tuple[int, int, int, int, str]],
+) -> list[tuple[int, int, int, int, str]]:
     """Joins adjacent full blocks along the keys, then along the queries; masked ones along keys."""
     for here, there in ((0, 2), (2, 0)):
         joined: list[Any] = []
@@ -183,7 +194,7 @@ def _join(blocks: list[tuple[int, int, int, int, str]]) -> list[tuple[int, int, 
     return sorted(blocks, key=lambda b: b[:4])
 
 
-def _host(span: Span) -> list[np.ndarray]:
+def on_host(span: Span) -> list[np.ndarray]:
     return [t.detach().cpu().numpy() for t in (span.pos, span.doc, span.role)]
 
 
@@ -231,9 +242,9 @@ def _stack(blocks: list[Tile], most: int) -> list[Tile]:
 
 
 def _plan(mask: Mask, span: Span, kv_span: Span) -> list[Tile]:
-    queries = _host(span)
-    keys = _host(kv_span)
-    labels = _labels(queries, keys)
+    queries = on_host(span)
+    keys = on_host(kv_span)
+    labels = row_labels(queries, keys)
     plans: dict[bytes, list[tuple[int, int, int, int, str]]] = {}
     blocks = []
     start = 0
@@ -243,16 +254,16 @@ def _plan(mask: Mask, span: Span, kv_span: Span) -> list[Tile]:
         while stop < len(labels) and labels[stop] == label:
             stop += 1
         if label not in plans:
-            row_queries = _Tokens(*(addresses[start] for addresses in queries))
-            row_keys = _Tokens(*(addresses[start] for addresses in keys))
-            plans[label] = _join(_Planner(mask, row_queries, row_keys).blocks)
+            row_queries = RowTokens([each[start] for each in queries], LEAF)
+            row_keys = RowTokens([each[start] for each in keys], LEAF)
+            plans[label] = join_tiles(TilePlanner(mask, row_queries, row_keys).blocks)
         for block in plans[label]:
             blocks.append(Tile(start, stop, *block))
         start = stop
     return blocks
 
 
-def _labels(queries: list[np.ndarray], keys: list[np.ndarray]) -> list[bytes]:
+def row_labels(queries: list[np.ndarray], keys: list[np.ndarray]) -> list[bytes]:
     """Returns what the plan of each row depends on; rows of equal labels share a plan.
 
     Numbers of documents are counted from the least of their row: masks only compare them.

@@ -24,6 +24,7 @@ from models.kernels.block_plan import (
     plan_rows,
     split_tile,
 )
+from models.kernels.packed import backward_bands, band_calls, forward_bands, merge_into
 from models.masks.algebra import Mask, visible
 from models.scores import Score, Tensors
 from models.span import Span
@@ -110,29 +111,19 @@ def _tile_side(spec: AttentionSpec) -> int | None:
     return LEAF if spec.score.biased else None
 
 
-def _merge_into(
-    total: reference.Partial, rows: tuple[slice, slice], part: reference.Partial
-) -> None:
-    """`merge_partials` of these rows of `total` with a part, in place."""
-    mean = total[0][rows]
-    lse = total[1][rows]
-    part_mean, part_lse = part
-    merged_lse = torch.logaddexp(lse, part_lse)
-    mean.lerp_(part_mean, (part_lse - reference.finite_lse(merged_lse)).exp_()[..., None])
-    lse.copy_(merged_lse)
-
-
 def _kernel_blocks(
     spec: AttentionSpec, span: Span, kv_span: Span, kernel: Any, tensors: Sequence[Tensor]
 ) -> Iterator[tuple[Any, Tile]]:
     """Yields (the module that computes it, block) for all blocks of the plan.
 
-    Blocks that hide keys go to `nonfinite` if any number is not finite: a kernel hides a key by
-    weight 0, and 0 x NaN is NaN.
+    On a CPU blocks that hide keys go to `nonfinite` if any number is not finite: a kernel hides a
+    key by weight 0, and 0 x NaN is NaN.
     """
     blocks = plan_rows(spec.mask, span, kv_span)
     hides_keys = any(block.kind != FULL_TILE for block in blocks)
-    doubtful = hides_keys and not nonfinite.all_finite(tensors)
+    # On a GPU the look would wait for the device, once for every block.
+    looks = hides_keys and tensors[0].is_cpu
+    doubtful = looks and not nonfinite.all_finite(tensors)
     side = reference.TILE_SIDE if kernel is None else _tile_side(spec)
     for block in blocks:
         if doubtful and block.kind != FULL_TILE:
@@ -164,6 +155,10 @@ def forward(
     """Attends to these keys too: `total` is changed in place."""
     kernel = _select(spec, query)
     operands = spec.score.operands(query, payload, params) if kernel else None
+    calls = band_calls(spec.mask, spec.score, kernel, operands, span, kv_span)
+    if calls is not None and operands is not None:
+        forward_bands(kernel, calls, operands, spec.score.scale(operands[0]), total)
+        return
     for module, block in _kernel_blocks(spec, span, kv_span, kernel, (*query, *payload)):
         rows = _query_slices(block)
         keys = _key_slices(block)
@@ -184,7 +179,7 @@ def forward(
                 kv_span.map(lambda addresses, keys=keys: addresses[keys]),
                 spec.heads,
             )
-        _merge_into(total, rows, part)
+        merge_into(total, rows, part)
 
 
 @dataclass
@@ -232,6 +227,15 @@ def backward(
     mean, lse = total
     kernel = _select(spec, query)
     operands = _Operands(spec, query, payload, params, into) if kernel else None
+    made = operands.operands if operands else None
+    calls = band_calls(spec.mask, spec.score, kernel, made, span, kv_span)
+    if calls is not None and operands is not None:
+        scale = spec.score.scale(operands.operands[0])
+        backward_bands(
+            kernel, calls, operands.operands, operands.sums, scale, d_out=d_out, total=total
+        )
+        operands.close()
+        return
     finite = (*query, *payload, d_out, delta)
     for module, block in _kernel_blocks(spec, span, kv_span, kernel, finite):
         rows = _query_slices(block)

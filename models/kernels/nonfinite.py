@@ -3,7 +3,9 @@
 A kernel hides a key by giving it weight 0, and 0 x NaN is NaN: one overflow in a document, or
 rubbish in padding, would spoil other documents. Here such tokens are taken out before the block is
 computed, and every query that really sees one of them is set to NaN afterwards. The reference
-kernel computes them: speed does not matter once training has broken down.
+kernel computes them: speed does not matter once training has broken down. On a GPU nobody looks, as
+the answer would have to be waited for in every block: there such a number may reach other queries
+of its block, and the step is skipped or refused by its loss all the same.
 
 Letters: b rows, t queries, s keys, H heads.
 """

@@ -1,22 +1,28 @@
-"""Blocks on an NVIDIA GPU, by the two PyTorch kernels whose backward takes the lse over ALL keys.
+"""Blocks on an NVIDIA GPU, by the PyTorch kernels whose backward takes the lse over ALL keys.
 
-`flash` (Dao 2023, arXiv:2307.08691) takes half precision without a matrix to add; `efficient` (Rabe
-& Staats 2021, arXiv:2112.05682, as built in xFormers) takes float32, and blocks with one. Guarded
-here, each held by a test: key and value widths are filled up with zeros to what a kernel takes
-(flash: equal, multiples of 8); pointers and strides are multiples of 8 elements; the added matrix
-has rows of a multiple of 16; `efficient` wants as many key heads as query heads, and lse in rows
-of a multiple of 32, filled up with plus infinity; a query that sees no key answers lse minus
-infinity, mean 0.
+`cudnn` (NVIDIA's cuDNN, Hopper and Blackwell) is the fastest in half precision, but plans for 50 ms
+whatever shape it meets first: it serves blocks whose sides are multiples of 128, which a run meets
+again, and not documents, which end anywhere. `flash` (Dao 2023, arXiv:2307.08691) takes every other
+block in half precision without a matrix to add; `efficient` (Rabe & Staats 2021, arXiv:2112.05682,
+as built in xFormers) takes float32, and blocks with one. Guarded here, each held by a test: key and
+value widths are filled up with zeros to what a kernel takes (flash: equal, multiples of 8);
+pointers and strides are multiples of 8 elements; the added matrix has rows of a multiple of 16;
+`efficient` wants as many key heads as query heads, and lse in rows of a multiple of 32, filled up
+with plus infinity; a query that sees no key answers lse minus infinity, mean 0.
+
+`forward_packed` and `backward_packed` take many stretches of queries and keys at once, under one
+pair of bounds (models/kernels/band_plan.py), by flash alone: cuDNN's kernel for packed sequences
+was 30 times slower on an H200.
 
 Half precision stays half inside a block and is summed wide over blocks. A matrix in half precision
 only hides keys and is exact; one that is wide carries numbers, and its block is computed in
 float32. float64 and ROCm use the reference kernel.
-Left out: FlexAttention takes no lse from outside, so it cannot serve in a ring; PyTorch's cuDNN
-kernel does not promise what its statistics hold; the packages flash-attn 2 and 3 change signatures
-between releases and were not at hand to check. The order of sums of the backward passes is only
-fixed under `torch.use_deterministic_algorithms(True)`.
+Left out: FlexAttention takes no lse from outside, so it cannot serve in a ring; the packages
+flash-attn 2 and 3 change signatures between releases and were not at hand to check. The order of
+sums of the backward passes is only fixed under `torch.use_deterministic_algorithms(True)`.
 
-Letters: b rows, t queries, s keys, H query heads, G key heads, D key width, E value width.
+Letters: b rows, t queries, s keys, H query heads, G key heads, D key width, E value width; N, M
+queries and keys of packed stretches.
 """
 
 from typing import NamedTuple
@@ -25,25 +31,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.kernels.band_plan import BandCall
 from models.kernels.reference import Partial, accumulation_dtype, finite_lse
 
 # elements
 ALIGN = 8
 BIAS_ALIGN = 16
 MASS_ALIGN = 32
-WIDEST = 256  # head width of flash
+WIDEST = 256  # head width of flash and cudnn
+PLANNED = 128  # cudnn serves blocks whose sides are multiples of it
 HALF = torch.float16, torch.bfloat16
 
+CUDNN, FLASH, EFFICIENT = "cudnn", "flash", "efficient"
+
+cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+cudnn_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
 flash = torch.ops.aten._scaled_dot_product_flash_attention.default
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 efficient = torch.ops.aten._scaled_dot_product_efficient_attention.default
 efficient_backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
+packed_flash = torch.ops.aten._flash_attention_forward.default
+packed_flash_backward = torch.ops.aten._flash_attention_backward.default
 
 
 class KernelChoice(NamedTuple):
-    """The kernel of a block: flash or not, its dtype, and its widths of keys and values."""
+    """The kernel of a block by name, its dtype, and its widths of keys and values."""
 
-    flash: bool
+    kernel: str
     dtype: torch.dtype
     key: int
     value: int
@@ -60,10 +74,20 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def choose_kernel(
-    dtypes: list[torch.dtype], key: int, value: int, generation: tuple[int, int]
+    dtypes: list[torch.dtype],
+    key: int,
+    value: int,
+    generation: tuple[int, int],
+    sides: tuple[int, int] = (1, 1),
 ) -> KernelChoice:
-    """Choose by what is to be computed; `dtypes` are those of q, k, v and of the added matrix if
-    there is one."""
+    """Chooses by what is to be computed.
+
+    Args:
+        dtypes: those of q, k, v and of the added matrix if there is one.
+        key, value: widths.
+        generation: see `capability`.
+        sides: numbers of queries and of keys.
+    """
     dtype = dtypes[0]
     for other in dtypes[1:]:
         dtype = torch.promote_types(dtype, other)
@@ -73,15 +97,30 @@ def choose_kernel(
     small = generation[0] == 12 or (generation[0] == 8 and generation[1] > 0)
     able = generation >= (8, 0) and widest <= WIDEST and not (small and 192 < widest <= 224)
     if dtype in HALF and len(dtypes) == 3 and able:
-        return KernelChoice(True, dtype, widest, widest)
+        planned = all(side % PLANNED == 0 for side in sides)
+        if generation[0] in (9, 10) and planned:
+            return KernelChoice(CUDNN, dtype, key, value)
+        return KernelChoice(FLASH, dtype, widest, widest)
     if dtype == torch.bfloat16 and generation < (8, 0):
         dtype = torch.float32
-    return KernelChoice(False, dtype, key, value)
+    return KernelChoice(EFFICIENT, dtype, key, value)
+
+
+def takes_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Tells whether `forward_packed` serves these tensors: where flash does."""
+    return _packed_way(q, k, v).kernel == FLASH
+
+
+def _packed_way(q: Tensor, k: Tensor, v: Tensor) -> KernelChoice:
+    # Sides of 1: packed stretches end anywhere.
+    dtypes = [x.dtype for x in (q, k, v)]
+    return choose_kernel(dtypes, q.shape[-1], v.shape[-1], capability(q.device))
 
 
 def _way(q: Tensor, k: Tensor, v: Tensor, add: Tensor | None) -> KernelChoice:
     dtypes = [x.dtype for x in (q, k, v, add) if x is not None]
-    return choose_kernel(dtypes, q.shape[-1], v.shape[-1], capability(q.device))
+    sides = q.shape[1], k.shape[1]
+    return choose_kernel(dtypes, q.shape[-1], v.shape[-1], capability(q.device), sides)
 
 
 def _ready(x: Tensor, dtype: torch.dtype, width: int, *, packed: bool = False) -> Tensor:
@@ -130,6 +169,11 @@ def _masses(lse: Tensor, align: int) -> Tensor:
     return F.pad(lse, (0, -lse.shape[-1] % align), value=torch.inf).contiguous()
 
 
+def _no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The state of flash's generator for a dropout that is 0."""
+    return torch.zeros(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, triangle: bool, add: Tensor | None
 ) -> Partial:
@@ -141,7 +185,11 @@ def forward(
     rows = q.shape[0]
     heads = q.shape[2]
     query = _ready(q, use.dtype, use.key)
-    if use.flash:
+    if use.kernel == CUDNN:
+        both = _ready(k, use.dtype, use.key), _ready(v, use.dtype, use.value)
+        mean, lse = cudnn(query, *both, None, True, 0.0, triangle, False, scale=scale)[:2]
+        lse = lse.squeeze(-1)
+    elif use.kernel == FLASH:
         both = _ready(k, use.dtype, use.key), _ready(v, use.dtype, use.value)
         mean, lse = flash(query, *both, 0.0, triangle, False, scale=scale)[:2]
     else:
@@ -178,14 +226,15 @@ def backward(
     heads = q.shape[2]
     inner_d_out, out = (_ready(x, use.dtype, use.value, packed=True) for x in (d_out, mean))
     query = _ready(q, use.dtype, use.key)
-    if use.flash:
+    sizes = (None, None, q.shape[1], k.shape[1])
+    if use.kernel == CUDNN:
         both = _ready(k, use.dtype, use.key), _ready(v, use.dtype, use.value)
-        sizes = (None, None, q.shape[1], k.shape[1])
-        # The generator's state of a dropout that is 0.
-        dropout = (
-            torch.zeros(2, dtype=torch.uint64, device=q.device),
-            torch.empty(0, device=q.device),
-        )
+        none = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout
+        tensors = (inner_d_out, query, *both, out, _masses(lse, 1)[..., None])
+        grads = cudnn_backward(*tensors, none, none, None, *sizes, 0.0, triangle, scale=scale)
+    elif use.kernel == FLASH:
+        both = _ready(k, use.dtype, use.key), _ready(v, use.dtype, use.value)
+        dropout = _no_dropout(q.device)
         tensors = (inner_d_out, query, *both, out, _masses(lse, 1))
         grads = flash_backward(*tensors, *sizes, 0.0, triangle, *dropout, scale=scale)
     else:
@@ -212,3 +261,58 @@ def backward(
             scale=scale,
         )[:3]
     return _gather(grads[0], q), _gather(grads[1], k), _gather(grads[2], v)
+
+
+def _ready_packed(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
+    """[N, H, D] -> [N, H, width], as `_ready`."""
+    return _ready(x[None], dtype, width).transpose(1, 2)[0]
+
+
+def forward_packed(q: Tensor, k: Tensor, v: Tensor, scale: float, call: BandCall) -> Partial:
+    """Attends q [N, H, D] to k [M, G, D], v [M, G, E], each stretch of `call` to its own.
+
+    Returns:
+        mean [N, H, E] and lse [N, H], wide. Every query sees a key.
+    """
+    use = _packed_way(q, k, v)
+    tensors = [_ready_packed(x, use.dtype, use.key) for x in (q, k, v)]
+    mean, lse = packed_flash(*tensors, *_packed_sizes(call), scale=scale, **_bounds(call))[:2]
+    wide = accumulation_dtype(q.dtype)
+    return mean[..., : v.shape[-1]].to(wide), lse.transpose(0, 1).to(wide)
+
+
+def backward_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    call: BandCall,
+    *,
+    d_out: Tensor,
+    mean: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the wide gradients of q, k, v, given mean [N, H, E] and lse [N, H] over ALL keys."""
+    use = _packed_way(q, k, v)
+    tensors = [_ready_packed(x, use.dtype, use.key) for x in (d_out, q, k, v, mean)]
+    masses = finite_lse(lse).float().transpose(0, 1).contiguous()
+    sizes = _packed_sizes(call)[:-1]
+    state = _no_dropout(q.device)
+    grads = packed_flash_backward(*tensors, masses, *sizes, *state, scale=scale, **_bounds(call))
+    wide = accumulation_dtype(q.dtype)
+    return tuple(grad[..., : x.shape[-1]].to(wide) for grad, x in zip(grads, (q, k, v)))
+
+
+def _packed_sizes(call: BandCall) -> tuple:
+    """Ends and lengths, no dropout, the causal flag, and no matrix for debugging."""
+    ends = call.query_ends, call.key_ends
+    longest = call.longest_query, call.longest_key
+    return *ends, *longest, 0.0, call.left < 0 and call.right == 0, False
+
+
+def _bounds(call: BandCall) -> dict[str, int | None]:
+    bounded = call.left >= 0 or call.right > 0
+    return {
+        "window_size_left": call.left if bounded else None,
+        "window_size_right": call.right if bounded else None,
+    }

@@ -196,7 +196,12 @@ def _compare(
     return worst
 
 
-def compare_on(env: Any, case: Case, device: str) -> dict[str, float]:
+def compare_on(
+    env: Any,
+    case: Case,
+    device: str,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
+) -> dict[str, float]:
     """Worst relative difference of this rank of a cut on a device, by dtype, from one CPU in
     float64; and of half precision without a cut, which is what rounding alone makes.
 
@@ -204,7 +209,7 @@ def compare_on(env: Any, case: Case, device: str) -> dict[str, float]:
     """
     alone = _one_device(case.name, torch.bfloat16, device)
     found = {"bfloat16 uncut": alone}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes:
         worst = _compare(env, *case[:3], dtype, device)
         found[str(dtype).removeprefix("torch.")] = max(worst.values())
     return found

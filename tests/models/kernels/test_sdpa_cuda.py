@@ -5,8 +5,6 @@ Where there is no GPU, PyTorch's meta kernels tell shapes and dtypes, and a stan
 in float64 tells numbers.
 """
 
-import math
-
 import pytest
 import torch
 
@@ -16,135 +14,18 @@ from models.masks.algebra import Mask
 from models.masks.basic import Causal
 from models.scores import Score
 from models.span import Span
+from tests.support.cuda_kernels import BOUND, GPUS, SCALE, stand_in, tensors
 
-SCALE = 0.3
 HOPPER, ADA, TURING, NONE = (9, 0), (8, 9), (7, 5), (0, 0)
 QKV, REST = ["query", "key", "value"], ["dropout_p", "is_causal"]
 SEEDS = ["philox_seed", "philox_offset"]
-GPUS = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-BOUND = {
-    torch.float32: 1e-4,
-    torch.float16: 4e-3,
-    torch.bfloat16: 3e-2,
-}  # half: its own rounding of 1 + a few sums
 SHAPES = {
     "plain": (70, 90, 4, 4, 16, 16),
     "grouped": (70, 70, 6, 2, 12, 20),
     "one": (1, 1, 2, 1, 6, 3),
+    "planned": (128, 256, 4, 2, 16, 24),
 }
-
-
-def tensors(
-    queries, keys, heads=4, kv_heads=2, width=6, value=6, dtype=torch.bfloat16, device="cpu"
-):
-    torch.manual_seed(0)
-    shapes = (2, queries, heads, width), (2, keys, kv_heads, width), (2, keys, kv_heads, value)
-    query, key, value = (torch.randn(*shape) for shape in shapes)
-    # SCALE is one for all widths: wide heads get smaller queries, as a model's scale would make
-    # them, or logits grow with the width and half precision loses more than BOUND allows
-    query = query * min(1.0, 16 / width) ** 0.5
-    return [x.to(device, dtype) for x in (query, key, value)]
-
-
-def stand_in(monkeypatch):
-    """Both kernels by the CPU's, in float64, with what they demand of their arguments checked; says
-    who was called."""
-    called = []
-
-    def loadable(*some, step=sdpa_cuda.ALIGN):
-        for x in some:
-            assert x.stride(-1) == 1 and all(
-                s % step == 0 for s in (x.storage_offset(), *x.stride()[:-1])
-            )
-
-    def packed(*some):
-        assert all(x.transpose(1, 2).is_contiguous() for x in some)
-
-    def wide(x):
-        return None if x is None else x.double().contiguous()
-
-    def attend(q, k, v, bias, triangle, scale):
-        width = max(q.shape[-1], v.shape[-1])
-        q, k, v = (torch.nn.functional.pad(wide(x), (0, width - x.shape[-1])) for x in (q, k, v))
-        return sdpa_cpu._forward(q, k, v, 0.0, triangle, attn_mask=wide(bias), scale=scale)
-
-    def adjoint(d, q, k, v, bias, out, lse, triangle, scale):
-        width = max(q.shape[-1], v.shape[-1])
-        some = [
-            torch.nn.functional.pad(wide(x), (0, width - x.shape[-1])) for x in (d, q, k, v, out)
-        ]
-        grads = sdpa_cpu._backward(
-            *some, wide(lse), 0.0, triangle, attn_mask=wide(bias), scale=scale
-        )
-        return [g[..., : x.shape[-1]] for g, x in zip(grads, (q, k, v))]
-
-    def flash(q, k, v, dropout, triangle, debug, *, scale):
-        called.append("flash")
-        loadable(q, k, v)
-        assert (
-            q.dtype == k.dtype == v.dtype
-            and q.dtype in sdpa_cuda.HALF
-            and q.shape[-1] == k.shape[-1] == v.shape[-1]
-        )
-        return attend(q, k, v, None, triangle, scale)
-
-    def flash_backward(
-        d,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        cum_q,
-        cum_k,
-        longest_q,
-        longest_k,
-        dropout,
-        triangle,
-        seed,
-        offset,
-        *,
-        scale,
-    ):
-        loadable(d, q, k, v, out)
-        assert (
-            lse.is_contiguous()
-            and lse.shape == q.shape[:3]
-            and (longest_q, longest_k) == (q.shape[2], k.shape[2])
-        )
-        return adjoint(d, q, k, v, None, out, lse, triangle, scale)
-
-    def efficient(q, k, v, bias, with_mass, dropout, triangle, *, scale):
-        called.append("efficient")
-        loadable(q, k, v)
-        assert (
-            with_mass and q.dtype == k.dtype == v.dtype and q.shape[1] == k.shape[1] == v.shape[1]
-        )
-        if bias is not None:
-            loadable(bias, step=sdpa_cuda.BIAS_ALIGN)
-            assert bias.dtype == q.dtype and bias.shape == (*q.shape[:3], k.shape[2])
-        mean, lse = attend(q, k, v, bias, triangle, scale)
-        full = math.ceil(q.shape[2] / 32) * 32
-        return mean[..., : v.shape[-1]], torch.nn.functional.pad(
-            lse, (0, full - q.shape[2]), value=torch.inf
-        )
-
-    def efficient_backward(
-        d, q, k, v, bias, out, lse, seed, offset, dropout, wanted, triangle, *, scale
-    ):
-        loadable(d, q, k, v, out)
-        packed(d, out)
-        assert (
-            lse.shape[2] % 32 == 0 and lse.is_contiguous() and wanted == [True, True, True, False]
-        )
-        assert (lse[..., q.shape[2] :] == torch.inf).all() and lse[
-            ..., : q.shape[2]
-        ].isfinite().all()
-        return *adjoint(d, q, k, v, bias, out, lse[..., : q.shape[2]], triangle, scale), None
-
-    for one in (flash, flash_backward, efficient, efficient_backward):
-        monkeypatch.setattr(sdpa_cuda, one.__name__, one)
-    return called
+WHO = {"planned": "cudnn"}  # else flash serves half precision
 
 
 def truth(q, k, v, mask, d_out, add=None):
@@ -217,6 +98,27 @@ def hiding(queries, keys, dtype, device="cpu", numbers=False):
                 "scale",
             ],
         ),
+        (
+            sdpa_cuda.cudnn,
+            [*QKV, "attn_bias", "compute_log_sumexp", *REST, "return_debug_mask", "scale"],
+        ),
+        (
+            sdpa_cuda.cudnn_backward,
+            [
+                "grad_out",
+                *QKV,
+                "out",
+                "logsumexp",
+                *SEEDS,
+                "attn_bias",
+                "cum_seq_q",
+                "cum_seq_k",
+                "max_q",
+                "max_k",
+                *REST,
+                "scale",
+            ],
+        ),
         (sdpa_cuda.efficient, [*QKV, "attn_bias", "compute_log_sumexp", *REST, "scale"]),
         (
             sdpa_cuda.efficient_backward,
@@ -264,27 +166,44 @@ def test_amd_devices_have_the_general_tile(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "dtypes, width, generation, flash, dtype",
+    "dtypes, width, generation, kernel, dtype",
     [
-        (["bfloat16"] * 3, 64, HOPPER, True, "bfloat16"),
-        (["float16"] * 3, 256, ADA, True, "float16"),
-        (["float16"] * 3, 200, ADA, False, "float16"),  # too little shared memory
-        (["float16"] * 3, 264, HOPPER, False, "float16"),  # too wide
-        (["float16"] * 3, 64, TURING, False, "float16"),
-        (["bfloat16"] * 3, 64, TURING, False, "float32"),  # that GPU has no bfloat16
-        (["bfloat16"] * 3, 64, NONE, False, "float32"),
-        (["float32"] * 3, 64, HOPPER, False, "float32"),
-        (["bfloat16"] * 4, 64, HOPPER, False, "bfloat16"),  # hides keys, exactly
-        (["bfloat16"] * 3 + ["float32"], 64, HOPPER, False, "float32"),  # carries numbers
-        (["bfloat16", "float32", "bfloat16"], 64, HOPPER, False, "float32"),
+        (["bfloat16"] * 3, 64, HOPPER, "flash", "bfloat16"),
+        (["float16"] * 3, 256, ADA, "flash", "float16"),
+        (["float16"] * 3, 200, ADA, "efficient", "float16"),  # too little shared memory
+        (["float16"] * 3, 264, HOPPER, "efficient", "float16"),  # too wide
+        (["float16"] * 3, 64, TURING, "efficient", "float16"),
+        (["bfloat16"] * 3, 64, TURING, "efficient", "float32"),  # that GPU has no bfloat16
+        (["bfloat16"] * 3, 64, NONE, "efficient", "float32"),
+        (["float32"] * 3, 64, HOPPER, "efficient", "float32"),
+        (["bfloat16"] * 4, 64, HOPPER, "efficient", "bfloat16"),  # hides keys, exactly
+        (["bfloat16"] * 3 + ["float32"], 64, HOPPER, "efficient", "float32"),  # carries numbers
+        (["bfloat16", "float32", "bfloat16"], 64, HOPPER, "efficient", "float32"),
     ],
 )
-def test_a_block_goes_to_a_kernel_that_can_compute_it(dtypes, width, generation, flash, dtype):
+def test_a_block_goes_to_a_kernel_that_can_compute_it(dtypes, width, generation, kernel, dtype):
     found = sdpa_cuda.choose_kernel(
         [getattr(torch, d) for d in dtypes], width, width - 3, generation
     )
-    assert (found.flash, found.dtype) == (flash, getattr(torch, dtype))
+    assert (found.kernel, found.dtype) == (kernel, getattr(torch, dtype))
     assert found.key % 8 == found.value % 8 == 0 and found.key >= width and found.value >= width - 3
+
+
+@pytest.mark.parametrize(
+    "generation, sides, kernel",
+    [
+        (HOPPER, (4096, 128), "cudnn"),
+        ((10, 0), (256, 256), "cudnn"),
+        (HOPPER, (4096, 100), "flash"),  # a new length every step would be planned anew
+        ((8, 0), (4096, 4096), "flash"),
+        ((12, 0), (4096, 4096), "flash"),
+    ],
+)
+def test_cudnn_serves_sides_that_come_again(generation, sides, kernel):
+    half = [torch.bfloat16] * 3
+    assert sdpa_cuda.choose_kernel(half, 64, 64, generation, sides).kernel == kernel
+    wide = [torch.float32] * 3
+    assert sdpa_cuda.choose_kernel(wide, 64, 64, generation, sides).kernel == "efficient"
 
 
 @pytest.mark.every_case
@@ -300,7 +219,7 @@ def test_numbers_are_the_tiles_whatever_heads_and_widths(monkeypatch, shape, tri
         triangle,
         bound=1e-2 if dtype == torch.bfloat16 else 1e-5,
     )
-    assert called == [who]
+    assert called == [WHO.get(shape, who) if who == "flash" else who]
 
 
 @pytest.mark.parametrize(
@@ -362,6 +281,8 @@ if GPUS:  # where there are none there is nothing to skip
             *SHAPES.values(),
             (130, 130, 4, 2, 128, 64),
             (65, 40, 2, 2, 256, 256),
+            (128, 384, 8, 2, 192, 128),
+            (256, 256, 4, 1, 256, 256),
         ):
             check(
                 tensors(queries, keys, *rest, dtype=dtype, device=device),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from models.counter_rng import hash_words
-from models.kernels.block_plan import _Tokens
+from models.kernels.block_plan import LEAF, RowTokens
 from models.masks.algebra import EMPTY, FULL
 from models.masks.basic import Causal
 from models.masks.roles import GlobalKey, GlobalQuery, RoleKey
@@ -41,7 +41,7 @@ def _row(generator: torch.Generator) -> Span:
 
 
 def _box(span: Span):
-    tokens = _Tokens(*(t[0].numpy() for t in (span.pos, span.doc, span.role)))
+    tokens = RowTokens([t[0].numpy() for t in (span.pos, span.doc, span.role)], LEAF)
     return tokens.box(0, span.shape[1])
 
 
