@@ -132,17 +132,16 @@ CASES = dealt()
 FAMILIES = {
     "softmax": (
         "full gated qk_norm softcap sinks sink_logit differential multi_head multi_query"
-        " sliding chunked bidirectional prefix"
+        " sliding chunked bidirectional prefix bigbird longformer latent"
     ),
-    "blocks": "bigbird longformer",
-    "scan": "linear gated_linear retention performer rwkv6 mamba2",
-    "delta rule": "delta gated_delta rwkv7",
+    "scan": "linear gated_linear retention performer rwkv6 mamba2 delta gated_delta rwkv7",
+    "convolution": "hyena short_conv",
     "rotary": "rope interpolated ntk yarn llama3",
     "added": "sinusoidal learned",
     "bias": "alibi t5 relative",
-    "recurrent models": "hybrid retnet rwkv6 rwkv7",
+    "recurrent models": "hybrid retnet rwkv6 rwkv7 lstm",
     "experts": "moe_topk switch",
-    "two streams": "encoder_decoder transformer",
+    "two streams": "encoder_decoder transformer t5",
     "sets": "deep_sets set_transformer",
 }
 

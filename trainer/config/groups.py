@@ -5,6 +5,7 @@ kept in the environment so that ranks, jobs of a sweep and a shell's completion 
 """
 
 import os
+from functools import lru_cache
 from pathlib import Path
 
 # Groups whose members stand beside one another, each under its name.
@@ -50,10 +51,18 @@ def groups() -> list[str]:
     """Returns the groups that can be chosen, as in GROUP=NAME."""
     names = set()
     for folder in folders():
-        for path in folder.rglob("*.yaml"):
-            names.add(path.parent.relative_to(folder).as_posix())
+        # Longspan's own folder does not change while it runs, and is asked for at every word.
+        names |= _own_groups(folder) if folder == CONF else _groups_in(folder)
     # Files in a folder of configuration itself are of no group, and Hydra's own are not chosen.
     return sorted(name for name in names if name != "." and not name.startswith("hydra/"))
+
+
+def _groups_in(folder: Path) -> frozenset[str]:
+    """Returns the folders below this one that have a yaml file, by their relative paths."""
+    return frozenset(path.parent.relative_to(folder).as_posix() for path in folder.rglob("*.yaml"))
+
+
+_own_groups = lru_cache(maxsize=1)(_groups_in)
 
 
 def is_own_group(group: str) -> bool:

@@ -165,8 +165,8 @@ def test_a_part_of_a_recipe_is_taught_and_told_alone(monkeypatch) -> None:
             assert effort([f"only={part}"], parts).only == part
 
 
-# A lesson is composed for half a second: `make test` takes one of four.
-EVERY = [pytest.param(1, marks=pytest.mark.full), 4]
+# A lesson is composed for half a second: `make test` takes one of eight.
+EVERY = [pytest.param(1, marks=pytest.mark.full), 8]
 
 
 @pytest.mark.parametrize("step", EVERY)

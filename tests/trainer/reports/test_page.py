@@ -235,6 +235,7 @@ def test_legends_of_long_names_lie_on_the_sheet_and_below_the_panels(
             assert axes.get_window_extent().y0 >= box.y1 and axes.get_window_extent().height > 200
 
 
+@pytest.mark.full  # it draws nine runs
 def test_accuracies_have_curves_and_tables_fit_the_page(tmp_path: Path) -> None:
     place = named(tmp_path / "all", 3)
     figure = plots._evaluations(variants(collect(place)), WIDE)

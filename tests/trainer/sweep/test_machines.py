@@ -91,6 +91,7 @@ def json_of(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
+@pytest.mark.full  # four jobs at once start four interpreters
 def test_every_machine_carries_as_many_jobs_as_it_has_gpus(
     home: Path, capsys: pytest.CaptureFixture
 ) -> None:

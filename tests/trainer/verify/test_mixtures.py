@@ -125,6 +125,7 @@ def test_a_run_with_a_memory_that_hands_segments_on_is_the_same_over_ranks(name,
             assert b["statistics"] == pytest.approx(a["statistics"], rel=1e-10)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", OTHER)
 def test_a_checkpoint_of_four_expert_ranks_goes_on_on_one_and_two_and_back(name, tmp_path):
     """The bias of the choice, too, is what it was."""
