@@ -7,6 +7,7 @@ this device. Letters: P ranks.
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,11 +84,31 @@ def _seconds(step: Callable[[], object], repeats: int, device: torch.device) -> 
     return median(taken[1:])
 
 
+class RingHeads(NamedTuple):
+    """Query heads, key heads and the width of a head."""
+
+    heads: int = 8
+    key_heads: int = 2
+    width: int = 64
+
+
+FEW = RingHeads()
+
+
 def measure(
-    device: torch.device, dtype: torch.dtype, tokens: int, ranks: tuple[int, ...], repeats: int
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    ranks: tuple[int, ...],
+    repeats: int,
+    sizes: RingHeads = FEW,
 ) -> Iterator[dict]:
     """Seconds of a whole forward and backward pass for each P, and how far it is from the undivided
     one.
+
+    Args:
+        ranks: the P that are measured; one undivided call comes before them.
+        repeats: timed passes, of which the median counts.
 
     Raises:
         ValueError: tokens that do not divide into zigzag halves among some P.
@@ -98,12 +119,9 @@ def measure(
             f" {2 * wrong[0]}"
         )
     generator = torch.Generator().manual_seed(0)
-    shapes = (
-        (8, 64),
-        (2, 64),
-        (2, 64),
-        (8, 64),
-    )  # heads and width of q, k, v and the gradient of what comes out
+    many = sizes.heads, sizes.width
+    few = sizes.key_heads, sizes.width
+    shapes = (many, few, few, many)  # of q, k, v and the gradient of the output
     q, k, v, d_out = (
         torch.randn(1, tokens, *s, generator=generator).to(device, dtype) for s in shapes
     )
