@@ -59,7 +59,7 @@ def check(prepared: Prepared, seconds: float) -> Iterator[dict[str, Any]]:
     for name, each in taken.items():
         tokens = prepared.runs[name].config.batch_tokens
         yield {
-            "step": name,
+            "form": name,
             "ms": round(1e3 * median(each), 2),
             "tokens/s": round(tokens / median(each)),
             "speed": round(plain / median(each), 3),
