@@ -4,6 +4,7 @@ backward.
 Letters: N tokens (rows and positions together), W width, V vocabulary.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,12 @@ from torch import Tensor
 IGNORE = -100  # the target of a token that has none
 
 CHUNK_SCORES = 1 << 22  # logits held at once
+CHUNK_TOKENS = 1024  # at least: every chunk reads all weights and the sum of their gradients
+
+
+def chunk_starts(tokens: int, step: int) -> Iterable[int]:
+    """Returns the first token of each chunk. A plan of a step takes fewer, as all are alike."""
+    return range(0, tokens, step)
 
 
 def capped(logits: Tensor, cap: float | None) -> Tensor:
@@ -65,8 +72,8 @@ class _TokenLosses(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if wanted else None
         d_weight = torch.zeros_like(weight, dtype=wide) if wanted else None
         d_bias = torch.zeros_like(bias, dtype=wide) if wanted and bias is not None else None
-        step = max(1, CHUNK_SCORES // weight.shape[0])
-        for start in range(0, len(targets), step):
+        step = max(CHUNK_TOKENS, CHUNK_SCORES // weight.shape[0])
+        for start in chunk_starts(len(targets), step):
             part = slice(start, start + step)
             valid = targets[part] != IGNORE
             if not (wanted or valid.is_meta or valid.any()):

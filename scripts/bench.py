@@ -1,5 +1,5 @@
 """python -m scripts.bench NAME [key=value ...]: what something costs; JSON and a table.
-NAME is one of attention, cache, decode, experts, memory, mixers, part, plan, reading, time.
+NAME is a word that begins a paragraph below.
 
 attention: forward and backward over ranks, beside one device with as many threads. Words: tokens,
 heads, kv_heads, width, ranks, threads (of a rank), repeats, seed, device.
@@ -17,6 +17,8 @@ Words: tokens (of the shorter row), times, piece, compare, width, heads, layers,
 part: the model of any settings of a run, as mixer._target_=mine.Averaged, beside full attention.
 Words: tokens, times, repeats, threads, seed, device, and the settings.
 plan: the peak memory of scripts.plan beside the measured one. Words: ranks (1 to 4).
+context: whether the largest context of scripts.plan fits, and 1.25 x it not. Words: memory (MiB).
+steps: the quickstart beside plain PyTorch; seconds to step 1. Words: steps, repeats, compiled, ...
 reading: what a step waits for its batch, with and without reading ahead. Words: tokens, context,
 steps, step_ms, seed.
 memory: what a longer Transformer-XL memory adds to a step, beside the attention that it adds.
@@ -37,7 +39,7 @@ from trainer.entry import run_command
 from trainer.launch.elastic import init_process_group, start_ranks
 from trainer.launch.starters import Incomplete, adopt, started
 
-NAMES = "attention cache decode experts memory mixers part plan reading time"
+NAMES = "attention cache context decode experts memory mixers part plan reading steps time"
 BENCHES = NAMES.split()
 MODULES = {"time": "time_pieces"}  # where the module has another name than the word
 

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from models.causality import plain_sight
 from parallel.activation_offload import ActivationOffload
 from parallel.collectives import Communicator
 from parallel.engines.base import Engine
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, build_mesh
 from parallel.parallelize import parallelize
 from parallel.tiles import tile_count
 from trainer.config.instantiate import find_class, instantiate
@@ -31,13 +32,30 @@ class PlacedModel:
     share: BatchSharder
 
 
-def place(config: Config, mesh: Mesh, model: nn.Module) -> PlacedModel:
+def mesh_of(config: Config, device: torch.device | str = "cpu") -> Mesh:
+    """Creates the process groups of a config. Collective: every rank calls it once."""
+    parallel = config.parallel
+    return build_mesh(
+        parallel.context,
+        parallel.data,
+        ulysses=parallel.ulysses,
+        ring=parallel.ring,
+        experts=parallel.experts,
+        replicas=config.engine.replicate or 1,
+        device=device,
+    )
+
+
+def place(
+    config: Config, mesh: Mesh, model: nn.Module, offload: ActivationOffload | None = None
+) -> PlacedModel:
     """Parallelizes a model, initialises it and builds its optimiser.
 
     Args:
         config: of the run, or of one stage.
         mesh: the ranks.
         model: as built, best on the meta device.
+        offload: takes activations to the host; None = pinned memory, where the config asks for it.
     """
     share = BatchSharder(
         mesh,
@@ -52,7 +70,8 @@ def place(config: Config, mesh: Mesh, model: nn.Module) -> PlacedModel:
     settings = config.engine.arguments()
     optimiser = instantiate(config.optim, {}, "optim")
     engine = kind(mesh, optimiser, precision=config.precision, seed=config.seed, **settings)
-    offload = ActivationOffload(mesh.device) if config.engine.offload_activations else None
+    if offload is None and config.engine.offload_activations:
+        offload = ActivationOffload(mesh.device)
     tiles = None
     if config.engine.tile_tokens is not None:
         tiles = tile_count(share.micro_batch * share.tokens_per_rank, config.engine.tile_tokens)

@@ -3,13 +3,14 @@
 import gc
 from pathlib import Path
 
-from parallel.mesh import Mesh, build_mesh
+from parallel.mesh import Mesh
 from trainer.checkpoint.stage_state import OtherStage, agreed_stage, note_stage
 from trainer.config.schema import Config
 from trainer.config.stages import plan_of, stage_of_step, whole_run
 from trainer.errors import DONE
 from trainer.launch.elastic import RankInfo
 from trainer.launch.exit_report import SAVED
+from trainer.placement import mesh_of
 from trainer.run import run_stage
 from trainer.stop_signal import StopSignal
 
@@ -43,15 +44,4 @@ def run(config: Config, ranks: RankInfo, directory: Path) -> int:
 
 def _mesh_of(config: Config, ranks: RankInfo) -> Mesh | None:
     """Returns the mesh of a stage; None where other ranks than were started are to take it."""
-    parallel = config.parallel
-    if parallel.ranks != ranks.size:
-        return None
-    return build_mesh(
-        parallel.context,
-        parallel.data,
-        ulysses=parallel.ulysses,
-        ring=parallel.ring,
-        experts=parallel.experts,
-        replicas=config.engine.replicate or 1,
-        device=ranks.device,
-    )
+    return mesh_of(config, ranks.device) if config.parallel.ranks == ranks.size else None

@@ -1,7 +1,7 @@
 """Measures the peak memory of a step on real ranks and holds the planned one against it.
 
-Each case is a config of that many ranks on the CPU. Its second step is measured by the allocator's
-own events (trainer/planning/measured_step.py); rank 0 and the last rank are planned.
+Each case is a config of that many ranks on the CPU. Its steps are measured by the allocator's own
+events (trainer/planning/measured_step.py); rank 0 and the last rank are planned.
 """
 
 import multiprocessing
@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from parallel.mesh import Mesh, build_mesh
 from scripts.benchmarks.attention import parse_into
 from trainer.config.build_model import build_model
 from trainer.config.compose import compose
 from trainer.config.schema import Config
+from trainer.placement import mesh_of
 from trainer.planning.devices import read_device, shown
 from trainer.planning.measured_step import measure_step
 from trainer.planning.step_plan import plan_step
@@ -103,6 +103,7 @@ def measure(sizes: PlanSizes, group: Any) -> Iterator[dict]:
                         "planned_bytes": planned,
                         "measured_bytes": found[rank].peak_bytes,
                         "ratio": ratio,
+                        "all_peaks": found[rank].peaks,
                         "sent_bytes": sum(found[rank].sent_bytes.values()),
                         "sent_as_planned": sent == found[rank].sent_bytes,
                     }
@@ -127,19 +128,6 @@ def meta_model(config: Config) -> nn.Module:
     """Returns the model of a config on the meta device."""
     with torch.device("meta"):
         return build_model(config, VOCABULARY)
-
-
-def mesh_of(config: Config) -> Mesh:
-    """Returns the mesh of a config over all ranks of this run."""
-    parallel = config.parallel
-    return build_mesh(
-        parallel.context,
-        parallel.data,
-        ulysses=parallel.ulysses,
-        ring=parallel.ring,
-        experts=parallel.experts,
-        replicas=config.engine.replicate or 1,
-    )
 
 
 def table(rows: list[dict]) -> str:

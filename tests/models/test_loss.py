@@ -20,6 +20,7 @@ def inputs():
 @pytest.mark.parametrize("held", [1, 33, 10_000])
 def test_it_is_cross_entropy(held, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_SCORES", held)
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 1)
     hidden, weight, targets = inputs()
     want = F.cross_entropy(
         (hidden @ weight.T).flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE
@@ -47,6 +48,7 @@ def test_weighing_tokens_apart_is_refused():
 
 def test_logits_never_exist_whole(monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_SCORES", 22)
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 2)
     largest = []
     product = torch.Tensor.logsumexp
     monkeypatch.setattr(
@@ -57,3 +59,18 @@ def test_logits_never_exist_whole(monkeypatch):
     hidden, weight, targets = inputs()
     token_losses(hidden, weight, targets)
     assert max(largest) <= 22 and len(largest) == 7
+
+
+def test_a_chunk_has_tokens_enough_for_what_it_reads(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_SCORES", 22)
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 7)
+    chunks = []
+    product = torch.Tensor.logsumexp
+    monkeypatch.setattr(
+        torch.Tensor,
+        "logsumexp",
+        lambda self, *a: chunks.append(len(self)) or product(self, *a),
+    )
+    hidden, weight, targets = inputs()
+    token_losses(hidden, weight, targets)
+    assert chunks == [7, 7]

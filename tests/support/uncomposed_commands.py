@@ -102,6 +102,8 @@ NOT_COMPOSED = {
         "needs an export; tests/trainer/decoding/test_command.py"
     ),
     "python -m scripts.offload": "needs a GPU",
+    "python -m scripts.bench context": "minutes; tests/scripts/benchmarks/test_context.py",
+    "python -m scripts.bench steps": "minutes; tests/scripts/benchmarks/test_steps.py",
     "python -m scripts.bench plan ranks=2": "minutes; tests/trainer/planning/test_step_plan.py",
     "python -m scripts.calibrate out=mine.yaml": "tests/trainer/planning/test_calibration.py",
     "python -m scripts.plan experiment=quickstart device=mine.yaml": "tests/trainer/planning",

@@ -38,21 +38,25 @@ def require_plannable(config: Config) -> None:
     """
     engine = config.engine
     wrong = [
-        ("engine", engine.name, engine.name == "deepspeed", "single and fsdp", "engine=fsdp"),
         (
-            "engine.offload_activations",
-            "true",
-            engine.offload_activations,
-            "what lies on the device",
-            "engine.offload_activations=false",
+            "engine",
+            engine.name,
+            engine.name == "deepspeed",
+            "DeepSpeed works on addresses of its flat buffers, which tensors without numbers lack",
+            "engine=fsdp",
         ),
-        ("engine.compile", "true", engine.compile, "blocks as they are", "engine.compile=false"),
-        ("stages", "[...]", bool(config.stages), "runs of one stage", "stages=[]"),
+        (
+            "engine.compile",
+            "true",
+            engine.compile,
+            "what a compiled block keeps for backward is chosen by the compiler, with numbers",
+            "engine.compile=false",
+        ),
+        ("stages", "[...]", bool(config.stages), "a plan is of one stage", "stages=[]"),
     ]
     messages = []
-    for key, value, fails, covered, remedy in wrong:
+    for key, value, fails, fact, remedy in wrong:
         if fails:
-            fact = f"a plan covers {covered}"
             messages.append(render(Finding(key, value, fact, f"plan with {remedy}")))
     if messages:
         raise UserError("\n".join(messages))
@@ -149,6 +153,12 @@ def _changes(config: Config) -> Iterator[tuple[str, Config]]:
                 f"engine.checkpointing={checkpointing}",
                 changed(config, engine__checkpointing=checkpointing),
             )
+    if not engine.offload_activations:
+        yield "engine.offload_activations=true", changed(config, engine__offload_activations=True)
+    yield (
+        f"parallel.time={2 * parallel.time}",
+        changed(config, parallel__time=2 * parallel.time),
+    )
     if engine.tile_tokens is None:
         tokens = max(256, config.context_length // parallel.context // 16)
         yield f"engine.tile_tokens={tokens}", changed(config, engine__tile_tokens=tokens)

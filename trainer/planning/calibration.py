@@ -80,6 +80,7 @@ def calibrate(seconds: float) -> dict[str, Any]:
         },
         # A copy reads and writes.
         "memory_bandwidth": 2 * copy_bandwidth(kind, kind, seconds),
+        "host": copy_bandwidth(kind, "cpu", seconds),
         "within": link,
         "across": OTHER_MACHINES * link,
         "devices": max(1, torch.cuda.device_count()) if kind == "cuda" else 64,

@@ -1,17 +1,20 @@
 """The command `python -m scripts.plan`: reads its words and prints what was planned."""
 
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from parallel.activation_offload import AT_HOME
 from trainer.config.compose import compose
-from trainer.config.finding import Finding, render
+from trainer.config.finding import Finding, as_finding, render
 from trainer.config.schema import Config
 from trainer.errors import BAD_CONFIG, DONE, UserError
 from trainer.objectives.stream import vocabulary_of
 from trainer.planning.advice import best_knobs, largest_context, require_plannable
 from trainer.planning.devices import Device, read_device, shown, size_of
 from trainer.planning.step_costs import TERMS
-from trainer.planning.step_plan import KINDS, StepPlan, plan_step
+from trainer.planning.step_plan import StepPlan, plan_step
+from trainer.planning.watched_step import KINDS
 from trainer.preflight.check import check_config
 
 WORDS = ("gpus", "device", "memory", "search")
@@ -44,12 +47,15 @@ def plan_command(words: Sequence[str]) -> int:
         UserError: a wish that cannot be honoured.
     """
     wishes = read_wishes(words)
-    config = _config(wishes.overrides)
+    config = _config(wishes.overrides, wishes.device)
     require_plannable(config)
     vocabulary = vocabulary_of(config)
+    began = time.perf_counter()
     plan = fullest(config, vocabulary, wishes.device)
+    seconds = time.perf_counter() - began
     for line in describe(config, plan):
         print(line, flush=True)
+    print(f"planned in {seconds:.1f} s", flush=True)
     for line in advise(config, vocabulary, plan, wishes):
         print(line, flush=True)
     return DONE
@@ -68,8 +74,11 @@ def describe(config: Config, plan: StepPlan) -> list[str]:
         f"memory of rank {plan.rank}, the fullest: {shown(plan.peak_bytes)} at the peak of a step",
     ]
     lines += [f"  {kind:36}{shown(plan.by_kind[kind]):>14}" for kind in KINDS if plan.by_kind[kind]]
+    if plan.host_bytes:
+        lines.append(f"waits in the memory of the host, for each rank: {shown(plan.host_bytes)}")
     lines.append(f"sent by that rank for sharing rows and experts, {_sum(plan.sent_bytes)} a step")
-    lines += [f"  {move:36}{shown(size):>14}" for move, size in sorted(plan.sent_bytes.items())]
+    for (move, link), size in sorted(plan.sent_over.items()):
+        lines.append(f"  {f'{move} {link}':36}{shown(size):>14}")
     everything = sum(costs.sent.values())
     lines.append(f"everything that it sends, weights and gradients too, {shown(everything)}")
     for (operation, link), size in sorted(costs.sent.items()):
@@ -97,9 +106,14 @@ def advise(config: Config, vocabulary: int, plan: StepPlan, wishes: PlanRequest)
     lines = [f"this config {fits} into {shown(limit)}, {ROOM:.0%} of what a rank has"]
     if not wishes.search:
         return lines
+
+    def is_valid(other: Config) -> bool:
+        faults = check_config(other, started=other.parallel.ranks, starter="plan")
+        return not _of_device(faults, wishes.device)
+
     longest = largest_context(config, limit, lambda other: plan_of(other).peak_bytes)
     lines.append(f"largest context that fits, in as many rows: {longest:,} tokens")
-    knobs = best_knobs(config, plan, limit, plan_of, _is_valid)
+    knobs = best_knobs(config, plan, limit, plan_of, is_valid)
     lines += [f"settings that would help most, each alone{'' if knobs else ': none'}"]
     for knob in knobs:
         size = _signed(knob.saved_bytes, shown(abs(knob.saved_bytes)))
@@ -178,8 +192,12 @@ def _ranks(gpus: str, overrides: Sequence[str]) -> list[str]:
     return [f"{missing}={count // product}"]
 
 
-def _config(overrides: Sequence[str]) -> Config:
+def _config(overrides: Sequence[str], device: Device) -> Config:
     """Composes and checks a config for its own number of ranks, wherever this machine has them.
+
+    Args:
+        overrides: of the run.
+        device: that it is planned for.
 
     Raises:
         UserError: lists every fault.
@@ -192,13 +210,16 @@ def _config(overrides: Sequence[str]) -> Config:
         faults = check_config(
             composed.config, composed.given, composed.mended, faults, started=ranks, starter="plan"
         )
+    faults = _of_device(faults, device)
     if faults or composed.config is None:
         raise UserError("\n".join(faults), BAD_CONFIG)
     return composed.config
 
 
-def _is_valid(config: Config) -> bool:
-    return not check_config(config, started=config.parallel.ranks, starter="plan")
+def _of_device(faults: list[str], device: Device) -> list[str]:
+    """Returns the faults without that which is true of this machine, but not of the device."""
+    at_home = render(as_finding(AT_HOME))
+    return [fault for fault in faults if device.kind == "cpu" or fault != at_home]
 
 
 def _refuse(key: str, value: str, fact: str, remedy: str) -> None:

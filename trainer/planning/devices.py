@@ -35,6 +35,7 @@ class Device(ConfigGroup):
     memory: str | None
     flops: KernelRates
     memory_bandwidth: Positive
+    host: Positive
     within: Positive
     across: Positive
     devices: int = Field(ge=1)

@@ -37,9 +37,6 @@ class LiveMemory(TorchDispatchMode):
     """Records what operations allocate while it is entered, and when it is freed.
 
     Attributes:
-        now: bytes alive.
-        peak: most bytes that were alive at once since `restart`.
-        peak_number: number of the allocation that reached the peak; -1 if none did.
         label: is noted with each allocation from now on; see `labelled`.
         history: every allocation, by its number.
         observe: is called with (operation, arguments, result); None = nobody.
@@ -47,19 +44,11 @@ class LiveMemory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = 0
-        self.peak = 0
-        self.peak_number = -1
         self.observe: Observer | None = None
         self.label: Label = ""
         self.history: list[Allocation] = []
         self._numbers: dict[int, int] = {}
         self._watched: dict[int, Any] = {}
-
-    def restart(self) -> None:
-        """Begins a new peak."""
-        self.peak = self.now
-        self.peak_number = len(self.history) - 1
 
     @contextmanager
     def labelled(self, label: Label) -> Iterator[None]:
@@ -81,13 +70,6 @@ class LiveMemory(TorchDispatchMode):
         """Returns the number of the allocation that a tensor lies in; None of one unknown here."""
         here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         return self._numbers.get(here.untyped_storage()._cdata)
-
-    def at_peak(self) -> Iterator[tuple[int, Allocation]]:
-        """Yields (number, allocation) of what was alive at the peak."""
-        for number in range(self.peak_number + 1):
-            allocation = self.history[number]
-            if allocation.ended is None or allocation.ended >= self.peak_number:
-                yield number, allocation
 
     def __enter__(self) -> "LiveMemory":
         # Engines free gathered weights by shrinking their storage, which is no operation.
@@ -147,17 +129,11 @@ class LiveMemory(TorchDispatchMode):
             return
         self._numbers[key] = len(self.history)
         self.history.append(Allocation(size, self.label))
-        self.now += size
-        if self.now > self.peak:
-            self.peak = self.now
-            self.peak_number = len(self.history) - 1
 
     def _end(self, key: int) -> None:
         number = self._numbers.pop(key, None)
         if number is not None:
-            allocation = self.history[number]
-            allocation.ended = len(self.history) - 1
-            self.now -= allocation.size
+            self.history[number].ended = len(self.history) - 1
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

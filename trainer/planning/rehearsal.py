@@ -2,13 +2,17 @@
 
 import gc
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.layer import hook
+from models.moe import choice, router, switch
+from parallel.activation_offload import ActivationOffload
 from parallel.mesh import Mesh
 from trainer.config.schema import Config
 from trainer.data.batch import Batch
@@ -29,11 +33,13 @@ class Rehearsal:
         config: of the run.
         mesh: the ranks.
         model: as built, on the meta device.
+        offload: takes activations to the host in place of the run's own way.
     """
 
     config: Config
     mesh: Mesh
     model: nn.Module
+    offload: ActivationOffload | None = None
     placement: PlacedModel = field(init=False)
     loop: Loop = field(init=False)
 
@@ -42,7 +48,7 @@ class Rehearsal:
             raise ValueError("a model that reads a source is not rehearsed")
         # As in a run, parameters that stand still have neither gradients nor moments.
         count_trained(self.model, self.config.optim.freeze)
-        self.placement = place(self.config, self.mesh, self.model)
+        self.placement = place(self.config, self.mesh, self.model, self.offload)
         share = self.placement.share
         lanes = None
         if self.config.memory.carries:
@@ -68,9 +74,13 @@ class Rehearsal:
 
     def step(self) -> None:
         """Takes a step of the training loop."""
-        share = self.placement.share
         # What an earlier step left to the garbage collector would be counted in this one.
         gc.collect()
+        with _even_routing():
+            self._take_step()
+
+    def _take_step(self) -> None:
+        share = self.placement.share
         given = StepInput(
             batch=self.batch,
             cursor={},
@@ -79,6 +89,27 @@ class Rehearsal:
             cut=deque(share.in_time(self.batch)),
         )
         self.loop.take_step(self.progress, given)
+
+
+@contextmanager
+def _even_routing() -> Iterator[None]:
+    """Has every expert chosen as often as any other, which is what balancing losses aim at.
+
+    The tokens of a rehearsal are all the same and would all visit the same experts.
+    """
+
+    def even(scores: Tensor, count: int) -> Tensor:
+        shape = router.top_experts(scores, count).shape
+        experts = scores.shape[-1]
+        return torch.arange(shape.numel(), device=scores.device).remainder(experts).view(shape)
+
+    for module in (choice, switch):
+        setattr(module, "top_experts", even)  # noqa: B010
+    try:
+        yield
+    finally:
+        for module in (choice, switch):
+            setattr(module, "top_experts", router.top_experts)  # noqa: B010
 
 
 class _NoStream:

@@ -6,7 +6,7 @@ device needs to start one. What is sent takes bytes / bandwidth of the slowest l
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,8 @@ ATTENTION = "attention"
 TRAFFIC = "element-wise and copies"
 HIDDEN = "gathers and rings"  # travel while something is computed, where a device can do both
 EXPOSED = "sums and trades"  # are waited for
-TERMS = (MATMUL, ATTENTION, TRAFFIC, HIDDEN, EXPOSED)
+HOST_COPIES = "copies to the host and back"
+TERMS = (MATMUL, ATTENTION, TRAFFIC, HIDDEN, EXPOSED, HOST_COPIES)
 WITHIN = "within a machine"
 ACROSS = "across machines"
 
@@ -89,7 +90,7 @@ class StepCosts:
     def total_seconds(self) -> float:
         """Seconds of a step: what travels meanwhile is hidden as far as computing lasts."""
         computing = sum(self.seconds[term] for term in (MATMUL, ATTENTION, TRAFFIC))
-        waiting = self.seconds[EXPOSED]
+        waiting = self.seconds[EXPOSED] + self.seconds[HOST_COPIES]
         if self.device.overlaps:
             return max(computing, self.seconds[HIDDEN]) + waiting
         return computing + self.seconds[HIDDEN] + waiting
@@ -98,6 +99,16 @@ class StepCosts:
     def bottleneck(self) -> str:
         """The term that lasts longest."""
         return max(TERMS, key=lambda term: self.seconds[term])
+
+    def link_to(self, ranks: Iterable[int]) -> str:
+        """Returns the slowest link from this rank to those of the whole run."""
+        here = dist.get_rank() // self.device.devices
+        apart = any(rank // self.device.devices != here for rank in ranks)
+        return ACROSS if apart else WITHIN
+
+    def note_host_copy(self, size: int) -> None:
+        """Adds bytes that go to the host's memory or come back; they are waited for."""
+        self.seconds[HOST_COPIES] += size / self.device.host + self.device.operation_s
 
     def _note_computed(self, func: Any, args: Any, result: Any) -> None:
         moved = sum(tensor.nbytes for tensor in tensors_in((args, result)))
@@ -124,16 +135,13 @@ class StepCosts:
         ranks = _ranks(args)
         if len(ranks) < 2 or name in ("recv_", "barrier", "monitored_barrier_"):
             return
-        here = dist.get_rank()
         if name == "send":
             size = sum(tensor.nbytes for tensor in tensors_in(args[0]))
             peers = [ranks[args[2]]]
         else:
             size = _collective_bytes(name, args, len(ranks))
             peers = ranks
-        link = WITHIN
-        if any(rank // self.device.devices != here // self.device.devices for rank in peers):
-            link = ACROSS
+        link = self.link_to(peers)
         self.sent[name.strip("_"), link] += size
         term = HIDDEN if name in GATHERS else EXPOSED
         bandwidth = self.device.within if link == WITHIN else self.device.across

@@ -5,43 +5,40 @@ stands for any rank of any number of them. Every row is one document as long as 
 is the most that attention can be asked for.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from models.block import Block
 from models.kernels.backends import TABLE
-from parallel.collectives import Communicator
-from parallel.mesh import Mesh, build_mesh
-from parallel.tiles import LOSSES
+from parallel.mesh import Mesh
 from trainer.config.build_model import build_model
 from trainer.config.schema import Config
 from trainer.data.batch_sharding import AUTO_TOKENS
+from trainer.placement import mesh_of
 from trainer.planning.changed_config import changed
 from trainer.planning.devices import Device
 from trainer.planning.fake_arithmetic import FakeArithmetic
-from trainer.planning.inside_operations import bytes_inside
+from trainer.planning.host_room import PlannedOffload
 from trainer.planning.live_memory import LiveMemory
 from trainer.planning.rehearsal import Rehearsal
-from trainer.planning.step_costs import StepCosts
-
-STATE_KINDS = ("weights", "gathered weights", "gradients", "optimiser")
-PARTS = ("mixers", "feed-forward layers", "losses", "the rest")
-EXCHANGE = "exchanges"
-WORKING = "working"
-FEW = 2  # micro-batches that are rehearsed
-KINDS = (
-    *STATE_KINDS,
-    *(f"activations of {part}" for part in PARTS),
-    EXCHANGE,
-    WORKING,
+from trainer.planning.repeated_layers import (
+    ENDS,
+    Repetition,
+    extended,
+    find_repetition,
+    keep_layers,
+    places,
 )
+from trainer.planning.step_costs import StepCosts
+from trainer.planning.watched_step import Stretch, WatchedStep
+
+FEW = 2  # micro-batches that are rehearsed
 
 
 @dataclass(frozen=True)
@@ -54,18 +51,24 @@ class StepPlan:
         by_kind: the same, by KINDS, at that moment. activations: kept by a forward for its
             backward. exchanges: what drivers receive. working: everything else, such as what is
             computed again.
+        host_bytes: most bytes of activations that wait in the host's memory.
         sent_bytes: that the drivers send in a step, by kind of move.
+        sent_over: the same, by (kind of move, slowest link that it takes).
         costs: FLOPs, seconds, and everything that is sent, by link.
     """
 
     rank: int
     peak_bytes: int
     by_kind: dict[str, int]
+    host_bytes: int
     sent_bytes: dict[str, int]
+    sent_over: dict[tuple[str, str], int]
     costs: StepCosts
 
 
-def plan_step(config: Config, vocabulary: int, rank: int, device: Device) -> StepPlan:
+def plan_step(
+    config: Config, vocabulary: int, rank: int, device: Device, *, every_layer: bool = False
+) -> StepPlan:
     """Plans a step of one rank.
 
     Args:
@@ -73,24 +76,95 @@ def plan_step(config: Config, vocabulary: int, rank: int, device: Device) -> Ste
         vocabulary: tokens that the data has.
         rank: in the whole run.
         device: on which it runs.
+        every_layer: plans every layer of a deep model, which gives the same
+            (trainer/planning/repeated_layers.py) and takes longer.
     """
+    repetition = None
+    if not every_layer:
+        repetition = find_repetition(config, _meta_model(config, vocabulary))
+    if repetition is not None:
+        plans = []
+        for times in (2 * ENDS, 2 * ENDS + 1):
+            model = _meta_model(config, vocabulary)
+            keep_layers(model, repetition, times)
+            plans.append(_taken(config, model, rank, device))
+        return _deep_plan(plans, repetition, rank)
+    taken = _taken(config, _meta_model(config, vocabulary), rank, device)
+    return _plan(rank, taken.stretches, taken.sent, taken.sent_over, taken.costs)
+
+
+@dataclass(frozen=True)
+class _TakenStep:
+    """The sums of a step that was rehearsed; see StepPlan."""
+
+    stretches: list[Stretch]
+    sent: dict[str, int]
+    sent_over: Counter[tuple[str, str]]
+    costs: StepCosts
+
+
+def _meta_model(config: Config, vocabulary: int) -> nn.Module:
     with torch.device("meta"):
-        model = build_model(config, vocabulary)
+        return build_model(config, vocabulary)
+
+
+def _taken(config: Config, model: nn.Module, rank: int, device: Device) -> _TakenStep:
+    """Takes a step of a model as one rank."""
     with fake_ranks(config, rank) as mesh, _kernels_of(device):
         config, pieces = _few_micro_batches(config, device)
         # The counter is outside: it sees what the engine allocates, not how that is faked.
         with FakeArithmetic(), LiveMemory() as live:
             costs = StepCosts(device, config.precision)
-            watched = _WatchedStep(Rehearsal(config, mesh, model), live, costs)
+            offload = None
+            if config.engine.offload_activations:
+                pinned = device.kind == "cuda"
+                offload = PlannedOffload(mesh.device, live, costs, pinned=pinned)
+            watched = WatchedStep(Rehearsal(config, mesh, model, offload), live, costs)
             watched.run()
             watched.count_pieces(pieces)
-            return StepPlan(
-                rank=rank,
-                peak_bytes=live.peak,
-                by_kind=watched.by_kind(),
-                sent_bytes=watched.sent,
-                costs=costs,
-            )
+        return _TakenStep(watched.stretches(), watched.sent, watched.sent_over, costs)
+
+
+def _deep_plan(plans: Sequence[_TakenStep], repetition: Repetition, rank: int) -> StepPlan:
+    """Returns the plan of a model from those of two shallow ones; see repeated_layers."""
+    fewer, more = plans
+    times = repetition.times - 2 * ENDS
+    first = repetition.first
+    shallow = [
+        places(plan.stretches, repetition, first + (2 * ENDS + added) * repetition.period)
+        for added, plan in enumerate(plans)
+    ]
+    assert shallow[0].keys() == shallow[1].keys(), "layers that are alike take the same steps"
+    stretches = [
+        extended(stretch, shallow[1][place], times) for place, stretch in shallow[0].items()
+    ]
+    sent = {move: size + times * (more.sent[move] - size) for move, size in fewer.sent.items()}
+    sent_over = Counter(
+        {key: size + times * (more.sent_over[key] - size) for key, size in fewer.sent_over.items()}
+    )
+    costs = fewer.costs.copy()
+    costs.add(more.costs, times)
+    costs.add(fewer.costs, -times)
+    return _plan(rank, stretches, sent, sent_over, costs)
+
+
+def _plan(
+    rank: int,
+    stretches: Sequence[Stretch],
+    sent: dict[str, int],
+    sent_over: Counter[tuple[str, str]],
+    costs: StepCosts,
+) -> StepPlan:
+    fullest = max(stretches, key=lambda stretch: stretch.device_bytes)
+    return StepPlan(
+        rank=rank,
+        peak_bytes=fullest.device_bytes,
+        by_kind=fullest.by_kind,
+        host_bytes=max(stretch.host_bytes for stretch in stretches),
+        sent_bytes=sent,
+        sent_over=dict(sent_over),
+        costs=costs,
+    )
 
 
 def _few_micro_batches(config: Config, device: Device) -> tuple[Config, int]:
@@ -112,99 +186,6 @@ def _few_micro_batches(config: Config, device: Device) -> tuple[Config, int]:
     return changed(config, parallel__micro_batch=micro_batch, batch_tokens=tokens), pieces
 
 
-@dataclass
-class _WatchedStep:
-    """A step whose allocations are sorted by what they are for."""
-
-    rehearsal: Rehearsal
-    live: LiveMemory
-    costs: StepCosts
-    gradients: set[int] = field(default_factory=set)
-    forwards: list[tuple[int, int]] = field(default_factory=list)
-    began: int | None = None
-    after_first: StepCosts | None = None
-
-    def __post_init__(self) -> None:
-        engine = self.rehearsal.placement.engine
-        self.weights = self._numbers([*engine.parameters.values(), *engine.model.parameters()])
-        states = [value for state in engine.optimiser.state.values() for value in state.values()]
-        self.optimiser = self._numbers(value for value in states if isinstance(value, Tensor))
-
-    def run(self) -> None:
-        rehearsal = self.rehearsal
-        if rehearsal.config.memory.carries:
-            # The first rows find nothing that earlier ones left.
-            rehearsal.step()
-        communicator = rehearsal.placement.communicator
-        if communicator is not None:
-            communicator.bytes_sent.clear()
-        rehearsal.loop.heartbeat = self._enter_phase
-        self.live.restart()
-        self.live.observe = self._observe
-        with _labels(rehearsal.placement.engine.model, self.live), _exchanges(self.live):
-            rehearsal.step()
-        self.sent = {} if communicator is None else dict(communicator.bytes_sent)
-
-    def _observe(self, func: Any, args: Any, result: Any) -> None:
-        self.costs.note(func, args, result)
-        if self.costs.device.kind == "cpu":
-            threads = torch.get_num_threads() // self.rehearsal.mesh.world.size
-            inside = bytes_inside(func, args, max(1, threads))
-            if inside:
-                self.live.hold_for_a_moment(inside)
-
-    def count_pieces(self, pieces: int) -> None:
-        """Adds the micro-batches that were left out, which are as the first."""
-        taken = self.rehearsal.placement.share.pieces
-        if self.after_first is not None and pieces > taken:
-            self.costs.add(self.after_first, pieces - taken)
-            self.sent = {move: size // taken * pieces for move, size in self.sent.items()}
-
-    def by_kind(self) -> dict[str, int]:
-        """Returns the bytes at the peak by KINDS."""
-        found = dict.fromkeys(KINDS, 0)
-        for number, allocation in self.live.at_peak():
-            found[self._kind(number, allocation)] += allocation.size
-        return found
-
-    def _kind(self, number: int, allocation: Any) -> str:
-        for name, own in (
-            ("weights", self.weights),
-            ("optimiser", self.optimiser),
-            ("gradients", self.gradients),
-        ):
-            if number in own:
-                return name
-        if allocation.resized:
-            return "gathered weights"
-        for began, ended in self.forwards:
-            outlives = allocation.ended is None or allocation.ended >= ended
-            if began <= number < ended and outlives:
-                part = allocation.label if allocation.label in PARTS else PARTS[-1]
-                return f"activations of {part}"
-        return EXCHANGE if allocation.label == EXCHANGE else WORKING
-
-    def _enter_phase(self, phase: str, step: int) -> None:
-        """Notes where forwards begin and end, and the gradients once they are whole."""
-        here = len(self.live.history)
-        if phase == "forward of micro-batch 2":
-            self.after_first = self.costs.copy()
-        if phase.startswith("forward"):
-            self.began = here
-        elif self.began is not None:
-            self.forwards.append((self.began, here))
-            self.began = None
-        if phase.startswith("gradient norm"):
-            engine = self.rehearsal.placement.engine
-            weights = [*engine.parameters.values(), *engine.model.parameters()]
-            grads = [weight.grad for weight in weights if weight.grad is not None]
-            self.gradients = self._numbers(grads)
-
-    def _numbers(self, tensors: Iterable[Tensor]) -> set[int]:
-        numbers = {self.live.number_of(tensor) for tensor in tensors}
-        return {number for number in numbers if number is not None}
-
-
 @contextmanager
 def _kernels_of(device: Device) -> Iterator[None]:
     """Has attention served by the kernels of a device, whose tensors are said to be the CPU's."""
@@ -224,78 +205,11 @@ def _kernels_of(device: Device) -> Iterator[None]:
 
 
 @contextmanager
-def _labels(model: nn.Module, live: LiveMemory) -> Iterator[None]:
-    """Notes with allocations whether a mixer, a feed-forward layer or the losses made them."""
-    handles = []
-    before: list[str] = []
-
-    def watch(module: nn.Module, label: str) -> None:
-        def enter(*_: Any) -> None:
-            before.append(live.label)
-            live.label = label
-
-        def leave(*_: Any) -> None:
-            live.label = before.pop()
-
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(leave, always_call=True))
-
-    for module in model.modules():
-        if isinstance(module, Block):
-            watch(module.mixer, PARTS[0])
-            watch(module.feedforward, PARTS[1])
-    losses = getattr(model, LOSSES, None)
-    if losses is not None:
-
-        def labelled_losses(*args: Any, **kwargs: Any) -> Any:
-            with live.labelled(PARTS[2]):
-                return losses(*args, **kwargs)
-
-        setattr(model, LOSSES, labelled_losses)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        if losses is not None:
-            setattr(model, LOSSES, losses)
-
-
-@contextmanager
-def _exchanges(live: LiveMemory) -> Iterator[None]:
-    """Notes with allocations that a communicator made them."""
-    names = ("ring_shift", "all_to_all", "send", "recv")
-    plain = {name: getattr(Communicator, name) for name in names}
-
-    def watched(move: Any) -> Any:
-        def labelled(*args: Any, **kwargs: Any) -> Any:
-            with live.labelled(EXCHANGE):
-                return move(*args, **kwargs)
-
-        return labelled
-
-    for name, move in plain.items():
-        setattr(Communicator, name, watched(move))
-    try:
-        yield
-    finally:
-        for name, move in plain.items():
-            setattr(Communicator, name, move)
-
-
-@contextmanager
 def fake_ranks(config: Config, rank: int) -> Iterator[Mesh]:
     """Makes this process one of the ranks of a config, the others of which are not there."""
-    parallel = config.parallel
-    dist.init_process_group("fake", rank=rank, world_size=parallel.ranks, store=FakeStore())
+    ranks = config.parallel.ranks
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     try:
-        yield build_mesh(
-            parallel.context,
-            parallel.data,
-            ulysses=parallel.ulysses,
-            ring=parallel.ring,
-            experts=parallel.experts,
-            replicas=config.engine.replicate or 1,
-        )
+        yield mesh_of(config)
     finally:
         dist.destroy_process_group()
