@@ -49,7 +49,7 @@ class Mark(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """What a step held at most between two marks.
+    """Memory that a step held at most between two marks.
 
     Attributes:
         event, block: of the mark that begins it.
