@@ -311,7 +311,7 @@ def _packed_sizes(call: BandCall) -> tuple:
     """Ends and lengths, no dropout, the causal flag, and no matrix for debugging."""
     ends = call.query_ends, call.key_ends
     longest = call.longest_query, call.longest_key
-    return *ends, *longest, 0.0, call.left < 0 and call.right == 0, False
+    return *ends, *longest, 0.0, call.right == 0, False
 
 
 def _bounds(call: BandCall) -> dict[str, int | None]:
