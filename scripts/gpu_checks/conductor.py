@@ -67,11 +67,8 @@ class Conductor:
 
     def start(self, step: Step) -> None:
         """Starts the process of a step, which prepares itself."""
-        words = [sys.executable, "-u", "-m", "scripts.gpu_checks", step.name]
-        if self.dry:
-            words.append("dry")
         process = subprocess.Popen(
-            words,
+            self.command(step),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -87,6 +84,11 @@ class Conductor:
                 target=self.listen, args=(step.name, stream, rows), daemon=True
             )
             reader.start()
+
+    def command(self, step: Step) -> list[str]:
+        """Returns the words that start a step."""
+        words = [sys.executable, "-u", "-m", "scripts.gpu_checks", step.name]
+        return [*words, "dry"] if self.dry else words
 
     def listen(self, name: str, stream: IO[str], rows: bool) -> None:
         """Reads one stream of a step: rows to the queue, everything else to the log."""

@@ -1,5 +1,6 @@
 """Runs tests of pytest and yields a row for each that fails as it fails, and one of all."""
 
+import importlib.util
 import queue
 import threading
 import time
@@ -56,8 +57,9 @@ def run_tests(words: list[str], workers: int, seconds: float) -> Iterator[dict[s
         seconds: after which nothing is waited for.
     """
     reporter = _Reporter()
-    # On the machines where the workers run, kernels are compiled, which takes longer than a test.
-    spread = ["-n", str(workers)] if workers else ["-p", "no:xdist"]
+    alone = workers == 0 or importlib.util.find_spec("xdist") is None
+    # Workers, because the processor compiles kernels, which takes longer than the tests themselves.
+    spread = ["-p", "no:xdist"] if alone else ["-n", str(workers)]
 
     def work() -> None:
         try:
