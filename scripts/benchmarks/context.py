@@ -4,7 +4,8 @@ Each step runs in a process of its own. A short step first loads everything that
 pools of threads); then the process may map so many bytes more and no further (RLIMIT_DATA). The
 step of the context that was found must end, the longer one must run out of memory. Blocks of more
 than 32 KiB are given back to the system when they are freed, so that what a process holds is what
-its tensors hold; SLACK is what smaller objects and an allocator's rounding take beside them.
+its tensors hold; OFFSET is what the buffers of libraries, smaller objects and the holes of a heap
+take beside them: 14 MiB in the longest of the steps below.
 """
 
 import multiprocessing
@@ -43,7 +44,7 @@ CASES = (
 LONGER = 1.25
 # Large blocks are given back at once, so that what a process holds is what its tensors hold.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "32768"}
-SLACK = 1.04  # of the memory
+OFFSET = 20 << 20  # bytes
 ENDED = "ended"
 FULL = "out of memory"
 
@@ -57,7 +58,7 @@ class ContextSizes:
         ranks: of which one is limited.
     """
 
-    memory: int = 64
+    memory: int = 128
     ranks: int = 1
 
 
@@ -126,23 +127,27 @@ def limited_step(words: str, context: int, memory_bytes: int) -> str:
         address = f"file://{meeting.name}"
         dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
     _step(with_context(case_config(words), 256))
-    limit = int(_data_bytes() + SLACK * memory_bytes)
+    limit = _data_bytes() + OFFSET + memory_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     try:
-        _step(with_context(case_config(words), context))
+        # A library that finds no room for a buffer may go on without a result, which is not finite.
+        ended = _step(with_context(case_config(words), context))
     except MemoryError:
         return FULL
     except RuntimeError as error:
         if "can't allocate memory" in str(error) or "bad_alloc" in str(error):
             return FULL
         raise
-    return ENDED
+    return ENDED if ended else FULL
 
 
-def _step(config: Config) -> None:
+def _step(config: Config) -> bool:
+    """Takes a step; returns whether its numbers were finite."""
     with torch.device("meta"):
         model = build_model(config, VOCABULARY)
-    Rehearsal(config, mesh_of(config), model).step()
+    rehearsal = Rehearsal(config, mesh_of(config), model)
+    rehearsal.step()
+    return rehearsal.progress.tokens > 0
 
 
 def _data_bytes() -> int:

@@ -25,8 +25,8 @@ from trainer.planning.changed_config import changed
 from trainer.planning.devices import Device
 from trainer.planning.fake_arithmetic import FakeArithmetic
 from trainer.planning.host_room import PlannedOffload
-from trainer.planning.lazy_chunks import lazy_chunks
 from trainer.planning.live_memory import LiveMemory
+from trainer.planning.quick_placement import placed_without_numbers
 from trainer.planning.rehearsal import Rehearsal
 from trainer.planning.repeated_layers import (
     ENDS,
@@ -111,7 +111,7 @@ def _meta_model(config: Config, vocabulary: int) -> nn.Module:
 
 def _taken(config: Config, model: nn.Module, rank: int, device: Device) -> _TakenStep:
     """Takes a step of a model as one rank."""
-    with fake_ranks(config, rank) as mesh, _kernels_of(device), lazy_chunks():
+    with fake_ranks(config, rank) as mesh, _kernels_of(device), placed_without_numbers():
         config, pieces = _few_micro_batches(config, device)
         # The counter is outside: it sees what the engine allocates, not how that is faked.
         with FakeArithmetic(), LiveMemory() as live:

@@ -12,7 +12,7 @@ def test_several_ranks_are_refused():
 
 @pytest.mark.full
 def test_the_planned_context_is_the_largest_that_fits():
-    (row,) = context.measure_cases(context.ContextSizes(memory=64), context.CASES[:1])
+    (row,) = context.measure_cases(context.ContextSizes(memory=128), context.CASES[:1])
     assert row["context"] > 1024
     assert row["at_context"] == context.ENDED
     assert row["at_longer"] == context.FULL

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 
-from trainer.planning.lazy_chunks import CUT, LazyChunks, lazy_chunks
+from trainer.planning.quick_placement import CUT, LazyChunks, placed_without_numbers
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 10, 11, 24])
@@ -16,6 +16,6 @@ def test_the_parts_are_those_of_torch(count, dim):
     assert len(got) == len(want) == count
     for part, expected in zip(got, want, strict=True):
         assert torch.equal(part, expected)
-    with lazy_chunks():
+    with placed_without_numbers():
         assert getattr(_fsdp_param, CUT) is LazyChunks
     assert getattr(_fsdp_param, CUT) is not LazyChunks
