@@ -112,6 +112,7 @@ def losses(directory, *words):
     return ranks(2, run_here, words, str(directory))[0]
 
 
+@pytest.mark.full
 def test_a_run_after_the_trial_is_the_run_without_it(tmp_path):
     plain, said = losses(tmp_path / "plain")
     assert "engine.compile:" not in said

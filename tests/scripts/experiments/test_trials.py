@@ -59,6 +59,7 @@ def test_a_lesson_learns_and_is_examined_as_asked() -> None:
     assert found.parameters == 2 * (4 * 16 * 16 + 3 * 16 * 16) + 5 * 16 + 5 * 16
 
 
+@pytest.mark.full
 def test_a_lesson_is_a_function_of_its_seed() -> None:
     few = replace(RECALL, overrides=(*RECALL.overrides, "steps=3"))
     losses = [[row.loss for row in run_trial(few, seed).rows] for seed in (1, 1, 2)]

@@ -48,7 +48,9 @@ FULL = pytest.mark.full
             "position.bidirectional=true",
             "parallel.layout=balanced",
         ),
-        ("model=encoder_decoder", *OF_PAIRS, "parallel.layout=contiguous"),
+        pytest.param(
+            ("model=encoder_decoder", *OF_PAIRS, "parallel.layout=contiguous"), marks=FULL
+        ),
         # The others differ in a mask, a layout or an attention: parallel/ compares these.
         pytest.param(("parallel.method=ulysses", "parallel.layout=contiguous"), marks=FULL),
         pytest.param(

@@ -109,7 +109,7 @@ def test_a_step_without_a_target_has_no_loss_to_compare(session):
     assert "step 2: loss None" in session._difference(config, [[row, none, row], [row, row, row]])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_that_its_data_ends_has_to_end_so_on_one_rank(session, monkeypatch):
     _drawn(
         monkeypatch,
@@ -136,7 +136,7 @@ def _raise(*args, **named):
     raise ZeroDivisionError("a bug")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_trace_is_a_finding_in_the_check_in_a_run_and_in_what_follows_a_mistake(
     session, monkeypatch
 ):
