@@ -1,7 +1,7 @@
 """Families of yaml files whose members share their code and differ in equations alone.
 
-`make test` takes one of a family through what is long; the tests of models/ and parallel/ compare the
-equations of all.
+`make test` takes one of a family through what is long; the tests of models/ and parallel/ compare
+the equations of all.
 """
 
 FAMILIES = {
