@@ -23,7 +23,8 @@ COMMON = (
     "model.layers=2",
     "model.heads=4",
     "model.init_std=0.125",
-    "model.embedding_norm=true",
+    # With less, and with model.embedding_norm, refusals pass to images without any term.
+    "model.rendering_weight=10",
     "model.alignment_weight=100",
     "model.alignment_layers=[0]",
     "model.patch=20",

@@ -76,7 +76,9 @@ NOT_COMPOSED = {
     "python -m scripts.experiments graphs": "an experiment of minutes",
     "python -m scripts.experiments graphs only=trust": "an experiment of minutes",
     "python -m scripts.experiments alignment": "an experiment of minutes",
+    "python -m scripts.experiments seq2seq": "an experiment of half an hour",
     "python -m scripts.experiments sets": "an experiment of minutes",
+    "python -m scripts.experiments sets only=distinct": "an experiment of minutes",
     "python -m scripts.experiments.libreoffice_pairs pairs": "see test_libreoffice_pairs.py",
     "python -m scripts.experiments translation pairs=pairs seeds=1": "an experiment of minutes",
     (
