@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from models.kernels.backends import TABLE
@@ -214,3 +215,5 @@ def fake_ranks(config: Config, rank: int) -> Iterator[Mesh]:
         yield mesh_of(config)
     finally:
         dist.destroy_process_group()
+        # It holds meshes of the ranks that are gone, which equal those of the next plan.
+        _clear_sharding_prop_cache()

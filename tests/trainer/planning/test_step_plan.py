@@ -115,3 +115,10 @@ def test_moves_are_sorted_by_the_link_that_they_take():
         assert plan.sent_over == {(move, link): size for move, size in plan.sent_bytes.items()}
         # Gradients are summed over both data ranks, which no machine of two holds.
         assert plan.costs.sent["allreduce", "across machines"] > 0
+
+
+def test_plans_of_other_ranks_follow_one_another():
+    words = ("engine=fsdp", "parallel.data=4", "engine.replicate=2", "model.layers=1")
+    config = config_of((*words, "context_length=32", "batch_tokens=128"))
+    peaks = {plan_step(config, WORDS, rank, read_device("cpu")).peak_bytes for rank in (0, 3)}
+    assert min(peaks) > 0
