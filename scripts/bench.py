@@ -18,7 +18,7 @@ part: the model of any settings of a run, as mixer._target_=mine.Averaged, besid
 Words: tokens, times, repeats, threads, seed, device, and the settings.
 plan: the peak memory of scripts.plan beside the measured one. Words: ranks (1 to 4).
 context: whether the largest context of scripts.plan fits, and 1.25 x it not. Words: memory (MiB).
-steps: the quickstart beside plain PyTorch; seconds to step 1. Words: steps, repeats, compiled, ...
+steps: the quickstart beside plain PyTorch; seconds to step 1. Words: steps, repeats, threads.
 reading: what a step waits for its batch, with and without reading ahead. Words: tokens, context,
 steps, step_ms, seed.
 memory: what a longer Transformer-XL memory adds to a step, beside the attention that it adds.

@@ -60,7 +60,6 @@ class StepsSizes:
 
     steps: int = 4
     repeats: int = 2
-    compiled: int = 1
     threads: int = 0
     ranks: int = 1
 
@@ -123,7 +122,7 @@ def measure(sizes: StepsSizes, group: Any) -> Iterator[dict]:
         for name, loop in plain.items():
             times = [loop.step() for _ in range(sizes.steps + WARM_UP)]
             seconds[name] += times[WARM_UP:]
-        if sizes.compiled and turn == 0:
+        if turn == 0:
             words = (*OURS["single, one rank"], "engine.compile=true")
             seconds[COMPILED] += trained(words, sizes.steps + WARM_UP)[0][WARM_UP:]
     for name, times in seconds.items():

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Label = str
-Observer = Callable[[Any, Any, Any], None]
+Observer = Callable[[Any, Any, Any, Any], None]
 
 
 class Allocation:
@@ -39,7 +39,7 @@ class LiveMemory(TorchDispatchMode):
     Attributes:
         label: is noted with each allocation from now on; see `labelled`.
         history: every allocation, by its number.
-        observe: is called with (operation, arguments, result); None = nobody.
+        observe: is called with (operation, arguments, result, named arguments); None = nobody.
     """
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class LiveMemory(TorchDispatchMode):
             if fresh and not _lies_in(storage._cdata, args):
                 self._watch(storage)
         if self.observe is not None:
-            self.observe(func, args, result)
+            self.observe(func, args, result, kwargs or {})
         return result
 
     def _watch(self, storage: Any) -> None:

@@ -6,7 +6,7 @@ device needs to start one. What is sent takes bytes / bandwidth of the slowest l
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,10 +36,14 @@ PRODUCTS = {
     CPU_ATTENTION: 2,
     _aten._scaled_dot_product_flash_attention: 2,
     _aten._scaled_dot_product_efficient_attention: 2,
+    _aten._scaled_dot_product_cudnn_attention: 2,
     CPU_ATTENTION_BACKWARD: 5,
     _aten._scaled_dot_product_flash_attention_backward: 5,
     _aten._scaled_dot_product_efficient_attention_backward: 5,
+    _aten._scaled_dot_product_cudnn_attention_backward: 5,
 }
+# Rows end to end, [tokens, heads, width], with the places where they begin; windows by an argument.
+PACKED = {_aten._flash_attention_forward: 2, _aten._flash_attention_backward: 5}
 GATHERS = ("send", "_allgather_base_", "allgather_", "_reduce_scatter_base_", "reduce_scatter_")
 
 
@@ -61,12 +65,12 @@ class StepCosts:
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     sent: Counter[tuple[str, str]] = field(default_factory=Counter)
 
-    def note(self, func: Any, args: Any, result: Any) -> None:
+    def note(self, func: Any, args: Any, result: Any, kwargs: Mapping[str, Any]) -> None:
         """Adds one operation, given its arguments and its result."""
         if func.namespace == "c10d":
             self._note_sent(func, args)
         elif not func.is_view:
-            self._note_computed(func, args, result)
+            self._note_computed(func, args, result, kwargs)
 
     def copy(self) -> "StepCosts":
         """Returns the same sums, apart from these."""
@@ -110,7 +114,7 @@ class StepCosts:
         """Adds bytes that go to the host's memory or come back; they are waited for."""
         self.seconds[HOST_COPIES] += size / self.device.host + self.device.operation_s
 
-    def _note_computed(self, func: Any, args: Any, result: Any) -> None:
+    def _note_computed(self, func: Any, args: Any, result: Any, kwargs: Mapping[str, Any]) -> None:
         moved = sum(tensor.nbytes for tensor in tensors_in((args, result)))
         if moved == 0:
             return
@@ -121,6 +125,10 @@ class StepCosts:
         if packet in PRODUCTS:
             term = ATTENTION
             flops = _attention_flops(func, args, PRODUCTS[packet])
+            rate = self.device.rate("attention", self.precision)
+        elif packet in PACKED:
+            term = ATTENTION
+            flops = _packed_flops(func, args, kwargs, PACKED[packet])
             rate = self.device.rate("attention", self.precision)
         elif packet in flop_registry:
             term = MATMUL
@@ -167,6 +175,24 @@ def _attention_flops(func: Any, args: Any, products: int) -> float:
     if named.get("is_causal"):
         pairs /= 2
     return 2.0 * products * rows * heads * pairs * width
+
+
+def _packed_flops(func: Any, args: Any, kwargs: Mapping[str, Any], products: int) -> float:
+    """FLOPs of attention over rows that lie end to end, each to itself."""
+    named = dict(zip((argument.name for argument in func._schema.arguments), args)) | dict(kwargs)
+    _, heads, width = named["query"].shape
+    queries = named["cum_seq_q"].diff().tolist()
+    keys = named["cum_seq_k"].diff().tolist()
+    window = named.get("window_size_left")
+    pairs = 0.0
+    for row_queries, row_keys in zip(queries, keys, strict=True):
+        seen = float(row_keys)
+        if named.get("is_causal"):
+            seen /= 2
+        if window is not None and window >= 0:
+            seen = min(seen, window + 1)
+        pairs += row_queries * seen
+    return 2.0 * products * heads * pairs * width
 
 
 def _ranks(args: Any) -> list[int]:

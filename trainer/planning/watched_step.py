@@ -149,8 +149,8 @@ class WatchedStep:
             found.append(Stretch(mark.event, mark.block, by_kind, host_bytes))
         return found
 
-    def _observe(self, func: Any, args: Any, result: Any) -> None:
-        self.costs.note(func, args, result)
+    def _observe(self, func: Any, args: Any, result: Any, kwargs: Any) -> None:
+        self.costs.note(func, args, result, kwargs)
         if self.costs.device.kind == "cpu":
             threads = torch.get_num_threads() // self.rehearsal.mesh.world.size
             inside = bytes_inside(func, args, max(1, threads))
