@@ -8,14 +8,34 @@ numbers. Wrapped scores combine a soft cap, a sink or shared values with every p
 Letters: B rows, T queries, S keys, H query heads, G key heads, D key width, E value width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from models.masks.algebra import Mask
 from models.span import Span
 
 Tensors = Sequence[Tensor]
+
+
+class PairBlocks(NamedTuple):
+    """N blocks of t query rows and s key rows; a query row is in one block at most.
+
+    Attributes:
+        queries: [N, t] numbers of rows among B x T x H.
+        keys: [N, s] numbers of rows among B x S x G.
+        seen: [N, t or 1, s] 1 where a query sees a key, else 0; as wide as sums.
+        add: [N, t, s] to add to the logits, or None.
+        real: [N, t] bool, False at rows that only fill a block; None where all are real.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    seen: Tensor
+    add: Tensor | None = None
+    real: Tensor | None = None
 
 
 class Score:
@@ -78,6 +98,31 @@ class Score:
         if bias is None:
             return logits
         return logits + bias
+
+    def pairs(
+        self,
+        mask: Mask,
+        query: Tensors,
+        payload: Tensors,
+        span: Span,
+        kv_span: Span,
+        *,
+        heads: Tensor,
+        most: int,
+    ) -> Iterator[PairBlocks] | None:
+        """Names the pairs that are seen, where the score knows them without computing logits.
+
+        Of a named pair the logit is `scale * q k`, of the operands, plus what its block adds.
+
+        Args:
+            mask: that of the attention; a score names the pairs of the masks that it knows.
+            heads: [H] global numbers.
+            most: scores to yield at a time.
+
+        Returns:
+            Blocks that hold every pair once; None where the score cannot name them.
+        """
+        return None
 
     def sink(self, params: Tensors) -> Tensor | None:
         """[H] logits of a key without a value that every query sees, or None."""

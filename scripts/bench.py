@@ -21,6 +21,8 @@ context: whether the largest context of scripts.plan fits, and 1.25 x it not. Wo
 steps: the quickstart beside plain PyTorch; seconds to step 1. Words: steps, repeats, threads.
 reading: what a step waits for its batch, with and without reading ahead. Words: tokens, context,
 steps, step_ms, seed.
+sparse: LSH and compressed attention beside full attention. Words: tokens, width, heads, hashes, ...
+overlap: what a link slowed on purpose adds. Words: tokens, heads, width, percent, ranks, ...
 memory: what a longer Transformer-XL memory adds to a step, beside the attention that it adds.
 Words: tokens, repeats, ... `--device cuda` is device=cuda: each rank takes a GPU, and mixers on a
 single one want ranks=1. Medians of alternated runs.
@@ -39,8 +41,8 @@ from trainer.entry import run_command
 from trainer.launch.elastic import init_process_group, start_ranks
 from trainer.launch.starters import Incomplete, adopt, started
 
-NAMES = "attention cache context decode experts memory mixers part plan reading steps time"
-BENCHES = NAMES.split()
+NAMES = "attention cache context decode experts memory mixers overlap part plan reading sparse"
+BENCHES = [*NAMES.split(), "steps", "time"]
 MODULES = {"time": "time_pieces"}  # where the module has another name than the word
 
 

@@ -7,16 +7,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.attention.compressed_blocks import EVERY, BlockCompressor, ChosenScore, rotate_last
-from models.attention.compressed_indexer import Indexer, index_scores, indexer_loss
+from models.attention.compressed_blocks import (
+    EVERY,
+    BlockCompressor,
+    ChosenScore,
+    rotate_last,
+    summaries_and_window,
+)
+from models.attention.compressed_indexer import Indexer, indexer_loss
 from models.attention.full import CAUSAL
 from models.init import Rule, ScaledNormal, constant
 from models.layer import Layer
-from models.masks.basic import SlidingWindow
-from models.masks.roles import RoleKey
 from models.positions.base import Position, require_rotary
 from models.positions.rope import Rope
-from models.primitives.block_topk import SUMMARY, BlockEnds, BlockTopK, PickedBlocks
+from models.primitives.block_topk import BlockEnds, BlockTopK, PickedBlocks
+from models.primitives.chosen_divergence import index_scores
 from models.primitives.softmax import Softmax
 from models.ranges import Count, Few
 from models.span import Span
@@ -109,8 +114,7 @@ class Compressed(Layer):
         self.group = nn.Parameter(torch.empty(groups, group_width, heads // groups * channels))
         self.out = nn.Linear(groups * group_width, width, bias=False)
         self.store = BlockTopK()
-        mask = CAUSAL & (RoleKey(SUMMARY) | SlidingWindow(window))
-        self.mix = Softmax(mask, ChosenScore(block))
+        self.mix = Softmax(summaries_and_window(window), ChosenScore(block, window, channels))
 
     def runs_by_segment(self) -> str | None:
         """See Layer."""
@@ -144,7 +148,7 @@ class Compressed(Layer):
         tokens = rotate_last(tokens, span, self.position, self.rope_dim)[:, :, 0]
         summaries = self.compressor(hidden, span, self.store, ends)
         index_query, index_keys = self.indexer(hidden, latent, span, self.store, ends)
-        chosen = self._choose(index_query, index_keys, span, ends)
+        chosen, index_logits = self._choose(index_query, index_keys, span, ends)
 
         # Everything that travels to other ranks is floating point; float32 holds block numbers up
         # to 2^24 exactly, bfloat16 would not.
@@ -171,7 +175,7 @@ class Compressed(Layer):
                 index_query,
                 index_keys,
                 (scaled_query, summaries, summary_share),
-                None if self.dense else chosen,
+                None if self.dense else (chosen, index_logits),
                 span=span,
                 ends=ends,
                 store=self.store,
@@ -191,11 +195,12 @@ class Compressed(Layer):
 
     def _choose(
         self, index_query: tuple[Tensor, ...], index_keys: Tensor, span: Span, ends: PickedBlocks
-    ) -> Tensor:
-        """[B, T, K] numbers of the blocks that each query sees; -1 for none."""
+    ) -> tuple[Tensor, Tensor]:
+        """Returns ([B, T, K] numbers of the blocks that each query sees, -1 for none; scores)."""
         if self.dense:
-            return torch.full((*span.shape, 1), EVERY, device=index_keys.device)
-        _, last_token = self.store.best(
+            every = torch.full((*span.shape, 1), EVERY, device=index_keys.device)
+            return every, torch.zeros_like(every)
+        scores, last_token = self.store.best(
             index_scores,
             index_query,
             (index_keys,),
@@ -204,7 +209,7 @@ class Compressed(Layer):
             kv_span=ends.span,
             count=self.top,
         )
-        return torch.where(last_token >= 0, last_token // self.block, -1)
+        return torch.where(last_token >= 0, last_token // self.block, -1), scores
 
 
 def _validate_channels(

@@ -4,19 +4,31 @@ Letters: B rows, T queries, S keys, N summaries, H heads, C channels of a summar
 M tokens in a block.
 """
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.attention.full import CAUSAL
 from models.init import Rule, constant
+from models.kernels.pairs.compressed_pairs import ChosenPairs
 from models.layer import Layer
+from models.masks.algebra import Mask
 from models.masks.basic import SlidingWindow
+from models.masks.roles import RoleKey
 from models.positions.base import Position
 from models.primitives.block_topk import SUMMARY, BlockTopK, PickedBlocks, find, moved, take
-from models.scores import Score, Tensors, grouped_dot_products
+from models.scores import PairBlocks, Score, Tensors, grouped_dot_products
 from models.span import Span
 
 EVERY = -2  # stands for all blocks where the number of a chosen block is expected
+
+
+def summaries_and_window(window: int) -> Mask:
+    """Shows the last tokens of a document, the query itself among them, and earlier summaries."""
+    return CAUSAL & (RoleKey(SUMMARY) | SlidingWindow(window))
 
 
 def rotate_last(hidden: Tensor, span: Span, position: Position, rope_dim: int) -> Tensor:
@@ -127,17 +139,47 @@ class ChosenScore(Score):
     param_heads = (0,)
     plain = False
 
-    def __init__(self, block: int):
-        super().__init__()
+    def __init__(self, block: int, window: int, channels: int):
+        super().__init__(channels**-0.5)
+        self.window = window
         self.block = block
 
     def operands(
         self, query: Tensors, payload: Tensors, params: Tensors
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See Score.operands; the value is the key and one more channel that marks summaries."""
-        key = payload[0][:, :, None]
-        is_summary = payload[1][:, :, None]
-        return query[0], key, torch.cat([key, is_summary], -1)
+        """See Score.operands; a key is its value, whose last channel marks summaries.
+
+        The query is 0 there, so that one tensor serves as key and value.
+        """
+        key = torch.cat([payload[0], payload[1]], -1)[:, :, None]
+        return F.pad(query[0], (0, 1)), key, key
+
+    def pairs(
+        self,
+        mask: Mask,
+        query: Tensors,
+        payload: Tensors,
+        span: Span,
+        kv_span: Span,
+        *,
+        heads: Tensor,
+        most: int,
+    ) -> Iterator[PairBlocks] | None:
+        """See Score.pairs: tokens of the window, and the summaries that each query has chosen."""
+        if mask != summaries_and_window(self.window):
+            return None
+        chosen = query[1].long()
+        if bool((chosen == EVERY).any()):
+            return None
+        pairs = ChosenPairs(
+            span,
+            kv_span,
+            kv_span.role == SUMMARY,
+            heads=query[0].shape[2],
+            most=most,
+            dtype=query[1].dtype,
+        )
+        return itertools.chain(pairs.window(self.window), pairs.chosen(chosen, self.block))
 
     def logits(
         self,
@@ -149,8 +191,7 @@ class ChosenScore(Score):
         heads: Tensor,
     ) -> Tensor:
         """[B, H, T, S]: scaled products, minus infinity at summaries that were not chosen."""
-        q, key, _ = self.operands(query, payload, params)
-        logits = grouped_dot_products(q, key) * self.scale(q)
+        logits = grouped_dot_products(query[0], payload[0][:, :, None]) * self.scale(query[0])
         is_summary = kv_span.role == SUMMARY
         if not bool(is_summary.any()):
             return logits

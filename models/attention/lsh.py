@@ -4,20 +4,24 @@ Letters: B rows, T queries, S keys, H heads, D head width, E value width.
 """
 
 import hashlib
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from models.attention.full import CAUSAL
+from models.kernels.pairs.bucket_pairs import BucketPairs
 from models.layer import Layer
+from models.masks.algebra import Mask
 from models.positions.base import Position, require_rotary
 from models.primitives.block_topk import BlockTopK, find, take
 from models.primitives.softmax import Softmax
 from models.ranges import Few, Many
-from models.scores import Score, Tensors, grouped_dot_products
+from models.scores import PairBlocks, Score, Tensors, grouped_dot_products
 from models.span import Span
 
+HASHED_AT_ONCE = 256  # tokens of a row
 ALONE = -1e4  # added to the logit of a token for itself: it counts only where it sees nothing else
 
 
@@ -35,6 +39,28 @@ class BucketScore(Score):
     query_heads = (2, 2, 2)
     payload_heads = (2, 2, 2, 2)
     plain = False
+
+    def __init__(self):
+        super().__init__(scale=1.0)  # keys are unit vectors
+
+    def pairs(
+        self,
+        mask: Mask,
+        query: Tensors,
+        payload: Tensors,
+        span: Span,
+        kv_span: Span,
+        *,
+        heads: Tensor,
+        most: int,
+    ) -> Iterator[PairBlocks] | None:
+        """See Score.pairs: tokens of equal buckets, found by sorting."""
+        if mask != CAUSAL:
+            return None
+        pairs = BucketPairs(
+            query[1:], payload[2:], span, kv_span, alone=ALONE, most=most, dtype=query[1].dtype
+        )
+        return pairs.blocks()
 
     def logits(
         self,
@@ -84,8 +110,8 @@ class LSHAttention(Layer):
         hashes: independent hashes; a key is seen if any of them shows it.
         buckets: an even number; null = 2 x context_length / chunk_size.
 
-    About hashes x 2 x chunk_size keys are visible to a query, but they are selected by a mask over
-    all earlier tokens of the document, so time still grows as in full attention.
+    At most hashes x 2 x chunk_size keys are visible to a query, and only these are computed: time
+    grows with the tokens, and with log(tokens) where they are sorted by bucket.
 
     Source: Kitaev et al. 2020 (arXiv:2001.04451). They sort a whole sequence by bucket and cut the
     sorted sequence into chunks, so that a later token can push an earlier key out of sight. Ours
@@ -170,8 +196,9 @@ class LSHAttention(Layer):
         with torch.no_grad():
             directions = rotations(*self.rotation_key).to(query.device)
             # float64: a hash must not depend on the dtype or on how many ranks compute it
-            products = torch.einsum("bthd,rhdn->bthrn", query.double(), directions)
-            return torch.cat([products, -products], -1).argmax(-1)
+            # some tokens at a time: the products are as many as tokens x buckets
+            parts = query.split(HASHED_AT_ONCE, 1)
+            return torch.cat([_nearest(part.double(), directions) for part in parts], 1)
 
     def places(self, buckets: Tensor, span: Span) -> Tensor:
         """Counts earlier tokens of the document in a token's bucket, [B, T, H, hashes] int64."""
@@ -190,6 +217,14 @@ class LSHAttention(Layer):
         places = torch.empty_like(groups).scatter_(1, token_index, sorted_index - group_start)
         own_index, _ = find(span, all_span)
         return take(places, own_index)
+
+
+def _nearest(query: Tensor, directions: Tensor) -> Tensor:
+    """Numbers the nearest of directions [hashes, H, D, n] and, from n on, of their opposites."""
+    products = torch.einsum("bthd,rhdn->bthrn", query, directions)
+    size, nearest = products.abs().max(-1, keepdim=True)
+    is_opposite = products.gather(-1, nearest) < size
+    return (nearest + is_opposite * directions.shape[-1])[..., 0]
 
 
 @lru_cache(maxsize=256)

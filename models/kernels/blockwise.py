@@ -25,6 +25,7 @@ from models.kernels.block_plan import (
     split_tile,
 )
 from models.kernels.packed import backward_bands, band_calls, forward_bands, merge_into
+from models.kernels.pairs import chosen_pairs
 from models.masks.algebra import Mask, visible
 from models.scores import Score, Tensors
 from models.span import Span
@@ -106,6 +107,30 @@ def _block_mask(spec: AttentionSpec, block: Tile) -> Mask | None:
     return None if block.kind == FULL_TILE else spec.mask
 
 
+def _in_tile(
+    spec: AttentionSpec,
+    block: Tile,
+    query: Tensors,
+    payload: Tensors,
+    params: Tensors,
+    span: Span,
+    kv_span: Span,
+) -> tuple[Any, ...]:
+    """Returns the arguments that the reference kernel takes for a block."""
+    rows = _query_slices(block)
+    keys = _key_slices(block)
+    return (
+        spec.score,
+        _block_mask(spec, block),
+        [tensor[rows] for tensor in query],
+        [tensor[keys] for tensor in payload],
+        params,
+        span.map(lambda addresses: addresses[rows]),
+        kv_span.map(lambda addresses: addresses[keys]),
+        spec.heads,
+    )
+
+
 def _tile_side(spec: AttentionSpec) -> int | None:
     """Returns the largest side of a block; None where blocks need only the kernel's own flags."""
     return LEAF if spec.score.biased else None
@@ -153,6 +178,11 @@ def forward(
     total: reference.Partial,
 ) -> None:
     """Attends to these keys too: `total` is changed in place."""
+    blocks = chosen_pairs.chosen_blocks(spec, query, payload, span, kv_span)
+    if blocks is not None:
+        operands = spec.score.operands(query, payload, params)
+        chosen_pairs.forward(blocks, operands, spec.score.scale(query[0]), total)
+        return
     kernel = _select(spec, query)
     operands = spec.score.operands(query, payload, params) if kernel else None
     calls = band_calls(spec.mask, spec.score, kernel, operands, span, kv_span)
@@ -169,16 +199,7 @@ def forward(
             causal, bias = _visibility(spec, block, span, kv_span, q.dtype)
             part = kernel.forward(q, k, v, spec.score.scale(q), causal, bias)
         else:
-            part = module.forward(
-                spec.score,
-                _block_mask(spec, block),
-                [tensor[rows] for tensor in query],
-                [tensor[keys] for tensor in payload],
-                params,
-                span.map(lambda addresses, rows=rows: addresses[rows]),
-                kv_span.map(lambda addresses, keys=keys: addresses[keys]),
-                spec.heads,
-            )
+            part = module.forward(*_in_tile(spec, block, query, payload, params, span, kv_span))
         merge_into(total, rows, part)
 
 
@@ -189,6 +210,10 @@ class Gradients:
     query: list[Tensor]
     payload: list[Tensor]
     params: list[Tensor]
+
+    def of(self, rows: tuple[slice, slice], keys: tuple[slice, slice]) -> list[Tensor]:
+        """Returns the sums of these queries and keys."""
+        return [*(sums[rows] for sums in self.query), *(sums[keys] for sums in self.payload)]
 
     @staticmethod
     def zeros(query: Tensors, payload: Tensors, params: Tensors) -> "Gradients":
@@ -224,6 +249,40 @@ def backward(
         total: (mean, lse) over ALL keys.
         delta: see reference.backward.
     """
+    blocks = chosen_pairs.chosen_blocks(spec, query, payload, span, kv_span, (d_out, delta))
+    if blocks is not None:
+        operands = _Operands(spec, query, payload, params, into)
+        chosen_pairs.backward(blocks, operands, spec.score.scale(query[0]), d_out, total[1], delta)
+        operands.close()
+        return
+    _backward_by_tiles(
+        spec,
+        query,
+        payload,
+        params,
+        span,
+        kv_span,
+        d_out=d_out,
+        total=total,
+        delta=delta,
+        into=into,
+    )
+
+
+def _backward_by_tiles(
+    spec: AttentionSpec,
+    query: Tensors,
+    payload: Tensors,
+    params: Tensors,
+    span: Span,
+    kv_span: Span,
+    *,
+    d_out: Tensor,
+    total: reference.Partial,
+    delta: Tensor,
+    into: Gradients,
+) -> None:
+    """`backward` of the tiles of the mask."""
     mean, lse = total
     kernel = _select(spec, query)
     operands = _Operands(spec, query, payload, params, into) if kernel else None
@@ -256,21 +315,12 @@ def backward(
             )
         else:
             gradients = module.backward(
-                spec.score,
-                _block_mask(spec, block),
-                [tensor[rows] for tensor in query],
-                [tensor[keys] for tensor in payload],
-                params,
-                span.map(lambda addresses, rows=rows: addresses[rows]),
-                kv_span.map(lambda addresses, keys=keys: addresses[keys]),
-                spec.heads,
+                *_in_tile(spec, block, query, payload, params, span, kv_span),
                 d_out=d_out[rows],
                 lse=lse[rows],
                 delta=delta[rows],
             )
-            sums = [tensor[rows] for tensor in into.query]
-            sums += [tensor[keys] for tensor in into.payload]
-            sums += into.params
+            sums = [*into.of(rows, keys), *into.params]
         _add_gradients(sums, gradients)
     if operands:
         operands.close()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from models.masks.algebra import Mask, visible
+from models.masks.basic import Causal, SameDocument
 from models.primitive import Primitive
 from models.scores import Tensors
 from models.span import PADDING, Span
@@ -22,7 +23,11 @@ from models.span import PADDING, Span
 # Role of an entry that stands for several tokens; its position is that of the last of them.
 SUMMARY = 16
 
-CHUNK_SCORES = 1 << 22  # scores in memory at once while searching
+# Scores in memory at once while searching: on a CPU few enough to stay in its cache.
+CHUNK_SCORES = 1 << 22
+CHUNK_SCORES_CPU = 1 << 17
+
+EARLIER = Causal() & SameDocument()
 
 
 class PickedBlocks(NamedTuple):
@@ -125,23 +130,82 @@ class BlockTopK(Primitive):
             rows, size = entry_span.shape
             scores = query[0].new_full((*span.shape, count), -torch.inf, dtype=torch.float64)
             positions = torch.full_like(scores, -1, dtype=torch.long)
-            step = max(1, CHUNK_SCORES // max(1, rows * size))
-            for start in range(0, span.shape[1], step):
+            most = CHUNK_SCORES_CPU if scores.is_cpu else CHUNK_SCORES
+            step = max(1, most // max(1, rows * size))
+            stretches = _stretches(mask, span, entry_span, step)
+            for start, (low, high) in zip(range(0, span.shape[1], step), stretches):
+                if low == high:
+                    continue
                 part = slice(start, start + step)
                 part_query = [tensor[:, part].double() for tensor in query]
                 part_span = span.map(lambda addresses, part=part: addresses[:, part])
-                part_scores = score(part_query, entries)
-                seen = visible(mask, part_span, entry_span)[:, 0]
+                some = entry_span.map(lambda addresses, a=low, b=high: addresses[:, a:b])
+                part_scores = score(part_query, [entry[:, low:high] for entry in entries])
+                seen = visible(mask, part_span, some)[:, 0]
                 part_scores = part_scores.masked_fill(~seen, -torch.inf)
-                # A stable sort, not topk: topk leaves the order of equals open.
-                ranked = part_scores.sort(dim=-1, descending=True, stable=True)
-                value = ranked.values[..., :count]
-                index = ranked.indices[..., :count]
-                entry_pos = entry_span.pos[:, None].expand(-1, index.shape[1], -1)
+                value, index = best_of(part_scores, count)
+                entry_pos = some.pos[:, None].expand(-1, index.shape[1], -1)
                 position = entry_pos.gather(-1, index).masked_fill(value == -torch.inf, -1)
                 scores[:, part, : value.shape[-1]] = value
                 positions[:, part, : value.shape[-1]] = position
         return scores, positions
+
+
+def _stretches(mask: Mask, span: Span, entry_span: Span, step: int) -> list[tuple[int, int]]:
+    """Returns the entries [first, last) that each `step` queries may see.
+
+    Args:
+        mask: EARLIER, under which entries in order of address lie side by side; else all are named.
+        span: addresses of the queries, [B, T].
+        entry_span: addresses of the entries, [B, S].
+        step: queries of a chunk; the last may have fewer.
+    """
+    size = entry_span.shape[1]
+    addresses = keys(entry_span)
+    is_ordered = bool((addresses[:, 1:] >= addresses[:, :-1]).all())
+    if mask != EARLIER or not is_ordered or span.pos.is_meta:
+        return [(0, size)] * -(-span.shape[1] // step)
+    own = keys(span)
+    low = torch.searchsorted(addresses, (own - span.pos).contiguous())
+    high = torch.searchsorted(addresses, own.contiguous(), right=True)
+    low = torch.where(span.valid(), low, size)
+    high = torch.where(span.valid(), high, 0)
+    firsts = [int(part.min()) for part in low.split(step, 1)]
+    lasts = [int(part.max()) for part in high.split(step, 1)]
+    return [(min(first, last), last) for first, last in zip(firsts, lasts)]
+
+
+def best_of(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Returns the `count` highest scores in order, and where they are; the first of equals wins.
+
+    Args:
+        scores: [..., S]; minus infinity for none.
+
+    Returns:
+        (scores [..., K], indices [..., K]), where K is S if that is less. The indices of none are
+        arbitrary.
+    """
+    size = scores.shape[-1]
+    if 2 * count >= size:
+        ranked = scores.sort(dim=-1, descending=True, stable=True)
+        return ranked.values[..., :count], ranked.indices[..., :count]
+    # `topk` is several times faster than a sort, and leaves the order of equals open: they are put
+    # in order, and where one more score equals the last chosen, a sort chooses among them.
+    value, index = scores.topk(count + 1, dim=-1)
+    last = value[..., count - 1]
+    is_open = (value[..., count] == last) & (last > -torch.inf)
+    are_equal = (value[..., 1:] == value[..., :-1]) & (value[..., 1:] > -torch.inf)
+    value = value[..., :count]
+    index = index[..., :count]
+    if bool(are_equal.any()):
+        index = index.sort(dim=-1).values
+        value, order = scores.gather(-1, index).sort(dim=-1, descending=True, stable=True)
+        index = index.gather(-1, order)
+    if bool(is_open.any()):
+        ranked = scores.sort(dim=-1, descending=True, stable=True)
+        value = torch.where(is_open[..., None], ranked.values[..., :count], value)
+        index = torch.where(is_open[..., None], ranked.indices[..., :count], index)
+    return value, index
 
 
 def picked_blocks(span: Span, chosen: Tensor, size: int | None = None) -> PickedBlocks:

@@ -84,7 +84,8 @@ def test_a_later_token_never_pushes_an_earlier_key_out_of_sight():
     for moved in (8, 20, 31):
         y = x.clone()
         y[:, moved] = torch.randn(12, dtype=torch.float64) * 3
-        assert torch.equal(layer(y, span)[:, :moved], before[:, :moved])
+        # Others in a tile may change, and with them the order of sums.
+        torch.testing.assert_close(layer(y, span)[:, :moved], before[:, :moved], rtol=0, atol=1e-14)
         assert not torch.equal(layer(y, span)[:, moved:], before[:, moved:])
 
 

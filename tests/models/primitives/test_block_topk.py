@@ -3,7 +3,7 @@
 import torch
 
 from models.masks.basic import Causal, SameDocument
-from models.primitives.block_topk import SUMMARY, BlockEnds, BlockTopK, find, moved, take
+from models.primitives.block_topk import SUMMARY, BlockEnds, BlockTopK, best_of, find, moved, take
 from models.span import Span
 
 
@@ -75,3 +75,15 @@ def test_of_rows_of_padding_nothing_is_brought_and_nothing_is_needed():
     y = take(x, index)
     assert y.shape == (2, 3, 4) and y.eq(0).all() and y.requires_grad
     assert take(torch.zeros(2, 0, 4, dtype=torch.int32), index).dtype == torch.int32
+
+
+def test_best_of_is_a_stable_sort_whatever_is_equal():
+    scores = torch.randint(0, 4, (50, 40)).double()  # ties at every rank
+    scores[7, 3:] = -torch.inf
+    scores[8] = torch.randn(40, dtype=torch.float64)
+    for count in (3, 30, 60):
+        ranked = scores.sort(dim=-1, descending=True, stable=True)
+        value, index = best_of(scores, count)
+        assert torch.equal(value, ranked.values[:, :count])
+        is_one = value > -torch.inf
+        assert torch.equal(index[is_one], ranked.indices[:, :count][is_one])

@@ -1,0 +1,169 @@
+"""Attention over chosen pairs: blocks of queries and keys that a score names beforehand.
+
+Where a score knows which keys a query can see without looking at the others (equal hashes, chosen
+blocks), the rows of queries and keys are gathered into small blocks and computed together, many
+blocks at a time. Cost and memory follow what was chosen, not the length of the row.
+
+Letters: B rows, T queries, S keys, H query heads, G key heads, D key width, E value width, N blocks
+computed together, t queries of a block, s keys of a block.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from models.kernels.nonfinite import all_finite
+from models.kernels.reference import Partial, accumulation_dtype, finite_lse
+from models.scores import PairBlocks, Tensors
+from models.span import Span
+
+# Scores of the blocks computed together: on a CPU they stay in the cache of a core.
+SCORES = {"cpu": 1 << 18}
+MANY_SCORES = 1 << 24
+HIDDEN = 1e30  # how far below others the logit of a key is that is not seen
+
+
+def chosen_blocks(
+    spec: Any, query: Tensors, payload: Tensors, span: Span, kv_span: Span, doubtful: Tensors = ()
+) -> Iterator[PairBlocks] | None:
+    """Returns the blocks that the score of a blockwise.AttentionSpec names.
+
+    None where it names none and the tiles of the mask serve: the gradient of the lse is wanted,
+    one token is decoded, some number is not finite (see nonfinite.py), or the tensors hold no
+    numbers, as in estimates.
+
+    Args:
+        doubtful: more tensors of the pass that may hold numbers that are not finite.
+    """
+    tensors = (*query, *payload, *doubtful)
+    if spec.general or span.shape[1] == 1 or not kv_span.shape[1]:
+        return None
+    if any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors):
+        return None
+    most = SCORES.get(query[0].device.type, MANY_SCORES)
+    blocks = spec.score.pairs(spec.mask, query, payload, span, kv_span, heads=spec.heads, most=most)
+    if blocks is None or not all_finite(tensors):
+        return None
+    return blocks
+
+
+def forward(blocks: Iterator[PairBlocks], operands: Tensors, scale: float, total: Partial) -> None:
+    """Attends to the pairs of all blocks: `total` is changed in place.
+
+    Args:
+        operands: q [B, T, H, D], k [B, S, G, D] and v [B, S, G, E]; k and v may be one tensor.
+        scale: factor of the dot products.
+        total: (mean [B, T, H, E], lse [B, T, H]) over the keys so far.
+    """
+    rows = _Rows(operands, scale)
+    mean = total[0].view(-1, total[0].shape[-1])
+    lse = total[1].view(-1)
+    for block in blocks:
+        _, logits, value, _ = rows.of(block)
+        highest = logits.amax(-1, keepdim=True)
+        weight = _weights(logits, highest, block)
+        mass = weight.sum(-1, keepdim=True)
+        part_lse = (mass.log() + highest).flatten()
+        part_mean = (weight @ value).div_(torch.where(mass > 0, mass, 1)).flatten(0, 1)
+        index = block.queries.flatten()
+        if block.real is not None:
+            kept = block.real.flatten().nonzero()[:, 0]
+            index = index[kept]
+            part_lse = part_lse[kept]
+            part_mean = part_mean[kept]
+        merged = torch.logaddexp(lse.index_select(0, index), part_lse)
+        share = (part_lse - finite_lse(merged)).exp_()
+        mean.index_copy_(0, index, mean.index_select(0, index).lerp_(part_mean, share[:, None]))
+        lse.index_copy_(0, index, merged)
+
+
+def backward(
+    blocks: Iterator[PairBlocks],
+    made: Any,
+    scale: float,
+    d_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+) -> None:
+    """Adds the contribution of the pairs of all blocks to the sums of the gradients of operands.
+
+    Args:
+        made: `operands` as in `forward`, and `sums`, the wide sums of their gradients.
+        scale: factor of the dot products.
+        d_out, lse, delta: as in reference.backward, over all keys.
+    """
+    rows = _Rows(made.operands, scale)
+    d_outs = d_out.reshape(-1, d_out.shape[-1])
+    all_lse = finite_lse(lse).reshape(-1)
+    all_delta = delta.reshape(-1)
+    sums = [tensor.view(-1, tensor.shape[-1]) for tensor in made.sums]
+    for block in blocks:
+        query, logits, value, key = rows.of(block)
+        index = block.queries.flatten()
+        shape = block.queries.shape
+        d_mean = d_outs.index_select(0, index).view(*shape, -1)
+        own_lse = all_lse.index_select(0, index).view(*shape, 1)
+        own_delta = all_delta.index_select(0, index).view(*shape, 1)
+        weight = _weights(logits, own_lse, block)
+        d_value = weight.transpose(1, 2) @ d_mean
+        d_logits = (d_mean @ value.transpose(1, 2)).sub_(own_delta)
+        d_logits.mul_(weight)
+        d_query = (d_logits @ key).mul_(scale)
+        d_key = d_logits.transpose(1, 2) @ query
+        key_index = block.keys.flatten()
+        sums[0].index_add_(0, index, d_query.flatten(0, 1))
+        if rows.shared:
+            sums[1].index_add_(0, key_index, d_key.add_(d_value).flatten(0, 1))
+        else:
+            sums[1].index_add_(0, key_index, d_key.flatten(0, 1))
+            sums[2].index_add_(0, key_index, d_value.flatten(0, 1))
+
+
+def _weights(logits: Tensor, less: Tensor, block: PairBlocks) -> Tensor:
+    """exp(logits - less), and 0 where a key is not seen; in the memory of the logits.
+
+    `exp` takes twenty times as long where its result is 0 or no normal number, hence the clamp: it
+    leaves weights that are below a normal number 0 but for a normal number's smallest.
+    """
+    lowest = math.log(torch.finfo(logits.dtype).tiny) + 1
+    return logits.sub_(less).clamp_(min=lowest).exp_().mul_(block.seen)
+
+
+class _Rows:
+    """Gathers rows of q, k and v, wide and with the query scaled."""
+
+    def __init__(self, operands: Tensors, scale: float):
+        query, key, value = operands
+        self.dtype = accumulation_dtype(query.dtype)
+        self.scale = scale
+        self.shared = _same(key, value)
+        self.query = query.reshape(-1, query.shape[-1])
+        self.key = key.reshape(-1, key.shape[-1])
+        self.value = self.key if self.shared else value.reshape(-1, value.shape[-1])
+
+    def of(self, block: PairBlocks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns (scaled query [N, t, D], logits [N, t, s], value [N, s, E], key [N, s, D]).
+
+        Logits of keys that are not seen are very low, and finite.
+        """
+        query = self._gathered(self.query, block.queries) * self.scale
+        key = self._gathered(self.key, block.keys)
+        value = key if self.shared else self._gathered(self.value, block.keys)
+        logits = query @ key.transpose(1, 2)
+        if block.add is not None:
+            logits += block.add
+        logits += (block.seen - 1).mul_(HIDDEN)
+        return query, logits, value, key
+
+    def _gathered(self, rows: Tensor, index: Tensor) -> Tensor:
+        gathered = rows.index_select(0, index.flatten()).view(*index.shape, -1)
+        return gathered.to(self.dtype)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Returns whether two tensors are one in memory."""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()

@@ -1,0 +1,193 @@
+"""How far the scores of an indexer are from the attention weights that they predict.
+
+Over the blocks that a query has chosen: the weights are computed once, and backward reads the index
+keys of these blocks alone.
+
+Letters: B rows, T queries, N summaries, K chosen blocks, H heads, I index heads, C channels.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.primitives.block_topk import find, moved, take
+from models.scores import Tensors
+from models.span import Span
+
+HIDDEN = 1e30  # how far below others the logit of a block is that is not seen
+CHUNK_NUMBERS = 1 << 20  # numbers of the gathered entries of a chunk of queries
+
+
+def index_scores(query: Tensors, keys: Tensors) -> Tensor:
+    """Scores summaries, [B, T, N]: sum over index heads of weight x relu(q k) / sqrt(C).
+
+    Args:
+        query: (q [B, T, I, C], weight [B, T, I]).
+        keys: (k [B, N, C],).
+    """
+    index_query, weight = query
+    (index_key,) = keys
+    index_query = index_query * index_key.shape[-1] ** -0.5
+    products = torch.einsum("btic,bnc->btin", index_query, index_key).relu_()
+    return torch.einsum("btin,bti->btn", products, weight)
+
+
+class ChosenDivergence(NamedTuple):
+    """What is kept of the loss over chosen blocks.
+
+    Attributes:
+        loss: [B, T] in nats.
+        error: [B, T, K] derivative of the loss by the index scores.
+        index: [B, T, K] int32, where the summaries lie among those brought.
+    """
+
+    loss: Tensor
+    error: Tensor
+    index: Tensor
+
+
+def attention_target(logits: Tensor, seen: Tensor, summary_share: Tensor) -> Tensor:
+    """Returns attention's weights on summaries, summed over heads, normed to 1 or all 0.
+
+    Args:
+        logits: [B, T, H, N or K].
+        seen: [B, T, N or K] bool.
+        summary_share: [B, T, H] of each head's weight that went to summaries.
+    """
+    # finite, not minus infinity: a query without a summary would give NaN in the softmax
+    lowest = (seen.to(logits.dtype) - 1) * HIDDEN
+    weight = (logits + lowest[:, :, None]).softmax(-1)
+    target = torch.einsum("bthn,bth->btn", weight, summary_share).masked_fill(~seen, 0)
+    smallest = torch.finfo(logits.dtype).tiny
+    return (target / target.sum(-1, keepdim=True).clamp_min(smallest)).detach()
+
+
+def divergence(target: Tensor, index_logits: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (KL(target || softmax of the index logits) [B, T], log of that softmax)."""
+    unseen = ~seen
+    smallest = torch.finfo(target.dtype).tiny
+    lowest = torch.finfo(target.dtype).min
+    log_prediction = index_logits.masked_fill(unseen, lowest).log_softmax(-1)
+    log_ratio = target.clamp_min(smallest).log() - log_prediction
+    loss = torch.where(seen & (target > 0), target * log_ratio, 0).sum(-1)
+    return loss, log_prediction
+
+
+@torch.no_grad()
+def divergence_of_chosen(
+    main: Tensors,
+    summaries: Tensor,
+    chosen: Tensors,
+    *,
+    span: Span,
+    summary_span: Span,
+    block: int,
+) -> ChosenDivergence:
+    """Computes the loss over chosen blocks, a chunk of queries at a time.
+
+    Args:
+        main: (q [B, T, H, C] times its scale, share [B, T, H] of weight on summaries).
+        summaries: [B, N, C].
+        chosen: ([B, T, K] numbers of blocks, negative for none; [B, T, K] their index scores).
+        span, summary_span: addresses of queries, and of the last tokens of blocks.
+        block: tokens in a block.
+    """
+    query, share = main
+    numbers, scores = chosen
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    step = _queries_at_once(numbers, summaries)
+    parts = []
+    for start in range(0, query.shape[1], step):
+        part = slice(start, start + step)
+        queries = span.map(lambda addresses, part=part: addresses[:, part])
+        index, seen = _found(numbers[:, part], queries, summary_span, block)
+        own_summaries = _gathered(summaries, index).to(dtype)
+        folded_query = query[:, part].flatten(0, 1).to(dtype)
+        logits = folded_query @ own_summaries.transpose(1, 2)
+        logits = logits.unflatten(0, seen.shape[:2])
+        target = attention_target(logits, seen, share[:, part].to(dtype))
+        loss, log_prediction = divergence(target, scores[:, part].to(dtype), seen)
+        error = log_prediction.exp() * target.sum(-1, keepdim=True) - target
+        parts.append((loss, error.masked_fill(~seen, 0), index.int()))
+    return ChosenDivergence(*(torch.cat(part, 1) for part in zip(*parts)))
+
+
+class ChosenLoss(torch.autograd.Function):
+    """The loss over chosen blocks, differentiable in index queries, their weights and keys."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kept: ChosenDivergence, query: Tensor, weight: Tensor, keys: Tensor
+    ) -> Tensor:
+        """Returns `kept.loss`.
+
+        Args:
+            kept: as `divergence_of_chosen` gives it.
+            query: [B, T, I, C].
+            weight: [B, T, I].
+            keys: [B, N, C].
+        """
+        ctx.kept = kept
+        ctx.save_for_backward(query, weight, keys)
+        return kept.loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        query, weight, keys = ctx.saved_tensors
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        d_query = torch.empty_like(query, dtype=dtype)
+        d_weight = torch.empty_like(weight, dtype=dtype)
+        d_keys = torch.zeros_like(keys, dtype=dtype).flatten(0, 1)
+        step = _queries_at_once(ctx.kept.index, keys)
+        row = torch.arange(len(keys), device=keys.device)[:, None, None] * keys.shape[1]
+        for start in range(0, query.shape[1], step):
+            part = slice(start, start + step)
+            index = ctx.kept.index[:, part].long()
+            leaves = [
+                query[:, part].flatten(0, 1)[:, None].to(dtype),
+                weight[:, part].flatten(0, 1)[:, None].to(dtype),
+                _gathered(keys, index).to(dtype),
+            ]
+            leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+            with torch.enable_grad():
+                scores = index_scores(leaves[:2], leaves[2:])
+            error = ctx.kept.error[:, part] * grads[0][:, part, None]
+            found = torch.autograd.grad(scores, leaves, error.flatten(0, 1)[:, None])
+            d_query[:, part] = found[0].view_as(d_query[:, part])
+            d_weight[:, part] = found[1].view_as(d_weight[:, part])
+            if keys.shape[1]:
+                d_keys.index_add_(0, (index + row).flatten(), found[2].flatten(0, 1))
+        return (
+            None,
+            d_query.to(query.dtype),
+            d_weight.to(weight.dtype),
+            d_keys.view_as(keys).to(keys.dtype),
+        )
+
+
+def _queries_at_once(numbers: Tensor, entries: Tensor) -> int:
+    """Number of queries in a chunk, each with a copy of its own entries."""
+    work = numbers.shape[0] * numbers.shape[-1] * entries.shape[-1]
+    return max(1, CHUNK_NUMBERS // max(1, work))
+
+
+def _gathered(entries: Tensor, index: Tensor) -> Tensor:
+    """Gathers each query's own entries: [B, N, C] at [B, T, K] -> [B T, K, C]."""
+    if not entries.shape[1]:
+        return take(entries, index.flatten(1)).unflatten(1, index.shape[1:]).flatten(0, 1)
+    row = torch.arange(len(entries), device=entries.device)[:, None, None] * entries.shape[1]
+    rows = entries.flatten(0, 1).index_select(0, (index + row).flatten())
+    return rows.unflatten(0, index.shape).flatten(0, 1)
+
+
+def _found(numbers: Tensor, queries: Span, summary_span: Span, block: int) -> tuple[Tensor, Tensor]:
+    """Returns (index [B, T, K] of chosen blocks among the summaries, seen [B, T, K] bool)."""
+    count = numbers.shape[-1]
+    flat = numbers.flatten(1)
+    query_span = queries.map(lambda addresses: addresses.repeat_interleave(count, 1))
+    # a summary has the address of the last token of its block
+    last_token = moved(query_span, flat * block + block - 1 - query_span.pos)
+    index, exists = find(last_token, summary_span)
+    seen = (exists & (flat >= 0)).view_as(numbers)
+    return index.view_as(numbers), seen

@@ -1,0 +1,190 @@
+"""Measures how much of a driver's communication is hidden behind its computation.
+
+The link between ranks is slowed on purpose: what a rank sends takes bytes / bandwidth seconds, one
+send after the other, and whoever waits for it sleeps that long. The bandwidth is chosen so that all
+sends of a pass take `percent` of the time that the pass takes by itself. Exposed is what the slow
+link adds to a pass; its share is in units of the time of the sends: 0 where all are hidden, 1 where
+computing waits for each. Medians of alternated runs, forward and backward.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.attention.full import CAUSAL
+from models.primitives.scan import Scan
+from models.primitives.softmax import Softmax
+from models.span import Span
+from parallel.collectives import Communicator, Pending
+from parallel.drivers.scan import StatePassing
+from parallel.drivers.softmax_allgather import AllGather
+from parallel.drivers.softmax_ring import Ring
+from parallel.layout import zigzag
+from parallel.sharding import shard_span
+from scripts.benchmarks.attention import parse_into
+from scripts.benchmarks.timing import BenchmarkEntry, gathered, timed
+
+GOAL = 1.15  # of the longer of computing and sending
+
+
+@dataclass(frozen=True)
+class OverlapSizes:
+    """Settings of the benchmark; every field is a word `key=value` of the command."""
+
+    tokens: int = 4096
+    heads: int = 8
+    width: int = 64
+    percent: int = 100
+    ranks: int = 2
+    threads: int = 1
+    repeats: int = 3
+    seed: int = 0
+    device: str = "cpu"
+
+
+def parse(words: list[str]) -> OverlapSizes:
+    """Reads `key=value` words; see scripts.benchmarks.attention.parse_into.
+
+    Raises:
+        ValueError: also for one rank, which sends nothing.
+    """
+    sizes = parse_into(OverlapSizes(), words)
+    if sizes.ranks < 2:
+        raise ValueError("ranks=1 sends nothing; use ranks=2 or more")
+    return sizes
+
+
+class SlowPending(Pending):
+    """A transfer that has arrived at `ready` and not before."""
+
+    def __init__(self, inner: Pending, ready: float):
+        super().__init__(inner.works, inner.into, inner.kept, inner.devices)
+        self.ready = ready
+
+    def wait(self) -> list[Tensor]:
+        """See Pending.wait."""
+        arrived = super().wait()
+        _sleep_until(self.ready)
+        return arrived
+
+
+class SlowCommunicator(Communicator):
+    """A communicator whose sends take time by their bytes.
+
+    Attributes:
+        seconds_per_byte: 0 = as fast as the machine is.
+        sending_s: seconds that all sends took so far.
+    """
+
+    def __init__(self, group: Any):
+        super().__init__(group)
+        self.seconds_per_byte = 0.0
+        self.sending_s = 0.0
+        self._free = 0.0
+
+    def ring_shift(self, tensors: Sequence[Tensor], name: str = "rotate") -> Pending:
+        """See Communicator.ring_shift."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return SlowPending(super().ring_shift(tensors, name), self._arrival(size))
+
+    def all_to_all(
+        self, parts: Sequence[Tensor], sizes: Sequence[int], name: str = "exchange"
+    ) -> list[Tensor]:
+        """See Communicator.all_to_all."""
+        remote = [part for rank, part in enumerate(parts) if rank != self.rank]
+        ready = self._arrival(sum(part.numel() * part.element_size() for part in remote))
+        arrived = super().all_to_all(parts, sizes, name)
+        _sleep_until(ready)
+        return arrived
+
+    def _arrival(self, size: int) -> float:
+        """Returns when so many bytes have arrived that are sent now, behind those before."""
+        seconds = size * self.seconds_per_byte
+        self._free = max(self._free, time.perf_counter()) + seconds
+        self.sending_s += seconds
+        return self._free
+
+
+def _sleep_until(moment: float) -> None:
+    time.sleep(max(0.0, moment - time.perf_counter()))
+
+
+def measure(sizes: OverlapSizes, group: Any) -> Iterator[dict]:
+    """Yields a row of figures for each driver; on every rank, in step."""
+    for name in ("ring", "allgather", "scan"):
+        communicator = SlowCommunicator(group)
+        entry = BenchmarkEntry(name, {}, _step(name, sizes, communicator))
+        entry.step()
+        communicator.bytes_sent.clear()
+        entry.step()
+        sent = max(gathered(sum(communicator.bytes_sent.values())))
+        alone = median(timed(entry, sizes.threads).seconds for _ in range(sizes.repeats))
+        alone = max(gathered(alone))
+        computing = []
+        slowed = []
+        for _ in range(sizes.repeats):
+            communicator.seconds_per_byte = 0.0
+            computing.append(max(gathered(timed(entry, sizes.threads).seconds)))
+            communicator.seconds_per_byte = alone * sizes.percent / 100 / sent
+            communicator.sending_s = 0.0
+            slowed.append(max(gathered(timed(entry, sizes.threads).seconds)))
+        sending = max(gathered(communicator.sending_s))
+        seconds = median(slowed)
+        compute = median(computing)
+        yield {
+            "name": name,
+            "ranks": sizes.ranks,
+            "bytes": sent,
+            "compute_s": compute,
+            "send_s": sending,
+            "seconds": seconds,
+            "exposed_share": max(0.0, seconds - compute) / sending,
+            "beside_longer": seconds / max(compute, sending),
+        }
+
+
+def _step(name: str, sizes: OverlapSizes, communicator: SlowCommunicator) -> Any:
+    line = Span.line(1, sizes.tokens)
+    here = shard_span(line, [zigzag(sizes.tokens, communicator.size)], communicator.rank)
+    generator = torch.Generator().manual_seed(sizes.seed)
+    shape = (3, 1, here.shape[1], sizes.heads, sizes.width)
+    leaves = torch.randn(shape, generator=generator).mul(sizes.width**-0.5).to(sizes.device)
+    here = here.map(lambda addresses: addresses.to(sizes.device)).with_sharding(here.sharding)
+    query, key, value = (leaf.requires_grad_() for leaf in leaves.unbind())
+    decay = torch.full(query.shape[:3], -0.05, device=sizes.device)
+    if name == "scan":
+        driver = StatePassing(Scan(), communicator)
+        payload = (key, value, decay)
+    else:
+        driver = {"ring": Ring, "allgather": AllGather}[name](Softmax(CAUSAL), communicator)
+        payload = (key, value)
+
+    def step() -> None:
+        for leaf in (query, key, value):
+            leaf.grad = None
+        driver((query,), payload, span=here).sum().backward()
+
+    return step
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as text."""
+    columns = ("sent MB", "compute ms", "send ms", "ms", "exposed", "beside longer", "goal")
+    lines = [f"{'driver':12}" + "".join(f"{name:>15}" for name in columns)]
+    for row in rows:
+        cells = [
+            f"{row['bytes'] / 1e6:.2f}",
+            f"{row['compute_s'] * 1000:.0f}",
+            f"{row['send_s'] * 1000:.0f}",
+            f"{row['seconds'] * 1000:.0f}",
+            f"{row['exposed_share']:.2f}",
+            f"{row['beside_longer']:.2f}",
+            f"{GOAL}",
+        ]
+        lines.append(f"{row['name']:12}" + "".join(f"{cell:>15}" for cell in cells))
+    return "\n".join(lines)

@@ -1,0 +1,141 @@
+"""Measures attention that computes only chosen pairs beside full attention of the same sizes.
+
+A step is forward and backward of one layer over one row that is one document, on one device: with
+its projections, its hashes or its indexer and that one's loss. "beside full" is its time in units
+of full attention's, by the clock and by processor time, which a busy machine disturbs less; the
+goal is half. Medians of alternated runs, after one that does not count.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from models.attention.compressed import Compressed
+from models.attention.full import MultiHead
+from models.attention.lsh import LSHAttention
+from models.init import initialise
+from models.positions.rope import Rope
+from models.span import Span
+from scripts.benchmarks.attention import parse_into
+from scripts.benchmarks.timing import BenchmarkEntry, alternate, middle
+
+FULL = "full"
+GOAL = 0.5
+SHARE = 16  # of the blocks of the row one is chosen
+
+
+@dataclass(frozen=True)
+class SparseSizes:
+    """Settings of the benchmark; every field is a word `key=value` of the command."""
+
+    tokens: int = 16384
+    width: int = 512
+    heads: int = 8
+    hashes: int = 4
+    chunk: int = 128
+    block: int = 4
+    window: int = 128
+    threads: int = 1
+    repeats: int = 3
+    seed: int = 0
+    ranks: int = 1
+    device: str = "cpu"
+
+
+def parse(words: list[str]) -> SparseSizes:
+    """Reads `key=value` words; see scripts.benchmarks.attention.parse_into.
+
+    Raises:
+        ValueError: also for more than one rank, or a row of fewer than 16 blocks.
+    """
+    sizes = parse_into(SparseSizes(), words)
+    if sizes.ranks > 1:
+        raise ValueError(f"ranks={sizes.ranks}: one device is measured; use ranks=1")
+    if sizes.tokens < SHARE * sizes.block:
+        raise ValueError(
+            f"tokens={sizes.tokens} are fewer than {SHARE} blocks of block={sizes.block}; use"
+            f" {SHARE * sizes.block} or more"
+        )
+    return sizes
+
+
+def layers(sizes: SparseSizes) -> dict[str, Callable[[], nn.Module]]:
+    """What is measured, by name."""
+    width = sizes.width
+    heads = sizes.heads
+    top = sizes.tokens // sizes.block // SHARE
+    return {
+        FULL: lambda: MultiHead(width, heads, Rope()),
+        f"lsh, {sizes.hashes} hashes, chunks of {sizes.chunk}": lambda: LSHAttention(
+            width,
+            heads,
+            Rope(),
+            layer=0,
+            seed=sizes.seed,
+            context_length=sizes.tokens,
+            chunk_size=sizes.chunk,
+            hashes=sizes.hashes,
+        ),
+        f"compressed, {top} blocks of {sizes.block}": lambda: Compressed(
+            width, heads, Rope(), block=sizes.block, top=top, window=sizes.window
+        ),
+    }
+
+
+def measure(sizes: SparseSizes, group: Any) -> Iterator[dict]:
+    """Yields a row of figures for each layer; `group` is of this one rank."""
+    assert dist.get_world_size(group) == 1
+    entries = []
+    for name, build in layers(sizes).items():
+        entry = BenchmarkEntry(name, {"tokens": sizes.tokens}, _step(sizes, build))
+        torch.set_num_threads(sizes.threads)
+        entry.step()
+        entries.append(entry)
+    runs = [middle(each) for each in alternate(entries, sizes.repeats, sizes.threads)]
+    for entry, taken in zip(entries, runs, strict=True):
+        yield {
+            "name": entry.name,
+            **entry.facts,
+            "seconds": taken.seconds,
+            "processor_seconds": taken.processor_seconds,
+            "beside_full": taken.seconds / runs[0].seconds,
+            "beside_full_by_cpu": taken.processor_seconds / runs[0].processor_seconds,
+        }
+
+
+def _step(sizes: SparseSizes, build: Callable[[], nn.Module]) -> Callable[[], None]:
+    layer = initialise(build(), seed=sizes.seed).to(sizes.device)
+    generator = torch.Generator().manual_seed(sizes.seed)
+    hidden = torch.randn(1, sizes.tokens, sizes.width, generator=generator).to(sizes.device)
+    hidden.requires_grad_()
+    span = Span.line(1, sizes.tokens, sizes.device)
+
+    def step() -> None:
+        layer.zero_grad()
+        hidden.grad = None
+        loss = layer(hidden, Span.of(span.pos, span.doc)).sum()
+        if isinstance(layer, Compressed):
+            loss = loss + layer.auxiliary["indexer"].sum()
+        loss.backward()
+
+    return step
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as text."""
+    columns = ("tokens", "ms", "beside full", "by cpu", "goal")
+    lines = [f"{'attention':36}" + "".join(f"{name:>13}" for name in columns)]
+    for row in rows:
+        cells = [
+            f"{row['tokens']:,}",
+            f"{row['seconds'] * 1000:.0f}",
+            f"{row['beside_full']:.2f}",
+            f"{row['beside_full_by_cpu']:.2f}",
+            "-" if row["name"] == FULL else f"{GOAL}",
+        ]
+        lines.append(f"{row['name']:36}" + "".join(f"{cell:>13}" for cell in cells))
+    return "\n".join(lines)
