@@ -1,4 +1,4 @@
-"""How far the scores of an indexer are from the attention weights that they predict.
+"""The distance of an indexer's scores from the attention weights that they predict.
 
 Over the blocks that a query has chosen: the weights are computed once, and backward reads the index
 keys of these blocks alone.
@@ -34,7 +34,7 @@ def index_scores(query: Tensors, keys: Tensors) -> Tensor:
 
 
 class ChosenDivergence(NamedTuple):
-    """What is kept of the loss over chosen blocks.
+    """The loss over chosen blocks, and what its backward pass needs.
 
     Attributes:
         loss: [B, T] in nats.

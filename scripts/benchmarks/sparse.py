@@ -64,7 +64,7 @@ def parse(words: list[str]) -> SparseSizes:
 
 
 def layers(sizes: SparseSizes) -> dict[str, Callable[[], nn.Module]]:
-    """What is measured, by name."""
+    """Returns the builders of the measured layers, by name."""
     width = sizes.width
     heads = sizes.heads
     top = sizes.tokens // sizes.block // SHARE
