@@ -104,6 +104,10 @@ NOT_COMPOSED = {
         "needs an export; tests/trainer/decoding/test_command.py"
     ),
     "python -m scripts.offload": "needs a GPU",
+    "python -m scripts.kernels": "names the command; tests/trainer/planning/test_kernel_table.py",
+    (
+        "python -m scripts.kernels model=full precision=bfloat16 context_length=32768 device=h200"
+    ): "tests/trainer/planning/test_kernel_table.py",
     "python -m scripts.bench context": "minutes; tests/scripts/benchmarks/test_context.py",
     "python -m scripts.bench steps": "minutes; tests/scripts/benchmarks/test_steps.py",
     "python -m scripts.bench plan ranks=2": "minutes; tests/trainer/planning/test_step_plan.py",

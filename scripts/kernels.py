@@ -1,0 +1,38 @@
+"""python -m scripts.kernels KEY=VALUE ... [device=h200] [gpus=4]: the kernel that serves each part.
+
+Takes the overrides of a run, passes a short row through its model without numbers, and prints for
+every attention, scan, convolution and other primitive the kernel that would compute it, and why:
+for one document, for packed documents, and for the blocks of a ring of parallel.context ranks
+(gpus=; 4 where the run has one). device= is one of a100, h100, h200, b200 and cpu; json=true prints
+lines of JSON. Scans name the
+kernels of fla where it is installed here. Exit status 2 for what is refused.
+"""
+
+import json
+from collections.abc import Sequence
+
+from trainer.entry import run_command
+from trainer.planning.kernel_table import KernelRow, kernel_rows, read_kernel_words
+
+
+def main(words: Sequence[str]) -> int:
+    asked = read_kernel_words(words)
+    rows = kernel_rows(asked)
+    for row in rows:
+        if asked.as_json:
+            print(json.dumps(row._asdict()))
+        else:
+            show(row)
+    return 0
+
+
+def show(row: KernelRow) -> None:
+    """Prints a call, where it is made, and a line for each situation."""
+    print(f"{row.places}: {row.subject}")
+    for situation, kernel, reason in row.choices:
+        print(f"  {situation}: {kernel}")
+        print(f"      because: {reason}")
+
+
+if __name__ == "__main__":
+    run_command(main, __doc__)
