@@ -15,6 +15,8 @@ from scripts.gpu_checks.one_step import run_step
 from scripts.gpu_checks.schedule import STEPS
 from trainer.entry import run_command
 
+SHORTEST_S = 60  # a shorter limit goes into starts
+
 
 def main(words: list[str]) -> int:
     names = [step.name for step in STEPS]
@@ -25,9 +27,15 @@ def main(words: list[str]) -> int:
             return 2
     if words:
         return run_step(words[0], dry="dry" in words[1:])
-    out = Path(os.environ.get("OUT", "."))
-    limit = float(os.environ.get("LIMIT", "800"))
-    return conduct(out, limit, only, dry=os.environ.get("DRY", "") == "1")
+    limit = os.environ.get("LIMIT", "800")
+    dry = os.environ.get("DRY") or "0"
+    if not limit.isdecimal() or int(limit) < SHORTEST_S:
+        print(f"LIMIT={limit}: must be seconds, at least {SHORTEST_S}; use 800", file=sys.stderr)
+        return 2
+    if dry not in ("0", "1"):
+        print(f"DRY={dry}: must be 0 or 1; use DRY=1 to rehearse on the CPU", file=sys.stderr)
+        return 2
+    return conduct(Path(os.environ.get("OUT", ".")), float(limit), only, dry=dry == "1")
 
 
 if __name__ == "__main__":

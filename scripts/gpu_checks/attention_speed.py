@@ -31,7 +31,7 @@ BACKWARD = 2.5  # of the FLOPs of a forward pass
 FLEX_COST_S = 25.0  # to compile FlexAttention for a shape, forward and backward
 
 
-class Shape(NamedTuple):
+class RowShape(NamedTuple):
     """One row: `documents` of uneven lengths, and at most `window` keys for a query (0: all)."""
 
     tokens: int
@@ -40,45 +40,45 @@ class Shape(NamedTuple):
 
 
 SHAPES = (
-    Shape(32 * K),
-    Shape(32 * K, documents=8),
-    Shape(32 * K, window=4096),
-    Shape(128 * K),
-    Shape(32 * K, documents=32),
-    Shape(32 * K, window=1024),
-    Shape(8 * K),
-    Shape(128 * K, window=4096),
-    Shape(128 * K, documents=32),
-    Shape(8 * K, documents=8),
-    Shape(8 * K, window=1024),
-    Shape(128 * K, window=1024),
-    Shape(8 * K, documents=32),
-    Shape(128 * K, documents=8),
-    Shape(8 * K, window=4096),
+    RowShape(32 * K),
+    RowShape(32 * K, documents=8),
+    RowShape(32 * K, window=4096),
+    RowShape(128 * K),
+    RowShape(32 * K, documents=32),
+    RowShape(32 * K, window=1024),
+    RowShape(8 * K),
+    RowShape(128 * K, window=4096),
+    RowShape(128 * K, documents=32),
+    RowShape(8 * K, documents=8),
+    RowShape(8 * K, window=1024),
+    RowShape(128 * K, window=1024),
+    RowShape(8 * K, documents=32),
+    RowShape(128 * K, documents=8),
+    RowShape(8 * K, window=4096),
 )
-TINY = (Shape(64), Shape(64, documents=4), Shape(64, window=8))
+TINY = (RowShape(64), RowShape(64, documents=4), RowShape(64, window=8))
 
 
-class Prepared(NamedTuple):
+class SpeedCheck(NamedTuple):
     """The device, the shapes, and heads, key heads and width of a head."""
 
     device: torch.device
-    shapes: tuple[Shape, ...]
+    shapes: tuple[RowShape, ...]
     heads: int
     key_heads: int
     width: int
 
 
-def prepare(dry: bool) -> Prepared:
+def prepare(dry: bool) -> SpeedCheck:
     """Returns what is timed, and has the card's context made."""
     device = card(dry)
     torch.zeros(1, device=device)
     if dry:
-        return Prepared(device, TINY, 4, 2, 16)
-    return Prepared(device, SHAPES, HEADS, KEY_HEADS, HEAD_WIDTH)
+        return SpeedCheck(device, TINY, 4, 2, 16)
+    return SpeedCheck(device, SHAPES, HEADS, KEY_HEADS, HEAD_WIDTH)
 
 
-def check(prepared: Prepared, seconds: float) -> Iterator[dict[str, Any]]:
+def check(prepared: SpeedCheck, seconds: float) -> Iterator[dict[str, Any]]:
     """Yields a row for each shape, while time remains; FlexAttention for some at the end."""
     began = time.monotonic()
     for shape in prepared.shapes:
@@ -91,10 +91,10 @@ def check(prepared: Prepared, seconds: float) -> Iterator[dict[str, Any]]:
         yield _row(prepared, shape, {"flex": partial(_flex, shape)})
 
 
-Rival = Callable[[Prepared], Callable[[], Tensor]]
+Rival = Callable[[SpeedCheck], Callable[[], Tensor]]
 
 
-def _row(prepared: Prepared, shape: Shape, rivals: dict[str, Rival]) -> dict[str, Any]:
+def _row(prepared: SpeedCheck, shape: RowShape, rivals: dict[str, Rival]) -> dict[str, Any]:
     """Times ours and its rivals in turn; a rival that refuses is named with its reason."""
     row: dict[str, Any] = {"tokens": shape.tokens, "documents": shape.documents}
     row["window"] = shape.window
@@ -120,7 +120,7 @@ def _row(prepared: Prepared, shape: Shape, rivals: dict[str, Rival]) -> dict[str
     return row
 
 
-def lengths(shape: Shape) -> list[int]:
+def lengths(shape: RowShape) -> list[int]:
     """Returns the uneven lengths of the documents of a row, in a fixed disorder."""
     count = shape.documents
     weights = [1 + (7 * number) % count for number in range(count)]
@@ -130,7 +130,7 @@ def lengths(shape: Shape) -> list[int]:
     return sizes
 
 
-def _pairs(shape: Shape) -> int:
+def _pairs(shape: RowShape) -> int:
     """Returns the visible pairs of queries and keys."""
     pairs = 0
     for size in lengths(shape):
@@ -139,7 +139,7 @@ def _pairs(shape: Shape) -> int:
     return pairs
 
 
-def _tensors(prepared: Prepared, tokens: int) -> list[Tensor]:
+def _tensors(prepared: SpeedCheck, tokens: int) -> list[Tensor]:
     """Returns q, k, v [1, T, H or G, D] that get gradients, and the gradient of the output."""
     generator = torch.Generator(prepared.device).manual_seed(0)
     made = []
@@ -157,7 +157,7 @@ def _step(call: Callable[..., Tensor], tensors: list[Tensor]) -> Callable[[], An
     return lambda: torch.autograd.grad(call(*leaves), leaves, d_out)
 
 
-def _ours(prepared: Prepared, shape: Shape) -> Callable[[], Any]:
+def _ours(prepared: SpeedCheck, shape: RowShape) -> Callable[[], Any]:
     sizes = torch.tensor(lengths(shape))
     document = torch.arange(len(sizes)).repeat_interleave(sizes)
     start = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
@@ -168,7 +168,7 @@ def _ours(prepared: Prepared, shape: Shape) -> Callable[[], Any]:
     return _step(lambda q, k, v: leaf((q,), (k, v), span=span), _tensors(prepared, shape.tokens))
 
 
-def _rivals(prepared: Prepared, shape: Shape) -> dict[str, Rival]:
+def _rivals(prepared: SpeedCheck, shape: RowShape) -> dict[str, Rival]:
     if shape.documents == 1 and not shape.window:
         return {
             "cudnn": partial(_sdpa, shape, SDPBackend.CUDNN_ATTENTION),
@@ -177,7 +177,7 @@ def _rivals(prepared: Prepared, shape: Shape) -> dict[str, Rival]:
     return {"varlen flash": partial(_varlen, shape)}
 
 
-def _sdpa(shape: Shape, kernel: SDPBackend, prepared: Prepared) -> Callable[[], Any]:
+def _sdpa(shape: RowShape, kernel: SDPBackend, prepared: SpeedCheck) -> Callable[[], Any]:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(kernel):
@@ -187,7 +187,7 @@ def _sdpa(shape: Shape, kernel: SDPBackend, prepared: Prepared) -> Callable[[], 
     return _step(call, _tensors(prepared, shape.tokens))
 
 
-def _varlen(shape: Shape, prepared: Prepared) -> Callable[[], Any]:
+def _varlen(shape: RowShape, prepared: SpeedCheck) -> Callable[[], Any]:
     sizes = torch.tensor([0, *lengths(shape)])
     ends = sizes.cumsum(0).to(prepared.device, torch.int32)
     longest = int(sizes.max())
@@ -204,7 +204,7 @@ def _varlen(shape: Shape, prepared: Prepared) -> Callable[[], Any]:
     return step
 
 
-def _flex(shape: Shape, prepared: Prepared) -> Callable[[], Any]:
+def _flex(shape: RowShape, prepared: SpeedCheck) -> Callable[[], Any]:
     sizes = torch.tensor(lengths(shape), device=prepared.device)
     document = torch.arange(len(sizes), device=prepared.device).repeat_interleave(sizes)
     far = shape.window or shape.tokens

@@ -22,7 +22,7 @@ TINY = (
 STEPS = 5
 
 
-class Prepared(NamedTuple):
+class CompileCheck(NamedTuple):
     """The device, the two runs, and the seconds of the first steps of each."""
 
     device: torch.device
@@ -30,7 +30,7 @@ class Prepared(NamedTuple):
     first: dict[str, float]
 
 
-def prepare(dry: bool) -> Prepared:
+def prepare(dry: bool) -> CompileCheck:
     """Returns both runs after two steps: the first of one compiles."""
     device = card(dry)
     runs = {}
@@ -43,10 +43,10 @@ def prepare(dry: bool) -> Prepared:
         first[name] = seconds_of_a_step(run, device) + seconds_of_a_step(run, device)
         runs[name] = run
     free(device)
-    return Prepared(device, runs, first)
+    return CompileCheck(device, runs, first)
 
 
-def check(prepared: Prepared, seconds: float) -> Iterator[dict[str, Any]]:
+def check(prepared: CompileCheck, seconds: float) -> Iterator[dict[str, Any]]:
     """Yields a row for each of the two, whose steps are taken in turn."""
     began = time.monotonic()
     taken: dict[str, list[float]] = {name: [] for name in prepared.runs}

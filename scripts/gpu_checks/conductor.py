@@ -199,5 +199,7 @@ def conduct(out: Path, limit: float, only: list[str], *, dry: bool) -> int:
         only: names of steps; none: all of them.
         dry: whether tiny sizes on the CPU stand in for the card.
     """
+    # Whoever ends this process ends the steps too, which are sessions of their own.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     steps = [step for step in STEPS if not only or step.name in only]
     return Conductor(steps, out, limit, dry=dry).run()

@@ -32,7 +32,7 @@ GROUPS = 4  # of three processes: the processor is the limit, not the card
 MARGIN_S = 4.0  # for the cases that run when time is over
 
 
-class Prepared(NamedTuple):
+class DriverCheck(NamedTuple):
     """The cases, the device of all ranks, and the groups of ranks side by side."""
 
     cases: list[Case]
@@ -40,7 +40,7 @@ class Prepared(NamedTuple):
     groups: int
 
 
-def prepare(dry: bool) -> Prepared:
+def prepare(dry: bool) -> DriverCheck:
     """Returns the cases: first one method of every mixer, then the others.
 
     Args:
@@ -50,16 +50,16 @@ def prepare(dry: bool) -> Prepared:
     cases += [case._replace(size=RANKS) for case in covering() if case.size != RANKS]
     cases = list(dict.fromkeys(cases))
     if dry:
-        return Prepared([case for case in cases if case.name == "gated_delta"][:1], "cpu", 1)
+        return DriverCheck([case for case in cases if case.name == "gated_delta"][:1], "cpu", 1)
     turns: Counter[str] = Counter()
     turn_of = {}
     for case in cases:
         turn_of[case] = turns[case.name]
         turns[case.name] += 1
-    return Prepared(sorted(cases, key=lambda case: turn_of[case]), "cuda:0", GROUPS)
+    return DriverCheck(sorted(cases, key=lambda case: turn_of[case]), "cuda:0", GROUPS)
 
 
-def check(prepared: Prepared, seconds: float) -> Iterator[dict[str, Any]]:
+def check(prepared: DriverCheck, seconds: float) -> Iterator[dict[str, Any]]:
     """Yields a row for each case, and one of all.
 
     Args:

@@ -32,26 +32,26 @@ TOGETHER = 3  # runs at a time
 APART = 0.03  # of the last loss, from that of one engine in the same precision
 
 
-class Prepared(NamedTuple):
+class EngineCheck(NamedTuple):
     """Words of each case, and those of all."""
 
     cases: dict[str, tuple[str, ...]]
     words: tuple[str, ...]
 
 
-def prepare(dry: bool) -> Prepared:
+def prepare(dry: bool) -> EngineCheck:
     """Returns the cases; DeepSpeed where it is installed."""
     if dry:
         tiny = ("steps=2", "model.width=16", "model.layers=1", "model.heads=2", "model.kv_heads=1")
         length = ("context_length=64", "batch_tokens=64", "evaluation.sample_tokens=0")
-        return Prepared({"single": ("engine=single",)}, (*WORDS, *tiny, *length))
+        return EngineCheck({"single": ("engine=single",)}, (*WORDS, *tiny, *length))
     cases = dict(CASES)
     if importlib.util.find_spec("deepspeed") is None:
         cases.pop("deepspeed")
-    return Prepared(cases, (*WORDS, f"steps={STEPS}", "evaluation.sample_tokens=0"))
+    return EngineCheck(cases, (*WORDS, f"steps={STEPS}", "evaluation.sample_tokens=0"))
 
 
-def check(prepared: Prepared, seconds: float) -> Iterator[dict[str, Any]]:
+def check(prepared: EngineCheck, seconds: float) -> Iterator[dict[str, Any]]:
     """Yields a row for each engine as it ends."""
     deadline = time.monotonic() + seconds
     first: float | None = None

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from scripts.gpu_checks.card import card
-from scripts.gpu_checks.planned_peak import Figures, device_name, planned
+from scripts.gpu_checks.planned_peak import PlannedFigures, device_name, planned
 from scripts.gpu_checks.rehearsed import config_of, free, rehearse, seconds_of_a_step
 
 SIZES = (
@@ -32,12 +32,12 @@ SHORTER = 0.8  # of a context that did not fit
 ROOM = 0.97  # of the card's memory
 
 
-class Prepared(NamedTuple):
+class ContextCheck(NamedTuple):
     """The device, the sizes, and the plans that another process makes meanwhile."""
 
     device: torch.device
     sizes: str
-    plans: dict[int, "Future[Figures]"]
+    plans: dict[int, "Future[PlannedFigures]"]
 
 
 class Curve(NamedTuple):
@@ -64,7 +64,7 @@ class Curve(NamedTuple):
         return int((root - self.linear) / (2 * self.square))
 
 
-def curve_of(plans: dict[int, Figures]) -> Curve:
+def curve_of(plans: dict[int, PlannedFigures]) -> Curve:
     """Returns the curve through the plans of two contexts."""
     (short, few), (long, many) = sorted(plans.items())
     slope = (many.peak_bytes - few.peak_bytes) / (long - short)
@@ -79,7 +79,7 @@ def words_of(sizes: str, tokens: int) -> str:
     return f"{sizes} context_length={tokens} batch_tokens={tokens}"
 
 
-def prepare(dry: bool) -> Prepared:
+def prepare(dry: bool) -> ContextCheck:
     """Begins to plan two contexts."""
     device = card(dry)
     sizes = TINY if dry else SIZES
@@ -89,10 +89,10 @@ def prepare(dry: bool) -> Prepared:
     for tokens in contexts:
         plans[tokens] = planner.submit(planned, words_of(sizes, tokens), device_name(device))
     torch.zeros(1, device=device)
-    return Prepared(device, sizes, plans)
+    return ContextCheck(device, sizes, plans)
 
 
-def check(prepared: Prepared, seconds: float) -> Iterator[dict[str, object]]:
+def check(prepared: ContextCheck, seconds: float) -> Iterator[dict[str, object]]:
     """Yields the plan's word and a row for each context that is tried."""
     deadline = time.monotonic() + seconds
     device = prepared.device
@@ -119,7 +119,7 @@ def check(prepared: Prepared, seconds: float) -> Iterator[dict[str, object]]:
             most = int(SHORTER * tokens)
 
 
-def _try(prepared: Prepared, curve: Curve, tokens: int) -> dict[str, object]:
+def _try(prepared: ContextCheck, curve: Curve, tokens: int) -> dict[str, object]:
     device = prepared.device
     row: dict[str, object] = {"tokens": tokens, "planned GiB": curve.peak_bytes(tokens) / 2**30}
     row["planned s"] = curve.seconds(tokens)

@@ -36,19 +36,19 @@ TINY = ("model=full engine=single",)
 WITHIN = 0.10  # of the measured peak
 
 
-class Figures(NamedTuple):
+class PlannedFigures(NamedTuple):
     """The planned bytes at the peak, and seconds of a step."""
 
     peak_bytes: int
     seconds: float
 
 
-class Prepared(NamedTuple):
+class PeakCheck(NamedTuple):
     """The device, and the plan of each case that another process makes meanwhile."""
 
     device: torch.device
     sizes: str
-    plans: dict[str, "Future[Figures]"]
+    plans: dict[str, "Future[PlannedFigures]"]
 
 
 def device_name(device: torch.device) -> str:
@@ -60,14 +60,14 @@ def device_name(device: torch.device) -> str:
     return known[0] if known else "h100"
 
 
-def planned(words: str, device: str) -> Figures:
+def planned(words: str, device: str) -> PlannedFigures:
     """Plans one rank; in a process of its own, whose process group is a fake one."""
     torch.set_num_threads(1)
     plan = plan_step(config_of(words.split()), VOCABULARY, 0, read_device(device))
-    return Figures(plan.peak_bytes, plan.costs.total_seconds)
+    return PlannedFigures(plan.peak_bytes, plan.costs.total_seconds)
 
 
-def prepare(dry: bool) -> Prepared:
+def prepare(dry: bool) -> PeakCheck:
     """Begins to plan the cases."""
     device = card(dry)
     sizes = TINY_SIZES if dry else SIZES
@@ -77,10 +77,10 @@ def prepare(dry: bool) -> Prepared:
     for case in cases:
         plans[case] = planner.submit(planned, f"{sizes} {case}", device_name(device))
     torch.zeros(1, device=device)
-    return Prepared(device, sizes, plans)
+    return PeakCheck(device, sizes, plans)
 
 
-def check(prepared: Prepared, seconds: float) -> Iterator[dict[str, object]]:
+def check(prepared: PeakCheck, seconds: float) -> Iterator[dict[str, object]]:
     """Yields a row for each case: its second step is measured."""
     began = time.monotonic()
     device = prepared.device

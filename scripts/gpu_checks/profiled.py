@@ -30,7 +30,7 @@ TRACE = "gpu_check_trace.json.gz"
 MOST_BYTES = 12 << 20  # of the trace; a larger one is left out
 
 
-class Prepared(NamedTuple):
+class ProfileCheck(NamedTuple):
     """The device, and a run after its first steps."""
 
     device: torch.device
@@ -45,17 +45,17 @@ class Work(NamedTuple):
     took: float
 
 
-def prepare(dry: bool) -> Prepared:
+def prepare(dry: bool) -> ProfileCheck:
     """Returns the run after two steps, when its kernels are chosen."""
     device = card(dry)
     run = rehearse(config_of((TINY if dry else SIZES).split()), device)
     run.step()
     run.step()
     free(device)
-    return Prepared(device, run)
+    return ProfileCheck(device, run)
 
 
-def check(prepared: Prepared, seconds: float) -> Iterator[dict[str, Any]]:
+def check(prepared: ProfileCheck, seconds: float) -> Iterator[dict[str, Any]]:
     """Yields a row of the whole step, and one for each of its most expensive kernels."""
     device, run = prepared
     plain = min(seconds_of_a_step(run, device) for _ in range(3))

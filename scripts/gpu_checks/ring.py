@@ -14,7 +14,7 @@ REPEATS = 3
 MOST = 1 / 0.95  # of the time of one call
 
 
-class Prepared(NamedTuple):
+class RingCheck(NamedTuple):
     """The arguments of the measurement."""
 
     device: torch.device
@@ -22,16 +22,16 @@ class Prepared(NamedTuple):
     sizes: RingHeads
 
 
-def prepare(dry: bool) -> Prepared:
+def prepare(dry: bool) -> RingCheck:
     """Returns the sizes, and has the card's context made."""
     device = card(dry)
     torch.zeros(1, device=device)
     if dry:
-        return Prepared(device, 64, RingHeads(4, 2, 16))
-    return Prepared(device, TOKENS, RingHeads(HEADS, KEY_HEADS, HEAD_WIDTH))
+        return RingCheck(device, 64, RingHeads(4, 2, 16))
+    return RingCheck(device, TOKENS, RingHeads(HEADS, KEY_HEADS, HEAD_WIDTH))
 
 
-def check(prepared: Prepared, seconds: float) -> Iterator[dict[str, Any]]:
+def check(prepared: RingCheck, seconds: float) -> Iterator[dict[str, Any]]:
     """Yields a row for one call and for each number of ranks."""
     device, tokens, sizes = prepared
     for row in measure(device, torch.bfloat16, tokens, RANKS, REPEATS, sizes):

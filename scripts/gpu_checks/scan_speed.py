@@ -31,7 +31,7 @@ LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
-class Prepared(NamedTuple):
+class ScanCheck(NamedTuple):
     """The device, tokens of the row, width and heads of a layer, and fla's part if it is here."""
 
     device: torch.device
@@ -41,18 +41,18 @@ class Prepared(NamedTuple):
     kernels: str
 
 
-def prepare(dry: bool) -> Prepared:
+def prepare(dry: bool) -> ScanCheck:
     """Returns the sizes, after every layer was called once: Triton compiles its kernels."""
     device = card(dry)
     if dry:
-        return Prepared(device, 64, 32, 2, scan_fla.report())
-    prepared = Prepared(device, 32_768, 2048, 16, scan_fla.report())
+        return ScanCheck(device, 64, 32, 2, scan_fla.report())
+    prepared = ScanCheck(device, 32_768, 2048, 16, scan_fla.report())
     for name in ("gated_delta", "mamba2", "retention"):
         _call(name, prepared)()
     return prepared
 
 
-def check(prepared: Prepared, seconds: float) -> Iterator[dict[str, Any]]:
+def check(prepared: ScanCheck, seconds: float) -> Iterator[dict[str, Any]]:
     """Yields a row for each layer: its scan by fla's kernel where that serves, and by our own."""
     began = time.monotonic()
     softmax = milliseconds(_call(SOFTMAX, prepared), prepared.device)
@@ -82,7 +82,7 @@ def check(prepared: Prepared, seconds: float) -> Iterator[dict[str, Any]]:
             }
 
 
-def _call(name: str, prepared: Prepared) -> Callable[[], object]:
+def _call(name: str, prepared: ScanCheck) -> Callable[[], object]:
     """Returns forward and backward of a layer."""
     layer = initialise(LAYERS[name](prepared.width, prepared.heads), seed=0)
     layer = layer.to(prepared.device, torch.bfloat16)

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from scripts.gpu_checks import conductor
+from scripts.gpu_checks.__main__ import main
 from scripts.gpu_checks.conductor import ENDING_S, Conductor
 from scripts.gpu_checks.schedule import STEPS, Step, seconds_for
 
@@ -102,3 +103,18 @@ def test_every_step_gets_a_turn_that_is_worth_it(limit):
         left -= given
         waiting = waiting[1:]
     assert left >= 0
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("LIMIT", "ten", "LIMIT=ten: must be seconds, at least 60; use 800"),
+        ("LIMIT", "5", "LIMIT=5: must be seconds"),
+        ("DRY", "yes", "DRY=yes: must be 0 or 1"),
+        ("ONLY", "ring rings", "rings: there is no such step; there are drivers"),
+    ],
+)
+def test_a_mistake_gives_one_message(monkeypatch, capsys, name, value, message):
+    monkeypatch.setenv(name, value)
+    assert main([]) == 2
+    assert message in capsys.readouterr().err

@@ -8,9 +8,9 @@ import torch
 from models.attention.full import CAUSAL
 from models.masks.algebra import visible
 from models.masks.basic import SlidingWindow
-from scripts.gpu_checks.attention_speed import Shape, _pairs, lengths
+from scripts.gpu_checks.attention_speed import RowShape, _pairs, lengths
 from scripts.gpu_checks.longest_context import curve_of
-from scripts.gpu_checks.planned_peak import Figures
+from scripts.gpu_checks.planned_peak import PlannedFigures
 from scripts.gpu_checks.profiled import Work, busy_microseconds
 from scripts.gpu_checks.report import markdown
 from scripts.gpu_checks.schedule import Step
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.parametrize("documents, window", [(1, 0), (4, 0), (1, 8), (5, 8), (3, 100)])
 def test_visible_pairs_are_those_of_the_mask(documents, window):
-    shape = Shape(61, documents, window)
+    shape = RowShape(61, documents, window)
     span = packed([lengths(shape)], 61)
     mask = CAUSAL & SlidingWindow(window) if window else CAUSAL
     seen = visible(mask, span, span, torch.arange(1))
@@ -33,7 +33,7 @@ def test_a_curve_goes_through_both_plans_and_is_inverted():
     def seconds(tokens):
         return 3e-4 * tokens + 2e-9 * tokens**2
 
-    plans = {size: Figures(1000 + 7 * size, seconds(size)) for size in (16384, 32768)}
+    plans = {size: PlannedFigures(1000 + 7 * size, seconds(size)) for size in (16384, 32768)}
     curve = curve_of(plans)
     assert curve.peak_bytes(100_000) == pytest.approx(701_000)
     assert curve.seconds(100_000) == pytest.approx(seconds(100_000))
