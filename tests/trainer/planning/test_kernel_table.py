@@ -29,8 +29,13 @@ def test_one_document_is_cudnn_and_packed_ones_are_one_call():
     assert row.places == "blocks.*.mixer.mix x 2"
     served = kernels_of(row)
     assert served["one document of 2048"] == "1 x cudnn in bfloat16 (triangle)"
-    assert "cudnn in bfloat16 (full)" in served["one document of 2048, ring of 4, first rank"]
     assert served["8 documents"] == "1 x flash for packed stretches"
+    # Stretches of 256 do not fill a GPU alone, those of 4,096 do.
+    ring = "one document of {}, ring of 4, first rank"
+    assert "flash for packed stretches" in served[ring.format(2048)]
+    (row,) = rows_of("model=full", "precision=bfloat16", "context_length=32768")
+    served = kernels_of(row)[ring.format(32768)]
+    assert "cudnn in bfloat16 (full)" in served and "cudnn in bfloat16 (triangle)" in served
 
 
 @pytest.mark.parametrize(
