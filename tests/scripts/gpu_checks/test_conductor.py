@@ -51,7 +51,7 @@ def conducted(tmp_path, monkeypatch, steps, limit=8.0):
 
 
 def test_no_step_stops_the_others(tmp_path, monkeypatch):
-    names = "unprepared passes fails breaks hangs beside"
+    names = "passes fails breaks hangs unprepared beside"
     steps = [Step(name, name, 1, 30 if name != "hangs" else 0.5) for name in names.split()]
     failed, rows, outcomes = conducted(tmp_path, monkeypatch, steps)
     assert outcomes == {

@@ -41,7 +41,13 @@ def test_a_curve_goes_through_both_plans_and_is_inverted():
 
 
 def test_the_card_is_busy_while_any_kernel_runs():
-    work = [Work("a", 10, 5), Work("b", 0, 4), Work("c", 12, 10), Work("d", 13, 2)]
+    work = [
+        Work("a", 10, 5),
+        Work("b", 0, 4),
+        Work("c", 12, 10),
+        Work("d", 13, 2),
+        Work("e", 16, 1),
+    ]
     assert busy_microseconds(work) == 4 + 12
 
 
