@@ -22,12 +22,12 @@ class LazyChunks(Sequence[Tensor]):
 
     def __init__(self, tensor: Tensor, count: int, dim: int):
         self.tensor = tensor
-        self.count = count
+        self.ranks = count
         self.dim = dim
         self.size = -(-tensor.shape[dim] // count)
 
     def __len__(self) -> int:
-        return self.count
+        return self.ranks
 
     @overload
     def __getitem__(self, index: int) -> Tensor: ...
@@ -37,8 +37,8 @@ class LazyChunks(Sequence[Tensor]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[part] for part in range(*index.indices(self.count))]
-        if not 0 <= index < self.count:
+            return [self[part] for part in range(*index.indices(self.ranks))]
+        if not 0 <= index < self.ranks:
             raise IndexError(index)
         start = index * self.size
         length = min(self.size, self.tensor.shape[self.dim] - start)

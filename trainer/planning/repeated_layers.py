@@ -137,7 +137,8 @@ def extended(fewer: Stretch, more: Stretch, times: int) -> Stretch:
         times: repetitions.
     """
     by_kind = {
-        kind: size + times * (more.by_kind[kind] - size) for kind, size in fewer.by_kind.items()
+        kind: max(0, size + times * (more.by_kind[kind] - size))
+        for kind, size in fewer.by_kind.items()
     }
     host_bytes = fewer.host_bytes + times * (more.host_bytes - fewer.host_bytes)
     return Stretch(fewer.event, fewer.block, by_kind, host_bytes)
