@@ -162,8 +162,11 @@ def _stretches(mask: Mask, span: Span, entry_span: Span, step: int) -> list[tupl
     """
     size = entry_span.shape[1]
     addresses = keys(entry_span)
-    is_ordered = bool((addresses[:, 1:] >= addresses[:, :-1]).all())
-    if mask != EARLIER or not is_ordered or span.pos.is_meta:
+    if (
+        mask != EARLIER
+        or span.pos.is_meta
+        or not bool((addresses[:, 1:] >= addresses[:, :-1]).all())
+    ):
         return [(0, size)] * -(-span.shape[1] // step)
     own = keys(span)
     low = torch.searchsorted(addresses, (own - span.pos).contiguous())
@@ -197,6 +200,8 @@ def best_of(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     are_equal = (value[..., 1:] == value[..., :-1]) & (value[..., 1:] > -torch.inf)
     value = value[..., :count]
     index = index[..., :count]
+    if scores.is_meta:  # shapes alone are asked for
+        return value, index[..., :count]
     if bool(are_equal.any()):
         index = index.sort(dim=-1).values
         value, order = scores.gather(-1, index).sort(dim=-1, descending=True, stable=True)
