@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Tests at once, each with ranks of its own; files are not torn apart.
 JOBS ?= 2
 
-.PHONY: install train sweep quick test test-all lint types docs clean
+.PHONY: install train sweep quick test tests-short test-all lint types docs clean
 
 install: .venv/.installed
 
@@ -37,7 +37,11 @@ quick: lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow and not full' \
 		--ignore tests/models/hub tests/models tests/trainer/config tests/test_architecture.py tests/test_path.py
 
-test: lint types
+# Types are checked while tests wait for their ranks: they are one thread of most of a minute.
+test: lint
+	$(MAKE) --no-print-directory --jobs 2 types tests-short
+
+tests-short: install
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not full'
 
 test-all: lint types

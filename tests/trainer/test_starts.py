@@ -57,6 +57,7 @@ def until_a_step(process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_two_processes_of_srun_are_two_ranks_of_one_run(tmp_path: Path) -> None:
     words = [*SMALL, "steps=3", "parallel.context=2", f"run_dir={tmp_path / 'run'}"]
     place = {

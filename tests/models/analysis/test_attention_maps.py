@@ -180,6 +180,7 @@ def test_the_model_is_left_as_it_was_and_few_heads_may_be_kept():
     assert torch.equal(model(MicroBatch(tokens, span)), before)
 
 
+@pytest.mark.full
 def test_compiled_blocks_are_looked_into_and_not_compiled_again_for_it():
     graphs = []
 

@@ -76,7 +76,7 @@ def test_kinds_of_stretches_are_added(made):
     assert relative(got, want) < 1e-12
 
 
-@pytest.mark.short("2")
+@pytest.mark.full
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_that_share_a_row_give_the_same(size, made):
     folder, _, ours = made

@@ -236,24 +236,26 @@ def test_a_package_that_is_not_there_is_no_fault(monkeypatch):
         load_kernel.cache_clear()
 
 
-@pytest.mark.every_case
-@pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("kind, before", CASES)
-def test_on_a_gpu_the_kernel_serves_and_answers_as_our_own_scan(kind, before, dtype, gpu):
-    """Half: its rounding inside a chunk; float32: products in TF32, 10 bits. Decays stay
-    float32."""
-    span, leaf = holes(), Scan(before=before)
-    query, payload = inputs(kind, span, keys=32, values=48, strength=0.3)
-    exact = [x if i == 3 else x.to(dtype).double() for i, x in enumerate((*query, *payload))]
-    want = both(lambda q, p: leaf(q, p, span=span), exact[:1], exact[1:])
-    there = span.map(lambda x: x.to(gpu))
-    given = [x.to(gpu, torch.float32 if i == 3 else dtype) for i, x in enumerate(exact)]
-    torch.set_float32_matmul_precision("high")
-    try:
-        assert isinstance(leaf.open(given[:1], given[1:], span=there), FlaScan)
-        got = both(lambda q, p: leaf(q, p, span=there), given[:1], given[1:])
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    bound = 4e-2 if dtype == torch.bfloat16 else 5e-3
-    assert max(relative(a.cpu().double(), b) for a, b in zip(got, want, strict=True)) < bound
+if GPUS:  # where there are none there is nothing to skip
+
+    @pytest.mark.every_case
+    @pytest.mark.parametrize("gpu", GPUS)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("kind, before", CASES)
+    def test_on_a_gpu_the_kernel_serves_and_answers_as_our_own_scan(kind, before, dtype, gpu):
+        """Half: its rounding inside a chunk; float32: products in TF32, 10 bits. Decays stay
+        float32."""
+        span, leaf = holes(), Scan(before=before)
+        query, payload = inputs(kind, span, keys=32, values=48, strength=0.3)
+        exact = [x if i == 3 else x.to(dtype).double() for i, x in enumerate((*query, *payload))]
+        want = both(lambda q, p: leaf(q, p, span=span), exact[:1], exact[1:])
+        there = span.map(lambda x: x.to(gpu))
+        given = [x.to(gpu, torch.float32 if i == 3 else dtype) for i, x in enumerate(exact)]
+        torch.set_float32_matmul_precision("high")
+        try:
+            assert isinstance(leaf.open(given[:1], given[1:], span=there), FlaScan)
+            got = both(lambda q, p: leaf(q, p, span=there), given[:1], given[1:])
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        bound = 4e-2 if dtype == torch.bfloat16 else 5e-3
+        assert max(relative(a.cpu().double(), b) for a, b in zip(got, want, strict=True)) < bound

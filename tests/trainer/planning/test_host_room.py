@@ -44,6 +44,7 @@ class Rooms:
         self.held -= size
 
 
+@pytest.mark.short("full")
 @pytest.mark.parametrize("checkpointing", ["full", "none"])
 def test_what_waits_on_the_host_is_what_a_real_step_sends_there(checkpointing):
     config = compose([*SIZES, f"engine.checkpointing={checkpointing}"]).config

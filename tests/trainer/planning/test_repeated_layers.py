@@ -20,7 +20,11 @@ SIZES = (
 )
 full = pytest.mark.full
 CASES = [
-    ("cpu", ("engine=fsdp", "parallel.data=2", "batch_tokens=128", "engine.checkpointing=full")),
+    pytest.param(
+        "cpu",
+        ("engine=fsdp", "parallel.data=2", "batch_tokens=128", "engine.checkpointing=full"),
+        marks=full,
+    ),
     pytest.param("cpu", ("engine=fsdp", "parallel.context=2", "parallel.method=ring"), marks=full),
     pytest.param(
         "cpu", ("engine=single", "batch_tokens=192", "parallel.micro_batch=1"), marks=full

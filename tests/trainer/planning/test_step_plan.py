@@ -56,7 +56,9 @@ def measured(env, words):
     return measure_step(config, mesh, model)
 
 
-@pytest.mark.parametrize(("size", "words"), CASES[:2])
+@pytest.mark.parametrize(
+    ("size", "words"), [pytest.param(*CASES[0], marks=pytest.mark.full), CASES[1]]
+)
 def test_the_planned_bytes_are_those_sent(size, words):
     steps = ranks(size, measured, words)
     for rank in (0, size - 1):

@@ -42,7 +42,7 @@ def some(name, many):
 @pytest.mark.parametrize(
     "name, many, steps",
     [
-        ("float32", 1, 5),
+        pytest.param("float32", 1, 5, marks=pytest.mark.full),
         ("float64", 3, 4),
         *(
             pytest.param(name, None, None, marks=pytest.mark.full)
