@@ -12,16 +12,33 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from tests.support import forked_python
 from tests.test_architecture import ROOT
-from trainer.logs.jsonl import METRICS, read
+from trainer.logs.jsonl import METRICS, MetricsRow, read
+from trainer.logs.loggers.base import Logger, RunStart
 from trainer.verify.whole_runs import write_documents
 
 STEPS = 10
+
+
+class Slow(Logger):
+    """Holds up every step, so that a signal comes before the last whatever the machine is at."""
+
+    background = False
+
+    def open(self, run: RunStart) -> None:
+        pass
+
+    def step(self, row: MetricsRow) -> None:
+        time.sleep(0.3)
+
+    def evaluation(self, step: int, name: str, value: float, made_of: Any) -> None:
+        pass
 
 
 def words(folder: Path, name: str, *more: str) -> list[str]:
@@ -154,7 +171,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder, whole):
 
 @pytest.mark.slow
 def test_sigterm_saves_and_says_so(folder, whole):
-    asked = words(folder, "asked", "parallel.context=2", "engine=fsdp", "checkpoint.every=1000")
+    slow = "logger=[]", f"logger.slow._target_={__name__}.Slow"
+    ways = "parallel.context=2", "engine=fsdp", "checkpoint.every=1000"
+    asked = words(folder, "asked", *ways, *slow)
     process = start(asked)
     while process.poll() is None and not list(read(folder / "asked" / METRICS)):
         time.sleep(0.02)
