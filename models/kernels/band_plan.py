@@ -33,7 +33,7 @@ EVERY = -1  # a bound that hides nothing
 LONG = 1024
 
 
-class Stretch(NamedTuple):
+class BandStretch(NamedTuple):
     """Queries [q0, q1) and keys [k0, k1) of one row, the first and the last of which see something.
 
     Query i of t sees keys i + s - t - left to i + s - t + right of s; EVERY is without bound.
@@ -73,11 +73,11 @@ class _BandPlanner(TilePlanner):
     """Collects the stretches of one row; `banded` turns False where two runs are no band."""
 
     def __init__(self, mask: Mask, q: RowTokens, k: RowTokens):
-        self.stretches: list[Stretch] = []
+        self.stretches: list[BandStretch] = []
         self.banded = True
         super().__init__(mask, q, k)
         for q0, q1, k0, k1, _ in join_tiles(self.blocks):
-            self.stretches.append(Stretch(q0, q1, k0, k1, EVERY, EVERY))
+            self.stretches.append(BandStretch(q0, q1, k0, k1, EVERY, EVERY))
 
     def inside(self, q0: int, q1: int, k0: int, k1: int) -> None:
         """Plans one run against one run."""
@@ -121,7 +121,7 @@ class _BandPlanner(TilePlanner):
             self.blocks.append((*span, FULL_TILE))
             return
         self.stretches.append(
-            Stretch(
+            BandStretch(
                 q0 + first_query,
                 q0 + last_query + 1,
                 k0 + first_key,
@@ -144,7 +144,7 @@ def plan_bands(mask: Mask, span: Span, kv_span: Span) -> list[BandCall] | None:
 def _plan(mask: Mask, span: Span, kv_span: Span) -> list[BandCall] | None:
     queries = on_host(span)
     keys = on_host(kv_span)
-    plans: dict[bytes, list[Stretch]] = {}
+    plans: dict[bytes, list[BandStretch]] = {}
     rows = []
     for row, label in enumerate(row_labels(queries, keys)):
         if label not in plans:
@@ -163,17 +163,17 @@ def _plan(mask: Mask, span: Span, kv_span: Span) -> list[BandCall] | None:
     return _calls(rows, span.shape[1], kv_span.shape[1], span.pos.device)
 
 
-def _is_dense(stretch: Stretch) -> bool:
+def _is_dense(stretch: BandStretch) -> bool:
     """Tells whether a kernel's own causal flag, or none, is all that this stretch needs."""
     return stretch.left == EVERY and stretch.right in (EVERY, 0)
 
 
 def _calls(
-    rows: list[list[Stretch]], queries: int, keys: int, device: torch.device
+    rows: list[list[BandStretch]], queries: int, keys: int, device: torch.device
 ) -> list[BandCall]:
     """Joins stretches that the same bounds serve, no query twice in a call."""
     wanted = sorted({(each.left, each.right) for row in rows for each in row}, reverse=True)
-    groups: dict[tuple[int, int, int], list[Stretch]] = {}
+    groups: dict[tuple[int, int, int], list[BandStretch]] = {}
     for row, stretches in enumerate(rows):
         free: dict[tuple[int, int, int], int] = {}
         for each in stretches:
@@ -186,7 +186,7 @@ def _calls(
             free[left, right, turn] = each.q1
             q0 = row * queries + each.q0
             k0 = row * keys + each.k0
-            moved = Stretch(
+            moved = BandStretch(
                 q0,
                 q0 + each.q1 - each.q0,
                 k0,
@@ -198,7 +198,7 @@ def _calls(
     return [_call(group, device) for group in groups.values()]
 
 
-def _serves(bounds: tuple[int, int], stretch: Stretch) -> bool:
+def _serves(bounds: tuple[int, int], stretch: BandStretch) -> bool:
     """Tells whether these bounds show a stretch what its own do."""
     left, right = bounds
     as_left = left == stretch.left or (
@@ -210,7 +210,7 @@ def _serves(bounds: tuple[int, int], stretch: Stretch) -> bool:
     return as_left and as_right
 
 
-def _call(group: list[Stretch], device: torch.device) -> BandCall:
+def _call(group: list[BandStretch], device: torch.device) -> BandCall:
     query_edges = [(each.q0, each.q1) for each in group]
     key_edges = [(each.k0, each.k1) for each in group]
     return BandCall(

@@ -40,7 +40,7 @@ class ContextCheck(NamedTuple):
     plans: dict[int, "Future[PlannedFigures]"]
 
 
-class Curve(NamedTuple):
+class PlannedCurve(NamedTuple):
     """Bytes as a line in the tokens T, and seconds as linear T + square T^2."""
 
     base_bytes: float
@@ -64,14 +64,14 @@ class Curve(NamedTuple):
         return int((root - self.linear) / (2 * self.square))
 
 
-def curve_of(plans: dict[int, PlannedFigures]) -> Curve:
+def curve_of(plans: dict[int, PlannedFigures]) -> PlannedCurve:
     """Returns the curve through the plans of two contexts."""
     (short, few), (long, many) = sorted(plans.items())
     slope = (many.peak_bytes - few.peak_bytes) / (long - short)
     square = (many.seconds / long - few.seconds / short) / (long - short)
     square = max(0.0, square)
     linear = few.seconds / short - square * short
-    return Curve(few.peak_bytes - slope * short, slope, linear, square)
+    return PlannedCurve(few.peak_bytes - slope * short, slope, linear, square)
 
 
 def words_of(sizes: str, tokens: int) -> str:
@@ -119,7 +119,7 @@ def check(prepared: ContextCheck, seconds: float) -> Iterator[dict[str, object]]
             most = int(SHORTER * tokens)
 
 
-def _try(prepared: ContextCheck, curve: Curve, tokens: int) -> dict[str, object]:
+def _try(prepared: ContextCheck, curve: PlannedCurve, tokens: int) -> dict[str, object]:
     device = prepared.device
     row: dict[str, object] = {"tokens": tokens, "planned GiB": curve.peak_bytes(tokens) / 2**30}
     row["planned s"] = curve.seconds(tokens)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from trainer.config.build_model import feedforward_labels, mixer_labels
 from trainer.config.schema import Config
-from trainer.planning.watched_step import Stretch
+from trainer.planning.watched_step import PlannedStretch
 
 ENDS = 2  # repetitions that are kept at either end: the outermost, and one of those inside
 OWN_NAME = "place"  # attribute of a module that holds its name in the model
@@ -32,7 +32,7 @@ class Repetition(NamedTuple):
     times: int
 
 
-class Place(NamedTuple):
+class LayerPlace(NamedTuple):
     """A place of a step that is there whatever the number of layers.
 
     Attributes:
@@ -103,8 +103,8 @@ def keep_layers(model: nn.Module, repetition: Repetition, times: int) -> None:
 
 
 def places(
-    stretches: Sequence[Stretch], repetition: Repetition, blocks: int
-) -> dict[Place, Stretch]:
+    stretches: Sequence[PlannedStretch], repetition: Repetition, blocks: int
+) -> dict[LayerPlace, PlannedStretch]:
     """Returns the stretches of a step by their place, without those of layers far inside.
 
     Args:
@@ -124,11 +124,11 @@ def places(
             block -= blocks
         turn = turns[stretch.event, block]
         turns[stretch.event, block] += 1
-        found[Place(stretch.event, block, turn)] = stretch
+        found[LayerPlace(stretch.event, block, turn)] = stretch
     return found
 
 
-def extended(fewer: Stretch, more: Stretch, times: int) -> Stretch:
+def extended(fewer: PlannedStretch, more: PlannedStretch, times: int) -> PlannedStretch:
     """Returns what is held with `times` repetitions more than in the shallower of two models.
 
     Args:
@@ -141,4 +141,4 @@ def extended(fewer: Stretch, more: Stretch, times: int) -> Stretch:
         for kind, size in fewer.by_kind.items()
     }
     host_bytes = fewer.host_bytes + times * (more.host_bytes - fewer.host_bytes)
-    return Stretch(fewer.event, fewer.block, by_kind, host_bytes)
+    return PlannedStretch(fewer.event, fewer.block, by_kind, host_bytes)

@@ -38,7 +38,7 @@ from trainer.planning.repeated_layers import (
     places,
 )
 from trainer.planning.step_costs import StepCosts
-from trainer.planning.watched_step import Stretch, WatchedStep
+from trainer.planning.watched_step import PlannedStretch, WatchedStep
 
 FEW = 2  # micro-batches that are rehearsed
 
@@ -99,7 +99,7 @@ def plan_step(
 class _TakenStep:
     """The sums of a step that was rehearsed; see StepPlan."""
 
-    stretches: list[Stretch]
+    stretches: list[PlannedStretch]
     sent: dict[str, int]
     sent_over: Counter[tuple[str, str]]
     costs: StepCosts
@@ -152,7 +152,7 @@ def _deep_plan(plans: Sequence[_TakenStep], repetition: Repetition, rank: int) -
 
 def _plan(
     rank: int,
-    stretches: Sequence[Stretch],
+    stretches: Sequence[PlannedStretch],
     sent: dict[str, int],
     sent_over: Counter[tuple[str, str]],
     costs: StepCosts,

@@ -48,7 +48,7 @@ class Mark(NamedTuple):
     block: int | None = None
 
 
-class Stretch(NamedTuple):
+class PlannedStretch(NamedTuple):
     """Memory that a step held at most between two marks.
 
     Attributes:
@@ -120,7 +120,7 @@ class WatchedStep:
             for key, size in self.sent_over.items():
                 self.sent_over[key] = size // taken * pieces
 
-    def stretches(self) -> list[Stretch]:
+    def stretches(self) -> list[PlannedStretch]:
         """Returns what was held between each mark and the next, in their order."""
         history = self.live.history
         # held[k, n]: bytes of kind k that are alive once allocation n is made.
@@ -146,7 +146,7 @@ class WatchedStep:
             moment = start + int(on_device[start:stop].argmax())
             by_kind = dict(zip(KINDS, held[:-1, moment].tolist(), strict=True))
             host_bytes = int(held[-1, start:stop].max())
-            found.append(Stretch(mark.event, mark.block, by_kind, host_bytes))
+            found.append(PlannedStretch(mark.event, mark.block, by_kind, host_bytes))
         return found
 
     def _observe(self, func: Any, args: Any, result: Any, kwargs: Any) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.kernels.pairs.stretches import SortedLines, Stretches, tile_stretches
+from models.kernels.pairs.stretches import KeyStretches, SortedLines, tile_stretches
 from models.scores import PairBlocks, Tensors
 from models.span import PADDING, Span
 
@@ -76,7 +76,7 @@ class BucketPairs:
             for tiles in tile_stretches(lines, self.most, self.dtype):
                 yield self._block(tiles, index)
 
-    def _block(self, tiles: Stretches, index: int) -> PairBlocks:
+    def _block(self, tiles: KeyStretches, index: int) -> PairBlocks:
         line = tiles.line[:, None]
         seen = tiles.seen
         for earlier in range(index):

@@ -34,7 +34,7 @@ class SortedLines(NamedTuple):
     key_order: Tensor
 
 
-class Stretches(NamedTuple):
+class KeyStretches(NamedTuple):
     """N tiles of t queries, each with a stretch of s keys.
 
     Attributes:
@@ -54,7 +54,7 @@ class Stretches(NamedTuple):
 
 def tile_stretches(
     lines: SortedLines, most: int, dtype: torch.dtype, heads: int = 1
-) -> Iterator[Stretches]:
+) -> Iterator[KeyStretches]:
     """Yields every query once that sees a key.
 
     Args:
@@ -93,7 +93,7 @@ def tile_stretches(
         sorted_source = (begin[:, None] + offset).clamp_max(sources - 1)
         own_low = low.flatten(0, 1)[chosen] - begin[:, None]
         own_high = high.flatten(0, 1)[chosen] - begin[:, None]
-        yield Stretches(
+        yield KeyStretches(
             line[chosen],
             token.flatten(0, 1)[chosen],
             lines.key_order[line[chosen][:, None], sorted_source],
