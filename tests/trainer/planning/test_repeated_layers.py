@@ -43,7 +43,13 @@ CASES = [
     pytest.param("cpu", ("engine=fsdp", "parallel.context=2", "parallel.time=2"), marks=full),
     pytest.param(
         "cpu",
-        ("engine=fsdp", "parallel.context=2", "model=moe_topk", "parallel.experts=2"),
+        (
+            "engine=fsdp",
+            "parallel.context=2",
+            "model=moe_topk",
+            "parallel.experts=2",
+            "model.layers=20",
+        ),
         marks=full,
     ),
     pytest.param(
