@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from parallel.compilation import CompiledForward
+from parallel.compilation import CompiledForward, graph_breaks
 from parallel.mesh import Mesh
 
 SLOWER = 1.02  # compiled blocks that take more than this many times as long are given up
@@ -53,7 +53,7 @@ def choose_compilation(
     decision = "compiled blocks serve" if enabled else "they are given up for this run"
     say(
         f"engine.compile: {compiled_s:.4g} s for the passes of a step compiled, {eager_s:.4g} s as"
-        f" written; {decision}"
+        f" written; {graph_breaks().line()}; {decision}"
     )
     return enabled
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from models.as_written import as_written
 from models.attention.full import CAUSAL
 from models.kernels.pairs.bucket_pairs import BucketPairs
 from models.layer import Layer
@@ -188,6 +189,7 @@ class LSHAttention(Layer):
         )
         return self.out(output.flatten(-2))
 
+    @as_written
     def hashed(self, query: Tensor) -> Tensor:
         """Hashes queries, [B, T, H, D] -> [B, T, H, hashes] int64.
 

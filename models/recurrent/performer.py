@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from models.as_written import as_written
 from models.ranges import Many
 from models.recurrent.linear import LinearAttention
 
@@ -88,13 +89,18 @@ class Performer(LinearAttention):
         Keys are scaled by a common factor, each query by a factor of its own; both cancel.
         """
         wide = torch.promote_types(x.dtype, torch.float32)
-        drawn = directions(
-            self.seed, self.layer, self.draw, self.heads, self.features_count, self.head_width
-        )
-        stabiliser = max(0.0, drawn.square().sum(-1).max().item() / 2 - ROOM)
+        drawn, stabiliser = self._drawn()
         x = x.to(wide) * self.head_width**-0.25
         w = drawn.to(x.device, wide)
         exponent = torch.einsum("bthd,hmd->bthm", x, w) - x.square().sum(-1, keepdim=True) / 2
         if queries:
             return (exponent - exponent.detach().amax(-1, keepdim=True)).exp()
         return (exponent - stabiliser).exp()
+
+    @as_written
+    def _drawn(self) -> tuple[Tensor, float]:
+        """Returns (the vectors [H, M, D] float64, what exponents of keys are lowered by)."""
+        drawn = directions(
+            self.seed, self.layer, self.draw, self.heads, self.features_count, self.head_width
+        )
+        return drawn, max(0.0, drawn.square().sum(-1).max().item() / 2 - ROOM)

@@ -1,0 +1,18 @@
+"""What a compiler leaves as it is written: plans, exchanges, draws, kernels that are compiled
+already."""
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Said to the compiler, which says it again where a graph ends for this reason.
+LEFT_OUT = "Longspan computes it as written: an exchange, a plan, a draw or a kernel"
+
+
+def as_written(function: Callable[P, R]) -> Callable[P, R]:
+    """Returns a function that torch.compile calls and does not look into."""
+    return torch.compiler.disable(function, reason=LEFT_OUT)
