@@ -5,23 +5,23 @@ shows to no later query is not counted, nor what `cache=` evicts, so the need is
 text that is refused would not have fitted.
 """
 
+import heapq
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import psutil
 import torch
 from torch import nn
 
 from models.cache.base import KVCacheFactory
 from models.cache.contiguous import Contiguous, ContiguousCache
-from models.masks.algebra import FAR, Bounds, Mask
-from models.masks.later import readable
+from models.masks.algebra import EMPTY, FAR, FULL, Bounds, Mask
 from models.span import TEXT
 from trainer.decoding.token_decoder import TokenDecoder
 
 CGROUP = Path("/sys/fs/cgroup")
+LOOKS = 4096  # stretches of a text that are looked at
 
 
 class TokenCost(NamedTuple):
@@ -66,11 +66,26 @@ def measured(model: nn.Module) -> RowCost:
 
 
 def tokens_held(mask: Mask, tokens: int) -> int:
-    """Returns how many of a document's first tokens a later query of it may still read."""
-    pos = np.arange(tokens)
-    zeros = np.zeros_like(pos)
+    """Returns how many of a document's first tokens a later query of it may still read.
+
+    Stretches that are read in part are halved, the longest first, LOOKS times; what is undecided
+    then counts. A cache decides by coarser stretches, so it holds no less.
+    """
     later = Bounds(tokens, FAR, 0, 0, TEXT, TEXT, False)
-    return int(readable(mask, [later], (pos, zeros, zeros + TEXT)).sum())
+    held = 0
+    undecided = [(-tokens, 0, tokens)]
+    for _ in range(LOOKS):
+        if not undecided:
+            break
+        _, start, stop = heapq.heappop(undecided)
+        seen = mask.coverage(later, Bounds(start, stop - 1, 0, 0, TEXT, TEXT, False))
+        if seen == FULL or (seen != EMPTY and stop - start == 1):
+            held += stop - start
+        elif seen != EMPTY:
+            middle = (start + stop) // 2
+            heapq.heappush(undecided, (start - middle, start, middle))
+            heapq.heappush(undecided, (middle - stop, middle, stop))
+    return held + sum(stop - start for _, start, stop in undecided)
 
 
 def memory_at_hand(device: torch.device) -> int:

@@ -7,7 +7,8 @@ from models.cache.contiguous import Contiguous
 from models.cache.eviction.h2o import H2O
 from models.cache.paged import Paged
 from models.cache.quantized import QuantizedKV
-from models.masks.basic import Causal, SameDocument, SlidingWindow
+from models.masks.basic import Causal, FirstTokens, SameDocument, SlidingWindow
+from models.masks.roles import GlobalKey
 from tests.support.decoders import built
 from trainer.decoding import room
 from trainer.decoding.room import check_room, measured, tokens_held
@@ -27,10 +28,18 @@ def test_the_need_is_what_is_held(name):
         assert need == held if name != "hybrid" else need <= held
 
 
-def test_a_window_holds_its_length():
-    mask = Causal() & SameDocument() & SlidingWindow(64)
-    assert tokens_held(Causal() & SameDocument(), 1000) == 1000
-    assert 63 <= tokens_held(mask, 1000) <= 63 + 1000 // 64
+@pytest.mark.parametrize("tokens", [1000, 10**13])
+def test_a_text_of_any_length_is_measured(tokens):
+    causal = Causal() & SameDocument()
+    assert tokens_held(causal, tokens) == tokens
+    assert tokens_held(causal & SlidingWindow(64), tokens) == 63
+    assert tokens_held(causal & (SlidingWindow(64) | FirstTokens(4)), tokens) == 67
+
+
+def test_what_cannot_be_decided_counts():
+    sparse = Causal() & SameDocument() & (SlidingWindow(64) | GlobalKey(every=16))
+    assert tokens_held(sparse, 1024) == 63 + (1024 - 64) // 16 + 1
+    assert 10**9 // 16 <= tokens_held(sparse, 10**9) <= 10**9
 
 
 def test_the_number_that_fits_fits():
