@@ -34,9 +34,10 @@ class DerivedCache:
         Args:
             key: says what is derived, and with which settings.
             build: computes it.
-            sources: objects beside the key that the result depends on, told apart by identity.
+            sources: objects beside the key that the result depends on, told apart by identity;
+                spans that share a cache, because they differ in their past alone, are one.
         """
-        full_key = key, *map(id, sources)
+        full_key = key, *(id(s.cache if isinstance(s, Span) else s) for s in sources)
         entry = self._entries.get(full_key)
         if entry is None:
             entry = sources, build()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from models.plans import planned
 from models.span import PADDING, READ, TEXT, Span
 from parallel.layout import Layout
 
@@ -59,6 +60,7 @@ class SequenceSharding:
         index = torch.stack([row.index(rank) for row in self.layouts])
         return index.expand(rows, -1)
 
+    @planned
     def grouped(self, parts: int) -> "RankGroup":
         """This cut as `parts` neighbouring ranks see it once they have put their tokens
         together."""

@@ -1,15 +1,16 @@
 """Checks that all ranks derived the same settings, data, batches and weights.
 
 Ranks that share a row must hold the same row, and no later figure would show that they do not. So
-the ranks compare hashes: of a batch in the all-reduce that asks for signals before every step, of
-everything that a run begins with once, by a gather of a few bytes.
+the ranks compare hashes: of the rows of a step, and of their place in the data, in the all-reduce
+that asks for signals before every step; of everything that a run begins with once, by a gather of a
+few bytes.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from parallel.engines.replica_checks import compare, compare_tensors, held, spli
 from parallel.mesh import Mesh
 from trainer.config.own.source import source_hashes
 from trainer.data.batch import Batch
-from trainer.data.streams.base import Stream
+from trainer.data.streams.base import Cursor, OwnRows, Stream
 from trainer.errors import BAD_RUN, UserError
 
 MARK_BYTES = 6  # a float64 holds integers of 53 bits exactly
@@ -33,28 +34,65 @@ class Disagreement(UserError):
     """Ranks derived different things, so nothing that they compute together has a meaning."""
 
 
+class Marks(NamedTuple):
+    """Hashes of what a rank read for a step; 0 = nothing to compare.
+
+    Attributes:
+        step: of the place in the data before and behind the batch, and of all its rows where all
+            were read: the same on every rank.
+        rows: of the rows of this data rank: the same on all ranks that share them.
+    """
+
+    step: int = 0
+    rows: int = 0
+
+
+def marks_of(rows: OwnRows, cursor: Cursor, fingerprint: str) -> Marks:
+    """Returns the marks of rows, whose documents are numbered over the step.
+
+    Args:
+        cursor: where they were read.
+        fingerprint: of the data.
+    """
+    place = _json([fingerprint, cursor, rows.cursor])
+    step = mark(rows.whole, place) if rows.whole is not None else _number(place)
+    return Marks(step, mark(rows.batch, fingerprint))
+
+
 def mark(batch: Batch, fingerprint: str = "") -> int:
     """Returns a hash of a batch and of the data that it came from; never 0."""
-    seen = hashlib.blake2b(fingerprint.encode(), digest_size=MARK_BYTES)
-    for tensor in batch.tensors():
-        seen.update(tensor.contiguous().numpy().data)
+    return _number(fingerprint, [tensor.contiguous().numpy().data for tensor in batch.tensors()])
+
+
+def _number(text: str, parts: Sequence[memoryview] = ()) -> int:
+    seen = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=MARK_BYTES)
+    for part in parts:
+        seen.update(part)
     return int.from_bytes(seen.digest(), "little") or 1
 
 
-def differing_batch(mesh: Mesh, mine: int, what: str) -> UserError:
+def differing_batch(mesh: Mesh, mine: Marks, what: str) -> UserError:
     """Returns the error about ranks whose marks differ, with the ranks in the minority named.
 
     Collective.
     """
-    marks = torch.zeros(mesh.world.size, dtype=torch.float64, device=mesh.device)
-    marks[mesh.world.rank] = float(mine)
+    marks = torch.zeros(mesh.world.size, 2, dtype=torch.float64, device=mesh.device)
+    marks[mesh.world.rank] = marks.new_tensor(mine)
     dist.all_reduce(marks, group=mesh.world.group)
-    sides: dict[float, list[int]] = {}
-    for rank, number in enumerate(marks.tolist()):
-        sides.setdefault(number, []).append(rank)
-    others, most = split(sides)
+    everyone = list(enumerate(marks.tolist()))
+    share = mesh.context.size
+    compared = [(0, everyone), *((1, everyone[i : i + share]) for i in range(0, len(marks), share))]
+    others, most, reader = [], [], "every rank"
+    for column, ranks in compared:
+        sides: dict[float, list[int]] = {}
+        for rank, numbers in ranks:
+            sides.setdefault(numbers[column], []).append(rank)
+        if len(sides) > 1:
+            others, most = split(sides)
+            reader = "all that share its rows" if column else reader
+            break
     return Disagreement(
-        f"{what}: {_ranks(others)} read another batch than {_ranks(most)}, though every rank must"
+        f"{what}: {_ranks(others)} read another batch than {_ranks(most)}, though {reader} must"
         " read the same; the run ends before anything is computed from it, and the last checkpoint"
         f" is intact; {REMEDY}",
         BAD_RUN,

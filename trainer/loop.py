@@ -3,8 +3,8 @@
 Every rank takes the same steps and every decision together with the others.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +24,10 @@ from trainer.checkpoint.writer import CheckpointWriter
 from trainer.compile_trial import choose_compilation
 from trainer.config.schema import Config
 from trainer.config.stages import Stage
-from trainer.data.batch import Batch
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.lanes import Held, Lanes
 from trainer.data.streams.base import Stream
-from trainer.data.streams.prefetch import Prefetcher, StepInput
+from trainer.data.streams.prefetch import Figures, Prefetcher, StepInput
 from trainer.logs.jsonl import MetricsRow
 from trainer.logs.meters import Meter, peak_memory_bytes
 from trainer.logs.profile import StepProfiler
@@ -37,6 +36,8 @@ from trainer.progress import Part, Progress
 from trainer.skip_step import SkippedStep, SkipStepGuard
 from trainer.step_sums import StepSums
 from trainer.stop_signal import StopSignal
+
+NOTED_STEPS = 2  # of a start; under memory= the second is the first whose rows carry something
 
 
 @dataclass
@@ -91,7 +92,8 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.guard = SkipStepGuard(self.mesh, self.share, self.config.optim)
-        self.prefetcher = Prefetcher(self.stream, self.share, self.config.prefetch)
+        self.steps_noted = 0
+        self.prefetcher = Prefetcher(self.stream, self.share, self.config.prefetch, self.flops)
 
     def train(self, progress: Progress) -> Progress:
         """Trains to the last step or to a signal; `progress` is updated and returned."""
@@ -116,13 +118,22 @@ class Loop:
         while progress.step < self.config.steps:
             self.heartbeat("reading the batch", progress.step + 1)
             given = self.prefetcher.read(progress.cursor)
-            # One all-reduce for both: the signal, and whether all ranks read the same batch.
-            if self.stop.asked(given.mark, f"step {progress.step + 1}"):
+            met = self._meet(given, progress.step + 1)
+            if met is None:
                 break
             with self.profiler.around(progress.step + 1) if self.profiler else nullcontext():
-                self.take_step(progress, given)
+                self.take_step(progress, met)
+            self.steps_noted += 1
             with self.meter.pause():
                 self._after_step(progress)
+
+    def _meet(self, given: StepInput, step: int) -> StepInput | None:
+        """Returns the input with the figures of all data ranks; None where a signal came in."""
+        sums = self.stop.meet(given.marks, given.figures, f"step {step}")
+        if sums is None:
+            return None
+        valid_tokens, rows, flops = sums
+        return given._replace(figures=Figures(int(valid_tokens), int(rows), flops))
 
     def _after_step(self, progress: Progress) -> None:
         """Saves and evaluates where this step is due for it."""
@@ -164,16 +175,21 @@ class Loop:
                 block.enabled = progress.compiled
             return
         # Before anything is read ahead: a stream has one reader at a time.
-        batch, _ = self.stream.read(progress.cursor)
+        given = self.prefetcher.load(progress.cursor)
+        met = self._meet(given, progress.step + 1)
+        if met is None:  # before the first step there is nothing to choose for
+            return
         progress.compiled = choose_compilation(
-            blocks, lambda: self._rehearse(batch, progress.step + 1), self.mesh, self.say
+            blocks,
+            lambda: self._rehearse(met._replace(cut=met.cut.copy()), progress.step + 1),
+            self.mesh,
+            self.say,
         )
 
-    def _rehearse(self, batch: Batch, step: int) -> None:
+    def _rehearse(self, given: StepInput, step: int) -> None:
         """Runs the passes of a step and undoes what they leave behind."""
         carried_before = None if self.lanes is None else self.lanes.held()
-        valid_tokens = self.share.valid(batch)
-        self._accumulate_gradients(batch, self.share.in_time(batch), step, valid_tokens)
+        self._accumulate_gradients(given, step)
         self.engine.skip()
         self.guard.forget()
         self.uncount()
@@ -194,10 +210,10 @@ class Loop:
         step = progress.step + 1
         optim = self.config.optim
         learning_rate = optim.learning_rate * factor(self.schedule, progress.lengths, step)
-        valid_tokens = given.valid_tokens
+        valid_tokens = given.figures.valid_tokens
         # What rows left behind before this step, in case the step has to be undone.
         carried_before = None if self.lanes is None else self.lanes.held()
-        sums = self._accumulate_gradients(given.batch, given.micro_batches(), step, valid_tokens)
+        sums = self._accumulate_gradients(given, step)
         self.heartbeat("gradient norm and optimiser", step)
         norm = self.engine.clip(optim.max_grad_norm)
         totals = sums.over(self.mesh.world.group)
@@ -215,9 +231,7 @@ class Loop:
             self._leave_out(step, skip, carried_before)
         progress.step = step
         progress.cursor = given.cursor
-        source = given.batch.source
-        source_span = None if source is None else source.span()
-        self.meter.add(valid_tokens, self.flops(given.batch.span(), source_span))
+        self.meter.add(valid_tokens, given.figures.flops)
         first_or_last = step in (1, self.config.steps)
         if skip is not None or _is_due(self.config.log.every, step, first_or_last):
             # A batch without a token to predict has no loss, and 0 would look like one.
@@ -234,28 +248,21 @@ class Loop:
             # After the row is written, because too many skipped steps end the run here.
             self.guard.bear(progress, skip)
 
-    def _accumulate_gradients(
-        self,
-        batch: Batch,
-        micro_batches: Iterable[tuple[list[MicroBatch], bool]],
-        step: int,
-        valid_tokens: int,
-    ) -> StepSums:
+    def _accumulate_gradients(self, given: StepInput, step: int) -> StepSums:
         """Runs forward and backward of every micro-batch.
 
         Args:
-            batch: the whole batch, the same on every rank.
-            micro_batches: this rank's part of it, each as pieces, with True for the last.
+            given: this rank's micro-batches, and figures of all ranks' rows; every loss is divided
+                by the tokens that are predicted on all ranks, so that micro-batches and ranks only
+                add up.
             step: number of the step.
-            valid_tokens: tokens of the batch that are predicted, over all ranks; every loss is
-                divided by this number, so that micro-batches and ranks only add up.
 
         Returns:
             this rank's sums: "loss", the auxiliary losses, and statistics under "layer/name".
         """
         model = self.engine.model
+        valid_tokens, rows, _ = given.figures
         divisor = max(valid_tokens, 1)
-        rows = int(batch.span().valid().any(1).sum())
         sums = StepSums()
         on_step_begin(model, step)
 
@@ -269,7 +276,7 @@ class Loop:
             auxiliary_sum = sum(auxiliary.values(), torch.zeros_like(loss))
             return loss / divisor + self.config.optim.auxiliary_weight * auxiliary_sum
 
-        for number, (pieces, last) in enumerate(micro_batches):
+        for number, (pieces, last) in enumerate(given.micro_batches()):
             first = pieces[0]
             if self.lanes is not None:
                 first = first.with_span(self.lanes.attach(number, first.span))
@@ -277,12 +284,19 @@ class Loop:
             if len(pieces) > 1:
                 self._in_time(pieces, first.span.past, learn, last=last)
             else:
-                loss = learn(first)
+                with self._noting_plans(first):
+                    loss = learn(first)
                 self.heartbeat(f"backward of micro-batch {number + 1}", step)
                 self.engine.backward(loss, last=last)
             if self.lanes is not None:
                 self.lanes.advance(number)
         return sums
+
+    def _noting_plans(self, micro_batch: MicroBatch) -> AbstractContextManager[None]:
+        """Notes what layers plan in the first steps, which the prefetch thread then makes ahead."""
+        if not self.prefetcher.is_ahead or self.steps_noted >= NOTED_STEPS:
+            return nullcontext()
+        return self.prefetcher.plans.listening(micro_batch)
 
     def _in_time(
         self,

@@ -1,6 +1,7 @@
-"""Stop signals, agreed on by all ranks."""
+"""Agreement of all ranks before a step: on stop signals, and on what they compute from."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,9 +9,11 @@ import torch
 import torch.distributed as dist
 
 from parallel.mesh import Mesh
-from trainer.agreement import differing_batch
+from trainer.agreement import Marks, differing_batch
 from trainer.launch.elastic import asked_by
 from trainer.launch.exit_report import handling
+
+NO_MARKS = Marks()
 
 
 class StopSignal:
@@ -38,20 +41,41 @@ class StopSignal:
         """Returns True on every rank when any of them caught a signal. Collective.
 
         Args:
-            mine: the mark of what this rank is about to compute from (trainer/agreement.py); 0 =
-                nothing to compare.
+            mine: the mark of what every rank is about to compute from; 0 = nothing to compare.
+            what: as in `meet`.
+        """
+        return self.meet(Marks(step=mine), what=what) is None
+
+    def meet(
+        self, mine: Marks = NO_MARKS, figures: Sequence[float] = (), what: str = "the batch"
+    ) -> list[float] | None:
+        """Adds up figures of all rows; one all-reduce for these, the marks and the signal.
+
+        Args:
+            mine: marks of what this rank is about to compute from.
+            figures: of the rows of this data rank, the same on all ranks that share them.
             what: what a message calls that.
+
+        Returns:
+            The sums over data ranks, on every rank; None on every rank when any caught a signal.
 
         Raises:
             UserError: the ranks' marks are not all the same; on every rank.
         """
-        word = torch.tensor(
-            [self.caught, mine, -mine], dtype=torch.float64, device=self.mesh.device
-        )
+        slots = self.mesh.data.size
+        own = [mine.rows, -mine.rows, *figures]
+        # A maximum with a slot for each data rank: it tells of ranks that share rows and differ,
+        # and sums are then exact and the same everywhere.
+        word = torch.full((3 + slots * len(own),), -math.inf, dtype=torch.float64)
+        word[:3] = word.new_tensor([self.caught, mine.step, -mine.step])
+        word[3:].view(slots, -1)[self.mesh.data.rank] = word.new_tensor(own)
+        word = word.to(self.mesh.device)
         if self.mesh.world.group is not None:
             dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.mesh.world.group)
-        caught, largest, smallest = word.tolist()
-        if largest != -smallest:
+        word = word.cpu()
+        caught, *common = word[:3].tolist()
+        largest, smallest, *each = word[3:].view(slots, -1).unbind(1)
+        if common[0] != -common[1] or not torch.equal(largest, -smallest):
             raise differing_batch(self.mesh, mine, what)
         self.caught = int(caught)
-        return self.caught > 0
+        return None if self.caught > 0 else [math.fsum(values.tolist()) for values in each]

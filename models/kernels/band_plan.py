@@ -25,6 +25,7 @@ from models.kernels.block_plan import (
     row_labels,
 )
 from models.masks.algebra import EMPTY, FULL, Mask
+from models.plans import planned
 from models.span import Span
 
 EVERY = -1  # a bound that hides nothing
@@ -132,6 +133,7 @@ class _BandPlanner(TilePlanner):
         )
 
 
+@planned
 def plan_bands(mask: Mask, span: Span, kv_span: Span) -> list[BandCall] | None:
     """Returns the calls that queries need of keys; cached on `span` for other layers.
 

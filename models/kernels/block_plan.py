@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from models.masks.algebra import EMPTY, FAR, FULL, PARTIAL, Bounds, Mask
+from models.plans import planned
 from models.span import PADDING, Span
 
 LEAF = 512  # tokens on the side of the largest block that is computed with a dense mask
@@ -198,11 +199,13 @@ def on_host(span: Span) -> list[np.ndarray]:
     return [t.detach().cpu().numpy() for t in (span.pos, span.doc, span.role)]
 
 
+@planned
 def plan_tiles(mask: Mask, span: Span, kv_span: Span) -> list[Tile]:
     """Returns the blocks that queries need of keys; cached on `span` for other layers."""
     return span.cache.get(("tiles", mask), lambda: _plan(mask, span, kv_span), kv_span)
 
 
+@planned
 def plan_rows(mask: Mask, span: Span, kv_span: Span) -> list[Tile]:
     """As `plan_tiles`, with many short rows in one masked block.
 

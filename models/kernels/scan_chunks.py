@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.plans import planned
 from models.span import PADDING, Span
 
 # Source of a chunk's state: the chunk before, an empty state, or (r + 1) the state given to run r.
@@ -66,6 +67,7 @@ class ChunkLayout:
         return _Pick.apply(flat, self.places, self.slots)
 
 
+@planned
 def chunk_layout(span: Span, size: int, runs: Runs | None = None) -> ChunkLayout:
     """Returns the chunks of at most `size` tokens (a power of two) of these rows.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.kernels.scan_chunks import Runs, on_host, run_lengths
+from models.plans import planned
 from models.span import PADDING, Span
 
 CHUNK = 128  # tokens to a chunk, a power of two; shorter where every piece is
@@ -79,6 +80,7 @@ class SegmentChunks:
             first += width
 
 
+@planned
 def segment_chunks(span: Span, segment: int | None, runs: Runs | None = None) -> SegmentChunks:
     """Returns the pieces of these rows.
 

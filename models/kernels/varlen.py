@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.kernels.scan_chunks import Runs, on_host, run_lengths
+from models.plans import planned
 from models.span import PADDING, Span
 
 
@@ -52,6 +53,7 @@ class VarlenLayout:
         return blank.index_copy(0, self.index, x[0]).unflatten(0, self.shape)
 
 
+@planned
 def varlen_layout(span: Span, runs: Runs | None = None) -> VarlenLayout:
     """Returns the layout of these rows; computed on the host once for all layers of a step.
 

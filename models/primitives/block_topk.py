@@ -14,8 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.counter_rng import DOC_BITS
 from models.masks.algebra import Mask, visible
 from models.masks.basic import Causal, SameDocument
+from models.plans import planned
 from models.primitive import Primitive
 from models.scores import Tensors
 from models.span import PADDING, Span
@@ -68,6 +70,7 @@ class BlockTopK(Primitive):
     continues_rows = True
     counts_flops = False  # a search chooses entries; what reads them is a Softmax, which counts
 
+    @planned
     def pick(self, span: Span, choose: BlockEnds) -> PickedBlocks:
         """Returns the tokens for which `choose` is true, as a store."""
 
@@ -248,7 +251,7 @@ def joint(a: Span, b: Span) -> Span:
 def keys(span: Span) -> Tensor:
     """Returns sort keys that grow with the address, [B, T] int64; padding comes last."""
     last = torch.iinfo(torch.int64).max
-    return torch.where(span.valid(), (span.doc << 40) + span.pos, last)
+    return torch.where(span.valid(), (span.doc << DOC_BITS) + span.pos, last)
 
 
 def find(what: Span, among: Span) -> tuple[Tensor, Tensor]:

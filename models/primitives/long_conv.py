@@ -20,6 +20,7 @@ from models.kernels.fft_conv import convolve
 from models.kernels.scan_chunks import on_host
 from models.masks.algebra import visible
 from models.masks.basic import Causal, SameDocument
+from models.plans import planned
 from models.primitive import Primitive
 from models.primitives.causal_conv import with_tail
 from models.same_graph import tied
@@ -126,7 +127,7 @@ class LongConv(Primitive, StatefulModule):
         (x,) = payload
         (taps,) = params
         wide = torch.promote_types(x.dtype, torch.float32)
-        pairs = span.cache.get("convolution", lambda: _pairs(span, kv_span), kv_span)
+        pairs = fragment_pairs(span, kv_span)
         x_flat = x.flatten(0, 1).to(wide)
         taps = taps.to(wide)
         targets = []
@@ -166,6 +167,12 @@ def _fragments(span: Span) -> list[Fragment]:
                 position = int(row_pos[start])
                 fragments.append(Fragment(row, start, stop - start, document, position))
     return fragments
+
+
+@planned
+def fragment_pairs(span: Span, kv_span: Span) -> list[FragmentPair]:
+    """Returns what `_pairs` does, worked out once for all layers."""
+    return span.cache.get("convolution", lambda: _pairs(span, kv_span), kv_span)
 
 
 def _pairs(span: Span, kv_span: Span) -> list[FragmentPair]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.layer import hook
+from models.plans import planned
 from models.primitive import Primitive
 from models.scores import Tensors
 from models.span import PADDING, Span
@@ -135,6 +136,7 @@ class SequentialScan(Primitive):
         y, last = run_segments(step, gathered, tuple(state), segments, depth=depth)
         return scatter_segments(y, segments.index, span.shape[1]), last
 
+    @planned
     def pieces(self, span: Span, size: int | None, parts: int = 1) -> Segments:
         """Cuts these rows into segments, a multiple of `parts`; cached on `span`."""
         if size is not None and size < 1:

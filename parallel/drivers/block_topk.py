@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.masks.algebra import Mask
+from models.plans import planned
 from models.primitives.block_topk import (
     BlockEnds,
     BlockTopK,
@@ -44,6 +45,7 @@ class ShardedBlockTopK(BlockTopK):
         self.core = core
         self.communicator = communicator
 
+    @planned
     def pick(self, span: Span, choose: BlockEnds) -> PickedBlocks:
         """Runs BlockTopK.pick; all ranks get the same number, so that a ring is possible."""
         if span.sharding is None:  # every rank has these tokens: one step of decoding

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.plans import planned
 from models.primitives.causal_conv import CausalConv, with_tail
 from models.scores import Tensors
 from models.span import PADDING, Span
@@ -59,7 +60,7 @@ class Halo(nn.Module):
             return self.core(payload, params, span=span)
         reach = len(params[0]) - 1
         x, span, skip = with_tail(self.core.place, payload[0], reach, span)
-        plan = span.cache.get(("halo", reach), lambda: _halo_plan(span.sharding, reach, x.device))
+        plan = halo_plan(span, reach)
         flat = x.flatten(0, 1)
         borrowed = all_to_all_rows(
             flat[plan.lent], self.communicator, plan.given, plan.taken, "halo"
@@ -102,6 +103,13 @@ class _RowOwners:
                 if self.home(token)[0] != rank:
                     tokens[token] = None
         return list(tokens)
+
+
+@planned
+def halo_plan(span: Span, reach: int) -> HaloPlan:
+    """Returns how the `reach` tokens before each run of this rank come to it."""
+    device = span.pos.device
+    return span.cache.get(("halo", reach), lambda: _halo_plan(span.sharding, reach, device))
 
 
 def _halo_plan(sharding: SequenceSharding, reach: int, device: torch.device) -> HaloPlan:

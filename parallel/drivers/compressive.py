@@ -18,7 +18,7 @@ from models.primitives.compressive import CompressiveScan
 from models.scores import Tensors
 from models.span import Span
 from parallel.collectives import Communicator, all_to_all_rows
-from parallel.drivers.scan import RunOrder, _run_order
+from parallel.drivers.scan import RunOrder, run_order
 from parallel.partition import unit_ranges
 
 
@@ -39,7 +39,7 @@ class ShardedCompressive(nn.Module):
         """
         if span.sharding is None:  # every rank has these tokens: one step of decoding
             return self.core(query, payload, params, span=span)
-        order = span.cache.get("compressing", lambda: _run_order(span.sharding))
+        order = run_order(span)
         work = self.core.open(query, payload, span=span, runs=order.lengths)
         keep, gain, _ = work.summarise()
         return work.read(self._incoming(keep, gain, order, span.past))

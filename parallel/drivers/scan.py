@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from models.carried_state import SHARDED, CarriedState
 from models.kernels.scan_chunks import CONTINUE
 from models.kernels.scan_chunkwise import apply_keep, carry_states
+from models.plans import planned
 from models.primitives.scan import Scan
 from models.scores import Tensors
 from models.span import Span
@@ -61,7 +62,7 @@ class StatePassing(nn.Module):
         """
         if span.sharding is None:  # every rank has these tokens: one step of decoding
             return self.core(query, payload, params, span=span)
-        order = span.cache.get("passing", lambda: _run_order(span.sharding))
+        order = run_order(span)
         work = self.core.open(query, payload, span=span, runs=order.lengths)
         keep, gain, _ = work.summarise()
         return work.read(self._incoming(keep, gain, order, span.past))
@@ -137,8 +138,13 @@ def _origins(opened: Tensor) -> list[list[int]]:
     return origins
 
 
-def _run_order(sharding: SequenceSharding) -> RunOrder:
+@planned
+def run_order(span: Span) -> RunOrder:
     """Derives from the addresses of all ranks what every rank would report of its runs."""
+    return span.cache.get("passing", lambda: _run_order(span.sharding))
+
+
+def _run_order(sharding: SequenceSharding) -> RunOrder:
     rows = sharding.whole.shape[0]
     layouts = sharding.layouts
     if len(layouts) == 1:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.plans import planned
 from models.primitives.segment_sum import (
     SegmentSum,
     documents,
@@ -93,7 +94,7 @@ class ShardedSegmentSum(SegmentSum):
     def _told(self, x: Tensor, span: Span, over: str) -> tuple[RunEnds, Tensor, Tensor]:
         """Returns the plan, x without padding, and [B, P 2R, ...] the sums of every rank's ends."""
         validate_scope(over)
-        ends = span.cache.get(("tally", over), lambda: _ends(span, over))
+        ends = run_ends(span, over)
         index = (...,) + (None,) * (x.dim() - 2)
         x = torch.where(span.valid()[index], x, 0)
         slots = ends.others.shape[2] // self.communicator.size
@@ -125,6 +126,12 @@ def _summed(which: Tensor, told: Tensor) -> Tensor:
     out = which.to(wide.dtype) @ flat
     out = out.view(*which.shape[:2], *told.shape[2:])
     return out if told.is_floating_point() else out.round().to(told.dtype)
+
+
+@planned
+def run_ends(span: Span, over: str) -> RunEnds:
+    """Returns what `_ends` does, built once for all layers."""
+    return span.cache.get(("tally", over), lambda: _ends(span, over))
 
 
 def _ends(span: Span, over: str) -> RunEnds:

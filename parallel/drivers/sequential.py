@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.plans import planned
 from models.primitives.sequential import Segments, SequentialScan, StepFunction, run_segments
 from models.scores import Tensors
 from models.span import Span
@@ -115,6 +116,7 @@ class Wavefront(nn.Module):
         local_tokens = span.sharding.layouts[0].tokens_per_rank
         return _to_owners(output, plan, self.communicator, local_tokens), tuple(last)
 
+    @planned
     def _plan(self, span: Span, size: int | None, device: torch.device) -> WavefrontPlan:
         """Returns the plan of these addresses, built at the first call."""
 

@@ -22,6 +22,7 @@ from models.kernels import blockwise
 from models.kernels.block_plan import PARTIAL_TILE, plan_tiles
 from models.kernels.reference import Partial, accumulation_dtype
 from models.masks.algebra import Mask, visible
+from models.plans import planned
 from models.primitives.attention_tape import AttentionReplay
 from models.primitives.softmax import (
     Softmax,
@@ -80,6 +81,7 @@ def _part(span: Span, rows: slice, tokens: slice) -> Span:
     return span.map(lambda tensor: tensor[rows, tokens])
 
 
+@planned
 def gather_plan(mask: Mask, span: Span, kv_span: Span, heads: Tensor) -> GatherPlan:
     """Returns the exchange that brings every rank the keys of its queries.
 

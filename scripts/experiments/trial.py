@@ -10,7 +10,7 @@ A run directory, checkpoints and logs are left out; figures stay in memory.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +22,7 @@ from models.cost.parameters import count_parameters
 from models.layer import hook
 from parallel.mesh import Mesh
 from parallel.parallelize import parallelize
+from trainer.agreement import Marks
 from trainer.config.build_model import build_engine, build_model
 from trainer.config.instantiate import instantiate
 from trainer.config.schema import Config
@@ -39,7 +40,7 @@ from trainer.objectives.stream import open_rows
 from trainer.preflight.prepare import load_config
 from trainer.preflight.reach import fitting
 from trainer.progress import Progress
-from trainer.stop_signal import StopSignal
+from trainer.stop_signal import NO_MARKS, StopSignal
 
 COMMON = (  # before a lesson's own settings, which may say otherwise but for the first three
     "checkpoint.every=0",
@@ -216,11 +217,13 @@ class TimeLimit(StopSignal):
         super().__init__(mesh, ())
         self.end = time.process_time() + seconds
 
-    def asked(self, mine: int = 0, what: str = "the batch") -> bool:
-        """See StopSignal.asked."""
+    def meet(
+        self, mine: Marks = NO_MARKS, figures: Sequence[float] = (), what: str = "the batch"
+    ) -> list[float] | None:
+        """See StopSignal.meet."""
         if time.process_time() > self.end:
             self.caught = 1
-        return super().asked(mine, what)
+        return super().meet(mine, figures, what)
 
 
 class NoCheckpoints:

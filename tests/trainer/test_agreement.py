@@ -17,7 +17,7 @@ from tests.support import small_model
 from tests.support.pool import ranks
 from tests.support.small_model import ENGINES
 from tests.trainer.verify.test_whole_runs import in_rank
-from trainer.agreement import agree, agree_on_weights, mark
+from trainer.agreement import Marks, agree, agree_on_weights, mark
 from trainer.data.batch import Batch
 from trainer.data.sources.hub import Hub
 from trainer.data.split import digest, is_held_out
@@ -51,29 +51,49 @@ def test_a_mark_stands_for_all_of_a_batch_and_for_its_data():
     assert 0 < max(marks) < 2**53, "a float64 holds it exactly"
 
 
-def asked(env, odd):
-    stop = StopSignal(build_mesh(env.size, 1), ())
-    assert not stop.asked() and not stop.asked(mark(batch()), "step 6")
+def met(env, odd, context, column):
+    """Every data rank has rows of its own; some ranks read others, or at another place."""
+    mesh = build_mesh(context, env.size // context)
+    stop = StopSignal(mesh, ())
+    marks = Marks(mark(batch()), mark(batch(), f"rows of {mesh.data.rank}"))
+    assert not stop.asked() and stop.meet(marks, (mesh.data.rank + 1.0, 2.0)) == [
+        sum(range(1, mesh.data.size + 1)),
+        2.0 * mesh.data.size,
+    ]
+    if env.rank in odd:
+        marks = marks._replace(**{column: mark(batch(3))})
     try:
-        stop.asked(mark(batch(3 if env.rank in odd else None)), "step 7")
+        stop.meet(marks, (), "step 7")
     except UserError as fault:
         return fault.code, str(fault)
 
 
 @pytest.mark.parametrize(
-    ("odd", "said"),
+    ("odd", "context", "column", "said"),
     [
-        ([], None),
-        ([1], "step 7: rank 1 read another batch than ranks 0 and 2,"),
-        ([0], "step 7: rank 0 read another batch than ranks 1 and 2,"),
-        ([0, 2], "step 7: rank 1 read another batch than ranks 0 and 2,"),
+        ([], 1, "rows", None),
+        ([1], 1, "rows", None),  # nobody else has these rows
+        ([1], 3, "rows", "step 7: rank 1 read another batch than ranks 0 and 2, though all that"),
+        ([0], 3, "rows", "step 7: rank 0 read another batch than ranks 1 and 2, though all that"),
+        ([0, 2], 3, "step", "step 7: rank 1 read another batch than ranks 0 and 2, though every"),
+        ([2], 1, "step", "step 7: rank 2 read another batch than ranks 0 and 1, though every"),
     ],
 )
-def test_ranks_with_another_batch_are_named_on_every_rank(odd, said):
-    for found in ranks(3, asked, odd):
+def test_ranks_with_another_batch_are_named_on_every_rank(odd, context, column, said):
+    for found in ranks(3, met, odd, context, column):
         assert (
             found is None if said is None else (found[0] == BAD_RUN and found[1].startswith(said))
         )
+
+
+def caught(env, context):
+    stop = StopSignal(build_mesh(context, env.size // context), ())
+    stop.caught = 15 if env.rank == 1 else 0
+    return stop.meet(Marks(1, 1), (1.0,)), stop.caught
+
+
+def test_a_signal_on_one_rank_stops_all():
+    assert ranks(3, caught, 3) == [(None, 15)] * 3
 
 
 WORDS = "the quick brown fox jumps over the lazy dog and runs into the wood"

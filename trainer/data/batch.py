@@ -77,17 +77,23 @@ class Batch(NamedTuple):
         Every token of the step then has an address of its own, whatever rank reads its row. A
         document and its source keep equal numbers.
         """
+        return self.raised(self.first_numbers(0, len(self.doc)))
+
+    def first_numbers(self, first: int, last: int) -> Tensor:
+        """Returns what `numbered` adds to the documents of rows first .. last - 1, [rows, 1].
+
+        It is 0 for rows that the batch does not have.
+        """
         # PADDING is -1, so a row of padding alone counts no document.
         counts = self.doc.amax(1, keepdim=True) + 1
         if self.source is not None:
             counts = torch.maximum(counts, self.source.doc.amax(1, keepdim=True) + 1)
-        first_numbers = counts.cumsum(0) - counts
-        return self._raised(first_numbers)
+        return first_numbers(counts, first, last)
 
-    def _raised(self, first_numbers: Tensor) -> "Batch":
+    def raised(self, first_numbers: Tensor) -> "Batch":
         """Adds to the numbers of the documents of each row, [R, 1], and of its source."""
         doc = torch.where(self.doc < 0, self.doc, self.doc + first_numbers)
-        source = None if self.source is None else self.source._raised(first_numbers)
+        source = None if self.source is None else self.source.raised(first_numbers)
         return self._replace(doc=doc, source=source)
 
     def part(self, first: int, last: int) -> "Batch":
@@ -109,3 +115,15 @@ class Batch(NamedTuple):
             aims=None if self.aims is None else rows(self.aims, IGNORE),
             source=None if self.source is None else self.source.part(first, last),
         )
+
+
+def first_numbers(counts: Tensor, first: int, last: int) -> Tensor:
+    """Returns how many documents lie before each of rows first .. last - 1, [rows, 1] int64.
+
+    Args:
+        counts: [R, 1], of the documents of each row.
+        first, last: of the rows; those behind R have no document and get 0.
+    """
+    before = (counts.cumsum(0) - counts)[first:last]
+    missing = before.new_zeros(last - first - len(before), 1)
+    return torch.cat([before, missing])

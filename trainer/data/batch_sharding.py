@@ -75,20 +75,31 @@ class BatchSharder:
 
     def __call__(self, batch: Batch) -> Iterator[tuple[MicroBatch, bool]]:
         """Yields this rank's micro-batches, each with True if it is the last of the step."""
-        for rows, last in self._rows(batch):
+        for rows, last in self._micro_batches(self._own_rows(batch)):
             yield self.piece(rows), last
 
     def in_time(self, batch: Batch) -> Iterator[tuple[list[MicroBatch], bool]]:
         """Yields the same, each micro-batch as the pieces of its rows, in order."""
-        for rows, last in self._rows(batch):
+        return self.own_in_time(self._own_rows(batch))
+
+    def own_in_time(self, own_rows: Batch) -> Iterator[tuple[list[MicroBatch], bool]]:
+        """Yields what `in_time` does of this rank's rows, numbered over the whole step already."""
+        for rows, last in self._micro_batches(own_rows):
             yield self._cut(rows), last
 
-    def _rows(self, batch: Batch) -> Iterator[tuple[Batch, bool]]:
-        """Yields the rows of each micro-batch, with True for those of the last."""
+    @property
+    def own(self) -> tuple[int, int]:
+        """First row of this data rank in the batch, and the one behind its last."""
         first = self.mesh.data.rank * self.rows_per_rank
+        return first, first + self.rows_per_rank
+
+    def _own_rows(self, batch: Batch) -> Batch:
         # Numbered over the whole batch before the cut: an address then means the same token on
         # every rank.
-        own_rows = batch.numbered().part(first, first + self.rows_per_rank)
+        return batch.numbered().part(*self.own)
+
+    def _micro_batches(self, own_rows: Batch) -> Iterator[tuple[Batch, bool]]:
+        """Yields the rows of each micro-batch, with True for those of the last."""
         for number in range(self.pieces):
             start = number * self.micro_batch
             rows = own_rows.part(start, start + self.micro_batch)
@@ -103,7 +114,7 @@ class BatchSharder:
         return torch.where(next_is_visible, IGNORE, batch.targets())
 
     def valid(self, batch: Batch) -> int:
-        """Counts the targets of a whole batch, over all ranks."""
+        """Counts the targets of a batch, or of the rows of one that are given."""
         return int((self.targets(batch) != IGNORE).sum())
 
     def piece(self, batch: Batch) -> MicroBatch:

@@ -134,6 +134,22 @@ class Concatenation:
             index += 1
         return lay_out(pieces, length, goes_on=goes_on)
 
+    def documents(self, numbers: np.ndarray, *, goes_on: bool) -> np.ndarray:
+        """Counts the documents of rows by their lengths alone.
+
+        Args:
+            numbers: of the rows, [n] int64.
+            goes_on: as for `lay_out`.
+
+        Returns:
+            One more than the largest number of a document in the row, [n] int64; 0 for padding.
+        """
+        begin = numbers * self.context_length
+        stop = np.minimum(begin + self.context_length + 1, self.ends[-1])
+        last = np.searchsorted(self.ends, stop - 1, "right")
+        first = -self.first_number if goes_on else np.searchsorted(self.ends, begin, "right")
+        return np.where(begin < stop, last + 1 - first, 0)
+
 
 def rows_of(tokens: int, context_length: int) -> int:
     """Counts the rows that a number of tokens make; the very first token is not a target."""

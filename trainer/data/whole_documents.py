@@ -139,6 +139,12 @@ class WholeDocuments:
         self.bins = best_fit(lengths[order].tolist(), context_length + 1)
         self.order = order
 
+    def documents(self, numbers: np.ndarray, *, goes_on: bool) -> np.ndarray:
+        """See trainer.data.packing.Concatenation.documents; each row numbers its own from 0."""
+        assert not goes_on, "lanes read no whole documents"
+        counts = [len(self.bins[number]) if number < len(self.bins) else 0 for number in numbers]
+        return np.array(counts, np.int64)
+
     def row(self, number: int, *, goes_on: bool) -> PackedRow:
         """Returns row `number`, or a row of padding after the last; `goes_on` as for `lay_out`."""
         pieces: list[DocumentSlice] = []

@@ -10,7 +10,7 @@ from trainer.config.schema import Config
 from trainer.data.batch import Batch
 from trainer.data.open import open_stream
 from trainer.data.sources.base import build_source
-from trainer.data.streams.base import Cursor, Stream
+from trainer.data.streams.base import Cursor, OwnRows, Stream
 from trainer.errors import BAD_RUN, UserError
 from trainer.objectives.base import Objective, Symbols
 
@@ -50,12 +50,21 @@ class ObjectiveStream(Stream):
 
     def read(self, cursor: Cursor) -> tuple[Batch, Cursor]:
         """See Stream.read."""
+        rows = self.read_rows(cursor, 0, self.rows)
+        return rows.batch, rows.cursor
+
+    def read_rows(self, cursor: Cursor, first: int, last: int) -> OwnRows:
+        """See Stream.read_rows; the objective makes each row by itself."""
         self.admit(cursor)
-        text, next_cursor = self.text.read(cursor | {"fingerprint": self.text.fingerprint})
+        at = cursor | {"fingerprint": self.text.fingerprint}
+        text = self.text.read_rows(at, first, last)
         # Numbers go on over the epochs, so that a text is masked anew each time it is read.
-        rows = cursor["rows"] + torch.arange(len(text.tokens))
-        batch = self.objective.apply(text, rows, self.seed, self.symbols, self.context_length)
-        return batch, next_cursor | {"fingerprint": self.fingerprint}
+        numbers = cursor["rows"] + torch.arange(first, last)
+        batch = self.objective.apply(
+            text.batch, numbers, self.seed, self.symbols, self.context_length
+        )
+        following = text.cursor | {"fingerprint": self.fingerprint}
+        return text._replace(batch=batch, cursor=following)
 
     def follow(self, cursor: Cursor) -> Cursor:
         """See Stream.follow."""

@@ -14,10 +14,11 @@ from models.layer import hook
 from models.moe import choice, router, switch
 from parallel.activation_offload import ActivationOffload
 from parallel.mesh import Mesh
+from trainer.agreement import Marks
 from trainer.config.schema import Config
 from trainer.data.batch import Batch
 from trainer.data.lanes import Lanes
-from trainer.data.streams.prefetch import StepInput
+from trainer.data.streams.prefetch import Figures, StepInput
 from trainer.logs.meters import Meter, Peak
 from trainer.loop import Loop
 from trainer.optim.selection import count_trained
@@ -82,10 +83,9 @@ class Rehearsal:
     def _take_step(self) -> None:
         share = self.placement.share
         given = StepInput(
-            batch=self.batch,
             cursor={},
-            mark=0,
-            valid_tokens=share.valid(self.batch),
+            marks=Marks(),
+            figures=Figures.of(self.batch, share, self.loop.flops),
             cut=deque(share.in_time(self.batch)),
         )
         self.loop.take_step(self.progress, given)

@@ -3,12 +3,31 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from trainer.data.batch import Batch
 from trainer.data.tokenizers import Tokenizer
 
 Cursor = dict[str, Any]
+
+
+class OwnRows(NamedTuple):
+    """Some rows of a batch, which one data rank computes.
+
+    Attributes:
+        batch: the rows, with rows of padding where the batch has fewer.
+        cursor: of the next batch.
+        first_numbers: [rows, 1] int64, added to the numbers of a row's documents: then no two rows
+            of the step share one, and a row's are the same whoever reads it.
+        whole: the batch that they were cut from, where all of it was read; None where it was not.
+    """
+
+    batch: Batch
+    cursor: Cursor
+    first_numbers: Tensor
+    whole: Batch | None = None
 
 
 class Stream(ABC):
@@ -49,6 +68,23 @@ class Stream(ABC):
         Raises:
             ValueError: the cursor belongs to other data.
         """
+
+    def read_rows(self, cursor: Cursor, first: int, last: int) -> OwnRows:
+        """Returns rows first .. last - 1 of the batch at a cursor, as a data rank trains on them.
+
+        This reads the batch and cuts it, which is right for every stream. One that finds a row
+        without the rows before it overrides it, so that a rank's reading does not grow with the
+        number of ranks: local documents, by their lengths, and synthetic tasks, whose rows are
+        functions of their numbers. Not so streamed documents, since the place of the next batch
+        depends on the tokens of all lanes, and mixtures, where the tokens of a row decide which
+        source the next row comes from.
+
+        Raises:
+            ValueError: the cursor belongs to other data.
+        """
+        whole, following = self.read(cursor)
+        batch = whole.part(first, last)
+        return OwnRows(batch, following, whole.first_numbers(first, last), whole)
 
     @abstractmethod
     def describe(self, steps: int | None = None) -> str:

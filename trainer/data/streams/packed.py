@@ -4,15 +4,17 @@ import hashlib
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from trainer.data.batch import Batch
+from trainer.data.batch import Batch, first_numbers
 from trainer.data.cache import corpus_of
 from trainer.data.corpus import Corpus
 from trainer.data.errors import NONE_HELD_OUT, ONE_DOCUMENT, DataError, ReadReport
 from trainer.data.packing import Concatenation, PackedRow, rows_of, stack
 from trainer.data.sources.base import Local
 from trainer.data.split import arrange, divide
-from trainer.data.streams.base import Cursor, Stream
+from trainer.data.streams.base import Cursor, OwnRows, Stream
 from trainer.data.whole_documents import Cuts, WholeDocuments, cut_at_turns
 from trainer.errors import BAD_CONFIG
 
@@ -98,11 +100,33 @@ class PackedStream(Stream):
 
     def read(self, cursor: Cursor) -> tuple[Batch, Cursor]:
         """See Stream.read."""
+        rows = self.read_rows(cursor, 0, self.rows)
+        return rows.batch, rows.cursor
+
+    def read_rows(self, cursor: Cursor, first: int, last: int) -> OwnRows:
+        """See Stream.read_rows; of the other rows only the lengths of documents are looked at."""
         self.admit(cursor)
-        first = cursor["rows"]
-        read_row = self._lane_row if self.lanes else self._row
-        batch = self._stack([read_row(number) for number in range(first, first + self.rows)])
-        return batch, {"rows": first + self.rows, "fingerprint": self.fingerprint}
+        begin = cursor["rows"]
+        stop = min(last, self.rows)
+        # A rank without rows reads one to know how its padding looks.
+        start = min(first, stop - 1)
+        epochs, numbers = self._places(np.arange(begin, begin + stop))
+        rows = [
+            self._epoch(epoch).row(number, goes_on=self.lanes)
+            for epoch, number in zip(epochs[start:].tolist(), numbers[start:].tolist())
+        ]
+        batch = self._stack(rows).part(first - start, last - start)
+        counts = self._documents(epochs, numbers)
+        following = {"rows": begin + self.rows, "fingerprint": self.fingerprint}
+        return OwnRows(batch, following, first_numbers(counts, first, last))
+
+    def _documents(self, epochs: np.ndarray, numbers: np.ndarray) -> Tensor:
+        """Counts the documents of rows of epochs, [n, 1] int64."""
+        counts = np.zeros(len(numbers), np.int64)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            counts[here] = self._epoch(epoch).documents(numbers[here], goes_on=self.lanes)
+        return torch.from_numpy(counts)[:, None]
 
     def _cut(self) -> Cuts:
         """Returns the pieces of documents that rows hold whole."""
@@ -116,15 +140,17 @@ class PackedStream(Stream):
     def _order_seed(self) -> int:
         return self.seed if self.endless else 0
 
-    def _row(self, number: int) -> PackedRow:
-        """Returns row `number` of the run, in the order of its epoch."""
-        epoch = 0
-        if self.endless:
-            epoch, number = divmod(number, self.epoch_rows)
-        # Rows behind the last of held-out data are padding and have no order.
-        if number < self.epoch_rows:
-            number = int(self._order(epoch)[number])
-        return self._epoch(epoch).row(number, goes_on=False)
+    def _places(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the epochs of rows of the run, and their numbers in these, [n] int64 each."""
+        if self.lanes:
+            return self._lane_places(numbers)
+        epochs = numbers // self.epoch_rows if self.endless else np.zeros_like(numbers)
+        places = numbers - epochs * self.epoch_rows
+        for epoch in np.unique(epochs).tolist():
+            # Rows behind the last of held-out data are padding and have no order.
+            here = (epochs == epoch) & (places < self.epoch_rows)
+            places[here] = self._order(epoch)[places[here]]
+        return epochs, places
 
     def _order(self, epoch: int) -> np.ndarray:
         """Returns the order in which an epoch's rows are read, [epoch_rows]."""
@@ -134,22 +160,19 @@ class PackedStream(Stream):
             self._orders = _with_epoch(self._orders, epoch, order)
         return self._orders[epoch]
 
-    def _lane_row(self, number: int) -> PackedRow:
-        """Returns row `number` of the run where lanes continue.
+    def _lane_places(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what `_places` does where lanes continue.
 
         Lane i reads the i-th part of an epoch's rows, one after another; a shorter part ends in
         padding.
         """
-        step, lane = divmod(number, self.rows)
-        epoch = 0
+        steps, lanes = np.divmod(numbers, self.rows)
+        epochs = np.zeros_like(numbers)
         if self.endless:
-            epoch, step = divmod(step, self.batches or 1)
-        first = self.epoch_rows * lane // self.rows
-        stop = self.epoch_rows * (lane + 1) // self.rows
-        row = first + step
-        if row >= stop:
-            row = self.epoch_rows + 1
-        return self._epoch(epoch).row(row, goes_on=True)
+            epochs, steps = np.divmod(steps, self.batches or 1)
+        places = self.epoch_rows * lanes // self.rows + steps
+        stops = self.epoch_rows * (lanes + 1) // self.rows
+        return epochs, np.where(places < stops, places, self.epoch_rows + 1)
 
     def _whole(self, epoch: int) -> WholeDocuments:
         """Returns whole documents in the rows of an epoch."""

@@ -1,17 +1,21 @@
-"""Batches of coming steps, read and cut for this rank on a thread while a step is computed.
+"""Rows of coming steps, read and cut for this rank on a thread while a step is computed.
 
-A stream is a pure function of cursors, so reading ahead changes no batch; a checkpoint holds the
-cursor of the last step that was taken, whatever was read behind it.
+A rank reads the rows of its data rank alone, where the stream can (`Stream.read_rows`); what a step
+must know of all rows comes from every rank in the all-reduce before it. A stream is a pure function
+of cursors, so reading ahead changes no batch; a checkpoint holds the cursor of the last step that
+was taken, whatever was read behind it.
 """
 
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from models.micro_batch import MicroBatch
-from trainer.agreement import mark
+from models.plans import PlanLog
+from models.span import Span
+from trainer.agreement import Marks, marks_of
 from trainer.data.batch import Batch
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.streams.base import Cursor, Stream
@@ -19,23 +23,45 @@ from trainer.data.streams.base import Cursor, Stream
 JOIN_S = 5.0  # a thread that waits for a network longer than this is left behind
 
 
+class Figures(NamedTuple):
+    """Figures of rows: of a data rank until ranks have met, then of the whole step.
+
+    Attributes:
+        valid_tokens: targets.
+        rows: those that are no padding.
+        flops: of training on them.
+    """
+
+    valid_tokens: int
+    rows: int
+    flops: float
+
+    @staticmethod
+    def of(batch: Batch, share: BatchSharder, flops: "CountFlops") -> "Figures":
+        """Returns the figures of the rows of a batch."""
+        span = batch.span()
+        source = None if batch.source is None else batch.source.span()
+        return Figures(share.valid(batch), int(span.valid().any(1).sum()), flops(span, source))
+
+
+CountFlops = Callable[[Span, Span | None], float]
+
+
 class StepInput(NamedTuple):
     """Everything that a step reads.
 
     Attributes:
-        batch: all rows of the step, on the CPU.
         cursor: of the next batch.
-        mark: a hash of the batch and of its data, to be compared over ranks.
-        valid_tokens: targets of the batch, over all ranks.
+        marks: hashes of what was read, to be compared over ranks.
+        figures: see Figures.
         cut: this rank's micro-batches on its device, each as the pieces of its rows, with True for
             the last; they are taken out one by one, since what layers derive from their addresses
             lives as long as they do.
     """
 
-    batch: Batch
     cursor: Cursor
-    mark: int
-    valid_tokens: int
+    marks: Marks
+    figures: Figures
     cut: deque[tuple[list[MicroBatch], bool]]
 
     def micro_batches(self) -> Iterator[tuple[list[MicroBatch], bool]]:
@@ -51,12 +77,25 @@ class Prefetcher:
         stream: the training data; nobody else reads it meanwhile.
         share: cuts a batch for this rank.
         ahead: steps that are read ahead on a thread; 0 = each is read when it is asked for.
+        flops: counts those of training on rows of a span, and of the sources of another.
+
+    Attributes:
+        plans: what layers plan of addresses; whoever takes the first step lets it listen. The
+            thread makes the same of the steps that it reads.
     """
 
-    def __init__(self, stream: Stream, share: BatchSharder, ahead: int):
+    def __init__(
+        self,
+        stream: Stream,
+        share: BatchSharder,
+        ahead: int,
+        flops: CountFlops = lambda span, source: 0.0,
+    ):
         self.stream = stream
         self.share = share
         self.ahead = ahead
+        self.flops = flops
+        self.plans = PlanLog()
         self._expected: Cursor | None = None
         self._reader: _Reader | None = None
 
@@ -67,13 +106,18 @@ class Prefetcher:
             Exception: what reading this step raised, on the thread or here.
         """
         if self.ahead == 0:
-            return self._load(cursor)
+            return self.load(cursor)
         if self._reader is None or cursor != self._expected:
             self.close()
             self._reader = _Reader(self, cursor)
         found = self._reader.next()
         self._expected = found.cursor
         return found
+
+    @property
+    def is_ahead(self) -> bool:
+        """True while a thread reads ahead."""
+        return self._reader is not None
 
     def close(self) -> None:
         """Ends the thread; what it has read is forgotten."""
@@ -82,14 +126,24 @@ class Prefetcher:
         self._reader = None
         self._expected = None
 
-    def _load(self, cursor: Cursor) -> StepInput:
-        batch, following = self.stream.read(cursor)
+    def load_planned(self, cursor: Cursor) -> StepInput:
+        """Reads the input of the step at a cursor, and makes the plans of its layers."""
+        given = self.load(cursor)
+        for pieces, _ in given.cut:
+            # Pieces of a row read what those before them leave, which no address tells ahead.
+            if len(pieces) == 1:
+                self.plans.make(pieces[0])
+        return given
+
+    def load(self, cursor: Cursor) -> StepInput:
+        """Reads the input of the step at a cursor, here; the thread must not read meanwhile."""
+        rows = self.stream.read_rows(cursor, *self.share.own)
+        batch = rows.batch.raised(rows.first_numbers)
         return StepInput(
-            batch=batch,
-            cursor=following,
-            mark=mark(batch, self.stream.fingerprint),
-            valid_tokens=self.share.valid(batch),
-            cut=deque(self.share.in_time(batch)),
+            cursor=rows.cursor,
+            marks=marks_of(rows._replace(batch=batch), cursor, self.stream.fingerprint),
+            figures=Figures.of(batch, self.share, self.flops),
+            cut=deque(self.share.own_in_time(batch)),
         )
 
 
@@ -97,7 +151,7 @@ class _Reader:
     """A thread that loads step after step from a cursor on."""
 
     def __init__(self, owner: Prefetcher, cursor: Cursor):
-        self._load = owner._load
+        self._load = owner.load_planned
         self._found: queue.SimpleQueue[StepInput | BaseException] = queue.SimpleQueue()
         self._room = threading.Semaphore(owner.ahead)
         self._closed = threading.Event()

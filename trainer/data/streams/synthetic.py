@@ -18,7 +18,7 @@ from models.span import GIVEN, PADDING, TEXT
 from trainer.data.batch import Batch
 from trainer.data.errors import NONE_HELD_OUT, DataError
 from trainer.data.split import digest
-from trainer.data.streams.base import Cursor, Stream
+from trainer.data.streams.base import Cursor, OwnRows, Stream
 from trainer.data.tasks.base import Example, SyntheticTask
 from trainer.errors import BAD_CONFIG
 
@@ -133,14 +133,27 @@ class SyntheticStream(Stream):
 
     def read(self, cursor: Cursor) -> tuple[Batch, Cursor]:
         """See Stream.read."""
+        rows = self.read_rows(cursor, 0, self.rows)
+        return rows.batch, rows.cursor
+
+    def read_rows(self, cursor: Cursor, first: int, last: int) -> OwnRows:
+        """See Stream.read_rows; no example of another row is drawn."""
         self.admit(cursor)
-        first = cursor["rows"]
-        rows = [self._row(number) for number in range(first, first + self.rows)]
+        begin = cursor["rows"]
+        stop = min(last, self.rows)
+        # A rank without rows draws one to know how its padding looks.
+        start = min(first, stop - 1)
+        rows = [self._row(number) for number in range(begin + start, begin + stop)]
         batch = _stacked(rows, aimed=self.task.aimed)
         sources = [row.source for row in rows if row.source is not None]
         if sources:
             batch = batch._replace(source=_stacked(sources, aimed=False))
-        return batch, {"rows": first + self.rows, "fingerprint": self.fingerprint}
+        # A document has a token at least, so no row has more of them than tokens. Those of lanes
+        # have numbers of their own already.
+        most = 0 if self.lanes else self.context_length + 1
+        first_numbers = most * torch.arange(first, last)[:, None]
+        following = {"rows": begin + self.rows, "fingerprint": self.fingerprint}
+        return OwnRows(batch.part(first - start, last - start), following, first_numbers)
 
     def describe(self, steps: int | None = None) -> str:
         """See Stream.describe."""

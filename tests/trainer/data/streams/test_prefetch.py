@@ -1,12 +1,13 @@
 """Batches read ahead on a thread are those that are read when they are needed."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
-from parallel.mesh import Mesh
-from trainer.agreement import mark
+from parallel.mesh import Axis, Mesh
+from trainer.agreement import Marks, mark
 from trainer.data.batch import Batch
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.streams.base import Stream
@@ -58,7 +59,11 @@ def made(ahead, spoilt=None):
     share = BatchSharder(
         Mesh.alone(), rows=ROWS, context_length=LENGTH, micro_batch=2, policy="zigzag", time=2
     )
-    return stream, share, Prefetcher(stream, share, ahead)
+    return stream, share, Prefetcher(stream, share, ahead, tokens_of)
+
+
+def tokens_of(span, source):
+    return float(span.pos.numel())
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
@@ -68,10 +73,9 @@ def test_a_step_is_given_what_it_would_read_itself(ahead):
     for _ in range(5):
         expected, following = Counting().read(cursor)
         given = prefetcher.read(cursor)
-        assert torch.equal(given.batch.tokens, expected.tokens)
         assert given.cursor == following
-        assert given.mark == mark(expected, stream.fingerprint)
-        assert given.valid_tokens == share.valid(expected) == ROWS * LENGTH
+        assert given.marks.rows == mark(expected.numbered(), stream.fingerprint)
+        assert given.figures == (ROWS * LENGTH, ROWS, float(expected.tokens[:, :-1].numel()))
         for (pieces, last), (want, want_last) in zip(
             given.micro_batches(), share.in_time(expected), strict=True
         ):
@@ -115,5 +119,33 @@ def test_another_cursor_begins_anew_there():
     prefetcher.read(stream.start())
     given = prefetcher.read({"number": 7})
     assert given.cursor == {"number": 8}
-    assert torch.equal(given.batch.tokens, Counting().read({"number": 7})[0].tokens)
+    (pieces, _), *_ = given.micro_batches()
+    assert torch.equal(pieces[0].tokens, Counting().read({"number": 7})[0].tokens[:2, :4])
     prefetcher.close()
+
+
+def test_data_ranks_read_their_rows_and_agree_on_what_they_must():
+    found = []
+    for rank in range(2):
+        stream, share, _ = made(0)
+        share = BatchSharder(
+            replace(Mesh.alone(), data=Axis(rank, 2)),
+            rows=ROWS,
+            context_length=LENGTH,
+            micro_batch=2,
+            policy="zigzag",
+        )
+        found.append(Prefetcher(stream, share, 0, tokens_of).read(stream.start()))
+    batch, _ = Counting().read({"number": 0})
+    batch = batch.numbered()
+    for given, rows, first in zip(found, (2, 1), (0, 2)):
+        assert given.figures[:2] == (rows * LENGTH, rows)
+        assert given.marks.rows == mark(batch.part(first, first + 2), "counting")
+        (pieces, last), *more = given.micro_batches()
+        assert last and not more
+        assert torch.equal(pieces[0].tokens[:rows], batch.tokens[first : first + rows, :-1])
+        assert torch.equal(pieces[0].span.doc[:rows], batch.doc[first : first + rows, :-1])
+    assert found[0].marks.step == found[1].marks.step != 0
+    assert found[0].marks.rows != found[1].marks.rows
+    other = Prefetcher(Counting(), share, 0).read({"number": 1})
+    assert other.marks.step != found[0].marks.step and Marks() == (0, 0)
