@@ -98,3 +98,11 @@ def test_nothing_is_noted_of_what_nobody_listens_to():
         pass
     layers(batch)
     assert not log.calls and log.make(micro_batch(3)) == 0
+
+
+def test_spans_that_differ_in_their_past_are_one():
+    log = PlanLog()
+    first, second = micro_batch(2), micro_batch(3)
+    with log.listening(first):
+        runs(first.span.with_past(object()))
+    assert log.make(second) == 1
