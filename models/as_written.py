@@ -1,5 +1,4 @@
-"""What a compiler leaves as it is written: plans, exchanges, draws, kernels that are compiled
-already."""
+"""Leaves plans, exchanges, draws and kernels out of what torch.compile compiles."""
 
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar

@@ -40,8 +40,9 @@ class LoraLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., D] -> [..., E]."""
-        low = F.linear(input, self.lora_A)
-        return super().forward(input) + self.scale * F.linear(low, self.lora_B)
+        low = self.scale * F.linear(input, self.lora_A)
+        # In place, and scaled where it is narrow: at a million tokens E is most of the memory.
+        return super().forward(input).add_(F.linear(low, self.lora_B))
 
 
 def add_adapters(model: nn.Module, *, rank: int, alpha: float, targets: Sequence[str]) -> list[str]:

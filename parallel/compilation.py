@@ -18,7 +18,7 @@ from parallel.context_parallel import OPAQUE
 
 
 class GraphBreaks(NamedTuple):
-    """Where graphs of this process ended so far, as the compiler counts them.
+    """Counts of the graphs of this process and of their ends, by the compiler.
 
     Attributes:
         graphs: pieces that were compiled.

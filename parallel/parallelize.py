@@ -1,9 +1,9 @@
 """Applies all changes that turn a model written for one device into a model in training.
 
 Their order matters. Context and expert parallelism come first (primitives are swapped for drivers),
-then tiles of tokens, activation checkpointing (so that a recomputed block communicates as it did),
-compilation, activation offload, and parameter sharding last: FSDP2 gathers a block's parameters
-around all of it, once for the recomputation.
+then tiles of tokens and groups of heads, activation checkpointing (so that a recomputed block
+communicates as it did), compilation, activation offload, and parameter sharding last: FSDP2 gathers
+a block's parameters around all of it, once for the recomputation.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from parallel.collectives import Communicator
 from parallel.compilation import compile_block
 from parallel.context_parallel import apply_context_parallel
 from parallel.engines.base import Engine, blocks_of
+from parallel.head_groups import apply_head_groups
 from parallel.tiles import apply_tiles
 
 
@@ -31,6 +32,7 @@ def parallelize(
     method: str = "auto",
     offload: ActivationOffload | None = None,
     tiles: int | None = None,
+    head_groups: int | None = None,
 ) -> Communicator | None:
     """Applies parallelism, checkpointing, compilation and sharding as the engine's settings say.
 
@@ -43,6 +45,8 @@ def parallelize(
         offload: sends to the host what blocks save for backward; None leaves it on the device.
         tiles: into how many tiles of tokens feed-forward layers and losses are cut
             (parallel/tiles.py); None computes all tokens at once.
+        head_groups: into how many groups of heads attention is cut (parallel/head_groups.py); None
+            computes all heads at once.
 
     Returns:
         The communicator of the drivers, or None where neither sequences nor experts are shared.
@@ -60,6 +64,8 @@ def parallelize(
         )
     if tiles is not None:
         apply_tiles(model, tiles)
+    if head_groups is not None:
+        apply_head_groups(model, head_groups)
     for block in blocks_of(model):
         if engine.checkpointing == "full":
             block.forward = compute_again(block.forward)

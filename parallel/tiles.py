@@ -1,4 +1,4 @@
-"""Feed-forward layers, the last norm and the losses, computed in tiles of tokens.
+"""Feed-forward layers, norms and the losses, computed in tiles of tokens.
 
 What treats each token by itself can be computed for a few tokens at a time. Each tile keeps only
 what comes in and is computed again in backward, so that what lies inside a feed-forward layer is in
@@ -30,7 +30,7 @@ LOSSES = "losses_of"  # the method of a whole model that ends it with losses, to
 
 
 def apply_tiles(model: nn.Module, tiles: int) -> int:
-    """Has the feed-forward layers and the losses of a model computed in tiles.
+    """Has the feed-forward layers, the norms and the losses of a model computed in tiles.
 
     Layers that read several tokens, or that keep sums over them, are left as they are.
 
@@ -46,6 +46,12 @@ def apply_tiles(model: nn.Module, tiles: int) -> int:
         # A method of the class is replaced by one of the block that takes the same arguments.
         setattr(block, "transform", partial(in_tiles, block.transform, tiles))  # noqa: B010
         count += 1
+    for module in model.modules():
+        if isinstance(module, Block):
+            # The other norms of a block are within its feed-forward half.
+            for norm in (module.mixer_norm, module.mixer_post_norm):
+                if norm is not None:
+                    norm.forward = partial(_norm_in_tiles, norm.forward, tiles)
     losses_of = getattr(model, LOSSES, None)
     if losses_of is not None:
         setattr(model, LOSSES, partial(in_tiles, losses_of, tiles))
@@ -111,6 +117,13 @@ def in_tiles(
         return whole
     # A block and a model hand out no view, because FSDP2 hooks what they hand out.
     return whole.unflatten(1, (rows, tokens))[0].clone()
+
+
+def _norm_in_tiles(norm: Callable[[Tensor], Tensor], tiles: int, hidden: Tensor) -> Tensor:
+    """Returns norm(hidden), [B, T, W]: a norm computes wide, and so do six tensors of its
+    gradient."""
+    unused = hidden.new_empty(hidden.shape[:2])
+    return in_tiles(lambda tile, _: norm(tile), tiles, hidden, unused)
 
 
 def _split_addresses(addresses: Span | Tensor, count: int) -> list[Any]:

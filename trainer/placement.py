@@ -76,6 +76,11 @@ def place(
     if config.engine.tile_tokens is not None:
         tiles = tile_count(share.micro_batch * share.tokens_per_rank, config.engine.tile_tokens)
     communicator = parallelize(
-        model, engine, method=config.parallel.method, offload=offload, tiles=tiles
+        model,
+        engine,
+        method=config.parallel.method,
+        offload=offload,
+        tiles=tiles,
+        head_groups=config.engine.head_groups,
     )
     return PlacedModel(engine, communicator, share)

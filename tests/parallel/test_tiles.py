@@ -87,7 +87,8 @@ def test_tiles_give_the_same_losses_and_gradients(norm_place, tiles):
 
 
 def placed(env, engine_name, checkpointing, policy):
-    """(sum of this rank's losses, gradients) with tiles, over all ranks of a row."""
+    """(sum of this rank's losses, gradients) with tiles of tokens, and groups of heads where
+    attention is computed again, over all ranks of a row."""
     engine = ENGINES[engine_name](
         build_mesh(env.size, 1),
         OPTIM,
@@ -97,7 +98,8 @@ def placed(env, engine_name, checkpointing, policy):
     )
     with torch.device("meta"):
         model = decoder()
-    parallelize(model, engine, method="ring", tiles=4)
+    groups = None if checkpointing == "selective" else 2
+    parallelize(model, engine, method="ring", tiles=4, head_groups=groups)
     engine.load_weights(initialise(decoder(), seed=5).double().named_parameters())
     tokens, targets, span = data()
     here = shard_span(span, [layout(policy, span.shape[1], env.size)], env.rank)
@@ -153,6 +155,22 @@ def test_the_peak_of_a_feedforward_layer_does_not_grow_with_the_tokens():
     whole, _ = peak_beside_the_stream(2048, None)
     assert whole > 100 * many_stream
     assert many < 0.1 * whole
+
+
+def test_the_peak_of_a_norm_is_that_of_its_tokens():
+    def peak(tiles):
+        block = Block(WIDTH, NoFeedForward(), SwiGLU(WIDTH, WIDTH))
+        if tiles is not None:
+            apply_tiles(torch.nn.ModuleList([block]), tiles)
+        block.mixer_norm.weight.grad = torch.zeros_like(block.mixer_norm.weight)
+        hidden = torch.zeros(1, 4096, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+        with Live() as live:
+            block.mixer_norm(hidden).sum().backward()
+        return live.peak / (hidden.numel() * hidden.element_size())
+
+    # Wide and several times over: unless it is computed for a few tokens at a time.
+    assert peak(None) > 8
+    assert peak(64) < 5
 
 
 def test_the_peak_of_the_losses_does_not_grow_with_the_tokens():

@@ -348,7 +348,8 @@ def sizes_taken(config: Config, vocabulary: int) -> dict[str, dict[str, Any]]:
 
 def build_engine(config: Config, mesh: Any, optimiser: Any) -> Any:
     """Builds the engine of a run, with those of its settings that are not null."""
-    apart = ("name", "offload_activations", "tile_tokens")  # what place() is told
+    # what place() is told
+    apart = ("name", "offload_activations", "tile_tokens", "head_groups")
     settings = {
         key: value
         for key, value in as_node(config.engine).items()

@@ -108,6 +108,11 @@ class EngineConfig(ComponentConfig):
         ),
         json_schema_extra={"constructor": False},
     )
+    head_groups: Count | None = Field(
+        default=None,
+        description="groups of heads in which attention is computed; null = all heads at once",
+        json_schema_extra={"constructor": False},
+    )
 
     @classmethod
     def owner(cls, key: str) -> str | None:

@@ -164,6 +164,12 @@ def _changes(config: Config) -> Iterator[tuple[str, Config]]:
         yield f"engine.tile_tokens={tokens}", changed(config, engine__tile_tokens=tokens)
     else:
         yield "engine.tile_tokens=null", changed(config, engine__tile_tokens=None)
+    if engine.head_groups is not None:
+        yield "engine.head_groups=null", changed(config, engine__head_groups=None)
+    elif parallel.time == 1 and engine.checkpointing != "selective" and not engine.compile:
+        groups = next((n for n in (8, 4, 2) if config.model.heads % n == 0), None)
+        if groups is not None:
+            yield f"engine.head_groups={groups}", changed(config, engine__head_groups=groups)
     if engine.name == "single" and parallel.ranks > 1:
         target = "parallel.engines.fsdp.Fsdp"
         yield "engine=fsdp", changed(config, engine__name="fsdp", engine___target_=target)

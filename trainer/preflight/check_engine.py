@@ -31,6 +31,7 @@ def check_engine_settings(config: Config) -> Iterator[Finding]:
         yield as_finding(SELECTIVE)
     yield from check_activation_offload(config)
     yield from check_tiles(config)
+    yield from check_head_groups(config)
     if engine.name == "deepspeed":
         yield from check_deepspeed(config)
     for key, value in engine.settings().items():
@@ -98,6 +99,60 @@ def check_tiles(config: Config) -> Iterator[Finding]:
             "use engine.compile=false, or engine.tile_tokens=null",
             causes=("engine.compile",),
         )
+
+
+def check_head_groups(config: Config) -> Iterator[Finding]:
+    """Refuses groups of heads where they would be computed otherwise than asked."""
+    engine = config.engine
+    if engine.head_groups is None:
+        return
+    key = "engine.head_groups", engine.head_groups
+    if engine.name == "deepspeed":
+        yield Finding(
+            *key,
+            "DeepSpeed may gather and free weights around each group, which is not proved exact",
+            "use engine=fsdp, or engine.head_groups=null",
+            causes=("engine.name",),
+        )
+    if engine.compile:
+        yield Finding(
+            *key,
+            "blocks are compiled as a whole (engine.compile=true)",
+            "use engine.compile=false, or engine.head_groups=null",
+            causes=("engine.compile",),
+        )
+    if engine.checkpointing == "selective":
+        yield Finding(
+            *key,
+            "each group is computed again in backward, and selective checkpointing keeps attention",
+            "use engine.checkpointing=full, or engine.head_groups=null",
+            causes=("engine.checkpointing",),
+        )
+    if config.parallel.time > 1:
+        yield Finding(
+            *key,
+            "rows that are cut in time carry the keys of all heads from piece to piece",
+            "use parallel.time=1, or engine.head_groups=null",
+            causes=("parallel.time",),
+        )
+    ranks = _ranks_of_heads(config)
+    each = config.model.heads // engine.head_groups
+    if ranks > max(each, 1):
+        yield Finding(
+            *key,
+            f"parallel.method={config.parallel.method} divides the heads of a group among {ranks}"
+            f" ranks, and a group has {each}",
+            f"use engine.head_groups={max(1, config.model.heads // ranks)} or fewer",
+            causes=("parallel.method", "parallel.context", "model.heads"),
+        )
+
+
+def _ranks_of_heads(config: Config) -> int:
+    """Returns among how many ranks a method divides the heads of an attention."""
+    parallel = config.parallel
+    if parallel.method == "ulysses":
+        return parallel.context
+    return parallel.ulysses or 1 if parallel.method == "usp" else 1
 
 
 def check_deepspeed(config: Config) -> Iterator[Finding]:

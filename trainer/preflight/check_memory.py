@@ -75,10 +75,12 @@ def tokens_at_once(config: Config) -> int:
 def _traced(config: Config, model: nn.Module, tokens: int) -> int:
     """Returns the bytes that the model keeps for backward, as its operations say; 0 if unknown.
 
-    What is cut into tiles or time or waits on the host is less than a trace of whole rows says.
+    What is cut into tiles, heads or time or waits on the host is less than a trace of whole rows
+    says.
     """
     engine = config.engine
-    if engine.tile_tokens or engine.offload_activations or config.parallel.time > 1:
+    in_parts = engine.tile_tokens or engine.head_groups or config.parallel.time > 1
+    if in_parts or engine.offload_activations:
         return 0
     try:
         return activation_bytes(model, tokens, config.precision, engine.checkpointing)

@@ -10,6 +10,7 @@ from torch import nn
 from models.block import Block
 from models.layer import hook
 from parallel.engines.base import blocks_of
+from parallel.head_groups import groupable_layers, unequal_groups
 from parallel.tiles import tileable_blocks
 from trainer.config import build_model
 from trainer.config.finding import NO_VALUE_SHOWN, Finding
@@ -93,6 +94,7 @@ def check_streams(config: Config) -> Iterator[Finding]:
 def check_block_settings(config: Config, model: nn.Module) -> Iterator[Finding]:
     """Refuses settings that act on blocks where the model has no blocks."""
     yield from _check_tiles(config, model)
+    yield from _check_head_groups(config, model)
     if blocks_of(model):
         return
     engine = config.engine
@@ -138,6 +140,31 @@ def _check_tiles(config: Config, model: nn.Module) -> Iterator[Finding]:
         "use engine.tile_tokens=null",
         causes=("model.feedforward",),
     )
+
+
+def _check_head_groups(config: Config, model: nn.Module) -> Iterator[Finding]:
+    """Refuses groups of heads that no layer can make, or that the ranks cannot share."""
+    groups = config.engine.head_groups
+    if groups is None:
+        return
+    layers = list(groupable_layers(model))
+    unequal = {why for layer in layers if (why := unequal_groups(layer, groups)) is not None}
+    if not layers:
+        yield Finding(
+            "engine.head_groups",
+            groups,
+            "computes plain attention over heads in groups, and no layer is of that kind",
+            "use engine.head_groups=null",
+            causes=("mixer",),
+        )
+    elif unequal:
+        yield Finding(
+            "engine.head_groups",
+            groups,
+            "; ".join(sorted(unequal)),
+            "choose a number that divides the heads, and a multiple or divisor of the key heads",
+            causes=("model.heads", "model.kv_heads"),
+        )
 
 
 def check_sample_length(config: Config, model: nn.Module) -> Iterator[Finding]:

@@ -149,6 +149,26 @@ WRONG = [
         "engine.compile=true engine.tile_tokens=64",
         ["engine.tile_tokens=64", "compiled", "engine.compile=false"],
     ),
+    (
+        "engine=deepspeed +engine.head_groups=2",
+        ["engine.head_groups=2", "DeepSpeed", "engine=fsdp"],
+    ),
+    (
+        "engine.compile=true engine.head_groups=2",
+        ["engine.head_groups=2", "compiled", "engine.compile=false"],
+    ),
+    (
+        "engine.checkpointing=selective engine.head_groups=2",
+        ["engine.head_groups=2", "keeps attention", "engine.checkpointing=full"],
+    ),
+    (
+        "parallel.time=2 engine.head_groups=2",
+        ["engine.head_groups=2", "piece to piece", "parallel.time=1"],
+    ),
+    (
+        "parallel.context=2 parallel.method=ulysses engine.head_groups=4",
+        ["engine.head_groups=4", "among 2 ranks, and a group has 1", "engine.head_groups=2"],
+    ),
     ("engine.zero_stage=2", ["engine.zero_stage=2", "engine=deepspeed", "engine=single"]),
     ("engine.reshard_after_forward=true", ["engine.reshard_after_forward=true", "engine=fsdp"]),
     ("+engine.replicate=2 parallel.context=2 engine=single", ["engine.replicate=2", "engine=fsdp"]),

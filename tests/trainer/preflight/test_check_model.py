@@ -62,6 +62,11 @@ def test_every_task_can_be_given_to_every_model(model: str, data: str) -> None:
             (*COPY, "engine.tile_tokens=64"),
             "engine.tile_tokens=64: .* NeuralTuringMachine has no blocks with one",
         ),
+        (("mixer=gated_delta", "engine.head_groups=2"), "engine.head_groups=2: .* no layer is of"),
+        (
+            ("model.heads=4", "engine.head_groups=3"),
+            "engine.head_groups=3: 4 heads do not divide into 3 groups; choose a number",
+        ),
         (
             (*FACTS, "engine.compile=true"),
             "engine.compile=true: compiles blocks, and KeyValue has none",
