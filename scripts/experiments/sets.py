@@ -1,7 +1,7 @@
 """The recipe `sets`: attention over a set, and a sum over it.
 
-Protocol: one learning rate and one number of steps for all models of a part, and about as many
-parameters; figures are the accuracy on held-out sets.
+Protocol: one learning rate and one number of steps for all models of a part, of equal width or
+about as many parameters; figures are the accuracy on held-out sets.
 """
 
 from collections.abc import Callable
@@ -14,49 +14,64 @@ from scripts.experiments.runner import Budget
 from scripts.experiments.trial import TrialResult
 from trainer.data.tasks.sets import Sets
 
-SIZE = 10  # elements of the largest set, and tokens of a row: one set each
-SYMBOLS = 32  # different elements; the more there are, the more sets it takes
+SIZE = 12  # elements of a set whose different elements are counted
+SYMBOLS = 64  # different elements; the more there are, the more sets it takes
+LETTERS = 10  # elements of the largest set of letters
 COMMON = (
     "data=sets",
     "data.per_row=1",
-    f"data.max_size={SIZE}",
-    f"context_length={SIZE}",
-    f"batch_tokens={256 * SIZE}",
     "optim.weight_decay=0",
     "optim.learning_rate=0.002",
     "evaluation.batches=4",
 )
 PAIRS = "Set Transformer, pairs"
 SUM = "Deep Sets"
+WIDE_SUM = "Deep Sets, as many parameters"
 POINTS = "Set Transformer, 16 points"
 MODELS = {
     PAIRS: ("model=set_transformer", "model.points=null"),
-    # Wider, so that it has about as many parameters.
-    SUM: ("model=deep_sets", "model.width=168"),
+    # As wide as the others: a sum over 64 symbols in 64 channels.
+    SUM: ("model=deep_sets",),
+    # Wide enough to have a channel for each symbol.
+    WIDE_SUM: ("model=deep_sets", "model.width=168"),
     POINTS: ("model=set_transformer", "model.points=16"),
 }
 COUNTING = Sets(task="distinct", min_size=SIZE, max_size=SIZE, symbols=SYMBOLS)
 TASKS = {
     "distinct": COUNTING,
     "points": COUNTING,
-    "characters": Sets(task="characters", min_size=6, max_size=SIZE),
+    "characters": Sets(task="characters", min_size=6, max_size=LETTERS),
 }
+
+
+def _rows_of(size: int) -> tuple[str, ...]:
+    """Returns the settings of rows of one set each, of that many elements at most."""
+    return f"data.max_size={size}", f"context_length={size}", f"batch_tokens={256 * size}"
+
+
 DISTINCT = (
     *COMMON,
+    *_rows_of(SIZE),
     "data.task=distinct",
     f"data.min_size={SIZE}",
     f"data.symbols={SYMBOLS}",
-    "steps=600",
+    "steps=1500",
 )
 DIFFERENT = (
     f"### Different elements\nHow many different elements a set of {SIZE} has, of {SYMBOLS} that"
     " there are."
 )
 PARTS = {
-    "distinct": Part(DISTINCT, DIFFERENT, (PAIRS, SUM)),
+    "distinct": Part(DISTINCT, DIFFERENT, (PAIRS, SUM, WIDE_SUM)),
     "points": Part(DISTINCT, DIFFERENT, (POINTS,)),
     "characters": Part(
-        (*COMMON, "data.task=characters", "data.min_size=6", "steps=2000"),
+        (
+            *COMMON,
+            *_rows_of(LETTERS),
+            "data.task=characters",
+            "data.min_size=6",
+            "steps=2000",
+        ),
         "### Different letters\nHow many different letters there are among 6 to 10 Latin"
         " characters of either case, with accents and without.",
     ),
