@@ -105,12 +105,21 @@ class Communicator:
         Returns:
             Flat tensors in rank order, the r-th of sizes[r] numbers.
         """
+        return self.start_all_to_all(parts, sizes, name).wait()
+
+    def start_all_to_all(
+        self, parts: Sequence[Tensor], sizes: Sequence[int], name: str = "exchange"
+    ) -> "Pending":
+        """As `all_to_all`, whose result comes out of the wait: meanwhile something is computed."""
         sending = self._carried(torch.cat([p.reshape(-1) for p in parts]))
         taken = sending.new_empty(sum(sizes))
         counts = [p.numel() for p in parts]
-        dist.all_to_all_single(taken, sending, list(sizes), counts, group=self.group)
+        work = dist.all_to_all_single(
+            taken, sending, list(sizes), counts, group=self.group, async_op=True
+        )
         self.count_bytes(name, (sending.numel() - counts[self.rank]) * sending.element_size())
-        return list(taken.to(parts[0].device).split(list(sizes)))
+        devices = [parts[0].device] * self.size
+        return Pending([work], list(taken.split(list(sizes))), [sending], devices)
 
     def send(self, tensors: Sequence[Tensor], to: int, name: str) -> "Pending":
         """Starts sending tensors to one rank, which receives them in the same order.

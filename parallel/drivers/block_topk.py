@@ -24,7 +24,7 @@ from models.primitives.block_topk import (
 from models.scores import Tensors
 from models.span import Span
 from parallel.collectives import Communicator
-from parallel.drivers.softmax_allgather import (
+from parallel.drivers.key_exchange import (
     GatherPlan,
     gather_needed,
     gather_plan,

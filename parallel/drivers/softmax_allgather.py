@@ -1,4 +1,7 @@
-"""AllGather driver of Softmax: fetches only the keys that a rank's queries see, then attends once.
+"""AllGather driver of Softmax: fetches only the keys that a rank's queries see.
+
+A rank attends to its own keys while those of the others travel, and to a part of those while the
+next ones do; in backward gradients of a part go home while the next is computed.
 
 A window becomes an exchange with neighbours, packed documents send only what they share, a source
 of another length is cross-attention, and the dense case is the all-gather. Every rank derives from
@@ -12,17 +15,14 @@ float32.
 Letters: B rows, T queries, S local keys, F fetched keys of a row, P ranks.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.kernels import blockwise
-from models.kernels.block_plan import PARTIAL_TILE, plan_tiles
-from models.kernels.reference import Partial, accumulation_dtype
-from models.masks.algebra import Mask, visible
-from models.plans import planned
+from models.kernels.reference import Partial
 from models.primitives.attention_tape import AttentionReplay
 from models.primitives.softmax import (
     Softmax,
@@ -34,161 +34,10 @@ from models.primitives.softmax import (
     value_width,
 )
 from models.scores import Tensors
-from models.span import PADDING, TEXT, Span
+from models.span import Span
 from parallel.collectives import Communicator
-
-
-@dataclass(frozen=True)
-class GatherPlan:
-    """The exchange for one mask and one pair of spans.
-
-    Attributes:
-        gives: for each rank the flat numbers (row x S + token) of the local keys that it needs,
-            this rank included.
-        takes: number of keys that come from each rank.
-        place: [B, F] positions of the fetched keys among all keys that arrive; slots that a row
-            does not need point one beyond the last.
-        span: [B, F] addresses of the fetched keys, in global order.
-    """
-
-    gives: tuple[Tensor, ...]
-    takes: tuple[int, ...]
-    place: Tensor
-    span: Span
-
-
-def needed_tokens(mask: Mask, span: Span, kv_span: Span, heads: Tensor) -> Tensor:
-    """Returns [B, S] bool on the CPU: the keys of `kv_span` that a query of `span` sees."""
-    needed = torch.zeros(kv_span.shape, dtype=torch.bool)
-    for tile in plan_tiles(mask, span, kv_span):
-        rows = slice(tile.r0, tile.r1)
-        queries = slice(tile.q0, tile.q1)
-        keys = slice(tile.k0, tile.k1)
-        if tile.kind != PARTIAL_TILE:
-            needed[rows, keys] = True
-            continue
-        tile_visible = visible(
-            mask,
-            _part(span, rows, queries),
-            _part(kv_span, rows, keys),
-            heads,
-        )
-        needed[rows, keys] |= tile_visible.any(2).any(1).cpu()
-    return needed
-
-
-def _part(span: Span, rows: slice, tokens: slice) -> Span:
-    return span.map(lambda tensor: tensor[rows, tokens])
-
-
-@planned
-def gather_plan(mask: Mask, span: Span, kv_span: Span, heads: Tensor) -> GatherPlan:
-    """Returns the exchange that brings every rank the keys of its queries.
-
-    It is derived once and cached on the sharding of the queries.
-    """
-    cache = span.sharding.kept
-    key = ("need", mask, id(kv_span.sharding), len(heads))
-    if key not in cache:
-        # Holding kv_span keeps the id in the key from being reused by another object.
-        cache[key] = (kv_span, _gather_plan(mask, span, kv_span, heads))
-    return cache[key][1]
-
-
-def _gather_plan(mask: Mask, span: Span, kv_span: Span, heads: Tensor) -> GatherPlan:
-    rank = span.sharding.rank
-    device = kv_span.pos.device
-    query_spans = span.sharding.spans
-    key_spans = kv_span.sharding.spans
-    gives = []
-    for remote_queries in query_spans:
-        needed = needed_tokens(mask, remote_queries, key_spans[rank], heads)
-        gives.append(needed.flatten().nonzero()[:, 0])
-    needed_by_source = [
-        needed_tokens(mask, query_spans[rank], remote_keys, heads) for remote_keys in key_spans
-    ]
-    takes = [int(needed.sum()) for needed in needed_by_source]
-    # Position of each needed key among those that arrive: rank by rank, then row by row.
-    positions = []
-    global_indices = []
-    for source, needed in enumerate(needed_by_source):
-        position = needed.flatten().cumsum(0) - 1 + sum(takes[:source])
-        positions.append(position.view_as(needed))
-        global_indices.append(kv_span.sharding.index(source, len(needed)))
-    arrivals = torch.cat(positions, 1)
-    chosen = torch.cat(needed_by_source, 1)
-    # Keys that a row does not need are sorted behind all others and cut off.
-    beyond = torch.iinfo(torch.int64).max
-    sort_keys = torch.where(chosen, torch.cat(global_indices, 1), beyond)
-    order = sort_keys.argsort(1)[:, : int(chosen.sum(1).max())]
-    is_key = chosen.gather(1, order)
-    place = torch.where(is_key, arrivals.gather(1, order), sum(takes))
-
-    def fetched_addresses(field: str, fill: int) -> Tensor:
-        addresses = torch.cat([getattr(remote, field) for remote in key_spans], 1)
-        return torch.where(is_key.to(device), addresses.gather(1, order.to(device)), fill)
-
-    fetched_span = Span(
-        fetched_addresses("pos", 0),
-        fetched_addresses("doc", PADDING),
-        fetched_addresses("role", TEXT),
-    )
-    return GatherPlan(
-        gives=tuple(indices.to(device) for indices in gives),
-        takes=tuple(takes),
-        place=place.to(device),
-        span=fetched_span,
-    )
-
-
-def gather_needed(
-    payload: Tensors, plan: GatherPlan, communicator: Communicator, name: str
-) -> list[Tensor]:
-    """Fetches the keys that this rank needs: [B, S, ...] of every rank -> [B, F, ...].
-
-    Slots that a row does not need are zero.
-    """
-    fetched = []
-    for x in payload:
-        flat = x.flatten(0, 1)
-        numbers = x[0, 0].numel() if x.numel() else 0
-        parts = [flat.index_select(0, indices) for indices in plan.gives]
-        sizes = [count * numbers for count in plan.takes]
-        arrived = torch.cat(communicator.all_to_all(parts, sizes, name))
-        # One row of zeros behind the last key is what unneeded slots point to.
-        filler = x.new_zeros(1, *x.shape[2:])
-        arrived = torch.cat([arrived.view(-1, *x.shape[2:]), filler])
-        fetched.append(arrived[plan.place])
-    return fetched
-
-
-def reduce_to_owner(
-    grads: Tensors, payload: Tensors, plan: GatherPlan, communicator: Communicator, name: str
-) -> list[Tensor]:
-    """Sends gradients of fetched keys home and sums them, the adjoint of `gather_needed`.
-
-    Args:
-        grads: [B, F, ...], one for each tensor of the payload.
-
-    Returns:
-        [B, S, ...] sums over all ranks, at least in float32.
-    """
-    owner_sums = []
-    for gradient, x in zip(grads, payload, strict=True):
-        total = sum(plan.takes)
-        outgoing = gradient.new_zeros(total + 1, *x.shape[2:])
-        # Every key was fetched into one slot; only the filler behind the last is written twice.
-        outgoing[plan.place] = gradient
-        sizes = [indices.numel() * x[0, 0].numel() for indices in plan.gives]
-        parts = communicator.all_to_all(outgoing[:total].split(list(plan.takes)), sizes, name)
-        sums = torch.zeros_like(
-            x, dtype=accumulation_dtype(x.dtype), memory_format=torch.contiguous_format
-        )
-        for indices, part in zip(plan.gives, parts):
-            source = part.view(-1, *x.shape[2:]).to(sums.dtype)
-            sums.flatten(0, 1).index_add_(0, indices, source)
-        owner_sums.append(sums)
-    return owner_sums
+from parallel.drivers.key_exchange import Fetching, GatherPlan, Returning, gather_parts
+from parallel.key_parts import KeyPart, even_parts, split_own
 
 
 class AllGather(nn.Module):
@@ -219,13 +68,13 @@ class AllGather(nn.Module):
         key_span = span if kv_span is None else kv_span
         if span.past is not None:
             payload, key_span = span.past.hold(self.core, payload, key_span)
-        plan = gather_plan(spec.mask, span, key_span, spec.heads)
+        plans, _ = gather_parts(spec.mask, span, key_span, spec.heads)
         return _AllGather.apply(
             spec,
             self.core.kept,
             self.communicator,
-            plan,
-            span,
+            plans,
+            (span, key_span),
             len(query),
             len(payload),
             *query,
@@ -241,27 +90,36 @@ class _AllGather(torch.autograd.Function):
         spec: blockwise.AttentionSpec,
         replay: AttentionReplay,
         communicator: Communicator,
-        plan: GatherPlan,
-        span: Span,
+        plans: tuple[GatherPlan, ...],
+        spans: tuple[Span, Span],
         queries: int,
         payloads: int,
         *tensors: Tensor,
     ) -> Tensor:
         query, payload, params = split_tensors(tensors, queries, payloads)
+        span, own_span = spans
 
         def compute() -> Partial:
             width = value_width(spec.score, payload, params, query)
             total = blockwise.empty_partial(query, len(spec.heads), width)
-            fetched = gather_needed(payload, plan, communicator, "allgather")
-            blockwise.forward(spec, query, fetched, params, span, plan.span, total)
+            fetching = Fetching(payload, plans, communicator, "allgather")
+            for share in _own_shares(own_span, plans):
+                # As backward cuts them, so that both need the same plans of blocks.
+                if share.tokens:
+                    own = share.of(payload), params, span, share.of_span(own_span)
+                    blockwise.forward(spec, query, *own, total)
+            for plan in plans:
+                fetched = fetching.take()
+                if plan.span.shape[1]:
+                    blockwise.forward(spec, query, fetched, params, span, plan.span, total)
             add_sink(spec.score, params, total)
             return total[0].to(query[0].dtype), total[1]
 
         output, lse = replay.replay_or_compute(compute)
         ctx.spec = spec
         ctx.communicator = communicator
-        ctx.plan = plan
-        ctx.span = span
+        ctx.plans = plans
+        ctx.spans = spans
         ctx.counts = (queries, payloads)
         ctx.save_for_backward(output, lse, *tensors)
         return output
@@ -269,31 +127,55 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         communicator = ctx.communicator
-        plan = ctx.plan
+        span, own_span = ctx.spans
         output, lse, *tensors = ctx.saved_tensors
         query, payload, params = split_tensors(tensors, *ctx.counts)
         d_out, delta, total = incoming_gradients(grads[0], None, output, lse)
+        gradients = blockwise.Gradients.zeros(query, payload, params)
+
+        def differentiate(block: Tensors, key_span: Span) -> list[Tensor]:
+            """Returns the gradients of these keys; those of queries and parameters are added up."""
+            into = blockwise.Gradients.zeros((), block, ())
+            into.query = gradients.query
+            into.params = gradients.params
+            if key_span.shape[1] == 0:
+                return into.payload
+            blockwise.backward(
+                ctx.spec,
+                query,
+                block,
+                params,
+                span,
+                key_span,
+                d_out=d_out,
+                total=total,
+                delta=delta,
+                into=into,
+            )
+            return into.payload
+
+        def differentiate_own(part: KeyPart) -> None:
+            if part.tokens:
+                part_span = part.of_span(own_span)
+                part.add(gradients.payload, differentiate(part.of(payload), part_span))
+
         # Fetched once more rather than kept: memory must not grow with the number of ranks.
-        fetched = gather_needed(payload, plan, communicator, "fetch backward")
-        gradients = blockwise.Gradients.zeros(query, fetched, params)
-        blockwise.backward(
-            ctx.spec,
-            query,
-            fetched,
-            params,
-            ctx.span,
-            plan.span,
-            d_out=d_out,
-            total=total,
-            delta=delta,
-            into=gradients,
-        )
+        fetching = Fetching(payload, ctx.plans, communicator, "fetch backward")
+        returning = Returning(payload, ctx.plans, communicator, gradients.payload)
+        early, late = _own_shares(own_span, ctx.plans)
+        differentiate_own(early)
+        for plan in ctx.plans:
+            returning.give(differentiate(fetching.take(), plan.span))
+        differentiate_own(late)
+        returning.finish()
         sink_gradient(ctx.spec.score, params, total, delta, gradients)
-        gradients.payload = reduce_to_owner(
-            gradients.payload, payload, plan, communicator, "fetch gradients"
-        )
         sums = (*gradients.query, *gradients.payload, *gradients.params)
         tensor_gradients = []
         for gradient, tensor in zip(sums, tensors, strict=True):
             tensor_gradients.append(gradient.to(tensor.dtype))
         return *[None] * 7, *tensor_gradients
+
+
+def _own_shares(own_span: Span, plans: Sequence[GatherPlan]) -> tuple[KeyPart, KeyPart]:
+    """Returns the keys of this rank that backward takes first, and those that it takes last."""
+    return split_own(even_parts(own_span.shape[1], 2 if len(plans) > 1 else 1))

@@ -13,7 +13,8 @@ from models.primitives.softmax import Softmax, attention_spec, value_width
 from models.scores import Tensors
 from models.span import Span
 from parallel.collectives import Communicator
-from parallel.drivers.softmax_allgather import AllGather, needed_tokens
+from parallel.drivers.key_exchange import needed_tokens
+from parallel.drivers.softmax_allgather import AllGather
 from parallel.drivers.softmax_ring import Ring
 from parallel.drivers.softmax_ulysses import Ulysses
 from parallel.drivers.softmax_usp import Usp

@@ -2,12 +2,18 @@
 
 Source: Liu et al. 2023 (arXiv:2310.01889). Ours differs in three ways: one autograd function around
 the whole exchange saves only what is local and sends the payload round again in backward; any
-payload of a score rotates (latents, keys and values, gates); a rank's own keys come last in
-backward, so that gradients come home after size - 1 hops.
+payload of a score rotates (latents, keys and values, gates); blocks travel in parts
+(parallel/key_parts.py), each passed on before it is computed.
+
+In backward most of a rank's own keys come last, so that gradients come home after size - 1 hops,
+and while they do there is something to compute; a share of them comes first, while the first part
+of another rank's keys is on its way.
 
 Letters: B rows, T queries, H heads, E value width.
 """
 
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +34,7 @@ from models.primitives.softmax import (
 from models.scores import Score, Tensors
 from models.span import Span
 from parallel.collectives import Communicator, Pending
+from parallel.key_parts import KeyPart, key_parts, split_own
 
 
 class Ring(nn.Module):
@@ -96,16 +103,25 @@ class _Ring(torch.autograd.Function):
         def compute() -> Partial:
             width = value_width(spec.score, payload, params, query)
             total = blockwise.empty_partial(query, len(spec.heads), width)
-            block = list(payload)
-            for step in range(communicator.size):
-                # The next block travels while this one is computed.
-                is_last = step == communicator.size - 1
-                pending = None if is_last else communicator.ring_shift(block, "ring")
-                source = (communicator.rank - step) % communicator.size
-                source_span = kv_span.sharding.spans[source]
+            sharding = kv_span.sharding
+
+            def attend(block: Tensors, source_span: Span) -> None:
                 blockwise.forward(spec, query, block, params, span, source_span, total)
-                if pending is not None:
-                    block = pending.wait()
+
+            parts = key_parts(payload)
+            arriving = _first_hop(communicator, payload, parts, "ring")
+            for share in split_own(parts):
+                # As backward cuts them, so that both need the same plans of blocks.
+                if share.tokens:
+                    attend(share.of(payload), share.of_span(sharding.spans[communicator.rank]))
+            for step in range(1, communicator.size):
+                source = (communicator.rank - step) % communicator.size
+                for part in parts:
+                    block = arriving.popleft().wait()
+                    if step < communicator.size - 1:
+                        # Passed on before it is computed, for the next rank waits for it.
+                        arriving.append(communicator.ring_shift(block, "ring"))
+                    attend(block, part.of_span(sharding.spans[source]))
             add_sink(spec.score, params, total)
             return total[0].to(query[0].dtype), total[1]
 
@@ -126,44 +142,93 @@ class _Ring(torch.autograd.Function):
         output, lse, *tensors = ctx.saved_tensors
         query, payload, params = split_tensors(tensors, *ctx.counts)
         d_out, delta, total = incoming_gradients(grads[0], None, output, lse)
-        gradients = blockwise.Gradients.zeros(query, payload, params)
+        gradients = blockwise.Gradients.zeros(query, (), params)
 
-        def add_block(block: Tensors, source: int, returning: Pending | None) -> None:
-            """Adds a block's share to the gradients; those of the block itself start anew."""
-            gradients.payload = blockwise.Gradients.zeros((), payload, ()).payload
+        def differentiate(block: Tensors, part: KeyPart, source: int) -> list[Tensor]:
+            """Returns the gradients of these keys; those of queries and parameters are added up."""
+            into = blockwise.Gradients.zeros((), block, ())
+            into.query = gradients.query
+            into.params = gradients.params
             blockwise.backward(
                 ctx.spec,
                 query,
                 block,
                 params,
                 span,
-                kv_span.sharding.spans[source],
+                part.of_span(kv_span.sharding.spans[source]),
                 d_out=d_out,
                 total=total,
                 delta=delta,
-                into=gradients,
+                into=into,
             )
-            if returning is not None:
-                # Sums that the ranks before have found for these same keys.
-                for local_sum, remote_sum in zip(gradients.payload, returning.wait()):
-                    local_sum += remote_sum
+            return into.payload
 
-        returning = None
-        pending = None
-        if communicator.size > 1:
-            pending = communicator.ring_shift(payload, "ring backward")
+        rank = communicator.rank
+        parts = key_parts(payload)
+        early, late = split_own(parts)
+        arriving = _first_hop(communicator, payload, parts, "ring backward")
+        own_early = differentiate(early.of(payload), early, rank) if early.tokens else []
+        returning: deque[Pending] = deque()
         for step in range(1, communicator.size):
-            block = pending.wait() if pending is not None else []
-            pending = None
-            if step < communicator.size - 1:
-                pending = communicator.ring_shift(block, "ring backward")
-            source = (communicator.rank - step) % communicator.size
-            add_block(block, source, returning)
-            returning = communicator.ring_shift(gradients.payload, "ring gradients")
-        add_block(payload, communicator.rank, returning)
+            for part in parts:
+                block = arriving.popleft().wait()
+                if step < communicator.size - 1:
+                    arriving.append(communicator.ring_shift(block, "ring backward"))
+                sums = differentiate(block, part, (rank - step) % communicator.size)
+                if step > 1:
+                    # What the ranks before have found for these same keys.
+                    _add(sums, returning.popleft().wait())
+                returning.append(communicator.ring_shift(sums, "ring gradients"))
+        own_late = differentiate(late.of(payload), late, rank)
         sink_gradient(ctx.spec.score, params, total, delta, gradients)
-        sums = (*gradients.query, *gradients.payload, *gradients.params)
+        own = _join_own(payload, parts, (own_late, own_early), returning)
+        sums = (*gradients.query, *own, *gradients.params)
         tensor_gradients = []
         for gradient, tensor in zip(sums, tensors, strict=True):
             tensor_gradients.append(gradient.to(tensor.dtype))
         return *[None] * 7, *tensor_gradients
+
+
+def _first_hop(
+    communicator: Communicator, payload: Tensors, parts: Sequence[KeyPart], name: str
+) -> deque[Pending]:
+    """Starts sending a rank's own keys to the next rank, part by part."""
+    arriving: deque[Pending] = deque()
+    if communicator.size > 1:
+        for part in parts:
+            arriving.append(communicator.ring_shift(part.of(payload), name))
+    return arriving
+
+
+def _join_own(
+    payload: Tensors,
+    parts: Sequence[KeyPart],
+    own: tuple[list[Tensor], list[Tensor]],
+    returning: deque[Pending],
+) -> list[Tensor]:
+    """Returns the gradients of a rank's own keys: its own sums and those that come home.
+
+    Args:
+        own: sums of the earlier and of the later keys; no tensors where the earlier are all.
+        returning: what the other ranks have found, by part.
+    """
+    early, late = own
+    if not late:
+        for pending in returning:
+            _add(early, pending.wait())
+        return early
+    joined = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in payload]
+    middle = early[0].shape[1]
+    for part in parts:
+        sums, first = (early, 0) if part.start < middle else (late, middle)
+        here = [tensor[:, part.start - first : part.stop - first] for tensor in sums]
+        if returning:
+            _add(here, returning.popleft().wait())
+        for whole, tensor in zip(joined, here):
+            whole[:, part.start : part.stop] = tensor
+    return joined
+
+
+def _add(sums: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    for accumulator, other in zip(sums, others, strict=True):
+        accumulator += other

@@ -1,32 +1,29 @@
 """Measures how much of a driver's communication is hidden behind its computation.
 
-The link between ranks is slowed on purpose: what a rank sends takes bytes / bandwidth seconds, one
-send after the other, and whoever waits for it sleeps that long. The bandwidth is chosen so that all
-sends of a pass take `percent` of the time that the pass takes by itself. Exposed is what the slow
-link adds to a pass; its share is in units of the time of the sends: 0 where all are hidden, 1 where
-computing waits for each. Medians of alternated runs, forward and backward.
+The link between ranks is slowed on purpose (scripts/benchmarks/slow_link.py). The bandwidth is
+chosen so that all sends of a pass take `percent` of the time that the pass takes by itself. Exposed
+is what the slow link adds to a pass; its share is in units of the time of the sends: 0 where all
+are hidden, 1 where computing waits for each. Medians of alternated runs, forward and backward.
 """
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from models.attention.full import CAUSAL
 from models.primitives.scan import Scan
 from models.primitives.softmax import Softmax
 from models.span import Span
-from parallel.collectives import Communicator, Pending
 from parallel.drivers.scan import StatePassing
 from parallel.drivers.softmax_allgather import AllGather
 from parallel.drivers.softmax_ring import Ring
 from parallel.layout import zigzag
 from parallel.sharding import shard_span
 from scripts.benchmarks.attention import parse_into
+from scripts.benchmarks.slow_link import SlowCommunicator
 from scripts.benchmarks.timing import BenchmarkEntry, gathered, timed
 
 GOAL = 1.15  # of the longer of computing and sending
@@ -57,61 +54,6 @@ def parse(words: list[str]) -> OverlapSizes:
     if sizes.ranks < 2:
         raise ValueError("ranks=1 sends nothing; use ranks=2 or more")
     return sizes
-
-
-class SlowPending(Pending):
-    """A transfer that has arrived at `ready` and not before."""
-
-    def __init__(self, inner: Pending, ready: float):
-        super().__init__(inner.works, inner.into, inner.kept, inner.devices)
-        self.ready = ready
-
-    def wait(self) -> list[Tensor]:
-        """See Pending.wait."""
-        arrived = super().wait()
-        _sleep_until(self.ready)
-        return arrived
-
-
-class SlowCommunicator(Communicator):
-    """A communicator whose sends take time by their bytes.
-
-    Attributes:
-        seconds_per_byte: 0 = as fast as the machine is.
-        sending_s: seconds that all sends took so far.
-    """
-
-    def __init__(self, group: Any):
-        super().__init__(group)
-        self.seconds_per_byte = 0.0
-        self.sending_s = 0.0
-        self._free = 0.0
-
-    def ring_shift(self, tensors: Sequence[Tensor], name: str = "rotate") -> Pending:
-        """See Communicator.ring_shift."""
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return SlowPending(super().ring_shift(tensors, name), self._arrival(size))
-
-    def all_to_all(
-        self, parts: Sequence[Tensor], sizes: Sequence[int], name: str = "exchange"
-    ) -> list[Tensor]:
-        """See Communicator.all_to_all."""
-        remote = [part for rank, part in enumerate(parts) if rank != self.rank]
-        ready = self._arrival(sum(part.numel() * part.element_size() for part in remote))
-        arrived = super().all_to_all(parts, sizes, name)
-        _sleep_until(ready)
-        return arrived
-
-    def _arrival(self, size: int) -> float:
-        """Returns when so many bytes have arrived that are sent now, behind those before."""
-        seconds = size * self.seconds_per_byte
-        self._free = max(self._free, time.perf_counter()) + seconds
-        self.sending_s += seconds
-        return self._free
-
-
-def _sleep_until(moment: float) -> None:
-    time.sleep(max(0.0, moment - time.perf_counter()))
 
 
 def measure(sizes: OverlapSizes, group: Any) -> Iterator[dict]:

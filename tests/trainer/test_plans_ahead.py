@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 
 from models.span import DerivedCache
-from parallel.drivers import softmax_allgather
+from parallel.drivers import key_exchange
 from tests.support.pool import ranks
 from tests.trainer.verify.test_whole_runs import in_rank
 from trainer.logs.jsonl import METRICS, read
@@ -30,13 +30,13 @@ COMMON = (
     "data=files",
 )
 PLANS = {"tiles", "stacked tiles", "bands", "stretches", "chunks", "pieces", "passing"}
-PLANS |= {"halo", "tally", "pick", "relay", "hand on"}
+PLANS |= {"halo", "tally", "pick", "relay", "hand on", "part"}
 
 
 def watched(env, words, directory):
     """Takes a run; returns the plans that its steps made themselves, as (step, name)."""
     made, now = [], {"step": 0}
-    get, gather, step = DerivedCache.get, softmax_allgather._gather_plan, Loop.take_step
+    get, gather, step = DerivedCache.get, key_exchange._exchange, Loop.take_step
 
     def note(name):
         if threading.current_thread() is threading.main_thread() and now["step"]:
@@ -63,7 +63,7 @@ def watched(env, words, directory):
 
     with (
         mock.patch.object(DerivedCache, "get", watched_get),
-        mock.patch.object(softmax_allgather, "_gather_plan", watched_gather),
+        mock.patch.object(key_exchange, "_exchange", watched_gather),
         mock.patch.object(Loop, "take_step", watched_step),
     ):
         assert in_rank(env, words, directory) == 0

@@ -229,7 +229,7 @@ class WatchedStep:
     @contextmanager
     def _moves(self) -> Iterator[None]:
         """Notes with allocations that a communicator made them, and over which link it sends."""
-        names = ("ring_shift", "all_to_all", "send", "recv", "count_bytes")
+        names = ("ring_shift", "start_all_to_all", "send", "recv", "count_bytes")
         plain = {name: getattr(Communicator, name) for name in names}
         peers: list[int] = []  # in the group, of the move at hand; none: all of the group
 

@@ -11,7 +11,7 @@ from models.span import Span
 from parallel import traffic
 from parallel.collectives import Communicator
 from parallel.context_parallel import METHODS
-from parallel.drivers.softmax_allgather import gather_plan
+from parallel.drivers.key_exchange import gather_plan
 from parallel.layout import layouts
 from parallel.sharding import shard_span
 from tests.support.parity import GRID_HEADS, grid, packed

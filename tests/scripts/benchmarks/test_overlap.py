@@ -5,7 +5,8 @@ import time
 import pytest
 import torch
 
-from scripts.benchmarks.overlap import SlowCommunicator, measure, parse, table
+from scripts.benchmarks.overlap import measure, parse, table
+from scripts.benchmarks.slow_link import SlowCommunicator
 from tests.support.pool import ranks
 
 
