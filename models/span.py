@@ -63,6 +63,7 @@ class Span:
         past: the state carried from earlier rows of these lanes (a
             models.carried_state.CarriedState); None if nothing is carried.
         cache: what layers derive from these addresses, such as the blocks that a mask needs.
+        copy: the same addresses on the CPU; None where they are there, or were not asked for yet.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Span:
         *,
         past: Any = None,
         cache: DerivedCache | None = None,
+        copy: "Span | None" = None,
     ):
         self.pos = pos
         self.doc = doc
@@ -82,6 +84,7 @@ class Span:
         self.sharding = sharding
         self.past = past
         self.cache = DerivedCache() if cache is None else cache
+        self.copy = copy
 
     def __repr__(self) -> str:
         return f"Span(pos={self.pos}, doc={self.doc}, role={self.role})"
@@ -107,6 +110,21 @@ class Span:
         """
         return Span(move(self.pos), move(self.doc), move(self.role))
 
+    def host(self) -> "Span":
+        """The same addresses on the CPU, where plans read them; copied at most once."""
+        if self.pos.device.type == "cpu":
+            return self
+        if self.copy is None:
+            self.copy = self.map(lambda tensor: tensor.detach().cpu())
+        return self.copy
+
+    def moved(self, move: Any) -> "Span":
+        """The same addresses on another device, to which `move` copies a tensor; no plan of them
+        waits for that device."""
+        there = self.map(move)
+        there.copy = self.host()
+        return there
+
     def with_pos(self, pos: Tensor) -> "Span":
         """The same tokens at other positions, in the same sharding."""
         return Span(pos, self.doc, self.role, self.sharding, past=self.past)
@@ -117,11 +135,14 @@ class Span:
 
     def with_sharding(self, sharding: Any) -> "Span":
         """The same addresses with another sharding, and nothing derived yet."""
-        return Span(self.pos, self.doc, self.role, sharding, past=self.past)
+        return Span(self.pos, self.doc, self.role, sharding, past=self.past, copy=self.copy)
 
     def with_past(self, past: Any) -> "Span":
         """The same addresses with another past; what was derived from them stays."""
-        return Span(self.pos, self.doc, self.role, self.sharding, past=past, cache=self.cache)
+        place = self.sharding
+        return Span(
+            self.pos, self.doc, self.role, place, past=past, cache=self.cache, copy=self.copy
+        )
 
     def fresh(self) -> "Span":
         """The same addresses, with nothing derived from them yet."""

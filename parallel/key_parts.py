@@ -51,7 +51,12 @@ def part_span(whole: Span, start: int, stop: int) -> Span:
         return whole
 
     def build() -> Span:
-        return whole.map(lambda addresses: addresses[:, start:stop])
+        def cut(addresses: Tensor) -> Tensor:
+            return addresses[:, start:stop]
+
+        part = whole.map(cut)
+        part.copy = None if whole.copy is None else whole.copy.map(cut)
+        return part
 
     return whole.cache.get(("part", start, stop), build)
 

@@ -4,7 +4,7 @@ A Span carries its SequenceSharding through the model; drivers read it there, so
 holds the state of a step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -141,7 +141,9 @@ class RankGroup:
 def _concatenated(spans: Sequence[Span]) -> Span:
     """Addresses of several ranks, end to end."""
     pos, doc, role = (torch.cat(some, 1) for some in zip(*((s.pos, s.doc, s.role) for s in spans)))
-    return Span(pos, doc, role)
+    copies = [span.copy for span in spans if span.copy is not None]
+    copy = _concatenated(copies) if len(copies) == len(spans) else None
+    return Span(pos, doc, role, copy=copy)
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:
@@ -173,6 +175,26 @@ def shard_span(span: Span, layouts: Sequence[Layout], rank: int) -> Span:
         )
         parts.append(Span(pos, doc, role))
     return sharded_from(parts, layouts, rank)
+
+
+def moved(span: Span, move: Callable[[Tensor], Tensor]) -> Span:
+    """The same addresses on another device, and with them those of all ranks.
+
+    Args:
+        span: on the CPU, sharded or not; what is planned of the result is read from it.
+        move: copies a tensor to the device.
+    """
+    cut = span.sharding
+    if cut is None:
+        return span.moved(move)
+    there = SequenceSharding(
+        cut.layouts,
+        cut.rank,
+        tuple(part.moved(move) for part in cut.spans),
+        cut.whole.moved(move),
+        orders=[(move(into), move(back)) for into, back in cut.orders],
+    )
+    return span.moved(move).with_sharding(there)
 
 
 def sharded_from(spans: Sequence[Span], layouts: Sequence[Layout], rank: int) -> Span:

@@ -215,13 +215,15 @@ class Loop:
         carried_before = None if self.lanes is None else self.lanes.held()
         sums = self._accumulate_gradients(given, step)
         self.heartbeat("gradient norm and optimiser", step)
-        norm = self.engine.clip(optim.max_grad_norm)
-        totals = sums.over(self.mesh.world.group)
+        # The only place where a step waits for what the device computes.
+        totals, norm, largest = sums.read(
+            self.mesh.world.group, self.engine.clip_unread(optim.max_grad_norm)
+        )
         # "layer/name" are statistics of a layer; the other names are losses.
         losses = {name: total.item() for name, total in totals.items() if "/" not in name}
         loss = losses.pop("loss")
         predicts = valid_tokens > 0 or self.stream.pauses
-        skip = self.guard.verdict(progress, loss, norm, predicts=predicts)
+        skip = self.guard.verdict(progress, loss, norm, largest, predicts=predicts)
         layer_figures = {}
         if skip is None:
             self.engine.step(learning_rate)

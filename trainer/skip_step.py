@@ -72,9 +72,17 @@ class SkipStepGuard:
         self.flags = []
 
     def verdict(
-        self, progress: Progress, loss: float, norm: float, *, predicts: bool = True
+        self,
+        progress: Progress,
+        loss: float,
+        norm: float,
+        largest: Tensor,
+        *,
+        predicts: bool = True,
     ) -> SkippedStep | None:
-        """Returns why the step must be skipped, or None where it is to be taken. Collective.
+        """Returns why the step must be skipped, or None where it is to be taken.
+
+        Collective where a step is skipped.
 
         The answer is the same on every rank, whatever the last bits of their norms.
 
@@ -82,15 +90,12 @@ class SkipStepGuard:
             progress: its norms and its count of skipped steps are updated.
             loss: of the step, over all ranks.
             norm: of the gradient.
+            largest: [2] on the CPU, both at their largest of any rank; inf where one is not finite.
             predicts: False where the batch should have had a token to predict and has none, so
                 that its loss means nothing.
         """
         flags = self.flags
         self.flags = []
-        largest = torch.tensor(
-            [x if math.isfinite(x) else math.inf for x in (loss, norm)], dtype=torch.float64
-        )
-        largest = self._most(largest)
         finite = bool(largest.isfinite().all())
         agreed = largest[1].item()
         usual = median(progress.norms) if len(progress.norms) >= LEAST else math.inf

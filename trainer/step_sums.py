@@ -1,11 +1,25 @@
 """Named sums that a step adds up over its micro-batches, and then over all ranks at once."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class StepFigures(NamedTuple):
+    """Figures of a step on the CPU, the same on every rank.
+
+    Attributes:
+        totals: sums over ranks, by name.
+        norm: of the gradient, as this rank has it.
+        largest: [2] float64, loss and norm, the largest of any rank; inf where one is not finite.
+    """
+
+    totals: dict[str, Tensor]
+    norm: float
+    largest: Tensor
 
 
 class StepSums:
@@ -26,9 +40,35 @@ class StepSums:
         Args:
             group: the ranks; None for the sums of this rank alone.
         """
-        names = sorted(self.held)
-        flat = torch.cat([self.held[name].flatten() for name in names])
+        return self._named(self._sums(group).cpu())
+
+    def read(self, group: Any, norm: Tensor) -> StepFigures:
+        """Returns the sums over the ranks of `group`, with the norm of the gradient.
+
+        It waits for the device once: for the sums, the norm, and their maxima over ranks.
+
+        Args:
+            group: as for `over`.
+            norm: [] float64.
+        """
+        sums = self._sums(group)
+        loss = self._named(sums)["loss"]
+        largest = torch.stack([loss, norm])
+        largest = torch.where(largest.isfinite(), largest, torch.inf)
+        if group is not None:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        read = torch.cat([sums, norm[None], largest]).cpu()
+        totals = self._named(read[: len(sums)])
+        return StepFigures(totals, read[len(sums)].item(), read[-2:])
+
+    def _sums(self, group: Any) -> Tensor:
+        """Returns the sums over ranks, end to end in the order of their names."""
+        flat = torch.cat([self.held[name].flatten() for name in sorted(self.held)])
         if group is not None:
             dist.all_reduce(flat, group=group)
-        parts = flat.cpu().split([self.held[name].numel() for name in names])
+        return flat
+
+    def _named(self, flat: Tensor) -> dict[str, Tensor]:
+        names = sorted(self.held)
+        parts = flat.split([self.held[name].numel() for name in names])
         return {name: part.view_as(self.held[name]) for name, part in zip(names, parts)}

@@ -196,7 +196,7 @@ def join_tiles(
 
 
 def on_host(span: Span) -> list[np.ndarray]:
-    return [t.detach().cpu().numpy() for t in (span.pos, span.doc, span.role)]
+    return [tensor.detach().numpy() for tensor in span.host().addresses()]
 
 
 @planned

@@ -96,7 +96,8 @@ def on_host(span: Span) -> tuple[np.ndarray, np.ndarray]:
     if span.pos.is_meta:
         pos = np.tile(np.arange(span.shape[1]), (span.shape[0], 1))
         return pos, np.zeros(span.shape, dtype=np.int64)
-    return span.pos.cpu().numpy(), span.doc.cpu().numpy()
+    host = span.host()
+    return host.pos.numpy(), host.doc.numpy()
 
 
 class _RowChunks(NamedTuple):

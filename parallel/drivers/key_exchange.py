@@ -46,8 +46,13 @@ class GatherPlan:
 
 
 def needed_tokens(mask: Mask, span: Span, kv_span: Span, heads: Tensor) -> Tensor:
-    """Returns [B, S] bool on the CPU: the keys of `kv_span` that a query of `span` sees."""
+    """Returns [B, S] bool on the CPU: the keys of `kv_span` that a query of `span` sees.
+
+    Args:
+        heads: numbers of the heads, on the CPU.
+    """
     needed = torch.zeros(kv_span.shape, dtype=torch.bool)
+    query_host, key_host = span.host(), kv_span.host()
     for tile in plan_tiles(mask, span, kv_span):
         rows = slice(tile.r0, tile.r1)
         queries = slice(tile.q0, tile.q1)
@@ -57,11 +62,11 @@ def needed_tokens(mask: Mask, span: Span, kv_span: Span, heads: Tensor) -> Tenso
             continue
         tile_visible = visible(
             mask,
-            _part(span, rows, queries),
-            _part(kv_span, rows, keys),
+            _part(query_host, rows, queries),
+            _part(key_host, rows, keys),
             heads,
         )
-        needed[rows, keys] |= tile_visible.any(2).any(1).cpu()
+        needed[rows, keys] |= tile_visible.any(2).any(1)
     return needed
 
 
@@ -77,7 +82,7 @@ def gather_plan(mask: Mask, span: Span, kv_span: Span, heads: Tensor) -> GatherP
     """
 
     def build() -> GatherPlan:
-        needed_by, needed_of = _needs(mask, span, kv_span, heads)
+        needed_by, needed_of = _needs(mask, span, kv_span, heads.cpu())
         return _exchange(needed_by, needed_of, span, kv_span)
 
     return _kept("need", mask, span, kv_span, heads, build)
@@ -103,8 +108,8 @@ def gather_parts(mask: Mask, span: Span, kv_span: Span, heads: Tensor) -> Gather
 
     def build() -> GatherParts:
         rank = span.sharding.rank
-        needs = _needs(mask, span, kv_span, heads)
-        count = _part_count(mask, span, kv_span, heads)
+        needs = _needs(mask, span, kv_span, heads.cpu())
+        count = _part_count(mask, span, kv_span, heads.cpu())
         plans = []
         for number in range(count):
             needed_by, needed_of = (
@@ -188,8 +193,8 @@ def _exchange(
     place = torch.where(is_key, arrivals.gather(1, order), sum(takes))
 
     def fetched_addresses(field: str, fill: int) -> Tensor:
-        addresses = torch.cat([getattr(remote, field) for remote in key_spans], 1)
-        return torch.where(is_key.to(device), addresses.gather(1, order.to(device)), fill)
+        addresses = torch.cat([getattr(remote.host(), field) for remote in key_spans], 1)
+        return torch.where(is_key, addresses.gather(1, order), fill)
 
     fetched_span = Span(
         fetched_addresses("pos", 0),
@@ -200,7 +205,7 @@ def _exchange(
         gives=tuple(indices.to(device) for indices in gives),
         takes=tuple(takes),
         place=place.to(device),
-        span=fetched_span,
+        span=fetched_span.moved(lambda tensor: tensor.to(device)),
     )
 
 

@@ -152,7 +152,7 @@ def _run_order(sharding: SequenceSharding) -> RunOrder:
     most_runs = 0
     for layout in layouts:
         most_runs = max(most_runs, *(len(runs) for runs in layout.runs))
-    opens = [span.opens().cpu() for span in sharding.spans]
+    opens = [span.host().opens() for span in sharding.spans]
     lengths = []
     order = []
     opened = []

@@ -144,7 +144,7 @@ def _ends(span: Span, over: str) -> RunEnds:
     docs = []
     begins = []
     for rank, inner_span in enumerate(cut.spans):
-        names = documents(inner_span, over).cpu()
+        names = documents(inner_span.host(), over)
         for row, layout in enumerate(layouts):
             local = 0
             for number in range(most):

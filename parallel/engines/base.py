@@ -129,6 +129,10 @@ class Engine:
     def clip(self, max_norm: float | None = None) -> float:
         """Norm of the whole gradient, each parameter counted once; scaled down to `max_norm` unless
         that is None or 0."""
+        return self.clip_unread(max_norm).item()
+
+    def clip_unread(self, max_norm: float | None = None) -> Tensor:
+        """The same, but the norm, [] float64, stays on the device, which nobody waits for."""
         return clip_gradients(list(self.parameters.values()), max_norm, self.mesh.device)
 
     def step(self, learning_rate: float) -> None:

@@ -184,8 +184,9 @@ class Deepspeed(Engine):
         self.started.set_gradient_accumulation_boundary(last)
         self.started.backward(loss * self.mesh.world.size, scale_wrt_gas=False)
 
-    def clip(self, max_norm: float | None = None) -> float:
-        """See Engine.clip. DeepSpeed scales during its step, by the same factor."""
+    def clip_unread(self, max_norm: float | None = None) -> Tensor:
+        """See Engine.clip_unread. DeepSpeed scales during its step, by the same factor, and has
+        read the norm by then."""
         if not self.zero_stage:
             return clip_gradients(list(self.parameters.values()), max_norm, self.mesh.device)
         sharded = self.started.optimizer
@@ -196,8 +197,9 @@ class Deepspeed(Engine):
             norm = get_global_norm_of_tensors(sharded.get_grads_for_norm()[0])
         else:
             norm = sharded.scaled_global_norm()
-        norm = float(norm)
-        return norm if norm >= 0 else float("nan")  # DeepSpeed says -1 of a norm that is not finite
+        # DeepSpeed says -1 of a norm that is not finite.
+        norm = float(norm) if norm >= 0 else float("nan")
+        return torch.tensor(norm, dtype=torch.float64, device=self.mesh.device)
 
     def step(self, learning_rate: float) -> None:
         """See Engine.step."""

@@ -84,9 +84,9 @@ def buckets(tensors: Sequence[Tensor], limit_bytes: int = BUCKET_BYTES) -> list[
 @torch.no_grad()
 def clip_gradients(
     parameters: Sequence[nn.Parameter], max_norm: float | None, device: torch.device
-) -> float:
-    """Global L2 norm of the gradients before clipping; scales them down to `max_norm` where they
-    exceed it.
+) -> Tensor:
+    """Global L2 norm of the gradients before clipping, [] float64 on the device; scales them down
+    to `max_norm` where they exceed it. Nothing waits for the device.
 
     Args:
         max_norm: None or 0 only measures. All ranks must call; all get the same number.
@@ -110,11 +110,23 @@ def clip_gradients(
         for group in groups:
             dist.all_reduce(part, group=group)  # [] -> []
         square += part
-    norm = square.sqrt().item()
-    if max_norm and not norm + 1e-6 <= max_norm:
+    norm = square.sqrt()
+    if max_norm and device.type != "cpu":
+        scale_unread([local_tensor(grad) for grad in grads], norm, max_norm)
+    elif max_norm and not norm.item() + 1e-6 <= max_norm:
         for grad in grads:
-            local_tensor(grad).mul_(max_norm / (norm + 1e-6))
+            local_tensor(grad).mul_(max_norm / (norm.item() + 1e-6))
     return norm
+
+
+def scale_unread(grads: Sequence[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scales gradients down to a norm by a factor that stays on the device; 1 where they are
+    within it."""
+    factor = torch.where(norm + 1e-6 <= max_norm, 1.0, max_norm / (norm + 1e-6))
+    for grad in grads:
+        # A factor of the type of half-precision gradients would have three digits.
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        grad.copy_(grad.to(wide) * factor.to(wide))
 
 
 def _by_mesh(grads: Sequence[Tensor]) -> list[tuple[list[ProcessGroup], list[Tensor]]]:

@@ -27,3 +27,23 @@ def test_one_process_keeps_its_own():
         "a": 2.0,
         "b": [1.0, 1.0],
     }
+
+
+def figured(env):
+    sums = StepSums()
+    sums.add({"loss": torch.tensor(1.0), "z/load": torch.ones(2), "a": torch.tensor(2.0)})
+    norm = torch.tensor(float(env.rank), dtype=torch.float64)
+    plain = sums.read(env.group, norm)
+    sums.add({"loss": torch.tensor(float("nan") if env.rank == 1 else 0.0)})
+    return plain, sums.read(env.group, norm)
+
+
+def test_a_step_reads_its_sums_its_norm_and_whether_any_rank_is_not_finite():
+    for rank, (plain, spoilt) in enumerate(ranks(3, figured)):
+        assert {name: total.tolist() for name, total in plain.totals.items()} == {
+            "loss": 3.0,
+            "z/load": [3.0, 3.0],
+            "a": 6.0,
+        }
+        assert plain.norm == rank and plain.largest.tolist() == [3.0, 2.0]
+        assert spoilt.largest.tolist() == [float("inf"), 2.0]

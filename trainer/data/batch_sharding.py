@@ -8,7 +8,7 @@ Letters: R rows of the step, T context length, m rows of a micro-batch, c tokens
 rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from models.micro_batch import MicroBatch
 from models.span import PREFIX, Span
 from parallel.layout import layouts
 from parallel.mesh import Mesh
-from parallel.sharding import shard_span
+from parallel.sharding import moved, shard_span
 from trainer.data.batch import Batch
 
 # Tokens that a rank computes at once under parallel.micro_batch=auto.
@@ -146,21 +146,20 @@ class BatchSharder:
 
     def _shard(self, tokens: Tensor, addresses: Span, targets: Tensor | None) -> MicroBatch:
         """Returns this rank's part of these tokens, on its device."""
-        device = self.mesh.device
-        tokens = tokens.to(device)
-        targets = None if targets is None else targets.to(device)
-        span = addresses.map(lambda tensor: tensor.to(device))
-        if self.mesh.context.size == 1:
-            return MicroBatch(tokens, span, targets)
-        # Layouts are computed from the CPU's copy, because every rank plans for all of them and a
-        # device would have to be waited for.
-        rank_layouts = layouts(
-            self.policy, addresses, self.mesh.context.size, heads=self.mesh.ulysses.size
+        # Cut on the CPU: every rank plans for all of them there, and a device would have to be
+        # waited for.
+        if self.mesh.context.size > 1:
+            rank_layouts = layouts(
+                self.policy, addresses, self.mesh.context.size, heads=self.mesh.ulysses.size
+            )
+            addresses = shard_span(addresses, rank_layouts, self.mesh.context.rank)
+            sharding = addresses.sharding
+            tokens = sharding.shard(tokens, 0)
+            targets = None if targets is None else sharding.shard(targets, IGNORE)
+        move = _mover(self.mesh.device)
+        return MicroBatch(
+            move(tokens), moved(addresses, move), None if targets is None else move(targets)
         )
-        shard = shard_span(span, rank_layouts, self.mesh.context.rank)
-        sharding = shard.sharding
-        own_targets = None if targets is None else sharding.shard(targets, IGNORE)
-        return MicroBatch(sharding.shard(tokens, 0), shard, own_targets)
 
     def describe(self) -> str:
         """Returns one line for the log."""
@@ -170,6 +169,16 @@ class BatchSharder:
             f" ranks ({self.policy})"
             + (f" and cut into {self.time} pieces in time" if self.time > 1 else "")
         )
+
+
+def _mover(device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Returns how a tensor of a batch comes to the device of this rank.
+
+    A copy from pinned memory waits neither for what the device computes nor for the copy itself.
+    """
+    if device.type != "cuda":
+        return lambda tensor: tensor.to(device)
+    return lambda tensor: tensor.pin_memory().to(device, non_blocking=True)
 
 
 def single_row(tokens: list[int], device: torch.device) -> Batch:

@@ -7,8 +7,14 @@ import pytest
 import torch
 
 from models.counter_rng import address
+from models.kernels.block_plan import plan_rows
 from models.loss import IGNORE
+from models.masks.basic import Causal, SameDocument, SlidingWindow
+from parallel.drivers.causal_conv import halo_plan
+from parallel.drivers.scan import run_order
+from parallel.drivers.softmax_allgather import gather_plan
 from parallel.mesh import Axis, Mesh
+from trainer.data import batch_sharding
 from trainer.data.batch import Batch
 from trainer.data.batch_sharding import BatchSharder, single_row
 
@@ -109,3 +115,24 @@ def test_every_token_of_a_step_has_an_address_of_its_own_whatever_the_ranks():
     assert len(want) == count == int((batch().doc[:, :-1] >= 0).sum())
     for data, context, micro_batch in ((1, 1, 1), (2, 1, 2), (1, 3, 2), (3, 2, 1)):
         assert addressed(data, context, micro_batch) == (want, count)
+
+
+@pytest.mark.parametrize("policy", ["zigzag", "balanced"])
+def test_plans_of_addresses_on_a_device_do_not_read_it(policy, monkeypatch):
+    """Tensors of the meta device stand in for those of a GPU: reading one would be an error."""
+    (here, _), *_ = share(1, 0, 4, 1, policy=policy)(batch())
+    monkeypatch.setattr(batch_sharding, "_mover", lambda device: lambda tensor: tensor.to("meta"))
+    (there, _), *_ = share(1, 0, 4, 1, policy=policy)(batch())
+    assert there.tokens.is_meta and there.targets.is_meta and there.span.sharding.whole.pos.is_meta
+    mask = Causal() & SameDocument() & SlidingWindow(5)
+    heads = torch.zeros(1, dtype=torch.long)
+    for plans in (
+        lambda span: [plan_rows(mask, span, source) for source in span.sharding.spans],
+        lambda span: plan_rows(mask, span, gather_plan(mask, span, span, heads).span),
+        lambda span: gather_plan(mask, span, span, heads).takes,
+        lambda span: plan_rows(mask, span, span.sharding.grouped(2).whole),
+        lambda span: plan_rows(mask, span, span.sharding.whole),
+        lambda span: run_order(span).lengths,
+        lambda span: halo_plan(span, 3).given,
+    ):
+        assert plans(there.span) == plans(here.span)

@@ -207,11 +207,15 @@ def guard(**settings):
     )
 
 
+def most(*figures):
+    return torch.tensor([x if math.isfinite(x) else math.inf for x in figures])
+
+
 def judged(judge, progress, norms):
     found = []
     for norm in norms:
         judge.look(torch.zeros(2, 8))
-        found.append(judge.verdict(progress, 1.0, norm) is not None)
+        found.append(judge.verdict(progress, 1.0, norm, most(1.0, norm)) is not None)
     return found
 
 
@@ -233,7 +237,7 @@ def test_a_step_that_has_nothing_to_predict_is_left_out_and_too_many_end_the_run
     progress, judge = Progress({}), guard(skip_above=4.0, max_skipped=3)
     for turn in range(3):
         judge.look(torch.zeros(2, 8))
-        skip = judge.verdict(progress, 0.0, 0.0, predicts=False)
+        skip = judge.verdict(progress, 0.0, 0.0, most(0.0, 0.0), predicts=False)
         assert skip is not None and skip.finite and "has no token to predict" in skip.line(turn + 1)
         if turn < 2:
             judge.bear(progress, skip)
