@@ -215,7 +215,7 @@ class Loop:
         carried_before = None if self.lanes is None else self.lanes.held()
         sums = self._accumulate_gradients(given, step)
         self.heartbeat("gradient norm and optimiser", step)
-        # The only place where a step waits for what the device computes.
+        # One read for all of these; what else waits, tests/trainer/test_waits.py lists.
         totals, norm, largest = sums.read(
             self.mesh.world.group, self.engine.clip_unread(optim.max_grad_norm)
         )

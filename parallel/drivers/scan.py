@@ -82,8 +82,8 @@ class StatePassing(nn.Module):
         taken = [last - first] * size
         received = all_to_all_rows(summary, self.communicator, given, taken, "summaries")
         received = received.unflatten(0, (size, taken[0]))
-        row = torch.arange(first, last, device=gain.device) // heads
-        global_order = order.order.to(gain.device)[row]  # [u, P R]
+        row = torch.arange(first, last) // heads
+        global_order = order.order[row].to(gain.device)  # [u, P R]
         ordered = _pick(received.transpose(0, 1).flatten(1, 2), global_order)
         keep_size = flat_keep.shape[-1]
         gain_size = gain[0, 0, 0].numel()
@@ -91,7 +91,7 @@ class StatePassing(nn.Module):
         # A dim of one head: the fold sees each (row, head) pair as a row of its own.
         ordered_keep = ordered_keep.unflatten(-1, keep.shape[3:])[:, :, None]
         ordered_gain = ordered_gain.unflatten(-1, state_shape)[:, :, None]
-        origins = _origins(order.opened[row.cpu()])
+        origins = _origins(order.opened[row])
         states = self._fold(ordered_keep, ordered_gain, origins, past)
         by_rank = _pick(states[:, :, 0].flatten(2), global_order.argsort(1))
         by_rank = by_rank.unflatten(1, (size, runs)).transpose(0, 1).flatten(0, 1)

@@ -90,6 +90,12 @@ CASES = {
 FULL = {"heads", "long convolutions", "memory"}
 
 
+def noted_first(made):
+    """Whether a rank planned in the first step, which is noted, and in none behind the second,
+    whose input may be read before."""
+    return {1} <= {step for step, _ in made} <= {1, 2}
+
+
 @pytest.fixture
 def data(tmp_path):
     return f"data.path={write_documents(tmp_path / 'text')}", f"data.cache={tmp_path / 'cache'}"
@@ -101,7 +107,7 @@ def data(tmp_path):
 def test_the_thread_makes_what_a_step_plans(case, data, tmp_path):
     every, _ = went(tmp_path, "ahead", 2, (*data, *CASES[case], "parallel.context=2"))
     for made in every:
-        assert {step for step, _ in made} == {1, 2}, "what is planned is noted in the first steps"
+        assert noted_first(made)
 
 
 def test_a_run_with_plans_made_ahead_is_the_run_without(data, tmp_path):
@@ -110,4 +116,4 @@ def test_a_run_with_plans_made_ahead_is_the_run_without(data, tmp_path):
     here, same_losses = went(tmp_path, "here", 2, (*words, "prefetch=0"))
     assert losses == same_losses and len(losses) == 5
     assert {step for made in here for step, _ in made} == {1, 2, 3, 4, 5}
-    assert {step for made in ahead for step, _ in made} == {1, 2}
+    assert all(noted_first(made) for made in ahead)

@@ -150,6 +150,11 @@ class Concatenation:
         first = -self.first_number if goes_on else np.searchsorted(self.ends, begin, "right")
         return np.where(begin < stop, last + 1 - first, 0)
 
+    def row_tokens(self, number: int) -> int:
+        """Counts the tokens of row `number` that a model reads."""
+        begin = number * self.context_length
+        return int(max(0, min(self.context_length, self.ends[-1] - begin)))
+
 
 def rows_of(tokens: int, context_length: int) -> int:
     """Counts the rows that a number of tokens make; the very first token is not a target."""

@@ -145,6 +145,11 @@ class WholeDocuments:
         counts = [len(self.bins[number]) if number < len(self.bins) else 0 for number in numbers]
         return np.array(counts, np.int64)
 
+    def row_tokens(self, number: int) -> int:
+        """Counts the tokens of row `number` that a model reads."""
+        extents = [self.extents[int(self.order[place])] for place in self.bins[number]]
+        return min(self.context_length, sum(extent.stop - extent.start for extent in extents))
+
     def row(self, number: int, *, goes_on: bool) -> PackedRow:
         """Returns row `number`, or a row of padding after the last; `goes_on` as for `lay_out`."""
         pieces: list[DocumentSlice] = []

@@ -30,6 +30,20 @@ class OwnRows(NamedTuple):
     whole: Batch | None = None
 
 
+class RowSize(NamedTuple):
+    """The size of a row that was not read.
+
+    Attributes:
+        tokens: that a model would read, without padding.
+        documents: one more than the largest number of a document, among targets too.
+        cursor: behind the row.
+    """
+
+    tokens: int
+    documents: int
+    cursor: Cursor
+
+
 class Stream(ABC):
     """Batches as a pure function of cursors.
 
@@ -76,8 +90,8 @@ class Stream(ABC):
         without the rows before it overrides it, so that a rank's reading does not grow with the
         number of ranks: local documents, by their lengths, and synthetic tasks, whose rows are
         functions of their numbers. Not so streamed documents, since the place of the next batch
-        depends on the tokens of all lanes, and mixtures, where the tokens of a row decide which
-        source the next row comes from.
+        depends on the tokens of all lanes. A mixture reads the rows of others as far as its sources
+        do not know their sizes.
 
         Raises:
             ValueError: the cursor belongs to other data.
@@ -85,6 +99,13 @@ class Stream(ABC):
         whole, following = self.read(cursor)
         batch = whole.part(first, last)
         return OwnRows(batch, following, whole.first_numbers(first, last), whole)
+
+    def row_size(self, cursor: Cursor) -> RowSize | None:
+        """Returns the size of the row at a cursor, of a stream of one row a batch.
+
+        None where that is not known without reading it.
+        """
+        return None
 
     @abstractmethod
     def describe(self, steps: int | None = None) -> str:

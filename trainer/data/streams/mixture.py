@@ -5,18 +5,17 @@ Letters: R rows of a batch, T context length.
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from models.loss import IGNORE
 from models.span import PADDING, TEXT
 from trainer.data.apportion import Ledger, account, next_source, retire
-from trainer.data.batch import Batch
+from trainer.data.batch import Batch, first_numbers
 from trainer.data.cursors import misfit
 from trainer.data.errors import NONE_HELD_OUT, DataError
 from trainer.data.sources.mixture import Mixture
-from trainer.data.streams.base import Cursor, Stream
+from trainer.data.streams.base import Cursor, OwnRows, RowSize, Stream
 from trainer.data.streams.packed import PackedStream
 from trainer.errors import BAD_CONFIG
 
@@ -100,24 +99,35 @@ class MixtureStream(Stream):
 
     def read(self, cursor: Cursor) -> tuple[Batch, Cursor]:
         """See Stream.read."""
+        rows = self.read_rows(cursor, 0, self.rows)
+        return rows.batch, rows.cursor
+
+    def read_rows(self, cursor: Cursor, first: int, last: int) -> OwnRows:
+        """See Stream.read_rows; of the other rows the sizes are needed, to share out tokens."""
         self.admit(cursor)
+        # A rank without rows reads one to know how its padding looks.
+        start = min(first, self.rows - 1)
         sources = dict(cursor["sources"])
         ended = dict(cursor["ended"])
         ledger = Ledger(cursor["given"], cursor["wished"])
         step = cursor["rows"] // self.rows if self.split == "train" else 0
         parts: list[Batch] = []
-        while len(parts) < self.rows:
+        counts: list[int] = []  # of the documents of each row
+        while len(counts) < self.rows:
+            is_own = start <= len(counts) < last
             live = [name for name in self.streams if not ended[name]]
             shares = self.source.weights.shares(step, live)
             if not any(shares.values()):
-                parts.append(self._nothing(cursor["rows"] + len(parts), sources))
+                parts += [self._nothing(cursor["rows"] + len(counts))] if is_own else []
+                counts.append(0)
                 continue
             name = next_source(ledger, shares, self.context_length)
-            batch, after = self.streams[name].read(sources[name])
-            tokens = int((batch.doc[:, :-1] >= 0).sum())
+            batch, size = self._row(self.streams[name], sources[name], is_own)
+            tokens, documents, after = size
             # A streamed source tells by an empty row that its held-out documents are over.
             if tokens:
-                parts.append(batch)
+                parts += [] if batch is None else [batch]
+                counts.append(documents)
                 sources[name] = after
                 ledger = account(ledger, shares, name, tokens)
             limit = self.limits[name]
@@ -125,7 +135,7 @@ class MixtureStream(Stream):
                 ended[name] = 1
                 live.remove(name)
                 ledger = retire(ledger, self.source.weights.shares(step, live), name)
-        return _joined(parts), {
+        following = {
             "rows": cursor["rows"] + self.rows,
             "sources": sources,
             "given": ledger.given,
@@ -133,6 +143,18 @@ class MixtureStream(Stream):
             "ended": ended,
             "fingerprint": self.fingerprint,
         }
+        batch = _joined(parts).part(first - start, last - start)
+        return OwnRows(batch, following, first_numbers(torch.tensor(counts)[:, None], first, last))
+
+    def _row(self, stream: Stream, cursor: Cursor, is_own: bool) -> tuple[Batch | None, RowSize]:
+        """Returns the next row of a source with its size; None for one of another rank whose size
+        is known without reading it."""
+        size = None if is_own else stream.row_size(cursor)
+        if size is not None:
+            return None, size
+        batch, after = stream.read(cursor)
+        tokens = int((batch.doc[:, :-1] >= 0).sum())
+        return batch if is_own else None, RowSize(tokens, int(batch.doc.max()) + 1, after)
 
     def describe(self, steps: int | None = None) -> str:
         """See Stream.describe."""
@@ -170,7 +192,7 @@ class MixtureStream(Stream):
             return None
         return max(1, round(times * stream.epoch_rows))
 
-    def _nothing(self, row: int, sources: Mapping[str, Any]) -> Batch:
+    def _nothing(self, row: int) -> Batch:
         """Returns a row of padding behind the last held-out one.
 
         Raises:

@@ -14,7 +14,7 @@ from trainer.data.errors import NONE_HELD_OUT, ONE_DOCUMENT, DataError, ReadRepo
 from trainer.data.packing import Concatenation, PackedRow, rows_of, stack
 from trainer.data.sources.base import Local
 from trainer.data.split import arrange, divide
-from trainer.data.streams.base import Cursor, OwnRows, Stream
+from trainer.data.streams.base import Cursor, OwnRows, RowSize, Stream
 from trainer.data.whole_documents import Cuts, WholeDocuments, cut_at_turns
 from trainer.errors import BAD_CONFIG
 
@@ -119,6 +119,17 @@ class PackedStream(Stream):
         counts = self._documents(epochs, numbers)
         following = {"rows": begin + self.rows, "fingerprint": self.fingerprint}
         return OwnRows(batch, following, first_numbers(counts, first, last))
+
+    def row_size(self, cursor: Cursor) -> RowSize | None:
+        """See Stream.row_size."""
+        if self.lanes:
+            return None
+        self.admit(cursor)
+        epochs, numbers = self._places(np.arange(cursor["rows"], cursor["rows"] + 1))
+        # Rows behind the last of held-out data, which have no tokens, are not asked for.
+        tokens = self._epoch(int(epochs[0])).row_tokens(int(numbers[0]))
+        following = {"rows": cursor["rows"] + 1, "fingerprint": self.fingerprint}
+        return RowSize(tokens, int(self._documents(epochs, numbers)), following)
 
     def _documents(self, epochs: np.ndarray, numbers: np.ndarray) -> Tensor:
         """Counts the documents of rows of epochs, [n, 1] int64."""

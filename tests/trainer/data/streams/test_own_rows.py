@@ -19,7 +19,7 @@ SHAPE = {"context_length": LENGTH, "rows": ROWS, "seed": 0}
 SOURCES = "trainer.data.sources."
 TASK = {"_target_": "trainer.data.tasks.copy.CopyTask", "max_length": 6}
 LONG_TASK = TASK | {"max_length": 20}  # an example goes on over several rows
-WHOLE = {"hub", "mixture"}  # streams that read all rows
+WHOLE = {"hub"}  # streams that read all rows
 
 
 @pytest.fixture
@@ -42,10 +42,11 @@ def nodes(tmp_path, files, texts, words):
             return {"_target_": target, "path": str(path)} | tokenizer | cache
         local = files(texts(words(60)), held_out=0.3)
         if kind == "mixture":
+            other = files(texts(words(9), name="few.jsonl"), held_out=0.3)
             return {
                 "_target_": f"{SOURCES}mixture.Mixture",
-                "sources": {"texts": local},
-                "weights": {"texts": 1},
+                "sources": {"texts": local, "few": other},
+                "weights": {"texts": 2, "few": 1},
             }
         if kind == "hub":
             folder = tmp_path / "hub"
@@ -68,7 +69,16 @@ def opened(nodes, kind):
 
 
 KINDS = ["files", "files, lanes", "files, held out", "files, Masked", "files, SpanCorruption"]
-KINDS += ["pairs", "conversations", "task", "task, lanes", "long task, lanes", "hub", "mixture"]
+KINDS += [
+    "pairs",
+    "conversations",
+    "task",
+    "task, lanes",
+    "long task, lanes",
+    "hub",
+    "mixture",
+    "mixture, held out",
+]
 
 
 def equal(a, b):
@@ -137,3 +147,19 @@ def test_the_default_cuts_what_all_rows_are(nodes):
     batch, _ = stream.read(stream.start())
     assert isinstance(rows.whole, Batch) and equal(rows.whole, batch)
     assert rows.first_numbers.tolist()[2:] == [[0], [0]]
+
+
+@pytest.mark.parametrize("kind", ["files", "files, held out", "conversations", "task", "hub"])
+def test_the_size_of_a_row_is_that_of_the_row_that_is_read(kind, nodes):
+    name, *words = kind.split(", ")
+    split = "held_out" if words else "train"
+    stream = open_stream(nodes(name), **SHAPE | {"rows": 1}, split=split)
+    cursor = stream.start()
+    for _ in range(stream.batches or 3):
+        size = stream.row_size(cursor)
+        batch, cursor = stream.read(cursor)
+        if kind in ("task", "hub"):
+            assert size is None
+        else:
+            tokens = int((batch.doc[:, :-1] >= 0).sum())
+            assert size == (tokens, int(batch.doc.max()) + 1, cursor)
