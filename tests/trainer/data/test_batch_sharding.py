@@ -11,8 +11,8 @@ from models.kernels.block_plan import plan_rows
 from models.loss import IGNORE
 from models.masks.basic import Causal, SameDocument, SlidingWindow
 from parallel.drivers.causal_conv import halo_plan
+from parallel.drivers.key_exchange import gather_plan
 from parallel.drivers.scan import run_order
-from parallel.drivers.softmax_allgather import gather_plan
 from parallel.mesh import Axis, Mesh
 from trainer.data import batch_sharding
 from trainer.data.batch import Batch
