@@ -113,6 +113,13 @@ NOT_COMPOSED = {
     "python -m scripts.bench plan ranks=2": "minutes; tests/trainer/planning/test_step_plan.py",
     "python -m scripts.calibrate out=mine.yaml": "tests/trainer/planning/test_calibration.py",
     "python -m scripts.plan experiment=quickstart device=mine.yaml": "tests/trainer/planning",
+    (
+        "python -m scripts.plan model=full model.width=4096 model.layers=32 model.heads=32 "
+        "model.kv_heads=8 model.ffn=14336 model.vocabulary=128256 precision=bfloat16 "
+        "context_length=1048576 batch_tokens=1048576 engine=single engine.checkpointing=full "
+        "engine.tile_tokens=32768 engine.head_groups=8 engine.offload_activations=true "
+        "lora.rank=16 gpus=1 device=h200 search=false"
+    ): "minutes; tests/trainer/planning",
     "python -m scripts.plan experiment=quickstart gpus=4 device=h100": "tests/trainer/planning",
     "python -m scripts.parity": "the full product; tests/parallel/drivers/test_parity.py",
     "python -m scripts.parity quick": "minutes; tests/parallel/drivers/test_parity.py",
