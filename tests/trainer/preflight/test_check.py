@@ -161,10 +161,7 @@ WRONG = [
         "engine.checkpointing=selective engine.head_groups=2",
         ["engine.head_groups=2", "keeps attention", "engine.checkpointing=full"],
     ),
-    (
-        "parallel.time=2 engine.head_groups=2",
-        ["engine.head_groups=2", "piece to piece", "parallel.time=1"],
-    ),
+    ("parallel.time=2 engine.head_groups=2", ["piece to piece", "parallel.time=1"]),
     (
         "parallel.context=2 parallel.method=ulysses engine.head_groups=4",
         ["engine.head_groups=4", "among 2 ranks, and a group has 1", "engine.head_groups=2"],
