@@ -26,14 +26,14 @@ class PairBlocks(NamedTuple):
     Attributes:
         queries: [N, t] numbers of rows among B x T x H.
         keys: [N, s] numbers of rows among B x S x G.
-        seen: [N, t or 1, s] 1 where a query sees a key, else 0; as wide as sums.
+        seen: [N, t or 1, s] 1 where a query sees a key, else 0, as wide as sums; None for 1.
         add: [N, t, s] to add to the logits, or None.
         real: [N, t] bool, False at rows that only fill a block; None where all are real.
     """
 
     queries: Tensor
     keys: Tensor
-    seen: Tensor
+    seen: Tensor | None
     add: Tensor | None = None
     real: Tensor | None = None
 

@@ -176,6 +176,7 @@ class ChosenScore(Score):
             kv_span,
             kv_span.role == SUMMARY,
             heads=query[0].shape[2],
+            channels=query[0].shape[3] + 1,
             most=most,
             dtype=query[1].dtype,
         )

@@ -6,17 +6,20 @@ keys of these blocks alone.
 Letters: B rows, T queries, N summaries, K chosen blocks, H heads, I index heads, C channels.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from models.primitives.block_topk import find, moved, take
+from models.kernels.pairs.block_lookup import BlockLookup
+from models.primitives.block_topk import take
 from models.scores import Tensors
 from models.span import Span
 
 HIDDEN = 1e30  # how far below others the logit of a block is that is not seen
-CHUNK_NUMBERS = 1 << 20  # numbers of the gathered entries of a chunk of queries
+CHUNK_NUMBERS = 1 << 18  # numbers of the gathered entries of a chunk of queries
 
 
 def index_scores(query: Tensors, keys: Tensors) -> Tensor:
@@ -96,12 +99,12 @@ def divergence_of_chosen(
     query, share = main
     numbers, scores = chosen
     dtype = torch.promote_types(query.dtype, torch.float32)
+    lookup = _lookup(numbers, span, summary_span, block)
     step = _queries_at_once(numbers, summaries)
     parts = []
     for start in range(0, query.shape[1], step):
         part = slice(start, start + step)
-        queries = span.map(lambda addresses, part=part: addresses[:, part])
-        index, seen = _found(numbers[:, part], queries, summary_span, block)
+        index, seen = lookup(numbers[:, part], part)
         own_summaries = _gathered(summaries, index).to(dtype)
         folded_query = query[:, part].flatten(0, 1).to(dtype)
         logits = folded_query @ own_summaries.transpose(1, 2)
@@ -109,7 +112,7 @@ def divergence_of_chosen(
         target = attention_target(logits, seen, share[:, part].to(dtype))
         loss, log_prediction = divergence(target, scores[:, part].to(dtype), seen)
         error = log_prediction.exp() * target.sum(-1, keepdim=True) - target
-        parts.append((loss, error.masked_fill(~seen, 0), index.int()))
+        parts.append((loss, error.mul_(seen), index.int()))
     return ChosenDivergence(*(torch.cat(part, 1) for part in zip(*parts)))
 
 
@@ -144,20 +147,19 @@ class ChosenLoss(torch.autograd.Function):
         for start in range(0, query.shape[1], step):
             part = slice(start, start + step)
             index = ctx.kept.index[:, part].long()
-            leaves = [
-                query[:, part].flatten(0, 1)[:, None].to(dtype),
-                weight[:, part].flatten(0, 1)[:, None].to(dtype),
-                _gathered(keys, index).to(dtype),
-            ]
-            leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-            with torch.enable_grad():
-                scores = index_scores(leaves[:2], leaves[2:])
-            error = ctx.kept.error[:, part] * grads[0][:, part, None]
-            found = torch.autograd.grad(scores, leaves, error.flatten(0, 1)[:, None])
-            d_query[:, part] = found[0].view_as(d_query[:, part])
-            d_weight[:, part] = found[1].view_as(d_weight[:, part])
+            own_keys = _gathered(keys, index).to(dtype)
+            own_query = query[:, part].flatten(0, 1).to(dtype) * keys.shape[-1] ** -0.5
+            own_weight = weight[:, part].flatten(0, 1).to(dtype)[..., None]
+            error = (ctx.kept.error[:, part] * grads[0][:, part, None]).flatten(0, 1)[..., None]
+            products = (own_query @ own_keys.transpose(1, 2)).relu_()
+            d_weight[:, part] = (products @ error).view_as(d_weight[:, part])
+            # in place: where a product counts, its derivative
+            d_products = products.sign_().mul_(own_weight).mul_(error.transpose(1, 2))
+            found = d_products @ own_keys
+            d_query[:, part] = found.mul_(keys.shape[-1] ** -0.5).view_as(d_query[:, part])
             if keys.shape[1]:
-                d_keys.index_add_(0, (index + row).flatten(), found[2].flatten(0, 1))
+                found = d_products.transpose(1, 2) @ own_query
+                d_keys.index_add_(0, (index + row).flatten(), found.flatten(0, 1))
         return (
             None,
             d_query.to(query.dtype),
@@ -181,13 +183,22 @@ def _gathered(entries: Tensor, index: Tensor) -> Tensor:
     return rows.unflatten(0, index.shape).flatten(0, 1)
 
 
-def _found(numbers: Tensor, queries: Span, summary_span: Span, block: int) -> tuple[Tensor, Tensor]:
-    """Returns (index [B, T, K] of chosen blocks among the summaries, seen [B, T, K] bool)."""
-    count = numbers.shape[-1]
-    flat = numbers.flatten(1)
-    query_span = queries.map(lambda addresses: addresses.repeat_interleave(count, 1))
-    # a summary has the address of the last token of its block
-    last_token = moved(query_span, flat * block + block - 1 - query_span.pos)
-    index, exists = find(last_token, summary_span)
-    seen = (exists & (flat >= 0)).view_as(numbers)
-    return index.view_as(numbers), seen
+def _lookup(
+    numbers: Tensor, span: Span, summary_span: Span, block: int
+) -> Callable[[Tensor, slice], tuple[Tensor, Tensor]]:
+    """Returns what finds chosen blocks among the summaries of a row: a function of ([B, t, K]
+    numbers, the part of the queries that chose them) that gives (index [B, t, K] in the row, seen
+    [B, t, K] bool)."""
+    tensors = (numbers, span.pos, summary_span.pos)
+    if any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors):
+        # shapes alone are asked for
+        return lambda numbers, part: (torch.zeros_like(numbers), numbers >= 0)
+    is_summary = torch.ones_like(summary_span.pos, dtype=torch.bool)
+    lookup = BlockLookup(span, summary_span, is_summary, block)
+    row = torch.arange(len(numbers), device=numbers.device)[:, None, None] * summary_span.shape[1]
+
+    def find(numbers: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        index, seen = lookup.find(numbers, part)
+        return (index - row).clamp_min(0), seen
+
+    return find

@@ -63,7 +63,8 @@ def forward(blocks: Iterator[PairBlocks], operands: Tensors, scale: float, total
     mean = total[0].view(-1, total[0].shape[-1])
     lse = total[1].view(-1)
     for block in blocks:
-        _, logits, value, _ = rows.of(block)
+        query, key, value = rows.of(block)
+        logits = _hidden(_logits(query, key, block), block)
         highest = logits.amax(-1, keepdim=True)
         weight = _weights(logits, highest, block)
         mass = weight.sum(-1, keepdim=True)
@@ -102,35 +103,61 @@ def backward(
     all_delta = delta.reshape(-1)
     sums = [tensor.view(-1, tensor.shape[-1]) for tensor in made.sums]
     for block in blocks:
-        query, logits, value, key = rows.of(block)
+        query, key, value = rows.of(block)
         index = block.queries.flatten()
-        shape = block.queries.shape
-        d_mean = d_outs.index_select(0, index).view(*shape, -1)
-        own_lse = all_lse.index_select(0, index).view(*shape, 1)
-        own_delta = all_delta.index_select(0, index).view(*shape, 1)
-        weight = _weights(logits, own_lse, block)
-        d_value = weight.transpose(1, 2) @ d_mean
-        d_logits = (d_mean @ value.transpose(1, 2)).sub_(own_delta)
-        d_logits.mul_(weight)
-        d_query = (d_logits @ key).mul_(scale)
-        d_key = d_logits.transpose(1, 2) @ query
         key_index = block.keys.flatten()
-        sums[0].index_add_(0, index, d_query.flatten(0, 1))
+        d_mean = d_outs.index_select(0, index).view(*block.queries.shape, -1)
+        own_lse = all_lse.index_select(0, index).view(*block.queries.shape, 1)
+        own_delta = all_delta.index_select(0, index).view(*block.queries.shape, 1)
+        both = None
         if rows.shared:
-            sums[1].index_add_(0, key_index, d_key.add_(d_value).flatten(0, 1))
+            # One product gives logits and d_weight, one the gradient as key and as value.
+            both = torch.cat([query, d_mean], 1) @ key.transpose(1, 2)
+            logits, d_logits = both.chunk(2, 1)
+            if block.add is not None:
+                logits += block.add
         else:
+            logits = _logits(query, key, block)
+            d_logits = d_mean @ value.transpose(1, 2)
+        weight = _weights(logits, own_lse, block)
+        d_logits.sub_(own_delta).mul_(weight)
+        d_query = (d_logits @ key).mul_(scale)
+        sums[0].index_add_(0, index, d_query.flatten(0, 1))
+        if both is not None:
+            d_key = both.transpose(1, 2) @ torch.cat([d_mean, query], 1)
+            sums[1].index_add_(0, key_index, d_key.flatten(0, 1))
+        else:
+            d_key = d_logits.transpose(1, 2) @ query
+            d_value = weight.transpose(1, 2) @ d_mean
             sums[1].index_add_(0, key_index, d_key.flatten(0, 1))
             sums[2].index_add_(0, key_index, d_value.flatten(0, 1))
+
+
+def _logits(query: Tensor, key: Tensor, block: PairBlocks) -> Tensor:
+    """[N, t, s] of scaled queries and keys."""
+    logits = query @ key.transpose(1, 2)
+    if block.add is not None:
+        logits += block.add
+    return logits
+
+
+def _hidden(logits: Tensor, block: PairBlocks) -> Tensor:
+    """Makes the logits of keys that are not seen very low, and leaves them finite; in place."""
+    if block.seen is None:
+        return logits
+    return logits.add_((block.seen - 1).mul_(HIDDEN))
 
 
 def _weights(logits: Tensor, less: Tensor, block: PairBlocks) -> Tensor:
     """exp(logits - less), and 0 where a key is not seen; in the memory of the logits.
 
-    `exp` takes twenty times as long where its result is 0 or no normal number, hence the clamp: it
-    leaves weights that are below a normal number 0 but for a normal number's smallest.
+    `exp` takes twenty times as long where its result is 0 or no normal number, hence the lower
+    bound: it leaves weights that are below a normal number 0 but for a normal number's smallest.
+    Weights are at most 1 but for rounding; the upper bound keeps those finite that are not seen.
     """
     lowest = math.log(torch.finfo(logits.dtype).tiny) + 1
-    return logits.sub_(less).clamp_(min=lowest).exp_().mul_(block.seen)
+    weight = logits.sub_(less).clamp_(lowest, 1).exp_()
+    return weight if block.seen is None else weight.mul_(block.seen)
 
 
 class _Rows:
@@ -145,19 +172,12 @@ class _Rows:
         self.key = key.reshape(-1, key.shape[-1])
         self.value = self.key if self.shared else value.reshape(-1, value.shape[-1])
 
-    def of(self, block: PairBlocks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns (scaled query [N, t, D], logits [N, t, s], value [N, s, E], key [N, s, D]).
-
-        Logits of keys that are not seen are very low, and finite.
-        """
+    def of(self, block: PairBlocks) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns (scaled query [N, t, D], key [N, s, D], value [N, s, E])."""
         query = self._gathered(self.query, block.queries) * self.scale
         key = self._gathered(self.key, block.keys)
         value = key if self.shared else self._gathered(self.value, block.keys)
-        logits = query @ key.transpose(1, 2)
-        if block.add is not None:
-            logits += block.add
-        logits += (block.seen - 1).mul_(HIDDEN)
-        return query, logits, value, key
+        return query, key, value
 
     def _gathered(self, rows: Tensor, index: Tensor) -> Tensor:
         gathered = rows.index_select(0, index.flatten()).view(*index.shape, -1)

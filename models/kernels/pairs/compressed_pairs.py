@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from models.kernels.pairs.block_lookup import BlockLookup
 from models.kernels.pairs.stretches import SortedLines, tile_stretches
 from models.scores import PairBlocks
 from models.span import PADDING, Span
@@ -23,7 +24,8 @@ class ChosenPairs:
         span, kv_span: addresses [B, T] of queries and [B, S] of keys.
         is_summary: [B, S] bool; a key is a token, or a summary with the address of its last token.
         heads: H.
-        most: scores to compute together.
+        channels: numbers of a key.
+        most: scores, or numbers of keys that single queries gather, to compute together.
         dtype: of what blocks say about pairs.
     """
 
@@ -34,11 +36,14 @@ class ChosenPairs:
         is_summary: Tensor,
         *,
         heads: int,
+        channels: int,
         most: int,
         dtype: torch.dtype,
     ):
         self.span = span
+        self.kv_span = kv_span
         self.heads = heads
+        self.channels = channels
         self.most = most
         self.dtype = dtype
         self.rows, self.tokens = span.shape
@@ -79,21 +84,22 @@ class ChosenPairs:
             chosen: [B, T, K] numbers of blocks of the query's document; negative for none.
             block: tokens in a block.
         """
-        key_address, key_order = self._sorted(self.is_key & self.is_summary)
+        lookup = BlockLookup(self.span, self.kv_span, self.is_summary, block)
         head = torch.arange(self.heads, device=chosen.device)
         row = torch.arange(self.rows, device=chosen.device)[:, None]
-        together = max(1, self.most // (self.rows * self.heads * chosen.shape[-1]))
+        each = chosen.shape[-1] * max(self.heads, self.channels)
+        together = max(1, self.most // (self.rows * each))
         for start in range(0, self.tokens, together):
             part = slice(start, start + together)
-            index, present = self._find(chosen[:, part], part, block, key_address, key_order)
+            index, present = _packed(*lookup.find(chosen[:, part], part))
             if not index.shape[-1]:
                 continue
             token = torch.arange(self.tokens, device=chosen.device)[part]
             query = (row * self.tokens + token).flatten() * self.heads
             yield PairBlocks(
                 queries=query[:, None] + head,
-                keys=(index + row[..., None] * self.sources).flatten(0, 1),
-                seen=present.flatten(0, 1)[:, None].to(self.dtype),
+                keys=index.flatten(0, 1),
+                seen=None if present is None else present.flatten(0, 1)[:, None].to(self.dtype),
             )
 
     def _sorted(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,27 +108,15 @@ class ChosenPairs:
         addresses, order = torch.where(chosen, self.key_addresses, last).sort(1)
         return addresses, order
 
-    def _find(
-        self, numbers: Tensor, part: slice, block: int, key_address: Tensor, key_order: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Finds the summaries that some queries have chosen among the keys.
 
-        Returns:
-            (index [B, t, s] of keys, present [B, t, s] bool), where s is the largest number that a
-            query finds here.
-        """
-        position = numbers * block + block - 1
-        query_position = self.span.pos[:, part, None]
-        possible = (numbers >= 0) & (position <= query_position)
-        possible &= self.span.valid()[:, part, None]
-        wanted = self.addresses[:, part, None] - query_position + position
-        wanted = wanted.flatten(1)
-        rank = torch.searchsorted(key_address, wanted).clamp_max_(self.sources - 1)
-        present = possible & (key_address.gather(1, rank) == wanted).view_as(possible)
-        index = key_order.gather(1, rank).view_as(possible)
-        most = int(present.sum(-1).max())
-        if most < present.shape[-1]:
-            slot = present.int().argsort(dim=-1, descending=True, stable=True)[..., :most]
-            index = index.gather(-1, slot)
-            present = present.gather(-1, slot)
+def _packed(index: Tensor, present: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Leaves out places [B, t, K] that no query needs; all are present where None is said so."""
+    counts = present.sum(-1)
+    fewest, most = (int(edge) for edge in counts.aminmax())
+    if fewest == index.shape[-1]:
+        return index, None
+    if most == index.shape[-1]:
         return index, present
+    slot = torch.where(present, present.cumsum(-1) - 1, most)
+    packed = index.new_zeros(*index.shape[:-1], most + 1).scatter_(-1, slot, index)[..., :most]
+    return packed, torch.arange(most, device=index.device) < counts[..., None]
