@@ -136,6 +136,10 @@ def indexer_loss(
     """
     detached = (tensor.detach() for tensor in main)
     kept: list[ChosenDivergence] = []
+    # let go of once they are compared: backward needs what is kept alone
+    open_choice = [] if chosen is None else [chosen]
+    every = chosen is None
+    del chosen
 
     def loss_of_all_queries(*tensors: Tensor) -> Tensor:
         inputs = _LossInputs(*tensors)
@@ -143,14 +147,14 @@ def indexer_loss(
             (inputs.index_keys, inputs.summaries), CAUSAL, span=span, kv_span=ends.span
         )
         inputs = inputs._replace(index_keys=index_keys, summaries=summaries)
-        if chosen is None:
+        if every:
             return _loss_in_chunks(inputs, span, summary_span)
         if not kept:  # the second call, in backward, needs no more than the gradient
             kept.append(
                 divergence_of_chosen(
                     (inputs.query, inputs.summary_share),
                     summaries,
-                    chosen,
+                    open_choice.pop(),
                     span=span,
                     summary_span=summary_span,
                     block=block,
