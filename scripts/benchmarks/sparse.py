@@ -38,6 +38,7 @@ class SparseSizes:
     hashes: int = 4
     chunk: int = 128
     block: int = 4
+    larger_block: int = 16
     window: int = 128
     threads: int = 1
     repeats: int = 3
@@ -55,11 +56,13 @@ def parse(words: list[str]) -> SparseSizes:
     sizes = parse_into(SparseSizes(), words)
     if sizes.ranks > 1:
         raise ValueError(f"ranks={sizes.ranks}: one device is measured; use ranks=1")
-    if sizes.tokens < SHARE * sizes.block:
-        raise ValueError(
-            f"tokens={sizes.tokens} are fewer than {SHARE} blocks of block={sizes.block}; use"
-            f" {SHARE * sizes.block} or more"
-        )
+    for name in ("block", "larger_block"):
+        block = getattr(sizes, name)
+        if sizes.tokens < SHARE * block:
+            raise ValueError(
+                f"tokens={sizes.tokens} are fewer than {SHARE} blocks of {name}={block}; use"
+                f" {SHARE * block} or more"
+            )
     return sizes
 
 
@@ -67,7 +70,14 @@ def layers(sizes: SparseSizes) -> dict[str, Callable[[], nn.Module]]:
     """Returns the builders of the measured layers, by name."""
     width = sizes.width
     heads = sizes.heads
-    top = sizes.tokens // sizes.block // SHARE
+
+    def compressed(block: int) -> tuple[str, Callable[[], nn.Module]]:
+        blocks = sizes.tokens // block
+        top = blocks // SHARE
+        return f"compressed, {top} of {blocks} blocks of {block}", lambda: Compressed(
+            width, heads, Rope(), block=block, top=top, window=sizes.window
+        )
+
     return {
         FULL: lambda: MultiHead(width, heads, Rope()),
         f"lsh, {sizes.hashes} hashes, chunks of {sizes.chunk}": lambda: LSHAttention(
@@ -80,9 +90,7 @@ def layers(sizes: SparseSizes) -> dict[str, Callable[[], nn.Module]]:
             chunk_size=sizes.chunk,
             hashes=sizes.hashes,
         ),
-        f"compressed, {top} blocks of {sizes.block}": lambda: Compressed(
-            width, heads, Rope(), block=sizes.block, top=top, window=sizes.window
-        ),
+        **dict(compressed(block) for block in (sizes.block, sizes.larger_block)),
     }
 
 
@@ -128,7 +136,7 @@ def _step(sizes: SparseSizes, build: Callable[[], nn.Module]) -> Callable[[], No
 def table(rows: list[dict]) -> str:
     """Rows as text."""
     columns = ("tokens", "ms", "beside full", "by cpu", "goal")
-    lines = [f"{'attention':36}" + "".join(f"{name:>13}" for name in columns)]
+    lines = [f"{'attention':40}" + "".join(f"{name:>13}" for name in columns)]
     for row in rows:
         cells = [
             f"{row['tokens']:,}",
@@ -137,5 +145,5 @@ def table(rows: list[dict]) -> str:
             f"{row['beside_full_by_cpu']:.2f}",
             "-" if row["name"] == FULL else f"{GOAL}",
         ]
-        lines.append(f"{row['name']:36}" + "".join(f"{cell:>13}" for cell in cells))
+        lines.append(f"{row['name']:40}" + "".join(f"{cell:>13}" for cell in cells))
     return "\n".join(lines)
