@@ -8,7 +8,7 @@ numbers. Wrapped scores combine a soft cap, a sink or shared values with every p
 Letters: B rows, T queries, S keys, H query heads, G key heads, D key width, E value width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -121,6 +121,13 @@ class Score:
 
         Returns:
             Blocks that hold every pair once; None where the score cannot name them.
+        """
+        return None
+
+    def pair_counter(self) -> Callable[[Span], int] | None:
+        """Returns what counts the pairs of a head that `pairs` names in rows of tokens, for FLOPs.
+
+        None where all pairs count that the mask shows. Counters of equal counts are equal.
         """
         return None
 

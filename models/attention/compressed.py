@@ -114,7 +114,8 @@ class Compressed(Layer):
         self.group = nn.Parameter(torch.empty(groups, group_width, heads // groups * channels))
         self.out = nn.Linear(groups * group_width, width, bias=False)
         self.store = BlockTopK()
-        self.mix = Softmax(summaries_and_window(window), ChosenScore(block, window, channels))
+        score = ChosenScore(block, window, channels, top)
+        self.mix = Softmax(summaries_and_window(window), score)
 
     def runs_by_segment(self) -> str | None:
         """See Layer."""

@@ -6,6 +6,7 @@ M tokens in a block.
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -139,9 +140,10 @@ class ChosenScore(Score):
     param_heads = (0,)
     plain = False
 
-    def __init__(self, block: int, window: int, channels: int):
+    def __init__(self, block: int, window: int, channels: int, top: int):
         super().__init__(channels**-0.5)
         self.window = window
+        self.top = top
         self.block = block
 
     def operands(
@@ -200,9 +202,28 @@ class ChosenScore(Score):
         seen = chosen | ~is_summary[:, None]
         return torch.where(seen[:, None], logits, -torch.inf)
 
+    def pair_counter(self) -> "ChosenCount":
+        """See Score.pair_counter; first steps in which all summaries are seen count like others."""
+        return ChosenCount(self.block, self.window, self.top)
+
     def sink(self, params: Tensors) -> Tensor | None:
         """See Score.sink."""
         return params[0]
+
+
+@dataclass(frozen=True)
+class ChosenCount:
+    """Counts the pairs of a query with the tokens of its window and the summaries it chooses."""
+
+    block: int
+    window: int
+    top: int
+
+    def __call__(self, span: Span) -> int:
+        """Over all tokens of the rows; padding counts for nothing."""
+        earlier = (span.pos + 1)[span.valid()]
+        tokens = earlier.clamp(max=self.window)
+        return int((tokens + (earlier // self.block).clamp(max=self.top)).sum())
 
 
 def chosen_among(chosen: Tensor, block: Tensor) -> Tensor:

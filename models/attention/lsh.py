@@ -5,6 +5,7 @@ Letters: B rows, T queries, S keys, H heads, D head width, E value width.
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -35,14 +36,22 @@ class BucketScore(Score):
 
     The union over hashes is one softmax. Merging one softmax per hash by its lse would count a key
     several times that several hashes share; the paper's equation for z(i, P) counts it once.
+
+    Args:
+        count: what counts pairs, see Score.pair_counter.
     """
 
     query_heads = (2, 2, 2)
     payload_heads = (2, 2, 2, 2)
     plain = False
 
-    def __init__(self):
+    def __init__(self, count: "BucketCount"):
         super().__init__(scale=1.0)  # keys are unit vectors
+        self.count = count
+
+    def pair_counter(self) -> "BucketCount":
+        """See Score.pair_counter."""
+        return self.count
 
     def pairs(
         self,
@@ -86,6 +95,23 @@ class BucketScore(Score):
         same_document = span.doc[:, :, None] == kv_span.doc[:, None, :]
         itself = (same_position & same_document)[:, None]
         return torch.where(seen, logits + ALONE * itself, -torch.inf)
+
+
+@dataclass(frozen=True)
+class BucketCount:
+    """Counts the pairs that are expected of hashes that spread tokens evenly, without hashing."""
+
+    hashes: int
+    buckets: int
+    chunk_size: int
+
+    def __call__(self, span: Span) -> int:
+        """Over all tokens of the rows; padding counts for nothing."""
+        earlier = span.pos[span.valid()].double()
+        sharing = 1 - (1 - 1 / self.buckets) ** self.hashes
+        # of a bucket of many chunks: half of the own chunk, and the one before
+        most = self.hashes * 1.5 * self.chunk_size
+        return int((1 + (earlier * sharing).clamp(max=most)).sum())
 
 
 def _query_column(numbers: Tensor, index: int) -> Tensor:
@@ -160,7 +186,7 @@ class LSHAttention(Layer):
         self.v = nn.Linear(width, width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.ids = BlockTopK()
-        self.mix = Softmax(CAUSAL, BucketScore())
+        self.mix = Softmax(CAUSAL, BucketScore(BucketCount(hashes, buckets, chunk_size)))
 
     def carries_over(self) -> str | None:
         """See Layer."""

@@ -9,6 +9,8 @@ Convention, printed with every MFU:
 * A pair is visible if the mask says so on the packed row: causal, document by document, inside the
   window. PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) counts every pair of the row,
   12 L H Q T a token in training; one causal document gives half of that, many short ones far less.
+* Compressed attention counts the tokens of its window and the summaries that it chooses, LSH the
+  pairs that hashes share which spread tokens evenly; see Score.pair_counter.
 * Attention of points that stand for a document: 2 M (D + E) for every head and token, M points. The
   weights that see points count once for every token.
 * Scan: the recurrence. Writing k v into the state and reading it with q are D E multiply-adds each,
@@ -26,7 +28,8 @@ Convention, printed with every MFU:
 Letters: D key width, E value width, H heads.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from math import log2
 from typing import Any
 
@@ -54,15 +57,21 @@ class AttentionCost:
     """One softmax attention of the model: a query and a key that see each other cost `pair_flops`
     in each head.
 
-    Attributes: across: the queries are tokens of the row and the keys those of its source.
+    Attributes:
+        across: the queries are tokens of the row and the keys those of its source.
+        chosen: counts the pairs of a head where not all are computed that the mask shows.
     """
 
     mask: Mask
     heads: int
     pair_flops: int
     across: bool = False
+    chosen: Callable[[Span], int] | None = None
 
     def forward(self, span: Span, source_span: Span) -> int:
+        """FLOPs of all rows."""
+        if self.chosen is not None:
+            return self.pair_flops * self.heads * self.chosen(span)
         if self.across:
             return self.pair_flops * self.heads * pairs_across(self.mask, span, source_span)
         return self.pair_flops * visible_triples(self.mask, span, self.heads)
@@ -131,7 +140,9 @@ def _softmax(leaf: Softmax, noted: CostTrace) -> Any:
         q = leaf.score.operands(query, payload, params)[0]
         width = value_width(leaf.score, payload, params, query)
         across = noted.of_source and payload[0].shape[1] != query[0].shape[1]
-        noted.pairs.append(AttentionCost(leaf.mask, heads, 2 * (q.shape[-1] + width), across))
+        chosen = leaf.score.pair_counter()
+        flops = 2 * (q.shape[-1] + width)
+        noted.pairs.append(AttentionCost(leaf.mask, heads, flops, across, chosen))
         return _EmptyOutput.apply((*query[0].shape[:2], heads, width), *query, *payload, *params)
 
     return forward
@@ -264,14 +275,9 @@ class FlopCount:
         return total + (0 if self.source is None else self.source.training(source_span))
 
     def _products(self, span: Span, source_span: Span) -> int:
-        kinds = {(core.mask, core.heads, core.across) for core in self.cores}
-        counts = {
-            (mask, heads, across): AttentionCost(mask, heads, 1, across).forward(span, source_span)
-            for mask, heads, across in kinds
-        }
-        pairs = sum(
-            core.pair_flops * counts[core.mask, core.heads, core.across] for core in self.cores
-        )
+        kinds = {replace(core, pair_flops=1) for core in self.cores}
+        counts = {kind: kind.forward(span, source_span) for kind in kinds}
+        pairs = sum(core.pair_flops * counts[replace(core, pair_flops=1)] for core in self.cores)
         return self.step_flops + self.token_flops * int(span.valid().sum()) + pairs
 
 

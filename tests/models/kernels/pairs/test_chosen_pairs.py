@@ -75,6 +75,35 @@ def test_twice_the_tokens_are_twice_the_scores(name, monkeypatch):
     assert scores[1] < 2 * 4096 * 300
 
 
+@pytest.mark.parametrize(("name", "tolerance"), [("lsh", 0.25), ("compressed", 0)])
+def test_flops_count_the_pairs_that_are_computed(name, tolerance, monkeypatch):
+    """Compressed attention to a pair; LSH as if hashes spread tokens evenly, which they do not."""
+    makers = {
+        "lsh": lambda: LSHAttention(32, 2, Rope(), 0, 5, 512, chunk_size=64, hashes=3, buckets=16),
+        "compressed": lambda: Compressed(32, 2, Rope(), block=3, top=30, window=20),
+    }
+    layer = initialise(makers[name](), seed=0)
+    found = chosen_pairs.chosen_blocks
+    computed = 0.0
+
+    def counted(*args):
+        nonlocal computed
+        for block in found(*args):
+            seen = torch.ones(()) if block.seen is None else block.seen
+            real = torch.ones(()) if block.real is None else block.real[..., None]
+            shape = (*block.queries.shape, block.keys.shape[1])
+            computed += float((seen * real).expand(shape).double().sum())
+            yield block
+
+    monkeypatch.setattr(blockwise.chosen_pairs, "chosen_blocks", counted)
+    pos = torch.cat([torch.arange(500), torch.arange(90), torch.zeros(10)]).long()
+    span = Span.of(pos[None], torch.tensor([[3] * 500 + [4] * 90 + [-1] * 10]))
+    with torch.no_grad():
+        layer(torch.randn(1, 600, 32, generator=torch.Generator().manual_seed(1)), span)
+    counter = layer.mix.score.pair_counter()
+    assert 2 * counter(span) == pytest.approx(computed, rel=tolerance)
+
+
 def test_a_number_that_is_not_finite_is_left_to_the_tiles():
     layer = initialise(LAYERS["lsh"](), seed=0).double()
     span = _packed()
