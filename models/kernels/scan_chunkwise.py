@@ -39,6 +39,10 @@ class AffineChunks(NamedTuple):
     gain: Tensor
 
 
+# (tensor [..., C, D], whether it reads the state before the token's own update)
+TileRows = list[tuple[Tensor, bool]]
+
+
 def affine_chunks(query: Tensor, payload: tuple[Tensor, ...], *, before: bool) -> AffineChunks:
     """Computes all chunks at once.
 
@@ -49,29 +53,19 @@ def affine_chunks(query: Tensor, payload: tuple[Tensor, ...], *, before: bool) -
         before: whether a token reads the state before its own update.
     """
     k, v, decay, *low_rank = payload
-    per_channel = decay.dim() == k.dim()
-    log_decay = decay if per_channel else decay[..., None]  # [B, N, h, C, 1 or D]
-    # Sums of log decays: up to and with a token, up to and without it, and after it.
-    through = log_decay.cumsum(-2)
-    past = F.pad(through[..., :-1, :], (0, 0, 1, 0))
-    # From the end backwards: the difference of two long sums would cancel.
-    after = F.pad(log_decay.flip(-2).cumsum(-2)[..., :-1, :], (0, 0, 1, 0)).flip(-2)
-    rows = [(query, before)]
-    columns = [k]
-    if low_rank:
-        a, b = low_rank
-        rows.append((a, True))
-        columns.append(b)
-    if per_channel:
-        near = _by_halves(rows, columns, log_decay)
-    else:
-        near = _by_sums(rows, columns, decay)
+    if not low_rank:
+        return AffineChunks(
+            *chunk_reads(query, payload, before=before),
+            *chunk_summary(payload),
+        )
+    a, b = low_rank
+    log_decay = _per_channel(payload)
+    through, past = _decay_sums(log_decay)
+    fade = _fade(log_decay)
+    near = _near([(query, before), (a, True)], [k, b], decay, log_decay)
     reader = query * (past if before else through).exp()
-    fade = after.exp()
     keep = through[..., -1, :].exp()
     gain = (k * fade).mT @ v
-    if not low_rank:
-        return AffineChunks(near[0][0] @ v, reader, keep, gain)
     # With the low-rank term, the reads u_t = a_t S_{t-1} depend on earlier ones of the same chunk:
     # u = a_b u + a_k v + (reads of the incoming state), a triangular system.
     (q_k, q_b), (a_k, a_b) = near
@@ -92,8 +86,49 @@ def affine_chunks(query: Tensor, payload: tuple[Tensor, ...], *, before: bool) -
     )
 
 
-# (tensor [..., C, D], whether it reads the state before the token's own update)
-TileRows = list[tuple[Tensor, bool]]
+def chunk_summary(payload: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Computes (keep, gain) of `affine_chunks` alone, without a low-rank term."""
+    k, v, _ = payload
+    log_decay = _per_channel(payload)
+    return log_decay.sum(-2).exp(), (k * _fade(log_decay)).mT @ v
+
+
+def chunk_reads(
+    query: Tensor, payload: tuple[Tensor, ...], *, before: bool
+) -> tuple[Tensor, Tensor]:
+    """Computes (own, reader) of `affine_chunks` alone, without a low-rank term."""
+    k, v, decay = payload
+    log_decay = _per_channel(payload)
+    through, past = _decay_sums(log_decay)
+    near = _near([(query, before)], [k], decay, log_decay)
+    return near[0][0] @ v, query * (past if before else through).exp()
+
+
+def _per_channel(payload: tuple[Tensor, ...]) -> Tensor:
+    """Returns the log decays as [B, N, h, C, 1 or D]."""
+    k, _, decay, *_ = payload
+    return decay if decay.dim() == k.dim() else decay[..., None]
+
+
+def _decay_sums(log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of the log decays of a chunk up to and with a token, and up to and without it."""
+    through = log_decay.cumsum(-2)
+    return through, F.pad(through[..., :-1, :], (0, 0, 1, 0))
+
+
+def _fade(log_decay: Tensor) -> Tensor:
+    """Returns how much of a token is left at the end of its chunk."""
+    # From the end backwards: the difference of two long sums would cancel.
+    after = log_decay.flip(-2).cumsum(-2)[..., :-1, :]
+    return F.pad(after, (0, 0, 1, 0)).flip(-2).exp()
+
+
+def _near(
+    rows: TileRows, columns: list[Tensor], decay: Tensor, log_decay: Tensor
+) -> list[list[Tensor]]:
+    if decay.dim() == columns[0].dim():
+        return _by_halves(rows, columns, log_decay)
+    return _by_sums(rows, columns, decay)
 
 
 def _by_sums(rows: TileRows, columns: list[Tensor], decay: Tensor) -> list[list[Tensor]]:

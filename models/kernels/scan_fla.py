@@ -188,6 +188,9 @@ class FlaScan:
             *self.plan.opened.shape, k.shape[2], k.shape[3], v.shape[3], dtype=self.wide
         )
 
+    def read_ahead(self) -> None:
+        """Computes nothing: the kernel goes through a stretch as a whole."""
+
     def summarise(self) -> FlaSummary:
         """Returns the effect of every run on a state that passes through it."""
         opened = self.plan.opened

@@ -8,13 +8,19 @@ long as the row.
 Letters: B rows, N chunks, C slots, D key width, E value width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.kernels.scan_chunkwise import AffineChunks, affine_chunks
+from models.kernels.scan_chunkwise import (
+    AffineChunks,
+    affine_chunks,
+    chunk_reads,
+    chunk_summary,
+)
 
 # Elements of the largest tensor of a group, by device.
 ROOM = {
@@ -22,6 +28,9 @@ ROOM = {
     "meta": 1 << 18,
     "cuda": 1 << 24,
 }
+
+
+SUMMARY = 2  # of AffineChunks: keep and gain depend on the payload alone
 
 
 def recomputed_chunks(
@@ -35,50 +44,88 @@ def recomputed_chunks(
     """
     if room is None:
         room = ROOM.get(query.device.type, ROOM["cuda"])
-    key_width = query.shape[4]
-    rows, _, _, slots, value_width = payload[1].shape
-    heads = max(tensor.shape[2] for tensor in (query, *payload))
-    chunk_elements = rows * heads * slots * max(slots, value_width, key_width)
-    group = max(1, room // chunk_elements)
-    return AffineChunks(*_InGroups.apply(before, group, query, *payload))
+    group = _group(room, (query, *payload))
+
+    def compute(query: Tensor, *payload: Tensor) -> tuple[Tensor, ...]:
+        return affine_chunks(query, payload, before=before)
+
+    return AffineChunks(*_InGroups.apply(compute, group, SUMMARY, query, *payload))
+
+
+def recomputed_summary(payload: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """As `chunk_summary`, exactly."""
+
+    def compute(*payload: Tensor) -> tuple[Tensor, ...]:
+        return chunk_summary(payload)
+
+    return _InGroups.apply(compute, _default_group(payload), 0, *payload)
+
+
+def recomputed_reads(
+    query: Tensor, payload: tuple[Tensor, ...], *, before: bool
+) -> tuple[Tensor, Tensor]:
+    """As `chunk_reads`, exactly."""
+
+    def compute(query: Tensor, *payload: Tensor) -> tuple[Tensor, ...]:
+        return chunk_reads(query, payload, before=before)
+
+    return _InGroups.apply(compute, _default_group((query, *payload)), 0, query, *payload)
+
+
+def _default_group(tensors: tuple[Tensor, ...]) -> int:
+    return _group(ROOM.get(tensors[0].device.type, ROOM["cuda"]), tensors)
+
+
+def _group(room: int, tensors: tuple[Tensor, ...]) -> int:
+    """Returns the number of chunks whose largest tensor, [B, h, C, D], E or C, fits the room."""
+    wide = [tensor for tensor in tensors if tensor.dim() == 5]
+    rows, _, _, slots, _ = wide[0].shape
+    heads = max(tensor.shape[2] for tensor in tensors)
+    width = max(slots, *(tensor.shape[4] for tensor in wide))
+    return max(1, room // (rows * heads * slots * width))
 
 
 class _InGroups(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, before: bool, group: int, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.before = before
+    def forward(
+        ctx: Any,
+        compute: Callable[..., tuple[Tensor, ...]],
+        group: int,
+        summary: int,
+        *inputs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """The last `summary` results do not depend on the first input."""
+        ctx.compute = compute
         ctx.group = group
         ctx.save_for_backward(*inputs)
-        count = inputs[2].shape[1]
+        count = inputs[0].shape[1]
         results: list[Tensor] = []
         for start in range(0, count, group):
-            query, *payload = _chunks(inputs, start, group)
-            parts = affine_chunks(query, tuple(payload), before=before)
+            parts = compute(*_chunks(inputs, start, group))
             if not results:
                 for part in parts:
                     results.append(part.new_empty(part.shape[0], count, *part.shape[2:]))
             for whole, part in zip(results, parts, strict=True):
                 whole[:, start : start + group] = part
-        if not any(ctx.needs_input_grad[3:]):
-            # keep and gain depend on the payload alone: without its gradient they have none.
-            summary = AffineChunks(*results)
-            ctx.mark_non_differentiable(summary.keep, summary.gain)
+        if summary and not any(ctx.needs_input_grad[4:]):
+            # Without the gradients of the other inputs they have none.
+            ctx.mark_non_differentiable(*results[-summary:])
         return tuple(results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor):
         inputs: tuple[Tensor, ...] = ctx.saved_tensors
-        needed = ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[3:]
         d_inputs: list[Tensor | None] = []
         for tensor, is_needed in zip(inputs, needed, strict=True):
             d_inputs.append(torch.empty_like(tensor) if is_needed else None)
-        for start in range(0, inputs[2].shape[1], ctx.group):
+        for start in range(0, inputs[0].shape[1], ctx.group):
             leaves = []
             for tensor, is_needed in zip(_chunks(inputs, start, ctx.group), needed, strict=True):
                 leaves.append(tensor.detach().requires_grad_(is_needed))
             with torch.enable_grad():
-                outputs = affine_chunks(leaves[0], tuple(leaves[1:]), before=ctx.before)
+                outputs = ctx.compute(*leaves)
             # An output without inputs that need gradients is no part of the graph.
             connected = []
             d_connected = []
@@ -94,7 +141,7 @@ class _InGroups(torch.autograd.Function):
             wholes = [whole for whole in d_inputs if whole is not None]
             for whole, gradient in zip(wholes, gradients, strict=True):
                 whole[:, start : start + ctx.group] = 0 if gradient is None else gradient
-        return None, None, *d_inputs
+        return None, None, None, *d_inputs
 
 
 def _chunks(tensors: tuple[Tensor, ...], start: int, size: int) -> list[Tensor]:

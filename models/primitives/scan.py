@@ -13,6 +13,8 @@ The primitive has no parameters. Letters: B rows, T tokens, H heads, D key width
 runs; "h" is H or 1.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,7 +23,11 @@ from torch import Tensor
 from models.carried_state import SHARDED, StatefulModule
 from models.kernels import scan_chunkwise, scan_fla
 from models.kernels.scan_chunks import ChunkLayout, Runs, chunk_layout
-from models.kernels.scan_recompute import recomputed_chunks
+from models.kernels.scan_recompute import (
+    recomputed_chunks,
+    recomputed_reads,
+    recomputed_summary,
+)
 from models.kernels.varlen import varlen_layout
 from models.primitive import Primitive
 from models.scores import Tensors
@@ -104,12 +110,21 @@ class Scan(Primitive, StatefulModule):
         return output
 
     def open(
-        self, query: Tensors, payload: Tensors, *, span: Span, runs: Runs | None = None
+        self,
+        query: Tensors,
+        payload: Tensors,
+        *,
+        span: Span,
+        runs: Runs | None = None,
+        shares: int = 0,
     ) -> "ScanWork | scan_fla.FlaScan":
-        """Computes everything that does not depend on the states that come into the runs.
+        """Computes what does not depend on the states that come into the runs.
 
         Args:
             runs: tokens of each run of each row, in their order in the row; one run by default.
+            shares: what the summaries do not need is computed later, in about so many shares
+                (`read_ahead`), where a kernel can part the two; 0: everything now, which takes less
+                memory in backward.
         """
         kernel = scan_fla.select_kernel(query, payload, before=self.before)
         if kernel is not None:
@@ -117,8 +132,21 @@ class Scan(Primitive, StatefulModule):
         plan = chunk_layout(span, _size(self.chunk, span.shape[1]), runs)
         wide = torch.promote_types(query[0].dtype, torch.float32)
         q, *rest = [plan.deal(tensor).to(wide) for tensor in (*query, *payload)]
-        affine = recomputed_chunks(q, tuple(rest), before=self.before)
-        return ScanWork(affine, plan, query[0].dtype)
+        if shares and len(rest) == 3:
+            summary = recomputed_summary(tuple(rest))
+            later = self._shares(q, rest, shares)
+            return ScanWork(*summary, plan, query[0].dtype, later)
+        own, reader, keep, gain = recomputed_chunks(q, tuple(rest), before=self.before)
+        return ScanWork(keep, gain, plan, query[0].dtype, [lambda: (own, reader)])
+
+    def _shares(self, query: Tensor, payload: Sequence[Tensor], count: int) -> list["Reads"]:
+        """Returns what computes the reads of one stretch of chunks after the other."""
+        size = max(1, -(-query.shape[1] // count))
+        # A split, whose gradients are joined once; a slice would fill each up with zeros.
+        pieces = zip(*(tensor.split(size, 1) for tensor in (query, *payload)), strict=True)
+        return [
+            partial(recomputed_reads, piece[0], piece[1:], before=self.before) for piece in pieces
+        ]
 
     def recur(
         self, query: Tensors, payload: Tensors, *, span: Span, state: Tensor | None = None
@@ -156,26 +184,49 @@ def _size(chunk: int, tokens: int) -> int:
     return min(chunk, next_power)
 
 
+# Computes (own, reader) of AffineChunks for a stretch of chunks.
+Reads = Callable[[], tuple[Tensor, Tensor]]
+
+
 class ScanWork:
     """The part of a scan that does not depend on the incoming states.
 
     It is computed once; a driver reads it twice, for the summary and for the output.
+
+    Args:
+        keep, gain: as in AffineChunks.
+        later: what computes own and reader, stretch by stretch.
     """
 
-    def __init__(self, affine: scan_chunkwise.AffineChunks, plan: ChunkLayout, dtype: torch.dtype):
-        self.affine = affine
+    def __init__(
+        self,
+        keep: Tensor,
+        gain: Tensor,
+        plan: ChunkLayout,
+        dtype: torch.dtype,
+        later: Sequence[Reads],
+    ):
+        self.keep = keep
+        self.gain = gain
         self.plan = plan
         self.dtype = dtype
+        self.later = list(later)
+        self.reads: list[tuple[Tensor, Tensor]] = []
 
     def blank(self) -> Tensor:
         """Returns empty incoming states, [B, R, H, D, E]."""
-        gain = self.affine.gain
+        gain = self.gain
         return gain.new_zeros(gain.shape[0], self.plan.ends.shape[1], *gain.shape[2:])
+
+    def read_ahead(self) -> None:
+        """Computes a share of what `read` needs beside the states, while those travel."""
+        if self.later:
+            self.reads.append(self.later.pop(0)())
 
     def summarise(self) -> RunSummary:
         """Returns the effect of every run on a state that passes through it."""
-        keep = self.affine.keep
-        gain = self.affine.gain
+        keep = self.keep
+        gain = self.gain
         opened = self.plan.opened
         blank = self.blank()
         if keep.dim() == gain.dim():
@@ -199,25 +250,31 @@ class ScanWork:
         Args:
             states: [B, R, H, D, E] just before each run.
         """
-        before = self._chunk_states(states, self.affine.gain)
-        output = self.affine.own + self.affine.reader @ before
+        while self.later:
+            self.read_ahead()
+        before = self._chunk_states(states, self.gain)
+        sizes = [own.shape[1] for own, _ in self.reads]
+        outputs = []
+        for (own, reader), stretch in zip(self.reads, before.split(sizes, 1)):
+            outputs.append(own + reader @ stretch)
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         return self.plan.collect(output).to(self.dtype)
 
     def final_states(self, states: Tensor) -> Tensor:
         """Returns the states just after each run, given those before, [B, R, H, D, E]."""
-        return self._final(states, self.affine.gain)
+        return self._final(states, self.gain)
 
     def _chunk_states(self, states: Tensor, gain: Tensor) -> Tensor:
         """Returns the state before every chunk, [B, N, H, D, E]."""
         empty = torch.zeros_like(states[:, :1])  # number 0 among the starts: BLANK
         starts = torch.cat([empty, states], 1)
-        return scan_chunkwise.carry_states(self.affine.keep, gain, starts, self.plan.origins)
+        return scan_chunkwise.carry_states(self.keep, gain, starts, self.plan.origins)
 
     def _final(self, states: Tensor, gain: Tensor) -> Tensor:
         rows = torch.arange(len(gain), device=gain.device)[:, None]
         ends = self.plan.ends
         before = self._chunk_states(states, gain)[rows, ends]
-        return scan_chunkwise.apply_keep(self.affine.keep[rows, ends], before) + gain[rows, ends]
+        return scan_chunkwise.apply_keep(self.keep[rows, ends], before) + gain[rows, ends]
 
     def _diagonal_keep(self, keep: Tensor) -> Tensor:
         """Returns the product of the diagonal keeps over each run, [B, R, h, 1 or D].

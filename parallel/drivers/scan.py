@@ -4,7 +4,8 @@ Every run of tokens is summarised once, the summaries are folded in global order
 receives its incoming state. Summaries are dealt out, not gathered: a rank gets those of all runs
 for its share of the (row, head) pairs, folds them, and sends every run its state. That takes two
 exchanges whatever the number of ranks; a rank sends at most (P - 1) / P of (summary + state) of its
-runs, independent of the sequence's length and, except for that factor, of P.
+runs, independent of the sequence's length and, except for that factor, of P. What queries read
+within their chunk is computed meanwhile.
 
 Source: Sun et al. 2025, LASP-2 (arXiv:2502.07563), who gather all summaries on all ranks, which
 costs P - 1 summaries a rank and the same fold on every one. Ours takes any layout of runs and
@@ -14,6 +15,7 @@ Letters: B rows, P ranks, R runs on a rank (the largest number of any), H heads,
 value width, U (row, head) pairs, u of them folded on this rank.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,9 +28,12 @@ from models.plans import planned
 from models.primitives.scan import Scan
 from models.scores import Tensors
 from models.span import Span
-from parallel.collectives import Communicator, all_to_all_rows
+from parallel.collectives import Communicator
 from parallel.partition import unit_ranges
+from parallel.rows_in_flight import RowsInFlight
 from parallel.sharding import SequenceSharding
+
+EXCHANGES = 2  # of summaries and of states; something is computed during each
 
 
 class RunOrder(NamedTuple):
@@ -63,14 +68,24 @@ class StatePassing(nn.Module):
         if span.sharding is None:  # every rank has these tokens: one step of decoding
             return self.core(query, payload, params, span=span)
         order = run_order(span)
-        work = self.core.open(query, payload, span=span, runs=order.lengths)
+        work = self.core.open(query, payload, span=span, runs=order.lengths, shares=EXCHANGES)
         keep, gain, _ = work.summarise()
-        return work.read(self._incoming(keep, gain, order, span.past))
+        return work.read(self._incoming(keep, gain, order, span.past, work.read_ahead))
 
     def _incoming(
-        self, keep: Tensor, gain: Tensor, order: RunOrder, past: CarriedState | None
+        self,
+        keep: Tensor,
+        gain: Tensor,
+        order: RunOrder,
+        past: CarriedState | None,
+        meanwhile: Callable[[], None],
     ) -> Tensor:
-        """Returns [B, R, H, D, E], the incoming state of every run on this rank."""
+        """Returns [B, R, H, D, E], the incoming state of every run on this rank.
+
+        Args:
+            meanwhile: what to compute during each exchange. In backward, where autograd goes
+                through all in reverse, its gradients are computed during that of the gradients.
+        """
         rows, runs, heads, *state_shape = gain.shape
         size = self.communicator.size
         ranges = unit_ranges(rows * heads, size)
@@ -80,7 +95,9 @@ class StatePassing(nn.Module):
         summary = summary.transpose(1, 2).flatten(0, 1)  # [U, R, K + D E]
         given = [stop - start for start, stop in ranges]
         taken = [last - first] * size
-        received = all_to_all_rows(summary, self.communicator, given, taken, "summaries")
+        flight = RowsInFlight(summary, self.communicator, given, taken, "summaries")
+        meanwhile()
+        received = flight.wait()
         received = received.unflatten(0, (size, taken[0]))
         row = torch.arange(first, last) // heads
         global_order = order.order[row].to(gain.device)  # [u, P R]
@@ -95,7 +112,9 @@ class StatePassing(nn.Module):
         states = self._fold(ordered_keep, ordered_gain, origins, past)
         by_rank = _pick(states[:, :, 0].flatten(2), global_order.argsort(1))
         by_rank = by_rank.unflatten(1, (size, runs)).transpose(0, 1).flatten(0, 1)
-        incoming = all_to_all_rows(by_rank, self.communicator, taken, given, "states")
+        flight = RowsInFlight(by_rank, self.communicator, taken, given, "states")
+        meanwhile()
+        incoming = flight.wait()
         incoming = incoming.unflatten(0, (rows, heads)).transpose(1, 2)  # [B, R, H, D E]
         return incoming.unflatten(-1, state_shape)
 

@@ -6,8 +6,10 @@ machine are not.
 
 import importlib
 import importlib.util
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from models.masks.basic import SlidingWindow
 from models.primitives.softmax import Softmax
 from models.span import Span
 from parallel import traffic
-from parallel.collectives import Communicator
+from parallel.collectives import Communicator, Pending
 from parallel.context_parallel import METHODS
 from parallel.drivers.key_exchange import gather_plan
 from parallel.layout import layouts
@@ -239,7 +241,39 @@ def measure(sizes: AttentionSizes, group: Any) -> Iterator[dict]:
             }
             row["seconds"] = each[0][0]
             row["processor_seconds"] = max(e[1] for e in each)
+            if not entry.alone:
+                row["waiting_shares"] = gathered(_waiting_share(entry, sizes))
             yield {**row, "peak_bytes": max((p for p in peak if p is not None), default=None)}
+
+
+def _waiting_share(entry: BenchmarkEntry, sizes: AttentionSizes) -> float | None:
+    """Returns the part of a step in which this rank waits for what others send, by measurement.
+
+    None on a GPU, where nobody waits on the host.
+    """
+    if sizes.device != "cpu":
+        return None
+    wait = Pending.wait
+    waits: list[float] = []
+
+    def timed_wait(self: Pending) -> list[torch.Tensor]:
+        began = time.perf_counter()
+        arrived = wait(self)
+        waits.append(time.perf_counter() - began)
+        return arrived
+
+    shares = []
+    Pending.wait = timed_wait
+    try:
+        for _ in range(sizes.repeats):
+            dist.barrier()
+            waits.clear()
+            began = time.perf_counter()
+            entry.step()
+            shares.append(sum(waits) / (time.perf_counter() - began))
+    finally:
+        Pending.wait = wait
+    return median(shares)
 
 
 def parse(words: list[str]) -> AttentionSizes:
@@ -287,6 +321,11 @@ def parse_into(found: Any, words: list[str]) -> Any:
     return found
 
 
+def _exposed(shares: list[float | None]) -> str:
+    measured = [share for share in shares if share is not None]
+    return f"{max(measured):.2f}" if measured else ""
+
+
 COLUMNS = (
     "name",
     "layout",
@@ -297,6 +336,7 @@ COLUMNS = (
     "sent MB",
     "formula",
     "balance",
+    "exposed",
     "peak MB",
 )
 
@@ -306,7 +346,8 @@ def table(rows: list[dict]) -> str:
 
     `against one` is time in units of the first row of the section. `by cpu` is the same by
     processor time, the busiest rank against the one device's share for each thread: what the ratio
-    would be on a machine that does nothing else.
+    would be on a machine that does nothing else. `exposed` is the part of a step in which the rank
+    that waits longest waits for what others send; on a busy machine also for when they compute.
     """
     lines = []
     first = {}
@@ -332,6 +373,7 @@ def table(rows: list[dict]) -> str:
             f"{max(sent) / 1e6:.2f}" if sent else "",
             "" if sent is None else "equal" if sent == formula else "DIFFERS",
             f"{row['balance']:.3f}" if "balance" in row else "",
+            _exposed(row.get("waiting_shares", [None])),
             f"{(row['peak_bytes'] or 0) / 1e6:.0f}",
         ]
         lines.append("  ".join(f"{c:>11}" if i else f"{c:24}" for i, c in enumerate(cells)))

@@ -4,8 +4,12 @@ The link between ranks is slowed on purpose (scripts/benchmarks/slow_link.py). T
 chosen so that all sends of a pass take `percent` of the time that the pass takes by itself. Exposed
 is what the slow link adds to a pass; its share is in units of the time of the sends: 0 where all
 are hidden, 1 where computing waits for each. Medians of alternated runs, forward and backward.
+
+Sends of a forward pass cannot travel during the backward pass. `least` is what remains, beside the
+longer of computing and sending, where each pass takes the longer of its own computing and sending.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
@@ -60,7 +64,8 @@ def measure(sizes: OverlapSizes, group: Any) -> Iterator[dict]:
     """Yields a row of figures for each driver; on every rank, in step."""
     for name in ("ring", "allgather", "scan"):
         communicator = SlowCommunicator(group)
-        entry = BenchmarkEntry(name, {}, _step(name, sizes, communicator))
+        step = DriverStep(name, sizes, communicator)
+        entry = BenchmarkEntry(name, {}, step)
         entry.step()
         communicator.bytes_sent.clear()
         entry.step()
@@ -69,15 +74,19 @@ def measure(sizes: OverlapSizes, group: Any) -> Iterator[dict]:
         alone = max(gathered(alone))
         computing = []
         slowed = []
+        forward_computing = []
         for _ in range(sizes.repeats):
             communicator.seconds_per_byte = 0.0
             computing.append(max(gathered(timed(entry, sizes.threads).seconds)))
+            forward_computing.append(max(gathered(step.forward_s)))
             communicator.seconds_per_byte = alone * sizes.percent / 100 / sent
             communicator.sending_s = 0.0
             slowed.append(max(gathered(timed(entry, sizes.threads).seconds)))
         sending = max(gathered(communicator.sending_s))
         seconds = median(slowed)
         compute = median(computing)
+        forward = median(forward_computing), max(gathered(step.forward_sending_s))
+        backward = compute - forward[0], sending - forward[1]
         yield {
             "name": name,
             "ranks": sizes.ranks,
@@ -87,36 +96,59 @@ def measure(sizes: OverlapSizes, group: Any) -> Iterator[dict]:
             "seconds": seconds,
             "exposed_share": max(0.0, seconds - compute) / sending,
             "beside_longer": seconds / max(compute, sending),
+            "least": (max(forward) + max(backward)) / max(compute, sending),
         }
 
 
-def _step(name: str, sizes: OverlapSizes, communicator: SlowCommunicator) -> Any:
-    line = Span.line(1, sizes.tokens)
-    here = shard_span(line, [zigzag(sizes.tokens, communicator.size)], communicator.rank)
-    generator = torch.Generator().manual_seed(sizes.seed)
-    shape = (3, 1, here.shape[1], sizes.heads, sizes.width)
-    leaves = torch.randn(shape, generator=generator).mul(sizes.width**-0.5).to(sizes.device)
-    here = here.map(lambda addresses: addresses.to(sizes.device)).with_sharding(here.sharding)
-    query, key, value = (leaf.requires_grad_() for leaf in leaves.unbind())
-    decay = torch.full(query.shape[:3], -0.05, device=sizes.device)
-    if name == "scan":
-        driver = StatePassing(Scan(), communicator)
-        payload = (key, value, decay)
-    else:
-        driver = {"ring": Ring, "allgather": AllGather}[name](Softmax(CAUSAL), communicator)
-        payload = (key, value)
+class DriverStep:
+    """A forward and backward pass of one driver.
 
-    def step() -> None:
-        for leaf in (query, key, value):
+    Attributes:
+        forward_s, forward_sending_s: seconds of the last forward pass, and of its sends.
+    """
+
+    def __init__(self, name: str, sizes: OverlapSizes, communicator: SlowCommunicator):
+        self.communicator = communicator
+        self.forward_s = 0.0
+        self.forward_sending_s = 0.0
+        line = Span.line(1, sizes.tokens)
+        here = shard_span(line, [zigzag(sizes.tokens, communicator.size)], communicator.rank)
+        generator = torch.Generator().manual_seed(sizes.seed)
+        shape = (3, 1, here.shape[1], sizes.heads, sizes.width)
+        leaves = torch.randn(shape, generator=generator).mul(sizes.width**-0.5).to(sizes.device)
+        self.span = here.map(lambda x: x.to(sizes.device)).with_sharding(here.sharding)
+        self.leaves = [leaf.requires_grad_() for leaf in leaves.unbind()]
+        self.payload = self.leaves[1:]
+        if name == "scan":
+            self.driver = StatePassing(Scan(), communicator)
+            self.payload.append(torch.full(shape[1:4], -0.05, device=sizes.device))
+        else:
+            kind = {"ring": Ring, "allgather": AllGather}[name]
+            self.driver = kind(Softmax(CAUSAL), communicator)
+
+    def __call__(self) -> None:
+        for leaf in self.leaves:
             leaf.grad = None
-        driver((query,), payload, span=here).sum().backward()
-
-    return step
+        began = time.perf_counter()
+        before = self.communicator.sending_s
+        output = self.driver(self.leaves[:1], self.payload, span=self.span)
+        self.forward_s = time.perf_counter() - began
+        self.forward_sending_s = self.communicator.sending_s - before
+        output.sum().backward()
 
 
 def table(rows: list[dict]) -> str:
     """Rows as text."""
-    columns = ("sent MB", "compute ms", "send ms", "ms", "exposed", "beside longer", "goal")
+    columns = (
+        "sent MB",
+        "compute ms",
+        "send ms",
+        "ms",
+        "exposed",
+        "beside longer",
+        "least",
+        "goal",
+    )
     lines = [f"{'driver':12}" + "".join(f"{name:>15}" for name in columns)]
     for row in rows:
         cells = [
@@ -126,6 +158,7 @@ def table(rows: list[dict]) -> str:
             f"{row['seconds'] * 1000:.0f}",
             f"{row['exposed_share']:.2f}",
             f"{row['beside_longer']:.2f}",
+            f"{row['least']:.2f}",
             f"{GOAL}",
         ]
         lines.append(f"{row['name']:12}" + "".join(f"{cell:>15}" for cell in cells))

@@ -1,37 +1,44 @@
 """The bench of overlap: a slow link takes its time by bytes, and the figures say what it added."""
 
-import time
+from unittest import mock
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from scripts.benchmarks import slow_link
 from scripts.benchmarks.overlap import measure, parse, table
 from scripts.benchmarks.slow_link import SlowCommunicator
 from tests.support.pool import ranks
 
 
 def _moves(env):
-    """(seconds of a shift that is waited for later, of an exchange, what came)."""
+    """When a shift was started, when it had come, when an exchange had, ..., by a clock that only
+    sleeping moves. Rank 1 begins five seconds after rank 0.
+    """
+    now = 5.0 * env.rank
+
+    def sleep(seconds):
+        nonlocal now
+        now += seconds
+
     communicator = SlowCommunicator(env.group)
     communicator.seconds_per_byte = 0.15 / 400
-    began = time.perf_counter()
-    pending = communicator.ring_shift([torch.full((100,), float(env.rank))])
-    started = time.perf_counter() - began
-    (arrived,) = pending.wait()
-    shifted = time.perf_counter() - began
-    parts = [torch.ones(50)] * env.size
-    communicator.all_to_all(parts, [50] * env.size)
-    exchanged = time.perf_counter() - began - shifted
-    return started, shifted, exchanged, float(arrived[0]), communicator.sending_s
+    with mock.patch.object(slow_link, "time", Mock(perf_counter=lambda: now, sleep=sleep)):
+        pending = communicator.ring_shift([torch.full((100,), float(env.rank))])
+        started = now
+        (came,) = pending.wait()
+        shifted = now
+        communicator.all_to_all([torch.ones(50)] * env.size, [50] * env.size)
+    return started, shifted, now, float(came[0]), communicator.sending_s
 
 
 def test_a_send_takes_time_by_its_bytes_and_only_who_waits_for_it():
-    for rank, (started, shifted, exchanged, came, sending) in enumerate(ranks(2, _moves)):
-        assert started < 0.1
-        assert shifted >= 0.15
-        assert exchanged >= 0.07
-        assert came == 1 - rank
-        assert sending == pytest.approx(0.225)
+    first, second = ranks(2, _moves)
+    # Rank 0 waits for the link of rank 1; what rank 0 sent came long before rank 1 asked.
+    assert first == pytest.approx((0, 5.15, 5.225, 1, 0.225))
+    # The exchange goes behind the shift on the link of rank 1.
+    assert second == pytest.approx((5, 5, 5.225, 0, 0.225))
 
 
 def _rows(env, sizes):

@@ -1,12 +1,15 @@
 """log.profile traces the steps that it names, on the ranks that it names, for Perfetto."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from torch.autograd import DeviceType
 
 from tests.support.pool import ranks
 from tests.trainer.test_stages import SMALL, config_of, faults_of, in_rank
 from trainer.logs.jsonl import METRICS, read
+from trainer.logs.profile import WAIT, exposed_seconds
 from trainer.run_dir import make_run_dir, record
 from trainer.verify.whole_runs import write_documents
 
@@ -44,6 +47,8 @@ def test_chosen_steps_are_traced_on_chosen_ranks(tmp_path):
     assert {"aten::linear", "aten::mm"} & operators
     assert any(name.startswith("autograd::engine") for name in operators)
     assert any(event["name"] == "[memory]" for event in events)
+    # Rank 1 waits for rank 0: in the ring, and for weights and gradients.
+    assert WAIT in operators
 
 
 @pytest.mark.parametrize(
@@ -66,3 +71,22 @@ def test_chosen_steps_are_traced_on_chosen_ranks(tmp_path):
 )
 def test_steps_and_ranks_that_a_run_has_not_are_one_message(words, message):
     assert faults_of(*words) == [message]
+
+
+def _event(name, start, end, device=DeviceType.CPU):
+    return SimpleNamespace(
+        name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end)
+    )
+
+
+def test_exposed_communication_is_that_beside_which_nothing_is_computed():
+    waits = [_event(WAIT, 0, 2e6), _event("aten::mm", 2e6, 9e6), _event(WAIT, 9e6, 10e6)]
+    assert exposed_seconds(waits, on_gpu=False) == pytest.approx(3)
+    gpu = DeviceType.CUDA
+    kernels = [
+        _event("ncclDevKernel_SendRecv", 0, 5e6, gpu),
+        _event("flash_fwd_kernel", 1e6, 3e6, gpu),
+        _event("ncclDevKernel_AllGather_RING_LL", 4e6, 6e6, gpu),
+        _event(WAIT, 0, 9e6),
+    ]
+    assert exposed_seconds(kernels, on_gpu=True) == pytest.approx(4)
