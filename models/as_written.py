@@ -1,7 +1,7 @@
 """Leaves plans, exchanges, draws and kernels out of what torch.compile compiles."""
 
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 
@@ -14,4 +14,4 @@ LEFT_OUT = "Longspan computes it as written: an exchange, a plan, a draw or a ke
 
 def as_written(function: Callable[P, R]) -> Callable[P, R]:
     """Returns a function that torch.compile calls and does not look into."""
-    return torch.compiler.disable(function, reason=LEFT_OUT)
+    return cast(Callable[P, R], torch.compiler.disable(function, reason=LEFT_OUT))

@@ -5,7 +5,9 @@ every attention, scan, convolution and other primitive the kernel that would com
 for one document, for packed documents, and for the blocks of a ring of parallel.context ranks
 (gpus=; 4 where the run has one). device= is one of a100, h100, h200, b200 and cpu; json=true prints
 lines of JSON. Scans name the
-kernels of fla where it is installed here. Exit status 2 for what is refused.
+kernels of fla where it is installed here. compile=true alone compiles our own Triton kernels for
+sm_80, sm_90 and sm_100, which takes minutes and no card, and prints what each takes: registers and
+bytes spilled of a thread, and shared memory. Exit status 2 for what is refused.
 """
 
 import json
@@ -16,6 +18,9 @@ from trainer.planning.kernel_table import KernelRow, kernel_rows, read_kernel_wo
 
 
 def main(words: Sequence[str]) -> int:
+    if list(words) == ["compile=true"]:
+        show_compiled()
+        return 0
     asked = read_kernel_words(words)
     rows = kernel_rows(asked)
     for row in rows:
@@ -24,6 +29,29 @@ def main(words: Sequence[str]) -> int:
         else:
             show(row)
     return 0
+
+
+def show_compiled() -> None:
+    """Prints what each of our Triton kernels takes, as a table in markdown."""
+    # Only here: Triton is not installed everywhere.
+    from models.kernels.triton_attention.compiled import compiled_kernels
+
+    print("| kernel | of | widths | dtype | sm | block | warps | registers | spilled | shared |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for each in compiled_kernels():
+        cells = (
+            each.kernel,
+            each.case,
+            "{}/{}".format(*each.widths),
+            str(each.dtype).removeprefix("torch."),
+            each.architecture,
+            "{} x {}".format(*each.sides),
+            each.warps,
+            each.registers,
+            each.spilled,
+            each.shared,
+        )
+        print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 
 def show(row: KernelRow) -> None:

@@ -2,9 +2,12 @@
 
 Not in the table are float64 on a GPU, devices of other makers, and scores that are more than a
 scaled dot product and a bias: they use the reference kernel. A kernel module itself handles blocks
-with and without a matrix to add.
+with and without a matrix to add. PAIRWISE lists what our own Triton kernels serve, which work out
+who sees whom by themselves (triton_attention/dispatch.py says when).
 """
 
+import warnings
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -21,6 +24,11 @@ TABLE: dict[tuple[str, torch.dtype], ModuleType] = {
     ("cuda", torch.bfloat16): sdpa_cuda,
     ("cuda", torch.float16): sdpa_cuda,
 }
+PAIRWISE: set[tuple[str, torch.dtype]] = {
+    ("cuda", torch.float32),
+    ("cuda", torch.bfloat16),
+    ("cuda", torch.float16),
+}
 
 
 def select_kernel(device: torch.device, dtype: torch.dtype, score: Score) -> ModuleType | None:
@@ -33,3 +41,34 @@ def select_kernel(device: torch.device, dtype: torch.dtype, score: Score) -> Mod
     if is_rocm or not score.plain:
         return None
     return TABLE.get((device.type, dtype))
+
+
+@lru_cache
+def load_pairwise() -> ModuleType | None:
+    """Returns the module of our Triton kernels; None where Triton is missing or fails to import.
+
+    A failed import is warned of once.
+    """
+    try:
+        from models.kernels.triton_attention import launch
+
+        return launch
+    except ModuleNotFoundError as error:
+        if error.name == "triton":
+            return None
+        problem = error
+    except Exception as error:
+        # A package built for another version of torch may fail in any way.
+        problem = error
+    give_up_pairwise(problem)
+    return None
+
+
+def give_up_pairwise(problem: Exception) -> None:
+    """Has no further attention served by our Triton kernels, and warns why."""
+    PAIRWISE.clear()
+    warnings.warn(
+        f"no Triton kernels ({type(problem).__name__}: {problem}); attention with masks that are no"
+        " bands is slower",
+        stacklevel=3,
+    )

@@ -24,8 +24,10 @@ from models.kernels.block_plan import (
     plan_rows,
     split_tile,
 )
+from models.kernels.operands import Operands, add_gradients
 from models.kernels.packed import backward_bands, band_calls, forward_bands, merge_into
 from models.kernels.pairs import chosen_pairs
+from models.kernels.triton_attention import dispatch as pairwise
 from models.masks.algebra import Mask, visible
 from models.scores import Score, Tensors
 from models.span import Span
@@ -189,6 +191,9 @@ def forward(
     if calls is not None and operands is not None:
         forward_bands(kernel, calls, operands, spec.score.scale(operands[0]), total)
         return
+    work = pairwise.pairwise_attention(spec, query, payload, params, span, kv_span)
+    if work and pairwise.forward(work, spec.score, query, payload, total):
+        return
     for module, block in _kernel_blocks(spec, span, kv_span, kernel, (*query, *payload)):
         rows = _query_slices(block)
         keys = _key_slices(block)
@@ -214,6 +219,10 @@ class Gradients:
     def of(self, rows: tuple[slice, slice], keys: tuple[slice, slice]) -> list[Tensor]:
         """Returns the sums of these queries and keys."""
         return [*(sums[rows] for sums in self.query), *(sums[keys] for sums in self.payload)]
+
+    def all(self) -> list[Tensor]:
+        """Returns the sums of all tensors, those of queries first and of params last."""
+        return [*self.query, *self.payload, *self.params]
 
     @staticmethod
     def zeros(query: Tensors, payload: Tensors, params: Tensors) -> "Gradients":
@@ -251,7 +260,7 @@ def backward(
     """
     blocks = chosen_pairs.chosen_blocks(spec, query, payload, span, kv_span, (d_out, delta))
     if blocks is not None:
-        operands = _Operands(spec, query, payload, params, into)
+        operands = Operands(spec.score, query, payload, params, into.all())
         chosen_pairs.backward(blocks, operands, spec.score.scale(query[0]), d_out, total[1], delta)
         operands.close()
         return
@@ -285,7 +294,7 @@ def _backward_by_tiles(
     """`backward` of the tiles of the mask."""
     mean, lse = total
     kernel = _select(spec, query)
-    operands = _Operands(spec, query, payload, params, into) if kernel else None
+    operands = Operands(spec.score, query, payload, params, into.all()) if kernel else None
     made = operands.operands if operands else None
     calls = band_calls(spec.mask, spec.score, kernel, made, span, kv_span)
     if calls is not None and operands is not None:
@@ -294,6 +303,18 @@ def _backward_by_tiles(
             kernel, calls, operands.operands, operands.sums, scale, d_out=d_out, total=total
         )
         operands.close()
+        return
+    work = pairwise.pairwise_attention(spec, query, payload, params, span, kv_span)
+    if work and pairwise.backward(
+        work,
+        spec.score,
+        query,
+        payload,
+        d_out=d_out,
+        lse=lse,
+        delta=delta,
+        into=(into.query, into.payload, into.params),
+    ):
         return
     finite = (*query, *payload, d_out, delta)
     for module, block in _kernel_blocks(spec, span, kv_span, kernel, finite):
@@ -321,75 +342,6 @@ def _backward_by_tiles(
                 delta=delta[rows],
             )
             sums = [*into.of(rows, keys), *into.params]
-        _add_gradients(sums, gradients)
+        add_gradients(sums, gradients)
     if operands:
         operands.close()
-
-
-def _add_gradients(sums: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-    for accumulator, gradient in zip(sums, gradients, strict=True):
-        if gradient is not None:
-            accumulator += gradient
-
-
-class _Operands:
-    """q, k and v of a kernel's backward pass, and the sums of their gradients.
-
-    A score makes q, k and v out of the tensors of the layer; `close` carries the sums back through
-    that once, in place of once for every block.
-    """
-
-    def __init__(
-        self,
-        spec: AttentionSpec,
-        query: Tensors,
-        payload: Tensors,
-        params: Tensors,
-        into: Gradients,
-    ):
-        self.leaves = [tensor.detach().requires_grad_() for tensor in (*query, *payload, *params)]
-        queries = len(query)
-        payloads = len(query) + len(payload)
-        with torch.enable_grad():
-            made = spec.score.operands(
-                self.leaves[:queries], self.leaves[queries:payloads], self.leaves[payloads:]
-            )
-        self.made = made
-        self.all_sums = [*into.query, *into.payload, *into.params]
-        sources = [self._leaf_index(operand) for operand in made]
-        self.same = all(source is not None for source in sources)
-        self.operands = tuple(operand.detach() for operand in made)
-        if self.same:
-            # The operands are the layer's tensors themselves: add straight into their sums.
-            self.sums = [self.all_sums[source] for source in sources if source is not None]
-        else:
-            dtype = reference.accumulation_dtype(made[0].dtype)
-            self.sums = []
-            for operand in self.operands:
-                self.sums.append(
-                    torch.zeros_like(operand, dtype=dtype, memory_format=torch.contiguous_format)
-                )
-
-    def _leaf_index(self, operand: Tensor) -> int | None:
-        """Returns the number of the leaf that an operand is, None if it was computed."""
-        for index, leaf in enumerate(self.leaves):
-            if leaf is operand:
-                return index
-        return None
-
-    def of(
-        self, rows: tuple[slice, slice], keys: tuple[slice, slice]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns (q, k, v) of a block, and the sums of their gradients."""
-        slices = rows, keys, keys
-        operands = [operand[where] for operand, where in zip(self.operands, slices)]
-        sums = [total[where] for total, where in zip(self.sums, slices)]
-        return operands, sums
-
-    def close(self) -> None:
-        """Carries the sums back to the tensors that the operands were made of."""
-        if self.same:
-            return
-        d_made = [total.to(operand.dtype) for total, operand in zip(self.sums, self.made)]
-        gradients = torch.autograd.grad(self.made, self.leaves, d_made, allow_unused=True)
-        _add_gradients(self.all_sums, gradients)

@@ -1,5 +1,5 @@
-"""The tests of the attention kernels on a GPU: forward, backward and an lse from outside, each
-against the reference kernel in float64."""
+"""The tests of the attention kernels on a GPU, our own in Triton among them: forward, backward and
+an lse from outside, each against the reference kernel in float64."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 from scripts.gpu_checks.reported_tests import run_tests
 
 FOLDER = Path("tests/models/kernels")
+TRITON = str(FOLDER / "triton_attention" / "interpreted_attention.py")
 WORKERS = 2
 
 
@@ -17,7 +18,7 @@ def prepare(dry: bool) -> list[str]:
     if dry:
         return [*files, "-k", "table_knows or empty_side"]
     others = [str(FOLDER / name) for name in ("test_grouped_mm.py",) if (FOLDER / name).exists()]
-    return [*files, *others]
+    return [*files, TRITON, *others]
 
 
 def check(prepared: list[str], seconds: float) -> Iterator[dict[str, Any]]:

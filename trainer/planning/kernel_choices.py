@@ -2,7 +2,8 @@
 
 Nothing is written down here that the run does not ask as well: models/kernels/backends.py for the
 module of an attention, its `choose_kernel` and `takes_packed` for the kernel of each block that the
-planners of blocks and bands make of a mask, and models/kernels/scan_fla.py for a scan.
+planners of blocks and bands make of a mask, models/kernels/triton_attention/dispatch.py for masks
+that are no bands, and models/kernels/scan_fla.py for a scan.
 
 Letters: P ranks of a ring.
 """
@@ -19,6 +20,7 @@ from models.kernels.backends import select_kernel
 from models.kernels.band_plan import plan_bands
 from models.kernels.block_plan import LEAF, PARTIAL_TILE, Tile, plan_tiles, split_tile
 from models.kernels.reference import accumulation_dtype
+from models.kernels.triton_attention import dispatch as pairwise
 from models.scores import Score, WrappedScore
 from models.span import Span
 from parallel.layout import layouts
@@ -36,6 +38,7 @@ LONGEST = 32768  # tokens of the row that masks are planned for
 DOCUMENTS = 8
 GENERATIONS = {"a100": (8, 0), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0)}
 HALF = ("bfloat16", "float16")
+TRITON = "our own in Triton, forward and backward"
 
 
 class Choice(NamedTuple):
@@ -121,6 +124,9 @@ def _attention(call: AttentionCall, setting: Setting, situation: Situation) -> C
     dtype = call.operands[0].dtype
     name = situation.name
     module = None if spec.general else select_kernel(setting.device, dtype, spec.score)
+    if module is None and all(_in_triton(call, setting, *pair) for pair in situation.pairs):
+        calls = len(situation.pairs)
+        return Choice(name, f"{calls} x {TRITON}", "it sees who sees whom, and bends scores itself")
     if module is None:
         reason = f"no fast kernel for {_name(dtype)} on {setting.device.type}"
         if not spec.score.plain:
@@ -149,11 +155,24 @@ def _blocks(
         if calls is not None:
             reason = "the mask is bands between runs of tokens, which one call takes together"
             return [("flash for packed stretches", reason)] * len(calls)
+    if _in_triton(call, setting, queries, keys):
+        reason = "the mask is no bands, or numbers are added to scores; it works both out itself"
+        return [(TRITON, reason)]
     found = []
     for tile in plan_tiles(call.spec.mask, queries, keys):
         for part in split_tile(tile, LEAF) if score.biased else [tile]:
             found.append(_tile(call, setting, module, part))
     return found
+
+
+def _in_triton(call: AttentionCall, setting: Setting, queries: Span, keys: Span) -> bool:
+    spec = call.spec
+    q, _, v = call.operands
+    module = pairwise.kernels_for(setting.device, q.dtype)
+    parts = pairwise.translated(spec.mask, spec.score) if module else None
+    if parts is None or pairwise.too_wide(q.dtype, q.shape[-1], v.shape[-1]):
+        return False
+    return pairwise.wanted(spec.general, parts[1], spec.mask, queries, keys)
 
 
 def _takes_packed(call: AttentionCall, setting: Setting, module: ModuleType) -> bool:

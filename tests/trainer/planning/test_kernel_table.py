@@ -11,6 +11,7 @@ from models.primitives.softmax import Softmax
 from models.span import Span
 from tests.support.cuda_kernels import stand_in
 from trainer.errors import UserError
+from trainer.planning.kernel_choices import TRITON
 from trainer.planning.kernel_table import kernel_rows, read_kernel_words
 
 SMALL = ("model.width=32", "model.layers=2", "model.heads=2", "context_length=2048")
@@ -44,12 +45,20 @@ def test_one_document_is_cudnn_and_packed_ones_are_one_call():
         (["precision=bfloat16"], "a100", "1 x flash in bfloat16 (triangle)"),
         (["precision=float32"], "h100", "1 x efficient in float32 (triangle)"),
         (["precision=float32"], "cpu", "1 x flash of PyTorch for CPUs (triangle)"),
-        (["precision=bfloat16", "mixer=softcap"], "h200", "reference, tiles of scores in torch"),
+        (["precision=bfloat16", "mixer=softcap"], "h200", f"1 x {TRITON}"),
+        (["precision=bfloat16", "mixer=bigbird"], "a100", f"1 x {TRITON}"),
+        (["precision=float32", "position=alibi"], "h100", f"1 x {TRITON}"),
+        (
+            ["precision=bfloat16", "position=relative"],
+            "h200",
+            "reference, tiles of scores in torch",
+        ),
     ],
 )
 def test_generation_dtype_and_score_decide(words, device, kernel):
-    (row,) = rows_of("model=full", *words, device=device)
-    assert kernels_of(row)["one document of 2048"] == kernel
+    # BigBird draws other blocks in every layer.
+    for row in rows_of("model=full", *words, device=device):
+        assert kernels_of(row)["one document of 2048"] == kernel
 
 
 def test_layers_that_are_alike_share_a_row_and_others_do_not(monkeypatch):
