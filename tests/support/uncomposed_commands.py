@@ -112,6 +112,7 @@ NOT_COMPOSED = {
     "python -m scripts.bench steps": "minutes; tests/scripts/benchmarks/test_steps.py",
     "python -m scripts.bench plan ranks=2": "minutes; tests/trainer/planning/test_step_plan.py",
     "python -m scripts.calibrate out=mine.yaml": "tests/trainer/planning/test_calibration.py",
+    "python -m scripts.kernels compile=true": "tests/models/kernels/triton_attention",
     "python -m scripts.plan experiment=quickstart device=mine.yaml": "tests/trainer/planning",
     (
         "python -m scripts.plan model=full model.width=4096 model.layers=32 model.heads=32 "
