@@ -43,7 +43,7 @@ class RowsInFlight:
 
 
 class _Exchange:
-    """What is in flight between a start and its wait, forward or backward."""
+    """Rows in flight between a start and its wait, forward or backward."""
 
     def __init__(
         self, communicator: Communicator, given: tuple[int, ...], taken: tuple[int, ...], name: str

@@ -13,6 +13,7 @@ bytes spilled of a thread, and shared memory. Exit status 2 for what is refused.
 import json
 from collections.abc import Sequence
 
+from models.kernels.backends import load_compiler
 from trainer.entry import run_command
 from trainer.planning.kernel_table import KernelRow, kernel_rows, read_kernel_words
 
@@ -33,12 +34,9 @@ def main(words: Sequence[str]) -> int:
 
 def show_compiled() -> None:
     """Prints what each of our Triton kernels takes, as a table in markdown."""
-    # Only here: Triton is not installed everywhere.
-    from models.kernels.triton_attention.compiled import compiled_kernels
-
     print("| kernel | of | widths | dtype | sm | block | warps | registers | spilled | shared |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for each in compiled_kernels():
+    for each in load_compiler().compiled_kernels():
         cells = (
             each.kernel,
             each.case,

@@ -150,16 +150,10 @@ def indexer_loss(
         if every:
             return _loss_in_chunks(inputs, span, summary_span)
         if not kept:  # the second call, in backward, needs no more than the gradient
-            kept.append(
-                divergence_of_chosen(
-                    (inputs.query, inputs.summary_share),
-                    summaries,
-                    open_choice.pop(),
-                    span=span,
-                    summary_span=summary_span,
-                    block=block,
-                )
-            )
+            share = inputs.query, inputs.summary_share
+            spans = {"span": span, "summary_span": summary_span}
+            found = divergence_of_chosen(share, summaries, open_choice.pop(), **spans, block=block)
+            kept.append(found)
         return ChosenLoss.apply(kept[0], inputs.index_query, inputs.index_weight, index_keys)
 
     return checkpoint(

@@ -64,6 +64,17 @@ def load_pairwise() -> ModuleType | None:
     return None
 
 
+def load_compiler() -> ModuleType:
+    """Returns the module that compiles our Triton kernels without a GPU.
+
+    Raises:
+        ModuleNotFoundError: Triton is missing.
+    """
+    from models.kernels.triton_attention import compiled
+
+    return compiled
+
+
 def give_up_pairwise(problem: Exception) -> None:
     """Has no further attention served by our Triton kernels, and warns why."""
     PAIRWISE.clear()

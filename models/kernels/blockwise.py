@@ -258,11 +258,20 @@ def backward(
         total: (mean, lse) over ALL keys.
         delta: see reference.backward.
     """
+    lse = total[1]
     blocks = chosen_pairs.chosen_blocks(spec, query, payload, span, kv_span, (d_out, delta))
     if blocks is not None:
         operands = Operands(spec.score, query, payload, params, into.all())
-        chosen_pairs.backward(blocks, operands, spec.score.scale(query[0]), d_out, total[1], delta)
+        chosen_pairs.backward(blocks, operands, spec.score.scale(query[0]), d_out, lse, delta)
         operands.close()
+        return
+    if _backward_in_bands(spec, query, payload, params, span, kv_span, d_out, total, into):
+        return
+    work = pairwise.pairwise_attention(spec, query, payload, params, span, kv_span)
+    sums = into.query, into.payload, into.params
+    if work and pairwise.backward(
+        work, spec.score, query, payload, d_out=d_out, lse=lse, delta=delta, into=sums
+    ):
         return
     _backward_by_tiles(
         spec,
@@ -276,6 +285,31 @@ def backward(
         delta=delta,
         into=into,
     )
+
+
+def _backward_in_bands(
+    spec: AttentionSpec,
+    query: Tensors,
+    payload: Tensors,
+    params: Tensors,
+    span: Span,
+    kv_span: Span,
+    d_out: Tensor,
+    total: reference.Partial,
+    into: Gradients,
+) -> bool:
+    """`backward` by calls that take the bands of a mask together; False where there are none."""
+    kernel = _select(spec, query)
+    if not hasattr(kernel, "takes_packed"):
+        return False
+    operands = Operands(spec.score, query, payload, params, into.all())
+    calls = band_calls(spec.mask, spec.score, kernel, operands.operands, span, kv_span)
+    if calls is None:
+        return False
+    scale = spec.score.scale(operands.operands[0])
+    backward_bands(kernel, calls, operands.operands, operands.sums, scale, d_out=d_out, total=total)
+    operands.close()
+    return True
 
 
 def _backward_by_tiles(
@@ -295,27 +329,6 @@ def _backward_by_tiles(
     mean, lse = total
     kernel = _select(spec, query)
     operands = Operands(spec.score, query, payload, params, into.all()) if kernel else None
-    made = operands.operands if operands else None
-    calls = band_calls(spec.mask, spec.score, kernel, made, span, kv_span)
-    if calls is not None and operands is not None:
-        scale = spec.score.scale(operands.operands[0])
-        backward_bands(
-            kernel, calls, operands.operands, operands.sums, scale, d_out=d_out, total=total
-        )
-        operands.close()
-        return
-    work = pairwise.pairwise_attention(spec, query, payload, params, span, kv_span)
-    if work and pairwise.backward(
-        work,
-        spec.score,
-        query,
-        payload,
-        d_out=d_out,
-        lse=lse,
-        delta=delta,
-        into=(into.query, into.payload, into.params),
-    ):
-        return
     finite = (*query, *payload, d_out, delta)
     for module, block in _kernel_blocks(spec, span, kv_span, kernel, finite):
         rows = _query_slices(block)

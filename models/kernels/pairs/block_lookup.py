@@ -10,7 +10,7 @@ from models.span import PADDING, Span
 
 
 class BlockLookup:
-    """Where the summaries of a query's document lie among the keys at hand.
+    """Table of where the summaries of a query's document lie among the keys at hand.
 
     The table has a place for every block between the first and the last of each document here, so
     that it serves any part of a row, at most as long as the row has blocks.

@@ -1,4 +1,4 @@
-"""What the kernels take, in bundles: Triton passes a named tuple field by field.
+"""Arguments of the kernels, in bundles: Triton passes a named tuple field by field.
 
 Letters: B rows, T queries, S keys, H query heads, N distances, C columns of a table.
 """
@@ -24,7 +24,7 @@ class Addresses(NamedTuple):
 
 
 class Bias(NamedTuple):
-    """What is done to a product.
+    """Numbers of what is done to a product.
 
     Attributes:
         heads: [H] int32, global numbers.
@@ -43,7 +43,7 @@ class Bias(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """Which blocks each block needs: block_lists.Ranges."""
+    """Blocks that each block needs: block_lists.Ranges."""
 
     index: Any
     ranges: Any
@@ -65,7 +65,7 @@ class Pairs(NamedTuple):
 
 
 class How(NamedTuple):
-    """What a kernel is compiled for.
+    """Constants that a kernel is compiled for.
 
     Attributes:
         code: instructions of the mask (programs.Program).

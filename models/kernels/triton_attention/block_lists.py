@@ -43,7 +43,7 @@ class Ranges(NamedTuple):
 
 
 class BlockLists(NamedTuple):
-    """What queries need of keys, and what keys are needed by."""
+    """Blocks of keys that queries need, and blocks of queries that need keys."""
 
     of_queries: Ranges
     of_keys: Ranges

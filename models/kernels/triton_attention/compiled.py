@@ -54,7 +54,7 @@ DIVISIBLE = [["tt.divisibility", 16]]
 
 
 class Compiled(NamedTuple):
-    """What a kernel takes.
+    """Resources that a compiled kernel takes.
 
     Attributes:
         registers: of a thread.

@@ -98,7 +98,7 @@ def _of_keys(pairs, column, tokens, FLIP: tl.constexpr):
 
 @triton.jit
 def _shown(pairs, queries, keys, CODE: tl.constexpr, AT: tl.constexpr, FLIP: tl.constexpr):
-    """What the instruction at AT says of every pair; broadcasts to a block."""
+    """Runs the instruction at AT on every pair; broadcasts to a block."""
     if CODE[AT] == AND:
         shown = _shown(pairs, queries, keys, CODE, CODE[AT + 1], FLIP)
         shown = shown & _shown(pairs, queries, keys, CODE, CODE[AT + 2], FLIP)
@@ -126,7 +126,7 @@ def _shown(pairs, queries, keys, CODE: tl.constexpr, AT: tl.constexpr, FLIP: tl.
 
 @triton.jit
 def _within(pairs, queries, keys, CODE: tl.constexpr, AT: tl.constexpr, FLIP: tl.constexpr):
-    """Whether the difference of two columns lies between two bounds."""
+    """Tells whether the difference of two columns lies between two bounds."""
     apart = _of_queries(pairs, CODE[AT + 1], queries, FLIP)
     apart = apart - _of_keys(pairs, CODE[AT + 2], keys, FLIP)
     if CODE[AT + 3] == -ENDLESS:
@@ -140,7 +140,7 @@ def _within(pairs, queries, keys, CODE: tl.constexpr, AT: tl.constexpr, FLIP: tl
 
 @triton.jit
 def _dilated(pairs, queries, keys, CODE: tl.constexpr, AT: tl.constexpr, FLIP: tl.constexpr):
-    """Whether the distance is a multiple of the gap of the head, within so many of them."""
+    """Tells whether the distance is a multiple of the head's gap, within so many of them."""
     apart = tl.abs(_distance(pairs, queries, keys, FLIP))
     GAPS: tl.constexpr = CODE[AT + 2]
     gap = pairs.head * 0 + CODE[AT + 3]
@@ -151,7 +151,7 @@ def _dilated(pairs, queries, keys, CODE: tl.constexpr, AT: tl.constexpr, FLIP: t
 
 @triton.jit
 def _drawn(pairs, queries, keys, CODE: tl.constexpr, AT: tl.constexpr, FLIP: tl.constexpr):
-    """Whether one side has drawn the block of the other."""
+    """Tells whether one side has drawn the block of the other."""
     DRAWS: tl.constexpr = CODE[AT + 2]
     first = CODE[AT + 1] + pairs.head * (CODE[AT + 3] * DRAWS)
     if CODE[AT] == QUERY_DREW:
@@ -169,7 +169,7 @@ def _drawn(pairs, queries, keys, CODE: tl.constexpr, AT: tl.constexpr, FLIP: tl.
 
 @triton.jit
 def seen_pairs(pairs, queries, keys, CODE: tl.constexpr, FLIP: tl.constexpr):
-    """Which query of a block sees which key."""
+    """Tells which query of a block sees which key."""
     shown = _shown(pairs, queries, keys, CODE, 0, FLIP)
     # Bit 0 says that a token is valid; what lies beyond the tokens has no bit.
     both = _of_queries(pairs, PROPERTIES, queries, FLIP) & _of_keys(pairs, PROPERTIES, keys, FLIP)

@@ -1,4 +1,4 @@
-"""What the kernels do to a scaled product before the softmax, made of a score.
+"""Terms of a score: what the kernels do to a scaled product before the softmax.
 
 Letters: H heads, N distances, K buckets.
 """
@@ -20,7 +20,7 @@ NO_BIAS, SLOPES, DISTANCES = 0, 1, 2  # what is added
 
 
 class Terms(NamedTuple):
-    """What is added to the scaled product, and what the sum is bent by.
+    """Numbers that are added to the scaled product, and what the sum is bent by.
 
         Attributes:
             bias: PASSED = SinkScore, SharedValueScore

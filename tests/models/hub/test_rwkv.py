@@ -54,6 +54,10 @@ def recurrence(r, w, k, v, a, b):
     return output.transpose(1, 2).to(r.dtype)
 
 
+# fla compiles some of the plain forms, which takes longer than all the rest.
+UNCOMPILED = torch._dynamo.config.patch(disable=True)
+
+
 def plain_kernels(patch):
     """Puts fla's references, or plain torch, in the place of its Triton kernels."""
     from fla.layers import rwkv7 as layer
@@ -72,8 +76,6 @@ def plain_kernels(patch):
     def fused(r, w, k, v, kk, a, **settings):
         return recurrence(r, w, k, v, -kk, kk * a), None
 
-    # fla compiles some of the plain forms, which takes longer than all the rest.
-    patch.setattr(torch._dynamo.config, "disable", True)
     for home in (layer, model):
         patch.setattr(home, "token_shift", shift)
     patch.setattr(layer, "fused_addcmul_rwkv7", torch_addcmul_rwkv7)
@@ -111,7 +113,7 @@ def theirs_in(folder):
 def made(tmp_path_factory):
     """(folder, the model of fla, ours)."""
     folder = tmp_path_factory.mktemp("rwkv7")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, UNCOMPILED:
         plain_kernels(patch)
         yield folder, theirs_in(folder), hub.ours(folder)
 
@@ -143,7 +145,7 @@ def test_packed_documents_give_the_logits_losses_and_gradients_of_fla(made):
 
 @pytest.mark.full
 def test_thirty_steps_equal_those_by_hand(tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, UNCOMPILED:
         plain_kernels(patch)
         theirs = theirs_in(tmp_path).train()
         losses, wanted = hub.thirty_steps(tmp_path, theirs)
