@@ -20,11 +20,17 @@ class StopSignal:
     """Tells whether a signal asked the run to save and stop.
 
     All ranks ask together, so that they stop after the same step.
+
+    Attributes:
+        noted: what this rank has caught; it may come in at any moment, and is told at the next
+            meeting.
+        caught: what all ranks know of, the same on each.
     """
 
     def __init__(self, mesh: Mesh, signals: Any):
         self.mesh = mesh
         self.signals = tuple(signals)
+        self.noted = 0
         self.caught = 0
 
     @contextmanager
@@ -35,7 +41,7 @@ class StopSignal:
 
     def _note(self, number: int, frame: Any) -> None:
         # A second signal does not change the reason that the first one gave.
-        self.caught = self.caught or asked_by(number)
+        self.noted = self.noted or asked_by(number)
 
     def asked(self, mine: int = 0, what: str = "the batch") -> bool:
         """Returns True on every rank when any of them caught a signal. Collective.
@@ -67,7 +73,7 @@ class StopSignal:
         # A maximum with a slot for each data rank: it tells of ranks that share rows and differ,
         # and sums are then exact and the same everywhere.
         word = torch.full((3 + slots * len(own),), -math.inf, dtype=torch.float64)
-        word[:3] = word.new_tensor([self.caught, mine.step, -mine.step])
+        word[:3] = word.new_tensor([self.noted, mine.step, -mine.step])
         word[3:].view(slots, -1)[self.mesh.data.rank] = word.new_tensor(own)
         word = word.to(self.mesh.device)
         if self.mesh.world.group is not None:

@@ -222,7 +222,7 @@ class TimeLimit(StopSignal):
     ) -> list[float] | None:
         """See StopSignal.meet."""
         if time.process_time() > self.end:
-            self.caught = 1
+            self.noted = 1
         return super().meet(mine, figures, what)
 
 

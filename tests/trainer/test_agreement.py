@@ -3,12 +3,14 @@ they are."""
 
 import json
 import re
+import signal
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from parallel.engines.materialize import local_tensor
 from parallel.engines.replica_checks import compare_tensors, held
@@ -88,7 +90,7 @@ def test_ranks_with_another_batch_are_named_on_every_rank(odd, context, column, 
 
 def caught(env, context):
     stop = StopSignal(build_mesh(context, env.size // context), ())
-    stop.caught = 15 if env.rank == 1 else 0
+    stop.noted = 15 if env.rank == 1 else 0
     return stop.meet(Marks(1, 1), (1.0,)), stop.caught
 
 
@@ -274,3 +276,22 @@ def test_shards_of_different_drawings_are_told_apart():
         assert said.startswith(
             "built: the initial weights of rank 2 differ from those of ranks 0 and 1,"
         )
+
+
+def signalled_while_meeting(env):
+    """(what the meeting in which the signal comes gives, the next one, what is known)."""
+    stop = StopSignal(build_mesh(env.size, 1), (signal.SIGUSR1,))
+    plain = dist.all_reduce
+
+    def interrupted(*args, **settings):
+        plain(*args, **settings)
+        if env.rank == 1:
+            signal.raise_signal(signal.SIGUSR1)
+
+    with stop.listening(), mock.patch.object(dist, "all_reduce", interrupted):
+        first = stop.meet()
+    return first, stop.meet(), stop.caught
+
+
+def test_a_signal_that_comes_while_ranks_meet_is_told_at_the_next_meeting():
+    assert ranks(2, signalled_while_meeting) == [([], None, signal.SIGUSR1)] * 2
