@@ -85,9 +85,8 @@ CASES = {
     "relays": ("model=lstm",),
     "heads": ("parallel.method=ulysses", HEADS),
     "long convolutions": ("model=hyena",),
-    "memory": ("memory=tokens", HEADS),
 }
-FULL = {"heads", "long convolutions", "memory"}
+FULL = {"heads", "long convolutions"}
 
 
 def noted_first(made):
