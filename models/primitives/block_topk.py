@@ -26,9 +26,9 @@ from models.span import PADDING, Span
 # Role of an entry that stands for several tokens; its position is that of the last of them.
 SUMMARY = 16
 
-# Scores in memory at once while searching: on a CPU few enough to stay in its cache.
+# Scores in memory at once while searching: on a CPU not many more than its cache holds.
 CHUNK_SCORES = 1 << 22
-CHUNK_SCORES_CPU = 1 << 17
+CHUNK_SCORES_CPU = 1 << 19
 
 EARLIER = Causal() & SameDocument()
 

@@ -19,7 +19,7 @@ from models.scores import Tensors
 from models.span import Span
 
 HIDDEN = 1e30  # how far below others the logit of a block is that is not seen
-CHUNK_NUMBERS = 1 << 19  # numbers of the gathered entries of a chunk of queries
+CHUNK_NUMBERS = 1 << 20  # numbers of the gathered entries of a chunk of queries
 
 
 def index_scores(query: Tensors, keys: Tensors) -> Tensor:
@@ -60,7 +60,7 @@ def attention_target(logits: Tensor, seen: Tensor, summary_share: Tensor) -> Ten
     """
     # finite, not minus infinity: a query without a summary would give NaN in the softmax
     lowest = (seen.to(logits.dtype) - 1) * HIDDEN
-    weight = (logits + lowest[:, :, None]).softmax(-1).flatten(0, 1)
+    weight = logits.add_(lowest[:, :, None]).softmax(-1).flatten(0, 1)
     target = (summary_share.flatten(0, 1)[:, None] @ weight).view(seen.shape).mul_(seen)
     smallest = torch.finfo(logits.dtype).tiny
     return target.div_(target.sum(-1, keepdim=True).clamp_min(smallest)).detach()

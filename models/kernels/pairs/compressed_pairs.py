@@ -87,7 +87,8 @@ class ChosenPairs:
         lookup = BlockLookup(self.span, self.kv_span, self.is_summary, block)
         head = torch.arange(self.heads, device=chosen.device)
         row = torch.arange(self.rows, device=chosen.device)[:, None]
-        each = chosen.shape[-1] * max(self.heads, self.channels // 2)
+        # blocks of few queries: beyond the cache of a core, but with half of the calls
+        each = chosen.shape[-1] * max(self.heads, self.channels // 4)
         together = max(1, self.most // (self.rows * each))
         for start in range(0, self.tokens, together):
             part = slice(start, start + together)
