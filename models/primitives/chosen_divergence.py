@@ -54,7 +54,7 @@ def attention_target(logits: Tensor, seen: Tensor, summary_share: Tensor) -> Ten
     """Returns attention's weights on summaries, summed over heads, normed to 1 or all 0.
 
     Args:
-        logits: [B, T, H, N or K].
+        logits: [B, T, H, N or K]; overwritten, for a copy of all heads would be as large again.
         seen: [B, T, N or K] bool.
         summary_share: [B, T, H] of each head's weight that went to summaries.
     """
