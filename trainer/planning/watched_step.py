@@ -89,10 +89,16 @@ class WatchedStep:
     after_first: StepCosts | None = None
 
     def __post_init__(self) -> None:
+        self.weights: set[int] = set()
+        self.optimiser: set[int] = set()
+        self._note_state()
+
+    def _note_state(self) -> None:
+        """Notes where weights and the optimiser's state lie now."""
         engine = self.rehearsal.placement.engine
-        self.weights = self._numbers([*engine.parameters.values(), *engine.model.parameters()])
+        self.weights |= self._numbers([*engine.parameters.values(), *engine.model.parameters()])
         states = [value for state in engine.optimiser.state.values() for value in state.values()]
-        self.optimiser = self._numbers(value for value in states if isinstance(value, Tensor))
+        self.optimiser |= self._numbers(value for value in states if isinstance(value, Tensor))
 
     def run(self) -> None:
         """Takes the step."""
@@ -109,6 +115,8 @@ class WatchedStep:
         model = rehearsal.placement.engine.model
         with _labels(model, self.live), self._blocks(model), self._moves(), self._few_chunks():
             rehearsal.step()
+        # FSDP2 moves shards that are shorter than others into padded ones as a forward begins.
+        self._note_state()
         self.sent = {} if communicator is None else dict(communicator.bytes_sent)
 
     def count_pieces(self, pieces: int) -> None:

@@ -80,6 +80,18 @@ def test_the_planned_peak_is_the_measured_one_and_the_bytes_are_those_sent(size,
         assert plan.by_kind["weights"] > 0 and plan.by_kind["optimiser"] > 0
 
 
+def test_weights_are_told_as_such_where_shards_are_uneven():
+    # The vocabulary does not divide: the last rank's shard of it is padded in the first forward.
+    config = config_of(("engine=fsdp", "parallel.context=3", "model.layers=1"))
+    held = []
+    for rank in range(3):
+        by_kind = plan_step(config, WORDS, rank, read_device("cpu")).by_kind
+        assert by_kind["optimiser"] == pytest.approx(2 * by_kind["weights"], rel=0.1)
+        held.append(by_kind["weights"])
+    # A padded shard lies in memory as large as the first rank's.
+    assert len(set(held)) == 1
+
+
 def test_micro_batches_that_are_left_out_are_counted():
     def plan(rows):
         words = ("engine=single", "parallel.context=2", "parallel.method=ring")
