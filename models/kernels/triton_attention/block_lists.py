@@ -75,6 +75,9 @@ def _build(mask: Mask, span: Span, kv_span: Span, sides: tuple[int, int]) -> Blo
     for (r0, r1), members in groups.items():
         marks = _marks(members, queries, keys, sides)
         _ask_again(mask, marks, [_boxes(x, r0, side) for x, side in zip(hosts, sides)])
+        if keys % sides[1]:
+            # Beyond the keys the last block loads zeros, which only the mask keeps from counting.
+            np.minimum(marks[:, -1], MASKED, out=marks[:, -1])
         of_queries.add(slice(r0, r1), marks)
         of_keys.add(slice(r0, r1), marks.T)
     device = span.pos.device

@@ -10,23 +10,15 @@ from models.masks.algebra import EMPTY, FAR, FULL, Bounds, Mask, visible
 from models.masks.basic import Causal, FirstTokens, SameChunk, SameDocument, SlidingWindow
 from models.masks.roles import PrefixTokens
 from models.span import PREFIX, READ, TEXT, Span
+from tests.support.random_masks import SIZES, joined
 
-SIZES = some.integers(1, 9)
 SIMPLE = some.one_of(
     some.sampled_from([Mask(), Causal(), SameDocument(), PrefixTokens()]),
     SIZES.map(SlidingWindow),
     some.integers(0, 9).map(FirstTokens),
     SIZES.map(SameChunk),
 )
-MASKS = some.recursive(
-    SIMPLE,
-    lambda inner: some.one_of(
-        some.tuples(inner, inner).map(lambda pair: pair[0] & pair[1]),
-        some.tuples(inner, inner).map(lambda pair: pair[0] | pair[1]),
-        inner.map(lambda mask: ~mask),
-    ),
-    max_leaves=4,
-)
+MASKS = joined(SIMPLE)
 RUNS = some.tuples(
     some.integers(-1, 3), some.integers(0, 20), some.sampled_from([TEXT, PREFIX, READ]), SIZES
 )

@@ -31,9 +31,9 @@ from models.positions.t5 import T5Score, edges
 from models.primitives.softmax import Softmax
 from models.scores import Score, SoftcapScore
 from models.span import GLOBAL, PREFIX, READ, TEXT, Span
-from tests.models.kernels.triton_attention.masks import ALL_MASKS
 from tests.models.masks.test_algebra import ROWS, row
 from tests.support.parity import packed
+from tests.support.random_masks import ALL_MASKS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DOCUMENTS = Causal() & SameDocument()
@@ -55,6 +55,11 @@ CASES = {
     "prefix, chunks": (PrefixTokens() | (Causal() & SameChunk(4)), Score(0.4)),
     "BigBird": (SameDocument() & BIG_BIRD, Score()),
     "dilated by head": (Causal() & DilatedWindow(3, (1, 2)), Score()),
+    "drawn by head, ALiBi": (
+        DOCUMENTS
+        & (RandomBlocks(2, 0, 1, 2, seed=3, layer=1, patterns=2) | DilatedWindow(2, (2, 1))),
+        AlibiScore(2),
+    ),
     "segments": (Causal() & SegmentRecurrence(4, 3), Score()),
     "nothing": (~Mask(), AlibiScore(2)),
 }
@@ -107,10 +112,10 @@ def truth(mask, score, span, q, k, v, d_out, params):
     return mean, lse, delta, reference.backward(*about, d_out=d_out, lse=lse, delta=delta)
 
 
-def check(mask, score, dtype=torch.float32, **sizes):
+def check(mask, score, dtype=torch.float32, span=None, **sizes):
     """Keys in two parts, an uneven cut; into sums that hold something already."""
     q, k, v, d_out, *params = tensors(dtype, params=params_of(score), **sizes)
-    span = two_rows()
+    span = span or two_rows()
     mean, lse, delta, want = truth(mask, score, span, q, k, v, d_out, params)
     heads = torch.arange(q.shape[2], device=DEVICE)
     parts = [slice(0, 11), slice(11, 25)]
@@ -150,6 +155,12 @@ def test_half_precision_and_grouped_heads(dtype):
     check(DOCUMENTS, AlibiScore(4), dtype, heads=4, groups=2)
 
 
+def test_what_lies_beyond_the_keys_counts_for_nothing():
+    """No padding and a mask that hides nothing: blocks of keys that are cut short need it still."""
+    line = Span.line(2, 25).map(lambda x: x.to(DEVICE))
+    check(Mask(), SoftcapScore(T5Score(edges(3, 5), True, 1.0), 1.5), span=line)
+
+
 def test_values_as_wide_as_a_block_and_keys_wider():
     check(PrefixTokens() | DOCUMENTS, Score(), width=24, value=16)
 
@@ -169,7 +180,7 @@ def seen_kernel(out, queries, keys, bias, HOW: tl.constexpr):
 
 
 @given(ALL_MASKS, ROWS, ROWS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_a_program_shows_what_the_mask_shows(mask, queries, keys):
     query, key = (row(runs).map(lambda x: x.to(DEVICE)) for runs in (queries, keys))
     program = translate(mask)

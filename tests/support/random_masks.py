@@ -1,4 +1,4 @@
-"""Masks of the whole algebra for hypothesis, as far as kernels have programs for them."""
+"""Random masks for hypothesis: any of the algebra, and those of a few kinds joined."""
 
 from hypothesis import strategies as some
 
@@ -10,6 +10,21 @@ from models.masks.sparse import DilatedWindow, NeighborBlocks, RandomBlocks
 from models.span import READ
 
 SIZES = some.integers(1, 9)
+
+
+def joined(simple: some.SearchStrategy[Mask]) -> some.SearchStrategy[Mask]:
+    """Masks of up to four simple ones under and, or, not."""
+    return some.recursive(
+        simple,
+        lambda inner: some.one_of(
+            some.tuples(inner, inner).map(lambda pair: pair[0] & pair[1]),
+            some.tuples(inner, inner).map(lambda pair: pair[0] | pair[1]),
+            inner.map(lambda mask: ~mask),
+        ),
+        max_leaves=4,
+    )
+
+
 SIMPLE = some.one_of(
     some.sampled_from([Mask(), Causal(), SameDocument(), PrefixTokens(), RoleKey(READ)]),
     some.just(RoleQuery(READ)),
@@ -20,7 +35,7 @@ SIMPLE = some.one_of(
     some.builds(GlobalQuery, some.integers(0, 3), some.integers(0, 4)),
     some.builds(PreviousTokens, SIZES, SIZES),
     some.builds(SegmentRecurrence, SIZES, SIZES),
-    some.builds(DilatedWindow, SIZES, some.sampled_from([(1,), (3,), (1, 2), (4, 3)])),
+    some.builds(DilatedWindow, SIZES, some.sampled_from([(1,), (3,), (1, 2), (4, 3), (2, 1, 5)])),
     some.builds(NeighborBlocks, SIZES, some.integers(0, 2)),
     some.builds(
         RandomBlocks,
@@ -30,16 +45,9 @@ SIMPLE = some.one_of(
         some.integers(0, 2),
         some.integers(0, 5),
         some.just(0),
-        some.integers(1, 2),
+        some.integers(1, 3),
         some.booleans(),
     ),
 )
-ALL_MASKS = some.recursive(
-    SIMPLE,
-    lambda inner: some.one_of(
-        some.tuples(inner, inner).map(lambda pair: pair[0] & pair[1]),
-        some.tuples(inner, inner).map(lambda pair: pair[0] | pair[1]),
-        inner.map(lambda mask: ~mask),
-    ),
-    max_leaves=4,
-)
+# Kernels have programs for all of them.
+ALL_MASKS = joined(SIMPLE)
