@@ -6,7 +6,7 @@ Letters: B rows, T queries, S keys, H query heads, N distances, C columns of a t
 from typing import Any, NamedTuple
 
 
-class Rows(NamedTuple):
+class StridedTensor(NamedTuple):
     """A tensor [B, tokens, heads, width], or without its width, as a pointer and strides."""
 
     start: Any
@@ -28,7 +28,7 @@ class Bias(NamedTuple):
 
     Attributes:
         heads: [H] int32, global numbers.
-        numbers: [H] slopes or [H, N] float32; see terms.Numbers.
+        numbers: [H] slopes or [H, N] float32; see terms.BiasValues.
         nearest, count: the distance of the first of N numbers, and N.
         scale: of the products.
         cap: bound of the logits.
@@ -49,7 +49,7 @@ class Lists(NamedTuple):
     ranges: Any
 
 
-class Pairs(NamedTuple):
+class PairTables(NamedTuple):
     """The pairs of one row and one head: tables of one row, the numbers of one head."""
 
     query_table: Any

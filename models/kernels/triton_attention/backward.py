@@ -19,6 +19,7 @@ from models.kernels.triton_attention.pairs import (
     add_rows,
     load_rows,
     logits_of,
+    logits_of_keys,
     number_index,
     pairs_of,
     seen_pairs,
@@ -44,7 +45,7 @@ def query_gradient_kernel(
 ):
     """Adds to the gradient of one block of queries of one head, and to that of the distances.
 
-    Grid: (blocks of queries, H, B). d_numbers: [H, N] float32; the rest: Rows.
+    Grid: (blocks of queries, H, B). d_numbers: [H, N] float32; the rest: StridedTensor.
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1)
@@ -66,20 +67,14 @@ def query_gradient_kernel(
     WIDE_KEY: tl.constexpr = HOW.wide_key
     total = tl.zeros([SIDE, WIDE_KEY], tl.float32)
     index = lists.index + (row * tl.num_programs(0) + block) * 4
-    for part in range(tl.load(index), tl.load(index + 1)):
-        span = lists.ranges + 2 * part
-        for j in range(tl.load(span), tl.load(span + 1)):
-            total = _through_keys(
-                query, d_mean, masses, deltas, k_start, k.token, v_start, v.token, d_numbers,
-                pairs, queries, j, total, HOW, False,
-            )  # fmt: skip
-    for part in range(tl.load(index + 2), tl.load(index + 3)):
-        span = lists.ranges + 2 * part
-        for j in range(tl.load(span), tl.load(span + 1)):
-            total = _through_keys(
-                query, d_mean, masses, deltas, k_start, k.token, v_start, v.token, d_numbers,
-                pairs, queries, j, total, HOW, True,
-            )  # fmt: skip
+    for masked in tl.static_range(2):
+        for part in range(tl.load(index + 2 * masked), tl.load(index + 2 * masked + 1)):
+            span = lists.ranges + 2 * part
+            for j in range(tl.load(span), tl.load(span + 1)):
+                total = _through_keys(
+                    query, d_mean, masses, deltas, k_start, k.token, v_start, v.token, d_numbers,
+                    pairs, queries, j, total, HOW, masked,
+                )  # fmt: skip
     sums = d_q.start + row * d_q.row + h * d_q.head
     add_rows(sums, queries, d_q.token, size, total * bias.scale, HOW.width_key, HOW.wide_key)
 
@@ -120,11 +115,7 @@ def _through_keys(
     MASKED: tl.constexpr,
 ):
     """Adds what comes through a block of keys to [queries, wide_key], without scale."""
-    SIDE: tl.constexpr = HOW.side_k
-    keys = block * SIDE + tl.arange(0, SIDE)
-    key = load_rows(k, keys, k_step, pairs.keys, HOW.width_key, HOW.wide_key)
-    products = tl.dot(query, tl.trans(key), input_precision=HOW.precision)
-    logits, slope = logits_of(products, pairs, queries, keys, HOW, False)
+    keys, key, logits, slope = logits_of_keys(query, k, k_step, pairs, queries, block, HOW)
     weight = tl.exp2(logits - masses[:, None])
     if MASKED:
         seen = seen_pairs(pairs, queries, keys, HOW.code, False)
@@ -194,20 +185,14 @@ def key_gradient_kernel(
     index = lists.index + (row * tl.num_programs(0) + block) * 4
     for h in range(g * group, g * group + group):
         pairs = pairs_of(query_addresses, key_addresses, bias, row, h, HOW)
-        for part in range(tl.load(index), tl.load(index + 1)):
-            span = lists.ranges + 2 * part
-            for i in range(tl.load(span), tl.load(span + 1)):
-                d_key, d_value = _through_queries(
-                    key, value, q, d_out, lse, delta, pairs, row, h, i, keys, d_key, d_value,
-                    HOW, False,
-                )  # fmt: skip
-        for part in range(tl.load(index + 2), tl.load(index + 3)):
-            span = lists.ranges + 2 * part
-            for i in range(tl.load(span), tl.load(span + 1)):
-                d_key, d_value = _through_queries(
-                    key, value, q, d_out, lse, delta, pairs, row, h, i, keys, d_key, d_value,
-                    HOW, True,
-                )  # fmt: skip
+        for masked in tl.static_range(2):
+            for part in range(tl.load(index + 2 * masked), tl.load(index + 2 * masked + 1)):
+                span = lists.ranges + 2 * part
+                for i in range(tl.load(span), tl.load(span + 1)):
+                    d_key, d_value = _through_queries(
+                        key, value, q, d_out, lse, delta, pairs, row, h, i, keys, d_key, d_value,
+                        HOW, masked,
+                    )  # fmt: skip
     sums = d_k.start + row * d_k.row + g * d_k.head
     add_rows(sums, keys, d_k.token, size, d_key * bias.scale, HOW.width_key, HOW.wide_key)
     sums = d_v.start + row * d_v.row + g * d_v.head

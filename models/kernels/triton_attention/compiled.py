@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from models.kernels.triton_attention.arguments import Addresses, Bias, How, Lists, Rows
+from models.kernels.triton_attention.arguments import Addresses, Bias, How, Lists, StridedTensor
 from models.kernels.triton_attention.backward import key_gradient_kernel, query_gradient_kernel
 from models.kernels.triton_attention.forward import forward_kernel
 from models.kernels.triton_attention.launch import PRECISION
@@ -38,7 +38,7 @@ KERNELS = {
     QUERY_GRADIENT: query_gradient_kernel,
     KEY_GRADIENT: key_gradient_kernel,
 }
-TENSORS = {FORWARD: 5, QUERY_GRADIENT: 7, KEY_GRADIENT: 8}  # Rows that each begins with
+TENSORS = {FORWARD: 5, QUERY_GRADIENT: 7, KEY_GRADIENT: 8}  # strided tensors that each begins with
 WIDE_TENSORS = {FORWARD: 2, QUERY_GRADIENT: 3, KEY_GRADIENT: 4}  # float32, the last of them
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 ARCHITECTURES = (80, 90, 100)
@@ -133,7 +133,7 @@ def _signature(kernel: str, dtype: torch.dtype) -> tuple[list[Any], dict[tuple[i
     wide = TENSORS[kernel] - WIDE_TENSORS[kernel]
     for number in range(TENSORS[kernel]):
         kind = TYPES[dtype] if number < wide else "*fp32"
-        signature.append(Rows(kind, "i32", "i32", "i32"))
+        signature.append(StridedTensor(kind, "i32", "i32", "i32"))
     if kernel == QUERY_GRADIENT:
         signature.append("*fp32")
     signature += [Addresses("*i32", "i32", "i32")] * 2
@@ -144,7 +144,7 @@ def _signature(kernel: str, dtype: torch.dtype) -> tuple[list[Any], dict[tuple[i
     for place, kind in enumerate(signature):
         fields = kind if isinstance(kind, tuple) else (kind,)
         for field, name in enumerate(fields):
-            if str(name).startswith("*") or isinstance(kind, Rows):
+            if str(name).startswith("*") or isinstance(kind, StridedTensor):
                 path = (place, field) if isinstance(kind, tuple) else (place,)
                 attributes[path] = DIVISIBLE
     return signature, attributes

@@ -32,7 +32,7 @@ from models.scores import Score, Tensors
 from models.span import Span
 
 
-class Attention(NamedTuple):
+class PairwiseAttention(NamedTuple):
     """An attention that the kernels compute.
 
     Attributes:
@@ -80,7 +80,7 @@ def wanted(general: bool, terms: Terms, mask: Mask, span: Span, kv_span: Span) -
 
 def pairwise_attention(
     spec: Any, query: Tensors, payload: Tensors, params: Tensors, span: Span, kv_span: Span
-) -> Attention | None:
+) -> PairwiseAttention | None:
     """Returns the attention of a blockwise.AttentionSpec for the kernels; None where tiles serve.
 
     For attentions that are no bands.
@@ -93,11 +93,11 @@ def pairwise_attention(
         return None
     if not wanted(spec.general, parts[1], spec.mask, span, kv_span):
         return None
-    return Attention(module, spec.mask, *parts, spec.heads, params, span, kv_span)
+    return PairwiseAttention(module, spec.mask, *parts, spec.heads, params, span, kv_span)
 
 
 def forward(
-    work: Attention, score: Score, query: Tensors, payload: Tensors, total: Partial
+    work: PairwiseAttention, score: Score, query: Tensors, payload: Tensors, total: Partial
 ) -> bool:
     """Attends to these keys too: `total` is changed in place.
 
@@ -121,7 +121,7 @@ def forward(
 
 
 def backward(
-    work: Attention,
+    work: PairwiseAttention,
     score: Score,
     query: Tensors,
     payload: Tensors,

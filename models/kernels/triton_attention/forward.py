@@ -25,7 +25,7 @@ import triton.language as tl
 
 from models.kernels.triton_attention.pairs import (
     load_rows,
-    logits_of,
+    logits_of_keys,
     pairs_of,
     seen_pairs,
 )
@@ -49,7 +49,7 @@ def forward_kernel(
 ):
     """Attends one block of queries of one head to the keys it needs; joins `mean` and `lse`.
 
-    Grid: (blocks of queries, H, B). q, k, v, mean, lse: Rows; group: H / G.
+    Grid: (blocks of queries, H, B). q, k, v, mean, lse: StridedTensor; group: H / G.
     """
     # The last queries have most to do under a causal mask, and begin first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -74,20 +74,14 @@ def forward_kernel(
     mass = tl.zeros([SIDE], tl.float32)
     highest = tl.full([SIDE], float("-inf"), tl.float32)
     index = lists.index + (row * tl.num_programs(0) + block) * 4
-    for part in range(tl.load(index), tl.load(index + 1)):
-        span = lists.ranges + 2 * part
-        for j in range(tl.load(span), tl.load(span + 1)):
-            total, mass, highest = _attend(
-                query, k_start, k.token, v_start, v.token, pairs, queries, j, total, mass, highest,
-                HOW, False,
-            )  # fmt: skip
-    for part in range(tl.load(index + 2), tl.load(index + 3)):
-        span = lists.ranges + 2 * part
-        for j in range(tl.load(span), tl.load(span + 1)):
-            total, mass, highest = _attend(
-                query, k_start, k.token, v_start, v.token, pairs, queries, j, total, mass, highest,
-                HOW, True,
-            )  # fmt: skip
+    for masked in tl.static_range(2):
+        for part in range(tl.load(index + 2 * masked), tl.load(index + 2 * masked + 1)):
+            span = lists.ranges + 2 * part
+            for j in range(tl.load(span), tl.load(span + 1)):
+                total, mass, highest = _attend(
+                    query, k_start, k.token, v_start, v.token, pairs, queries, j, total, mass,
+                    highest, HOW, masked,
+                )  # fmt: skip
     mean_start = mean.start + row * mean.row + h * mean.head
     lse_start = lse.start + row * lse.row + h * lse.head
     _join(
@@ -113,11 +107,7 @@ def _attend(
     MASKED: tl.constexpr,
 ):
     """Attends to a block of keys: (total [queries, wide_value], mass, highest), rescaled."""
-    SIDE: tl.constexpr = HOW.side_k
-    keys = block * SIDE + tl.arange(0, SIDE)
-    key = load_rows(k, keys, k_step, pairs.keys, HOW.width_key, HOW.wide_key)
-    products = tl.dot(query, tl.trans(key), input_precision=HOW.precision)
-    logits, _ = logits_of(products, pairs, queries, keys, HOW, False)
+    keys, _, logits, _ = logits_of_keys(query, k, k_step, pairs, queries, block, HOW)
     if MASKED:
         seen = seen_pairs(pairs, queries, keys, HOW.code, False)
         logits = tl.where(seen, logits, float("-inf"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.kernels.reference import Partial
-from models.kernels.triton_attention.arguments import Addresses, Bias, How, Lists, Rows
+from models.kernels.triton_attention.arguments import Addresses, Bias, How, Lists, StridedTensor
 from models.kernels.triton_attention.backward import key_gradient_kernel, query_gradient_kernel
 from models.kernels.triton_attention.block_lists import Ranges, block_lists
 from models.kernels.triton_attention.forward import forward_kernel
@@ -20,7 +20,7 @@ from models.kernels.triton_attention.sizes import (
     FORWARD,
     KEY_GRADIENT,
     QUERY_GRADIENT,
-    Size,
+    BlockConfig,
     filled_up,
     size_of,
 )
@@ -34,7 +34,7 @@ def forward(work: Any, operands: Sequence[Tensor], scale: float, total: Partial)
     """Attends to these keys too: `total` is changed in place.
 
     Args:
-        work: a dispatch.Attention.
+        work: a dispatch.PairwiseAttention.
         operands: q [B, T, H, D], k [B, S, G, D], v [B, S, G, E].
         scale: of the products.
         total: mean [B, T, H, E] and lse [B, T, H], float32.
@@ -118,17 +118,17 @@ def _last_dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _rows(x: Tensor) -> Rows:
+def _rows(x: Tensor) -> StridedTensor:
     row, token, head = x.stride()[:3]
-    return Rows(x, row, token, head)
+    return StridedTensor(x, row, token, head)
 
 
-def _size(kernel: str, work: Any, q: Tensor, v: Tensor) -> Size:
+def _size(kernel: str, work: Any, q: Tensor, v: Tensor) -> BlockConfig:
     width = max(filled_up(q.shape[-1]), filled_up(v.shape[-1]))
     return size_of(kernel, q.dtype, width, heavy=is_heavy(work.terms.bias, work.terms.cap > 0))
 
 
-def _how(work: Any, q: Tensor, v: Tensor, size: Size) -> How:
+def _how(work: Any, q: Tensor, v: Tensor, size: BlockConfig) -> How:
     return How(
         work.program.code,
         work.terms.bias,

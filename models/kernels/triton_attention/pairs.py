@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from models.kernels.triton_attention import programs, terms
-from models.kernels.triton_attention.arguments import Pairs
+from models.kernels.triton_attention.arguments import PairTables
 
 AND = tl.constexpr(programs.AND)
 OR = tl.constexpr(programs.OR)
@@ -58,7 +58,7 @@ def pairs_of(queries, keys, bias, row, h, HOW: tl.constexpr):
         numbers += h
     elif HOW.bias == DISTANCES:
         numbers += h * bias.count
-    return Pairs(
+    return PairTables(
         queries.table + row * queries.columns * queries.tokens,
         queries.tokens,
         keys.table + row * keys.columns * keys.tokens,
@@ -208,3 +208,14 @@ def logits_of(products, pairs, queries, keys, HOW: tl.constexpr, FLIP: tl.conste
             logits = bent * pairs.cap
         logits = logits * LOG2E
     return logits, slope
+
+
+@triton.jit
+def logits_of_keys(query, k, k_step, pairs, queries, block, HOW: tl.constexpr):
+    """Loads a block of keys, [queries, keys]: (their numbers, keys, then as `logits_of`)."""
+    SIDE: tl.constexpr = HOW.side_k
+    keys = block * SIDE + tl.arange(0, SIDE)
+    key = load_rows(k, keys, k_step, pairs.keys, HOW.width_key, HOW.wide_key)
+    products = tl.dot(query, tl.trans(key), input_precision=HOW.precision)
+    logits, slope = logits_of(products, pairs, queries, keys, HOW, False)
+    return keys, key, logits, slope

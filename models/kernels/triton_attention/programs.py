@@ -43,7 +43,7 @@ MOST_COLUMNS = 256
 ENDLESS = 2**31 - 1  # a bound that hides nothing; no distance is as large
 
 
-class Column(NamedTuple):
+class TokenColumn(NamedTuple):
     """A number of every token, or P x count of them where a mask draws.
 
     Attributes:
@@ -74,13 +74,13 @@ class Program(NamedTuple):
     """
 
     code: tuple[int, ...]
-    query_columns: tuple[Column, ...]
-    key_columns: tuple[Column, ...]
+    query_columns: tuple[TokenColumn, ...]
+    key_columns: tuple[TokenColumn, ...]
     query_properties: tuple[Property, ...]
     key_properties: tuple[Property, ...]
 
 
-COLUMNS: dict[str, Callable[[Span, Column], Tensor]] = {
+COLUMNS: dict[str, Callable[[Span, TokenColumn], Tensor]] = {
     "document": lambda span, column: span.doc,
     "chunk": lambda span, column: span.pos // column.size,
     "chunk start": lambda span, column: span.pos // column.size * column.size,
@@ -103,7 +103,7 @@ def token_table(program: Program, span: Span, *, keys: bool) -> Tensor:
 
 
 def _build_table(
-    span: Span, columns: tuple[Column, ...], properties: tuple[Property, ...]
+    span: Span, columns: tuple[TokenColumn, ...], properties: tuple[Property, ...]
 ) -> Tensor:
     bits = torch.zeros_like(span.pos)
     for bit, each in enumerate(properties):
@@ -115,7 +115,7 @@ def _build_table(
     return torch.cat(table, 1).to(torch.int32).contiguous()
 
 
-def _column_values(span: Span, column: Column) -> Tensor:
+def _column_values(span: Span, column: TokenColumn) -> Tensor:
     """[B, 1 or P x count, T] int64."""
     mask = column.drawn_by
     if mask is None:
@@ -131,7 +131,7 @@ class _Translator:
     def __init__(self):
         self.code: list[int] = []
         # for queries and for keys
-        self.columns: tuple[list[Column], list[Column]] = ([], [])
+        self.columns: tuple[list[TokenColumn], list[TokenColumn]] = ([], [])
         self.properties: tuple[list[Property], list[Property]] = ([VALID], [VALID])
 
     def add(self, mask: Mask) -> int:
@@ -155,7 +155,7 @@ class _Translator:
             self.code[place] = self.add(mask) if isinstance(mask, Mask) else mask()
         return address
 
-    def column(self, side: int, column: Column) -> int:
+    def column(self, side: int, column: TokenColumn) -> int:
         """Returns the first column of the table of queries (0) or keys (1) that holds it."""
         columns = self.columns[side]
         if column not in columns:
@@ -163,7 +163,7 @@ class _Translator:
         before = columns[: columns.index(column)]
         return POSITION + 1 + sum(map(_columns_of, before))
 
-    def equal(self, column: Column) -> int:
+    def equal(self, column: TokenColumn) -> int:
         """Asks whether queries and keys have the same number."""
         return self.write(EQUAL, self.column(0, column), self.column(1, column))
 
@@ -196,7 +196,7 @@ class _Translator:
 
     def previous(self, size: int, low: int, length: int) -> int:
         """Asks for keys from `low` to `length` tokens before the start of the query's segment."""
-        start = self.column(0, Column("chunk start", size))
+        start = self.column(0, TokenColumn("chunk start", size))
         return self.band(start, POSITION, low, length)
 
     def segments(self, mask: SegmentRecurrence) -> int:
@@ -226,8 +226,8 @@ class _Translator:
         """Asks whether a query has drawn the block of a key, or the other way too."""
         if not mask.count:
             return self.add(~Mask())
-        links = Column("drawn", drawn_by=mask)
-        block = Column("chunk", mask.block)
+        links = TokenColumn("drawn", drawn_by=mask)
+        block = TokenColumn("chunk", mask.block)
         rest = mask.count, int(mask.patterns > 1)
 
         def forth() -> int:
@@ -239,7 +239,7 @@ class _Translator:
         return self.either(forth, back) if mask.both else forth()
 
 
-def _columns_of(column: Column) -> int:
+def _columns_of(column: TokenColumn) -> int:
     mask = column.drawn_by
     return 1 if mask is None else mask.patterns * mask.count
 
@@ -251,10 +251,10 @@ RULES: dict[type[Mask], Callable[[_Translator, Any], int]] = {
     Or: lambda to, mask: to.join(OR, mask.a, mask.b),
     Not: lambda to, mask: to.join(NOT, mask.a),
     Causal: lambda to, mask: to.band(POSITION, POSITION, 0, ENDLESS),
-    SameDocument: lambda to, mask: to.equal(Column("document")),
+    SameDocument: lambda to, mask: to.equal(TokenColumn("document")),
     SlidingWindow: lambda to, mask: to.band(POSITION, POSITION, -ENDLESS, mask.window - 1),
     FirstTokens: lambda to, mask: to.property(1, "below", mask.count),
-    SameChunk: lambda to, mask: to.equal(Column("chunk", mask.size)),
+    SameChunk: lambda to, mask: to.equal(TokenColumn("chunk", mask.size)),
     PrefixTokens: lambda to, mask: to.property(1, "role", PREFIX),
     RoleKey: lambda to, mask: to.property(1, "role", mask.role),
     RoleQuery: lambda to, mask: to.property(0, "role", mask.role),
@@ -266,8 +266,8 @@ RULES: dict[type[Mask], Callable[[_Translator, Any], int]] = {
         DILATED, mask.window, len(mask.dilation), *mask.dilation
     ),
     NeighborBlocks: lambda to, mask: to.band(
-        to.column(0, Column("chunk", mask.block)),
-        to.column(1, Column("chunk", mask.block)),
+        to.column(0, TokenColumn("chunk", mask.block)),
+        to.column(1, TokenColumn("chunk", mask.block)),
         -mask.window,
         mask.window,
     ),

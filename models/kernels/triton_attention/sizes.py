@@ -9,7 +9,7 @@ NARROWEST = 16  # a side of the products of Triton
 WIDEST = 256
 
 
-class Size(NamedTuple):
+class BlockConfig(NamedTuple):
     """Queries and keys of a block, and how a program is compiled."""
 
     side_q: int
@@ -26,27 +26,27 @@ def filled_up(width: int) -> int:
 # By the widest head, for masks and slopes, and for what keeps more numbers alive: numbers by
 # distance and soft caps. Chosen so that no generation spills (compiled.py tells), not by time: no
 # card was at hand.
-SIZES: dict[tuple[str, int, bool], Size] = {
-    (FORWARD, 64, False): Size(64, 64, 4, 2),
-    (FORWARD, 64, True): Size(64, 32, 8, 2),
-    (FORWARD, 128, False): Size(64, 64, 4, 2),
-    (FORWARD, 128, True): Size(64, 32, 8, 2),
-    (FORWARD, 256, False): Size(32, 32, 4, 2),
-    (FORWARD, 256, True): Size(32, 32, 4, 2),
-    (QUERY_GRADIENT, 64, False): Size(64, 64, 8, 2),
-    (QUERY_GRADIENT, 64, True): Size(32, 32, 4, 2),
-    (QUERY_GRADIENT, 128, False): Size(64, 64, 8, 2),
-    (QUERY_GRADIENT, 128, True): Size(32, 32, 4, 2),
-    (QUERY_GRADIENT, 256, False): Size(32, 32, 4, 1),
-    (QUERY_GRADIENT, 256, True): Size(32, 32, 4, 1),
-    (KEY_GRADIENT, 64, False): Size(64, 64, 8, 2),
-    (KEY_GRADIENT, 64, True): Size(32, 32, 4, 2),
-    (KEY_GRADIENT, 128, False): Size(32, 32, 4, 2),
-    (KEY_GRADIENT, 128, True): Size(32, 32, 4, 2),
-    (KEY_GRADIENT, 256, False): Size(32, 32, 8, 1),
-    (KEY_GRADIENT, 256, True): Size(32, 32, 8, 1),
+SIZES: dict[tuple[str, int, bool], BlockConfig] = {
+    (FORWARD, 64, False): BlockConfig(64, 64, 4, 2),
+    (FORWARD, 64, True): BlockConfig(64, 32, 8, 2),
+    (FORWARD, 128, False): BlockConfig(64, 64, 4, 2),
+    (FORWARD, 128, True): BlockConfig(64, 32, 8, 2),
+    (FORWARD, 256, False): BlockConfig(32, 32, 4, 2),
+    (FORWARD, 256, True): BlockConfig(32, 32, 4, 2),
+    (QUERY_GRADIENT, 64, False): BlockConfig(64, 64, 8, 2),
+    (QUERY_GRADIENT, 64, True): BlockConfig(32, 32, 4, 2),
+    (QUERY_GRADIENT, 128, False): BlockConfig(64, 64, 8, 2),
+    (QUERY_GRADIENT, 128, True): BlockConfig(32, 32, 4, 2),
+    (QUERY_GRADIENT, 256, False): BlockConfig(32, 32, 4, 1),
+    (QUERY_GRADIENT, 256, True): BlockConfig(32, 32, 4, 1),
+    (KEY_GRADIENT, 64, False): BlockConfig(64, 64, 8, 2),
+    (KEY_GRADIENT, 64, True): BlockConfig(32, 32, 4, 2),
+    (KEY_GRADIENT, 128, False): BlockConfig(32, 32, 4, 2),
+    (KEY_GRADIENT, 128, True): BlockConfig(32, 32, 4, 2),
+    (KEY_GRADIENT, 256, False): BlockConfig(32, 32, 8, 1),
+    (KEY_GRADIENT, 256, True): BlockConfig(32, 32, 8, 1),
 }
-FLOAT32 = Size(32, 32, 4, 1)
+FLOAT32 = BlockConfig(32, 32, 4, 1)
 
 
 def widest(dtype: torch.dtype) -> int:
@@ -54,7 +54,7 @@ def widest(dtype: torch.dtype) -> int:
     return 64 if dtype == torch.float32 else WIDEST
 
 
-def size_of(kernel: str, dtype: torch.dtype, width: int, *, heavy: bool) -> Size:
+def size_of(kernel: str, dtype: torch.dtype, width: int, *, heavy: bool) -> BlockConfig:
     """Returns the blocks of a kernel.
 
     Args:

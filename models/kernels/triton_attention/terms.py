@@ -22,11 +22,10 @@ NO_BIAS, SLOPES, DISTANCES = 0, 1, 2  # what is added
 class Terms(NamedTuple):
     """Numbers that are added to the scaled product, and what the sum is bent by.
 
-        Attributes:
-            bias: PASSED = SinkScore, SharedValueScore
-    NO_BIAS, SLOPES (times the distance, subtracted) or DISTANCES (a number for each).
-            cap: bound of the logits; 0 = none.
-            source: the score that adds; DISTANCES are read from its first param.
+    Attributes:
+        bias: NO_BIAS, SLOPES (times the distance, subtracted) or DISTANCES (a number for each).
+        cap: bound of the logits; 0 = none.
+        source: the score that adds; DISTANCES are read from its first param.
     """
 
     bias: int
@@ -65,7 +64,7 @@ def is_heavy(bias: int, capped: bool) -> bool:
     return bias == DISTANCES or capped
 
 
-class Numbers(NamedTuple):
+class BiasValues(NamedTuple):
     """The numbers of a bias for the heads at hand.
 
     Attributes:
@@ -78,16 +77,16 @@ class Numbers(NamedTuple):
     nearest: int = 0
 
 
-def bias_numbers(terms: Terms, params: Tensors, heads: Tensor) -> Numbers:
+def bias_numbers(terms: Terms, params: Tensors, heads: Tensor) -> BiasValues:
     """Returns the numbers that a kernel adds; one zero where it adds none."""
     score = terms.source
     if isinstance(score, AlibiScore):
-        return Numbers(_on_device(tuple(score.slopes), heads.device)[heads])
+        return BiasValues(_on_device(tuple(score.slopes), heads.device)[heads])
     if isinstance(score, T5Score):
         nearest, bucket = distance_buckets(score, heads.device)
         table = params[0].float()
-        return Numbers(table[bucket].transpose(0, 1).contiguous(), nearest)
-    return Numbers(torch.zeros(1, device=heads.device))
+        return BiasValues(table[bucket].transpose(0, 1).contiguous(), nearest)
+    return BiasValues(torch.zeros(1, device=heads.device))
 
 
 def distance_buckets(score: T5Score, device: torch.device) -> tuple[int, Tensor]:

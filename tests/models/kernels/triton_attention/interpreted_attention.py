@@ -20,7 +20,7 @@ from models.kernels.triton_attention import dispatch, launch
 from models.kernels.triton_attention.arguments import Addresses, Bias, How
 from models.kernels.triton_attention.pairs import pairs_of, seen_pairs
 from models.kernels.triton_attention.programs import token_table, translate
-from models.kernels.triton_attention.sizes import Size
+from models.kernels.triton_attention.sizes import BlockConfig
 from models.masks.algebra import Mask, visible
 from models.masks.basic import Causal, FirstTokens, SameChunk, SameDocument, SlidingWindow
 from models.masks.roles import GlobalKey, GlobalQuery, PrefixTokens
@@ -68,7 +68,7 @@ BOUNDS = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(launch, "_size", lambda *about: Size(16, 16, 4, 1))
+    monkeypatch.setattr(launch, "_size", lambda *about: BlockConfig(16, 16, 4, 1))
 
 
 def two_rows() -> Span:
@@ -127,7 +127,7 @@ def check(mask, score, dtype=torch.float32, span=None, **sizes):
     d_params = [torch.ones_like(x, dtype=wide) for x in params]
     for part in parts:
         keys = Span(*(x[:, part] for x in span.addresses()))
-        work = dispatch.Attention(launch, mask, program, terms, heads, params, span, keys)
+        work = dispatch.PairwiseAttention(launch, mask, program, terms, heads, params, span, keys)
         operands = q, k[:, part], v[:, part]
         launch.forward(work, operands, score.scale(q), total)
         numbers = launch.backward(

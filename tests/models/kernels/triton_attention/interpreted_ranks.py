@@ -24,7 +24,7 @@ from torch import nn
 
 from models.kernels import backends
 from models.kernels.triton_attention import dispatch, launch
-from models.kernels.triton_attention.sizes import Size
+from models.kernels.triton_attention.sizes import BlockConfig
 from models.masks.algebra import Mask
 from models.masks.basic import Causal, FirstTokens, SameDocument, SlidingWindow
 from models.masks.sparse import DilatedWindow, RandomBlocks
@@ -127,7 +127,7 @@ def force_kernels() -> list[str]:
     """Has our kernels serve the CPU in small blocks; returns what is called, as it goes on."""
     served = backends.PAIRWISE | {("cpu", torch.float32)}
     backends.PAIRWISE = dispatch.PAIRWISE = served
-    launch._size = lambda *about: Size(16, 16, 4, 1)
+    launch._size = lambda *about: BlockConfig(16, 16, 4, 1)
     called = []
 
     def noted(name, plain):
