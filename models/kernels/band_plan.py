@@ -112,25 +112,37 @@ class _BandPlanner(TilePlanner):
         last_key = min(k1 - k0 - 1, last_query - low)
         if first_query > last_query or first_key > last_key:
             return
-        queries = last_query - first_query + 1
-        keys = last_key - first_key + 1
         # The last query and the last key are at distance last_query - last_key.
-        left = high - (last_query - last_key)
         right = (last_query - last_key) - low
-        if left >= keys - 1 and right >= queries - 1:
-            span = (q0 + first_query, q0 + last_query + 1, k0 + first_key, k0 + last_key + 1)
+        keys = last_key - first_key + 1
+        if keys <= right < last_query - first_query:
+            # Kernels take a bound of as many keys as there are for none: the queries that see the
+            # last key are a stretch of their own.
+            middle = last_key + low
+            self._add(q0, k0, (first_query, middle), (first_key, last_key), low, high)
+            first_query = middle + 1
+            first_key = max(0, first_query - high)
+        self._add(q0, k0, (first_query, last_query), (first_key, last_key), low, high)
+
+    def _add(
+        self, q0: int, k0: int, query: tuple[int, int], key: tuple[int, int], low: int, high: int
+    ) -> None:
+        """Adds the stretch of these first and last queries and keys, counted from q0 and k0.
+
+        Key j is seen by query i where low <= i - j <= high.
+        """
+        apart = query[1] - key[1]
+        left = high - apart
+        right = apart - low
+        if left >= key[1] - key[0]:
+            left = EVERY
+        if right >= query[1] - query[0]:
+            right = EVERY
+        span = (q0 + query[0], q0 + query[1] + 1, k0 + key[0], k0 + key[1] + 1)
+        if left == right == EVERY:
             self.blocks.append((*span, FULL_TILE))
-            return
-        self.stretches.append(
-            BandStretch(
-                q0 + first_query,
-                q0 + last_query + 1,
-                k0 + first_key,
-                k0 + last_key + 1,
-                EVERY if left >= keys - 1 else left,
-                EVERY if right >= queries - 1 else right,
-            )
-        )
+        else:
+            self.stretches.append(BandStretch(*span, left, right))
 
 
 @planned
