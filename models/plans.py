@@ -45,7 +45,7 @@ def planned(function: Callable[Params, Made]) -> Callable[Params, Made]:
     return ask
 
 
-class Place(NamedTuple):
+class ArgumentPlace(NamedTuple):
     """An argument that is found at the end of a way."""
 
     way: Way
@@ -88,7 +88,7 @@ class PlanLog:
         for arg in args:
             way = self._ways.get(_identity(arg))
             if way is not None:
-                told.append(Place(way[0]))
+                told.append(ArgumentPlace(way[0]))
             elif _is_of_a_step(arg):
                 return
             else:
@@ -104,7 +104,9 @@ class PlanLog:
         roots = _roots(micro_batch)
         plans: list[Any] = []
         for function, args in tuple(self.calls):
-            found = [_followed(a.way, roots, plans) if isinstance(a, Place) else a for a in args]
+            found = [
+                _followed(a.way, roots, plans) if isinstance(a, ArgumentPlace) else a for a in args
+            ]
             plans.append(function(*found))
         return len(plans)
 

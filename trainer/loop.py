@@ -27,7 +27,7 @@ from trainer.config.stages import Stage
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.lanes import Held, Lanes
 from trainer.data.streams.base import Stream
-from trainer.data.streams.prefetch import Figures, Prefetcher, StepInput
+from trainer.data.streams.prefetch import Prefetcher, StepCounts, StepInput
 from trainer.logs.jsonl import MetricsRow
 from trainer.logs.meters import Meter, peak_memory_bytes
 from trainer.logs.profile import StepProfiler
@@ -133,7 +133,7 @@ class Loop:
         if sums is None:
             return None
         valid_tokens, rows, flops = sums
-        return given._replace(figures=Figures(int(valid_tokens), int(rows), flops))
+        return given._replace(figures=StepCounts(int(valid_tokens), int(rows), flops))
 
     def _after_step(self, progress: Progress) -> None:
         """Saves and evaluates where this step is due for it."""

@@ -12,11 +12,11 @@ from models.architectures.source import SourceMemory, needs_source, refuse_memor
 from models.carried_state import StatefulModule
 from models.init import Rule
 from models.loss import token_losses
-from models.memory.base import Memory as CarriedMemory
+from models.memory.base import Memory
 from models.micro_batch import MicroBatch
 from models.primitives.row_replica import RowReplica
 from models.ranges import Count, Positive
-from models.seq2seq.attention import AttentionKind, Memory, Query, StepAttention
+from models.seq2seq.attention import AttentionKind, EncodedSource, Query, StepAttention
 from models.seq2seq.cells import CELLS, Cell, CellKind, CellState, scaled, where_rows
 from models.seq2seq.encoder import RecurrentEncoder
 from models.span import Span
@@ -70,7 +70,7 @@ class Seq2Seq(StatefulModule):
         bidirectional: bool = True,
         window: Count = 10,
         sigma: Positive | None = None,
-        memory: CarriedMemory | None = None,
+        memory: Memory | None = None,
         tie_embeddings: bool = False,
     ):
         super().__init__()
@@ -153,7 +153,7 @@ class Seq2Seq(StatefulModule):
         memory = None
         if self.attention is not None:
             keys = self.attention.keys(states.to(embedded.dtype)).to(states.dtype)
-            memory = Memory(keys, states, source_span.doc, source_span.pos)
+            memory = EncodedSource(keys, states, source_span.doc, source_span.pos)
         projected = self._cell(0).project(embedded)
         state = self._found(span, states, len(embedded))
         opens = whole.opens()
@@ -176,7 +176,7 @@ class Seq2Seq(StatefulModule):
         projected: Tensor,
         state: DecoderState,
         address: tuple[Tensor, Tensor, Tensor],
-        memory: Memory | None,
+        memory: EncodedSource | None,
     ) -> tuple[Tensor, DecoderState]:
         """Returns what a token gives to the outputs, and the state after it."""
         if self.attention is None or memory is None:

@@ -39,7 +39,7 @@ class KeyValueStore(NamedTuple):
         return self.key.shape[:3].numel()
 
 
-class Neighbors(NamedTuple):
+class NearestKeys(NamedTuple):
     """The best entries of every query so far, best first.
 
     Attributes:
@@ -53,16 +53,21 @@ class Neighbors(NamedTuple):
     entry: Tensor
 
 
-def no_neighbors(q: Tensor, count: int) -> Neighbors:
+def no_neighbors(q: Tensor, count: int) -> NearestKeys:
     """Returns neighbours that any entry improves."""
     score = q.new_full((*q.shape[:3], count), -torch.inf, dtype=torch.float64)
     pos = torch.full_like(score, NOWHERE, dtype=torch.long)
-    return Neighbors(score, pos, pos.clone())
+    return NearestKeys(score, pos, pos.clone())
 
 
 def search(
-    q: Tensor, stores: Sequence[KeyValueStore], mask: Mask, span: Span, best: Neighbors, first: int
-) -> Neighbors:
+    q: Tensor,
+    stores: Sequence[KeyValueStore],
+    mask: Mask,
+    span: Span,
+    best: NearestKeys,
+    first: int,
+) -> NearestKeys:
     """Returns the best of `best` and of the stores.
 
     Scores are compared in float64 and never held for all queries and entries at once.
@@ -87,7 +92,7 @@ def search(
                 # Most blocks of a store belong to other documents, or come later.
                 if not bool(seen.any()):
                     continue
-                current = Neighbors(*(_grouped(x[:, queries], groups) for x in best))
+                current = NearestKeys(*(_grouped(x[:, queries], groups) for x in best))
                 grouped_queries = _grouped(q[:, queries].double(), groups)
                 better = _better(grouped_queries, key, seen, kv_span.pos, current, number)
                 for whole, improved in zip(best, better):
@@ -102,8 +107,8 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
 
 
 def _better(
-    q: Tensor, key: Tensor, seen: Tensor, pos: Tensor, current: Neighbors, number: Tensor
-) -> Neighbors:
+    q: Tensor, key: Tensor, seen: Tensor, pos: Tensor, current: NearestKeys, number: Tensor
+) -> NearestKeys:
     """Returns the best of `current`, [B, G, t, r, K], and of one block of a store.
 
     Args:
@@ -122,7 +127,7 @@ def _better(
     position = pos[rows, index]
     entry = number[:, :, None, None, None] + index * number.shape[1]
     hidden = score == -torch.inf
-    block = Neighbors(
+    block = NearestKeys(
         score, position.masked_fill(hidden, NOWHERE), entry.masked_fill(hidden, NOWHERE)
     )
     return merge_neighbors(current, block)
@@ -172,14 +177,14 @@ def _highest(scores: Tensor, pos: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return score, place
 
 
-def merge_neighbors(a: Neighbors, b: Neighbors) -> Neighbors:
+def merge_neighbors(a: NearestKeys, b: NearestKeys) -> NearestKeys:
     """The best of both, as many as `a` has; their entries differ."""
     count = a.score.shape[-1]
     both = [torch.cat(pair, -1) for pair in zip(a, b)]
     order = both[1].sort(dim=-1, stable=True).indices
     score = both[0].gather(-1, order).sort(dim=-1, descending=True, stable=True)
     order = order.gather(-1, score.indices[..., :count])
-    return Neighbors(*(x.gather(-1, order) for x in both))
+    return NearestKeys(*(x.gather(-1, order) for x in both))
 
 
 def blocks(count: int, size: int) -> Iterator[slice]:

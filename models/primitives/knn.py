@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from models.carried_state import CarriedState
-from models.kernels.knn import NOWHERE, KeyValueStore, Neighbors, blocks, no_neighbors, search
+from models.kernels.knn import NOWHERE, KeyValueStore, NearestKeys, blocks, no_neighbors, search
 from models.masks.algebra import Mask
 from models.primitive import Primitive
 from models.scores import Tensors
@@ -80,7 +80,7 @@ class KNN(Primitive):
         (key, value), span = past.extend(self.place, pair, store.span, self.mask, shared=True)
         return KeyValueStore(key, value, span)
 
-    def search(self, q: Tensor, stores: Sequence[KeyValueStore], span: Span) -> Neighbors:
+    def search(self, q: Tensor, stores: Sequence[KeyValueStore], span: Span) -> NearestKeys:
         """Returns the nearest entries of all stores, numbered end to end."""
         return search(q, stores, self.mask, span, no_neighbors(q, self.count), 0)
 

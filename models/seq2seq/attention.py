@@ -24,7 +24,7 @@ AttentionKind = Literal[
 ]
 
 
-class Memory(NamedTuple):
+class EncodedSource(NamedTuple):
     """A source, as every step of the decoder reads it.
 
     Attributes:
@@ -98,7 +98,7 @@ class StepAttention(Layer):
         """[B, S, W] -> [B, S, A or W]: what is computed of the source once."""
         return self.key(values)
 
-    def forward(self, query: Query, memory: Memory) -> Tensor:
+    def forward(self, query: Query, memory: EncodedSource) -> Tensor:
         """Returns the context [B, W]."""
         wide = memory.values.dtype
         seen = (memory.doc == query.doc[:, None]) & (memory.doc >= 0)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.kernels.knn import KeyValueStore, Neighbors, no_neighbors, search
+from models.kernels.knn import KeyValueStore, NearestKeys, no_neighbors, search
 from models.primitives.knn import KNN, distinct, taken
 from models.scores import Tensors
 from models.span import Span
@@ -40,7 +40,7 @@ class ShardedKNN(KNN):
             return self.core(query, stores, params, span=span)
         return super().forward(query, stores, params, span=span)
 
-    def search(self, q: Tensor, stores: Sequence[KeyValueStore], span: Span) -> Neighbors:
+    def search(self, q: Tensor, stores: Sequence[KeyValueStore], span: Span) -> NearestKeys:
         """Runs KNN.search over every rank's store; entries are numbered rank by rank."""
         size = self.communicator.size
         rank = self.communicator.rank
@@ -51,7 +51,7 @@ class ShardedKNN(KNN):
             best = search(q, stores, self.mask, source, best, first_entry)
             # After the last step this brings every query and its matches home.
             q, *matches = self.communicator.ring_shift([q, *best], "recall").wait()
-            best = Neighbors(*matches)
+            best = NearestKeys(*matches)
         return best
 
     def bring(

@@ -6,7 +6,7 @@ figures are the accuracy on unseen graphs, or on the held-out nodes of a graph.
 
 from collections.abc import Callable
 
-from scripts.experiments.parts import Part, run_parts
+from scripts.experiments.parts import ExperimentPart, run_parts
 from scripts.experiments.runner import Budget
 from scripts.experiments.trial import TrialResult
 
@@ -23,13 +23,13 @@ MODELS = {
     "mean of neighbours": ("model=gat", "model.scoring=mean"),
 }
 PARTS = {
-    "trust": Part(
+    "trust": ExperimentPart(
         (*COMMON, "context_length=96", "batch_tokens=768", "steps=300"),
         "### Unseen graphs\nClasses of nodes that name a wrong one, in graphs of 24 to 48 nodes"
         " that were never seen. A node reads 6 others: 0.7 of them are of its class, and 0.4 name"
         " theirs and are trusted. A guess is right 0.25 of the time.",
     ),
-    "karate": Part(
+    "karate": ExperimentPart(
         (
             *COMMON,
             "data.graph=karate",

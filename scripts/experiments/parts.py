@@ -14,7 +14,7 @@ COLUMNS: Mapping[str, TableColumn] = {
 
 
 @dataclass(frozen=True)
-class Part:
+class ExperimentPart:
     """A task for all models of a recipe.
 
     Attributes:
@@ -30,7 +30,7 @@ class Part:
 
 def run_parts(
     models: Mapping[str, tuple[str, ...]],
-    parts: Mapping[str, Part],
+    parts: Mapping[str, ExperimentPart],
     effort: Budget,
     say: Callable[[str], None],
 ) -> tuple[str, list[TrialResult]]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from scripts.experiments.parts import Part, run_parts
+from scripts.experiments.parts import ExperimentPart, run_parts
 from scripts.experiments.runner import Budget
 from scripts.experiments.trial import TrialResult
 from trainer.data.tasks.sets import Sets
@@ -62,9 +62,9 @@ DIFFERENT = (
     " there are."
 )
 PARTS = {
-    "distinct": Part(DISTINCT, DIFFERENT, (PAIRS, SUM, WIDE_SUM)),
-    "points": Part(DISTINCT, DIFFERENT, (POINTS,)),
-    "characters": Part(
+    "distinct": ExperimentPart(DISTINCT, DIFFERENT, (PAIRS, SUM, WIDE_SUM)),
+    "points": ExperimentPart(DISTINCT, DIFFERENT, (POINTS,)),
+    "characters": ExperimentPart(
         (
             *COMMON,
             *_rows_of(LETTERS),

@@ -55,7 +55,7 @@ class FileRecord(Sheet):
     sha256: str
 
 
-class Chunk(Sheet):
+class StoredBox(Sheet):
     """A box of a tensor, and the file and byte offset at which its elements lie."""
 
     offsets: Box
@@ -70,7 +70,7 @@ class TensorRecord(Sheet):
 
     dtype: str
     size: Box
-    chunks: list[Chunk]
+    chunks: list[StoredBox]
 
 
 class Manifest(Sheet):

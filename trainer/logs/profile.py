@@ -30,7 +30,7 @@ from trainer.files.safe_files import make_inside
 
 FOLDER = "profile"
 WAIT = "exposed communication"
-Interval = tuple[float, float]
+TimeInterval = tuple[float, float]
 
 
 class StepProfiler:
@@ -111,11 +111,11 @@ def exposed_seconds(events: Iterable[Any], on_gpu: bool) -> float:
     return covered(map(_interval, kernels)) - covered(map(_interval, other))
 
 
-def _interval(event: Any) -> Interval:
+def _interval(event: Any) -> TimeInterval:
     return event.time_range.start / 1e6, event.time_range.end / 1e6
 
 
-def covered(intervals: Iterable[Interval]) -> float:
+def covered(intervals: Iterable[TimeInterval]) -> float:
     """Returns the length of the union of intervals."""
     total = 0.0
     until = -float("inf")

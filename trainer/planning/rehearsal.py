@@ -18,7 +18,7 @@ from trainer.agreement import Marks
 from trainer.config.schema import Config
 from trainer.data.batch import Batch
 from trainer.data.lanes import Lanes
-from trainer.data.streams.prefetch import Figures, StepInput
+from trainer.data.streams.prefetch import StepCounts, StepInput
 from trainer.logs.meters import Meter, Peak
 from trainer.loop import Loop
 from trainer.optim.selection import count_trained
@@ -85,7 +85,7 @@ class Rehearsal:
         given = StepInput(
             cursor={},
             marks=Marks(),
-            figures=Figures.of(self.batch, share, self.loop.flops),
+            figures=StepCounts.of(self.batch, share, self.loop.flops),
             cut=deque(share.in_time(self.batch)),
         )
         self.loop.take_step(self.progress, given)

@@ -46,7 +46,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Place:
+class JobSlots:
     """The slots of a job: `environment` is that of its process, and of srun's."""
 
     machine: Machine
@@ -130,7 +130,7 @@ class Slots:
                 found = number
         return found
 
-    def take(self, ranks: int) -> Place:
+    def take(self, ranks: int) -> JobSlots:
         """Takes slots for a task that fits."""
         number = self._room(ranks)
         assert number is not None, "asked for without room"
@@ -143,9 +143,9 @@ class Slots:
         self.free[number] = self.free[number][ranks:]
         if machine.gpus and machine.name is None:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-        return Place(machine, ranks, own, environment)
+        return JobSlots(machine, ranks, own, environment)
 
-    def give(self, place: Place) -> None:
+    def give(self, place: JobSlots) -> None:
         """Returns what `take` gave."""
         number = self.machines.index(place.machine)
         self.taken[number] -= place.ranks

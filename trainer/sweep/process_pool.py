@@ -18,7 +18,7 @@ from typing import Any
 
 from trainer.files.safe_files import open_inside
 from trainer.launch.exit_report import SAVED, handling
-from trainer.sweep.machines import Place, Slots
+from trainer.sweep.machines import JobSlots, Slots
 
 POLL_S = 1.0
 
@@ -83,7 +83,7 @@ class ProcessPool:
         self.events: SimpleQueue[Any] = (
             SimpleQueue()
         )  # the numbers of tasks that ended, and signals
-        self.running: dict[int, tuple[subprocess.Popen[bytes], float, Place]] = {}
+        self.running: dict[int, tuple[subprocess.Popen[bytes], float, JobSlots]] = {}
 
     def run(self, tasks: dict[int, ProcessTask]) -> signal.Signals | None:
         """Runs all tasks, by number; returns the signal that stopped them early, or None.

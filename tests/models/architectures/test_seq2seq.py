@@ -7,7 +7,7 @@ import torch
 
 from models.analysis.alignments import alignments
 from models.architectures.seq2seq import Seq2Seq
-from models.seq2seq.attention import Memory, Query, StepAttention
+from models.seq2seq.attention import EncodedSource, Query, StepAttention
 from models.seq2seq.encoder import RecurrentEncoder
 from models.span import Span
 from tests.support.pool import ranks
@@ -156,7 +156,7 @@ def test_local_attention_with_a_wide_window_is_global():
     for kind, attention in attentions.items():
         with torch.no_grad():
             attention.key.weight.copy_(weight)
-        memory = Memory(attention.keys(values), values, torch.zeros_like(places), places)
+        memory = EncodedSource(attention.keys(values), values, torch.zeros_like(places), places)
         contexts[kind] = attention(query, memory)
     for kind in ("local_m", "local_p"):
         assert (contexts[kind] - contexts["luong_general"]).abs().max() < 1e-12
@@ -166,7 +166,7 @@ def test_the_gaussian_is_not_normalised_again_and_teaches_its_centre():
     attention = roughened(StepAttention(WIDTH, "local_p", window=40, sigma=2.0))
     values = torch.ones(1, 9, WIDTH, dtype=torch.float64)
     places = torch.arange(9)[None]
-    memory = Memory(attention.keys(values), values, torch.zeros_like(places), places)
+    memory = EncodedSource(attention.keys(values), values, torch.zeros_like(places), places)
     query = Query(
         torch.randn(1, WIDTH, dtype=torch.float64), *(torch.tensor([n]) for n in (0, 0, 9))
     )

@@ -23,8 +23,8 @@ from trainer.data.streams.base import Cursor, Stream
 JOIN_S = 5.0  # a thread that waits for a network longer than this is left behind
 
 
-class Figures(NamedTuple):
-    """Figures of rows: of a data rank until ranks have met, then of the whole step.
+class StepCounts(NamedTuple):
+    """Counts of rows: of a data rank until ranks have met, then of the whole step.
 
     Attributes:
         valid_tokens: targets.
@@ -37,11 +37,11 @@ class Figures(NamedTuple):
     flops: float
 
     @staticmethod
-    def of(batch: Batch, share: BatchSharder, flops: "CountFlops") -> "Figures":
+    def of(batch: Batch, share: BatchSharder, flops: "CountFlops") -> "StepCounts":
         """Returns the figures of the rows of a batch."""
         span = batch.span()
         source = None if batch.source is None else batch.source.span()
-        return Figures(share.valid(batch), int(span.valid().any(1).sum()), flops(span, source))
+        return StepCounts(share.valid(batch), int(span.valid().any(1).sum()), flops(span, source))
 
 
 CountFlops = Callable[[Span, Span | None], float]
@@ -53,7 +53,7 @@ class StepInput(NamedTuple):
     Attributes:
         cursor: of the next batch.
         marks: hashes of what was read, to be compared over ranks.
-        figures: see Figures.
+        figures: see StepCounts.
         cut: this rank's micro-batches on its device, each as the pieces of its rows, with True for
             the last; they are taken out one by one, since what layers derive from their addresses
             lives as long as they do.
@@ -61,7 +61,7 @@ class StepInput(NamedTuple):
 
     cursor: Cursor
     marks: Marks
-    figures: Figures
+    figures: StepCounts
     cut: deque[tuple[list[MicroBatch], bool]]
 
     def micro_batches(self) -> Iterator[tuple[list[MicroBatch], bool]]:
@@ -142,7 +142,7 @@ class Prefetcher:
         return StepInput(
             cursor=rows.cursor,
             marks=marks_of(rows._replace(batch=batch), cursor, self.stream.fingerprint),
-            figures=Figures.of(batch, self.share, self.flops),
+            figures=StepCounts.of(batch, self.share, self.flops),
             cut=deque(self.share.own_in_time(batch)),
         )
 
