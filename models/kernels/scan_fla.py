@@ -16,7 +16,9 @@ driver over ranks runs the kernel twice.
 Written for version 0.5.2 (Yang & Zhang 2024, github.com/fla-org/flash-linear-attention). The calls
 are held to our own scan by those very kernels in Triton's interpreter, and on a GPU by
 scripts/gpu_check.sh. Left out: its kernels for the delta rule with a decay per head, which want
-keys and rates apart where our payload has them multiplied.
+keys and rates apart where our payload has them multiplied, and FlashQLA 0.1.3 (Zhang et al. 2026,
+github.com/QwenLM/FlashQLA), which wants that too and takes half precision alone: the delta rule is
+computed in float32, for its state is corrected at every token.
 
 Letters: B rows, T tokens, N valid tokens, S stretches, R runs, H heads, D key width, E value width;
 "h" is H or 1.

@@ -14,28 +14,32 @@ with plus infinity; a query that sees no key answers lse minus infinity, mean 0.
 pair of bounds (models/kernels/band_plan.py), by flash alone: cuDNN's kernel for packed sequences
 was 30 times slower on an H200.
 
+Where flash-attn 2, 3 or 4 is installed (models/kernels/flash_attention.py), ORDER says before which
+of these kernels it serves, blocks and packed stretches alike.
+
 Half precision stays half inside a block and is summed wide over blocks. A matrix in half precision
 only hides keys and is exact; one that is wide carries numbers, and its block is computed in
 float32. float64 and ROCm use the reference kernel.
-Left out: FlexAttention takes no lse from outside, so it cannot serve in a ring; the packages
-flash-attn 2 and 3 change signatures between releases and were not at hand to check. The order of
-sums of the backward passes is only fixed under `torch.use_deterministic_algorithms(True)`.
+Left out: FlexAttention takes no lse from outside, so it cannot serve in a ring. The order of sums
+of the backward passes is only fixed under `torch.use_deterministic_algorithms(True)`.
 
 Letters: b rows, t queries, s keys, H query heads, G key heads, D key width, E value width; N, M
 queries and keys of packed stretches.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 
-from models.kernels.band_plan import BandCall
-from models.kernels.reference import Partial, accumulation_dtype, finite_lse
+from models.kernels.band_plan import EVERY, BandCall
+from models.kernels.flash_attention import calls, releases
+from models.kernels.flash_attention.releases import FLASH_2, FLASH_3, FLASH_4, RELEASES
+from models.kernels.kernel_inputs import ALIGN, KernelChoice, loadable, lse_by_head
+from models.kernels.reference import Partial, accumulation_dtype
 
 # elements
-ALIGN = 8
 BIAS_ALIGN = 16
 MASS_ALIGN = 32
 WIDEST = 256  # head width of flash and cudnn
@@ -43,6 +47,14 @@ PLANNED = 128  # cudnn serves blocks whose sides are multiples of it
 HALF = torch.float16, torch.bfloat16
 
 CUDNN, FLASH, EFFICIENT = "cudnn", "flash", "efficient"
+# By the first number of a generation, what serves half precision before PyTorch's flash: the first
+# that is there and takes the widths. 3 is written for Hopper, 4 for Hopper and Blackwell.
+ORDER = {
+    8: (FLASH_2,),
+    9: (FLASH_3, FLASH_4, CUDNN, FLASH_2),
+    10: (FLASH_4, CUDNN, FLASH_2),
+    12: (FLASH_2,),
+}
 
 cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 cudnn_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
@@ -52,15 +64,6 @@ efficient = torch.ops.aten._scaled_dot_product_efficient_attention.default
 efficient_backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
 packed_flash = torch.ops.aten._flash_attention_forward.default
 packed_flash_backward = torch.ops.aten._flash_attention_backward.default
-
-
-class KernelChoice(NamedTuple):
-    """The kernel of a block by name, its dtype, and its widths of keys and values."""
-
-    kernel: str
-    dtype: torch.dtype
-    key: int
-    value: int
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -79,6 +82,7 @@ def choose_kernel(
     value: int,
     generation: tuple[int, int],
     sides: tuple[int, int] = (1, 1),
+    packages: Sequence[str] = (),
 ) -> KernelChoice:
     """Chooses by what is to be computed.
 
@@ -87,6 +91,7 @@ def choose_kernel(
         key, value: widths.
         generation: see `capability`.
         sides: numbers of queries and of keys.
+        packages: versions of flash-attn that may serve.
     """
     dtype = dtypes[0]
     for other in dtypes[1:]:
@@ -98,8 +103,13 @@ def choose_kernel(
     able = generation >= (8, 0) and widest <= WIDEST and not (small and 192 < widest <= 224)
     if dtype in HALF and len(dtypes) == 3 and able:
         planned = all(side % PLANNED == 0 for side in sides)
-        if generation[0] in (9, 10) and planned:
-            return KernelChoice(CUDNN, dtype, key, value)
+        for kernel in ORDER.get(generation[0], ()):
+            if kernel == CUDNN and planned:
+                return KernelChoice(CUDNN, dtype, key, value)
+            if kernel in packages:
+                filled = releases.widths(kernel, generation, key, value)
+                if filled is not None:
+                    return KernelChoice(kernel, dtype, *filled)
         return KernelChoice(FLASH, dtype, widest, widest)
     if dtype == torch.bfloat16 and generation < (8, 0):
         dtype = torch.float32
@@ -108,33 +118,33 @@ def choose_kernel(
 
 def takes_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Tells whether `forward_packed` serves these tensors: where flash does."""
-    return _packed_way(q, k, v).kernel == FLASH
+    return _packed_way(q, k, v).kernel != EFFICIENT
 
 
 def _packed_way(q: Tensor, k: Tensor, v: Tensor) -> KernelChoice:
     # Sides of 1: packed stretches end anywhere.
-    dtypes = [x.dtype for x in (q, k, v)]
-    return choose_kernel(dtypes, q.shape[-1], v.shape[-1], capability(q.device))
+    return _choose((q, k, v), (1, 1))
 
 
 def _way(q: Tensor, k: Tensor, v: Tensor, add: Tensor | None) -> KernelChoice:
-    dtypes = [x.dtype for x in (q, k, v, add) if x is not None]
-    sides = q.shape[1], k.shape[1]
-    return choose_kernel(dtypes, q.shape[-1], v.shape[-1], capability(q.device), sides)
+    tensors = (q, k, v) if add is None else (q, k, v, add)
+    return _choose(tensors, (q.shape[1], k.shape[1]))
+
+
+def _choose(tensors: Sequence[Tensor], sides: tuple[int, int]) -> KernelChoice:
+    q, _, v, *_ = tensors
+    widths = q.shape[-1], v.shape[-1]
+    # Not every version of flash-attn tells shapes of tensors without numbers.
+    counted = not (q.is_meta or isinstance(q, FakeTensor))
+    packages = releases.available() if counted else ()
+    dtypes = [x.dtype for x in tensors]
+    return choose_kernel(dtypes, *widths, capability(q.device), sides, packages)
 
 
 def _ready(x: Tensor, dtype: torch.dtype, width: int, *, packed: bool = False) -> Tensor:
     """[b, t, H, D] -> [b, H, t, width]: filled up, and laid out so that a kernel may load it;
     `packed` allows no gaps."""
-    x = x.to(dtype)
-    if width > x.shape[-1]:
-        x = F.pad(x, (0, width - x.shape[-1]))
-    fits = x.stride(-1) == 1 and all(
-        step % ALIGN == 0 for step in (x.storage_offset(), *x.stride()[:-1])
-    )
-    if not fits or (packed and not x.is_contiguous()):
-        x = x.clone(memory_format=torch.contiguous_format)
-    return x.transpose(1, 2)
+    return loadable(x, dtype, width, gapless=packed).transpose(1, 2)
 
 
 def _spread(x: Tensor, heads: int) -> Tensor:
@@ -164,11 +174,9 @@ def _bias(add: Tensor | None, dtype: torch.dtype, rows: int, heads: int) -> Tens
     return room[..., :size].expand(rows, heads, *add.shape[2:])
 
 
-def _masses(lse: Tensor, align: int) -> Tensor:
-    """[b, t, H] -> [b, H, t filled up]: finite, so that what is hidden weighs nothing, and infinite
-    where nothing is."""
-    lse = finite_lse(lse).float().transpose(1, 2)
-    return F.pad(lse, (0, -lse.shape[-1] % align), value=torch.inf).contiguous()
+def _own_bounds(triangle: bool) -> tuple[int, int]:
+    """A block as a stretch: bounds left and right."""
+    return (EVERY, 0) if triangle else (EVERY, EVERY)
 
 
 def _no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -184,6 +192,10 @@ def forward(
     if not (q.shape[1] and k.shape[1]):
         raise ValueError(f"a block has queries and keys, got {q.shape[1]} and {k.shape[1]}")
     use = _way(q, k, v, add)
+    if use.kernel in RELEASES:
+        part = calls.forward(use, (q, k, v), scale, _own_bounds(triangle))
+        # A version that fails is given up, and another kernel chosen.
+        return forward(q, k, v, scale, triangle, add) if part is None else part
     rows = q.shape[0]
     heads = q.shape[2]
     query = _ready(q, use.dtype, use.key)
@@ -227,6 +239,12 @@ def backward(
     Half or wide, as the kernel rounds them.
     """
     use = _way(q, k, v, add)
+    if use.kernel in RELEASES:
+        bounds = _own_bounds(triangle)
+        answer = calls.backward(use, (q, k, v), scale, bounds, d_out=d_out, mean=mean, lse=lse)
+        if answer is None:
+            return backward(q, k, v, scale, triangle, add, d_out=d_out, mean=mean, lse=lse)
+        return answer
     rows = q.shape[0]
     heads = q.shape[2]
     inner_d_out, out = (_ready(x, use.dtype, use.value, packed=True) for x in (d_out, mean))
@@ -235,12 +253,12 @@ def backward(
     if use.kernel == CUDNN:
         both = _ready(k, use.dtype, use.key), _ready(v, use.dtype, use.value)
         none = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout
-        tensors = (inner_d_out, query, *both, out, _masses(lse, 1)[..., None])
+        tensors = (inner_d_out, query, *both, out, lse_by_head(lse)[..., None])
         grads = cudnn_backward(*tensors, none, none, None, *sizes, 0.0, triangle, scale=scale)
     elif use.kernel == FLASH:
         both = _ready(k, use.dtype, use.key), _ready(v, use.dtype, use.value)
         dropout = _no_dropout(q.device)
-        tensors = (inner_d_out, query, *both, out, _masses(lse, 1))
+        tensors = (inner_d_out, query, *both, out, lse_by_head(lse))
         grads = flash_backward(*tensors, *sizes, 0.0, triangle, *dropout, scale=scale)
     else:
         both = (
@@ -248,29 +266,12 @@ def backward(
             _ready(_spread(v, heads), use.dtype, use.value),
         )
         bias = _bias(add, use.dtype, rows, heads)
-        inner_lse = _masses(lse, MASS_ALIGN)
+        inner_lse = lse_by_head(lse, MASS_ALIGN)
         none = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout
-        wanted = [True, True, True, False]
-        grads = efficient_backward(
-            inner_d_out,
-            query,
-            *both,
-            bias,
-            out,
-            inner_lse,
-            none,
-            none,
-            0.0,
-            wanted,
-            triangle,
-            scale=scale,
-        )[:3]
+        rest = none, none, 0.0, [True, True, True, False], triangle
+        tensors = inner_d_out, query, *both, bias, out, inner_lse
+        grads = efficient_backward(*tensors, *rest, scale=scale)[:3]
     return _gather(grads[0], q), _gather(grads[1], k), _gather(grads[2], v)
-
-
-def _ready_packed(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
-    """[N, H, D] -> [N, H, width], as `_ready`."""
-    return _ready(x[None], dtype, width).transpose(1, 2)[0]
 
 
 def forward_packed(q: Tensor, k: Tensor, v: Tensor, scale: float, call: BandCall) -> Partial:
@@ -280,7 +281,10 @@ def forward_packed(q: Tensor, k: Tensor, v: Tensor, scale: float, call: BandCall
         mean [N, H, E] and lse [N, H], wide. Every query sees a key.
     """
     use = _packed_way(q, k, v)
-    tensors = [_ready_packed(x, use.dtype, use.key) for x in (q, k, v)]
+    if use.kernel in RELEASES:
+        part = calls.forward(use, (q, k, v), scale, (call.left, call.right), call)
+        return forward_packed(q, k, v, scale, call) if part is None else part
+    tensors = [loadable(x, use.dtype, use.key) for x in (q, k, v)]
     mean, lse = packed_flash(*tensors, *_packed_sizes(call), scale=scale, **_bounds(call))[:2]
     wide = accumulation_dtype(q.dtype)
     return mean[..., : v.shape[-1]].to(wide), lse.transpose(0, 1).to(wide)
@@ -299,8 +303,16 @@ def backward_packed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k, v, given mean [N, H, E] and lse [N, H] over ALL keys."""
     use = _packed_way(q, k, v)
-    tensors = [_ready_packed(x, use.dtype, use.key) for x in (d_out, q, k, v, mean)]
-    masses = finite_lse(lse).float().transpose(0, 1).contiguous()
+    if use.kernel in RELEASES:
+        bounds = call.left, call.right
+        answer = calls.backward(
+            use, (q, k, v), scale, bounds, call, d_out=d_out, mean=mean, lse=lse
+        )
+        if answer is None:
+            return backward_packed(q, k, v, scale, call, d_out=d_out, mean=mean, lse=lse)
+        return answer
+    tensors = [loadable(x, use.dtype, use.key) for x in (d_out, q, k, v, mean)]
+    masses = lse_by_head(lse)
     sizes = _packed_sizes(call)[:-1]
     state = _no_dropout(q.device)
     grads = packed_flash_backward(*tensors, masses, *sizes, *state, scale=scale, **_bounds(call))

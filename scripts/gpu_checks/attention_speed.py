@@ -2,7 +2,8 @@
 
 Ours is the primitive with its autograd, which may cut a mask into blocks. PyTorch's is, for one
 causal document, scaled_dot_product_attention by each of its kernels, and for packed documents and
-windows its flash kernel for documents of their own lengths, and FlexAttention compiled. Counted are
+windows its flash kernel for documents of their own lengths, and FlexAttention compiled. Where a
+version of flash-attn is installed, ours by each of them, and by none, are rivals too. Counted are
 visible pairs: 2 (D + E) FLOPs a pair and head forward, 2.5 times that backward.
 """
 
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from models.attention.full import CAUSAL
+from models.kernels import sdpa_cuda
+from models.kernels.flash_attention import releases
 from models.masks.basic import SlidingWindow
 from models.primitives.softmax import Softmax
 from models.span import Span
@@ -169,6 +173,33 @@ def _ours(prepared: SpeedCheck, shape: RowShape) -> Callable[[], Any]:
 
 
 def _rivals(prepared: SpeedCheck, shape: RowShape) -> dict[str, Rival]:
+    return {**_versions(prepared, shape), **_pytorch(shape)}
+
+
+def _versions(prepared: SpeedCheck, shape: RowShape) -> dict[str, Rival]:
+    """Ours by each version of flash-attn that serves this card, and by none of them."""
+    order = sdpa_cuda.ORDER.get(sdpa_cuda.capability(prepared.device)[0], ())
+    served = [name for name in releases.available() if name in order]
+    rivals = {name: partial(_ours_by, shape, (name,)) for name in served}
+    if served:
+        others = tuple(kernel for kernel in order if kernel not in releases.RELEASES)
+        rivals["no flash-attn"] = partial(_ours_by, shape, others)
+    return rivals
+
+
+def _ours_by(shape: RowShape, kernels: tuple[str, ...], prepared: SpeedCheck) -> Callable[[], Any]:
+    """Ours with these kernels before PyTorch's flash."""
+    step = _ours(prepared, shape)
+    order = dict.fromkeys(sdpa_cuda.ORDER, kernels)
+
+    def call() -> Any:
+        with patch.dict(sdpa_cuda.ORDER, order):
+            return step()
+
+    return call
+
+
+def _pytorch(shape: RowShape) -> dict[str, Rival]:
     if shape.documents == 1 and not shape.window:
         return {
             "cudnn": partial(_sdpa, shape, SDPBackend.CUDNN_ATTENTION),

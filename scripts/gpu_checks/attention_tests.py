@@ -1,5 +1,6 @@
-"""The tests of the attention kernels on a GPU, our own in Triton among them: forward, backward and
-an lse from outside, each against the reference kernel in float64."""
+"""The tests of the attention kernels on a GPU, our own in Triton and the versions of flash-attn
+that are installed among them: forward, backward and an lse from outside, each against the
+reference kernel in float64."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ WORKERS = 2
 
 def prepare(dry: bool) -> list[str]:
     """Returns the words that choose the tests."""
-    files = sorted(map(str, FOLDER.glob("test_*cuda*.py")))
+    files = sorted(map(str, FOLDER.rglob("test_*cuda*.py")))
     if dry:
         return [*files, "-k", "table_knows or empty_side"]
     others = [str(FOLDER / name) for name in ("test_grouped_mm.py",) if (FOLDER / name).exists()]

@@ -21,7 +21,8 @@ PACKAGES = (
     "tokenizers",
     "wandb",
 )
-PACKAGES += ("deepspeed", "flash-attn", "flash-linear-attention", "triton", "liger-kernel")
+PACKAGES += ("deepspeed", "flash-attn", "flash-attn-3", "flash-attn-4")
+PACKAGES += ("flash-linear-attention", "triton", "liger-kernel")
 
 
 def environment() -> dict[str, Any]:

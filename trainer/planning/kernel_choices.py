@@ -1,9 +1,10 @@
 """Tells which kernel serves each call of a model: what `python -m scripts.kernels` prints.
 
 Nothing is written down here that the run does not ask as well: models/kernels/backends.py for the
-module of an attention, its `choose_kernel` and `takes_packed` for the kernel of each block that the
-planners of blocks and bands make of a mask, models/kernels/triton_attention/dispatch.py for masks
-that are no bands, and models/kernels/scan_fla.py for a scan.
+module of an attention, its `choose_kernel` for the kernel of each block and each packed call that
+the planners of blocks and bands make of a mask, models/kernels/flash_attention/releases.py for the
+versions of flash-attn that are installed here, models/kernels/triton_attention/dispatch.py for
+masks that are no bands, and models/kernels/scan_fla.py for a scan.
 
 Letters: P ranks of a ring.
 """
@@ -19,6 +20,7 @@ from models.kernels import grouped_mm, scan_fla, sdpa_cuda
 from models.kernels.backends import select_kernel
 from models.kernels.band_plan import plan_bands
 from models.kernels.block_plan import LEAF, PARTIAL_TILE, Tile, plan_tiles, split_tile
+from models.kernels.flash_attention.releases import RELEASES, available, version
 from models.kernels.reference import accumulation_dtype
 from models.kernels.triton_attention import dispatch as pairwise
 from models.scores import Score, WrappedScore
@@ -150,11 +152,12 @@ def _blocks(
 ) -> list[tuple[str, str]]:
     """Returns (kernel, reason) for each call of a kernel."""
     score = call.spec.score
-    if not score.biased and _takes_packed(call, setting, module):
+    packed = None if score.biased else _packed_kernel(call, setting, module)
+    if packed is not None:
         calls = plan_bands(call.spec.mask, queries, keys)
         if calls is not None:
             reason = "the mask is bands between runs of tokens, which one call takes together"
-            return [("flash for packed stretches", reason)] * len(calls)
+            return [(f"{packed} for packed stretches", reason)] * len(calls)
     if _in_triton(call, setting, queries, keys):
         reason = "the mask is no bands, or numbers are added to scores; it works both out itself"
         return [(TRITON, reason)]
@@ -175,10 +178,17 @@ def _in_triton(call: AttentionCall, setting: Setting, queries: Span, keys: Span)
     return pairwise.wanted(spec.general, parts[1], spec.mask, queries, keys)
 
 
-def _takes_packed(call: AttentionCall, setting: Setting, module: ModuleType) -> bool:
+def _packed_kernel(call: AttentionCall, setting: Setting, module: ModuleType) -> str | None:
     if not hasattr(module, "takes_packed"):
-        return False
-    return _choose(call.operands, (), setting, (1, 1)).kernel == sdpa_cuda.FLASH
+        return None
+    # Sides of 1: packed stretches end anywhere.
+    kernel = _choose(call.operands, (), setting, (1, 1)).kernel
+    return None if kernel == sdpa_cuda.EFFICIENT else _versioned(kernel)
+
+
+def _versioned(kernel: str) -> str:
+    """A kernel by name, with the version of the package that it is from."""
+    return f"{kernel} ({version(kernel)})" if kernel in RELEASES and version(kernel) else kernel
 
 
 def _tile(call: AttentionCall, setting: Setting, module: ModuleType, tile: Tile) -> tuple[str, str]:
@@ -195,7 +205,8 @@ def _tile(call: AttentionCall, setting: Setting, module: ModuleType, tile: Tile)
         return f"flash of PyTorch for CPUs ({kind})", "the CPU's only fast kernel"
     sides = tile.q1 - tile.q0, tile.k1 - tile.k0
     use = _choose(call.operands, added, setting, sides)
-    return f"{use.kernel} in {_name(use.dtype)} ({kind})", _reason(use, added, setting, sides)
+    kernel = _versioned(use.kernel)
+    return f"{kernel} in {_name(use.dtype)} ({kind})", _reason(use, added, setting, sides)
 
 
 def _choose(
@@ -206,7 +217,7 @@ def _choose(
 ) -> sdpa_cuda.KernelChoice:
     dtypes = [*(each.dtype for each in operands), *added]
     widths = operands[0].shape[-1], operands[2].shape[-1]
-    return sdpa_cuda.choose_kernel(dtypes, *widths, setting.generation, sides)
+    return sdpa_cuda.choose_kernel(dtypes, *widths, setting.generation, sides, available())
 
 
 def _reason(
@@ -216,6 +227,8 @@ def _reason(
     sides: tuple[int, int],
 ) -> str:
     generation = "sm_{}{}".format(*setting.generation)
+    if use.kernel in RELEASES:
+        return f"{generation}, half precision, and it is installed here"
     if use.kernel == sdpa_cuda.CUDNN:
         return f"{generation}, half precision, sides that are multiples of {sdpa_cuda.PLANNED}"
     if use.kernel == sdpa_cuda.FLASH:

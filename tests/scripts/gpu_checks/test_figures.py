@@ -6,14 +6,18 @@ import pytest
 import torch
 
 from models.attention.full import CAUSAL
+from models.kernels import sdpa_cuda
+from models.kernels.backends import TABLE
+from models.kernels.flash_attention.releases import FLASH_2, FLASH_3
 from models.masks.algebra import visible
 from models.masks.basic import SlidingWindow
-from scripts.gpu_checks.attention_speed import RowShape, _pairs, lengths
+from scripts.gpu_checks.attention_speed import RowShape, SpeedCheck, _pairs, _rivals, lengths
 from scripts.gpu_checks.longest_context import curve_of
 from scripts.gpu_checks.planned_peak import PlannedFigures
 from scripts.gpu_checks.profiled import Work, busy_microseconds
 from scripts.gpu_checks.report import markdown
 from scripts.gpu_checks.schedule import Step
+from tests.support.flash_packages import installed
 from tests.support.parity import packed
 
 ROOT = Path(__file__).parents[3]
@@ -27,6 +31,25 @@ def test_visible_pairs_are_those_of_the_mask(documents, window):
     seen = visible(mask, span, span, torch.arange(1))
     assert _pairs(shape) == int(seen.sum())
     assert len(set(lengths(shape))) == documents and sum(lengths(shape)) == 61
+
+
+def test_each_version_of_flash_attn_is_timed_alone_and_so_is_none(monkeypatch):
+    monkeypatch.setitem(TABLE, ("cpu", torch.bfloat16), sdpa_cuda)
+    shape = RowShape(64, documents=4)
+    prepared = SpeedCheck(torch.device("cpu"), (shape,), 4, 2, 16)
+    assert list(_rivals(prepared, shape)) == ["varlen flash"]
+    with installed(FLASH_2, FLASH_3) as called:
+        rivals = _rivals(prepared, shape)
+        assert list(rivals) == [FLASH_2, FLASH_3, "no flash-attn", "varlen flash"]
+        order = dict(sdpa_cuda.ORDER)
+        for name in (FLASH_2, FLASH_3):
+            rivals[name](prepared)()
+            assert {each for each, _, _ in called} == {name} and len(called) == 2
+            called.clear()
+        monkeypatch.setattr(sdpa_cuda, "forward_packed", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            rivals["no flash-attn"](prepared)()
+        assert not called and order == sdpa_cuda.ORDER
 
 
 def test_a_curve_goes_through_both_plans_and_is_inverted():

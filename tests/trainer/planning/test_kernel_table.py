@@ -6,11 +6,14 @@ import torch
 from models.attention.full import CAUSAL
 from models.kernels import scan_fla, sdpa_cuda
 from models.kernels.backends import TABLE
+from models.kernels.flash_attention.releases import FLASH_2, FLASH_3, FLASH_4
 from models.masks.basic import SlidingWindow
 from models.primitives.softmax import Softmax
 from models.span import Span
 from tests.support.cuda_kernels import stand_in
+from tests.support.flash_packages import installed
 from trainer.errors import UserError
+from trainer.planning import kernel_choices
 from trainer.planning.kernel_choices import TRITON
 from trainer.planning.kernel_table import kernel_rows, read_kernel_words
 
@@ -100,6 +103,29 @@ def test_what_is_told_is_what_is_called(monkeypatch, mask, words, told, name):
     q, k, v = (torch.randn(1, 2048, 2, 16).bfloat16() for _ in range(3))
     Softmax(mask)((q,), (k, v), span=Span.line(1, 2048))
     assert called == [name]
+
+
+@pytest.mark.parametrize(
+    "device, kernel", [("a100", FLASH_2), ("h100", FLASH_3), ("b200", FLASH_4)]
+)
+def test_versions_of_flash_attn_that_are_installed_here_are_named(monkeypatch, device, kernel):
+    monkeypatch.setattr(kernel_choices, "version", lambda name: "1.2")
+    with installed(FLASH_2, FLASH_3, FLASH_4):
+        (row,) = rows_of("model=full", "precision=bfloat16", device=device)
+        served = kernels_of(row)
+        assert served["one document of 2048"] == f"1 x {kernel} (1.2) in bfloat16 (triangle)"
+        assert served["8 documents"] == f"1 x {kernel} (1.2) for packed stretches"
+        assert "installed here" in row.choices[0].reason
+        (row,) = rows_of("model=full", "precision=float32", device=device)
+        assert "flash-attn" not in str(row)
+
+
+def test_a_version_of_flash_attn_that_is_told_is_called(monkeypatch):
+    monkeypatch.setitem(TABLE, ("cpu", torch.bfloat16), sdpa_cuda)
+    q, k, v = (torch.randn(1, 2048, 2, 16).bfloat16() for _ in range(3))
+    with installed(FLASH_3) as called:
+        Softmax(CAUSAL)((q,), (k, v), span=Span.line(1, 2048))
+    assert called == [(FLASH_3, "forward", False)]
 
 
 @pytest.mark.parametrize(
