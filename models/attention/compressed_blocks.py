@@ -171,7 +171,8 @@ class ChosenScore(Score):
         if mask != summaries_and_window(self.window):
             return None
         chosen = query[1].long()
-        if bool((chosen == EVERY).any()):
+        # In dense steps a query says one number, EVERY; of several numbers none is that.
+        if chosen.shape[-1] == 1 and (self.top > 1 or bool((chosen == EVERY).any())):
             return None
         pairs = ChosenPairs(
             span,

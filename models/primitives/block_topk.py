@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from models.counter_rng import DOC_BITS
+from models.kernels.pairs import readings
 from models.masks.algebra import Mask, visible
 from models.masks.basic import Causal, SameDocument
 from models.plans import planned
@@ -137,7 +138,8 @@ class BlockTopK(Primitive):
             most = CHUNK_SCORES_CPU if scores.is_cpu else CHUNK_SCORES
             step = max(1, most // max(1, rows * size))
             stretches = _stretches(mask, span, entry_span, step)
-            for start, stretch in zip(range(0, span.shape[1], step), stretches):
+            chunks = list(zip(range(0, span.shape[1], step), stretches))
+            for start, stretch in readings.visited(chunks):
                 low, high = stretch.low, stretch.high
                 if low == high:
                     continue

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from models.kernels.pairs import readings
 from models.kernels.pairs.block_lookup import BlockLookup
 from models.primitives.block_topk import take
 from models.scores import Tensors
@@ -101,8 +102,10 @@ def divergence_of_chosen(
     dtype = torch.promote_types(query.dtype, torch.float32)
     lookup = _lookup(numbers, span, summary_span, block)
     step = _queries_at_once(numbers, summaries)
-    parts = []
-    for start in range(0, query.shape[1], step):
+    loss = torch.empty(query.shape[:2], dtype=dtype, device=query.device)
+    error = torch.empty_like(numbers, dtype=dtype)
+    found = torch.empty_like(numbers, dtype=torch.int32)
+    for start in readings.visited(range(0, query.shape[1], step)):
         part = slice(start, start + step)
         index, seen = lookup(numbers[:, part], part)
         own_summaries = _gathered(summaries, index).to(dtype)
@@ -110,10 +113,12 @@ def divergence_of_chosen(
         logits = folded_query @ own_summaries.transpose(1, 2)
         logits = logits.unflatten(0, seen.shape[:2])
         target = attention_target(logits, seen, share[:, part].to(dtype))
-        loss, log_prediction = divergence(target, scores[:, part].to(dtype), seen)
-        error = log_prediction.exp() * target.sum(-1, keepdim=True) - target
-        parts.append((loss, error.mul_(seen), index.int()))
-    return ChosenDivergence(*(torch.cat(part, 1) for part in zip(*parts)))
+        part_loss, log_prediction = divergence(target, scores[:, part].to(dtype), seen)
+        part_error = log_prediction.exp() * target.sum(-1, keepdim=True) - target
+        loss[:, part] = part_loss
+        error[:, part] = part_error.mul_(seen)
+        found[:, part] = index
+    return ChosenDivergence(loss, error, found)
 
 
 class ChosenLoss(torch.autograd.Function):
@@ -144,7 +149,7 @@ class ChosenLoss(torch.autograd.Function):
         d_keys = torch.zeros_like(keys, dtype=dtype).flatten(0, 1)
         step = _queries_at_once(ctx.kept.index, keys)
         row = torch.arange(len(keys), device=keys.device)[:, None, None] * keys.shape[1]
-        for start in range(0, query.shape[1], step):
+        for start in readings.visited(range(0, query.shape[1], step)):
             part = slice(start, start + step)
             index = ctx.kept.index[:, part].long()
             own_keys = _gathered(keys, index).to(dtype)

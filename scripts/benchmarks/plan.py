@@ -38,6 +38,8 @@ CASES = {
         "engine=single model=sliding",
         "engine=single memory=segments memory.length=256",
         "engine=single parallel.time=3",
+        "engine=single model=decoder mixer=compressed mixer.top=24",
+        "engine=single model=decoder mixer=lsh",
     ),
     2: (
         "engine=fsdp parallel.context=2 parallel.method=ring",

@@ -3,7 +3,8 @@
 A step is forward and backward of one layer over one row that is one document, on one device: with
 its projections, its hashes or its indexer and that one's loss. "beside full" is its time in units
 of full attention's, by the clock and by processor time, which a busy machine disturbs less; the
-goal is half. Medians of alternated runs, after one that does not count.
+goal is half. "planned" is the same ratio by the cost model of `python -m scripts.plan device=cpu`.
+Medians of alternated runs, after one that does not count.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from models.attention.compressed import Compressed
 from models.attention.full import MultiHead
@@ -22,6 +23,8 @@ from models.positions.rope import Rope
 from models.span import Span
 from scripts.benchmarks.attention import parse_into
 from scripts.benchmarks.timing import BenchmarkEntry, alternate, middle
+from trainer.planning.devices import read_device
+from trainer.planning.planned_layer import plan_layer
 
 FULL = "full"
 GOAL = 0.5
@@ -104,6 +107,7 @@ def measure(sizes: SparseSizes, group: Any) -> Iterator[dict]:
         entry.step()
         entries.append(entry)
     runs = [middle(each) for each in alternate(entries, sizes.repeats, sizes.threads)]
+    planned = {name: _planned(sizes, build) for name, build in layers(sizes).items()}
     for entry, taken in zip(entries, runs, strict=True):
         yield {
             "name": entry.name,
@@ -112,6 +116,7 @@ def measure(sizes: SparseSizes, group: Any) -> Iterator[dict]:
             "processor_seconds": taken.processor_seconds,
             "beside_full": taken.seconds / runs[0].seconds,
             "beside_full_by_cpu": taken.processor_seconds / runs[0].processor_seconds,
+            "planned_beside_full": planned[entry.name] / planned[FULL],
         }
 
 
@@ -125,17 +130,26 @@ def _step(sizes: SparseSizes, build: Callable[[], nn.Module]) -> Callable[[], No
     def step() -> None:
         layer.zero_grad()
         hidden.grad = None
-        loss = layer(hidden, Span.of(span.pos, span.doc)).sum()
-        if isinstance(layer, Compressed):
-            loss = loss + layer.auxiliary["indexer"].sum()
-        loss.backward()
+        _loss(layer, layer(hidden, Span.of(span.pos, span.doc))).backward()
 
     return step
 
 
+def _planned(sizes: SparseSizes, build: Callable[[], nn.Module]) -> float:
+    shape = 1, sizes.tokens, sizes.width
+    return plan_layer(build, shape, read_device("cpu"), loss_of=_loss).seconds
+
+
+def _loss(layer: nn.Module, output: Tensor) -> Tensor:
+    loss = output.sum()
+    if isinstance(layer, Compressed):
+        loss = loss + layer.auxiliary["indexer"].sum()
+    return loss
+
+
 def table(rows: list[dict]) -> str:
     """Rows as text."""
-    columns = ("tokens", "ms", "beside full", "by cpu", "goal")
+    columns = ("tokens", "ms", "beside full", "by cpu", "planned", "goal")
     lines = [f"{'attention':40}" + "".join(f"{name:>13}" for name in columns)]
     for row in rows:
         cells = [
@@ -143,6 +157,7 @@ def table(rows: list[dict]) -> str:
             f"{row['seconds'] * 1000:.0f}",
             f"{row['beside_full']:.2f}",
             f"{row['beside_full_by_cpu']:.2f}",
+            f"{row['planned_beside_full']:.2f}",
             "-" if row["name"] == FULL else f"{GOAL}",
         ]
         lines.append(f"{row['name']:40}" + "".join(f"{cell:>13}" for cell in cells))

@@ -19,9 +19,10 @@ from trainer.planning.devices import Device
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 SIDE = {"cpu": 768, "cuda": 8192}  # of a matrix
-TOKENS = {"cpu": 1024, "cuda": 16384}
+TOKENS = {"cpu": 4096, "cuda": 16384}
 HEADS = 8
 HEAD_WIDTH = 64
+CACHED = 1 << 20  # bytes that a copy moves within the cache of a core
 MOVED = {"cpu": 1 << 26, "cuda": 1 << 30}  # bytes
 SENT = 1 << 24  # bytes
 FEWEST = 3  # calls
@@ -69,6 +70,8 @@ def calibrate(seconds: float) -> dict[str, Any]:
     if kind == "cuda":
         memory = f"{torch.cuda.get_device_properties(0).total_memory / 2**30:.1f}GiB"
     link = link_bandwidth(seconds)
+    # A copy reads and writes.
+    bandwidth = 2 * copy_bandwidth(kind, kind, seconds)
     measured = {
         "kind": kind,
         "memory": memory,
@@ -78,8 +81,8 @@ def calibrate(seconds: float) -> dict[str, Any]:
                 name: attention_rate(kind, dtype, seconds) for name, dtype in DTYPES.items()
             },
         },
-        # A copy reads and writes.
-        "memory_bandwidth": 2 * copy_bandwidth(kind, kind, seconds),
+        "memory_bandwidth": bandwidth,
+        **(cache_of_core(bandwidth, seconds) if kind == "cpu" else {}),
         "host": copy_bandwidth(kind, "cpu", seconds),
         "within": link,
         "across": OTHER_MACHINES * link,
@@ -114,14 +117,31 @@ def attention_rate(kind: str, dtype: torch.dtype, seconds: float) -> float:
     return flops / _seconds(step, kind, seconds)
 
 
-def copy_bandwidth(source: str, target: str, seconds: float) -> float:
-    """Bytes per second that a copy moves."""
+def copy_bandwidth(source: str, target: str, seconds: float, size: int | None = None) -> float:
+    """Bytes per second that a copy of so many bytes moves; of many, where no number is given."""
     kind = "cuda" if "cuda" in (source, target) else "cpu"
-    size = MOVED[kind]
+    size = MOVED[kind] if size is None else size
     pinned = kind == "cuda"
     a = torch.zeros(size, dtype=torch.uint8, device=source, pin_memory=pinned and source == "cpu")
     b = torch.zeros(size, dtype=torch.uint8, device=target, pin_memory=pinned and target == "cpu")
     return size / _seconds(lambda: b.copy_(a), kind, seconds)
+
+
+def cache_of_core(bandwidth: float, seconds: float) -> dict[str, Any]:
+    """Returns what an operation may move to stay in the cache, and the bytes/s that it then moves.
+
+    Args:
+        bandwidth: of memory, bytes/s.
+        seconds: that each size is measured for.
+    """
+    cached = 2 * copy_bandwidth("cpu", "cpu", seconds, CACHED // 2)
+    size = CACHED
+    # In the cache is what is moved at more than half of the gain.
+    while size < MOVED["cpu"]:
+        if 2 * copy_bandwidth("cpu", "cpu", seconds, size) < (bandwidth + cached) / 2:
+            break
+        size *= 2
+    return {"cache": f"{size // 1024}KiB", "cache_bandwidth": max(cached, bandwidth)}
 
 
 def operation_seconds(kind: str, seconds: float) -> float:

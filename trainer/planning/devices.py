@@ -35,6 +35,8 @@ class Device(ConfigGroup):
     memory: str | None
     flops: KernelRates
     memory_bandwidth: Positive
+    cache: str | None = None
+    cache_bandwidth: Positive | None = None
     host: Positive
     within: Positive
     across: Positive
@@ -50,6 +52,13 @@ class Device(ConfigGroup):
         size = size_of(self.memory)
         assert size is not None, "checked when the table was read"
         return size
+
+    def bandwidth(self, moved: int) -> float:
+        """Bytes/s at which an operation reads and writes so many bytes in all."""
+        cached = 0 if self.cache is None else size_of(self.cache) or 0
+        if self.cache_bandwidth is None or moved > cached:
+            return self.memory_bandwidth
+        return self.cache_bandwidth
 
     def rate(self, kernel: str, precision: str) -> float:
         """FLOP/s of a kernel, matmul or attention."""
@@ -79,8 +88,9 @@ def read_device(name: str) -> Device:
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         _refuse(name, f"it cannot be read ({reason})", f"use {known}, or another file")
-    if device.memory is not None and size_of(device.memory) is None:
-        _refuse(name, f"memory: {device.memory} has no unit", "write it as 80GiB")
+    for key, size in (("memory", device.memory), ("cache", device.cache)):
+        if size is not None and size_of(size) is None:
+            _refuse(name, f"{key}: {size} has no unit", "write it as 80GiB")
     return device
 
 

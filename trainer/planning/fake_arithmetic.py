@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from trainer.planning.step_costs import tensors_in
 
 READ = torch.ops.aten._local_scalar_dense.default  # what reads a number from a tensor
+FIND = torch.ops.aten.nonzero.default
 FEW = 1  # elements up to which a new tensor is real: counters of steps
 
 
@@ -21,11 +22,12 @@ class FakeArithmetic(FakeTensorMode):
     """Computes with what is real among itself; all that meets a fake tensor is fake.
 
     A number that is read from a fake tensor is 1: norms are finite, weights of losses equal, and
-    there are tokens to predict.
+    there are tokens to predict. What is looked for in one is found at every place.
     """
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        self.within_fake = False  # inside an operation whose result is fake
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Decides for one operation whether it is computed."""
@@ -37,8 +39,17 @@ class FakeArithmetic(FakeTensorMode):
         if func is READ and fake:
             dtype = tensors[0].dtype
             return True if dtype == torch.bool else torch.ones((), dtype=dtype).item()
-        if fake:
-            return super().dispatch(func, types, args, kwargs)
+        if func is FIND and fake:
+            (where,) = args
+            return where.new_empty((where.numel(), where.dim()), dtype=torch.long)
+        if fake or self.within_fake:
+            # Some are made of others, such as an empty tensor of whole numbers that is filled.
+            outer = self.within_fake
+            self.within_fake = True
+            try:
+                return super().dispatch(func, types, args, kwargs)
+            finally:
+                self.within_fake = outer
         if tensors and all(not tensor.is_meta for tensor in tensors):
             return func(*args, **kwargs)
         result = super().dispatch(func, types, args, kwargs)

@@ -2,7 +2,9 @@
 
 An operation takes as long as its FLOPs at the rate of its kernel, or as reading and writing its
 tensors, whichever is longer (Williams, Waterman & Patterson 2009, the roofline), and no less than a
-device needs to start one. What is sent takes bytes / bandwidth of the slowest link of its group.
+device needs to start one. What fits into the cache of a core is read and written at its bandwidth,
+as if the operation before had left it there. What is sent takes bytes / bandwidth of the slowest
+link of its group.
 """
 
 from collections import Counter, defaultdict
@@ -44,6 +46,25 @@ PRODUCTS = {
 }
 # Rows end to end, [tokens, heads, width], with the places where they begin; windows by an argument.
 PACKED = {_aten._flash_attention_forward: 2, _aten._flash_attention_backward: 5}
+# Neither read nor write: questions (namespace prim), and memory that is only asked for or named.
+IDLE = (
+    _aten._unsafe_view,
+    _aten.empty,
+    _aten.empty_like,
+    _aten.empty_strided,
+    _aten.new_empty,
+    _aten.new_empty_strided,
+)
+# Read rows of a table, as many as they return, whatever else it has.
+READ_ROWS = (_aten.index_select, _aten.gather, _aten.index, _aten.take, _aten.embedding)
+# Write rows of a table, and read them before; by the number of the argument that has the rows.
+WRITE_ROWS = {
+    _aten.index_copy_: 3,
+    _aten.index_add_: 3,
+    _aten.scatter_: 3,
+    _aten.scatter_add_: 3,
+    _aten.index_put_: 2,
+}
 GATHERS = ("send", "_allgather_base_", "allgather_", "_reduce_scatter_base_", "reduce_scatter_")
 
 
@@ -69,7 +90,7 @@ class StepCosts:
         """Adds one operation, given its arguments and its result."""
         if func.namespace == "c10d":
             self._note_sent(func, args)
-        elif not func.is_view:
+        elif not (func.is_view or func.namespace == "prim" or func.overloadpacket in IDLE):
             self._note_computed(func, args, result, kwargs)
 
     def copy(self) -> "StepCosts":
@@ -115,7 +136,7 @@ class StepCosts:
         self.seconds[HOST_COPIES] += size / self.device.host + self.device.operation_s
 
     def _note_computed(self, func: Any, args: Any, result: Any, kwargs: Mapping[str, Any]) -> None:
-        moved = sum(tensor.nbytes for tensor in tensors_in((args, result)))
+        moved = bytes_moved(func.overloadpacket, args, result)
         if moved == 0:
             return
         term = TRAFFIC
@@ -135,7 +156,7 @@ class StepCosts:
             flops = float(flop_registry[packet](*args, out_val=result))
             rate = self.device.rate("matmul", self.precision)
         self.flops += flops
-        seconds = max(flops / rate, moved / self.device.memory_bandwidth, self.device.operation_s)
+        seconds = max(flops / rate, moved / self.device.bandwidth(moved), self.device.operation_s)
         self.seconds[term] += seconds
 
     def _note_sent(self, func: Any, args: Any) -> None:
@@ -154,6 +175,21 @@ class StepCosts:
         term = HIDDEN if name in GATHERS else EXPOSED
         bandwidth = self.device.within if link == WITHIN else self.device.across
         self.seconds[term] += size / bandwidth + self.device.operation_s
+
+
+def bytes_moved(packet: Any, args: Any, result: Any) -> int:
+    """Returns the bytes that an operation reads and writes."""
+    if packet in READ_ROWS:
+        index = sum(tensor.nbytes for tensor in tensors_in(args[1:]))
+        return index + 2 * sum(tensor.nbytes for tensor in tensors_in(result))
+    if packet in WRITE_ROWS:
+        rows = args[WRITE_ROWS[packet]]
+        source = sum(tensor.nbytes for tensor in tensors_in(rows))
+        index = sum(tensor.nbytes for tensor in tensors_in(args[1:])) - source
+        # One number may be written to many rows.
+        written = source or sum(tensor.nbytes for tensor in tensors_in(args[:1]))
+        return index + 3 * written
+    return sum(tensor.nbytes for tensor in tensors_in((args, result)))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -24,6 +24,7 @@ from trainer.data.batch_sharding import AUTO_TOKENS
 from trainer.placement import mesh_of
 from trainer.planning.changed_config import changed
 from trainer.planning.devices import Device
+from trainer.planning.expected_pairs import expected_pairs
 from trainer.planning.fake_arithmetic import FakeArithmetic
 from trainer.planning.host_room import PlannedOffload
 from trainer.planning.live_memory import LiveMemory
@@ -112,7 +113,7 @@ def _meta_model(config: Config, vocabulary: int) -> nn.Module:
 
 def _taken(config: Config, model: nn.Module, rank: int, device: Device) -> _TakenStep:
     """Takes a step of a model as one rank."""
-    with fake_ranks(config, rank) as mesh, _kernels_of(device), placed_without_numbers():
+    with fake_ranks(config, rank) as mesh, kernels_of(device), placed_without_numbers():
         config, pieces = _few_micro_batches(config, device)
         # The counter is outside: it sees what the engine allocates, not how that is faked.
         with FakeArithmetic(), LiveMemory() as live:
@@ -122,7 +123,8 @@ def _taken(config: Config, model: nn.Module, rank: int, device: Device) -> _Take
                 pinned = device.kind == "cuda"
                 offload = PlannedOffload(mesh.device, live, costs, pinned=pinned)
             watched = WatchedStep(Rehearsal(config, mesh, model, offload), live, costs)
-            watched.run()
+            with expected_pairs(costs, device):
+                watched.run()
             watched.count_pieces(pieces)
         return _TakenStep(watched.stretches(), watched.sent, watched.sent_over, costs)
 
@@ -189,7 +191,7 @@ def _few_micro_batches(config: Config, device: Device) -> tuple[Config, int]:
 
 
 @contextmanager
-def _kernels_of(device: Device) -> Iterator[None]:
+def kernels_of(device: Device) -> Iterator[None]:
     """Has attention served by the kernels of a device, whose tensors are said to be the CPU's."""
     plain = dict(TABLE)
     if device.kind == "cuda":

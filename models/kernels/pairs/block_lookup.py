@@ -20,6 +20,12 @@ class BlockLookup:
         kv_span: addresses [B, S] of keys; a summary has that of the last token of its block.
         is_summary: [B, S] bool.
         block: tokens in a block.
+
+    Attributes:
+        table: [n + 1] index of a summary among B S, or -1; the last is that of no block.
+        lowest, highest: [B, T, 1] blocks of a query's document that are at hand and complete.
+        shift: [B, T, 1] from the number of a block to its place in the table.
+        complete: [B, T] number of complete blocks of the document, here or elsewhere.
     """
 
     def __init__(self, span: Span, kv_span: Span, is_summary: Tensor, block: int):
@@ -43,9 +49,9 @@ class BlockLookup:
         own = rows * documents + span.doc
         at = torch.searchsorted(found, own).clamp_max_(len(found) - 1)
         here = span.valid() & (found[at] == own)
-        complete = torch.div(span.pos + 1, block, rounding_mode="floor") - 1
+        self.complete = torch.div(span.pos + 1, block, rounding_mode="floor")
         self.lowest = first[at][..., None]
-        self.highest = torch.where(here, torch.minimum(last[at], complete), -1)[..., None]
+        self.highest = torch.where(here, torch.minimum(last[at], self.complete - 1), -1)[..., None]
         self.shift = (start - first)[at][..., None]
 
     def find(self, numbers: Tensor, part: slice) -> tuple[Tensor, Tensor]:

@@ -14,16 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from models.kernels.nonfinite import all_finite
+from models.kernels.pairs import readings
 from models.kernels.reference import Partial, accumulation_dtype, finite_lse
 from models.scores import PairBlocks, Tensors
 from models.span import Span
 
-# Scores of the blocks computed together: on a CPU they stay in the cache of a core.
-SCORES = {"cpu": 1 << 18}
-MANY_SCORES = 1 << 24
 HIDDEN = 1e30  # how far below others the logit of a key is that is not seen
 
 
@@ -42,9 +39,9 @@ def chosen_blocks(
     tensors = (*query, *payload, *doubtful)
     if spec.general or span.shape[1] == 1 or not kv_span.shape[1]:
         return None
-    if any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors):
+    if not readings.has_numbers(tensors):
         return None
-    most = SCORES.get(query[0].device.type, MANY_SCORES)
+    most = readings.scores_together(query[0].device)
     blocks = spec.score.pairs(spec.mask, query, payload, span, kv_span, heads=spec.heads, most=most)
     if blocks is None or not all_finite(tensors):
         return None
@@ -186,4 +183,7 @@ class _Rows:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     """Returns whether two tensors are one in memory."""
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+    # by storage, not by address: tensors of a plan have none
+    alike = a.shape == b.shape and a.stride() == b.stride()
+    begin = a.storage_offset() == b.storage_offset()
+    return alike and begin and a.untyped_storage()._cdata == b.untyped_storage()._cdata

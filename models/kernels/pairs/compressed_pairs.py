@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from models.kernels.pairs import readings
 from models.kernels.pairs.block_lookup import BlockLookup
 from models.kernels.pairs.stretches import SortedLines, tile_stretches
 from models.scores import PairBlocks
@@ -90,9 +91,9 @@ class ChosenPairs:
         # blocks of few queries: beyond the cache of a core, but with half of the calls
         each = chosen.shape[-1] * max(self.heads, self.channels // 4)
         together = max(1, self.most // (self.rows * each))
-        for start in range(0, self.tokens, together):
+        for start in readings.visited(range(0, self.tokens, together)):
             part = slice(start, start + together)
-            index, present = _packed(*lookup.find(chosen[:, part], part))
+            index, present = _packed(lookup, chosen[:, part], part)
             if not index.shape[-1]:
                 continue
             token = torch.arange(self.tokens, device=chosen.device)[part]
@@ -110,10 +111,14 @@ class ChosenPairs:
         return addresses, order
 
 
-def _packed(index: Tensor, present: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Leaves out places [B, t, K] that no query needs; all are present where None is said so."""
+def _packed(lookup: BlockLookup, numbers: Tensor, part: slice) -> tuple[Tensor, Tensor | None]:
+    """Finds blocks by number and leaves out places [B, t, K] that no query needs.
+
+    All are present where None is said so.
+    """
+    index, present = lookup.find(numbers, part)
     counts = present.sum(-1)
-    fewest, most = (int(edge) for edge in counts.aminmax())
+    fewest, most = readings.counts_of(counts, index.shape[-1], lookup, part)
     if fewest == index.shape[-1]:
         return index, None
     if most == index.shape[-1]:

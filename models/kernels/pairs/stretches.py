@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.kernels.pairs import readings
+
 TILE = 64  # queries of a tile, where there are as many queries as keys
 LEAST_TILE = 8
 
@@ -81,13 +83,9 @@ def tile_stretches(
     line = torch.arange(count, device=start.device)[:, None].expand(start.shape).flatten()
     start = start.flatten()
     widths, ranking = width.flatten().sort(descending=True)
-    widths = widths.tolist()
-    first = 0
-    while first < len(widths) and widths[first] > 0:
-        widest = widths[first]
-        together = max(1, most // (side * widest * heads))
-        chosen = ranking[first : first + together]
-        first += together
+    groups = _groups(readings.widths_of(widths), most // (side * heads))
+    for group, widest in readings.visited(groups):
+        chosen = ranking[group]
         offset = torch.arange(widest, device=start.device)
         begin = start[chosen]
         sorted_source = (begin[:, None] + offset).clamp_max(sources - 1)
@@ -100,6 +98,23 @@ def tile_stretches(
             _within(offset, own_low, own_high, dtype),
             None if real is None else real[chosen],
         )
+
+
+def _groups(widths: list[int], most: int) -> list[tuple[slice, int]]:
+    """Returns tiles that are computed together, each group with the keys of its widest.
+
+    Args:
+        widths: of the tiles, the widest first; tiles of width 0 are left out.
+        most: keys of all tiles of a group, but for a single tile.
+    """
+    groups = []
+    first = 0
+    while first < len(widths) and widths[first] > 0:
+        widest = widths[first]
+        together = max(1, most // widest)
+        groups.append((slice(first, first + together), widest))
+        first += together
+    return groups
 
 
 def _within(offset: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:

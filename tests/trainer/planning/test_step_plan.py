@@ -110,7 +110,9 @@ def test_micro_batches_that_are_left_out_are_counted():
 
 
 def test_a_plan_of_a_gpu_takes_the_kernels_of_gpus_and_puts_those_of_the_cpu_back():
-    config = config_of(("engine=single", "precision=bfloat16"))
+    # Of a small model a GPU does little but begin operations.
+    sizes = ("model.width=256", "context_length=2048", "batch_tokens=2048")
+    config = config_of(("engine=single", "precision=bfloat16", *sizes))
     before = dict(TABLE)
     gpu = plan_step(config, WORDS, 0, read_device("h200"))
     assert before == TABLE

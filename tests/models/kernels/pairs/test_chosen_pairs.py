@@ -7,7 +7,7 @@ from models.attention.compressed import Compressed
 from models.attention.lsh import LSHAttention
 from models.init import initialise
 from models.kernels import blockwise
-from models.kernels.pairs import chosen_pairs
+from models.kernels.pairs import chosen_pairs, readings
 from models.positions.rope import Rope
 from models.span import Span
 
@@ -47,7 +47,7 @@ def test_pairs_give_what_the_tiles_of_the_mask_give(name, most, monkeypatch):
         parameter.data *= 6 if parameter.dim() > 1 else 1
     span = _packed()
     hidden = torch.randn(2, 100, 8, dtype=torch.float64)
-    monkeypatch.setitem(chosen_pairs.SCORES, "cpu", most)
+    monkeypatch.setitem(readings.SCORES, "cpu", most)
     by_pairs = _gradients(layer, hidden, span)
     monkeypatch.setattr(blockwise.chosen_pairs, "chosen_blocks", lambda *args: None)
     by_tiles = _gradients(layer, hidden, span.fresh())
