@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.span import Span
 from parallel.engines.materialize import materialize
+from trainer.planning.counted_kernels import counted_kernels
 from trainer.planning.devices import Device
 from trainer.planning.expected_pairs import expected_pairs
 from trainer.planning.fake_arithmetic import FakeArithmetic
@@ -61,7 +62,7 @@ def plan_layer(
                 costs.note(func, args, result, kwargs)
 
             live.observe = observe
-            with expected_pairs(costs, device):
+            with expected_pairs(costs, device), counted_kernels(costs, device):
                 loss = loss_of(layer, layer(hidden, Span.line(*shape[:2])))
                 forward = costs.copy()
                 loss.backward()

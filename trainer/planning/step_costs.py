@@ -135,6 +135,18 @@ class StepCosts:
         """Adds bytes that go to the host's memory or come back; they are waited for."""
         self.seconds[HOST_COPIES] += size / self.device.host + self.device.operation_s
 
+    def note_attention(self, flops: float, moved: int) -> None:
+        """Adds a kernel of attention that is no operation of torch.
+
+        Args:
+            flops: of its products.
+            moved: bytes that it reads and writes.
+        """
+        rate = self.device.rate("attention", self.precision)
+        self.flops += flops
+        seconds = max(flops / rate, moved / self.device.bandwidth(moved), self.device.operation_s)
+        self.seconds[ATTENTION] += seconds
+
     def _note_computed(self, func: Any, args: Any, result: Any, kwargs: Mapping[str, Any]) -> None:
         moved = bytes_moved(func.overloadpacket, args, result)
         if moved == 0:

@@ -23,6 +23,7 @@ from trainer.config.schema import Config
 from trainer.data.batch_sharding import AUTO_TOKENS
 from trainer.placement import mesh_of
 from trainer.planning.changed_config import changed
+from trainer.planning.counted_kernels import counted_kernels
 from trainer.planning.devices import Device
 from trainer.planning.expected_pairs import expected_pairs
 from trainer.planning.fake_arithmetic import FakeArithmetic
@@ -123,7 +124,7 @@ def _taken(config: Config, model: nn.Module, rank: int, device: Device) -> _Take
                 pinned = device.kind == "cuda"
                 offload = PlannedOffload(mesh.device, live, costs, pinned=pinned)
             watched = WatchedStep(Rehearsal(config, mesh, model, offload), live, costs)
-            with expected_pairs(costs, device):
+            with expected_pairs(costs, device), counted_kernels(costs, device):
                 watched.run()
             watched.count_pieces(pieces)
         return _TakenStep(watched.stretches(), watched.sent, watched.sent_over, costs)

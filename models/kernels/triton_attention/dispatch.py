@@ -7,7 +7,7 @@ gradient is used. Whatever has no program or no terms is left to what served it 
 Letters: B rows, T queries, S keys, H heads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -78,6 +78,11 @@ def wanted(general: bool, terms: Terms, mask: Mask, span: Span, kv_span: Span) -
     return special or needs_mask(mask, span, kv_span)
 
 
+def has_numbers(tensors: Iterable[Tensor]) -> bool:
+    """Returns whether kernels can be launched on tensors. A plan counts launches without them."""
+    return not any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors)
+
+
 def pairwise_attention(
     spec: Any, query: Tensors, payload: Tensors, params: Tensors, span: Span, kv_span: Span
 ) -> PairwiseAttention | None:
@@ -89,7 +94,7 @@ def pairwise_attention(
     parts = translated(spec.mask, spec.score) if module else None
     if module is None or parts is None:
         return None
-    if any(isinstance(x, FakeTensor) or x.is_meta for x in (*query, *payload)):
+    if not has_numbers((*query, *payload)):
         return None
     if not wanted(spec.general, parts[1], spec.mask, span, kv_span):
         return None
