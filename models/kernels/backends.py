@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from models.kernels import sdpa_cpu, sdpa_cuda
+from models.kernels.flash_attention.capped import CappedKernel, capped_kernel
 from models.scores import Score
 
 TABLE: dict[tuple[str, torch.dtype], ModuleType] = {
@@ -41,6 +42,14 @@ def select_kernel(device: torch.device, dtype: torch.dtype, score: Score) -> Mod
     if is_rocm or not score.plain:
         return None
     return TABLE.get((device.type, dtype))
+
+
+def select_capped(device: torch.device, dtype: torch.dtype, score: Score) -> CappedKernel | None:
+    """Returns the kernel that takes bands of a score with a soft cap, which `select_kernel` does
+    not serve; None where there is none."""
+    is_rocm = device.type == "cuda" and torch.version.hip is not None
+    half = dtype in sdpa_cuda.HALF and TABLE.get((device.type, dtype)) is sdpa_cuda
+    return capped_kernel(score) if half and not is_rocm else None
 
 
 @lru_cache

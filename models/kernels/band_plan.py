@@ -146,16 +146,22 @@ class _BandPlanner(TilePlanner):
 
 
 @planned
-def plan_bands(mask: Mask, span: Span, kv_span: Span) -> list[BandCall] | None:
+def plan_bands(
+    mask: Mask, span: Span, kv_span: Span, long_too: bool = False
+) -> list[BandCall] | None:
     """Returns the calls that queries need of keys; cached on `span` for other layers.
 
-    None where the mask is no band between some runs, or where stretches are so long that kernels
-    for one pair of sequences serve better.
+    None where the mask is no band between some runs, or, if not `long_too`, where stretches are so
+    long that kernels for one pair of sequences serve better.
     """
-    return span.cache.get(("bands", mask), lambda: _plan(mask, span, kv_span), kv_span)
+
+    def build() -> list[BandCall] | None:
+        return _plan(mask, span, kv_span, long_too)
+
+    return span.cache.get(("bands", mask, long_too), build, kv_span)
 
 
-def _plan(mask: Mask, span: Span, kv_span: Span) -> list[BandCall] | None:
+def _plan(mask: Mask, span: Span, kv_span: Span, long_too: bool) -> list[BandCall] | None:
     queries = on_host(span)
     keys = on_host(kv_span)
     plans: dict[bytes, list[BandStretch]] = {}
@@ -170,7 +176,7 @@ def _plan(mask: Mask, span: Span, kv_span: Span) -> list[BandCall] | None:
             plans[label] = sorted(planner.stretches)
         rows.append(plans[label])
     stretches = [stretch for row in rows for stretch in row]
-    if stretches and all(_is_dense(each) for each in stretches):
+    if not long_too and stretches and all(_is_dense(each) for each in stretches):
         area = sum((each.q1 - each.q0) * (each.k1 - each.k0) for each in stretches)
         if area >= LONG * LONG * len(stretches):
             return None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models.kernels import nonfinite, reference
-from models.kernels.backends import select_kernel
+from models.kernels.backends import select_capped, select_kernel
 from models.kernels.block_plan import (
     CAUSAL_TILE,
     FULL_TILE,
@@ -25,7 +25,13 @@ from models.kernels.block_plan import (
     split_tile,
 )
 from models.kernels.operands import Operands, add_gradients
-from models.kernels.packed import backward_bands, band_calls, forward_bands, merge_into
+from models.kernels.packed import (
+    backward_bands,
+    band_calls,
+    forward_bands,
+    merge_into,
+    takes_only_bands,
+)
 from models.kernels.pairs import chosen_pairs
 from models.kernels.triton_attention import dispatch as pairwise
 from models.masks.algebra import Mask, visible
@@ -167,7 +173,8 @@ def _select(spec: AttentionSpec, query: Tensors) -> Any:
     """Returns the fast kernel for this attention, or None for the reference kernel."""
     if spec.general:
         return None
-    return select_kernel(query[0].device, query[0].dtype, spec.score)
+    about = query[0].device, query[0].dtype, spec.score
+    return select_kernel(*about) or select_capped(*about)
 
 
 def forward(
@@ -188,9 +195,14 @@ def forward(
     kernel = _select(spec, query)
     operands = spec.score.operands(query, payload, params) if kernel else None
     calls = band_calls(spec.mask, spec.score, kernel, operands, span, kv_span)
-    if calls is not None and operands is not None:
-        forward_bands(kernel, calls, operands, spec.score.scale(operands[0]), total)
+    if (
+        calls is not None
+        and operands is not None
+        and forward_bands(kernel, calls, operands, spec.score.scale(operands[0]), total)
+    ):
         return
+    if takes_only_bands(kernel):
+        kernel = operands = None
     work = pairwise.pairwise_attention(spec, query, payload, params, span, kv_span)
     if work and pairwise.forward(work, spec.score, query, payload, total):
         return
@@ -307,7 +319,9 @@ def _backward_in_bands(
     if calls is None:
         return False
     scale = spec.score.scale(operands.operands[0])
-    backward_bands(kernel, calls, operands.operands, operands.sums, scale, d_out=d_out, total=total)
+    tensors = operands.operands, operands.sums
+    if not backward_bands(kernel, calls, *tensors, scale, d_out=d_out, total=total):
+        return False
     operands.close()
     return True
 
@@ -328,6 +342,8 @@ def _backward_by_tiles(
     """`backward` of the tiles of the mask."""
     mean, lse = total
     kernel = _select(spec, query)
+    if takes_only_bands(kernel):
+        kernel = None
     operands = Operands(spec.score, query, payload, params, into.all()) if kernel else None
     finite = (*query, *payload, d_out, delta)
     for module, block in _kernel_blocks(spec, span, kv_span, kernel, finite):

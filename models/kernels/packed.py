@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.kernels import reference
 from models.kernels.band_plan import BandCall, plan_bands
+from models.kernels.flash_attention.capped import CappedKernel
 from models.masks.algebra import Mask
 from models.scores import Score
 from models.span import Span
@@ -41,7 +42,14 @@ def band_calls(
     takes_packed = getattr(kernel, "takes_packed", None)
     if takes_packed is None or operands is None or score.biased:
         return None
-    return plan_bands(mask, span, kv_span) if takes_packed(*operands) else None
+    if not takes_packed(*operands):
+        return None
+    return plan_bands(mask, span, kv_span, takes_only_bands(kernel))
+
+
+def takes_only_bands(kernel: Any) -> bool:
+    """Tells whether a kernel has no other way than packed stretches."""
+    return isinstance(kernel, CappedKernel)
 
 
 def _select_tokens(x: Tensor, tokens: Tensor | slice) -> Tensor:
@@ -61,17 +69,22 @@ def forward_bands(
     operands: Sequence[Tensor],
     scale: float,
     total: reference.Partial,
-) -> None:
+) -> bool:
     """Attends by these calls: `total` is changed in place.
 
     Args:
         operands: q [B, T, H, D], k [B, S, G, D], v [B, S, G, E].
         total: mean [B, T, H, E] and lse [B, T, H].
+
+    Returns:
+        Whether it did: False where the kernel fails at the first call, before anything is changed.
     """
     q, k, v = operands
     for call in calls:
         keys = _select_tokens(k, call.keys), _select_tokens(v, call.keys)
         part = kernel.forward_packed(_select_tokens(q, call.queries), *keys, scale, call)
+        if _failed(part, call, calls):
+            return False
         if isinstance(call.queries, slice):
             mean, lse = (_tokens_of(x) for x in total)
             merge_into((mean, lse), call.queries, part)
@@ -80,6 +93,13 @@ def forward_bands(
         merge_into((chosen[0], chosen[1]), slice(None), part)
         for x, merged in zip(total, chosen):
             _tokens_of(x).index_copy_(0, call.queries, merged)
+    return True
+
+
+def _failed(answer: Any, call: BandCall, calls: Sequence[BandCall]) -> bool:
+    if answer is None and call is not calls[0]:
+        raise RuntimeError("a kernel for packed stretches failed after it had served others")
+    return answer is None
 
 
 def backward_bands(
@@ -91,12 +111,15 @@ def backward_bands(
     *,
     d_out: Tensor,
     total: reference.Partial,
-) -> None:
+) -> bool:
     """Adds the gradients of these calls to the wide `sums` of q, k and v.
 
     Args:
         operands: as in `forward_bands`.
         total: (mean, lse) over ALL keys.
+
+    Returns:
+        Whether it did, as `forward_bands`.
     """
     q, k, v = operands
     for call in calls:
@@ -110,6 +133,8 @@ def backward_bands(
             mean=_select_tokens(total[0], call.queries),
             lse=_select_tokens(total[1], call.queries),
         )
+        if _failed(gradients, call, calls):
+            return False
         places = call.queries, call.keys, call.keys
         for accumulator, place, gradient in zip(sums, places, gradients):
             flat = _tokens_of(accumulator)
@@ -118,3 +143,4 @@ def backward_bands(
             else:
                 # Keys may be in several stretches of a call.
                 flat.index_add_(0, place, gradient.to(flat.dtype))
+    return True

@@ -118,10 +118,11 @@ def choose_kernel(
 
 def takes_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Tells whether `forward_packed` serves these tensors: where flash does."""
-    return _packed_way(q, k, v).kernel != EFFICIENT
+    return packed_choice(q, k, v).kernel != EFFICIENT
 
 
-def _packed_way(q: Tensor, k: Tensor, v: Tensor) -> KernelChoice:
+def packed_choice(q: Tensor, k: Tensor, v: Tensor) -> KernelChoice:
+    """Returns the choice for packed stretches, [N, H, D] and [M, G, D] or with rows before."""
     # Sides of 1: packed stretches end anywhere.
     return _choose((q, k, v), (1, 1))
 
@@ -280,7 +281,7 @@ def forward_packed(q: Tensor, k: Tensor, v: Tensor, scale: float, call: BandCall
     Returns:
         mean [N, H, E] and lse [N, H], wide. Every query sees a key.
     """
-    use = _packed_way(q, k, v)
+    use = packed_choice(q, k, v)
     if use.kernel in RELEASES:
         part = calls.forward(use, (q, k, v), scale, (call.left, call.right), call)
         return forward_packed(q, k, v, scale, call) if part is None else part
@@ -302,7 +303,7 @@ def backward_packed(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k, v, given mean [N, H, E] and lse [N, H] over ALL keys."""
-    use = _packed_way(q, k, v)
+    use = packed_choice(q, k, v)
     if use.kernel in RELEASES:
         bounds = call.left, call.right
         answer = calls.backward(

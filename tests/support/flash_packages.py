@@ -18,11 +18,12 @@ from models.kernels.flash_attention.releases import FLASH_2, FLASH_3, FLASH_4, R
 HALF = torch.float16, torch.bfloat16
 
 
-def attend(q, k, v, scale, bounds, lse=None, out=None, dout=None):
+def attend(q, k, v, scale, bounds, cap, lse=None, out=None, dout=None):
     """(out, lse) of one sequence [T, H, D], [S, G, D], [S, G, E]; with dout the gradients.
 
     Args:
         bounds: left and right, counted from the last query and the last key; None for no bound.
+        cap: of the logits; 0 or None for none.
         lse: [H, T] over all keys.
     """
     q, k, v = (x.double() for x in (q, k, v))
@@ -37,13 +38,14 @@ def attend(q, k, v, scale, bounds, lse=None, out=None, dout=None):
         seen &= distance >= -right
     assert seen.any(1).all(), "a query that sees no key"
     logits = torch.einsum("thd,shd->hts", q, key) * scale
-    logits = logits.masked_fill(~seen, -torch.inf)
+    bent = (logits / cap).tanh() if cap else 0 * logits
+    logits = (bent * cap if cap else logits).masked_fill(~seen, -torch.inf)
     if dout is None:
         return torch.einsum("hts,she->the", logits.softmax(-1), value), logits.logsumexp(-1)
     dout, out = dout.double(), out.double()
     weight = (logits - lse[..., None].double()).exp()
     d_weight = torch.einsum("the,she->hts", dout, value)
-    d_logits = weight * (d_weight - (dout * out).sum(-1).T[..., None]) * scale
+    d_logits = weight * (d_weight - (dout * out).sum(-1).T[..., None]) * (1 - bent**2) * scale
     d_key = torch.einsum("hts,thd->shd", d_logits, q).unflatten(1, (-1, group)).sum(2)
     d_value = torch.einsum("hts,the->she", weight, dout).unflatten(1, (-1, group)).sum(2)
     return torch.einsum("hts,shd->thd", d_logits, key), d_key, d_value
@@ -102,7 +104,7 @@ class StandIn:
     def longest(self, q, k, packed):
         return (q.shape[1], k.shape[1]) if packed is None else (packed[2], packed[3])
 
-    def forward(self, q, k, v, scale, causal, left, right, packed=None):
+    def forward(self, q, k, v, scale, cap, causal, left, right, packed=None):
         self.called.append((self.name, "forward", packed is not None))
         self.check(q, k, v, packed)
         bounds = self.bounds(causal, left, right, *self.longest(q, k, packed))
@@ -110,10 +112,10 @@ class StandIn:
         shape = (q.shape[0], q.shape[2], q.shape[1]) if packed is None else q.shape[1::-1]
         lse = torch.empty(shape)
         for query, key, place in self.parts(q, k, packed):
-            out[query], lse[place] = attend(q[query], k[key], v[key], scale, bounds)
+            out[query], lse[place] = attend(q[query], k[key], v[key], scale, bounds, cap)
         return out, lse
 
-    def backward(self, dout, q, k, v, out, lse, into, scale, causal, left, right, packed=None):
+    def backward(self, dout, q, k, v, out, lse, into, scale, cap, causal, left, right, packed=None):
         self.called.append((self.name, "backward", packed is not None))
         self.check(q, k, v, packed, dout, out)
         assert out.shape == dout.shape == (*q.shape[:-1], v.shape[-1])
@@ -124,7 +126,7 @@ class StandIn:
         sums = [torch.zeros(x.shape, dtype=torch.float64) for x in (q, k, v)]
         for query, key, place in self.parts(q, k, packed):
             given = lse[place], out[query], dout[query]
-            found = attend(q[query], k[key], v[key], scale, bounds, *given)
+            found = attend(q[query], k[key], v[key], scale, bounds, cap, *given)
             for total, place_of, part in zip(sums, (query, key, key), found, strict=True):
                 total[place_of] += part
         for x, total, tensor in zip(into, sums, (q, k, v), strict=True):
@@ -137,37 +139,39 @@ def flash_2(it: StandIn) -> dict:
         q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
         alibi_slopes, return_softmax,
     ):  # fmt: skip
-        assert not (dropout_p or softcap or return_softmax) and alibi_slopes is None
+        assert not (dropout_p or return_softmax) and alibi_slopes is None
         bounds = causal, window_size_left, window_size_right
-        return *it.forward(q, k, v, softmax_scale, *bounds), None, None
+        return *it.forward(q, k, v, softmax_scale, softcap, *bounds), None, None
 
     def _flash_attn_varlen_forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
         causal, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
         return_softmax=False, block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False,
     ):  # fmt: skip
-        assert not (dropout_p or softcap or return_softmax) and alibi_slopes is None
+        assert not (dropout_p or return_softmax) and alibi_slopes is None
         packed = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         bounds = causal, window_size_left, window_size_right
-        return *it.forward(q, k, v, softmax_scale, *bounds, packed), None, None
+        return *it.forward(q, k, v, softmax_scale, softcap, *bounds, packed), None, None
 
     def _flash_attn_backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
         window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
     ):  # fmt: skip
-        assert not (dropout_p or softcap) and alibi_slopes is None
+        assert not dropout_p and alibi_slopes is None
         bounds = causal, window_size_left, window_size_right
-        it.backward(dout, q, k, v, out, softmax_lse, (dq, dk, dv), softmax_scale, *bounds)
+        it.backward(dout, q, k, v, out, softmax_lse, (dq, dk, dv), softmax_scale, softcap, *bounds)
 
     def _flash_attn_varlen_backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
         max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
         softcap, alibi_slopes, deterministic, rng_state=None, zero_tensors=False,
     ):  # fmt: skip
-        assert not (dropout_p or softcap) and alibi_slopes is None
+        assert not dropout_p and alibi_slopes is None
         packed = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         bounds = causal, window_size_left, window_size_right
-        it.backward(dout, q, k, v, out, softmax_lse, (dq, dk, dv), softmax_scale, *bounds, packed)
+        it.backward(
+            dout, q, k, v, out, softmax_lse, (dq, dk, dv), softmax_scale, softcap, *bounds, packed
+        )
 
     return locals()
 
@@ -184,7 +188,7 @@ def flash_3(it: StandIn) -> dict:
     ):  # fmt: skip
         packed = packed_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         bounds = causal, window_size_left, window_size_right
-        return *it.forward(q, k, v, softmax_scale, *bounds, packed), None, None
+        return *it.forward(q, k, v, softmax_scale, softcap, *bounds, packed), None, None
 
     def _flash_attn_backward(
         dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None,
@@ -194,7 +198,9 @@ def flash_3(it: StandIn) -> dict:
     ):  # fmt: skip
         packed = packed_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         bounds = is_causal, window_size_left, window_size_right
-        it.backward(dout, q, k, v, out, softmax_lse, (dq, dk, dv), softmax_scale, *bounds, packed)
+        it.backward(
+            dout, q, k, v, out, softmax_lse, (dq, dk, dv), softmax_scale, softcap, *bounds, packed
+        )
 
     return locals()
 
@@ -213,7 +219,7 @@ def flash_4(it: StandIn) -> dict:
     ):  # fmt: skip
         packed = packed_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         bounds = causal, window_size_left, window_size_right
-        answer, mass = it.forward(q, k, v, softmax_scale, *bounds, packed)
+        answer, mass = it.forward(q, k, v, softmax_scale, softcap, *bounds, packed)
         return answer, mass if return_lse else None, None, None
 
     def _flash_attn_bwd(
@@ -228,7 +234,7 @@ def flash_4(it: StandIn) -> dict:
     ):  # fmt: skip
         packed = packed_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         bounds = causal, window_size_left, window_size_right
-        it.backward(dout, q, k, v, out, lse, (dq, dk, dv), softmax_scale, *bounds, packed)
+        it.backward(dout, q, k, v, out, lse, (dq, dk, dv), softmax_scale, softcap, *bounds, packed)
         return dq, dk, dv
 
     return locals()

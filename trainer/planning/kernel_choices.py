@@ -17,10 +17,12 @@ from typing import NamedTuple
 import torch
 
 from models.kernels import grouped_mm, scan_fla, sdpa_cuda
-from models.kernels.backends import select_kernel
+from models.kernels.backends import select_capped, select_kernel
 from models.kernels.band_plan import plan_bands
 from models.kernels.block_plan import LEAF, PARTIAL_TILE, Tile, plan_tiles, split_tile
+from models.kernels.flash_attention.capped import CappedKernel
 from models.kernels.flash_attention.releases import RELEASES, available, version
+from models.kernels.packed import takes_only_bands
 from models.kernels.reference import accumulation_dtype
 from models.kernels.triton_attention import dispatch as pairwise
 from models.scores import Score, WrappedScore
@@ -40,6 +42,8 @@ LONGEST = 32768  # tokens of the row that masks are planned for
 DOCUMENTS = 8
 GENERATIONS = {"a100": (8, 0), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0)}
 HALF = ("bfloat16", "float16")
+Module = ModuleType | CappedKernel
+REFERENCE = "reference, tiles of scores in torch"
 TRITON = "our own in Triton, forward and backward"
 
 
@@ -125,7 +129,8 @@ def _attention(call: AttentionCall, setting: Setting, situation: Situation) -> C
     spec = call.spec
     dtype = call.operands[0].dtype
     name = situation.name
-    module = None if spec.general else select_kernel(setting.device, dtype, spec.score)
+    about = setting.device, dtype, spec.score
+    module = None if spec.general else select_kernel(*about) or select_capped(*about)
     if module is None and all(_in_triton(call, setting, *pair) for pair in situation.pairs):
         calls = len(situation.pairs)
         return Choice(name, f"{calls} x {TRITON}", "it sees who sees whom, and bends scores itself")
@@ -135,7 +140,7 @@ def _attention(call: AttentionCall, setting: Setting, situation: Situation) -> C
             reason = f"{type(spec.score).__name__} is more than a scaled product and a bias"
         if spec.general:
             reason = "the lse has a gradient"
-        return Choice(name, "reference, tiles of scores in torch", reason)
+        return Choice(name, REFERENCE, reason)
     served: Counter[str] = Counter()
     reasons: list[str] = []
     for queries, keys in situation.pairs:
@@ -148,19 +153,25 @@ def _attention(call: AttentionCall, setting: Setting, situation: Situation) -> C
 
 
 def _blocks(
-    call: AttentionCall, setting: Setting, module: ModuleType, queries: Span, keys: Span
+    call: AttentionCall,
+    setting: Setting,
+    module: Module,
+    queries: Span,
+    keys: Span,
 ) -> list[tuple[str, str]]:
     """Returns (kernel, reason) for each call of a kernel."""
     score = call.spec.score
     packed = None if score.biased else _packed_kernel(call, setting, module)
     if packed is not None:
-        calls = plan_bands(call.spec.mask, queries, keys)
+        calls = plan_bands(call.spec.mask, queries, keys, takes_only_bands(module))
         if calls is not None:
             reason = "the mask is bands between runs of tokens, which one call takes together"
             return [(f"{packed} for packed stretches", reason)] * len(calls)
     if _in_triton(call, setting, queries, keys):
         reason = "the mask is no bands, or numbers are added to scores; it works both out itself"
         return [(TRITON, reason)]
+    if takes_only_bands(module):
+        return [(REFERENCE, "a soft cap under a mask that is no bands")]
     found = []
     for tile in plan_tiles(call.spec.mask, queries, keys):
         for part in split_tile(tile, LEAF) if score.biased else [tile]:
@@ -178,12 +189,13 @@ def _in_triton(call: AttentionCall, setting: Setting, queries: Span, keys: Span)
     return pairwise.wanted(spec.general, parts[1], spec.mask, queries, keys)
 
 
-def _packed_kernel(call: AttentionCall, setting: Setting, module: ModuleType) -> str | None:
+def _packed_kernel(call: AttentionCall, setting: Setting, module: Module) -> str | None:
     if not hasattr(module, "takes_packed"):
         return None
     # Sides of 1: packed stretches end anywhere.
     kernel = _choose(call.operands, (), setting, (1, 1)).kernel
-    return None if kernel == sdpa_cuda.EFFICIENT else _versioned(kernel)
+    serves = kernel in RELEASES if takes_only_bands(module) else kernel != sdpa_cuda.EFFICIENT
+    return _versioned(kernel) if serves else None
 
 
 def _versioned(kernel: str) -> str:
@@ -191,7 +203,7 @@ def _versioned(kernel: str) -> str:
     return f"{kernel} ({version(kernel)})" if kernel in RELEASES and version(kernel) else kernel
 
 
-def _tile(call: AttentionCall, setting: Setting, module: ModuleType, tile: Tile) -> tuple[str, str]:
+def _tile(call: AttentionCall, setting: Setting, module: Module, tile: Tile) -> tuple[str, str]:
     score = call.spec.score
     dtype = call.operands[0].dtype
     added: tuple[torch.dtype, ...] = ()

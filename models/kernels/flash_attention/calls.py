@@ -25,6 +25,8 @@ def forward(
     scale: float,
     bounds: tuple[int, int],
     call: BandCall | None = None,
+    *,
+    cap: float = 0.0,
 ) -> Partial | None:
     """Attends every row to its own keys, or every stretch of `call`.
 
@@ -33,6 +35,7 @@ def forward(
         tensors: q [B, T, H, D], k [B, S, G, D], v [B, S, G, E], or packed: [N, H, D], [M, G, D],
             [M, G, E]. Every query sees a key.
         bounds: left and right, as of band_plan.BandStretch.
+        cap: bound of the logits; 0: none.
 
     Returns:
         mean [B, T, H, E] and lse [B, T, H], or [N, H, E] and [N, H], wide. None where the version
@@ -40,6 +43,7 @@ def forward(
     """
     release = RELEASES[use.kernel]
     arguments = _arguments(release, release.causal[0], scale, bounds, call) | release.forward
+    arguments["softcap"] = cap
     q, k, v = _ready(tensors, use)
 
     def run(functions: Functions) -> tuple[Tensor, Tensor]:
@@ -64,11 +68,12 @@ def backward(
     d_out: Tensor,
     mean: Tensor,
     lse: Tensor,
+    cap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Returns the gradients of q, k and v, half, given mean and lse over ALL keys.
 
     Args:
-        use, tensors, scale, bounds, call: as in `forward`.
+        use, tensors, scale, bounds, call, cap: as in `forward`.
         d_out, mean, lse: as `forward` returns them.
 
     Returns:
@@ -76,6 +81,7 @@ def backward(
     """
     release = RELEASES[use.kernel]
     arguments = _arguments(release, release.causal[1], scale, bounds, call) | release.backward
+    arguments["softcap"] = cap
     arguments["deterministic"] = torch.are_deterministic_algorithms_enabled()
     arguments[release.lse] = lse_by_head(lse)
     for name, x in (("dout", d_out), ("out", mean)):

@@ -66,8 +66,8 @@ RELEASES = {
             "_flash_attn_varlen_forward",
             "_flash_attn_varlen_backward",
         ),
-        {"dropout_p": 0.0, "softcap": 0.0, "alibi_slopes": None, "return_softmax": False},
-        {"dropout_p": 0.0, "softcap": 0.0, "alibi_slopes": None},
+        {"dropout_p": 0.0, "alibi_slopes": None, "return_softmax": False},
+        {"dropout_p": 0.0, "alibi_slopes": None},
     ),
     FLASH_3: Release(
         "flash-attn-3",
@@ -164,7 +164,7 @@ def _argument_names(function: Callable[..., Any]) -> set[str]:
 
 def _passed(release: Release) -> list[set[str]]:
     """Returns the names of the arguments of each function."""
-    shared = {"q", "k", "v", "softmax_scale", "window_size_left", "window_size_right"}
+    shared = {"q", "k", "v", "softmax_scale", "softcap", "window_size_left", "window_size_right"}
     forward = {*shared, *release.forward, release.causal[0]}
     gradients = {"dout", "out", release.lse, "dq", "dk", "dv", "deterministic"}
     backward = {*shared, *release.backward, release.causal[1], *gradients}
