@@ -2,7 +2,8 @@
 
 Not in the table are float64 on a GPU, devices of other makers, and scores that are more than a
 scaled dot product and a bias: they use the reference kernel. A kernel module itself handles blocks
-with and without a matrix to add. PAIRWISE lists what our own Triton kernels serve, which work out
+with and without a matrix to add. Soft caps have a kernel of their own where flash-attn is installed
+and the mask is bands. PAIRWISE lists what our own Triton kernels serve, which work out
 who sees whom by themselves (triton_attention/dispatch.py says when).
 """
 

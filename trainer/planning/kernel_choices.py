@@ -21,7 +21,7 @@ from models.kernels.backends import select_capped, select_kernel
 from models.kernels.band_plan import plan_bands
 from models.kernels.block_plan import LEAF, PARTIAL_TILE, Tile, plan_tiles, split_tile
 from models.kernels.flash_attention.capped import CappedKernel
-from models.kernels.flash_attention.releases import RELEASES, available, version
+from models.kernels.flash_attention.releases import RELEASES, available, takes_cap, version
 from models.kernels.packed import takes_only_bands
 from models.kernels.reference import accumulation_dtype
 from models.kernels.triton_attention import dispatch as pairwise
@@ -193,9 +193,11 @@ def _packed_kernel(call: AttentionCall, setting: Setting, module: Module) -> str
     if not hasattr(module, "takes_packed"):
         return None
     # Sides of 1: packed stretches end anywhere.
-    kernel = _choose(call.operands, (), setting, (1, 1)).kernel
-    serves = kernel in RELEASES if takes_only_bands(module) else kernel != sdpa_cuda.EFFICIENT
-    return _versioned(kernel) if serves else None
+    use = _choose(call.operands, (), setting, (1, 1))
+    serves = use.kernel != sdpa_cuda.EFFICIENT
+    if takes_only_bands(module):
+        serves = takes_cap(use.kernel, setting.generation, use.key)
+    return _versioned(use.kernel) if serves else None
 
 
 def _versioned(kernel: str) -> str:

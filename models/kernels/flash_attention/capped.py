@@ -12,7 +12,8 @@ from torch import Tensor
 from models.kernels import sdpa_cuda
 from models.kernels.band_plan import BandCall
 from models.kernels.flash_attention import calls
-from models.kernels.flash_attention.releases import RELEASES, available
+from models.kernels.flash_attention.releases import available, takes_cap
+from models.kernels.kernel_inputs import KernelChoice
 from models.kernels.reference import Partial
 from models.kernels.triton_attention.terms import NO_BIAS, translate_score
 from models.scores import Score
@@ -25,14 +26,14 @@ class CappedKernel(NamedTuple):
 
     def takes_packed(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Tells whether a version that is here takes these tensors."""
-        return sdpa_cuda.packed_choice(q, k, v).kernel in RELEASES
+        return _choice(q, k, v) is not None
 
     def forward_packed(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, call: BandCall
     ) -> Partial | None:
         """See sdpa_cuda.forward_packed; None where the last version has failed."""
-        use = sdpa_cuda.packed_choice(q, k, v)
-        if use.kernel not in RELEASES:
+        use = _choice(q, k, v)
+        if use is None:
             return None
         bounds = call.left, call.right
         part = calls.forward(use, (q, k, v), scale, bounds, call, cap=self.cap)
@@ -51,8 +52,8 @@ class CappedKernel(NamedTuple):
         lse: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """See sdpa_cuda.backward_packed; None where the last version has failed."""
-        use = sdpa_cuda.packed_choice(q, k, v)
-        if use.kernel not in RELEASES:
+        use = _choice(q, k, v)
+        if use is None:
             return None
         bounds = call.left, call.right
         outputs = {"d_out": d_out, "mean": mean, "lse": lse}
@@ -60,6 +61,11 @@ class CappedKernel(NamedTuple):
         if answer is None:
             return self.backward_packed(q, k, v, scale, call, **outputs)
         return answer
+
+
+def _choice(q: Tensor, k: Tensor, v: Tensor) -> KernelChoice | None:
+    use = sdpa_cuda.packed_choice(q, k, v)
+    return use if takes_cap(use.kernel, sdpa_cuda.capability(q.device), use.key) else None
 
 
 def capped_kernel(score: Score) -> CappedKernel | None:

@@ -128,6 +128,18 @@ def widths(name: str, generation: tuple[int, int], key: int, value: int) -> tupl
     return (widest, widest) if widest <= WIDEST else None
 
 
+def takes_cap(kernel: str, generation: tuple[int, int], key: int) -> bool:
+    """Tells whether a kernel caps logits, backward too.
+
+    Args:
+        kernel: any, of flash-attn or not.
+        generation: of the GPU.
+        key: width that keys are filled up to.
+    """
+    refused = kernel == FLASH_4 and generation[0] >= 10 and key == WIDEST
+    return kernel in RELEASES and not refused
+
+
 @lru_cache
 def load_release(name: str) -> Functions | None:
     """Returns the four functions of Release; None where the package is missing or unfit.

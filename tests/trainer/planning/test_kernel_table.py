@@ -118,6 +118,9 @@ def test_versions_of_flash_attn_that_are_installed_here_are_named(monkeypatch, d
         assert "installed here" in row.choices[0].reason
         (row,) = rows_of("model=full", "precision=bfloat16", "mixer=softcap", device=device)
         assert kernels_of(row)["one document of 2048"] == f"1 x {kernel} (1.2) for packed stretches"
+        wide = ("mixer=softcap", "model.width=512")
+        (row,) = rows_of("model=full", "precision=bfloat16", *wide, device=device)
+        assert (TRITON in kernels_of(row)["one document of 2048"]) == (device == "b200")
         (row,) = rows_of("model=full", "precision=float32", device=device)
         assert "flash-attn" not in str(row)
 

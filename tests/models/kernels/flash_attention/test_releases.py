@@ -7,7 +7,10 @@ import torch
 
 from models.kernels import sdpa_cuda
 from models.kernels.flash_attention import releases
+from models.kernels.flash_attention.capped import capped_kernel
 from models.kernels.flash_attention.releases import FLASH_2, FLASH_3, FLASH_4, RELEASES
+from models.positions.alibi import AlibiScore
+from models.scores import Score, SoftcapScore
 from tests.support.cuda_kernels import tensors
 from tests.support.flash_packages import MAKERS, StandIn, installed
 
@@ -41,6 +44,24 @@ def test_the_best_version_that_is_there_serves(generation, packages, sides, widt
     for dtypes in ([torch.float32] * 3, [*half, torch.bfloat16]):
         found = sdpa_cuda.choose_kernel(dtypes, *widths, generation, sides, packages)
         assert found.kernel == "efficient"
+
+
+@pytest.mark.parametrize(
+    "generation, width, takes",
+    [(HOPPER, 256, True), (BLACKWELL, 128, True), (BLACKWELL, 256, False)],
+)
+def test_a_cap_is_not_asked_of_what_has_none_in_backward(monkeypatch, generation, width, takes):
+    """Version 4 on Blackwell, at heads of 256: Gemma 2's."""
+    monkeypatch.setattr(sdpa_cuda, "capability", lambda device: generation)
+    some = tensors(20, 20, 2, 2, width, width)
+    with installed(FLASH_4):
+        kernel = capped_kernel(SoftcapScore(Score(), 50.0))
+        assert kernel is not None and kernel.takes_packed(*some) is takes
+        assert sdpa_cuda.packed_choice(*some).kernel == FLASH_4
+        assert capped_kernel(Score()) is None
+        assert capped_kernel(SoftcapScore(AlibiScore(2), 50.0)) is None
+    with installed():
+        assert capped_kernel(SoftcapScore(Score(), 50.0)) is None
 
 
 def test_a_fixed_order_of_sums_is_not_asked_of_wide_heads_of_flash_attn_3():
