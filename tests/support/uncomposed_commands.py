@@ -110,6 +110,7 @@ NOT_COMPOSED = {
     ): "tests/trainer/planning/test_kernel_table.py",
     "python -m scripts.bench context": "minutes; tests/scripts/benchmarks/test_context.py",
     "python -m scripts.bench steps": "minutes; tests/scripts/benchmarks/test_steps.py",
+    "python -m scripts.bench sparse": "minutes; tests/scripts/benchmarks/test_sparse.py",
     "python -m scripts.bench plan ranks=2": "minutes; tests/trainer/planning/test_step_plan.py",
     "python -m scripts.calibrate out=mine.yaml": "tests/trainer/planning/test_calibration.py",
     "python -m scripts.kernels compile=true": "tests/models/kernels/triton_attention",

@@ -37,20 +37,14 @@ def require_plannable(config: Config) -> None:
         UserError: one line for each such setting.
     """
     engine = config.engine
+    offload = getattr(engine, "offload", None)
     wrong = [
         (
-            "engine",
-            engine.name,
-            engine.name == "deepspeed",
-            "DeepSpeed works on addresses of its flat buffers, which tensors without numbers lack",
-            "engine=fsdp",
-        ),
-        (
-            "engine.compile",
-            "true",
-            engine.compile,
-            "what a compiled block keeps for backward is chosen by the compiler, with numbers",
-            "engine.compile=false",
+            "engine.offload",
+            str(offload),
+            offload not in (None, "none"),
+            "a plan does not tell shards on the host from those on the device",
+            "engine.offload=none",
         ),
         ("stages", "[...]", bool(config.stages), "a plan is of one stage", "stages=[]"),
     ]

@@ -18,6 +18,10 @@ from trainer.planning.watched_step import KINDS
 from trainer.preflight.check import check_config
 
 WORDS = ("gpus", "device", "memory", "search")
+COMPILED = (
+    "engine.compile=true: memory and seconds are bounds from above, those of blocks that are not"
+    " compiled"
+)
 ROOM = 0.97  # of a device's memory: the rest is its context and what an allocator leaves unused
 
 
@@ -74,6 +78,8 @@ def describe(config: Config, plan: StepPlan) -> list[str]:
         f"memory of rank {plan.rank}, the fullest: {shown(plan.peak_bytes)} at the peak of a step",
     ]
     lines += [f"  {kind:36}{shown(plan.by_kind[kind]):>14}" for kind in KINDS if plan.by_kind[kind]]
+    if config.engine.compile:
+        lines.append(COMPILED)
     if plan.host_bytes:
         lines.append(f"waits in the memory of the host, for each rank: {shown(plan.host_bytes)}")
     lines.append(f"sent by that rank for sharing rows and experts, {_sum(plan.sent_bytes)} a step")

@@ -17,7 +17,7 @@ from parallel.engines.materialize import materialize
 from parallel.engines.single import cast_inputs
 from trainer.config.build_model import build_model
 from trainer.config.schema import Config
-from trainer.planning.fake_arithmetic import FakeArithmetic
+from trainer.planning.without_numbers.fake_arithmetic import FakeArithmetic
 
 TOKENS = 64  # of the row that is passed through the model; kernels are chosen for others later
 CHOOSING = ("Softmax", "PooledAttention", "PointAttention", "Scan")

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from models.span import Span
 from parallel.engines.materialize import materialize
-from trainer.planning.counted_kernels import counted_kernels
 from trainer.planning.devices import Device
-from trainer.planning.expected_pairs import expected_pairs
-from trainer.planning.fake_arithmetic import FakeArithmetic
 from trainer.planning.live_memory import LiveMemory
-from trainer.planning.quick_placement import placed_without_numbers
 from trainer.planning.step_costs import StepCosts
 from trainer.planning.step_plan import kernels_of
+from trainer.planning.without_numbers.counted_kernels import counted_kernels
+from trainer.planning.without_numbers.expected_pairs import expected_pairs
+from trainer.planning.without_numbers.fake_arithmetic import FakeArithmetic
+from trainer.planning.without_numbers.quick_placement import placed_without_numbers
 
 
 class PlannedPass(NamedTuple):

@@ -7,7 +7,7 @@ is the most that attention can be asked for.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +23,8 @@ from trainer.config.schema import Config
 from trainer.data.batch_sharding import AUTO_TOKENS
 from trainer.placement import mesh_of
 from trainer.planning.changed_config import changed
-from trainer.planning.counted_kernels import counted_kernels
 from trainer.planning.devices import Device
-from trainer.planning.expected_pairs import expected_pairs
-from trainer.planning.fake_arithmetic import FakeArithmetic
-from trainer.planning.host_room import PlannedOffload
 from trainer.planning.live_memory import LiveMemory
-from trainer.planning.quick_placement import placed_without_numbers
 from trainer.planning.rehearsal import Rehearsal
 from trainer.planning.repeated_layers import (
     ENDS,
@@ -41,6 +36,12 @@ from trainer.planning.repeated_layers import (
 )
 from trainer.planning.step_costs import StepCosts
 from trainer.planning.watched_step import PlannedStretch, WatchedStep
+from trainer.planning.without_numbers import fake_deepspeed
+from trainer.planning.without_numbers.counted_kernels import counted_kernels
+from trainer.planning.without_numbers.expected_pairs import expected_pairs
+from trainer.planning.without_numbers.fake_arithmetic import FakeArithmetic
+from trainer.planning.without_numbers.host_room import PlannedOffload
+from trainer.planning.without_numbers.quick_placement import placed_without_numbers
 
 FEW = 2  # micro-batches that are rehearsed
 
@@ -73,7 +74,7 @@ class StepPlan:
 def plan_step(
     config: Config, vocabulary: int, rank: int, device: Device, *, every_layer: bool = False
 ) -> StepPlan:
-    """Plans a step of one rank.
+    """Plans a step of one rank; of compiled blocks as if they were not, which is more.
 
     Args:
         config: of the run; parallel.context x parallel.data ranks.
@@ -83,8 +84,11 @@ def plan_step(
         every_layer: plans every layer of a deep model, which gives the same
             (trainer/planning/repeated_layers.py) and takes longer.
     """
+    # The compiler chooses with numbers what a block keeps: no more than the block does itself.
+    config = changed(config, engine__compile=False)
     repetition = None
-    if not every_layer:
+    # Buckets of DeepSpeed are filled across layers.
+    if not every_layer and config.engine.name != fake_deepspeed.NAME:
         repetition = find_repetition(config, _meta_model(config, vocabulary))
     if repetition is not None:
         plans = []
@@ -123,9 +127,10 @@ def _taken(config: Config, model: nn.Module, rank: int, device: Device) -> _Take
             if config.engine.offload_activations:
                 pinned = device.kind == "cuda"
                 offload = PlannedOffload(mesh.device, live, costs, pinned=pinned)
-            watched = WatchedStep(Rehearsal(config, mesh, model, offload), live, costs)
-            with expected_pairs(costs, device), counted_kernels(costs, device):
-                watched.run()
+            with _engine_without_numbers(config, live):
+                watched = WatchedStep(Rehearsal(config, mesh, model, offload), live, costs)
+                with expected_pairs(costs, device), counted_kernels(costs, device):
+                    watched.run()
             watched.count_pieces(pieces)
         return _TakenStep(watched.stretches(), watched.sent, watched.sent_over, costs)
 
@@ -189,6 +194,13 @@ def _few_micro_batches(config: Config, device: Device) -> tuple[Config, int]:
         return changed(config, parallel__micro_batch=micro_batch), pieces
     tokens = FEW * micro_batch * parallel.data * config.context_length
     return changed(config, parallel__micro_batch=micro_batch, batch_tokens=tokens), pieces
+
+
+def _engine_without_numbers(config: Config, live: LiveMemory) -> AbstractContextManager[None]:
+    """Returns what stands around an engine that has ways of its own with tensors."""
+    if config.engine.name == fake_deepspeed.NAME:
+        return fake_deepspeed.deepspeed_without_numbers(live)
+    return nullcontext()
 
 
 @contextmanager

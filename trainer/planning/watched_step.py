@@ -19,6 +19,7 @@ from trainer.planning.inside_operations import bytes_inside
 from trainer.planning.live_memory import Allocation, LiveMemory
 from trainer.planning.rehearsal import Rehearsal
 from trainer.planning.step_costs import StepCosts
+from trainer.planning.without_numbers import fake_deepspeed
 
 STATE_KINDS = ("weights", "gathered weights", "gradients", "optimiser")
 PARTS = ("mixers", "feed-forward layers", "losses", "the rest")
@@ -96,15 +97,18 @@ class WatchedStep:
     def _note_state(self) -> None:
         """Notes where weights and the optimiser's state lie now."""
         engine = self.rehearsal.placement.engine
-        self.weights |= self._numbers([*engine.parameters.values(), *engine.model.parameters()])
+        weights = [*engine.parameters.values(), *engine.model.parameters()]
+        self.weights |= self._numbers([*weights, *fake_deepspeed.sharded_weights(engine)])
         states = [value for state in engine.optimiser.state.values() for value in state.values()]
         self.optimiser |= self._numbers(value for value in states if isinstance(value, Tensor))
 
     def run(self) -> None:
         """Takes the step."""
         rehearsal = self.rehearsal
-        if rehearsal.config.memory.carries:
-            # The first rows find nothing that earlier ones left.
+        config = rehearsal.config
+        if config.memory.carries or config.engine.name == fake_deepspeed.NAME:
+            # The first rows find nothing that earlier ones left; and DeepSpeed gathers ahead what
+            # it has seen gathered in a step before.
             rehearsal.step()
         communicator = rehearsal.placement.communicator
         if communicator is not None:
@@ -178,7 +182,7 @@ class WatchedStep:
         ):
             if number in own:
                 return name
-        if allocation.resized:
+        if allocation.resized or allocation.label == fake_deepspeed.GATHERED:
             return "gathered weights"
         for began, ended in self.forwards:
             outlives = allocation.ended is None or allocation.ended >= ended

@@ -1,7 +1,7 @@
 """Reads the numbers that decide how chosen pairs are cut into blocks.
 
 A plan of a step, whose tensors have shapes and no numbers, puts expected ones in their place
-(trainer/planning/expected_pairs.py); nothing else of this folder differs there.
+(trainer/planning/without_numbers/expected_pairs.py); nothing else of this folder differs there.
 
 Letters: B rows, t queries, n tiles.
 """

@@ -106,8 +106,6 @@ def test_the_command_prints_memory_by_kind_and_bytes(capsys):
             ("gpus=8", "parallel.context=2", "parallel.data=2"),
             "gpus=8: parallel.context=2 x parallel.data=2 are 4 ranks; use gpus=4",
         ),
-        (("engine=deepspeed",), "engine=deepspeed: DeepSpeed works on addresses"),
-        (("engine.compile=true",), "engine.compile=true: what a compiled block keeps"),
         (("model.width=33",), "model.width=33"),
         (("memory=80",), "memory=80: a size has a unit; write it as memory=80GiB"),
         (("device=h300",), "device=h300: the table has a100, h100, h200, b200, cpu; use one"),

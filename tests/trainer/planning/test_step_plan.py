@@ -8,6 +8,7 @@ from tests.support.pool import ranks
 from trainer.config.build_model import build_model
 from trainer.config.compose import compose
 from trainer.placement import mesh_of
+from trainer.planning.command import describe
 from trainer.planning.devices import read_device
 from trainer.planning.measured_step import measure_step
 from trainer.planning.step_plan import plan_step
@@ -119,6 +120,26 @@ def test_a_plan_of_a_gpu_takes_the_kernels_of_gpus_and_puts_those_of_the_cpu_bac
     cpu = plan_step(config, WORDS, 0, read_device("cpu"))
     assert gpu.costs.seconds["attention"] > 0
     assert gpu.costs.total_seconds < cpu.costs.total_seconds
+
+
+def test_a_compiled_step_is_planned_from_above():
+    words = ("engine=single", "model.layers=1")
+    plain = config_of(words)
+    compiled = config_of((*words, "engine.compile=true"))
+    plans = [plan_step(config, WORDS, 0, read_device("cpu")) for config in (plain, compiled)]
+    assert plans[0].by_kind == plans[1].by_kind
+    said = [line for line in describe(compiled, plans[1]) if "engine.compile=true" in line]
+    assert len(said) == 1 and "bounds from above" in said[0]
+    assert not any("engine.compile" in line for line in describe(plain, plans[0]))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("more", [(), ("engine.checkpointing=full",), ("precision=bfloat16",)])
+def test_a_compiled_step_holds_no_more_than_planned(more):
+    words = ("engine=single", "engine.compile=true", *more)
+    (step,) = ranks(1, measured, words)
+    plan = plan_step(config_of(words), WORDS, 0, read_device("cpu"))
+    assert step.peak_bytes <= 1.001 * plan.peak_bytes < 1.5 * step.peak_bytes
 
 
 def test_moves_are_sorted_by_the_link_that_they_take():

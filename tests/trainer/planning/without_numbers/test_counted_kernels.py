@@ -9,12 +9,12 @@ from models.kernels.triton_attention.block_lists import block_lists
 from models.masks.basic import Causal
 from models.span import Span
 from tests.trainer.planning.test_step_plan import WORDS, config_of
-from trainer.planning import counted_kernels
-from trainer.planning.counted_kernels import CountedKernel, blocks_on
 from trainer.planning.devices import read_device
 from trainer.planning.kernel_choices import TRITON
 from trainer.planning.kernel_table import kernel_rows, read_kernel_words
 from trainer.planning.step_plan import plan_step
+from trainer.planning.without_numbers import counted_kernels
+from trainer.planning.without_numbers.counted_kernels import CountedKernel, blocks_on
 
 TOKENS = 2048
 SIZES = (

@@ -1,4 +1,4 @@
-"""What attention over chosen pairs is expected to choose, for a plan whose tensors hold no numbers.
+"""Expected choices of attention over chosen pairs, for a plan whose tensors hold no numbers.
 
 The code of models/kernels/pairs runs as it is; the few numbers that it reads are put in their place
 here. LSH: hashes that spread tokens evenly are drawn for one head, and the tiles of all heads are

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 
-from trainer.planning.quick_placement import CUT, LazyChunks, placed_without_numbers
+from trainer.planning.without_numbers.quick_placement import CUT, LazyChunks, placed_without_numbers
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 10, 11, 24])

@@ -13,11 +13,11 @@ from models.span import Span
 from tests.support.pool import ranks
 from tests.trainer.planning.test_step_plan import WORDS, config_of, measured
 from trainer.planning.devices import read_device
-from trainer.planning.expected_pairs import expected_pairs
-from trainer.planning.fake_arithmetic import FakeArithmetic
 from trainer.planning.planned_layer import plan_layer
 from trainer.planning.step_costs import StepCosts
 from trainer.planning.step_plan import plan_step
+from trainer.planning.without_numbers.expected_pairs import expected_pairs
+from trainer.planning.without_numbers.fake_arithmetic import FakeArithmetic
 
 WIDTH = 64
 TOKENS = 1500  # fills no tile, no bucket and no block
