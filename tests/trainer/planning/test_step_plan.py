@@ -139,7 +139,8 @@ def test_a_compiled_step_holds_no_more_than_planned(more):
     words = ("engine=single", "engine.compile=true", *more)
     (step,) = ranks(1, measured, words)
     plan = plan_step(config_of(words), WORDS, 0, read_device("cpu"))
-    assert step.peak_bytes <= 1.001 * plan.peak_bytes < 1.5 * step.peak_bytes
+    # Recomputed in backward, a compiled block may hold a sum of a row longer: 3 KiB here.
+    assert step.peak_bytes <= 1.005 * plan.peak_bytes < 1.5 * step.peak_bytes
 
 
 def test_moves_are_sorted_by_the_link_that_they_take():
