@@ -241,6 +241,10 @@ class Gradients:
         """Returns sums of 0 for these tensors."""
         return Gradients(_wide_zeros(query), _wide_zeros(payload), _wide_zeros(params))
 
+    def with_keys(self, payload: Tensors) -> "Gradients":
+        """Returns sums that share those of queries and params, and begin at 0 for these keys."""
+        return Gradients(self.query, _wide_zeros(payload), self.params)
+
 
 def _wide_zeros(tensors: Tensors) -> list[Tensor]:
     zeros = []

@@ -135,9 +135,7 @@ class _AllGather(torch.autograd.Function):
 
         def differentiate(block: Tensors, key_span: Span) -> list[Tensor]:
             """Returns the gradients of these keys; those of queries and parameters are added up."""
-            into = blockwise.Gradients.zeros((), block, ())
-            into.query = gradients.query
-            into.params = gradients.params
+            into = gradients.with_keys(block)
             if key_span.shape[1] == 0:
                 return into.payload
             blockwise.backward(

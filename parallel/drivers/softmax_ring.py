@@ -146,9 +146,7 @@ class _Ring(torch.autograd.Function):
 
         def differentiate(block: Tensors, part: KeyPart, source: int) -> list[Tensor]:
             """Returns the gradients of these keys; those of queries and parameters are added up."""
-            into = blockwise.Gradients.zeros((), block, ())
-            into.query = gradients.query
-            into.params = gradients.params
+            into = gradients.with_keys(block)
             blockwise.backward(
                 ctx.spec,
                 query,

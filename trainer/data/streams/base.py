@@ -87,11 +87,8 @@ class Stream(ABC):
         """Returns rows first .. last - 1 of the batch at a cursor, as a data rank trains on them.
 
         This reads the batch and cuts it, which is right for every stream. One that finds a row
-        without the rows before it overrides it, so that a rank's reading does not grow with the
-        number of ranks: local documents, by their lengths, and synthetic tasks, whose rows are
-        functions of their numbers. Not so streamed documents, since the place of the next batch
-        depends on the tokens of all lanes. A mixture reads the rows of others as far as its sources
-        do not know their sizes.
+        without the rows before it is a StreamOfRows. Not so streamed documents, since the place of
+        the next batch depends on the tokens of all lanes.
 
         Raises:
             ValueError: the cursor belongs to other data.
@@ -140,3 +137,21 @@ class Stream(ABC):
                 " tokenizer, seed, context_length or data settings were changed; set them back, or"
                 " begin anew in another run_dir"
             )
+
+
+class StreamOfRows(Stream):
+    """A stream that finds a row without the rows before it.
+
+    A rank's reading then does not grow with the number of ranks: local documents are found by their
+    lengths, and rows of synthetic tasks are functions of their numbers. A mixture reads the rows of
+    others as far as its sources do not know their sizes.
+    """
+
+    def read(self, cursor: Cursor) -> tuple[Batch, Cursor]:
+        """See Stream.read."""
+        rows = self.read_rows(cursor, 0, self.rows)
+        return rows.batch, rows.cursor
+
+    @abstractmethod
+    def read_rows(self, cursor: Cursor, first: int, last: int) -> OwnRows:
+        """See Stream.read_rows."""

@@ -15,12 +15,12 @@ from trainer.data.batch import Batch, first_numbers
 from trainer.data.cursors import misfit
 from trainer.data.errors import NONE_HELD_OUT, DataError
 from trainer.data.sources.mixture import Mixture
-from trainer.data.streams.base import Cursor, OwnRows, RowSize, Stream
+from trainer.data.streams.base import Cursor, OwnRows, RowSize, Stream, StreamOfRows
 from trainer.data.streams.packed import PackedStream
 from trainer.errors import BAD_CONFIG
 
 
-class MixtureStream(Stream):
+class MixtureStream(StreamOfRows):
     """Rows of several streams, in shares that hold to within one row at any time.
 
     A cursor holds one of each source, and what each has given and should have given. It counts rows
@@ -96,11 +96,6 @@ class MixtureStream(Stream):
                 limit = self.limits[name]
                 beginning["ended"][name] = int(limit is not None and other["rows"] >= limit)
         return beginning
-
-    def read(self, cursor: Cursor) -> tuple[Batch, Cursor]:
-        """See Stream.read."""
-        rows = self.read_rows(cursor, 0, self.rows)
-        return rows.batch, rows.cursor
 
     def read_rows(self, cursor: Cursor, first: int, last: int) -> OwnRows:
         """See Stream.read_rows; of the other rows the sizes are needed, to share out tokens."""

@@ -14,7 +14,7 @@ from trainer.data.errors import NONE_HELD_OUT, ONE_DOCUMENT, DataError, ReadRepo
 from trainer.data.packing import Concatenation, PackedRow, rows_of, stack
 from trainer.data.sources.base import Local
 from trainer.data.split import arrange, divide
-from trainer.data.streams.base import Cursor, OwnRows, RowSize, Stream
+from trainer.data.streams.base import Cursor, OwnRows, RowSize, StreamOfRows
 from trainer.data.whole_documents import Cuts, WholeDocuments, cut_at_turns
 from trainer.errors import BAD_CONFIG
 
@@ -24,7 +24,7 @@ NOTHING_LEARNED = (
 )
 
 
-class PackedStream(Stream):
+class PackedStream(StreamOfRows):
     """Rows of local documents, one epoch after another in an order of its own, without end.
 
     Documents are laid end to end in the epoch's order, and the rows of that are read in a second
@@ -97,11 +97,6 @@ class PackedStream(Stream):
     def start(self) -> Cursor:
         """See Stream.start."""
         return {"rows": 0, "fingerprint": self.fingerprint}
-
-    def read(self, cursor: Cursor) -> tuple[Batch, Cursor]:
-        """See Stream.read."""
-        rows = self.read_rows(cursor, 0, self.rows)
-        return rows.batch, rows.cursor
 
     def read_rows(self, cursor: Cursor, first: int, last: int) -> OwnRows:
         """See Stream.read_rows; of the other rows only the lengths of documents are looked at."""

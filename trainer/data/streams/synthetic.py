@@ -18,7 +18,7 @@ from models.span import GIVEN, PADDING, TEXT
 from trainer.data.batch import Batch
 from trainer.data.errors import NONE_HELD_OUT, DataError
 from trainer.data.split import digest
-from trainer.data.streams.base import Cursor, OwnRows, Stream
+from trainer.data.streams.base import Cursor, OwnRows, StreamOfRows
 from trainer.data.tasks.base import Example, SyntheticTask
 from trainer.errors import BAD_CONFIG
 
@@ -73,7 +73,7 @@ class SyntheticRow(NamedTuple):
         return SyntheticRow(*columns, source=self.source)
 
 
-class SyntheticStream(Stream):
+class SyntheticStream(StreamOfRows):
     """Rows of whole examples, as many as fit (or `task.per_row`), the rest padding; without end.
 
     A hash of the example decides if it is held out, so that training never meets it under any seed.
@@ -130,11 +130,6 @@ class SyntheticStream(Stream):
     def start(self) -> Cursor:
         """See Stream.start."""
         return {"rows": 0, "fingerprint": self.fingerprint}
-
-    def read(self, cursor: Cursor) -> tuple[Batch, Cursor]:
-        """See Stream.read."""
-        rows = self.read_rows(cursor, 0, self.rows)
-        return rows.batch, rows.cursor
 
     def read_rows(self, cursor: Cursor, first: int, last: int) -> OwnRows:
         """See Stream.read_rows; no example of another row is drawn."""
