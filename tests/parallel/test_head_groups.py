@@ -14,14 +14,11 @@ from models.lora import LoraLinear, add_adapters
 from models.micro_batch import MicroBatch
 from models.positions.rope import Rope
 from models.span import Span
-from parallel.context_parallel import apply_context_parallel
 from parallel.engines.base import blocks_of
 from parallel.head_groups import apply_head_groups, groupable_layers, unequal_groups
-from parallel.layout import layouts
 from parallel.parallelize import compute_again
-from parallel.sharding import shard_span
 from tests.support.live import Live
-from tests.support.parity import build, given, grid, packed, relative, truth
+from tests.support.parity import build, compare_cut, given, packed, relative, truth
 from tests.support.pool import ranks
 from tests.variants import VARIANTS, WIDTH
 
@@ -77,27 +74,11 @@ def check_groups(name: str, groups: int) -> None:
 
 def over_ranks(env: Any, name: str, method: str) -> float:
     """The worst relative difference of this rank's part."""
-    (x, weight), (want, d_x, d_parameters) = given(torch.float64), truth(name, torch.float64)
-    mixer, span = build(name), packed()
-    side = 2 if method == "usp" else 1
-    apply_context_parallel(
-        mixer, env.group, method, grid=grid(env, side) if method == "usp" else None
-    )
-    assert apply_head_groups(mixer, NAMES[name][0]) == 1
-    here = shard_span(span, layouts("zigzag", span, env.size, heads=side), env.rank)
-    shard, valid = here.sharding.shard, here.valid()[..., None]
-    part = shard(x, 0).requires_grad_()
-    got = mixer(part, here)
-    (got * shard(weight, 0)).sum().backward()
-    assert part.grad is not None
-    worst = [relative(got * valid, shard(want, 0) * valid), relative(part.grad, shard(d_x, 0))]
-    for key, parameter in mixer.named_parameters():
-        if key in d_parameters:
-            assert parameter.grad is not None
-            gradient = parameter.grad.clone()
-            torch.distributed.all_reduce(gradient, group=env.group)
-            worst.append(relative(gradient, d_parameters[key]))
-    return max(worst)
+
+    def group(mixer: nn.Module) -> None:
+        assert apply_head_groups(mixer, NAMES[name][0]) == 1
+
+    return max(compare_cut(env, name, method, "zigzag", change=group).values())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """One mixer on one device against the same mixer cut over ranks: outputs and every gradient."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
@@ -162,15 +163,23 @@ def truth(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tens
 def compare(env: Any, name: str, method: str, policy: str) -> dict[torch.dtype, float]:
     """Worst relative difference over the output, the input's gradient and every parameter's
     gradient, by dtype."""
-    return {dtype: max(_compare(env, name, method, policy, dtype).values()) for dtype in EXACT}
+    return {dtype: max(compare_cut(env, name, method, policy, dtype).values()) for dtype in EXACT}
 
 
-def _compare(
-    env: Any, name: str, method: str, policy: str, dtype: torch.dtype, device: str = "cpu"
+def compare_cut(
+    env: Any,
+    name: str,
+    method: str,
+    policy: str,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    *,
+    change: Callable[[nn.Module], None] | None = None,
 ) -> dict[str, float]:
     """Differences of one cut, by what is compared.
 
     Args:
+        change: is given the mixer once its context parallelism is applied.
         device: of the cut; not a CPU: it is compared with one CPU in float64.
     """
     wide = dtype if device == "cpu" else torch.float64
@@ -181,6 +190,8 @@ def _compare(
         many, env.group, method, grid=grid(env, side) if method == "usp" else None
     )
     assert list(many.state_dict()) == names
+    if change is not None:
+        change(many)
 
     here = shard_span(span, layouts(policy, span, env.size, heads=side), env.rank)
     shard, valid = here.sharding.shard, here.valid().cpu()[..., None]
@@ -217,7 +228,7 @@ def compare_on(
     alone = _one_device(case.name, torch.bfloat16, device)
     found = {"bfloat16 uncut": alone}
     for dtype in dtypes:
-        worst = _compare(env, *case[:3], dtype, device)
+        worst = compare_cut(env, *case[:3], dtype, device)
         found[str(dtype).removeprefix("torch.")] = max(worst.values())
     return found
 

@@ -9,12 +9,10 @@ import torch
 from torch import nn
 
 from parallel.compilation import GraphBreaks, compile_block, graph_breaks
-from parallel.context_parallel import OPAQUE, apply_context_parallel
-from parallel.layout import layouts
-from parallel.sharding import shard_span
+from parallel.context_parallel import OPAQUE
 from tests.parallel.drivers.test_half_precision import RANKS, one_of_each
 from tests.support.families import family
-from tests.support.parity import GRID_HEADS, Case, build, given, grid, packed, relative, truth
+from tests.support.parity import Case, compare_cut
 from tests.support.pool import ranks
 
 # The compiler's front, which decides where graphs end, without minutes of a C++ compiler.
@@ -23,34 +21,20 @@ FRONT = partial(torch.compile, backend="aot_eager")
 
 def compiled(env: Any, case: Case) -> tuple[float, GraphBreaks, int]:
     """(worst relative difference, where graphs ended, modules that are left out), of a rank."""
-    (x, weight), (want, d_x, d_parameters) = given(torch.float64), truth(case.name, torch.float64)
-    mixer, span = build(case.name), packed()
-    side = GRID_HEADS[RANKS] if case.method == "usp" else 1
-    apply_context_parallel(
-        mixer, env.group, case.method, grid=grid(env, side) if case.method == "usp" else None
-    )
+    opaque: list[nn.Module] = []
+
+    def compile_it(mixer: nn.Module) -> None:
+        opaque.extend(module for module in mixer.modules() if isinstance(module, OPAQUE))
+        with mock.patch.object(torch, "compile", FRONT):
+            compile_block(mixer)
+
     torch.compiler.reset()
     before = graph_breaks()
-    with mock.patch.object(torch, "compile", FRONT):
-        compile_block(mixer)
-    here = shard_span(span, layouts(case.policy, span, RANKS, heads=side), env.rank)
-    shard, valid = here.sharding.shard, here.valid()[..., None]
-    part = shard(x, 0).requires_grad_()
-    got = mixer(part, here)
-    (got * shard(weight, 0)).sum().backward()
-    assert part.grad is not None
-    worst = [relative(got * valid, shard(want, 0) * valid)]
-    worst.append(relative(part.grad * valid, shard(d_x, 0) * valid))
-    for key, parameter in mixer.named_parameters():
-        if key in d_parameters:
-            assert parameter.grad is not None
-            gradient = parameter.grad.clone()
-            torch.distributed.all_reduce(gradient, group=env.group)
-            worst.append(relative(gradient, d_parameters[key]))
+    worst = max(compare_cut(env, *case[:3], change=compile_it).values())
     after = graph_breaks()
     others = {reason: n for reason, n in after.others.items() if n > before.others.get(reason, 0)}
     found = GraphBreaks(after.graphs - before.graphs, after.left_out - before.left_out, others)
-    return max(worst), found, sum(isinstance(module, OPAQUE) for module in mixer.modules())
+    return worst, found, len(opaque)
 
 
 def one_of_a_family() -> list[Any]:
