@@ -27,8 +27,6 @@ SIZES = (
     f"batch_tokens={TOKENS}",
 )
 
-pytest.importorskip("triton")
-
 
 def plan(*words, device="h100"):
     config = config_of((*SIZES, "engine=single", *words))

@@ -12,8 +12,6 @@ from trainer.planning.advice import require_plannable
 from trainer.planning.devices import read_device
 from trainer.planning.step_plan import plan_step
 
-pytest.importorskip("deepspeed")
-
 WIDE = (
     "engine=deepspeed",
     "parallel.data=2",
