@@ -74,18 +74,23 @@ class Communicator:
     def ring_shift(self, tensors: Sequence[Tensor], name: str = "rotate") -> "Pending":
         """Starts sending tensors to the next rank and receiving from the one before.
 
-        The received tensors have the same shapes.
+        The received tensors have the same shapes. From the host's memory, where each message costs,
+        tensors of one dtype travel as one.
         """
         to, source = (
             dist.get_global_rank(self.group, (self.rank + s) % self.size) for s in (1, -1)
         )
-        out = [self._carried(t) for t in tensors]
-        into = [torch.empty_like(t) for t in out]
+        on_host = self.host_only or tensors[0].device.type == "cpu"
+        if on_host and len({t.dtype for t in tensors}) == 1:
+            out, into, received = _packed(tensors)
+        else:
+            out = [self._carried(t) for t in tensors]
+            into = received = [torch.empty_like(t) for t in out]
         sends = [dist.P2POp(dist.isend, t, to, self.group) for t in out if t.numel()]
         takes = [dist.P2POp(dist.irecv, t, source, self.group) for t in into if t.numel()]
         self.count_bytes(name, sum(t.numel() * t.element_size() for t in out))
         works = dist.batch_isend_irecv([*sends, *takes]) if sends else []
-        return Pending(works, into, out, [t.device for t in tensors])
+        return Pending(works, received, out, [t.device for t in tensors])
 
     def all_reduce(self, x: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
         """Returns x reduced over the ranks, in its own memory; the caller counts the bytes."""
@@ -140,6 +145,21 @@ class Communicator:
         whom = dist.get_global_rank(self.group, source)
         works = [dist.irecv(t, whom, self.group) for t in into if t.numel()]
         return Pending(works, into, [], [t.device for t in likes]).wait()
+
+
+def _packed(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Joins tensors of one dtype into one message in the host's memory.
+
+    Returns:
+        ([what is sent], [what is received into], its parts in the shapes of the tensors).
+    """
+    sizes = [t.numel() for t in tensors]
+    sent = torch.empty(sum(sizes), dtype=tensors[0].dtype)
+    for part, tensor in zip(sent.split(sizes), tensors):
+        part.view(tensor.shape).copy_(tensor)
+    taken = torch.empty_like(sent)
+    received = [part.view(t.shape) for part, t in zip(taken.split(sizes), tensors)]
+    return [sent], [taken], received
 
 
 Grid = tuple[Communicator, Communicator]  # the ranks that trade heads, and those of the ring

@@ -15,7 +15,7 @@ from models.scores import Tensors
 from models.span import Span
 
 # Fewest tokens of a part, by device: where a call of a kernel takes some times its launch.
-PART_TOKENS = {"cpu": 512, "meta": 512, "cuda": 4096}
+PART_TOKENS = {"cpu": 1024, "meta": 1024, "cuda": 4096}
 # Further parts hide little more.
 MOST_PARTS = 4
 

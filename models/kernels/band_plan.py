@@ -80,6 +80,10 @@ class _BandPlanner(TilePlanner):
         for q0, q1, k0, k1, _ in join_tiles(self.blocks):
             self.stretches.append(BandStretch(q0, q1, k0, k1, EVERY, EVERY))
 
+    def triangle(self, q0: int, q1: int, k0: int, k1: int) -> None:
+        """Plans tokens against themselves, of which query i sees keys 0..i."""
+        self.stretches.append(BandStretch(q0, q1, k0, k1, EVERY, 0))
+
     def inside(self, q0: int, q1: int, k0: int, k1: int) -> None:
         """Plans one run against one run."""
         query = self.q.box(q0, q1)

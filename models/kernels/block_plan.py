@@ -2,10 +2,12 @@
 
 The two token axes are cut into pieces (long unbroken runs, and mixed pieces of at most LEAF
 tokens), and pairs of pieces are halved until the mask can say EMPTY (skipped), FULL (one call
-without a mask), or a causal triangle between two runs (one call with the kernel's own causal flag).
-The rest are blocks of at most LEAF x LEAF that need a dense mask.
+without a mask), or a causal triangle between two runs, or of one document with itself (one call
+with the kernel's own causal flag). The rest are blocks of at most LEAF x LEAF that need a dense
+mask.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +18,8 @@ from models.plans import planned
 from models.span import PADDING, Span
 
 LEAF = 512  # tokens on the side of the largest block that is computed with a dense mask
+# Longest piece that is made of several runs: on a CPU a call takes little beside its pairs.
+MIXED = {"cpu": 128}
 
 # From MANY rows of at most SHORT tokens on, rows are computed together.
 MANY = 8
@@ -67,6 +71,18 @@ class RowTokens:
                 self.pieces[-1] = (last[0], stop)
             else:
                 self.pieces.append((start, stop))
+        opens = [doc[start] != doc[start - 1] for start, _ in self.pieces[1:]]
+        # Numbers of the pieces, from 1 on, that begin another document than the one before ends.
+        self.openings = [1 + number for number, other in enumerate(opens) if other]
+
+    def middle(self, first: int, last: int) -> int:
+        """Returns where to cut pieces [first, last): about halfway, between documents if it can."""
+        halfway = (first + last) // 2
+        place = bisect_left(self.openings, halfway)
+        near = [
+            each for each in self.openings[max(place - 1, 0) : place + 1] if first < each < last
+        ]
+        return min(near, key=lambda each: abs(each - halfway), default=halfway)
 
     def box(self, start: int, stop: int) -> Bounds:
         pos = self.pos[start:stop]
@@ -111,17 +127,36 @@ class TilePlanner:
         k1 = self.k.pieces[kb - 1][1]
         if qb - qa == 1 and kb - ka == 1:
             return self.inside(q0, q1, k0, k1)
-        look = block_outlook(self.mask, self.q.box(q0, q1), self.k.box(k0, k1))
+        q = self.q.box(q0, q1)
+        k = self.k.box(k0, k1)
+        look = block_outlook(self.mask, q, k)
         if look == FULL:
             self.blocks.append((q0, q1, k0, k1, FULL_TILE))
+        elif look == PARTIAL and q == k and self._is_triangle(q, q0, q1, k0, k1):
+            self.triangle(q0, q1, k0, k1)
         elif look == PARTIAL and qb - qa >= kb - ka:
-            middle = (qa + qb) // 2
+            middle = self.q.middle(qa, qb)
             self._pieces(qa, middle, ka, kb)
             self._pieces(middle, qb, ka, kb)
         elif look == PARTIAL:
-            middle = (ka + kb) // 2
+            middle = self.k.middle(ka, kb)
             self._pieces(qa, qb, ka, middle)
             self._pieces(qa, qb, middle, kb)
+
+    def _is_triangle(self, box: Bounds, q0: int, q1: int, k0: int, k1: int) -> bool:
+        """Tells whether tokens of one document, with gaps, see those before them and themselves."""
+        tokens = self.q.pos[q0:q1]
+        same = np.array_equal(tokens, self.k.pos[k0:k1])
+        if not same or box.doc_low != box.doc_high or not bool((np.diff(tokens) > 0).all()):
+            return False
+        # What a mask says of a run holds for any tokens of it.
+        run = box._replace(run=True)
+        band = self.mask.band(run, run)
+        return band is not None and band[0] == 0 and band[1] >= box.pos_high - box.pos_low
+
+    def triangle(self, q0: int, q1: int, k0: int, k1: int) -> None:
+        """Plans tokens against themselves, of which query i sees keys 0..i."""
+        self.blocks.append((q0, q1, k0, k1, CAUSAL_TILE))
 
     def inside(self, q0: int, q1: int, k0: int, k1: int) -> None:
         """Plans one piece against one piece."""
@@ -248,6 +283,7 @@ def _plan(mask: Mask, span: Span, kv_span: Span) -> list[Tile]:
     queries = on_host(span)
     keys = on_host(kv_span)
     labels = row_labels(queries, keys)
+    mixed = MIXED.get(span.pos.device.type, LEAF)
     plans: dict[bytes, list[tuple[int, int, int, int, str]]] = {}
     blocks = []
     start = 0
@@ -257,8 +293,8 @@ def _plan(mask: Mask, span: Span, kv_span: Span) -> list[Tile]:
         while stop < len(labels) and labels[stop] == label:
             stop += 1
         if label not in plans:
-            row_queries = RowTokens([each[start] for each in queries], LEAF)
-            row_keys = RowTokens([each[start] for each in keys], LEAF)
+            row_queries = RowTokens([each[start] for each in queries], mixed)
+            row_keys = RowTokens([each[start] for each in keys], mixed)
             plans[label] = join_tiles(TilePlanner(mask, row_queries, row_keys).blocks)
         for block in plans[label]:
             blocks.append(Tile(start, stop, *block))

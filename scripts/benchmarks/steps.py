@@ -39,6 +39,7 @@ QUICKSTART = "experiment=quickstart"
 QUIET = ("evaluation.every=0", "checkpoint.every=0", "logger=[]", "log.plots=false", "log.every=1")
 OURS = {
     "quickstart": (),
+    "fsdp, two ranks": ("engine=fsdp",),
     "single, one rank": ("parallel.context=1", "parallel.method=auto", "engine=single"),
     "fsdp, one rank": ("parallel.context=1", "parallel.method=auto", "engine=fsdp"),
 }
