@@ -49,7 +49,7 @@ def activation_bytes(
     Counted on the meta device from what each operation saves, with the losses. Measured on the CPU,
     by every storage that lives (tests/parallel/test_activation_memory.py): between forward and
     backward decoders of attention and SwiGLU hold within 1% of it, other layers within 10%. What
-    operations need while they run comes on top: at most 15% in decoders of attention and SwiGLU
+    operations need while they run comes on top: at most 20% in decoders of attention and SwiGLU
     whose scores are plain; general scores, chunks of scans, other devices' kernels and the exchange
     may need more.
 

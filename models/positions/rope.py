@@ -3,6 +3,8 @@
 Letters: B rows, T tokens, H heads, D head width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -71,6 +73,9 @@ class Rope(Position):
             # first * cos - second * sin, then second * cos + first * sin, in three operations
             swapped = hidden.roll(hidden.shape[-1] // 2, -1)
             return torch.addcmul(hidden * cos, swapped, sin).to(hidden.dtype)
+        if not torch.compiler.is_compiling():
+            inv_freq = self.inv_freq(hidden.shape[-1], span.pos.device, dtype)
+            return _Turned.apply(hidden, span.pos, inv_freq)
         angle = self._angle(hidden.shape[-1], dtype, span)
         first, second = hidden.chunk(2, -1)
         cos = angle.cos()
@@ -112,3 +117,33 @@ class Rope(Position):
         if all(isinstance(value, int | float | tuple | None) for value in values):
             return type(self), *values
         return self
+
+
+class _Turned(torch.autograd.Function):
+    """The rotation of every token by its position, whose backward makes the angles again.
+
+    Kept until then, cosines and sines would take 8 bytes a channel and token in every layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, pos: Tensor, inv_freq: Tensor) -> Tensor:
+        """[B, T, H, D], [B, T], [D / 2] -> [B, T, H, D]."""
+        ctx.save_for_backward(pos, inv_freq)
+        return _turn(hidden, pos, inv_freq)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        pos, inv_freq = ctx.saved_tensors
+        return _turn(grads[0], pos, -inv_freq), None, None
+
+
+def _turn(hidden: Tensor, pos: Tensor, inv_freq: Tensor) -> Tensor:
+    """Turns pairs of channels by pos * inv_freq, in the dtype of inv_freq."""
+    angle = pos[..., None, None].to(inv_freq.dtype) * inv_freq
+    cos = angle.cos()
+    sin = angle.sin()
+    wide = hidden.to(inv_freq.dtype)
+    first, second = wide.chunk(2, -1)
+    # first * cos - second * sin, then second * cos + first * sin: whole heads in three passes
+    turned = torch.cat([second, first], -1).mul_(torch.cat([-sin, sin], -1))
+    return turned.addcmul_(wide, torch.cat([cos, cos], -1)).to(hidden.dtype)
