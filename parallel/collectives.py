@@ -89,7 +89,8 @@ class Communicator:
         sends = [dist.P2POp(dist.isend, t, to, self.group) for t in out if t.numel()]
         takes = [dist.P2POp(dist.irecv, t, source, self.group) for t in into if t.numel()]
         self.count_bytes(name, sum(t.numel() * t.element_size() for t in out))
-        works = dist.batch_isend_irecv([*sends, *takes]) if sends else []
+        # Receives first: gloo holds up one that is posted while it is busy sending.
+        works = dist.batch_isend_irecv([*takes, *sends]) if sends else []
         return Pending(works, received, out, [t.device for t in tensors])
 
     def all_reduce(self, x: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
