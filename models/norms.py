@@ -54,7 +54,7 @@ class _RMSNorm(torch.autograd.Function):
         (grad,) = grads
         normed = x * scale
         product = grad * normed
-        d_weight = product.flatten(0, -2).sum(0)
+        d_weight = product.reshape(-1, x.shape[-1]).sum(0)
         along = product.mul_(weight).mean(-1, keepdim=True)
         d_x = torch.mul(grad, weight, out=product)  # a third tensor of this size would be the peak
         return d_x.addcmul_(normed, along, value=-1).mul_(scale), d_weight, None

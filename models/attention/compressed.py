@@ -18,6 +18,7 @@ from models.attention.compressed_indexer import Indexer, indexer_loss
 from models.attention.full import CAUSAL
 from models.init import Rule, ScaledNormal, constant
 from models.layer import Layer
+from models.norms import RMSNorm
 from models.positions.base import Position, require_rotary
 from models.positions.rope import Rope
 from models.primitives.block_topk import BlockEnds, BlockTopK, PickedBlocks
@@ -96,10 +97,10 @@ class Compressed(Layer):
         self.dense = False
         self.auxiliary: dict[str, Tensor] = {}
         self.squeeze_q = nn.Linear(width, q_latent, bias=False)
-        self.norm_q = nn.RMSNorm(q_latent, eps=1e-6)
+        self.norm_q = RMSNorm(q_latent, eps=1e-6)
         self.q = nn.Linear(q_latent, heads * channels, bias=False)
         self.kv = nn.Linear(width, channels, bias=False)
-        self.norm = nn.RMSNorm(channels, eps=1e-6)
+        self.norm = RMSNorm(channels, eps=1e-6)
         self.compressor = BlockCompressor(width, channels, block, rope_dim, position)
         self.indexer = Indexer(
             width,

@@ -19,6 +19,7 @@ from models.layer import Layer
 from models.masks.algebra import Mask
 from models.masks.basic import SlidingWindow
 from models.masks.roles import RoleKey
+from models.norms import RMSNorm
 from models.positions.base import Position
 from models.primitives.block_topk import SUMMARY, BlockTopK, PickedBlocks, find, moved, take
 from models.scores import PairBlocks, Score, Tensors, grouped_dot_products
@@ -68,7 +69,7 @@ class BlockCompressor(Layer):
         self.value = nn.Linear(width, 2 * channels, bias=False)
         self.gate = nn.Linear(width, 2 * channels, bias=False)
         self.bias = nn.Parameter(torch.zeros(block, 2 * channels))
-        self.norm = nn.RMSNorm(channels, eps=1e-6)
+        self.norm = RMSNorm(channels, eps=1e-6)
 
     def init_rules(self) -> dict[str, Rule]:
         """The bias starts at 0: every slot of a block counts alike."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.attention.base import SplitAttention
 from models.attention.full import CAUSAL
 from models.init import Rule, constant, normal
+from models.norms import RMSNorm
 from models.positions.base import Position
 from models.primitives.softmax import Softmax
 from models.scores import SharedValueScore
@@ -74,7 +75,7 @@ class Differential(SplitAttention):
         self.out = nn.Linear(width, width, bias=False)
         for name in LAMBDAS:
             self.register_parameter(name, nn.Parameter(torch.zeros(self.head_width)))
-        self.norm = nn.RMSNorm(2 * self.head_width, eps=1e-5)
+        self.norm = RMSNorm(2 * self.head_width, eps=1e-5)
         score, self.tables = position.score(heads // 2, self.head_width)
         self.table_pair_dims = score.param_heads  # the dim of each table that counts pairs
         self.mix = Softmax(CAUSAL, SharedValueScore(score))

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from models.attention.base import SplitAttention
 from models.attention.full import CAUSAL
+from models.norms import RMSNorm
 from models.positions.base import Position, require_rotary
 from models.primitives.softmax import Softmax
 from models.ranges import Positive
@@ -126,11 +127,11 @@ class LatentAttention(SplitAttention):
             query_input = width
         else:
             self.squeeze_q = nn.Linear(width, q_latent, bias=bias)
-            self.norm_q = nn.RMSNorm(q_latent, eps=1e-6)
+            self.norm_q = RMSNorm(q_latent, eps=1e-6)
             query_input = q_latent
         self.q = nn.Linear(query_input, heads * (nope_dim + rope_dim), bias=False)
         self.squeeze = nn.Linear(width, kv_latent + rope_dim, bias=bias)
-        self.norm = nn.RMSNorm(kv_latent, eps=1e-6)
+        self.norm = RMSNorm(kv_latent, eps=1e-6)
         self.up = nn.Linear(kv_latent, heads * (nope_dim + value_dim), bias=False)
         self.out = nn.Linear(heads * value_dim, width, bias=out_bias)
         self.mix = Softmax(CAUSAL, LatentScore(nope_dim, scale))

@@ -3,9 +3,10 @@
 Letters: B rows, T queries, S keys, H query heads, G key heads, D head width.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.attention.full import Attention
+from models.norms import RMSNorm
 from models.positions.base import Position
 from models.ranges import Positive
 
@@ -29,8 +30,8 @@ class QKNorm(Attention):
                 f"eps={eps} would divide by zero where a query is zero; use a positive number such"
                 " as 1e-6"
             )
-        self.q_norm = nn.RMSNorm(self.head_width, eps=eps)
-        self.k_norm = nn.RMSNorm(self.head_width, eps=eps)
+        self.q_norm = RMSNorm(self.head_width, eps=eps)
+        self.k_norm = RMSNorm(self.head_width, eps=eps)
 
     def project_query(self, hidden: Tensor) -> Tensor:
         """[B, T, width] -> [B, T, H, D], normed."""

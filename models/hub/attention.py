@@ -12,7 +12,7 @@ from models.attention.full import CAUSAL, Attention
 from models.attention.sink_logit import TablesWithSink
 from models.masks.algebra import Mask
 from models.masks.basic import SameDocument, SlidingWindow
-from models.norms import OffsetRMSNorm
+from models.norms import OffsetRMSNorm, RMSNorm
 from models.positions.base import Position
 from models.primitives.softmax import Softmax
 from models.ranges import Count, Positive
@@ -96,7 +96,7 @@ class HubAttention(Attention):
         self.register_module("q_norm", None)
         self.register_module("k_norm", None)
         if qk_norm is not None:
-            kind = nn.RMSNorm if qk_norm == "rms" else OffsetRMSNorm
+            kind = RMSNorm if qk_norm == "rms" else OffsetRMSNorm
             self.q_norm = kind(self.head_width, eps=qk_norm_eps)
             self.k_norm = kind(self.head_width, eps=qk_norm_eps)
 

@@ -23,6 +23,7 @@ from models.masks.algebra import And
 from models.masks.basic import Causal, SameChunk, SameDocument
 from models.masks.roles import RoleKey, RoleQuery
 from models.memory.base import LayerStack, Memory
+from models.norms import RMSNorm
 from models.primitives.sequential import SequentialScan, segments_by_document
 from models.primitives.softmax import Softmax
 from models.ranges import Few, Piece
@@ -144,9 +145,8 @@ class RecurrentMemory(StatefulModule):
         self.settings = settings
         self.depth = settings.depth
         self.memory = nn.Parameter(torch.empty(settings.length, width))
-        self.norm = nn.RMSNorm(
-            width
-        )  # of what is written: else it would grow with every segment that adds to it
+        # Of what is written: else it would grow with every segment that adds to it.
+        self.norm = RMSNorm(width)
         self.relay = SequentialScan(segments_by_document)
 
     def init_rules(self) -> dict[str, Rule]:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from models.convolution.short_conv import SiluDepthwiseConv
 from models.init import Rule
 from models.layer import Layer
+from models.norms import RMSNorm
 from models.primitives.scan import Scan
 from models.ranges import Count, Positive
 from models.recurrent.linear import head_width
@@ -76,7 +77,7 @@ class DeltaNet(Layer):
         self.k_taps = SiluDepthwiseConv(keys, conv_kernel)
         self.v_taps = SiluDepthwiseConv(values, conv_kernel)
         self.step = nn.Linear(width, heads, bias=False)
-        self.norm = nn.RMSNorm(value_width, eps=norm_eps)
+        self.norm = RMSNorm(value_width, eps=norm_eps)
         self.mix = Scan()
 
     def decay(self, x: Tensor) -> Tensor:

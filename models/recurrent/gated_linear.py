@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.layer import Layer
+from models.norms import RMSNorm
 from models.primitives.scan import Scan
 from models.recurrent.linear import head_width
 from models.span import Span
@@ -45,7 +46,7 @@ class GatedLinear(Layer):
         self.gate = nn.Linear(width, width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.forget = nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, width))
-        self.norm = nn.RMSNorm(self.head_width, eps=1e-5)
+        self.norm = RMSNorm(self.head_width, eps=1e-5)
         self.mix = Scan()
 
     def forward(self, x: Tensor, span: Span) -> Tensor:

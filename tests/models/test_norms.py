@@ -9,7 +9,7 @@ from models.positions.rope import Rope
 from models.span import Span
 
 WIDTH = 12
-SHAPES = [(3, 40, WIDTH), (40, WIDTH), (1, 0, WIDTH)]
+SHAPES = [(3, 40, WIDTH), (WIDTH,), (1, 0, WIDTH)]
 
 
 def drawn(shape, dtype=torch.float64):
@@ -39,6 +39,16 @@ def test_the_norm_and_its_gradients_are_torchs(shape, eps):
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(layer.weight.grad, weight.grad, rtol=1e-12, atol=1e-13)
+
+
+def test_tokens_that_do_not_follow_each_other_in_memory():
+    whole = drawn((4, 3, 2 * WIDTH)).requires_grad_()
+    layer = norm()
+    scattered = layer(whole.transpose(0, 1)[..., ::2])
+    (got,) = torch.autograd.grad(scattered.square().sum(), whole)
+    contiguous = F.rms_norm(whole.transpose(0, 1)[..., ::2].contiguous(), (WIDTH,), layer.weight)
+    (expected,) = torch.autograd.grad(contiguous.square().sum(), whole)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
 
 
 def test_a_token_of_zeros_has_a_gradient_and_no_nan():
