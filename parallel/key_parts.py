@@ -15,7 +15,9 @@ from models.scores import Tensors
 from models.span import Span
 
 # Fewest tokens of a part, by device: where a call of a kernel takes some times its launch.
-PART_TOKENS = {"cpu": 1024, "meta": 1024, "cuda": 4096}
+PART_TOKENS = {"cpu": 512, "meta": 512, "cuda": 4096}
+# Least size of all tensors of a part, where each message costs.
+PART_BYTES = {"cpu": 1 << 20, "meta": 1 << 20}
 # Further parts hide little more.
 MOST_PARTS = 4
 
@@ -70,7 +72,10 @@ def part_count(tokens: int, device_type: str, most: int = MOST_PARTS) -> int:
 def key_parts(payload: Tensors) -> list[KeyPart]:
     """Returns the parts in which these keys travel, in their order."""
     tokens = payload[0].shape[1]
-    return even_parts(tokens, part_count(tokens, payload[0].device.type))
+    device_type = payload[0].device.type
+    size = sum(tensor.numel() * tensor.element_size() for tensor in payload)
+    most = min(MOST_PARTS, size // PART_BYTES.get(device_type, 1))
+    return even_parts(tokens, part_count(tokens, device_type, most))
 
 
 def even_parts(tokens: int, count: int) -> list[KeyPart]:

@@ -52,7 +52,7 @@ class Recorder(Communicator):
 @contextmanager
 def parts_of(tokens: int, events: list[str]) -> Iterator[None]:
     """Parts have at least so many tokens; what is computed is among the events."""
-    least = key_parts.PART_TOKENS["cpu"]
+    least = key_parts.PART_TOKENS["cpu"], key_parts.PART_BYTES["cpu"]
     passes = blockwise.forward, blockwise.backward
 
     def noted(compute):
@@ -63,11 +63,12 @@ def parts_of(tokens: int, events: list[str]) -> Iterator[None]:
         return call
 
     key_parts.PART_TOKENS["cpu"] = tokens
+    key_parts.PART_BYTES["cpu"] = 1
     blockwise.forward, blockwise.backward = map(noted, passes)
     try:
         yield
     finally:
-        key_parts.PART_TOKENS["cpu"] = least
+        key_parts.PART_TOKENS["cpu"], key_parts.PART_BYTES["cpu"] = least
         blockwise.forward, blockwise.backward = passes
 
 
@@ -155,3 +156,22 @@ def test_an_all_gather_fetches_before_it_computes():
         steady = ["2 fetch backward", "1 compute", "2 fetch gradients"] * (parts - 2)
         last = ["1 compute", "2 fetch gradients"] * 2
         assert told(backward) == ["4 fetch backward", "1 compute", *steady, *last, "1 compute"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "heads", "device", "parts"),
+    [
+        (2, 1024, 2, "cpu", 1),  # of 512 keys a message would be 512 KiB
+        (2, 1024, 4, "cpu", 2),
+        (1, 2048, 8, "cpu", 4),
+        (1, 1023, 8, "cpu", 1),
+        (1, 8192, 8, "cpu", 4),
+        (1, 8192, 1, "meta", 2),
+        (0, 8192, 1, "cpu", 1),
+    ],
+)
+def test_a_part_has_enough_keys_and_bytes_to_be_worth_a_message(rows, tokens, heads, device, parts):
+    payload = [torch.empty(rows, tokens, heads, 32, device=device) for _ in range(2)]
+    found = key_parts.key_parts(payload)
+    assert len(found) == parts
+    assert found[0].start == 0 and found[-1].stop == tokens

@@ -115,6 +115,7 @@ def compare(env, name, method, layout, mask):
         patch.setitem(backends.TABLE, ("cpu", HALF), sdpa_cuda)
         patch.setattr(sdpa_cuda, "capability", lambda device: HOPPER)
         patch.setitem(key_parts.PART_TOKENS, "cpu", PART)
+        patch.setitem(key_parts.PART_BYTES, "cpu", 1)
         found = [x.double() for x in attend(driver, here, here_too)]
     for gradient in found[4:]:
         dist.all_reduce(gradient, group=env.group)
