@@ -49,15 +49,16 @@ def activation_bytes(
     Counted on the meta device from what each operation saves, with the losses. Measured on the CPU,
     by every storage that lives (tests/parallel/test_activation_memory.py): between forward and
     backward decoders of attention and SwiGLU hold within 1% of it, other layers within 10%. What
-    operations need while they run comes on top: at most 20% in decoders of attention and SwiGLU
+    operations need while they run comes on top: at most 15% in decoders of attention and SwiGLU
     whose scores are plain; general scores, chunks of scans, other devices' kernels and the exchange
     may need more.
 
     Args:
         tokens: on the device at once: of a row over ranks those of a rank, of a row cut in time
             (parallel.time) those of a piece. What pieces leave to each other comes on top.
-        checkpointing: none; full = the inputs of all blocks and the inside of the largest one,
-            which is computed again; selective = the mean and mass of every attention too.
+        checkpointing: none; full = the inputs of all blocks, and of the largest one its inside,
+            which is computed again, and a gradient; selective = the mean and mass of every
+            attention too.
         offload: what blocks save waits on the host (`host_bytes`): of the blocks the inside of the
             largest one counts. That is a bound where nothing is computed again: what comes back is
             dropped as soon as it was used.
@@ -114,13 +115,14 @@ def _extrapolated(
 
 @dataclass
 class _SavedBytes:
-    """Bytes that a forward saves: outside the blocks, and of each block all, what came in, and what
-    a tape would keep."""
+    """Bytes that a forward saves: outside the blocks, and of each block all, what came in, what a
+    tape would keep, and the largest tensor."""
 
     outside: int
     inside: list[int]
     inputs: list[int]
     tapes: list[int]
+    largest: list[int]
 
     def bytes_by_block(self, checkpointing: str) -> list[int]:
         """Of each block what lies between forward and backward."""
@@ -132,13 +134,14 @@ class _SavedBytes:
         ]
 
     def peak(self, checkpointing: str, offload: bool) -> int:
-        """A block that is computed again finds its input there, and its tape."""
+        """A block that is computed again finds its input there, and its tape; the gradient of its
+        largest tensor stands beside what it makes."""
+        gradients = [size * (checkpointing != "none") for size in self.largest]
+        whole = [inside + size for inside, size in zip(self.inside, gradients, strict=True)]
         if offload:
-            return self.outside + max(self.inside)
+            return self.outside + max(whole)
         kept = self.bytes_by_block(checkpointing)
-        again = max(
-            (inside - there for inside, there in zip(self.inside, kept, strict=True)), default=0
-        )
+        again = max((size - there for size, there in zip(whole, kept, strict=True)), default=0)
         return self.outside + sum(kept) + max(0, again)
 
 
@@ -147,7 +150,7 @@ def _saved_bytes(model: nn.Module, tokens: int) -> _SavedBytes:
     blocks: list[nn.Module] = [*declared(model, "blocks", nn.ModuleList, ())]
     place = len(blocks)
     sums = [0] * (len(blocks) + 1)
-    found = _SavedBytes(0, [], [0] * len(blocks), [0] * len(blocks))
+    found = _SavedBytes(0, [], *([0] * len(blocks) for _ in range(3)))
     seen = {
         id(p.untyped_storage()): p.untyped_storage() for p in model.parameters()
     }  # held: ids are not used again
@@ -158,6 +161,8 @@ def _saved_bytes(model: nn.Module, tokens: int) -> _SavedBytes:
         if id(storage) not in seen:
             seen[id(storage)] = storage
             sums[place] += storage.nbytes()
+            if place < len(blocks):
+                found.largest[place] = max(found.largest[place], storage.nbytes())
         return tensor
 
     def enter(module: nn.Module, args: Any) -> None:
