@@ -76,12 +76,15 @@ def rows_of(lengths):
     cut=st.integers(0, 60),
     ranks=st.integers(1, 3),
     share=st.integers(1, 4),
+    own=st.booleans(),
 )
-def test_every_visible_pair_is_computed_once_and_no_other(lengths, mask, cut, ranks, share):
+def test_every_visible_pair_is_computed_once_and_no_other(lengths, mask, cut, ranks, share, own):
     span = rows_of(lengths)
     if ranks > 1:
         shared = layouts("zigzag", span, ranks)
-        queries, keys = (shard_span(span, shared, rank) for rank in (0, ranks - 1))
+        # A rank's own keys lie in two stretches of the row, as its queries do.
+        key_rank = 0 if own else ranks - 1
+        queries, keys = (shard_span(span, shared, rank) for rank in (0, key_rank))
     else:
         size = span.shape[1]
         # Keys travel in parts: a part may have fewer tokens than the queries have.
