@@ -19,6 +19,18 @@ Kind = Literal["rms", "rms_offset", "layer"]
 Place = Literal["before", "both", "after"]
 
 
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """The RMS norm of [..., width] without a gain."""
+    if _takes_few_operations(x):
+        return _RMSNorm.apply(x, None, eps)
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+def _takes_few_operations(x: Tensor) -> bool:
+    """Returns whether torch's RMS norm of this tensor is a chain of operations."""
+    return x.dtype in WIDE and x.device.type in HOST and not torch.compiler.is_compiling()
+
+
 class RMSNorm(nn.RMSNorm):
     """torch's RMS norm; on a CPU, where that is a chain of operations, in fewer of them.
 
@@ -27,8 +39,8 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        wide = self.weight is not None and x.dtype == self.weight.dtype and x.dtype in WIDE
-        if not wide or x.device.type not in HOST or torch.compiler.is_compiling():
+        alike = self.weight is not None and x.dtype == self.weight.dtype
+        if not alike or not _takes_few_operations(x):
             return super().forward(x)
         if torch.is_grad_enabled():
             return _RMSNorm.apply(x, self.weight, self.eps)
@@ -40,20 +52,24 @@ class _RMSNorm(torch.autograd.Function):
     """The RMS norm of a CPU; it keeps its input and one number a token for backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
-        """[..., width], [width] -> [..., width]."""
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float | None) -> Tensor:
+        """[..., width], [width] or None for 1 -> [..., width]."""
         eps = torch.finfo(x.dtype).eps if eps is None else eps
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = length.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        normed = x * scale
+        return normed if weight is None else normed.mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
         (grad,) = grads
         normed = x * scale
         product = grad * normed
+        if weight is None:
+            along = product.mean(-1, keepdim=True)
+            return torch.addcmul(grad, normed, along, value=-1, out=product).mul_(scale), None, None
         d_weight = product.reshape(-1, x.shape[-1]).sum(0)
         along = product.mul_(weight).mean(-1, keepdim=True)
         d_x = torch.mul(grad, weight, out=product)  # a third tensor of this size would be the peak
@@ -132,7 +148,7 @@ class GroupedRMSNorm(Layer):
         if self.groups == 1:
             return F.rms_norm(hidden, gain.shape, gain, self.eps)
         parts = hidden.unflatten(-1, (self.groups, -1))
-        return F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2) * gain
+        return rms_norm(parts, self.eps).flatten(-2) * gain
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Letters: B rows, T tokens, H heads, C channels of a key, K chosen blocks.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from models.attention.compressed_blocks import (
     EVERY,
@@ -18,7 +17,7 @@ from models.attention.compressed_indexer import Indexer, indexer_loss
 from models.attention.full import CAUSAL
 from models.init import Rule, ScaledNormal, constant
 from models.layer import Layer
-from models.norms import RMSNorm
+from models.norms import RMSNorm, rms_norm
 from models.positions.base import Position, require_rotary
 from models.positions.rope import Rope
 from models.primitives.block_topk import BlockEnds, BlockTopK, PickedBlocks
@@ -144,7 +143,7 @@ class Compressed(Layer):
         ends = self.store.pick(span, BlockEnds(self.block))
         latent = self.norm_q(self.squeeze_q(hidden))
         query = self.q(latent).unflatten(-1, (self.heads, -1))
-        query = F.rms_norm(query, query.shape[-1:], eps=1e-6)
+        query = rms_norm(query, 1e-6)
         query = rotate_last(query, span, self.position, self.rope_dim)
         tokens = self.norm(self.kv(hidden))[:, :, None]
         tokens = rotate_last(tokens, span, self.position, self.rope_dim)[:, :, 0]
@@ -166,17 +165,15 @@ class Compressed(Layer):
             span=span,
             kv_span=ends.joint,
         )
-        mean = output[..., :-1]
-        summary_share = output[..., -1]
+        mean, summary_share = output.split([output.shape[-1] - 1, 1], -1)
 
         # Of a row in pieces the first pass too: it keeps the summaries that the loss brings.
         ahead = span.past is not None and span.past.carries_gradient
         if torch.is_grad_enabled() or ahead:
-            scaled_query = query * query.shape[-1] ** -0.5
             self.auxiliary["indexer"] = indexer_loss(
                 index_query,
                 index_keys,
-                (scaled_query, summaries, summary_share),
+                (query, summaries * query.shape[-1] ** -0.5, summary_share[..., 0]),
                 None if self.dense else (chosen, index_logits),
                 span=span,
                 ends=ends,
@@ -200,7 +197,7 @@ class Compressed(Layer):
     ) -> tuple[Tensor, Tensor]:
         """Returns ([B, T, K] numbers of the blocks that each query sees, -1 for none; scores)."""
         if self.dense:
-            every = torch.full((*span.shape, 1), EVERY, device=index_keys.device)
+            every = torch.full((*span.shape, 1), EVERY, dtype=torch.int32, device=index_keys.device)
             return every, torch.zeros_like(every)
         scores, last_token = self.store.best(
             index_scores,
@@ -211,7 +208,7 @@ class Compressed(Layer):
             kv_span=ends.span,
             count=self.top,
         )
-        return torch.where(last_token >= 0, last_token // self.block, -1), scores
+        return last_token.int() // self.block, scores  # -1 for none stays -1
 
 
 def _validate_channels(

@@ -35,9 +35,9 @@ def summaries_and_window(window: int) -> Mask:
 
 def rotate_last(hidden: Tensor, span: Span, position: Position, rope_dim: int) -> Tensor:
     """Rotates the last `rope_dim` channels of [B, T, H, C]; the others stay as they are."""
-    content = hidden[..., :-rope_dim]
-    rotated = position.rotate(hidden[..., -rope_dim:], span)
-    return torch.cat([content, rotated], -1)
+    # one split, for the gradients of two slices would be two tensors of all channels to add
+    content, turned = hidden.split([hidden.shape[-1] - rope_dim, rope_dim], -1)
+    return torch.cat([content, position.rotate(turned, span)], -1)
 
 
 class BlockCompressor(Layer):
@@ -171,7 +171,7 @@ class ChosenScore(Score):
         """See Score.pairs: tokens of the window, and the summaries that each query has chosen."""
         if mask != summaries_and_window(self.window):
             return None
-        chosen = query[1].long()
+        chosen = query[1].int()
         # In dense steps a query says one number, EVERY; of several numbers none is that.
         if chosen.shape[-1] == 1 and (self.top > 1 or bool((chosen == EVERY).any())):
             return None

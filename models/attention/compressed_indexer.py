@@ -121,8 +121,8 @@ def indexer_loss(
 
     Args:
         query, keys: as the indexer gives them; only these get gradients.
-        main: (q [B, T, H, C] times its scale, summaries [B, N, C], share [B, T, H] of each head's
-            weight that went to summaries).
+        main: (q [B, T, H, C], summaries [B, N, C] times the scale of logits, share [B, T, H] of
+            each head's weight that went to summaries).
         chosen: ([B, T, K] numbers of the blocks to compare over, [B, T, K] their index scores), or
             None: all that the query sees.
         ends: the last tokens of all complete blocks.

@@ -23,7 +23,9 @@ from models.ranges import Few, Many
 from models.scores import PairBlocks, Score, Tensors, grouped_dot_products
 from models.span import Span
 
-HASHED_AT_ONCE = 256  # tokens of a row
+# Products with directions in memory at once: on a CPU they stay in the cache of a core.
+PRODUCTS = {"cpu": 1 << 18}
+MANY_PRODUCTS = 1 << 24
 ALONE = -1e4  # added to the logit of a token for itself: it counts only where it sees nothing else
 
 
@@ -222,11 +224,15 @@ class LSHAttention(Layer):
         A hash is the number of the random direction, or its opposite, nearest to the query.
         """
         with torch.no_grad():
-            directions = rotations(*self.rotation_key).to(query.device)
+            drawn = rotations(*self.rotation_key).to(query.device)
+            hashes, heads, width, count = drawn.shape
+            directions = drawn.permute(1, 2, 0, 3).reshape(heads, width, hashes * count)
             # float64: a hash must not depend on the dtype or on how many ranks compute it
             # some tokens at a time: the products are as many as tokens x buckets
-            parts = query.split(HASHED_AT_ONCE, 1)
-            return torch.cat([_nearest(part.double(), directions) for part in parts], 1)
+            most = PRODUCTS.get(query.device.type, MANY_PRODUCTS)
+            together = max(1, most // (query.shape[0] * directions.shape[0] * directions.shape[2]))
+            parts = query.split(together, 1)
+            return torch.cat([_nearest(part.double(), directions, hashes) for part in parts], 1)
 
     def places(self, buckets: Tensor, span: Span) -> Tensor:
         """Counts earlier tokens of the document in a token's bucket, [B, T, H, hashes] int64."""
@@ -247,12 +253,21 @@ class LSHAttention(Layer):
         return take(places, own_index)
 
 
-def _nearest(query: Tensor, directions: Tensor) -> Tensor:
-    """Numbers the nearest of directions [hashes, H, D, n] and, from n on, of their opposites."""
-    products = torch.einsum("bthd,rhdn->bthrn", query, directions)
-    size, nearest = products.abs().max(-1, keepdim=True)
-    is_opposite = products.gather(-1, nearest) < size
-    return (nearest + is_opposite * directions.shape[-1])[..., 0]
+def _nearest(query: Tensor, directions: Tensor, hashes: int) -> Tensor:
+    """Numbers the nearest directions and, from n on, their opposites, [B, t, H, D] -> [B, t, H,
+    hashes].
+
+    Args:
+        directions: [H, D, hashes n].
+    """
+    lines = query.permute(2, 0, 1, 3).flatten(1, 2)
+    products = (lines @ directions).unflatten(-1, (hashes, -1))
+    high, nearest = products.max(-1)
+    low, farthest = products.min(-1)
+    # of equal distances the first counts, as if the sizes were compared
+    is_opposite = (-low > high) | ((-low == high) & (farthest < nearest))
+    hashed = torch.where(is_opposite, farthest + products.shape[-1], nearest)
+    return hashed.unflatten(1, query.shape[:2]).permute(1, 2, 0, 3)
 
 
 @lru_cache(maxsize=256)

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from models.kernels.pairs import readings
 from models.kernels.pairs.block_lookup import BlockLookup
+from models.kernels.workspace import Workspace
 from models.primitives.block_topk import take
 from models.scores import Tensors
 from models.span import Span
@@ -91,8 +92,8 @@ def divergence_of_chosen(
     """Computes the loss over chosen blocks, a chunk of queries at a time.
 
     Args:
-        main: (q [B, T, H, C] times its scale, share [B, T, H] of weight on summaries).
-        summaries: [B, N, C].
+        main: (q [B, T, H, C], share [B, T, H] of weight on summaries).
+        summaries: [B, N, C] times the scale of logits.
         chosen: ([B, T, K] numbers of blocks, negative for none; [B, T, K] their index scores).
         span, summary_span: addresses of queries, and of the last tokens of blocks.
         block: tokens in a block.
@@ -102,15 +103,16 @@ def divergence_of_chosen(
     dtype = torch.promote_types(query.dtype, torch.float32)
     lookup = _lookup(numbers, span, summary_span, block)
     step = _queries_at_once(numbers, summaries)
+    work = Workspace(query.device)
     loss = torch.empty(query.shape[:2], dtype=dtype, device=query.device)
     error = torch.empty_like(numbers, dtype=dtype)
     found = torch.empty_like(numbers, dtype=torch.int32)
     for start in readings.visited(range(0, query.shape[1], step)):
         part = slice(start, start + step)
-        index, seen = lookup(numbers[:, part], part)
-        own_summaries = _gathered(summaries, index).to(dtype)
+        index, seen = lookup(numbers[:, part].int(), part)
+        own_summaries = _gathered(work, summaries, index, dtype)
         folded_query = query[:, part].flatten(0, 1).to(dtype)
-        logits = folded_query @ own_summaries.transpose(1, 2)
+        logits = work.product("logits", folded_query, own_summaries.transpose(1, 2))
         logits = logits.unflatten(0, seen.shape[:2])
         target = attention_target(logits, seen, share[:, part].to(dtype))
         part_loss, log_prediction = divergence(target, scores[:, part].to(dtype), seen)
@@ -148,23 +150,24 @@ class ChosenLoss(torch.autograd.Function):
         d_weight = torch.empty_like(weight, dtype=dtype)
         d_keys = torch.zeros_like(keys, dtype=dtype).flatten(0, 1)
         step = _queries_at_once(ctx.kept.index, keys)
+        work = Workspace(keys.device)
         row = torch.arange(len(keys), device=keys.device)[:, None, None] * keys.shape[1]
         for start in readings.visited(range(0, query.shape[1], step)):
             part = slice(start, start + step)
-            index = ctx.kept.index[:, part].long()
-            own_keys = _gathered(keys, index).to(dtype)
+            index = ctx.kept.index[:, part]
+            own_keys = _gathered(work, keys, index, dtype)
             own_query = query[:, part].flatten(0, 1).to(dtype) * keys.shape[-1] ** -0.5
             own_weight = weight[:, part].flatten(0, 1).to(dtype)[..., None]
             error = (ctx.kept.error[:, part] * grads[0][:, part, None]).flatten(0, 1)[..., None]
-            products = (own_query @ own_keys.transpose(1, 2)).relu_()
+            products = work.product("products", own_query, own_keys.transpose(1, 2)).relu_()
             d_weight[:, part] = (products @ error).view_as(d_weight[:, part])
             # in place: where a product counts, its derivative
             d_products = products.sign_().mul_(own_weight).mul_(error.transpose(1, 2))
             found = d_products @ own_keys
             d_query[:, part] = found.mul_(keys.shape[-1] ** -0.5).view_as(d_query[:, part])
             if keys.shape[1]:
-                found = d_products.transpose(1, 2) @ own_query
-                d_keys.index_add_(0, (index + row).flatten(), found.flatten(0, 1))
+                found = work.product("d_keys", d_products.transpose(1, 2), own_query)
+                d_keys.index_add_(0, (index.long() + row).flatten(), found.flatten(0, 1))
         return (
             None,
             d_query.to(query.dtype),
@@ -179,13 +182,14 @@ def _queries_at_once(numbers: Tensor, entries: Tensor) -> int:
     return max(1, CHUNK_NUMBERS // max(1, work))
 
 
-def _gathered(entries: Tensor, index: Tensor) -> Tensor:
-    """Gathers each query's own entries: [B, N, C] at [B, T, K] -> [B T, K, C]."""
+def _gathered(work: Workspace, entries: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gathers each query's own entries: [B, N, C] at [B, T, K] -> [B T, K, C] of this dtype."""
     if not entries.shape[1]:
-        return take(entries, index.flatten(1)).unflatten(1, index.shape[1:]).flatten(0, 1)
-    row = torch.arange(len(entries), device=entries.device)[:, None, None] * entries.shape[1]
-    rows = entries.flatten(0, 1).index_select(0, (index + row).flatten())
-    return rows.unflatten(0, index.shape).flatten(0, 1)
+        own = take(entries, index.flatten(1).long()).unflatten(1, index.shape[1:])
+        return own.flatten(0, 1).to(dtype)
+    first = torch.arange(len(entries), device=entries.device, dtype=index.dtype)
+    index = index + first[:, None, None] * entries.shape[1]
+    return work.gather("entries", entries.flatten(0, 1), index.flatten(0, 1), dtype)
 
 
 def _lookup(
@@ -200,10 +204,11 @@ def _lookup(
         return lambda numbers, part: (torch.zeros_like(numbers), numbers >= 0)
     is_summary = torch.ones_like(summary_span.pos, dtype=torch.bool)
     lookup = BlockLookup(span, summary_span, is_summary, block)
-    row = torch.arange(len(numbers), device=numbers.device)[:, None, None] * summary_span.shape[1]
+    first = torch.arange(len(numbers), device=numbers.device, dtype=torch.int32)
+    first = first[:, None, None] * summary_span.shape[1]
 
     def find(numbers: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         index, seen = lookup.find(numbers, part)
-        return (index - row).clamp_min(0), seen
+        return (index - first).clamp_min(0), seen
 
     return find

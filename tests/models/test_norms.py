@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.norms import RMSNorm
+from models.norms import RMSNorm, rms_norm
 from models.positions.rope import Rope
 from models.span import Span
 
@@ -39,6 +39,20 @@ def test_the_norm_and_its_gradients_are_torchs(shape, eps):
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(layer.weight.grad, weight.grad, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_norm_without_a_gain_is_torchs(shape, dtype):
+    ours = drawn(shape, dtype).requires_grad_()
+    theirs = drawn(shape, dtype).requires_grad_()
+    grad = drawn(shape, dtype).flip(-1)
+    got = rms_norm(ours, 1e-2)
+    expected = F.rms_norm(theirs, (WIDTH,), eps=1e-2)
+    got.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-13)
 
 
 def test_tokens_that_do_not_follow_each_other_in_memory():

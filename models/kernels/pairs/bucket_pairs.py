@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.kernels.pairs.stretches import KeyStretches, SortedLines, tile_stretches
+from models.kernels.pairs.stretches import KeyStretches, SortedLines, gathered, tile_stretches
 from models.scores import PairBlocks, Tensors
 from models.span import PADDING, Span
 
@@ -23,7 +23,8 @@ class _Hashed(NamedTuple):
 
     Attributes:
         place: order of the tokens by bucket, document and position; equal for equal addresses.
-        group: number of bucket, document and chunk; the chunk before has the number before.
+        group: number of bucket, document and chunk; the chunk before has the number before. Of
+            floating point, which vector instructions subtract and multiply.
     """
 
     place: Tensor
@@ -78,15 +79,17 @@ class BucketPairs:
 
     def _block(self, tiles: KeyStretches, index: int) -> PairBlocks:
         line = tiles.line[:, None]
+        token = line * (self.hashes * self.tokens) + tiles.token
+        source = line * (self.hashes * self.sources) + tiles.source
         seen = tiles.seen
         for earlier in range(index):
-            group = self.queries.group[line, earlier, tiles.token]
-            key_group = self.keys.group[line, earlier, tiles.source]
-            seen *= _apart(group, key_group).to(self.dtype)
+            group = gathered(self.queries.group.view(-1), token + earlier * self.tokens)
+            key_group = gathered(self.keys.group.view(-1), source + earlier * self.sources)
+            torch.minimum(seen, _apart(group, key_group).to(self.dtype), out=seen)
         add = None
         if not index:  # of all hashes the first shows a token to itself
-            place = self.queries.place[line, 0, tiles.token]
-            key_place = self.keys.place[line, 0, tiles.source]
+            place = gathered(self.queries.place.view(-1), token)
+            key_place = gathered(self.keys.place.view(-1), source)
             itself = place[..., None] == key_place[:, None]
             add = itself.to(self.dtype).mul_(self.alone)
         row = line // self.heads
@@ -101,10 +104,9 @@ class BucketPairs:
 
 
 def _apart(group: Tensor, key_group: Tensor) -> Tensor:
-    """[N, t, s] whole numbers: 0 where a key's chunk is the query's or the one before, else 1."""
-    back = group[..., None] - key_group[:, None]
-    back.clamp_(-1, 2)
-    return (back - 1).mul_(back).clamp_max_(1)
+    """[N, t, s]: 0 where a key's chunk is the query's or the one before, else 2 or more."""
+    ahead = key_group[:, None] - group[..., None]
+    return ahead.addcmul_(ahead, ahead)  # a (a + 1), which is 0 at 0 and at -1
 
 
 def _numbered(
@@ -133,8 +135,8 @@ def _numbered(
     # Padding is seen by nobody: its keys come last of all, and its queries have no group.
     last = torch.iinfo(torch.int64).max
     last_group = most_documents * most_chunks * (int(buckets.max()) + 1)
-    if last_group < torch.iinfo(torch.int32).max:
-        group = group.int()  # which compare faster
+    # float32 has all whole numbers up to 2^24, float64 up to 2^53
+    group = group.to(torch.float32 if last_group < 1 << 24 else torch.float64)
     tokens = span.shape[1]
     key_valid = valid[..., tokens:]
     queries = _Hashed(
@@ -142,8 +144,8 @@ def _numbered(
         torch.where(valid, group, -1)[..., :tokens].contiguous(),
     )
     keys = _Hashed(
-        torch.where(key_valid, place[..., tokens:], last),
-        torch.where(key_valid, group[..., tokens:], last_group),
+        torch.where(key_valid, place[..., tokens:], last).contiguous(),
+        torch.where(key_valid, group[..., tokens:], last_group).contiguous(),
     )
     return queries, keys
 

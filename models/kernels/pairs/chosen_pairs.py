@@ -18,6 +18,7 @@ from torch import Tensor
 from models.kernels.nonfinite import all_finite
 from models.kernels.pairs import readings
 from models.kernels.reference import Partial, accumulation_dtype, finite_lse
+from models.kernels.workspace import Workspace
 from models.scores import PairBlocks, Tensors
 from models.span import Span
 
@@ -56,17 +57,20 @@ def forward(blocks: Iterator[PairBlocks], operands: Tensors, scale: float, total
         scale: factor of the dot products.
         total: (mean [B, T, H, E], lse [B, T, H]) over the keys so far.
     """
-    rows = _Rows(operands, scale)
+    work = Workspace(total[0].device)
+    rows = _Rows(operands, scale, work)
     mean = total[0].view(-1, total[0].shape[-1])
     lse = total[1].view(-1)
     for block in blocks:
         query, key, value = rows.of(block)
-        logits = _hidden(_logits(query, key, block), block)
+        logits = _hidden(_logits(query, key, block, work), block)
         highest = logits.amax(-1, keepdim=True)
         weight = _weights(logits, highest, block)
         mass = weight.sum(-1, keepdim=True)
         part_lse = (mass.log() + highest).flatten()
-        part_mean = (weight @ value).div_(torch.where(mass > 0, mass, 1)).flatten(0, 1)
+        part_mean = (
+            work.product("mean", weight, value).div_(torch.where(mass > 0, mass, 1)).flatten(0, 1)
+        )
         index = block.queries.flatten()
         if block.real is not None:
             kept = block.real.flatten().nonzero()[:, 0]
@@ -94,7 +98,8 @@ def backward(
         scale: factor of the dot products.
         d_out, lse, delta: as in reference.backward, over all keys.
     """
-    rows = _Rows(made.operands, scale)
+    work = Workspace(lse.device)
+    rows = _Rows(made.operands, scale, work)
     d_outs = d_out.reshape(-1, d_out.shape[-1])
     all_lse = finite_lse(lse).reshape(-1)
     all_delta = delta.reshape(-1)
@@ -102,37 +107,47 @@ def backward(
     for block in blocks:
         query, key, value = rows.of(block)
         index = block.queries.flatten()
-        key_index = block.keys.flatten()
-        d_mean = d_outs.index_select(0, index).view(*block.queries.shape, -1)
+        key_index = block.keys.flatten().long()  # index_add_ takes twice as long with int32
+        d_mean = work.gather("d_mean", d_outs, block.queries, rows.dtype)
         own_lse = all_lse.index_select(0, index).view(*block.queries.shape, 1)
         own_delta = all_delta.index_select(0, index).view(*block.queries.shape, 1)
         both = None
         if rows.shared:
             # One product gives logits and d_weight, one the gradient as key and as value.
-            both = torch.cat([query, d_mean], 1) @ key.transpose(1, 2)
+            left = _joined(work, query, d_mean)
+            both = work.product("logits", left, key.transpose(1, 2))
             logits, d_logits = both.chunk(2, 1)
             if block.add is not None:
                 logits += block.add
         else:
-            logits = _logits(query, key, block)
-            d_logits = d_mean @ value.transpose(1, 2)
+            logits = _logits(query, key, block, work)
+            d_logits = work.product("d_logits", d_mean, value.transpose(1, 2))
         weight = _weights(logits, own_lse, block)
         d_logits.sub_(own_delta).mul_(weight)
-        d_query = (d_logits @ key).mul_(scale)
+        d_query = work.product("d_query", d_logits, key).mul_(scale)
         sums[0].index_add_(0, index, d_query.flatten(0, 1))
         if both is not None:
-            d_key = both.transpose(1, 2) @ torch.cat([d_mean, query], 1)
+            left = _joined(work, d_mean, query)
+            d_key = work.product("d_key", both.transpose(1, 2), left)
             sums[1].index_add_(0, key_index, d_key.flatten(0, 1))
         else:
-            d_key = d_logits.transpose(1, 2) @ query
-            d_value = weight.transpose(1, 2) @ d_mean
+            d_key = work.product("d_key", d_logits.transpose(1, 2), query)
+            d_value = work.product("d_value", weight.transpose(1, 2), d_mean)
             sums[1].index_add_(0, key_index, d_key.flatten(0, 1))
             sums[2].index_add_(0, key_index, d_value.flatten(0, 1))
 
 
-def _logits(query: Tensor, key: Tensor, block: PairBlocks) -> Tensor:
+def _joined(work: Workspace, first: Tensor, second: Tensor) -> Tensor:
+    """[N, t, D] twice -> [N, 2 t, D]."""
+    count, rows, width = first.shape
+    return torch.cat(
+        [first, second], 1, out=work.take("joined", (count, 2 * rows, width), first.dtype)
+    )
+
+
+def _logits(query: Tensor, key: Tensor, block: PairBlocks, work: Workspace) -> Tensor:
     """[N, t, s] of scaled queries and keys."""
-    logits = query @ key.transpose(1, 2)
+    logits = work.product("logits", query, key.transpose(1, 2))
     if block.add is not None:
         logits += block.add
     return logits
@@ -142,7 +157,7 @@ def _hidden(logits: Tensor, block: PairBlocks) -> Tensor:
     """Makes the logits of keys that are not seen very low, and leaves them finite; in place."""
     if block.seen is None:
         return logits
-    return logits.add_((block.seen - 1).mul_(HIDDEN))
+    return logits.add_(block.seen - 1, alpha=HIDDEN)
 
 
 def _weights(logits: Tensor, less: Tensor, block: PairBlocks) -> Tensor:
@@ -158,12 +173,13 @@ def _weights(logits: Tensor, less: Tensor, block: PairBlocks) -> Tensor:
 
 
 class _Rows:
-    """Gathers rows of q, k and v, wide and with the query scaled."""
+    """Gathers rows of q, k and v, wide and with the query scaled, into a workspace."""
 
-    def __init__(self, operands: Tensors, scale: float):
+    def __init__(self, operands: Tensors, scale: float, work: Workspace):
         query, key, value = operands
         self.dtype = accumulation_dtype(query.dtype)
         self.scale = scale
+        self.work = work
         self.shared = _same(key, value)
         self.query = query.reshape(-1, query.shape[-1])
         self.key = key.reshape(-1, key.shape[-1])
@@ -171,14 +187,11 @@ class _Rows:
 
     def of(self, block: PairBlocks) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (scaled query [N, t, D], key [N, s, D], value [N, s, E])."""
-        query = self._gathered(self.query, block.queries) * self.scale
-        key = self._gathered(self.key, block.keys)
-        value = key if self.shared else self._gathered(self.value, block.keys)
+        gather = self.work.gather
+        query = gather("query", self.query, block.queries, self.dtype).mul_(self.scale)
+        key = gather("key", self.key, block.keys, self.dtype)
+        value = key if self.shared else gather("value", self.value, block.keys, self.dtype)
         return query, key, value
-
-    def _gathered(self, rows: Tensor, index: Tensor) -> Tensor:
-        gathered = rows.index_select(0, index.flatten()).view(*index.shape, -1)
-        return gathered.to(self.dtype)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -82,7 +82,7 @@ class ChosenPairs:
         """Yields a block for each query: its heads beside the summaries that it has chosen.
 
         Args:
-            chosen: [B, T, K] numbers of blocks of the query's document; negative for none.
+            chosen: [B, T, K] int32 numbers of blocks of the query's document; negative for none.
             block: tokens in a block.
         """
         lookup = BlockLookup(self.span, self.kv_span, self.is_summary, block)

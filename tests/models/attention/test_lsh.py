@@ -4,6 +4,7 @@ attention in the limit."""
 import pytest
 import torch
 
+from models.attention import lsh
 from models.attention.lsh import ALONE, LSHAttention
 from models.init import initialise
 from models.positions.none import NoPosition
@@ -110,6 +111,23 @@ def test_hashes_depend_on_seed_and_layer():
         assert (
             LSHAttention(12, 3, NoPosition(), layer, seed, 32, **settings).hashed(q) != one
         ).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("most", [1, 200, 1 << 20])
+def test_a_hash_is_the_nearest_of_the_directions_and_their_opposites(most, monkeypatch):
+    monkeypatch.setitem(lsh.PRODUCTS, "cpu", most)
+    layer = _layer(chunk_size=4, hashes=3, buckets=6)
+    query = torch.randn(2, 50, 3, 4, dtype=torch.float64)
+    query[0, 7] = 0  # as far from each: the first
+    drawn = lsh.rotations(*layer.rotation_key).clone()
+    drawn[..., 2] = -drawn[..., 0]  # as far as the first, which counts
+    monkeypatch.setattr(lsh, "rotations", lambda *key: drawn)
+    products = torch.einsum("bthd,rhdn->bthrn", query, drawn)
+    size = products.abs()
+    nearest = ((size == size.amax(-1, keepdim=True)).cumsum(-1) == 0).sum(-1, keepdim=True)
+    is_opposite = products.gather(-1, nearest) < 0
+    expected = (nearest + 3 * is_opposite)[..., 0]
+    assert torch.equal(layer.hashed(query), expected)
 
 
 @pytest.mark.parametrize(

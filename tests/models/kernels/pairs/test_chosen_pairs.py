@@ -19,10 +19,10 @@ LAYERS = {
 }
 
 
-def _packed() -> Span:
+def _packed(first: int = 3) -> Span:
     """Documents of 70, 1 and 26 tokens and padding, and a row of one document."""
     pos = torch.cat([torch.arange(70), torch.arange(1), torch.arange(26), torch.zeros(3)]).long()
-    doc = torch.tensor([3] * 70 + [4] + [5] * 26 + [-1] * 3)
+    doc = torch.tensor([first] * 70 + [first + 1] + [first + 2] * 26 + [-1] * 3)
     return Span.of(torch.stack([pos, torch.arange(100)]), torch.stack([doc, torch.full((100,), 7)]))
 
 
@@ -53,6 +53,19 @@ def test_pairs_give_what_the_tiles_of_the_mask_give(name, most, monkeypatch):
     by_tiles = _gradients(layer, hidden, span.fresh())
     for pairs, tiles in zip(by_pairs, by_tiles, strict=True):
         torch.testing.assert_close(pairs, tiles, rtol=0, atol=1e-11)
+
+
+def test_numbers_of_chunks_beyond_those_of_float32():
+    """Documents are counted over a corpus: buckets, documents and chunks make large numbers."""
+    layer = initialise(LAYERS["lsh"](), seed=0).double()
+    for parameter in layer.parameters():
+        parameter.data *= 6
+    layer.float()
+    hidden = torch.randn(2, 100, 8)
+    few = _gradients(layer, hidden, _packed())
+    many = _gradients(layer, hidden, _packed(1 << 22))
+    for a, b in zip(few, many, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["lsh", "compressed"])
