@@ -26,7 +26,7 @@ from trainer.config.schema import Config
 from trainer.config.stages import Stage
 from trainer.data.batch_sharding import BatchSharder
 from trainer.data.lanes import Held, Lanes
-from trainer.data.streams.base import Stream
+from trainer.data.streams.base import Cursor, Stream
 from trainer.data.streams.prefetch import Prefetcher, StepCounts, StepInput
 from trainer.logs.jsonl import MetricsRow
 from trainer.logs.meters import Meter, peak_memory_bytes
@@ -35,7 +35,7 @@ from trainer.optim.lengthening import Factor, factor, go_on
 from trainer.progress import Part, Progress
 from trainer.skip_step import SkippedStep, SkipStepGuard
 from trainer.step_sums import StepSums
-from trainer.stop_signal import StopSignal
+from trainer.stop_signal import Meeting, StopSignal
 
 NOTED_STEPS = 2  # of a start; under memory= the second is the first whose rows carry something
 
@@ -93,6 +93,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.guard = SkipStepGuard(self.mesh, self.share, self.config.optim)
         self.steps_noted = 0
+        self.next: tuple[StepInput, Meeting] | None = None
         self.prefetcher = Prefetcher(self.stream, self.share, self.config.prefetch, self.flops)
 
     def train(self, progress: Progress) -> Progress:
@@ -117,8 +118,9 @@ class Loop:
         """Takes steps to the last one or to a signal."""
         while progress.step < self.config.steps:
             self.heartbeat("reading the batch", progress.step + 1)
-            given = self.prefetcher.read(progress.cursor)
-            met = self._meet(given, progress.step + 1)
+            if self.next is None:
+                self._begin(self.prefetcher.read(progress.cursor), progress.step + 1)
+            met = self._met()
             if met is None:
                 break
             with self.profiler.around(progress.step + 1) if self.profiler else nullcontext():
@@ -127,13 +129,30 @@ class Loop:
             with self.meter.pause():
                 self._after_step(progress)
 
-    def _meet(self, given: StepInput, step: int) -> StepInput | None:
+    def _begin(self, given: StepInput, step: int) -> None:
+        """Lets the ranks meet before a step: on its input, and on signals."""
+        self.next = given, self.stop.begin(given.marks, given.figures, f"step {step}")
+
+    def _met(self) -> StepInput | None:
         """Returns the input with the figures of all data ranks; None where a signal came in."""
-        sums = self.stop.meet(given.marks, given.figures, f"step {step}")
+        assert self.next is not None
+        given, meeting = self.next
+        self.next = None
+        sums = meeting.answer()
         if sums is None:
             return None
         valid_tokens, rows, flops = sums
         return given._replace(figures=StepCounts(int(valid_tokens), int(rows), flops))
+
+    def _look_ahead(self, cursor: Cursor, step: int) -> None:
+        """Begins the meeting before a step, while a device still computes the one before it."""
+        if not self.prefetcher.is_ahead or step > self.config.steps:
+            return
+        try:
+            given = self.prefetcher.read(cursor)
+        except Exception:
+            return  # raised again where the step begins: the one before it is to be whole
+        self._begin(given, step)
 
     def _after_step(self, progress: Progress) -> None:
         """Saves and evaluates where this step is due for it."""
@@ -175,8 +194,8 @@ class Loop:
                 block.enabled = progress.compiled
             return
         # Before anything is read ahead: a stream has one reader at a time.
-        given = self.prefetcher.load(progress.cursor)
-        met = self._meet(given, progress.step + 1)
+        self._begin(self.prefetcher.load(progress.cursor), progress.step + 1)
+        met = self._met()
         if met is None:  # before the first step there is nothing to choose for
             return
         progress.compiled = choose_compilation(
@@ -214,6 +233,7 @@ class Loop:
         # What rows left behind before this step, in case the step has to be undone.
         carried_before = None if self.lanes is None else self.lanes.held()
         sums = self._accumulate_gradients(given, step)
+        self._look_ahead(given.cursor, step + 1)
         self.heartbeat("gradient norm and optimiser", step)
         # One read for all of these; what else waits, tests/trainer/test_waits.py lists.
         totals, norm, largest = sums.read(
@@ -348,8 +368,8 @@ class Loop:
         self, progress: Progress, loss: float | None, norm: float, learning_rate: float
     ) -> MetricsRow:
         """Returns the row of metrics.jsonl; its peak memory is that of the fullest rank."""
-        device = self.mesh.device
-        memory = torch.tensor(float(peak_memory_bytes(device)), dtype=torch.float64, device=device)
+        # from host to host, as what `begin` exchanges
+        memory = torch.tensor(float(peak_memory_bytes(self.mesh.device)), dtype=torch.float64)
         if self.mesh.world.group is not None:
             dist.all_reduce(memory, op=dist.ReduceOp.MAX, group=self.mesh.world.group)
         reading = self.meter.read()

@@ -140,7 +140,7 @@ class Fsdp(Engine):
         zeros above."""
         names = [name for name in self.used.names if name in self.parameters]
         flags = [name in self.used.here for name in names]
-        somewhere = used_anywhere(flags, self.mesh.world.group, self.mesh.device)
+        somewhere = used_anywhere(flags, self.mesh.world.group)
         for name, used in zip(names, somewhere, strict=True):
             if not used:
                 self.parameters[name].grad = None

@@ -36,7 +36,7 @@ def all_reduce_gradients(
     """
     if group is None or dist.get_world_size(group) == 1 or not parameters:
         return
-    used = used_anywhere([p.grad is not None for p in parameters], group, parameters[0].device)
+    used = used_anywhere([p.grad is not None for p in parameters], group)
     for parameter, somewhere in zip(parameters, used, strict=True):
         if somewhere and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -46,14 +46,15 @@ def all_reduce_gradients(
         _sum([local_tensor(grad) for grad in grads if isinstance(grad, DTensor)], holders)
 
 
-def used_anywhere(
-    here: Sequence[bool], group: ProcessGroup | None, device: torch.device
-) -> list[bool]:
+def used_anywhere(here: Sequence[bool], group: ProcessGroup | None) -> list[bool]:
     """Of parameters that got a gradient here or not, whether they got one on some rank; all ranks
-    must call."""
+    must call.
+
+    The flags go from host to host: on a device the answer would wait for its backward pass.
+    """
     if group is None or dist.get_world_size(group) == 1 or not here:
         return list(here)
-    used = torch.tensor([float(flag) for flag in here], device=device)
+    used = torch.tensor([float(flag) for flag in here])
     dist.all_reduce(used, op=dist.ReduceOp.MAX, group=group)  # [parameters] -> [parameters]
     return [flag > 0 for flag in used.tolist()]
 

@@ -40,7 +40,7 @@ from trainer.objectives.stream import open_rows
 from trainer.preflight.prepare import load_config
 from trainer.preflight.reach import fitting
 from trainer.progress import Progress
-from trainer.stop_signal import NO_MARKS, StopSignal
+from trainer.stop_signal import NO_MARKS, Meeting, StopSignal
 
 COMMON = (  # before a lesson's own settings, which may say otherwise but for the first three
     "checkpoint.every=0",
@@ -217,13 +217,13 @@ class TimeLimit(StopSignal):
         super().__init__(mesh, ())
         self.end = time.process_time() + seconds
 
-    def meet(
+    def begin(
         self, mine: Marks = NO_MARKS, figures: Sequence[float] = (), what: str = "the batch"
-    ) -> list[float] | None:
-        """See StopSignal.meet."""
+    ) -> Meeting:
+        """See StopSignal.begin."""
         if time.process_time() > self.end:
             self.noted = 1
-        return super().meet(mine, figures, what)
+        return super().begin(mine, figures, what)
 
 
 class NoCheckpoints:

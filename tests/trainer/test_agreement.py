@@ -284,9 +284,10 @@ def signalled_while_meeting(env):
     plain = dist.all_reduce
 
     def interrupted(*args, **settings):
-        plain(*args, **settings)
+        work = plain(*args, **settings)
         if env.rank == 1:
             signal.raise_signal(signal.SIGUSR1)
+        return work
 
     with stop.listening(), mock.patch.object(dist, "all_reduce", interrupted):
         first = stop.meet()

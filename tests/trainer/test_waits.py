@@ -22,8 +22,6 @@ READERS = ["item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "
 READERS += ["__index__"]
 ALLOWED = {
     "trainer/step_sums.py read": "the read of sums and norm",
-    "parallel/engines/gradients.py used_anywhere": "which parameters got a gradient on any rank",
-    "trainer/loop.py _row": "memory of the fullest rank, of a step that is logged",
 }
 ON_THE_CPU = {
     "trainer/loop.py <dictcomp>": "sums that were read",
