@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from models.auxiliary import auxiliary_loss, on_step_begin, on_step_end, reset_auxiliary, statistics
@@ -25,17 +24,18 @@ from trainer.compile_trial import choose_compilation
 from trainer.config.schema import Config
 from trainer.config.stages import Stage
 from trainer.data.batch_sharding import BatchSharder
-from trainer.data.lanes import Held, Lanes
-from trainer.data.streams.base import Cursor, Stream
-from trainer.data.streams.prefetch import Prefetcher, StepCounts, StepInput
+from trainer.data.lanes import Lanes
+from trainer.data.streams.base import Stream
+from trainer.data.streams.prefetch import Prefetcher, StepInput
 from trainer.logs.jsonl import MetricsRow
-from trainer.logs.meters import Meter, peak_memory_bytes
+from trainer.logs.meters import Meter
 from trainer.logs.profile import StepProfiler
 from trainer.optim.lengthening import Factor, factor, go_on
 from trainer.progress import Part, Progress
 from trainer.skip_step import SkippedStep, SkipStepGuard
-from trainer.step_sums import StepSums
-from trainer.stop_signal import Meeting, StopSignal
+from trainer.step.pipeline import InputsAhead, LaunchedStep
+from trainer.step.sums import StepSums
+from trainer.stop_signal import StopSignal
 
 NOTED_STEPS = 2  # of a start; under memory= the second is the first whose rows carry something
 
@@ -93,8 +93,9 @@ class Loop:
     def __post_init__(self) -> None:
         self.guard = SkipStepGuard(self.mesh, self.share, self.config.optim)
         self.steps_noted = 0
-        self.next: tuple[StepInput, Meeting] | None = None
+        self.launched: LaunchedStep | None = None  # whose figures lag
         self.prefetcher = Prefetcher(self.stream, self.share, self.config.prefetch, self.flops)
+        self.inputs = InputsAhead(self.prefetcher, self.stop, self.config.steps)
 
     def train(self, progress: Progress) -> Progress:
         """Trains to the last step or to a signal; `progress` is updated and returned."""
@@ -118,52 +119,36 @@ class Loop:
         """Takes steps to the last one or to a signal."""
         while progress.step < self.config.steps:
             self.heartbeat("reading the batch", progress.step + 1)
-            if self.next is None:
-                self._begin(self.prefetcher.read(progress.cursor), progress.step + 1)
-            met = self._met()
+            met = self.inputs.meet(progress.cursor, progress.step + 1)
             if met is None:
+                self._catch_up(progress)
                 break
             with self.profiler.around(progress.step + 1) if self.profiler else nullcontext():
                 self.take_step(progress, met)
             self.steps_noted += 1
+            progress.owed = self.due(progress.step)
+            if progress.owed or self._saves(progress.step) or progress.step == self.config.steps:
+                self._catch_up(progress)
             with self.meter.pause():
                 self._after_step(progress)
 
-    def _begin(self, given: StepInput, step: int) -> None:
-        """Lets the ranks meet before a step: on its input, and on signals."""
-        self.next = given, self.stop.begin(given.marks, given.figures, f"step {step}")
-
-    def _met(self) -> StepInput | None:
-        """Returns the input with the figures of all data ranks; None where a signal came in."""
-        assert self.next is not None
-        given, meeting = self.next
-        self.next = None
-        sums = meeting.answer()
-        if sums is None:
-            return None
-        valid_tokens, rows, flops = sums
-        return given._replace(figures=StepCounts(int(valid_tokens), int(rows), flops))
-
-    def _look_ahead(self, cursor: Cursor, step: int) -> None:
-        """Begins the meeting before a step, while a device still computes the one before it."""
-        if not self.prefetcher.is_ahead or step > self.config.steps:
-            return
-        try:
-            given = self.prefetcher.read(cursor)
-        except Exception:
-            return  # raised again where the step begins: the one before it is to be whole
-        self._begin(given, step)
-
     def _after_step(self, progress: Progress) -> None:
         """Saves and evaluates where this step is due for it."""
-        progress.owed = self.due(progress.step)
-        last = progress.step == self.config.steps
         # Saved first: an evaluation that fails must not cost the steps before it.
-        if _is_due(self.config.checkpoint.every, progress.step, last):
+        if self._saves(progress.step):
             self.save(progress)
         self._evaluate_owed(progress)
         self.heartbeat("looking after the checkpoint and for signals", progress.step)
         self.checkpoints.poll()
+
+    def _saves(self, step: int) -> bool:
+        """Tells whether a checkpoint is due after a step."""
+        return _is_due(self.config.checkpoint.every, step, step == self.config.steps)
+
+    def _catch_up(self, progress: Progress) -> None:
+        """Concludes the step whose figures lag."""
+        launched, self.launched = self.launched, None
+        self._conclude(progress, launched)
 
     def _set_length(self, progress: Progress) -> None:
         """Notes the number of steps, which may differ from that of an earlier start."""
@@ -194,8 +179,7 @@ class Loop:
                 block.enabled = progress.compiled
             return
         # Before anything is read ahead: a stream has one reader at a time.
-        self._begin(self.prefetcher.load(progress.cursor), progress.step + 1)
-        met = self._met()
+        met = self.inputs.meet_unread(progress.cursor, progress.step + 1)
         if met is None:  # before the first step there is nothing to choose for
             return
         progress.compiled = choose_compilation(
@@ -210,7 +194,7 @@ class Loop:
         carried_before = None if self.lanes is None else self.lanes.held()
         self._accumulate_gradients(given, step)
         self.engine.skip()
-        self.guard.forget()
+        self.guard.noted()
         self.uncount()
         if self.lanes is not None and carried_before is not None:
             self.lanes.put_back(carried_before)
@@ -226,41 +210,78 @@ class Loop:
 
     def take_step(self, progress: Progress, given: StepInput) -> None:
         """Takes one optimiser step, or leaves it out where the guard says so."""
+        launched = self._launch(progress, given)
+        progress.step = launched.number
+        progress.cursor = given.cursor
+        if self.config.log.lag:
+            launched, self.launched = self.launched, launched
+        self._conclude(progress, launched)
+
+    def _launch(self, progress: Progress, given: StepInput) -> LaunchedStep:
+        """Computes the gradients of a step; where figures lag the optimiser steps too."""
         step = progress.step + 1
         optim = self.config.optim
         learning_rate = optim.learning_rate * factor(self.schedule, progress.lengths, step)
-        valid_tokens = given.figures.valid_tokens
         # What rows left behind before this step, in case the step has to be undone.
         carried_before = None if self.lanes is None else self.lanes.held()
         sums = self._accumulate_gradients(given, step)
-        self._look_ahead(given.cursor, step + 1)
+        self.inputs.look_ahead(given.cursor, step + 1)
         self.heartbeat("gradient norm and optimiser", step)
-        # One read for all of these; what else waits, tests/trainer/test_waits.py lists.
-        totals, norm, largest = sums.read(
-            self.mesh.world.group, self.engine.clip_unread(optim.max_grad_norm)
+        norm = self.engine.clip_unread(optim.max_grad_norm)
+        launched = LaunchedStep(
+            number=step,
+            cursor=progress.cursor,
+            counts=given.figures,
+            learning_rate=learning_rate,
+            unread=sums.send(self.mesh.world.group, norm),
+            flags=self.guard.noted(),
+            carried_before=carried_before,
         )
+        if self.config.log.lag:
+            if self._predicts(launched):
+                self.engine.step_unless(launched.unread.unusable, learning_rate)
+            else:
+                self.engine.skip()
+        return launched
+
+    def _predicts(self, launched: LaunchedStep) -> bool:
+        return launched.counts.valid_tokens > 0 or self.stream.pauses
+
+    def _conclude(self, progress: Progress, launched: LaunchedStep | None) -> None:
+        """Reads the figures of a step, steps or leaves it out, and logs it; None = nothing to do.
+
+        Where figures lag the step itself is done, and its reading is all that is left.
+        """
+        if launched is None:
+            return
+        # One read for all of these; what else waits, tests/trainer/step/test_waits.py lists.
+        totals, norm, largest = launched.unread.read()
         # "layer/name" are statistics of a layer; the other names are losses.
         losses = {name: total.item() for name, total in totals.items() if "/" not in name}
         loss = losses.pop("loss")
-        predicts = valid_tokens > 0 or self.stream.pauses
-        skip = self.guard.verdict(progress, loss, norm, largest, predicts=predicts)
+        batch = launched.cursor, launched.flags
+        predicts = self._predicts(launched)
+        skip = self.guard.verdict(progress, loss, norm, largest, batch=batch, predicts=predicts)
         layer_figures = {}
+        valid_tokens = launched.counts.valid_tokens
         if skip is None:
-            self.engine.step(learning_rate)
+            if not self.config.log.lag:
+                self.engine.step(launched.learning_rate)
             layer_figures = on_step_end(self.engine.model, totals)
             progress.tokens += valid_tokens
         else:
-            self._leave_out(step, skip, carried_before)
-        progress.step = step
-        progress.cursor = given.cursor
-        self.meter.add(valid_tokens, given.figures.flops)
-        first_or_last = step in (1, self.config.steps)
-        if skip is not None or _is_due(self.config.log.every, step, first_or_last):
+            self._leave_out(launched, skip)
+        self.meter.add(valid_tokens, launched.counts.flops)
+        first_or_last = launched.number in (1, self.config.steps)
+        if skip is not None or _is_due(self.config.log.every, launched.number, first_or_last):
             # A batch without a token to predict has no loss, and 0 would look like one.
             shown_loss = loss if valid_tokens else None
-            row = self._row(progress, shown_loss, norm, learning_rate)
+            row = launched.row(
+                self.mesh, self.meter, tokens=progress.tokens, loss=shown_loss, norm=norm
+            )
             self.log(
                 row._replace(
+                    stage=None if self.stage is None else self.stage.number,
                     auxiliary=losses or None,
                     statistics=layer_figures or None,
                     skipped=skip and skip.row(),
@@ -356,35 +377,15 @@ class Loop:
         self.guard.look(losses)
         return losses.sum()
 
-    def _leave_out(self, step: int, skip: SkippedStep, carried_before: list[Held] | None) -> None:
+    def _leave_out(self, launched: LaunchedStep, skip: SkippedStep) -> None:
         """Drops the gradients of a step; parameters and optimiser state stay as they are."""
-        self.engine.skip()
+        if not self.config.log.lag:
+            self.engine.skip()
         # A state that is not finite would spoil every later step of its row.
+        carried_before = launched.carried_before
         if self.lanes is not None and carried_before is not None and not skip.finite:
             self.lanes.put_back(carried_before)
-        self.warn(skip.line(step))
-
-    def _row(
-        self, progress: Progress, loss: float | None, norm: float, learning_rate: float
-    ) -> MetricsRow:
-        """Returns the row of metrics.jsonl; its peak memory is that of the fullest rank."""
-        # from host to host, as what `begin` exchanges
-        memory = torch.tensor(float(peak_memory_bytes(self.mesh.device)), dtype=torch.float64)
-        if self.mesh.world.group is not None:
-            dist.all_reduce(memory, op=dist.ReduceOp.MAX, group=self.mesh.world.group)
-        reading = self.meter.read()
-        return MetricsRow(
-            step=progress.step,
-            loss=loss,
-            tokens=progress.tokens,
-            tokens_per_second=reading.tokens_per_second,
-            step_seconds=reading.step_seconds,
-            grad_norm=norm,
-            learning_rate=learning_rate,
-            peak_memory_bytes=int(memory.item()),
-            mfu=reading.mfu,
-            stage=None if self.stage is None else self.stage.number,
-        )
+        self.warn(skip.line(launched.number))
 
 
 def _is_due(every: int, step: int, last: bool) -> bool:

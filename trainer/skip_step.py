@@ -67,9 +67,11 @@ class SkipStepGuard:
         """Notes the rows of a micro-batch whose loss is not finite; losses: [rows, tokens]."""
         self.flags.append(~losses.detach().isfinite().all(1))
 
-    def forget(self) -> None:
-        """Drops what `look` noted, of passes that belong to no step."""
+    def noted(self) -> list[Tensor]:
+        """Takes out what `look` noted."""
+        flags = self.flags
         self.flags = []
+        return flags
 
     def verdict(
         self,
@@ -78,6 +80,7 @@ class SkipStepGuard:
         norm: float,
         largest: Tensor,
         *,
+        batch: tuple[dict[str, Any], list[Tensor]],
         predicts: bool = True,
     ) -> SkippedStep | None:
         """Returns why the step must be skipped, or None where it is to be taken.
@@ -91,11 +94,11 @@ class SkipStepGuard:
             loss: of the step, over all ranks.
             norm: of the gradient.
             largest: [2] on the CPU, both at their largest of any rank; inf where one is not finite.
+            batch: its place in the data, and what was noted of it.
             predicts: False where the batch should have had a token to predict and has none, so
                 that its loss means nothing.
         """
-        flags = self.flags
-        self.flags = []
+        cursor, flags = batch
         finite = bool(largest.isfinite().all())
         agreed = largest[1].item()
         usual = median(progress.norms) if len(progress.norms) >= LEAST else math.inf
@@ -117,7 +120,7 @@ class SkipStepGuard:
             progress.skipped = 0
             return None
         progress.skipped += 1
-        return SkippedStep(why, finite, progress.cursor, self._rows(flags), way)
+        return SkippedStep(why, finite, cursor, self._rows(flags), way)
 
     def bear(self, progress: Progress, skip: SkippedStep) -> None:
         """Ends the run where too many steps were skipped one after another.

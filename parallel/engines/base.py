@@ -142,6 +142,33 @@ class Engine:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
 
+    def step_unless(self, unusable: Tensor, learning_rate: float) -> None:
+        """As `step` where `unusable` [] is 0 and as `skip` where it is 1, which nobody waits to
+        know: a fused optimiser of torch looks at it on the device.
+
+        Raises:
+            ValueError: the optimiser is not fused, and its tensors lie on another device than a
+                CPU.
+        """
+        if not all(group.get("fused") for group in self.optimiser.param_groups):
+            if unusable.device.type != "cpu":
+                raise ValueError(
+                    f"{type(self.optimiser).__name__} is not fused: it cannot leave a step out on"
+                    " the device"
+                )
+            if unusable.item():
+                self.skip()
+            else:
+                self.step(learning_rate)
+            return
+        # torch's fused optimisers look for these, which its gradient scaler sets too.
+        self.optimiser.grad_scale = None  # type: ignore[attr-defined]
+        self.optimiser.found_inf = unusable  # type: ignore[attr-defined]
+        try:
+            self.step(learning_rate)
+        finally:
+            del self.optimiser.grad_scale, self.optimiser.found_inf  # type: ignore[attr-defined]
+
     def skip(self) -> None:
         """Instead of `step`: drop the gradients; parameters and the optimiser's state stay bit for
         bit as they are."""

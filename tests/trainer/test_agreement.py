@@ -4,6 +4,7 @@ they are."""
 import json
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -296,3 +297,21 @@ def signalled_while_meeting(env):
 
 def test_a_signal_that_comes_while_ranks_meet_is_told_at_the_next_meeting():
     assert ranks(2, signalled_while_meeting) == [([], None, signal.SIGUSR1)] * 2
+
+
+def meets_ahead(env):
+    """(answers of two meetings, the first begun before a signal, and what is known)."""
+    mesh = replace(build_mesh(1, env.size), device=torch.device("meta"))
+    stop = StopSignal(mesh, (signal.SIGUSR1,))
+    with stop.listening():
+        first = stop.begin(Marks(1, env.rank), (env.rank + 1.0,))
+        before = stop.begin(Marks(2, env.rank), (1.0,))
+        sums = first.answer()
+        if env.rank == 2:
+            signal.raise_signal(signal.SIGUSR1)
+        return sums, stop.asked(), before.answer(), stop.caught
+
+
+def test_a_meeting_goes_from_host_to_host_and_none_goes_on_where_a_later_one_tells_of_a_signal():
+    """Its numbers would be lost on a device that keeps none."""
+    assert ranks(3, meets_ahead) == [([6.0], True, None, signal.SIGUSR1)] * 3

@@ -122,10 +122,14 @@ class Meter:
         finally:
             self.paused += self.clock() - begin
 
-    def read(self) -> MeterReading:
+    def read(self, now: float | None = None) -> MeterReading:
         """Means over the steps since the last reading, which begin anew. At least one step must
-        have been added."""
-        now = self.clock()
+        have been added.
+
+        Args:
+            now: when the last of them was done, by the clock; None = now.
+        """
+        now = self.clock() if now is None else now
         seconds = max(now - self.begin - self.paused, 1e-9)
         rate = self.peak.flops_per_second
         mfu = None if rate is None else self.flops / (seconds * rate * self.devices)

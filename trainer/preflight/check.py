@@ -22,6 +22,7 @@ from trainer.objectives.contradictions import check_objective
 from trainer.optim.lengthening import check_lengthening
 from trainer.preflight.check_data import check_data
 from trainer.preflight.check_engine import check_engine_settings
+from trainer.preflight.check_lag import check_lag
 from trainer.preflight.check_launch import check_machine, check_outer_launcher, check_paths
 from trainer.preflight.check_loggers import check_loggers
 from trainer.preflight.check_parts import check_built_model, check_nodes, context_too_long
@@ -131,6 +132,7 @@ def _check_stage_settings(
     yield from check_scope(config)
     yield from check_parallel(config)
     yield from check_engine_settings(config)
+    yield from check_lag(config)
     yield from check_nodes(config)
     yield from check_data(config)
     yield from check_objective(config)

@@ -26,6 +26,7 @@ from trainer.objectives.contradictions import check_objective_model, vocabulary
 from trainer.optim.selection import check_selection
 from trainer.preflight.check_engine import check_deepspeed_model
 from trainer.preflight.check_evaluation import check_evaluation_nodes, check_evaluations
+from trainer.preflight.check_lag import check_lag_model
 from trainer.preflight.check_memory import check_memory
 from trainer.preflight.check_model import (
     check_block_settings,
@@ -138,6 +139,7 @@ def check_built_model(config: Config, given: Collection[str]) -> Iterator[Findin
     yield from check_block_settings(config, model)
     yield from check_objective_model(config, model)
     yield from check_foreign_layers(config)
+    yield from check_lag_model(config, model)
     yield from check_same_gradients(config)
     if config.engine.name == "deepspeed":
         yield from check_deepspeed_model(config, model)

@@ -62,6 +62,10 @@ def test_every_task_can_be_given_to_every_model(model: str, data: str) -> None:
             (*COPY, "engine.tile_tokens=64"),
             "engine.tile_tokens=64: .* NeuralTuringMachine has no blocks with one",
         ),
+        (
+            ("model=moe_topk", "log.lag=1"),
+            r"log.lag=1: blocks\..* changes by the statistics of a step .* use log.lag=0",
+        ),
         (("mixer=gated_delta", "engine.head_groups=2"), "engine.head_groups=2: .* no layer is of"),
         (
             ("model.heads=4", "engine.head_groups=3"),
@@ -99,6 +103,10 @@ def test_every_task_can_be_given_to_every_model(model: str, data: str) -> None:
 def test_what_there_is_no_place_for_is_refused(words: tuple[str, ...], said: str) -> None:
     found = faults(*words)
     assert len(found) == 1 and re.search(said, found[0]), found
+
+
+def test_layers_that_only_tell_figures_may_lag() -> None:
+    assert faults("model=switch", "log.lag=1") == []
 
 
 def test_a_state_of_its_own_is_carried_by_the_memory_that_asks_for_nothing_else() -> None:

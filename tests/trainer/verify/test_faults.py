@@ -215,7 +215,10 @@ def judged(judge, progress, norms):
     found = []
     for norm in norms:
         judge.look(torch.zeros(2, 8))
-        found.append(judge.verdict(progress, 1.0, norm, most(1.0, norm)) is not None)
+        found.append(
+            judge.verdict(progress, 1.0, norm, most(1.0, norm), batch=({}, judge.noted()))
+            is not None
+        )
     return found
 
 
@@ -237,7 +240,8 @@ def test_a_step_that_has_nothing_to_predict_is_left_out_and_too_many_end_the_run
     progress, judge = Progress({}), guard(skip_above=4.0, max_skipped=3)
     for turn in range(3):
         judge.look(torch.zeros(2, 8))
-        skip = judge.verdict(progress, 0.0, 0.0, most(0.0, 0.0), predicts=False)
+        batch = {}, judge.noted()
+        skip = judge.verdict(progress, 0.0, 0.0, most(0.0, 0.0), batch=batch, predicts=False)
         assert skip is not None and skip.finite and "has no token to predict" in skip.line(turn + 1)
         if turn < 2:
             judge.bear(progress, skip)

@@ -69,8 +69,8 @@ def words(folder: Path, name: str, *more: str) -> list[str]:
     ]
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
-    return forked_python.Popen(
+def start(arguments: list[str], popen: type = forked_python.Popen) -> subprocess.Popen:
+    return popen(
         [sys.executable, "-m", "trainer", *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,

@@ -26,6 +26,11 @@ class LogConfig(ConfigGroup):
     every: Count = Field(
         default=1, description="steps between two rows; the first and last are always logged"
     )
+    lag: Literal[0, 1] = Field(
+        default=0,
+        description="steps by which figures may lag: 1 = a step begins before those of the one"
+        " before are read",
+    )
     plots: bool = Field(default=True, description="pictures in report/, drawn when the run ends")
     console: Literal["plain", "rich", "json"] | None = Field(
         default=None, description="style of the output; null = rich on a terminal, else plain"

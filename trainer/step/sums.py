@@ -1,6 +1,7 @@
 """Named sums that a step adds up over its micro-batches, and then over all ranks at once."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,40 @@ class StepFigures(NamedTuple):
     totals: dict[str, Tensor]
     norm: float
     largest: Tensor
+
+
+class UnreadFigures:
+    """Figures of a step on their way from the device.
+
+    Args:
+        named: splits the sums by name.
+        sent: [n + 3] the sums, the norm of this rank, and the largest loss and norm of any.
+
+    Attributes:
+        unusable: [] float32 on the device, 1 where the loss or the norm is not finite, else 0.
+        known_at: when they were computed, by time.perf_counter; of a GPU when they were read.
+    """
+
+    def __init__(self, named: Callable[[Tensor], dict[str, Tensor]], sent: Tensor):
+        self.named = named
+        self.unusable = 1 - sent[-2:].isfinite().all().float()
+        self.arrived = None
+        self.sent = sent
+        self.known_at = time.perf_counter()
+        if sent.is_cuda:
+            # The copy begins where the device gets to it, and the host looks when it needs it.
+            self.sent = torch.empty(sent.shape, dtype=sent.dtype, pin_memory=True)
+            self.sent.copy_(sent, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> StepFigures:
+        """Waits until the device has computed them."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+            self.known_at = time.perf_counter()
+        read = self.sent.cpu()
+        return StepFigures(self.named(read[:-3]), read[-3].item(), read[-2:])
 
 
 class StepSums:
@@ -51,15 +86,17 @@ class StepSums:
             group: as for `over`.
             norm: [] float64.
         """
+        return self.send(group, norm).read()
+
+    def send(self, group: Any, norm: Tensor) -> "UnreadFigures":
+        """As `read`, but the figures stay on the device, which nobody waits for."""
         sums = self._sums(group)
         loss = self._named(sums)["loss"]
         largest = torch.stack([loss, norm])
         largest = torch.where(largest.isfinite(), largest, torch.inf)
         if group is not None:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        read = torch.cat([sums, norm[None], largest]).cpu()
-        totals = self._named(read[: len(sums)])
-        return StepFigures(totals, read[len(sums)].item(), read[-2:])
+        return UnreadFigures(self._named, torch.cat([sums, norm[None], largest]))
 
     def _sums(self, group: Any) -> Tensor:
         """Returns the sums over ranks, end to end in the order of their names."""

@@ -17,18 +17,21 @@ from trainer.loop import Loop
 from trainer.run_dir import make_run_dir
 from trainer.verify.whole_runs import write_documents
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 READERS = ["item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"]
 READERS += ["__index__"]
 ALLOWED = {
-    "trainer/step_sums.py read": "the read of sums and norm",
+    "trainer/step/sums.py read": "the read of sums and norm",
 }
 ON_THE_CPU = {
     "trainer/loop.py <dictcomp>": "sums that were read",
+    "trainer/step/pipeline.py row": "memory of the fullest rank, told from host to host",
+    "parallel/engines/gradients.py used_anywhere": "flags that go from host to host",
     "trainer/skip_step.py verdict": "figures that were read",
     "parallel/drivers/scan.py _origins": "a plan, which lies on the CPU",
     "parallel/engines/gradients.py clip_gradients": "elsewhere the factor stays on the device",
     "models/kernels/nonfinite.py all_finite": "elsewhere nobody looks",
+    "parallel/engines/base.py step_unless": "elsewhere a fused optimiser looks on the device",
     "parallel/collectives.py _carried": "only where a backend sends from the CPU alone",
 }
 
@@ -68,6 +71,7 @@ CASES = {
     "ring": ("parallel.method=ring", HEADS),
     "fetched keys": ("parallel.method=allgather", "model=sliding", HEADS),
     "scans": ("model=gated_delta", HEADS),
+    "figures that lag": ("engine=fsdp", "log.lag=1", HEADS),
 }
 
 
@@ -80,5 +84,5 @@ def test_a_step_reads_tensors_where_it_must_and_nowhere_else(case, tmp_path):
     for found in ranks(2, watched, words, str(directory)):
         assert set(found) <= set(ALLOWED) | set(ON_THE_CPU)
         # Two steps are watched: each reads its figures once, and takes the norm out.
-        assert found["trainer/step_sums.py read"] == 4
+        assert found["trainer/step/sums.py read"] == 4
         assert found["parallel/engines/gradients.py used_anywhere"] == 2

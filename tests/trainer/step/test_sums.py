@@ -3,7 +3,7 @@
 import torch
 
 from tests.support.pool import ranks
-from trainer.step_sums import StepSums
+from trainer.step.sums import StepSums
 
 
 def added(env):
