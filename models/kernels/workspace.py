@@ -38,7 +38,7 @@ class Workspace:
             torch.index_select(rows, 0, index.flatten(), out=gathered)
         else:
             gathered = rows.index_select(0, index.flatten()).to(dtype)
-        return gathered.view(*index.shape, -1)
+        return gathered.view(*index.shape, rows.shape[-1])
 
     def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
         """Multiplies matrices: [N, r, n] and [N, n, c] -> [N, r, c]."""

@@ -6,7 +6,7 @@ are disjoint). The norm counts every element of every parameter once: squares of
 over the mesh that shards them, mesh by mesh, then combined.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -40,10 +40,15 @@ def all_reduce_gradients(
     for parameter, somewhere in zip(parameters, used, strict=True):
         if somewhere and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    grads = [p.grad for p in parameters if p.grad is not None]
-    _sum([grad for grad in grads if not isinstance(grad, DTensor)], group)
+    grads = {p: p.grad for p in parameters if p.grad is not None}
+    whole = {p: grad for p, grad in grads.items() if not isinstance(grad, DTensor)}
+    # A part of what was sent takes the place of the gradient: nothing is copied back.
+    for parameter, summed in zip(whole, _summed(list(whole.values()), group), strict=True):
+        parameter.grad = summed
     if holders is not None:
-        _sum([local_tensor(grad) for grad in grads if isinstance(grad, DTensor)], holders)
+        shards = [local_tensor(grad) for grad in grads.values() if isinstance(grad, DTensor)]
+        for shard, summed in zip(shards, _summed(shards, holders), strict=True):
+            shard.copy_(summed)
 
 
 def used_anywhere(here: Sequence[bool], group: ProcessGroup | None) -> list[bool]:
@@ -59,12 +64,15 @@ def used_anywhere(here: Sequence[bool], group: ProcessGroup | None) -> list[bool
     return [flag > 0 for flag in used.tolist()]
 
 
-def _sum(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
+def _summed(tensors: Sequence[Tensor], group: ProcessGroup) -> Iterator[Tensor]:
+    """Yields the sum over the group of each tensor, with its strides; it may lie in its memory."""
     for bucket in buckets(tensors):
-        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        alone = len(bucket) == 1 and bucket[0].is_contiguous()
+        flat = bucket[0].view(-1) if alone else torch.cat([tensor.flatten() for tensor in bucket])
         dist.all_reduce(flat, group=group)  # [elements] -> [elements]
         for tensor, summed in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
-            tensor.copy_(summed.view_as(tensor))
+            as_it_was = summed.view(tensor.shape)
+            yield as_it_was if tensor.is_contiguous() else tensor.copy_(as_it_was)
 
 
 def buckets(tensors: Sequence[Tensor], limit_bytes: int = BUCKET_BYTES) -> list[list[Tensor]]:

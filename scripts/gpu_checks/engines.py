@@ -25,6 +25,7 @@ CASES = {
     "fsdp (FSDP2)": ("engine=fsdp", HALF),
     "deepspeed": ("engine=deepspeed", HALF),
     "fsdp, activations on the host": ("engine=fsdp", "engine.offload_activations=true", HALF),
+    "fsdp, figures lag a step": ("engine=fsdp", "log.lag=1", HALF),
     "single, float32": ("engine=single", "precision=float32"),
     "single, compiled": ("engine=single", "engine.compile=true", HALF),
 }
@@ -44,7 +45,8 @@ def prepare(dry: bool) -> EngineCheck:
     if dry:
         tiny = ("steps=2", "model.width=16", "model.layers=1", "model.heads=2", "model.kv_heads=1")
         length = ("context_length=64", "batch_tokens=64", "evaluation.sample_tokens=0")
-        return EngineCheck({"single": ("engine=single",)}, (*WORDS, *tiny, *length))
+        small = {"single": ("engine=single",), "single, figures lag": ("log.lag=1",)}
+        return EngineCheck(small, (*WORDS, *tiny, *length))
     cases = dict(CASES)
     if importlib.util.find_spec("deepspeed") is None:
         cases.pop("deepspeed")
