@@ -29,6 +29,7 @@ class Run(NamedTuple):
 
 
 def _records(raw: bytes) -> Iterator[bytes]:
+    """Yields the records that are whole: W&B's process may still be writing the last."""
     assert raw[:4] == b":W&B"
     span, whole = 7, b""
     while span + HEADER.size <= len(raw):
@@ -41,6 +42,8 @@ def _records(raw: bytes) -> Iterator[bytes]:
             span += room
             continue
         span += HEADER.size
+        if span + length > len(raw):
+            return
         whole += raw[span : span + length]
         span += length
         if kind in (1, 4):
