@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.as_written import as_written
 from models.attention.full import CAUSAL
+from models.kernels.pairs import readings
 from models.kernels.pairs.bucket_pairs import BucketPairs
 from models.layer import Layer
 from models.masks.algebra import Mask
@@ -23,9 +24,6 @@ from models.ranges import Few, Many
 from models.scores import PairBlocks, Score, Tensors, grouped_dot_products
 from models.span import Span
 
-# Products with directions in memory at once: on a CPU they stay in the cache of a core.
-PRODUCTS = {"cpu": 1 << 18}
-MANY_PRODUCTS = 1 << 24
 ALONE = -1e4  # added to the logit of a token for itself: it counts only where it sees nothing else
 
 
@@ -229,7 +227,7 @@ class LSHAttention(Layer):
             directions = drawn.permute(1, 2, 0, 3).reshape(heads, width, hashes * count)
             # float64: a hash must not depend on the dtype or on how many ranks compute it
             # some tokens at a time: the products are as many as tokens x buckets
-            most = PRODUCTS.get(query.device.type, MANY_PRODUCTS)
+            most = readings.scores_together(query.device)
             together = max(1, most // (query.shape[0] * directions.shape[0] * directions.shape[2]))
             parts = query.split(together, 1)
             return torch.cat([_nearest(part.double(), directions, hashes) for part in parts], 1)

@@ -240,8 +240,7 @@ def incoming_gradients(
     else:
         # The gradient of a sum is an expanded scalar; kernels want contiguous memory.
         d_out = d_out.to(lse.dtype).contiguous()
-    # einsum makes no product of all channels
-    delta = torch.einsum("bthe,bthe->bth", d_out, total[0])
+    delta = (d_out * total[0]).sum(-1)
     if d_lse is not None:
         delta = delta - d_lse
     return d_out, delta, total

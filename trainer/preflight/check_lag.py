@@ -39,6 +39,6 @@ def check_lag_model(config: Config, model: nn.Module) -> Iterator[Finding]:
         if has_hook(module, "on_step_end") and any(
             buffer is not None for buffer in module.buffers(recurse=False)
         ):
-            fact = f"{name} changes by the statistics of a step before the next begins"
+            fact = f"{name} has a state that the statistics of a step may change before the next"
             yield Finding("log.lag", 1, fact, "use log.lag=0")
             return

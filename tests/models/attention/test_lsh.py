@@ -7,6 +7,7 @@ import torch
 from models.attention import lsh
 from models.attention.lsh import ALONE, LSHAttention
 from models.init import initialise
+from models.kernels.pairs import readings
 from models.positions.none import NoPosition
 from models.positions.rope import Rope
 from models.positions.t5 import T5
@@ -115,7 +116,7 @@ def test_hashes_depend_on_seed_and_layer():
 
 @pytest.mark.parametrize("most", [1, 200, 1 << 20])
 def test_a_hash_is_the_nearest_of_the_directions_and_their_opposites(most, monkeypatch):
-    monkeypatch.setitem(lsh.PRODUCTS, "cpu", most)
+    monkeypatch.setitem(readings.SCORES, "cpu", most)
     layer = _layer(chunk_size=4, hashes=3, buckets=6)
     query = torch.randn(2, 50, 3, 4, dtype=torch.float64)
     query[0, 7] = 0  # as far from each: the first
