@@ -64,10 +64,8 @@ def went(folder, name, size, fused, *words):
     for row in read(directory / METRICS):
         told = ("step", "loss", "grad_norm", "tokens", "learning_rate", "skipped")
         rows.append({key: row.get(key) for key in told})
-    held_out = [
-        {key: row[key] for key in ("step", "loss") if key in row}
-        for row in read(directory / EVALUATION)
-    ]
+    told = ("step", "name", "value", "tokens")
+    held_out = [{key: row[key] for key in told} for row in read(directory / EVALUATION)]
     return orders, rows, held_out
 
 
@@ -83,6 +81,7 @@ def test_a_run_whose_figures_lag_is_the_run_that_waits(size, engine, fused, tmp_
     orders, *lags = went(tmp_path, "lags", size, fused, *words, "log.lag=1")
     assert json.dumps(lags) == json.dumps(waits)
     assert [row["step"] for row in waits[0]] == list(range(1, 9))
+    assert [row["step"] for row in waits[1]] == [5, 8]
     assert waits[0][SPOILT - 1]["skipped"] and not waits[0][SPOILT]["skipped"]
     # behind an evaluation, a checkpoint and the last step nothing is left to read
     expected = []
