@@ -32,8 +32,8 @@ from trainer.logs.meters import Meter
 from trainer.logs.profile import StepProfiler
 from trainer.optim.lengthening import Factor, factor, go_on
 from trainer.progress import Part, Progress
-from trainer.skip_step import SkippedStep, SkipStepGuard
 from trainer.step.pipeline import InputsAhead, LaunchedStep
+from trainer.step.skip import SkippedStep, SkipStepGuard
 from trainer.step.sums import StepSums
 from trainer.stop_signal import StopSignal
 

@@ -44,7 +44,7 @@ class Progress:
     Attributes: step: optimiser steps taken. tokens: trained on since the beginning. cursor: of the
         training data, for the next step. wandb_id: of the W&B run, so that a resumed run goes on in
         it; None without one. skipped: steps that were not taken, one after another, up to now
-        (trainer/skip_step.py). norms: gradient norms of the last steps, for optim.skip_above. owed:
+        (trainer/step/skip.py). norms: gradient norms of the last steps, for optim.skip_above. owed:
         parts of this step's evaluation that are due and not done
         (trainer/evaluation/assessment.py). lengths: how long the run was to be, and from which step
         on (trainer/optim/lengthening.py). compiled: whether compiled blocks serve; None where that

@@ -191,7 +191,7 @@ class OptimConfig(ComponentConfig):
     )
 
     def settings(self) -> dict[str, Any]:
-        """Without what is the run's to know (trainer/skip_step.py), not the optimiser's."""
+        """Without what is the run's to know (trainer/step/skip.py), not the optimiser's."""
         apart = {"skip_above", "max_skipped", "freeze"}
         # A class of the user's own need not take what is not asked for.
         if not self.groups:

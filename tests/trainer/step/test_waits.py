@@ -27,7 +27,7 @@ ON_THE_CPU = {
     "trainer/loop.py <dictcomp>": "sums that were read",
     "trainer/step/pipeline.py row": "memory of the fullest rank, told from host to host",
     "parallel/engines/gradients.py used_anywhere": "flags that go from host to host",
-    "trainer/skip_step.py verdict": "figures that were read",
+    "trainer/step/skip.py verdict": "figures that were read",
     "parallel/drivers/scan.py _origins": "a plan, which lies on the CPU",
     "parallel/engines/gradients.py clip_gradients": "elsewhere the factor stays on the device",
     "models/kernels/nonfinite.py all_finite": "elsewhere nobody looks",

@@ -25,8 +25,8 @@ from trainer.loop import Loop
 from trainer.preflight.prepare import load_config
 from trainer.progress import Progress
 from trainer.run_dir import make_run_dir
-from trainer.skip_step import LEAST, WINDOW, SkipStepGuard
 from trainer.stages import run
+from trainer.step.skip import LEAST, WINDOW, SkipStepGuard
 from trainer.verify.whole_runs import write_documents
 
 COMMON = (
