@@ -9,6 +9,7 @@ from models.causality import plain_sight
 from parallel.activation_offload import ActivationOffload
 from parallel.collectives import Communicator
 from parallel.engines.base import Engine
+from parallel.engines.optimizer_offload import OptimizerOffload
 from parallel.mesh import Mesh, build_mesh
 from parallel.parallelize import parallelize
 from parallel.tiles import tile_count
@@ -47,7 +48,11 @@ def mesh_of(config: Config, device: torch.device | str = "cpu") -> Mesh:
 
 
 def place(
-    config: Config, mesh: Mesh, model: nn.Module, offload: ActivationOffload | None = None
+    config: Config,
+    mesh: Mesh,
+    model: nn.Module,
+    offload: ActivationOffload | None = None,
+    optimizer_offload: OptimizerOffload | None = None,
 ) -> PlacedModel:
     """Parallelizes a model, initialises it and builds its optimiser.
 
@@ -56,6 +61,7 @@ def place(
         mesh: the ranks.
         model: as built, best on the meta device.
         offload: takes activations to the host; None = pinned memory, where the config asks for it.
+        optimizer_offload: the same of the optimiser's state.
     """
     share = BatchSharder(
         mesh,
@@ -70,6 +76,8 @@ def place(
     settings = config.engine.arguments()
     optimiser = instantiate(config.optim, {}, "optim")
     engine = kind(mesh, optimiser, precision=config.precision, seed=config.seed, **settings)
+    if config.engine.offload == "optimizer":
+        engine.optimizer_offload = optimizer_offload
     if offload is None and config.engine.offload_activations:
         offload = ActivationOffload(mesh.device)
     tiles = None

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from parallel.compilation import CompiledForward
 from parallel.engines.gradients import clip_gradients
 from parallel.engines.materialize import copy_into, named
+from parallel.engines.optimizer_offload import OptimizerOffload
 from parallel.mesh import Mesh
 
 STORED = {
@@ -29,6 +30,7 @@ STORED = {
     "bfloat16": torch.float32,
 }  # what the optimiser sees
 CHECKPOINTING = ("none", "full", "selective")
+OFFLOAD = ("none", "optimizer")
 SELECTIVE = (
     "engine.checkpointing=selective cannot keep what a compiled block computes"
     " (engine.compile=true); use engine.checkpointing=full, or engine.compile=false"
@@ -56,10 +58,11 @@ class Engine:
             backward; selective = keep the mean and mass of its attentions too, so that these are
             neither computed nor exchanged again.
         compile: compile each block.
+        offload: what lies in the host's memory: none (or None), or optimizer (its state).
 
     Raises:
-        ValueError: an unknown precision or checkpointing, or selective checkpointing of compiled
-            blocks.
+        ValueError: an unknown precision, checkpointing or offload, or selective checkpointing of
+            compiled blocks.
     """
 
     model: nn.Module
@@ -76,6 +79,7 @@ class Engine:
         seed: int = 0,
         checkpointing: str = "none",
         compile: bool = False,
+        offload: str | None = None,
     ):
         if precision not in STORED:
             raise ValueError(
@@ -88,6 +92,8 @@ class Engine:
             )
         if checkpointing == "selective" and compile:
             raise ValueError(SELECTIVE)
+        if (offload or "none") not in OFFLOAD:
+            raise ValueError(unknown_offload(offload))
         self.mesh = mesh
         self.build_optimiser = optimiser
         self.precision = precision
@@ -97,6 +103,9 @@ class Engine:
         self.checkpointing = checkpointing
         self.compile = compile
         self.compiled_blocks: list[CompiledForward] = []  # parallelize fills it
+        self.offload = offload or "none"
+        # What moves the optimiser's state; one that is set before `wrap` serves in place of ours.
+        self.optimizer_offload: OptimizerOffload | None = None
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Place the parameters and build the optimiser; what is on the meta device gets its initial
@@ -109,7 +118,12 @@ class Engine:
         self.model = self._place(model.to(STORED[self.precision]))
         self.parameters = self._stored()
         self.aliases = {name: first for name, first in aliases.items() if first in self.parameters}
-        self.optimiser = self.build_optimiser(self.model, self.parameters)
+        if self.offload == "optimizer":
+            mover = self.optimizer_offload or OptimizerOffload(self.mesh.device)
+            self.optimizer_offload = mover
+            self.optimiser = mover.build(lambda: self.build_optimiser(self.model, self.parameters))
+        else:
+            self.optimiser = self.build_optimiser(self.model, self.parameters)
         return self.model
 
     def forward_precision(self) -> AbstractContextManager:
@@ -139,7 +153,10 @@ class Engine:
         """Update the parameters and drop the gradients."""
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate * group.get("rate", 1.0)
-        self.optimiser.step()
+        if self.optimizer_offload is None:
+            self.optimiser.step()
+        else:
+            self.optimizer_offload.step(self.optimiser)
         self.optimiser.zero_grad(set_to_none=True)
 
     def step_unless(self, unusable: Tensor, learning_rate: float) -> None:
@@ -187,12 +204,17 @@ class Engine:
         model.update(
             {name: self.parameters[first].detach() for name, first in self.aliases.items()}
         )
-        moments = {
+        return {"model": model, "optimizer": self.moments()}
+
+    def moments(self) -> dict[str, Any]:
+        """{"name.moment": tensor}: the optimiser's state, live, wherever it lies."""
+        if self.optimizer_offload is not None:
+            self.optimizer_offload.wait()
+        return {
             f"{name}.{key}": value
             for name, parameter in self.parameters.items()
             for key, value in self.optimiser.state.get(parameter, {}).items()
         }
-        return {"model": model, "optimizer": moments}
 
     def load(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over what `state` gave, here or on another engine or number of ranks. All ranks must
@@ -225,6 +247,14 @@ class Engine:
     def _stored(self) -> dict[str, nn.Parameter]:
         """Returns the tensors that the optimiser updates."""
         return dict(self.model.named_parameters())
+
+
+def unknown_offload(offload: str | None) -> str:
+    """Says that an engine does not move that to the host."""
+    return (
+        f"engine.offload={offload} is not offered by this engine; take one of"
+        f" {', '.join(OFFLOAD)}, or engine=deepspeed, which moves parameters too"
+    )
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -51,6 +51,7 @@ class Fsdp(Engine):
         seed: int = 0,
         checkpointing: str = "none",
         compile: bool = False,
+        offload: str | None = None,
         reshard_after_forward: bool = True,
     ):
         super().__init__(
@@ -60,6 +61,7 @@ class Fsdp(Engine):
             seed=seed,
             checkpointing=checkpointing,
             compile=compile,
+            offload=offload,
         )
         if mesh.device_mesh is None:
             raise ValueError(

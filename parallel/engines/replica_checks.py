@@ -36,9 +36,9 @@ def held(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in engine.parameters.items():
         if id(parameter) not in known:
             yield f"{name} (as it is trained)", parameter
-        for key, value in engine.optimiser.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                yield f"{name}.{key} (of the optimiser)", value
+    for name, value in engine.moments().items():
+        if isinstance(value, Tensor):
+            yield f"{name} (of the optimiser)", value
 
 
 def compare_tensors(

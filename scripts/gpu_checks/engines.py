@@ -25,6 +25,7 @@ CASES = {
     "fsdp (FSDP2)": ("engine=fsdp", HALF),
     "deepspeed": ("engine=deepspeed", HALF),
     "fsdp, activations on the host": ("engine=fsdp", "engine.offload_activations=true", HALF),
+    "fsdp, optimiser on the host": ("engine=fsdp", "engine.offload=optimizer", HALF),
     "fsdp, figures lag a step": ("engine=fsdp", "log.lag=1", HALF),
     "single, float32": ("engine=single", "precision=float32"),
     "single, compiled": ("engine=single", "engine.compile=true", HALF),

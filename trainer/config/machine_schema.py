@@ -73,8 +73,10 @@ class EngineConfig(ComponentConfig):
     )
     offload: Literal["none", "optimizer", "parameters"] | None = Field(
         default=None,
-        description="what lies in the host's memory (optimizer: its state); only engine=deepspeed",
-        json_schema_extra={"engine": "deepspeed"},
+        description=(
+            "what lies in the host's memory (optimizer: its state; parameters: these too, only"
+            " engine=deepspeed); only with an accelerator"
+        ),
     )
     reshard_after_forward: Flag | None = Field(
         default=None,
@@ -124,7 +126,10 @@ class EngineConfig(ComponentConfig):
         taken = {}
         for key, value in self.settings().items():
             remarks = self._remarks(key)
-            if remarks.get("constructor", True) and remarks.get("engine", self.name) == self.name:
+            # An engine of the user's own need not take what is not asked for.
+            if value is None or not remarks.get("constructor", True):
+                continue
+            if remarks.get("engine", self.name) == self.name:
                 taken[key] = value
         return taken
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from models.layer import hook
+from parallel.engines.optimizer_offload import empty_moment
 from trainer.optim.selection import group_settings
 
 LINEAR = (nn.Linear, nn.Bilinear, _ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
@@ -206,8 +207,3 @@ def _initial_state(parameter: nn.Parameter, fused: bool) -> dict[str, Tensor]:
         "exp_avg": empty_moment(parameter),
         "exp_avg_sq": empty_moment(parameter),
     }
-
-
-def empty_moment(parameter: nn.Parameter) -> Tensor:
-    """Returns zeros like a parameter, sharded as it is."""
-    return torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()

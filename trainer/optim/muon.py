@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from trainer.optim.adamw import AdamW, decayed_parameters, empty_moment
+from parallel.engines.optimizer_offload import empty_moment
+from trainer.optim.adamw import AdamW, decayed_parameters
 
 # Jordan's: they bring every singular value near 1 in 5 iterations.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -42,8 +42,8 @@ def require_plannable(config: Config) -> None:
         (
             "engine.offload",
             str(offload),
-            offload not in (None, "none"),
-            "a plan does not tell shards on the host from those on the device",
+            engine.name == "deepspeed" and offload not in (None, "none"),
+            "a plan does not tell DeepSpeed's shards on the host from those on the device",
             "engine.offload=none",
         ),
         ("stages", "[...]", bool(config.stages), "a plan is of one stage", "stages=[]"),
@@ -149,6 +149,10 @@ def _changes(config: Config) -> Iterator[tuple[str, Config]]:
             )
     if not engine.offload_activations:
         yield "engine.offload_activations=true", changed(config, engine__offload_activations=True)
+    if engine.name != "deepspeed" and engine.offload in (None, "none"):
+        yield "engine.offload=optimizer", changed(config, engine__offload="optimizer")
+    elif engine.offload == "optimizer":
+        yield "engine.offload=none", changed(config, engine__offload="none")
     yield (
         f"parallel.time={2 * parallel.time}",
         changed(config, parallel__time=2 * parallel.time),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from parallel.activation_offload import AT_HOME
+from parallel.engines.optimizer_offload import STATE_AT_HOME
 from trainer.config.compose import compose
 from trainer.config.finding import Finding, as_finding, render
 from trainer.config.schema import Config
@@ -224,8 +225,8 @@ def _config(overrides: Sequence[str], device: Device) -> Config:
 
 def _of_device(faults: list[str], device: Device) -> list[str]:
     """Returns the faults without that which is true of this machine, but not of the device."""
-    at_home = render(as_finding(AT_HOME))
-    return [fault for fault in faults if device.kind == "cpu" or fault != at_home]
+    at_home = [render(as_finding(sentence)) for sentence in (AT_HOME, STATE_AT_HOME)]
+    return [fault for fault in faults if device.kind == "cpu" or fault not in at_home]
 
 
 def _refuse(key: str, value: str, fact: str, remedy: str) -> None:

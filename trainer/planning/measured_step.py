@@ -22,6 +22,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from parallel.activation_offload import ActivationOffload
+from parallel.engines.optimizer_offload import OptimizerOffload
 from parallel.mesh import Mesh
 from trainer.config.schema import Config
 from trainer.planning.rehearsal import Rehearsal
@@ -51,7 +52,11 @@ class MeasuredStep(NamedTuple):
 
 
 def measure_step(
-    config: Config, mesh: Mesh, model: nn.Module, offload: ActivationOffload | None = None
+    config: Config,
+    mesh: Mesh,
+    model: nn.Module,
+    offload: ActivationOffload | None = None,
+    optimizer_offload: OptimizerOffload | None = None,
 ) -> MeasuredStep:
     """Takes a step of a run and measures those after it. Collective.
 
@@ -60,12 +65,13 @@ def measure_step(
         mesh: the ranks; on the CPU.
         model: as built, on the meta device.
         offload: takes activations to the host in place of the run's own way.
+        optimizer_offload: the same of the optimiser's state.
     """
     gc.collect()
     beginnings = []
     profiling = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with profiling as profiler, _let_go():
-        rehearsal = Rehearsal(config, mesh, model, offload)
+        rehearsal = Rehearsal(config, mesh, model, offload, optimizer_offload)
         rehearsal.step()
         communicator = rehearsal.placement.communicator
         for _ in range(STEPS):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.layer import hook
 from models.moe import choice, router, switch
 from parallel.activation_offload import ActivationOffload
+from parallel.engines.optimizer_offload import OptimizerOffload
 from parallel.mesh import Mesh
 from trainer.agreement import Marks
 from trainer.config.schema import Config
@@ -35,12 +36,14 @@ class Rehearsal:
         mesh: the ranks.
         model: as built, on the meta device.
         offload: takes activations to the host in place of the run's own way.
+        optimizer_offload: the same of the optimiser's state.
     """
 
     config: Config
     mesh: Mesh
     model: nn.Module
     offload: ActivationOffload | None = None
+    optimizer_offload: OptimizerOffload | None = None
     placement: PlacedModel = field(init=False)
     loop: Loop = field(init=False)
 
@@ -49,7 +52,9 @@ class Rehearsal:
             raise ValueError("a model that reads a source is not rehearsed")
         # As in a run, parameters that stand still have neither gradients nor moments.
         count_trained(self.model, self.config.optim.freeze)
-        self.placement = place(self.config, self.mesh, self.model, self.offload)
+        self.placement = place(
+            self.config, self.mesh, self.model, self.offload, self.optimizer_offload
+        )
         share = self.placement.share
         lanes = None
         if self.config.memory.carries:

@@ -40,7 +40,7 @@ from trainer.planning.without_numbers import fake_deepspeed
 from trainer.planning.without_numbers.counted_kernels import counted_kernels
 from trainer.planning.without_numbers.expected_pairs import expected_pairs
 from trainer.planning.without_numbers.fake_arithmetic import FakeArithmetic
-from trainer.planning.without_numbers.host_room import PlannedOffload
+from trainer.planning.without_numbers.host_room import PlannedOffload, PlannedOptimizerOffload
 from trainer.planning.without_numbers.quick_placement import placed_without_numbers
 
 FEW = 2  # micro-batches that are rehearsed
@@ -56,7 +56,8 @@ class StepPlan:
         by_kind: the same, by KINDS, at that moment. activations: kept by a forward for its
             backward. exchanges: what drivers receive. working: everything else, such as what is
             computed again.
-        host_bytes: most bytes of activations that wait in the host's memory.
+        host_bytes: most bytes of activations and of the optimiser's state that are in the host's
+            memory.
         sent_bytes: that the drivers send in a step, by kind of move.
         sent_over: the same, by (kind of move, slowest link that it takes).
         costs: FLOPs, seconds, and everything that is sent, by link.
@@ -123,12 +124,14 @@ def _taken(config: Config, model: nn.Module, rank: int, device: Device) -> _Take
         # The counter is outside: it sees what the engine allocates, not how that is faked.
         with FakeArithmetic(), LiveMemory() as live:
             costs = StepCosts(device, config.precision)
+            pinned = device.kind == "cuda"
             offload = None
             if config.engine.offload_activations:
-                pinned = device.kind == "cuda"
                 offload = PlannedOffload(mesh.device, live, costs, pinned=pinned)
+            moments = PlannedOptimizerOffload(mesh.device, live, costs, pinned=pinned)
             with _engine_without_numbers(config, live):
-                watched = WatchedStep(Rehearsal(config, mesh, model, offload), live, costs)
+                rehearsal = Rehearsal(config, mesh, model, offload, moments)
+                watched = WatchedStep(rehearsal, live, costs)
                 with expected_pairs(costs, device), counted_kernels(costs, device):
                     watched.run()
             watched.count_pieces(pieces)

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from torch import nn
 
 from parallel.activation_offload import AT_HOME
-from parallel.engines.base import SELECTIVE, Engine
+from parallel.engines.base import OFFLOAD, SELECTIVE, Engine, unknown_offload
 from parallel.engines.deepspeed_limits import STAGE, misfits, unstepped
+from parallel.engines.optimizer_offload import STATE_AT_HOME
 from trainer.config import instantiate
 from trainer.config.finding import Finding, as_finding
 from trainer.config.groups import CONF
@@ -18,6 +19,7 @@ from trainer.errors import UserError
 from trainer.files.limited_reader import yaml_file
 from trainer.launch.elastic import machine_limits
 
+ADAMW = "trainer.optim.adamw.AdamW"
 MUON = "trainer.optim.muon.Muon"
 
 
@@ -30,6 +32,7 @@ def check_engine_settings(config: Config) -> Iterator[Finding]:
     if engine.checkpointing == "selective" and engine.compile:
         yield as_finding(SELECTIVE)
     yield from check_activation_offload(config)
+    yield from check_optimizer_offload(config)
     yield from check_tiles(config)
     yield from check_head_groups(config)
     if engine.name == "deepspeed":
@@ -69,13 +72,37 @@ def check_engine_class(target: str) -> Iterator[Finding]:
 
 def check_activation_offload(config: Config) -> Iterator[Finding]:
     """Refuses to move activations to the host's memory where no accelerator holds them."""
+    if config.engine.offload_activations and _gpus(config) == 0:
+        yield as_finding(AT_HOME)
+
+
+def check_optimizer_offload(config: Config) -> Iterator[Finding]:
+    """Checks what lies in the host's memory under our own engines."""
+    offload = config.engine.offload or "none"
+    if config.engine.name == "deepspeed" or offload == "none":
+        return
+    if offload not in OFFLOAD:
+        yield as_finding(unknown_offload(offload))
+        return
+    if _gpus(config) == 0:
+        yield as_finding(STATE_AT_HOME)
+    if config.optim.target not in (ADAMW, MUON):
+        name = config.optim.target.rpartition(".")[2]
+        yield Finding(
+            "engine.offload",
+            offload,
+            f"parameters are updated one after another, and {name} may need them together",
+            "use optim=adamw or optim=muon, or engine.offload=none",
+            causes=("optim",),
+        )
+
+
+def _gpus(config: Config) -> int | None:
+    """Returns the GPUs that the ranks will find; None where nobody says."""
     # A batch job runs on other machines, which have the GPUs that it asks for.
     if config.launch.name == "slurm":
-        gpus = config.launch.gpus
-    else:
-        gpus = machine_limits()[1]
-    if config.engine.offload_activations and gpus == 0:
-        yield as_finding(AT_HOME)
+        return config.launch.gpus
+    return machine_limits()[1]
 
 
 def check_tiles(config: Config) -> Iterator[Finding]:

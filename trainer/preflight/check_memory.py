@@ -40,10 +40,19 @@ def check_memory(config: Config, model: nn.Module) -> Iterator[Finding]:
         return
     gpus = machine_limits()[1]
     limit = gpu_bytes() if gpus else host_memory_bytes() // config.parallel.ranks
-    if limit is None or config.engine.offload not in (None, "none"):
+    offload = config.engine.offload or "none"
+    if limit is None or (config.engine.name == "deepspeed" and offload != "none"):
         return
     holders = 1 if config.engine.name == "single" else config.parallel.ranks
-    state = _state_tensors(config, model) * _stored_bytes(config) // holders
+    moments = MOMENTS.get(config.optim.target, 0) * count_trained(model, config.optim.freeze)
+    moments_bytes = moments * _stored_bytes(config) // holders
+    state = _weights_and_gradients(config, model) * _stored_bytes(config) // holders
+    of = "parameters and gradients"
+    if offload == "optimizer":
+        yield from _check_host(config, moments_bytes)
+    else:
+        state += moments_bytes
+        of = "parameters, gradients and optimiser"
     tokens = tokens_at_once(config)
     blocks = len(blocks_of(model))
     kept_blocks = min(1, blocks) if config.engine.offload_activations else blocks
@@ -56,8 +65,8 @@ def check_memory(config: Config, model: nn.Module) -> Iterator[Finding]:
     yield Finding(
         "context_length",
         config.context_length,
-        f"a step keeps at least {shown(kept)} of activations and {shown(state)} of parameters,"
-        f" gradients and optimiser on a rank, but there are {shown(limit)} {where}",
+        f"a step keeps at least {shown(kept)} of activations and {shown(state)} of {of} on a rank,"
+        f" but there are {shown(limit)} {where}",
         "see python -m scripts.plan for what helps, or launch.force=true to try",
         causes=("batch_tokens", "parallel.context", "model.width", "model.layers", "precision"),
     )
@@ -88,11 +97,26 @@ def _traced(config: Config, model: nn.Module, tokens: int) -> int:
         return 0
 
 
-def _state_tensors(config: Config, model: nn.Module) -> int:
-    """Returns the numbers of the parameters, and of gradients and moments of those trained."""
+def _weights_and_gradients(config: Config, model: nn.Module) -> int:
+    """Returns the numbers of the parameters, and of the gradients of those trained."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    each = 1 + MOMENTS.get(config.optim.target, 0)
-    return total + each * count_trained(model, config.optim.freeze)
+    return total + count_trained(model, config.optim.freeze)
+
+
+def _check_host(config: Config, moments_bytes: int) -> Iterator[Finding]:
+    """Checks that the host of this machine holds the moments of its ranks."""
+    ranks = config.parallel.ranks
+    there = host_memory_bytes()
+    if ranks * moments_bytes <= there:
+        return
+    yield Finding(
+        "engine.offload",
+        "optimizer",
+        f"{ranks} ranks keep {shown(moments_bytes)} of the optimiser's state each on the host,"
+        f" which has {shown(there)}",
+        "use engine.offload=none, or launch.force=true to try",
+        causes=("model.width", "model.layers", "precision"),
+    )
 
 
 def _stored_bytes(config: Config) -> int:

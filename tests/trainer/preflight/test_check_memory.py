@@ -76,3 +76,24 @@ def test_the_memory_of_a_gpu_is_that_of_the_smallest(monkeypatch):
     monkeypatch.setattr(module, "ASK", ("no-such-tool",))
     assert module.gpu_bytes() is None
     module.gpu_bytes.cache_clear()
+
+
+def test_moments_on_the_host_are_asked_of_the_host_and_not_of_a_gpu(memory, monkeypatch):
+    monkeypatch.setattr(module, "machine_limits", lambda: (2, 2))
+    # 13 million parameters: 50 MiB, as much of gradients, and 100 MiB of moments.
+    large = ("model.width=512", "model.layers=4", "context_length=64", "parallel.data=2")
+    away = (*large, "engine=fsdp", "engine.offload=optimizer")
+    memory(1 << 30)
+    monkeypatch.setattr(module, "gpu_bytes", lambda: 70 << 20)
+    [finding] = findings(*large, "engine=fsdp")
+    assert "gradients and optimiser on a rank, but there are 70.00 MiB of a GPU" in finding.fact
+    assert findings(*away) == []
+    monkeypatch.setattr(module, "gpu_bytes", lambda: 40 << 20)
+    [finding] = findings(*away)
+    assert "of parameters and gradients on a rank" in finding.fact
+    monkeypatch.setattr(module, "gpu_bytes", lambda: 70 << 20)
+    memory(80 << 20)
+    [finding] = findings(*away)
+    assert (finding.key, finding.value) == ("engine.offload", "optimizer")
+    assert "2 ranks keep 49.52 MiB of" in finding.fact and "which has 80.00 MiB" in finding.fact
+    assert "launch.force=true" in finding.remedy

@@ -1,14 +1,17 @@
-"""A whole run whose activations wait on the host: the same losses, bit for bit, and its setting
-reaches every block."""
+"""A whole run whose activations or moments lie on the host: the same losses, bit for bit, and its
+setting reaches every block and every parameter."""
 
 import os
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 from parallel.activation_offload import ActivationOffload
+from parallel.engines import base, optimizer_offload
+from parallel.engines.optimizer_offload import OptimizerOffload
 from tests.support.pool import ranks
 from trainer import placement, stages
 from trainer.config.compose import compose
@@ -65,3 +68,37 @@ def test_a_run_with_its_activations_on_the_host_has_the_same_losses(tmp_path):
         assert all(each is None if wish == "false" else each > 0 for each in sent), sent
         found.append([(row["loss"], row["grad_norm"]) for row in read(directory / METRICS)])
     assert len(found[0]) == 3 and found[0] == found[1]
+
+
+def with_moments_away(env, words, directory):
+    """Takes a run whose moments, if it is to, lie in other memory; bytes that left for there."""
+    made = []
+
+    def to_host(device):
+        made.append(OptimizerOffload(device, torch.empty_like))
+        return made[-1]
+
+    asked = compose(words)
+    assert asked.config is not None and not asked.faults
+    whereabouts = RankInfo(env.rank, env.size, env.rank, env.size, torch.device("cpu"), "gloo")
+    with (
+        mock.patch.object(base, "OptimizerOffload", to_host),
+        mock.patch.object(optimizer_offload, "SMALL", 64),
+    ):
+        assert stages.run(asked.config, whereabouts, Path(directory)) == 0
+    return made[0].moved if made else None
+
+
+@pytest.mark.parametrize("words", [("log.lag=1",), ("optim=muon", "checkpoint.every=2")])
+def test_a_run_with_its_moments_on_the_host_has_the_same_losses(words, tmp_path):
+    data = f"data.path={write_documents(tmp_path / 'text')}", f"data.cache={tmp_path / 'cache'}"
+    words = (*COMMON, "data=files", *data, *words, "steps=4", "parallel.context=3", "engine=fsdp")
+    found = []
+    for wish in ("none", "optimizer"):
+        directory = tmp_path / wish
+        make_run_dir(directory)
+        its = (*words, f"engine.offload={wish}", f"run_dir={directory}")
+        sent = ranks(3, with_moments_away, its, str(directory))
+        assert all(each is None if wish == "none" else each > 0 for each in sent), sent
+        found.append([(row["loss"], row["grad_norm"]) for row in read(directory / METRICS)])
+    assert len(found[0]) == 4 and found[0] == found[1]

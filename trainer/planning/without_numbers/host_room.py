@@ -1,4 +1,4 @@
-"""Activations that wait in the host's memory, for a plan: their bytes without their numbers."""
+"""Activations and moments in the host's memory, for a plan: their bytes without their numbers."""
 
 import weakref
 from typing import Any
@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from parallel.activation_offload import SMALL, ActivationOffload, HostCopy, OffloadedTensor
 from parallel.engines.materialize import local_tensor
+from parallel.engines.optimizer_offload import OptimizerOffload
 from trainer.planning.live_memory import LiveMemory
 from trainer.planning.step_costs import StepCosts
 from trainer.planning.watched_step import HOST
@@ -102,6 +103,40 @@ class PlannedCopy(HostCopy):
             self.there = weakref.ref(there)
             self.offload.costs.note_host_copy(self.size)
         return there
+
+
+class PlannedOptimizerOffload(OptimizerOffload):
+    """Keeps moments on a host that is not there; see OptimizerOffload.
+
+    Args:
+        device: that of the ranks.
+        live: counts the bytes.
+        costs: counts the copies.
+        pinned: whether rooms are rounded up to a power of 2, as torch's pinned memory is.
+    """
+
+    def __init__(self, device: torch.device, live: LiveMemory, costs: StepCosts, *, pinned: bool):
+        super().__init__(device, self._room)
+        self.live = live
+        self.costs = costs
+        self.pinned = pinned
+
+    def _room(self, like: Tensor) -> Tensor:
+        """Returns a tensor like another, said to be on the host."""
+        with self.live.labelled(HOST):
+            room = torch.empty_like(like)
+        number = self.live.number_of(room)
+        if self.pinned and number is not None:
+            allocation = self.live.history[number]
+            allocation.size = 1 << (allocation.size - 1).bit_length()
+        return room
+
+    def _to_device(self, room: Tensor) -> Tensor:
+        self.costs.note_host_copy(local_tensor(room).nbytes)
+        return torch.empty_like(room)
+
+    def _to_host(self, value: Tensor, room: Tensor) -> None:
+        self.costs.note_host_copy(local_tensor(value).nbytes)
 
 
 def _held(block: nn.Module) -> set[int]:
