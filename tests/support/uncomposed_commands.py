@@ -120,7 +120,7 @@ NOT_COMPOSED = {
         "model.kv_heads=8 model.ffn=14336 model.vocabulary=128256 precision=bfloat16 "
         "context_length=1048576 batch_tokens=1048576 engine=single engine.checkpointing=full "
         "engine.tile_tokens=32768 engine.head_groups=8 engine.offload_activations=true "
-        "lora.rank=16 gpus=1 device=h200 search=false"
+        "engine.offload=optimizer gpus=1 device=h200 search=false"
     ): "minutes; tests/trainer/planning",
     "python -m scripts.plan experiment=quickstart gpus=4 device=h100": "tests/trainer/planning",
     "python -m scripts.parity": "the full product; tests/parallel/drivers/test_parity.py",
