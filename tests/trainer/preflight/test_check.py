@@ -138,23 +138,6 @@ WRONG = [
         ["engine.offload_activations=true", "host's memory already"],
     ),
     (
-        "engine=fsdp engine.offload=optimizer",
-        ["engine.offload=optimizer", "host's memory already", "engine.offload=none"],
-    ),
-    (
-        "launch=slurm launch.dry_run=true launch.gpus=0 engine.offload=optimizer",
-        ["engine.offload=optimizer", "host's memory already"],
-    ),
-    (
-        "engine=fsdp engine.offload=parameters",
-        ["engine.offload=parameters", "not offered", "engine=deepspeed"],
-    ),
-    (
-        "launch=slurm launch.dry_run=true engine=single engine.offload=optimizer"
-        " optim._target_=examples.own.optimiser.Lion",
-        ["engine.offload=optimizer", "one after another, and Lion", "optim=muon"],
-    ),
-    (
         "launch=slurm launch.dry_run=true launch.gpus=0 engine.offload_activations=true",
         ["engine.offload_activations=true", "host's memory already"],
     ),
@@ -213,16 +196,6 @@ def test_activations_are_offloaded_where_there_is_an_accelerator(
     assert (
         faults(*words, "launch=slurm", "launch.dry_run=true") == []
     )  # a batch job has a GPU a rank, whatever is here
-    limit_machine(monkeypatch, 2, 1)
-    assert faults(*words) == []
-
-
-@pytest.mark.parametrize("engine", ["single", "fsdp"])
-def test_moments_lie_on_the_host_where_there_is_an_accelerator(
-    engine: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = f"engine={engine}", "engine.offload=optimizer"
-    assert faults(*words, "launch=slurm", "launch.dry_run=true") == []
     limit_machine(monkeypatch, 2, 1)
     assert faults(*words) == []
 
