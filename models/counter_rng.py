@@ -81,7 +81,7 @@ def hash_words(*words: int | Tensor) -> Tensor:
     """
     state = torch.zeros((), dtype=torch.long)
     for word in words:
-        state = state.to(word.device) if isinstance(word, Tensor) else state
+        # A number on the CPU meets a tensor of any device without being sent there.
         state = (state ^ word) + -7046029254386353131
         for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
             state = (state ^ ((state >> shift) & ((1 << (64 - shift)) - 1))) * factor

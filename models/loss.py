@@ -14,6 +14,7 @@ IGNORE = -100  # the target of a token that has none
 
 CHUNK_SCORES = 1 << 22  # logits held at once
 CHUNK_TOKENS = 1024  # at least: every chunk reads all weights and the sum of their gradients
+ONE_WEIGHT = "token_losses takes one weight for all tokens; sum the losses, or scale their sum"
 
 
 def chunk_starts(tokens: int, step: int) -> Iterable[int]:
@@ -108,10 +109,11 @@ class _TokenLosses(torch.autograd.Function):
         scale = grad.flatten()[0] if grad.numel() else grad.new_zeros(())
         # The gradient of a sum is one number, repeated without memory; a device need not be asked.
         repeated = all(step == 0 or size == 1 for step, size in zip(grad.stride(), grad.shape))
-        if not repeated and not bool((grad == scale).all()):
-            raise ValueError(
-                "token_losses takes one weight for all tokens; sum the losses, or scale their sum"
-            )
+        if not repeated and grad.is_cpu and not bool((grad == scale).all()):
+            raise ValueError(ONE_WEIGHT)
+        if not repeated and not grad.is_cpu:
+            # The device looks, and stops where it finds another: nobody waits for the answer.
+            torch._assert_async((grad == scale).all(), ONE_WEIGHT)
         return (
             (d_hidden * scale.to(d_hidden.dtype)).view(ctx.shape),
             (d_weight * scale).to(ctx.dtype),

@@ -18,6 +18,27 @@ LAST_ROLE = SOUND
 PADDING = -1  # the document number of padding
 
 
+def to_device(values: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """Copies numbers of the host to a device, and waits neither for what it computes nor for the
+    copy.
+
+    `torch.tensor(numbers, device=...)` and `.to(device)` wait for all that was queued before.
+
+    Args:
+        values: a tensor, an array, or numbers in lists; what is on the device already stays.
+        dtype: of the result; None = that of the values.
+    """
+    if not isinstance(values, Tensor):
+        # Whatever the default device is: one without numbers could not be copied from.
+        values = torch.as_tensor(values, dtype=dtype, device="cpu")
+    elif dtype is not None:
+        values = values.to(dtype)
+    on_host = values.device.type == "cpu"
+    if on_host and torch.device(device).type == "cuda" and not torch.compiler.is_compiling():
+        values = values.pin_memory()
+    return values.to(device, non_blocking=on_host)
+
+
 class DerivedCache:
     """Results that follow from addresses, built once and shared by the layers of a pass.
 
@@ -109,6 +130,13 @@ class Span:
         the original ones.
         """
         return Span(move(self.pos), move(self.doc), move(self.role))
+
+    def cut(self, part: Any) -> "Span":
+        """As `map`, for a `part` that slices or reshapes; the copy on the host is cut too."""
+        there = self.map(part)
+        if self.copy is not None:
+            there.copy = self.copy.map(part)
+        return there
 
     def host(self) -> "Span":
         """The same addresses on the CPU, where plans read them; copied at most once."""

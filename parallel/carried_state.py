@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.carried_state import CarriedState
-from models.span import Span
+from models.span import Span, to_device
 from parallel.collectives import Communicator
 from parallel.layout import contiguous
 from parallel.partition import unit_ranges
@@ -48,7 +48,7 @@ class ShardedCarriedState(CarriedState):
         me = self.communicator.rank
         here = torch.cat([old.flatten(0, 1), x.flatten(0, 1)])
         parts = [
-            here[place[(to == r) & (rank == me)].to(x.device)]
+            here[to_device(place[(to == r) & (rank == me)], x.device)]
             for r in range(self.communicator.size)
         ]
         target = rows * old.shape[1] + slots % old.shape[1]
@@ -56,7 +56,7 @@ class ShardedCarriedState(CarriedState):
         each = x[0, 0].numel()
         came = self.communicator.all_to_all(parts, [len(t) * each for t in targets], "past")
         out = torch.zeros_like(old).flatten(0, 1)
-        out[torch.cat(targets).to(x.device)] = torch.cat(came).view(-1, *x.shape[2:])
+        out[to_device(torch.cat(targets), x.device)] = torch.cat(came).view(-1, *x.shape[2:])
         return out.view_as(old)
 
     def _gathered(self, x: Tensor, length: int) -> Tensor:

@@ -27,7 +27,7 @@ from models.kernels.reference import Partial
 from models.masks.algebra import Mask
 from models.primitives.block_topk import keys
 from models.scores import Tensors
-from models.span import PADDING, Span
+from models.span import PADDING, Span, to_device
 from parallel.collectives import Communicator
 
 OWNED = 64  # neighbouring tokens that one rank holds
@@ -142,7 +142,7 @@ class ShardedDecodingState(DecodingState):
         assert self._row is not None
         sharding = self._row.sharding
         wanted = self._last(length) - length  # below 0: a token from before the piece
-        own = sharding.index(self.communicator.rank, len(x)).to(x.device)
+        own = to_device(sharding.index(self.communicator.rank, len(x)), x.device)
         match = wanted[:, :, None] == own[:, None]
         mine = taken(x, match.to(torch.int8).argmax(2))
         here = match.any(2).view(*wanted.shape, *[1] * (x.dim() - 2))

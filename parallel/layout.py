@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.masks.algebra import Mask
-from models.span import Span
+from models.span import Span, to_device
 from parallel.load_balance import assign_chunks, chunk_tokens, chunk_work, visible_keys
 
 Interval = tuple[int, int]  # start and stop on the global token axis
@@ -89,7 +89,7 @@ class Layout:
 
     def shard(self, x: Tensor, rank: int, fill: float) -> Tensor:
         """[tokens, ...] -> [each, ...]: the tokens of `rank`, with `fill` where there are none."""
-        index = self.index(rank).to(x.device)
+        index = to_device(self.index(rank), x.device)
         if self.length == self.tokens:
             return x[index]
         padding = x.new_full((self.length - self.tokens, *x.shape[1:]), fill)

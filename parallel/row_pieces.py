@@ -16,7 +16,7 @@ from torch import Tensor
 from models.carried_state import CarriedState
 from models.pieces.chunks import Selection, kept_addresses, kept_first
 from models.pieces.piece_state import PieceState
-from models.span import Span
+from models.span import Span, to_device
 from parallel.layout import Interval, Layout
 from parallel.sharding import SequenceSharding, sharded_from
 
@@ -60,13 +60,16 @@ class ShardedPieceState(PieceState):
         places = []
         for rank, (index, filled) in enumerate(picked):
             device = span.pos.device
-            part = kept_addresses(sharding.spans[rank], index.to(device), filled.to(device))
+            there = to_device(index, device), to_device(filled, device)
+            part = kept_addresses(sharding.spans[rank], *there)
             spans.append(Span(*part.addresses()))
             place = sharding.index(rank, span.shape[0]).gather(1, index)
             places.append(place.masked_fill(~filled, -1))
         layouts = _layouts(torch.cat(places, 1), sharding.ranks)
         index, _ = picked[sharding.rank]
-        return Selection(index.to(span.pos.device), sharded_from(spans, layouts, sharding.rank))
+        return Selection(
+            to_device(index, span.pos.device), sharded_from(spans, layouts, sharding.rank)
+        )
 
 
 def _layouts(places: Tensor, ranks: int) -> list[Layout]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.plans import planned
-from models.span import PADDING, READ, TEXT, Span
+from models.span import PADDING, READ, TEXT, Span, to_device
 from parallel.layout import Layout
 
 
@@ -44,7 +44,7 @@ class SequenceSharding:
         """[1 or B, length] indices: rank order to global order, and back."""
         if not self.orders:
             there = torch.stack([row.order() for row in self.layouts])
-            self.orders.append((there.to(device), there.argsort(1).to(device)))
+            self.orders.append((to_device(there, device), to_device(there.argsort(1), device)))
         return self.orders[0]
 
     def to_global_order(self, x: Tensor) -> Tensor:

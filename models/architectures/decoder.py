@@ -122,7 +122,7 @@ class Decoder(Layer):
         """[B, T] int64 -> [B, T, width]: what the first layer reads."""
         x = self.read(tokens, span)
         if self.embedding_scale != 1:
-            x = x * x.new_tensor(self.embedding_scale)
+            x = x * x.new_full((), self.embedding_scale)
         if self.position is not None:
             x = x + self.position(span)
         return x if self.embed_norm is None else self.embed_norm(x)

@@ -238,7 +238,7 @@ class EncoderDecoder(Layer):
         hidden = table(tokens)
         if self.embedding_scale == 1:
             return hidden
-        return hidden * hidden.new_tensor(self.embedding_scale)
+        return hidden * hidden.new_full((), self.embedding_scale)
 
 
 def _normed(norm: nn.Module | None, hidden: Tensor) -> Tensor:

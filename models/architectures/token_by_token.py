@@ -89,8 +89,10 @@ class TokenByTokenModel(StatefulModule, ABC):
         out = []
         opens = span.opens()
         held = ~span.valid()
+        seen = span if span.pos.is_meta else span.host()
         some_open, some_held = (
-            [True] * x.shape[1] if on.is_meta else on.any(0).tolist() for on in (opens, held)
+            [True] * x.shape[1] if on.is_meta else on.any(0).tolist()
+            for on in (seen.opens(), ~seen.valid())
         )
         for t in range(x.shape[1]):
             if some_open[t]:

@@ -22,7 +22,7 @@ from models.primitives.block_topk import BlockTopK, find, take
 from models.primitives.softmax import Softmax
 from models.ranges import Few, Many
 from models.scores import PairBlocks, Score, Tensors, grouped_dot_products
-from models.span import Span
+from models.span import Span, to_device
 
 ALONE = -1e4  # added to the logit of a token for itself: it counts only where it sees nothing else
 
@@ -222,7 +222,7 @@ class LSHAttention(Layer):
         A hash is the number of the random direction, or its opposite, nearest to the query.
         """
         with torch.no_grad():
-            drawn = rotations(*self.rotation_key).to(query.device)
+            drawn = to_device(rotations(*self.rotation_key), query.device)
             hashes, heads, width, count = drawn.shape
             directions = drawn.permute(1, 2, 0, 3).reshape(heads, width, hashes * count)
             # float64: a hash must not depend on the dtype or on how many ranks compute it

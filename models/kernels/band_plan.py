@@ -26,7 +26,7 @@ from models.kernels.block_plan import (
 )
 from models.masks.algebra import EMPTY, FULL, Mask
 from models.plans import planned
-from models.span import Span
+from models.span import Span, to_device
 
 EVERY = -1  # a bound that hides nothing
 # Stretches of at least so many tokens on average fill a GPU alone: kernels for one pair of
@@ -253,9 +253,9 @@ def _tokens(edges: list[tuple[int, int]], device: torch.device) -> Tensor | slic
     if all(before[1] == after[0] for before, after in zip(edges[:-1], edges[1:])):
         return slice(edges[0][0], edges[-1][1])
     index = np.concatenate([np.arange(start, stop) for start, stop in edges])
-    return torch.as_tensor(index, device=device)
+    return to_device(index, device)
 
 
 def _ends(edges: list[tuple[int, int]], device: torch.device) -> Tensor:
     lengths = [0, *(stop - start for start, stop in edges)]
-    return torch.as_tensor(np.cumsum(lengths), dtype=torch.int32, device=device)
+    return to_device(np.cumsum(lengths), device, torch.int32)

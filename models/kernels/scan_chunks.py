@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from models.plans import planned
-from models.span import PADDING, Span
+from models.span import PADDING, Span, to_device
 
 # Source of a chunk's state: the chunk before, an empty state, or (r + 1) the state given to run r.
 CONTINUE = -1
@@ -134,11 +134,11 @@ def _build(span: Span, size: int, lengths: tuple[tuple[int, ...], ...]) -> Chunk
     device = span.pos.device
     return ChunkLayout(
         size,
-        torch.from_numpy(slots).to(device),
-        torch.from_numpy(places).to(device),
+        to_device(slots, device),
+        to_device(places, device),
         origins,
-        torch.tensor([row.ends for row in rows], device=device),
-        torch.tensor([row.opened for row in rows], device=device),
+        to_device([row.ends for row in rows], device),
+        to_device([row.opened for row in rows], device),
         plain,
     )
 

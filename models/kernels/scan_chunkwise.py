@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.kernels.scan_chunks import CONTINUE
+from models.span import to_device
 
 
 class AffineChunks(NamedTuple):
@@ -267,6 +268,6 @@ def _restart(origin: list[int], device: torch.device) -> tuple[Tensor, Tensor, T
     """
     if all(number == CONTINUE for number in origin):
         return None
-    start = torch.tensor(origin, device=device)
+    start = to_device(origin, device)
     rows = torch.arange(len(origin), device=device)
     return rows, start.clamp_min(0), (start != CONTINUE)[:, None, None, None]

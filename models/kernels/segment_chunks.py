@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from models.kernels.scan_chunks import Runs, on_host, run_lengths
 from models.plans import planned
-from models.span import PADDING, Span
+from models.span import PADDING, Span, to_device
 
 CHUNK = 128  # tokens to a chunk, a power of two; shorter where every piece is
 
@@ -134,7 +133,7 @@ def _build(span: Span, segment: int | None, lengths: tuple[tuple[int, ...], ...]
     places[slots] = np.arange(len(slots))
 
     def on_device(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(span.pos.device)
+        return to_device(array, span.pos.device)
 
     return SegmentChunks(
         size=size,

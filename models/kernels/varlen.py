@@ -8,12 +8,11 @@ Letters: B rows, T tokens, N valid tokens, S stretches, R runs.
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from models.kernels.scan_chunks import Runs, on_host, run_lengths
 from models.plans import planned
-from models.span import PADDING, Span
+from models.span import PADDING, Span, to_device
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def _build(span: Span, lengths: tuple[tuple[int, ...], ...]) -> VarlenLayout:
             run_start += length
 
     def on_device(values: list | np.ndarray) -> Tensor:
-        return torch.as_tensor(np.asarray(values), device=span.pos.device)
+        return to_device(np.asarray(values), span.pos.device)
 
     return VarlenLayout(
         shape=(rows, tokens),

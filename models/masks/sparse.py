@@ -25,7 +25,7 @@ from models.masks.algebra import (
     coverage_of,
     distance,
 )
-from models.span import Span
+from models.span import Span, to_device
 
 MOST_BLOCKS = 1 << 22  # blocks of a row whose links are looked up
 
@@ -62,7 +62,7 @@ class DilatedWindow(Mask):
         elif heads is None:
             raise ValueError("heads=None: a dilation for each head needs the global head numbers")
         else:
-            gap = torch.tensor(self.dilation, device=separation.device)[heads].view(-1, 1, 1)
+            gap = to_device(self.dilation, separation.device)[heads].view(-1, 1, 1)
         return (separation < self.window * gap) & (separation % gap == 0)
 
     def coverage(self, query: Bounds, key: Bounds) -> int:

@@ -121,7 +121,7 @@ class MixtureOfExperts(Layer):
             if self.balance and span.past is not None and span.past.carries_gradient:
                 self.tally.total(marks, span)
             return
-        by_segment = not span.role.is_meta and bool((span.role == READ).any())
+        by_segment = not span.role.is_meta and bool((span.host().role == READ).any())
         if by_segment:
             # A row that has ended passes through with memory tokens alone; it must not count.
             span = _with_text(span)

@@ -10,7 +10,7 @@ from models.moe.choice import ExpertChoice
 from models.moe.experts import Experts
 from models.moe.router import Router, choice_mask, routing_metrics
 from models.ranges import Count, Few, Many, Positive, Some
-from models.span import Span
+from models.span import Span, to_device
 
 
 class TopKMixture(MixtureOfExperts):
@@ -123,7 +123,7 @@ class TopKMixture(MixtureOfExperts):
     def on_step_end(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Moves the bias by the choices of all ranks and returns the routing metrics."""
         if self.bias is not None and self.bias_speed:
-            load = sums["load"].to(self.bias.device)
+            load = to_device(sums["load"], self.bias.device)
             self.bias += self.bias_speed * (load.mean() - load).sign().to(self.bias.dtype)
         return routing_metrics(sums)
 

@@ -152,7 +152,7 @@ class CrossModalObjective(Layer):
         self, normed: Tensor, states: Sequence[Tensor], columns: Columns, span: Span
     ) -> Documents:
         """Makes the documents of the rows known, by one sum over the ranks."""
-        points = points_of(span, self.replica.addresses(span).doc, 1)
+        points = points_of(span, self.replica.addresses(span), 1)
         count = points.span.shape[1]
         valid = span.valid()
         asked = ((columns.part == ASKED) & valid)[..., None]

@@ -92,7 +92,7 @@ def kept_addresses(span: Span, index: Tensor, filled: Tensor) -> Span:
 def bounds_after(row: Span, tokens: Sequence[int]) -> list[list[list[Bounds]]]:
     """For each piece and row the bounds of all queries after it: of the document that goes on, and
     of those to come."""
-    fields = [tensor.cpu().numpy() for tensor in row.addresses()]
+    fields = [tensor.numpy() for tensor in row.host().addresses()]
     found = []
     for border in np.cumsum(tokens).tolist():
         rows = []

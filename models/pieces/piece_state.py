@@ -362,7 +362,7 @@ class PieceState(CarriedState):
 
     def _keep(self, span: Span, mask: Mask, number: int) -> Tensor:
         """[B, S] bool on the CPU: what queries after piece `number` may see of these tokens."""
-        fields = [tensor.cpu().numpy() for tensor in span.addresses()]
+        fields = [tensor.numpy() for tensor in span.host().addresses()]
         keep = np.zeros(span.shape, dtype=bool)
         for row, queries in enumerate(self._later[number]):
             (valid,) = np.nonzero(fields[1][row] != PADDING)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.positions.base import Position
 from models.scores import Score
-from models.span import Span
+from models.span import Span, to_device
 
 
 def slopes(heads: int) -> list[float]:
@@ -51,5 +51,5 @@ class AlibiScore(Score):
     def bias(self, span: Span, kv_span: Span, heads: Tensor, dtype: torch.dtype) -> Tensor | None:
         """[B, H, T, S], at most 0."""
         distance = (span.pos[:, :, None] - kv_span.pos[:, None, :]).abs().to(dtype)
-        slope = torch.tensor(self.slopes, dtype=dtype, device=heads.device)[heads]
+        slope = to_device(self.slopes, heads.device, dtype)[heads]
         return -slope[:, None, None] * distance[:, None]

@@ -14,7 +14,7 @@ from models.layer import Layer
 from models.positions.base import Position
 from models.ranges import Many, Positive
 from models.scores import Score, Tensors
-from models.span import Span
+from models.span import Span, to_device
 
 
 class T5(Position):
@@ -108,7 +108,7 @@ class T5Score(Score):
     def bucket(self, span: Span, kv_span: Span) -> Tensor:
         """[B, T, S] int64: the bucket of each pair's distance."""
         distance = span.pos[:, :, None] - kv_span.pos[:, None, :]
-        starts = torch.tensor(self.starts, device=distance.device)
+        starts = to_device(self.starts, distance.device)
         if not self.bidirectional:
             return torch.bucketize(distance.clamp_min(0), starts, right=True)
         bucket = torch.bucketize(distance.abs(), starts, right=True)

@@ -23,7 +23,7 @@ from models.kernels.segment_chunks import SegmentChunks, segment_chunks
 from models.primitive import Primitive
 from models.primitives.scan import RunSummary
 from models.scores import Tensors
-from models.span import Span
+from models.span import Span, to_device
 
 
 class CompressiveScan(Primitive, StatefulModule):
@@ -132,8 +132,8 @@ class CompressiveWork:
         opened = self.plan.opened
         zero = self.gain[:0].sum()  # a rank without tokens builds the same graph as the others
         if self.take is None:
-            stays = torch.tensor(STAYS, dtype=self.gain.dtype, device=opened.device)
-            closes = torch.tensor(CLOSES, dtype=self.gain.dtype, device=opened.device)
+            stays = to_device(STAYS, opened.device, self.gain.dtype)
+            closes = to_device(CLOSES, opened.device, self.gain.dtype)
             keep = torch.where(self.plan.began[..., None, None], closes, stays)
             keep = keep.masked_fill(opened[..., None, None], 0)[:, :, None]
             return RunSummary(keep, self.final_states(self.blank()) + zero, opened)

@@ -25,7 +25,7 @@ from models.primitive import Primitive
 from models.primitives.causal_conv import with_tail
 from models.same_graph import tied
 from models.scores import Tensors
-from models.span import PADDING, Span
+from models.span import PADDING, Span, to_device
 
 CAUSAL = Causal() & SameDocument()
 FEW = 4  # tokens of a row up to which a decoding convolution sums without transforms
@@ -136,15 +136,15 @@ class LongConv(Primitive, StatefulModule):
             if shift + max(pair.into.length for pair in group) > len(taps):
                 raise ValueError(self._too_long(len(taps)))
             sources = [pair.kv_span for pair in group]
-            source_index = _flat_index(sources, kv_span.shape[1], length).to(x.device)
+            source_index = to_device(_flat_index(sources, kv_span.shape[1], length), x.device)
             outputs = [pair.into for pair in group]
             output_index = _flat_index(outputs, span.shape[1], length).flatten()
             source = x_flat[source_index.clamp_min(0)]
             source = source.masked_fill((source_index < 0)[..., None], 0)
             used = (output_index >= 0).nonzero()[:, 0]
-            targets.append(output_index[used].to(x.device))
+            targets.append(to_device(output_index[used], x.device))
             convolved = convolve(source, taps, shift).flatten(0, 1)
-            contributions.append(convolved.index_select(0, used.to(x.device)))
+            contributions.append(convolved.index_select(0, to_device(used, x.device)))
         output = x_flat.new_zeros(span.shape[0] * span.shape[1], x.shape[2])
         if contributions:
             output = output.index_add(0, torch.cat(targets), torch.cat(contributions))

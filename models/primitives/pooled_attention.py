@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from models.masks.basic import SameDocument
+from models.plans import planned
 from models.primitive import Primitive
 from models.primitives.attention_tape import AttentionReplay
 from models.primitives.softmax import LocalAttention, attention_spec
 from models.scores import Score, Tensors
-from models.span import PADDING, Span
+from models.span import PADDING, Span, to_device
 
 SAME_DOCUMENT = SameDocument()
 
@@ -45,20 +46,29 @@ class Points:
         return vectors.expand(rows, documents, *vectors.shape).flatten(1, 2)
 
 
-def points_of(span: Span, whole: Tensor, count: int) -> Points:
+@planned
+def points_of(span: Span, whole: Span, count: int) -> Points:
     """Gives every document of the rows `count` points.
 
     Args:
         span: addresses [B, T] of the tokens at hand.
-        whole: documents [B, T'] of all tokens of the rows, in any order.
+        whole: addresses [B, T'] of all tokens of the rows, in any order.
     """
-    documents = _listed(whole)
+    return span.cache.get(("points", count), lambda: _points(span, whole, count), whole)
+
+
+def _points(span: Span, whole: Span, count: int) -> Points:
+    # Listed on the host: a device would have to be asked how many there are.
+    documents = _listed(whole.doc if whole.doc.is_meta else whole.host().doc)
+    device = span.pos.device
     rows, most = documents.shape
-    order = torch.arange(count, device=whole.device).repeat(rows, most)
+    order = torch.arange(count, device=documents.device).repeat(rows, most)
     address = Span.of(order, documents.repeat_interleave(count, 1))
+    if not documents.is_meta:
+        address = address.moved(lambda tensor: to_device(tensor, device))
     # Padding sorts before all documents: the search wants it behind them.
     rising = documents.masked_fill(documents == PADDING, torch.iinfo(torch.int64).max)
-    place = torch.searchsorted(rising, span.doc.contiguous())
+    place = torch.searchsorted(to_device(rising, device), span.doc.contiguous())
     return Points(address, place.clamp_max(most - 1), count)
 
 
@@ -89,7 +99,7 @@ class PooledAttention(Primitive):
 
     def points(self, span: Span, count: int) -> Points:
         """Returns the points of the documents of whole rows; see `points_of`."""
-        return points_of(span, span.doc, count)
+        return points_of(span, span, count)
 
     def forward(self, query: Tensors, payload: Tensors, *, span: Span, kv_span: Span) -> Tensor:
         """Returns the means over the tokens of each point's document, [B, N, H, E].

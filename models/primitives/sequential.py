@@ -24,7 +24,7 @@ from models.layer import hook
 from models.plans import planned
 from models.primitive import Primitive
 from models.scores import Tensors
-from models.span import PADDING, Span
+from models.span import PADDING, Span, to_device
 
 StepFunction = Callable[
     [tuple[Tensor, ...], Span, tuple[Tensor, ...]], tuple[Tensor, tuple[Tensor, ...]]
@@ -68,9 +68,10 @@ def segments_by_document(span: Span, size: int | None, parts: int) -> Tensor:
     segment is all of a document that lies in the row. Rows have different numbers of segments; the
     last ones of a shorter row are empty.
     """
-    doc = span.doc.cpu()
+    span = span.host()
+    doc = span.doc
     place = torch.arange(span.shape[1]).expand(span.shape)
-    begins = span.opens().cpu()
+    begins = span.opens()
     begins[:, 1:] |= doc[:, 1:] != doc[:, :-1]
     begins[:, :1] = True
     since = place - torch.where(begins, place, 0).cummax(1).values
@@ -150,21 +151,24 @@ class SequentialScan(Primitive):
 
 def _segments(span: Span, index: Tensor, parts: int) -> Segments:
     index = F.pad(index, (0, 0, 0, -index.shape[1] % parts), value=-1)
-    flat = index.flatten(1).to(span.pos.device)
+    flat = index.flatten(1)
     source = flat.clamp_min(0)
+    host = span.host()
+    device = span.pos.device
     segment_span = Span(
-        span.pos.gather(1, source),
-        span.doc.gather(1, source).masked_fill(flat < 0, PADDING),
-        span.role.gather(1, source),
+        host.pos.gather(1, source),
+        host.doc.gather(1, source).masked_fill(flat < 0, PADDING),
+        host.role.gather(1, source),
     )
     slots = torch.arange(1, index.shape[2] + 1)
-    filled = torch.where(segment_span.valid().cpu().view(index.shape), slots, 0).amax(2)
-    return Segments(index, segment_span, filled.numpy())
+    filled = torch.where(segment_span.valid().view(index.shape), slots, 0).amax(2)
+    there = segment_span.moved(lambda tensor: to_device(tensor, device))
+    return Segments(index, there, filled.numpy())
 
 
 def gather_segments(x: Tensor, index: Tensor) -> Tensor:
     """Moves tokens into their slots, [B, T, ...] -> [B, L, ...]; empty slots are 0."""
-    slots = _expanded(index.flatten(1).to(x.device), x)
+    slots = _expanded(to_device(index.flatten(1), x.device), x)
     return torch.where(slots >= 0, x.gather(1, slots.clamp_min(0)), 0)
 
 
@@ -205,8 +209,8 @@ def run_segments(
             outputs.append(torch.zeros_like(outputs[0]))
             continue
         part = slice(number * size, number * size + max(1, widest))
-        span = pieces.span.map(lambda addresses, part=part: addresses[:, part])
-        alive = torch.from_numpy(pieces.filled[:, number] > 0).to(xs[0].device)
+        span = pieces.span.cut(lambda addresses, part=part: addresses[:, part])
+        alive = to_device(pieces.filled[:, number] > 0, xs[0].device)
         in_row = number + first
         if depth is not None and in_row and in_row % depth == 0:
             detached = [tensor.detach() for tensor in state]

@@ -13,6 +13,7 @@ from torch import Tensor
 from models.as_written import as_written
 from models.ranges import Many
 from models.recurrent.linear import LinearAttention
+from models.span import to_device
 
 # Exponent up to which a key's feature may grow: sums over any number of tokens stay finite in
 # float32.
@@ -91,7 +92,7 @@ class Performer(LinearAttention):
         wide = torch.promote_types(x.dtype, torch.float32)
         drawn, stabiliser = self._drawn()
         x = x.to(wide) * self.head_width**-0.25
-        w = drawn.to(x.device, wide)
+        w = to_device(drawn, x.device, wide)
         exponent = torch.einsum("bthd,hmd->bthm", x, w) - x.square().sum(-1, keepdim=True) / 2
         if queries:
             return (exponent - exponent.detach().amax(-1, keepdim=True)).exp()

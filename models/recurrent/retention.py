@@ -14,7 +14,7 @@ from models.layer import Layer
 from models.primitives.scan import Scan
 from models.ranges import Few
 from models.recurrent.linear import head_width
-from models.span import Span
+from models.span import Span, to_device
 
 
 def fading(heads: int) -> list[float]:
@@ -84,7 +84,7 @@ class Retention(Layer):
         key = self.rotate(self.k(x).unflatten(-1, heads), span)
         value = self.v(x).unflatten(-1, heads)
         wide = torch.promote_types(x.dtype, torch.float32)
-        decay = torch.tensor(fading(self.heads), device=x.device, dtype=wide)
+        decay = to_device(fading(self.heads), x.device, wide)
         decay = decay.expand(*x.shape[:2], -1)
         output = self.mix((query,), (key, value, decay), span=span)
         return self.out(self.norm(output).flatten(-2) * F.silu(self.gate(x)))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.init import Rule
 from models.layer import Layer
 from models.primitives.causal_conv import CausalConv
-from models.span import Span
+from models.span import Span, to_device
 
 
 class TokenShift(Layer):
@@ -21,9 +21,7 @@ class TokenShift(Layer):
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         """[B, T, W] -> [B, T, W]."""
-        taps = torch.tensor([0.0, 1.0], device=x.device, dtype=x.dtype)[:, None].expand(
-            2, x.shape[2]
-        )
+        taps = to_device([0.0, 1.0], x.device, x.dtype)[:, None].expand(2, x.shape[2])
         return self.mix((x,), (taps,), span=span) - x
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from models.plans import planned
 from models.primitives.causal_conv import CausalConv, with_tail
 from models.scores import Tensors
-from models.span import PADDING, Span
+from models.span import PADDING, Span, to_device
 from parallel.collectives import Communicator, all_to_all_rows
 from parallel.layout import Layout
 from parallel.sharding import SequenceSharding
@@ -143,13 +143,13 @@ def _halo_plan(sharding: SequenceSharding, reach: int, device: torch.device) -> 
     row_plans = []
     for row_index, row in enumerate(rows):
         row_plans.append(_row_plan(row, row_index, rank, reach, local_tokens, arrival))
-    wider = _padded([sources for sources, _, _ in row_plans]).to(device)
-    tokens = _padded([globals_ for _, globals_, _ in row_plans]).to(device)
-    inside = torch.stack([positions for _, _, positions in row_plans]).to(device)
+    wider = to_device(_padded([sources for sources, _, _ in row_plans]), device)
+    tokens = to_device(_padded([globals_ for _, globals_, _ in row_plans]), device)
+    inside = to_device(torch.stack([positions for _, _, positions in row_plans]), device)
     addresses = sharding.whole.map(lambda field: field.gather(1, tokens.clamp_min(0)))
     doc = addresses.doc.masked_fill(tokens < 0, PADDING)
     return HaloPlan(
-        lent=torch.tensor(lent, device=device, dtype=torch.long),
+        lent=to_device(lent, device, torch.long),
         given=given,
         taken=[len(requests) for requests in requests_by_owner],
         wider=wider,

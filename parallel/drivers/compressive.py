@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.carried_state import SHARDED, CarriedState
 from models.primitives.compressive import CompressiveScan
 from models.scores import Tensors
-from models.span import Span
+from models.span import Span, to_device
 from parallel.collectives import Communicator, all_to_all_rows
 from parallel.drivers.scan import RunOrder, run_order
 from parallel.partition import unit_ranges
@@ -60,7 +60,7 @@ class ShardedCompressive(nn.Module):
         received = all_to_all_rows(summary, self.communicator, given, taken, "summaries")
         received = received.unflatten(0, (size, taken[0]))
         row = torch.arange(first, last) // heads
-        global_order = order.order[row].to(gain.device)  # [u, P R]
+        global_order = to_device(order.order[row], gain.device)  # [u, P R]
         ordered = _pick(received.transpose(0, 1).flatten(1, 2), global_order)
         keep_size = flat_keep.shape[-1]
         gain_size = gain[0, 0, 0].numel()
@@ -71,7 +71,7 @@ class ShardedCompressive(nn.Module):
         states, last_state = fold(
             ordered_keep.unflatten(-1, keep.shape[3:]),
             ordered_gain.unflatten(-1, state_shape),
-            order.opened[row].to(gain.device),
+            to_device(order.opened[row], gain.device),
             start.to(ordered_gain.dtype),
         )
         if past is not None:

@@ -18,7 +18,7 @@ from models.kernels.block_plan import PARTIAL_TILE, plan_tiles
 from models.masks.algebra import Mask, visible
 from models.plans import planned
 from models.scores import Tensors
-from models.span import PADDING, TEXT, Span
+from models.span import PADDING, TEXT, Span, to_device
 from parallel.collectives import Communicator, Pending
 from parallel.key_parts import MOST_PARTS, part_count
 
@@ -202,10 +202,10 @@ def _exchange(
         fetched_addresses("role", TEXT),
     )
     return GatherPlan(
-        gives=tuple(indices.to(device) for indices in gives),
+        gives=tuple(to_device(indices, device) for indices in gives),
         takes=tuple(takes),
-        place=place.to(device),
-        span=fetched_span.moved(lambda tensor: tensor.to(device)),
+        place=to_device(place, device),
+        span=fetched_span.moved(lambda tensor: to_device(tensor, device)),
     )
 
 

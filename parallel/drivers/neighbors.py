@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from models.primitives.neighbors import Edges, Neighbors, listed_edges
-from models.span import Span
+from models.span import Span, to_device
 from parallel.collectives import Communicator, all_to_all_rows
 from parallel.sharding import SequenceSharding
 
@@ -94,11 +94,11 @@ def _ranked_places(span: Span, destination: Tensor, position: Tensor) -> Tensor:
     sharding: SequenceSharding = span.sharding
     rows, tokens = span.shape
     device = span.pos.device
-    index = sharding.index(sharding.rank, rows).to(device)
+    index = to_device(sharding.index(sharding.rank, rows), device)
     row = destination // max(1, tokens)
     # A document lies unbroken in its row, so positions differ as global places do.
     place = index.flatten()[destination] - span.pos.flatten()[destination] + position
-    order = torch.stack([layout.order() for layout in sharding.layouts]).to(device)
+    order = to_device(torch.stack([layout.order() for layout in sharding.layouts]), device)
     end_to_end = order.expand(rows, -1)[row, place]
     owner = end_to_end // max(1, tokens)
     return (owner * rows + row) * tokens + end_to_end % max(1, tokens)

@@ -46,7 +46,7 @@ class MergedPooledAttention(PooledAttention):
         """See PooledAttention; every rank lists the documents of whole rows."""
         if span.sharding is None:  # every rank has these tokens
             return self.core.points(span, count)
-        return points_of(span, span.sharding.whole.doc, count)
+        return points_of(span, span.sharding.whole, count)
 
     def forward(self, query: Tensors, payload: Tensors, *, span: Span, kv_span: Span) -> Tensor:
         """Runs PooledAttention.forward over every rank's tokens."""

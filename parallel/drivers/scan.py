@@ -27,7 +27,7 @@ from models.kernels.scan_chunkwise import apply_keep, carry_states
 from models.plans import planned
 from models.primitives.scan import Scan
 from models.scores import Tensors
-from models.span import Span
+from models.span import Span, to_device
 from parallel.collectives import Communicator
 from parallel.partition import unit_ranges
 from parallel.rows_in_flight import RowsInFlight
@@ -100,7 +100,7 @@ class StatePassing(nn.Module):
         received = flight.wait()
         received = received.unflatten(0, (size, taken[0]))
         row = torch.arange(first, last) // heads
-        global_order = order.order[row].to(gain.device)  # [u, P R]
+        global_order = to_device(order.order[row], gain.device)  # [u, P R]
         ordered = _pick(received.transpose(0, 1).flatten(1, 2), global_order)
         keep_size = flat_keep.shape[-1]
         gain_size = gain[0, 0, 0].numel()

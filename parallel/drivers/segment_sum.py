@@ -21,7 +21,7 @@ from models.primitives.segment_sum import (
     validate_scope,
     within,
 )
-from models.span import Span
+from models.span import Span, to_device
 from parallel.collectives import Communicator, all_to_all_rows
 from parallel.sharding import SequenceSharding
 
@@ -157,7 +157,9 @@ def _ends(span: Span, over: str) -> RunEnds:
                 begins.append((start, start))
                 local += stop - start
     shape = (len(cut.spans), rows, most, 2)
-    doc, begin = (torch.tensor(x).view(shape).transpose(0, 1).to(device) for x in (docs, begins))
+    doc, begin = (
+        to_device(torch.tensor(x).view(shape).transpose(0, 1), device) for x in (docs, begins)
+    )
     mine, run, run_start = documents(span, over), *_runs(cut, rows, device)
     here = doc[:, cut.rank].gather(
         1, run[..., None].expand(-1, -1, 2)
@@ -187,4 +189,6 @@ def _runs(cut: SequenceSharding, rows: int, device: torch.device) -> tuple[Tenso
         sizes = torch.tensor([stop - start for start, stop in runs])
         numbers.append(torch.arange(len(runs)).repeat_interleave(sizes))
         begins.append(torch.tensor([start for start, _ in runs]).repeat_interleave(sizes))
-    return tuple(torch.stack(some).expand(rows, -1).to(device) for some in (numbers, begins))  # type: ignore[return-value]
+    return tuple(
+        to_device(torch.stack(some).expand(rows, -1), device) for some in (numbers, begins)
+    )  # type: ignore[return-value]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from models.plans import planned
 from models.primitives.sequential import Segments, SequentialScan, StepFunction, run_segments
 from models.scores import Tensors
-from models.span import Span
+from models.span import Span, to_device
 from parallel.collectives import Communicator, Pending, all_to_all_rows
 from parallel.sharding import SequenceSharding
 
@@ -273,7 +273,7 @@ class _Join(torch.autograd.Function):
 
 
 def _segments_of_rows(pieces: Segments, rows: slice) -> Segments:
-    span = pieces.span.map(lambda tensor: tensor[rows])
+    span = pieces.span.cut(lambda tensor: tensor[rows])
     return Segments(pieces.index[rows], span, pieces.filled[rows])
 
 
@@ -298,12 +298,12 @@ def _wavefront_plan(
         held.append(local[owner[:, rank] == sharding.rank])
         slots_by_source.append((owner[:, sharding.rank] == rank).flatten().nonzero()[:, 0])
     own = slice(sharding.rank * own_segments, (sharding.rank + 1) * own_segments)
-    span = pieces.span.map(lambda tensor: tensor.unflatten(1, (number, slots))[:, own].flatten(1))
+    span = pieces.span.cut(lambda tensor: tensor.unflatten(1, (number, slots))[:, own].flatten(1))
     return WavefrontPlan(
         pieces=Segments(pieces.index[:, own], span, pieces.filled[:, own]),
         first=sharding.rank * own_segments,
-        held=torch.cat(held).to(device),
-        slots=torch.cat(slots_by_source).to(device),
+        held=to_device(torch.cat(held), device),
+        slots=to_device(torch.cat(slots_by_source), device),
         given=[len(tokens) for tokens in held],
         taken=[len(tokens) for tokens in slots_by_source],
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.primitives.softmax import Softmax
 from models.scores import Tensors
-from models.span import Span
+from models.span import Span, to_device
 from parallel.collectives import Communicator, heads_to_seq, seq_to_heads
 from parallel.drivers.softmax_ring import Ring
 from parallel.partition import head_ranges
@@ -113,7 +113,8 @@ class Ulysses(nn.Module):
             needed.append((start // queries_per_head, (stop - 1) // queries_per_head + 1))
         first, last = ranges[self.communicator.rank]
         first_needed = needed[self.communicator.rank][0]
-        reads = torch.arange(first, last, device=x.device) // queries_per_head - first_needed
+        # On the CPU: a device would be waited for where these are looked at.
+        reads = torch.arange(first, last, device="cpu") // queries_per_head - first_needed
         return seq_to_heads(x, self.communicator, dim, needed), reads
 
 
@@ -134,13 +135,13 @@ def _align_heads(
         if heads % count:
             even = False
             continue
-        groups = torch.arange(heads, device=reads.device) // (heads // count)
+        groups = torch.arange(heads, device="cpu") // (heads // count)
         even = even and torch.equal(reads, groups)
     if even and len(counts) <= 1:
         return [tensor for tensor, _ in traded]
     aligned = []
     for (tensor, reads), dim in zip(traded, dims):
         if dim is not None and reads is not None:
-            tensor = tensor.index_select(dim, reads)
+            tensor = tensor.index_select(dim, to_device(reads, tensor.device))
         aligned.append(tensor)
     return aligned

@@ -8,14 +8,14 @@ Letters: R rows of the step, T context length, m rows of a micro-batch, c tokens
 rank.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from models.loss import IGNORE
 from models.micro_batch import MicroBatch
-from models.span import PREFIX, Span
+from models.span import PREFIX, Span, to_device
 from parallel.layout import layouts
 from parallel.mesh import Mesh
 from parallel.sharding import moved, shard_span
@@ -156,7 +156,11 @@ class BatchSharder:
             sharding = addresses.sharding
             tokens = sharding.shard(tokens, 0)
             targets = None if targets is None else sharding.shard(targets, IGNORE)
-        move = _mover(self.mesh.device)
+        device = self.mesh.device
+
+        def move(tensor: Tensor) -> Tensor:
+            return to_device(tensor, device)
+
         return MicroBatch(
             move(tokens), moved(addresses, move), None if targets is None else move(targets)
         )
@@ -169,16 +173,6 @@ class BatchSharder:
             f" ranks ({self.policy})"
             + (f" and cut into {self.time} pieces in time" if self.time > 1 else "")
         )
-
-
-def _mover(device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Returns how a tensor of a batch comes to the device of this rank.
-
-    A copy from pinned memory waits neither for what the device computes nor for the copy itself.
-    """
-    if device.type != "cuda":
-        return lambda tensor: tensor.to(device)
-    return lambda tensor: tensor.pin_memory().to(device, non_blocking=True)
 
 
 def single_row(tokens: list[int], device: torch.device) -> Batch:

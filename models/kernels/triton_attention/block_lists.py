@@ -24,7 +24,7 @@ from models.kernels.block_plan import (
     plan_tiles,
 )
 from models.masks.algebra import EMPTY, FULL, PARTIAL, Bounds, Mask
-from models.span import Span
+from models.span import Span, to_device
 
 HIDDEN, MASKED, CLEAR = 0, 1, 2  # of a pair of blocks
 OUTLOOKS = {EMPTY: HIDDEN, PARTIAL: MASKED, FULL: CLEAR}
@@ -143,7 +143,7 @@ class _Collector:
     def on(self, device: torch.device) -> Ranges:
         """Returns them on a device; one empty range where there are none."""
         ranges = np.concatenate([*self.ranges, np.zeros((1, 2), dtype=np.int32)])
-        return Ranges(torch.as_tensor(self.index).to(device), torch.as_tensor(ranges).to(device))
+        return Ranges(to_device(self.index, device), to_device(ranges, device))
 
 
 def _ranges(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from models.positions.alibi import AlibiScore
 from models.positions.t5 import T5Score
 from models.scores import Score, SharedValueScore, SinkScore, SoftcapScore, Tensors, WrappedScore
-from models.span import Span
+from models.span import Span, to_device
 
 PASSED = SinkScore, SharedValueScore
 NO_BIAS, SLOPES, DISTANCES = 0, 1, 2  # what is added
@@ -109,7 +109,7 @@ def _buckets(starts: tuple[int, ...], bidirectional: bool, device: torch.device)
 
 @lru_cache(maxsize=64)
 def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device)
+    return to_device(values, device)
 
 
 def add_table_gradient(terms: Terms, gradient: Tensor, into: Sequence[Tensor]) -> None:
