@@ -113,7 +113,7 @@ class _TokenLosses(torch.autograd.Function):
             raise ValueError(ONE_WEIGHT)
         if not repeated and not grad.is_cpu:
             # The device looks, and stops where it finds another: nobody waits for the answer.
-            torch._assert_async((grad == scale).all(), ONE_WEIGHT)
+            torch.ops.aten._assert_async.msg((grad == scale).all(), ONE_WEIGHT)
         return (
             (d_hidden * scale.to(d_hidden.dtype)).view(ctx.shape),
             (d_weight * scale).to(ctx.dtype),

@@ -6,8 +6,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed import device_mesh
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -18,7 +16,7 @@ from parallel.engines.single import Single
 from parallel.mesh import Mesh, build_mesh
 from tests.parallel.engines.test_state import everything
 from tests.support import small_model
-from tests.support.fake_card import NAME, fake_card
+from tests.support.card import NAME, card_pool, the_card
 from tests.support.pool import ranks
 from tests.support.small_model import ENGINES, on_meta, train, whole
 from trainer.optim.adamw import AdamW
@@ -209,37 +207,38 @@ def on_host(tensor):
 
 
 def on_the_card(env, cut, eager):
-    """Takes a step on a device that does not mix with the host; where moments lie, behind it."""
-    card = fake_card()
-    offload = OptimizerOffload(card, on_host)
+    """Takes steps beside the host: where moments lie before each and at the end, and weights."""
+    device = the_card()
+    offload = OptimizerOffload(device, on_host)
+    mesh = init_device_mesh(NAME, (env.size,))
+    parameters = []
+    for size in (300, 3):
+        tensor = torch.ones(size, 300, device=device)
+        if cut:
+            tensor = distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
+        parameters.append(nn.Parameter(tensor))
+    optimiser = offload.build(lambda: Heavy(parameters, eager))
     places = []
-    with mock.patch.object(device_mesh, "_get_device_handle", lambda *_: torch.cpu):
-        mesh = init_device_mesh(NAME, (2,))
-    with FakeTensorMode():
-        parameters = []
-        for size in (300, 3):
-            tensor = torch.empty(size, 300, device=card)
-            if cut:
-                tensor = distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
-            parameters.append(nn.Parameter(tensor))
-        optimiser = offload.build(lambda: Heavy(parameters, eager))
-        for _ in range(2):
-            places.append([optimiser.state[p]["mean"].device.type for p in parameters if eager])
-            for parameter in parameters:
-                parameter.grad = torch.ones_like(parameter)
-            offload.step(optimiser)
-        moments = [optimiser.state[p]["mean"] for p in parameters]
+    for _ in range(2):
+        places.append([optimiser.state[p]["mean"].device.type for p in parameters if eager])
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        offload.step(optimiser)
+    moments = [optimiser.state[p]["mean"] for p in parameters]
     assert all(isinstance(moment, DTensor) == cut for moment in moments)
     places.append([local_tensor(moment).device.type for moment in moments])
-    return places
+    return places, [local_tensor(parameter).detach().cpu() for parameter in parameters]
 
 
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("cut", [True, False])
 def test_a_device_that_is_not_the_host_updates_with_moments_of_its_own(cut, eager):
     there = ["cpu", NAME]  # the second is small and stays
-    for places in ranks(2, on_the_card, cut, eager):
-        assert places == ([there] * 3 if eager else [[], [], there])
+    with card_pool(2) as pool:
+        for places, weights in pool(on_the_card, cut, eager):
+            assert places == ([there] * 3 if eager else [[], [], there])
+            # means of 0.1 and 0.19, at a rate of 0.1
+            assert all(torch.allclose(weight, torch.tensor(0.971)) for weight in weights)
 
 
 def test_the_host_is_refused_as_a_device_to_move_moments_from():
