@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models.masks.algebra import EMPTY, FAR, FULL, Bounds, Mask
-from models.span import LAST_ROLE, PADDING, TEXT, Span
+from models.span import LAST_ROLE, PADDING, TEXT, Span, to_device
 
 BLOCK = 256  # slots that are added at once
 
@@ -111,7 +111,7 @@ class SlotTable:
         self._limit = 0
 
     def _place(self, span: Span) -> Placement:
-        valid = span.valid()
+        valid = span.host().valid()
         counts = valid.sum(1).tolist()
         if self.addresses is None:
             self.filled = [0] * span.shape[0]
@@ -153,10 +153,10 @@ class SlotTable:
             self.addresses = Span(blank, blank + PADDING, blank + TEXT)
             return
         if keep is not None:
-            slots = keep.to(span.pos.device)
+            slots = to_device(keep, span.pos.device)
             kept = self.addresses.map(lambda addresses: addresses.gather(1, slots))
             line = torch.arange(keep.shape[1], device=span.pos.device)
-            filled = torch.tensor(self.filled, device=span.pos.device)
+            filled = to_device(self.filled, span.pos.device)
             doc = kept.doc.masked_fill(line >= filled[:, None], PADDING)
             self.addresses = Span(kept.pos, doc, kept.role)
         if self.capacity != capacity:
@@ -170,9 +170,9 @@ class SlotTable:
         if counts == [tokens] * rows and len(set(self.filled)) == 1:
             return Placement(keep, capacity, self.filled[0], none, none, none)
         row, token = valid.nonzero(as_tuple=True)
-        filled = torch.tensor(self.filled, device=span.pos.device)
-        slot = (valid.long().cumsum(1) - 1 + filled[:, None])[row, token]
-        return Placement(keep, capacity, None, row, token, slot)
+        slot = (valid.long().cumsum(1) - 1 + torch.tensor(self.filled)[:, None])[row, token]
+        there = [to_device(index, span.pos.device) for index in (row, token, slot)]
+        return Placement(keep, capacity, None, *there)
 
     def _readable(self, row: int) -> np.ndarray:
         """Returns the slots of a row that a later query may read."""

@@ -20,7 +20,7 @@ from models.cache.decoding_state import DecodingState
 from models.layer import hook
 from models.micro_batch import MicroBatch
 from models.primitives.sequential import SequentialScan
-from models.span import PADDING, Span
+from models.span import PADDING, Span, to_device
 from parallel.collectives import Communicator
 from parallel.decoding_state import ShardedDecodingState
 from parallel.layout import layouts
@@ -163,7 +163,9 @@ class TokenDecoder:
             there = line < torch.tensor(sizes)[:, None]
             doc = torch.where(there, 0, PADDING)
             pos = torch.where(there, pos, 0)
-        return tokens.to(device), Span.of(pos.to(device), doc.to(device))
+        # Caches and plans read the addresses, which stay on the host too.
+        span = Span.of(pos, doc).moved(lambda tensor: to_device(tensor, device))
+        return to_device(tokens, device), span
 
     def _feed(self, pieces: Sequence[Sequence[int]]) -> Tensor:
         tokens, span = self._rows(pieces)
@@ -172,7 +174,7 @@ class TokenDecoder:
         self.lengths = [have + len(more) for have, more in zip(self.lengths, pieces, strict=True)]
         if all(len(piece) == tokens.shape[1] for piece in pieces):
             return logits[:, -1]
-        last = torch.tensor([len(piece) - 1 for piece in pieces], device=logits.device)
+        last = to_device([len(piece) - 1 for piece in pieces], logits.device)
         some = (last >= 0)[:, None]
         index = last.clamp_min(0)[:, None, None].expand(-1, 1, logits.shape[2])
         # Padding may hold anything: it is replaced, not multiplied by 0.
@@ -188,7 +190,7 @@ class TokenDecoder:
         logits = self.model(MicroBatch(own, self.state.attach(sharded)))
         self.state.advance()
         self.lengths = [len(piece) for piece in pieces]
-        last = torch.tensor([len(piece) - 1 for piece in pieces], device=logits.device)
+        last = to_device([len(piece) - 1 for piece in pieces], logits.device)
         is_last = sharded.valid() & (sharded.pos == last[:, None])
         # One rank has the last token of a row, wherever the layout put it; the others add zeros.
         last_logits = torch.where(is_last[..., None], logits, 0).sum(1)
