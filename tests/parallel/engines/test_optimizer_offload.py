@@ -64,6 +64,8 @@ def engine_with(name, size, optim, offload, **settings):
     # A real run would keep the small model's moments where they are.
     with mock.patch.object(optimizer_offload, "SMALL", LEAST):
         engine.wrap(on_meta())
+    # Moments are made where they stay: all of them at once the device might not hold.
+    assert offload == "none" or engine.optimizer_offload.moved == 0
     return engine
 
 

@@ -31,6 +31,7 @@ AHEAD = 2  # steps after which plans are made ahead
 NEEDED = {
     "trainer/step/sums.py": "the read of sums and norm",
     "parallel/collectives.py": "the backend sends from the host alone",
+    "trainer/step/skip.py": "which rows spoilt a step that is skipped",
     "parallel/engines/optimizer_offload.py": "a copy to pinned memory, which none waits for",
     # how much there is to compute, or to send, is in the numbers of the step
     "models/kernels/pairs/": "chosen pairs",
