@@ -65,7 +65,9 @@ def compare(pool, words):
 
 @pytest.mark.parametrize("case", CASES)
 def test_texts_are_written_beside_the_host_as_on_it(case, pool):
-    compare(pool, CASES[case])
+    waits = compare(pool, CASES[case])
+    # Where a token goes is worked out on the host.
+    assert not [place for place in waits if place.startswith("models/cache/slots.py _place")]
 
 
 def test_a_recurrent_state_waits_for_the_drawn_tokens_alone(pool):

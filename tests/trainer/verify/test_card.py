@@ -56,6 +56,7 @@ CASES = {
     "scans": ("model=hybrid", HEADS),
     "filters": ("model=hyena",),
     "segments": ("model=full", "memory=tokens", HEADS),
+    "token by token": ("model=lstm", "context_length=24", "batch_tokens=48"),
     "experts": ("model=moe_topk", "parallel.experts=2", HEADS),
     "documents": ("model=multimodal", "data=requests", HEADS),
     "moments on the host": ("model=full", "engine.offload=optimizer", "optim=muon", HEADS),
