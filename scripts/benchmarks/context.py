@@ -54,11 +54,11 @@ class ContextSizes:
     """Settings of the benchmark; every field is a word `key=value` of the command.
 
     Attributes:
-        memory: MiB that a step may take.
+        memory: MiB that a step may take; many times OFFSET, which else hides a quarter.
         ranks: of which one is limited.
     """
 
-    memory: int = 128
+    memory: int = 256
     ranks: int = 1
 
 
