@@ -121,7 +121,7 @@ def test_every_token_of_a_step_has_an_address_of_its_own_whatever_the_ranks():
 def test_plans_of_addresses_on_a_device_do_not_read_it(policy, monkeypatch):
     """Tensors of the meta device stand in for those of a GPU: reading one would be an error."""
     (here, _), *_ = share(1, 0, 4, 1, policy=policy)(batch())
-    monkeypatch.setattr(batch_sharding, "_mover", lambda device: lambda tensor: tensor.to("meta"))
+    monkeypatch.setattr(batch_sharding, "to_device", lambda tensor, device: tensor.to("meta"))
     (there, _), *_ = share(1, 0, 4, 1, policy=policy)(batch())
     assert there.tokens.is_meta and there.targets.is_meta and there.span.sharding.whole.pos.is_meta
     mask = Causal() & SameDocument() & SlidingWindow(5)
