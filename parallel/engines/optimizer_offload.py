@@ -29,9 +29,9 @@ STATE_AT_HOME = (
     " engine.offload=none"
 )
 
-Allocate = Callable[[Tensor], Tensor]  # a tensor -> one like it in the host's memory
+HostRoom = Callable[[Tensor], Tensor]  # a tensor -> one like it in the host's memory
 
-_allocate: ContextVar[Allocate | None] = ContextVar("allocate", default=None)
+_allocate: ContextVar[HostRoom | None] = ContextVar("allocate", default=None)
 
 
 def empty_moment(parameter: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class OptimizerOffload:
         ValueError: the device is the host itself, and no room of another kind is given.
     """
 
-    def __init__(self, device: torch.device, allocate: Allocate | None = None):
+    def __init__(self, device: torch.device, allocate: HostRoom | None = None):
         if allocate is None and device.type == "cpu":
             raise ValueError(STATE_AT_HOME)
         self.device = device

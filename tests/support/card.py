@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 
 from models.kernels import backends, sdpa_cpu
 from tests.support.pool import Pool
+from trainer.planning.step_costs import tensors_in
 
 NAME = "card"
 ROOT = Path(__file__).parents[2]
@@ -178,7 +179,7 @@ def _maker(name: str) -> Callable[..., Tensor]:
 def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Computes with what tensors of the card hold."""
     packet = func.overloadpacket
-    tensors = [*_tensors_in(args), *_tensors_in(list(kwargs.values()))]
+    tensors = [*tensors_in(args), *tensors_in(list(kwargs.values()))]
     there = [tensor for tensor in tensors if isinstance(tensor, CardTensor)]
     host = [tensor for tensor in tensors if not isinstance(tensor, CardTensor)]
     device = kwargs.get("device")
@@ -224,14 +225,6 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _held(value: Any) -> Any:
     return value.held if isinstance(value, CardTensor) else value
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors_in(item)
 
 
 def _note(what: str) -> None:
