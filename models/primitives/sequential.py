@@ -174,7 +174,7 @@ def gather_segments(x: Tensor, index: Tensor) -> Tensor:
 
 def scatter_segments(y: Tensor, index: Tensor, tokens: int) -> Tensor:
     """Moves slots back to their tokens, [B, L, ...] -> [B, T, ...]; 0 where there is no slot."""
-    slots = _expanded(index.flatten(1).to(y.device), y)
+    slots = _expanded(to_device(index.flatten(1), y.device), y)
     # One position more than there are tokens: it takes the output of all empty slots.
     blank = y.new_zeros(y.shape[0], tokens + 1, *y.shape[2:])
     return blank.scatter(1, torch.where(slots >= 0, slots, tokens), y)[:, :tokens]

@@ -2,6 +2,7 @@
 setting reaches every block and every parameter."""
 
 import os
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -16,7 +17,7 @@ from tests.support.pool import ranks
 from trainer import placement, stages
 from trainer.config.compose import compose
 from trainer.launch.elastic import RankInfo
-from trainer.logs.jsonl import METRICS, read
+from trainer.logs.jsonl import EVALUATION, METRICS, read
 from trainer.run_dir import make_run_dir
 from trainer.verify.whole_runs import COMMON, write_documents
 
@@ -87,6 +88,26 @@ def with_moments_away(env, words, directory):
     ):
         assert stages.run(asked.config, whereabouts, Path(directory)) == 0
     return made[0].moved if made else None
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_run_goes_on_from_a_checkpoint_of_moments_on_the_host(size, tmp_path):
+    data = f"data.path={write_documents(tmp_path / 'text')}", f"data.cache={tmp_path / 'cache'}"
+    run = tmp_path / "run"
+    make_run_dir(run)
+    words = (*COMMON, "data=files", *data, "steps=4", "checkpoint.every=2", "evaluation.every=2")
+    words += (f"parallel.context={size}", "engine.offload=optimizer", f"run_dir={run}")
+    assert all(ranks(size, with_moments_away, words, str(run)))
+    whole = told(run)
+    shutil.rmtree(run / "checkpoints" / "step_00000004")
+    assert all(ranks(size, with_moments_away, (*words, "resume=auto"), str(run)))
+    assert told(run) == whole and [row[0] for row in whole[0]] == [1, 2, 3, 4]
+    assert (run / "checkpoints" / "step_00000004").exists()
+
+
+def told(run):
+    steps = [(row["step"], row["loss"], row["grad_norm"]) for row in read(run / METRICS)]
+    return steps, [(row["step"], row["name"], row["value"]) for row in read(run / EVALUATION)]
 
 
 @pytest.mark.parametrize("words", [("log.lag=1",), ("optim=muon", "checkpoint.every=2")])
